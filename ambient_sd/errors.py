@@ -1,0 +1,46 @@
+"""One kind of error for every mistake that a user can make, and one way to end a command on it.
+
+A message is one line: what is wrong, where, the rule that it breaks, and the remedy. A command prints that line to
+stderr and exits with status 2, before anything expensive has started; any other exception is a bug and keeps its
+traceback.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+class UserError(ValueError):
+    """Raise for a mistake of the user's: `what` went wrong, `where`, which `rule` it breaks, and the `remedy`."""
+
+    def __init__(self, what: str, *, rule: str = "", remedy: str = "") -> None:
+        parts = [what]
+        if rule:
+            parts.append(rule)
+        if remedy:
+            parts.append(remedy)
+        # Values that come from files may hold line breaks or control characters: the promise is ONE line.
+        super().__init__(one_line("; ".join(parts)))
+
+
+def one_line(text: object, limit: int = 600) -> str:
+    """Return `text` on one line: control characters become spaces, and more than `limit` characters are cut."""
+    flat = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return flat if len(flat) <= limit else flat[: limit - 1] + "…"
+
+
+def exits_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a command's `main`: a `UserError` prints one line to stderr and exits with status 2."""
+
+    @functools.wraps(main)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"ambient-sd: error: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)
+
+    return wrapper
