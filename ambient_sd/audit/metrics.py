@@ -1,0 +1,466 @@
+"""How much of a model's output is copied, and how good it is: figures with intervals, each beside held-out pictures.
+
+    memorized fraction   share of samples with d1 / d2 < 1/3, d1 and d2 the distances to the nearest and the second
+                         nearest training picture (Yoon et al. 2023; Bonnaire et al. 2025)
+    similarity           cosine to the nearest training picture: mean, percentiles, share above 0.5 and 0.75 (SSCD:
+                         Pizzi et al., CVPR 2022; protocol of Somepalli et al., CVPR 2023)
+    Frechet distance     |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017), through torchmetrics
+    KID                  unbiased squared MMD, kernel (x.y / D + 1)^3 (Binkowski et al. 2018), through torchmetrics
+
+Intervals are 95 %: a bootstrap that resamples whole groups (all samples of one prompt stand or fall together), Wilson's
+score interval where resampling shows no spread (a share of 0 or 1). `docs/measures.md` says what each is not.
+
+None of these can tell whether copying is harmful, nor that a model does not copy: they speak of the n samples drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ambient_sd.audit.features import Distance, Features, embed
+from ambient_sd.audit.neighbours import Neighbours, nearest
+from ambient_sd.errors import UserError
+
+MEMORIZED_RATIO = 1 / 3
+SSCD_THRESHOLDS = (0.5, 0.75)
+PERCENTILES = (75, 90, 95)
+PROJECT = 64
+_Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Hold one measured number: value, 95 % interval, sample count, the seed of its resampling, and how it was made.
+
+    `draws` are the bootstrap values behind the interval and `pairing` names the resampling that made them: two figures
+    with one pairing were resampled together, so their difference may be taken draw by draw.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    n: int
+    seed: int
+    detail: str = ""
+    draws: Tensor | None = field(default=None, repr=False, compare=False)
+    pairing: str = field(default="", repr=False, compare=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figure for JSON, without its draws."""
+        names = ("name", "value", "low", "high", "n", "seed", "detail")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Hold one measure of generated pictures beside the same measure of held-out pictures.
+
+    Attributes:
+        heldout: the measure with held-out real pictures in the place of generated ones; for distances between
+            distributions the floor: one half of the held-out pictures against the other.
+        excess: generated minus held-out.
+        background: training picture to training picture, each leaving itself out; None where that means nothing.
+    """
+
+    name: str
+    generated: Figure
+    heldout: Figure
+    excess: Figure
+    background: Figure | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Hold the rows of one run, and its neighbours by feature name (for galleries and histograms)."""
+
+    rows: list[Row]
+    neighbours: dict[str, Neighbours]
+    heldout_neighbours: dict[str, Neighbours]
+
+    def row(self, name: str) -> Row:
+        """Return the row called `name`."""
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"no measure {name!r}; measured: {', '.join(row.name for row in self.rows)}")
+
+
+# --- intervals -------------------------------------------------------------------------------------------------------
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Return Wilson's 95 % score interval of a share of `n` independent trials (Wilson 1927).
+
+    `(p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)`; for share 0 the upper end is z^2 / (n + z^2).
+    """
+    z2 = _Z95 * _Z95
+    middle = share + z2 / (2 * n)
+    half = _Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    # The formula gives exactly 0 and 1 at the ends; rounding must not push the interval past the value.
+    low = 0.0 if share == 0 else (middle - half) / (1 + z2 / n)
+    high = 1.0 if share == 1 else (middle + half) / (1 + z2 / n)
+    return low, high
+
+
+class Resampler:
+    """Draw rows with replacement by whole groups.
+
+    Args:
+        n: number of rows.
+        groups: one label per row (its prompt); None: every row is its own group.
+        seed: of the resampler's own generator; the global one is not touched.
+    """
+
+    def __init__(self, n: int, groups: Sequence[Hashable] | None, seed: int) -> None:
+        if groups is not None and len(groups) != n:
+            raise UserError(f"{len(groups)} groups for {n} samples", rule="one group label per sample")
+        members: dict[Hashable, list[int]] = {}
+        for row, label in enumerate(range(n) if groups is None else groups):
+            members.setdefault(label, []).append(row)
+        self.members = [torch.tensor(rows) for rows in members.values()]
+        self.count = len(self.members)
+        self.generator = torch.Generator().manual_seed(seed)
+        # Which rows stand together, not what they are called: two runs over the same prompts are resampled alike.
+        layout = repr([rows.tolist() for rows in self.members]).encode()
+        self.pairing = f"{seed}:{hashlib.sha256(layout).hexdigest()[:16]}"
+
+    def draw(self) -> Tensor:
+        """Return int64 row numbers of one resample."""
+        chosen = torch.randint(self.count, (self.count,), generator=self.generator)
+        return torch.cat([self.members[group] for group in chosen.tolist()])
+
+
+def bootstrap(
+    values: Tensor,
+    statistic: Callable[[Tensor], Tensor],
+    *,
+    name: str,
+    groups: Sequence[Hashable] | None = None,
+    seed: int = 0,
+    resamples: int = 1000,
+    share: bool = False,
+    detail: str = "",
+) -> Figure:
+    """Estimate a statistic of per-sample values with a percentile interval (Efron 1979).
+
+    Args:
+        values: `(N,)`.
+        statistic: `(N,) -> ()`.
+        share: the statistic is a share of samples: where every resample agrees the bootstrap has nothing to say, and
+            Wilson's interval on the number of GROUPS is given (samples of one prompt count once: conservative).
+
+    Raises:
+        UserError: there are no values.
+    """
+    if len(values) == 0:
+        raise UserError(f"{name} of 0 samples", rule="at least one sample is needed")
+    values = values.to(torch.float64)
+    resampler = Resampler(len(values), groups, seed)
+    point = float(statistic(values))
+    draws = torch.stack([statistic(values[resampler.draw()]) for _ in range(resamples)])
+    low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    if share and low == high:
+        low, high = wilson(point, resampler.count)
+        note = f"Wilson interval on {resampler.count} groups"
+        return Figure(name, point, low, high, len(values), seed, "; ".join(filter(None, (detail, note))))
+    pairing = f"{resampler.pairing}:{resamples}"
+    return Figure(name, point, low, high, len(values), seed, detail, draws=draws, pairing=pairing)
+
+
+def difference(a: Figure, b: Figure, name: str | None = None) -> Figure:
+    """Estimate `a - b` with an interval.
+
+    Figures resampled together (one pairing) are subtracted draw by draw, which keeps what they share: prompts,
+    held-out pictures. Others are taken as independent and their intervals combined (MOVER: Newcombe 1998; Zou & Donner
+    2008): `low = d - sqrt((a - a_low)^2 + (b_high - b)^2)`, `high` likewise.
+    """
+    value = a.value - b.value
+    if a.draws is not None and b.draws is not None and a.pairing and a.pairing == b.pairing:
+        draws = a.draws - b.draws
+        low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        detail = "paired bootstrap"
+    else:
+        low = value - math.hypot(a.value - a.low, b.high - b.value)
+        high = value + math.hypot(a.high - a.value, b.value - b.low)
+        detail = "independent intervals combined"
+    return Figure(name or f"{a.name}: difference", value, low, high, min(a.n, b.n), a.seed, detail)
+
+
+# --- copying ---------------------------------------------------------------------------------------------------------
+
+
+def memorized(neighbours: Neighbours, ratio: float = MEMORIZED_RATIO) -> Tensor:
+    """Mark the samples that are copies: d1 / d2 < `ratio`, bool `(N,)`.
+
+    An exact copy (d1 = 0) is marked whatever d2 is, so 0 / 0 - a copy of a picture that the training set holds twice -
+    is marked too. A NEAR copy of a duplicated picture is not (d1 and d2 are both small): the ratio is blind to
+    near-duplicates in the training set; merge them before the search.
+    """
+    return neighbours.ratio < ratio
+
+
+def memorized_fraction(
+    neighbours: Neighbours,
+    ratio: float = MEMORIZED_RATIO,
+    *,
+    name: str = "memorized",
+    groups: Sequence[Hashable] | None = None,
+    seed: int = 0,
+    resamples: int = 1000,
+) -> Figure:
+    """Estimate the share of samples with d1 / d2 < `ratio`."""
+    return bootstrap(
+        memorized(neighbours, ratio), torch.mean, name=name, groups=groups, seed=seed, resamples=resamples, share=True,
+        detail=f"share with d1/d2 < {ratio:.3g}",
+    )  # fmt: skip
+
+
+def similarity_figures(
+    neighbours: Neighbours,
+    *,
+    name: str = "SSCD",
+    groups: Sequence[Hashable] | None = None,
+    seed: int = 0,
+    resamples: int = 1000,
+) -> list[Figure]:
+    """Estimate mean, percentiles and shares above the thresholds of the similarity to the nearest training picture."""
+    values = neighbours.similarity
+    options: dict[str, Any] = {"groups": groups, "seed": seed, "resamples": resamples}
+    figures = [bootstrap(values, torch.mean, name=f"{name} mean", **options)]
+    for p in PERCENTILES:
+        figures.append(
+            bootstrap(values, lambda v, p=p: torch.quantile(v, p / 100), name=f"{name} {p}th percentile", **options)  # type: ignore[misc]
+        )
+    for threshold in SSCD_THRESHOLDS:
+        figures.append(bootstrap(values > threshold, torch.mean, name=f"{name} > {threshold}", share=True, **options))
+    return figures
+
+
+def copy_figures(feature: Features, neighbours: Neighbours, **options: Any) -> list[Figure]:
+    """Give the copying figures that suit a feature: similarities for a cosine one, the memorized fraction else."""
+    if feature.distance == "cosine":
+        return similarity_figures(neighbours, name=feature.name, **options)
+    return [memorized_fraction(neighbours, name=f"memorized-{feature.name}", **options)]
+
+
+# --- quality ---------------------------------------------------------------------------------------------------------
+
+
+class _Given(torch.nn.Module):
+    """Hand precomputed features to a torchmetrics metric: its "network" is the identity."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def _pair(a: Tensor, b: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise UserError(f"{what} of {tuple(a.shape)} and {tuple(b.shape)}", rule="needs (n >= 2, D) twice, with one D")
+    return a.to(torch.float64), b.to(torch.float64)
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Compute the Frechet distance between Gaussians fitted to two feature sets.
+
+    `|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))`, by torchmetrics' `FrechetInceptionDistance` in float64.
+    The estimate is biased upwards, and more so as n approaches D: compare only figures of equal n, and see `project`.
+
+    Args:
+        a, b: `(n, D)`, `(m, D)`; symmetric.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    a, b = _pair(a, b, "Frechet distance")
+    # The metric accumulates sums of squares and subtracts n m m^T; a common shift changes nothing and saves the digits.
+    shift = b.mean(dim=0)
+    metric = FrechetInceptionDistance(feature=_Given(a.shape[1]))
+    metric.update(b - shift, real=True)
+    metric.update(a - shift, real=False)
+    # Rounding can leave a distance of equal sets at -1e-13.
+    return max(0.0, float(metric.compute()))
+
+
+def kid(a: Tensor, b: Tensor) -> float:
+    """Compute the unbiased squared MMD with the kernel `(x.y / D + 1)^3` (Binkowski et al., ICLR 2018, eq. 3 and 4).
+
+    By `torchmetrics.image.kid.KernelInceptionDistance` on one subset that holds everything. Its estimator needs equal
+    counts: of the larger set the first rows are used, so give equal sizes. Unbiased: equal distributions scatter around
+    0, negative values included.
+
+    Args:
+        a, b: `(n, D)`, `(m, D)`; n = m uses all rows.
+    """
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    a, b = _pair(a, b, "KID")
+    size = min(len(a), len(b))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*will save all extracted features.*")
+        metric = KernelInceptionDistance(feature=_Given(a.shape[1]), subsets=1, subset_size=size)
+    metric.update(b[:size], real=True)
+    metric.update(a[:size], real=False)
+    # It shuffles with the global generator; on one full subset the order is irrelevant, the caller's stream is not.
+    with torch.random.fork_rng(devices=[]):
+        return float(metric.compute()[0])
+
+
+def pca_basis(reference: Tensor, dim: int) -> tuple[Tensor, float]:
+    """Return the leading `dim` principal directions `(D, dim)` of real pictures and the share of variance they keep.
+
+    No seed: the distance is the same for any sign or rotation of the basis.
+    """
+    rows = reference.to(torch.float64)
+    _, s, vh = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False)
+    variance = s.square()
+    return vh[:dim].T.contiguous(), float(variance[:dim].sum() / variance.sum().clamp_min(1e-300))
+
+
+def quality_rows(
+    generated: Tensor,
+    heldout: Tensor,
+    *,
+    name: str,
+    groups: Sequence[Hashable] | None = None,
+    seed: int = 0,
+    resamples: int = 100,
+    splits: int = 10,
+    project: int = PROJECT,
+) -> list[Row]:
+    """Estimate Frechet distance and KID of generated to held-out pictures, beside their floor, at equal n.
+
+    The held-out pictures are cut at random into halves A and B, `splits` times, and m = min(n, |A|, |B|) rows are used
+    on every side: generated is the mean of D(G, B), the floor the mean of D(A, B). Both carry the same finite-sample
+    bias, so the floor is what a perfect model would get. The Frechet distance is taken in the `project` leading
+    principal directions of the held-out pictures (m < D would leave the covariances singular), or fewer when m < 2
+    project; the name says how many: "FD-EffLite0-pca64". KID uses all dimensions.
+
+    The interval resamples groups of G, and the rows of A and of B apart (one picture never lands in both halves), with
+    B common to both figures. A resample repeats rows, which biases both distances upwards; the draws are therefore
+    moved so that their mean is the estimate, and the interval says how far the figure scatters AT THIS m.
+
+    Args:
+        generated: `(N, D)`. heldout: `(M, D)`.
+        groups: one label per generated row.
+
+    Returns:
+        One Row per measure; empty when there are fewer than 4 pictures a side to compare.
+    """
+    m = min(len(generated), len(heldout) // 2)
+    if m < 4:
+        return []
+    project = min(project, generated.shape[1])
+    while project > m // 2:
+        project //= 2
+    basis, kept = pca_basis(heldout, project)
+    spaces = {
+        f"FD-{name}-pca{project}": (frechet_distance, generated.double() @ basis, heldout.double() @ basis),
+        f"KID-{name}": (kid, generated.double(), heldout.double()),
+    }
+    generator = torch.Generator().manual_seed(seed)
+    halves = [torch.randperm(len(heldout), generator=generator) for _ in range(splits)]
+    orders = [torch.randperm(len(generated), generator=generator)[:m] for _ in range(splits)]
+    resampler = Resampler(len(generated), groups, seed)
+    picks = []
+    for i in range(resamples):
+        half = halves[i % splits]
+        a, b = half[:m], half[m : 2 * m]
+        rows = resampler.draw()
+        rows = rows[torch.randperm(len(rows), generator=generator)[:m]]
+        again = torch.randint(m, (2, m), generator=generator)
+        picks.append((rows, a[again[0]], b[again[1]]))
+
+    reference = hashlib.sha256(heldout.to(torch.float32).numpy().tobytes()).hexdigest()[:16]
+    pairing = f"{resampler.pairing}:{resamples}:{splits}:{reference}:{project}"
+    out = []
+    for measure_name, (distance, g, h) in spaces.items():
+        detail = f"m = {m} a side, mean of {splits} halvings"
+        if distance is frechet_distance:
+            detail += f", {kept:.0%} of held-out variance"
+        pairs = {
+            "generated": [(g[o], h[s[m : 2 * m]]) for o, s in zip(orders, halves, strict=True)],
+            "heldout": [(h[s[:m]], h[s[m : 2 * m]]) for s in halves],
+        }
+        again_pairs = {"generated": [(g[r], h[b]) for r, _, b in picks], "heldout": [(h[a], h[b]) for _, a, b in picks]}
+        figures = {}
+        for side in ("generated", "heldout"):
+            value = sum(distance(x, y) for x, y in pairs[side]) / splits
+            draws = torch.tensor([distance(x, y) for x, y in again_pairs[side]], dtype=torch.float64)
+            draws = draws - draws.mean() + value
+            low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+            n = len(generated) if side == "generated" else len(heldout)
+            note = detail if side == "generated" else f"floor, half against half; {detail}"
+            figures[side] = Figure(measure_name, value, low, high, n, seed, note, draws=draws, pairing=pairing)
+        out.append(Row(measure_name, **figures, excess=difference(figures["generated"], figures["heldout"])))
+    return out
+
+
+# --- everything ------------------------------------------------------------------------------------------------------
+
+Pictures = Sequence[Image.Image] | Mapping[str, Tensor]
+
+
+def measure(
+    generated: Pictures,
+    training: Pictures,
+    heldout: Pictures,
+    features: Sequence[Features],
+    groups: Sequence[Hashable] | None = None,
+    seed: int = 0,
+    *,
+    resamples: int = 1000,
+    quality_resamples: int = 100,
+    project: int = PROJECT,
+) -> Measurement:
+    """Measure one run: copying and quality, every figure beside the same figure for held-out real pictures.
+
+    Args:
+        generated, training, heldout: pictures, or what `embed` made of them (embed the real sets once for many runs).
+            `heldout` must come from the same source as `training` and share nothing with it.
+        features: extractors; Euclidean ones give memorized fractions, cosine ones similarities, those with `quality`
+            Frechet distance and KID.
+        groups: one label per generated picture, its prompt: samples of one prompt are not independent.
+        seed: of all resampling. Use the same for runs that will be compared.
+
+    Returns:
+        Measurement: `.rows`, and `.neighbours` of the generated and held-out pictures by feature name.
+
+    Raises:
+        UserError: a set is too small, or the groups do not match.
+    """
+    sets = [s if isinstance(s, Mapping) else embed(s, features) for s in (generated, training, heldout)]
+    rows: list[Row] = []
+    near: dict[str, Neighbours] = {}
+    held: dict[str, Neighbours] = {}
+    quality: list[Row] = []
+    for feature in features:
+        g, t, h = (s[feature.name] for s in sets)
+        distance: Distance = feature.distance
+        near[feature.name] = nearest(g, t, distance=distance)
+        held[feature.name] = nearest(h, t, distance=distance)
+        # Leave-one-out needs three pictures to offer two neighbours.
+        within = nearest(t, t, distance=distance, exclude_self=True) if len(t) > 2 else None
+        options: dict[str, Any] = {"seed": seed, "resamples": resamples}
+        sampled = copy_figures(feature, near[feature.name], groups=groups, **options)
+        real = copy_figures(feature, held[feature.name], **options)
+        background = copy_figures(feature, within, **options) if within else [None] * len(sampled)
+        for a, b, c in zip(sampled, real, background, strict=True):
+            rows.append(Row(a.name, a, b, difference(a, b), c))
+        if feature.quality:
+            quality += quality_rows(
+                g, h, name=feature.name, groups=groups, seed=seed, resamples=quality_resamples, project=project
+            )  # fmt: skip
+    return Measurement(rows + quality, near, held)
