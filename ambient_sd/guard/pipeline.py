@@ -1,0 +1,144 @@
+"""AmbientSDPipeline: Stable Diffusion's stock pipeline with the memorization guard on.
+
+Pictures are bit-identical to `StableDiffusionPipeline`'s with the same seed; each comes with its `ImageReport`. What it
+saves is a stock folder: `model_index.json` names `StableDiffusionPipeline`, because a class unknown to diffusers cannot
+be loaded by `DiffusionPipeline.from_pretrained`. It adds no component and no copied loop.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusionPipelineOutput
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+from ambient_sd.errors import UserError
+from ambient_sd.guard.policies.base import Policy
+from ambient_sd.guard.recorder import ImageReport, MemorizationGuard, active_guard
+from ambient_sd.hub_ids import resolve_model_id
+
+_COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+@dataclass
+class AmbientSDPipelineOutput(StableDiffusionPipelineOutput):
+    """`StableDiffusionPipelineOutput` plus `memorization`: a report per picture, None where guidance was off."""
+
+    memorization: list[ImageReport] | None = None
+
+
+class AmbientSDPipeline(StableDiffusionPipeline):
+    """Sample from Stable Diffusion 1 or 2 and say of every picture how strongly its prompt pulled (Wen et al. 2024)."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> AmbientSDPipeline:
+        """Load a pipeline folder or a hub id, as diffusers does; removed Stable Diffusion 2 ids lead to their mirrors.
+
+        Args:
+            pretrained_model_name_or_path: a folder with `model_index.json`, or a hub id.
+            **kwargs: as in `StableDiffusionPipeline.from_pretrained`.
+
+        Raises:
+            UserError: a folder is missing, or is not a Stable Diffusion 1 or 2 pipeline.
+        """
+        name = resolve_model_id(pretrained_model_name_or_path)
+        _check_folder(name, given=set(kwargs))
+        if "safety_checker" in kwargs and kwargs["safety_checker"] is None:
+            kwargs.setdefault("requires_safety_checker", False)
+        return super().from_pretrained(name, **kwargs)
+
+    def to_json_string(self) -> str:
+        """Return `model_index.json` under the stock class's name: the folder then loads everywhere, here included."""
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = StableDiffusionPipeline.__name__
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    def __call__(  # type: ignore[override]
+        self, *args: Any, guard: MemorizationGuard | Policy | bool | None = None, **kwargs: Any
+    ) -> AmbientSDPipelineOutput | tuple[Any, Any]:
+        """Sample pictures as `StableDiffusionPipeline` does, under the guard.
+
+        Args:
+            *args: as in `StableDiffusionPipeline.__call__`.
+            guard: None scores the pictures where guidance is on; True does so and raises where it is off; False leaves
+                the guard off; a policy also mitigates; a `MemorizationGuard` of this pipeline is used as it is.
+            **kwargs: as in `StableDiffusionPipeline.__call__`.
+
+        Returns:
+            `AmbientSDPipelineOutput` with `.images` and `.memorization`; with `return_dict=False` the stock tuple
+            (give a `MemorizationGuard` and read its `report`).
+
+        Raises:
+            UserError: the guard cannot measure (guidance off), or does not belong to this pipeline.
+        """
+        chosen = self._choose_guard(guard, args, kwargs)
+        if chosen is None:
+            return _with_reports(super().__call__(*args, **kwargs), None)
+        if active_guard(self) is chosen:
+            return _with_reports(super().__call__(*args, **kwargs), chosen)
+        with chosen:
+            return _with_reports(super().__call__(*args, **kwargs), chosen)
+
+    def _choose_guard(self, guard: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MemorizationGuard | None:
+        active = active_guard(self)
+        if isinstance(guard, MemorizationGuard):
+            if guard.pipe is not self:
+                raise UserError(
+                    "the guard belongs to another pipeline", remedy="make one with MemorizationGuard(this pipeline)"
+                )
+            return guard
+        if isinstance(guard, Policy):
+            return MemorizationGuard(self, policy=guard)
+        if guard is True:
+            return active or MemorizationGuard(self)
+        if guard is None:
+            given = inspect.signature(StableDiffusionPipeline.__call__).bind(self, *args, **kwargs)
+            given.apply_defaults()
+            # The same rule as the pipeline's do_classifier_free_guidance, which is known only once sampling has begun.
+            guided = given.arguments["guidance_scale"] > 1 and self.unet.config.time_cond_proj_dim is None
+            return active or (MemorizationGuard(self) if guided else None)
+        if guard is False:
+            return None
+        raise UserError(
+            f"guard is a {type(guard).__name__}",
+            rule="it must be None, True, False, a policy or a MemorizationGuard",
+            remedy="for example guard=policies.PromptOptimization(target=3.0)",
+        )
+
+
+def _with_reports(output: Any, guard: MemorizationGuard | None) -> Any:
+    if isinstance(output, tuple):
+        return output
+    reports = None if guard is None else guard.report
+    return AmbientSDPipelineOutput(output.images, output.nsfw_content_detected, reports)
+
+
+def _check_folder(name: str, given: set[str]) -> None:
+    """Refuse a local folder that is no Stable Diffusion 1 or 2 pipeline, before anything is loaded."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            raise UserError(f"there is no folder {name!r}", remedy="give an existing pipeline folder or a hub id")
+        return
+    remedy = "give the folder that StableDiffusionPipeline.save_pretrained wrote"
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        components = set(index)
+    except FileNotFoundError:
+        raise UserError(f"{name!r} has no model_index.json", rule="it is no pipeline folder", remedy=remedy) from None
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"{folder / 'model_index.json'} cannot be read: {error}", remedy=remedy) from None
+    if "text_encoder_2" in components:
+        raise UserError(
+            f"{name!r} is a {index.get('_class_name')}",
+            rule="AmbientSDPipeline is Stable Diffusion 1 and 2",
+            remedy="load it with its own class and use MemorizationGuard(pipe)",
+        )
+    for component in _COMPONENTS:
+        if component not in given and (component not in components or not (folder / component).is_dir()):
+            raise UserError(f"{name!r} has no {component}", rule="a pipeline needs all its parts", remedy=remedy)

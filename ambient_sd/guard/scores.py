@@ -1,0 +1,82 @@
+"""How strongly a prompt pulls one denoising step: Wen et al.'s detection score, as pure functions.
+
+`d = || eps_c - eps_u ||_2` per image, over channels and pixels, not squared (Wen, Liu, Chen, Lyu, *Detecting,
+explaining, and mitigating memorization in diffusion models*, ICLR 2024, section 3). Networks that do not predict the
+noise need a factor. With `x_t = alpha_t x0 + sigma_t eps` both halves of guidance share `x_t`, so it cancels:
+
+    epsilon:  eps_c - eps_u =                      o_c - o_u
+    v:        eps_c - eps_u = alpha_t             (o_c - o_u)      eps = alpha_t v + sigma_t x_t
+    sample:   eps_c - eps_u = -(alpha_t / sigma_t) (o_c - o_u)     eps = (x_t - alpha_t x0) / sigma_t
+
+This module knows no pipeline, no threshold and no average over steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ambient_sd.errors import UserError
+from ambient_sd.schedule import NoiseSchedule
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+def guidance_norm(*, cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
+    """Return `|| o_c - o_u ||_2` for each image, in the network's own parametrisation.
+
+    Args:
+        cond: output of the conditional half, floating, `(B, C, H, W)`.
+        uncond: output of the unconditional half, same shape.
+
+    Returns:
+        `(B,)` tensor on the same device, float32 or wider: half-precision outputs are summed in float32.
+    """
+    wide = torch.promote_types(cond.dtype, torch.float32)
+    return torch.linalg.vector_norm((cond.to(wide) - uncond.to(wide)).flatten(1), dim=1)
+
+
+def noise_factor(scheduler: Any, timesteps: torch.Tensor) -> torch.Tensor:
+    """Return what turns `|| o_c - o_u ||` into `|| eps_c - eps_u ||` at each timestep: 1, alpha_t or alpha_t / sigma_t.
+
+    Fractional timesteps (Euler with Karras sigmas, "linspace" spacing) lie between two entries of the schedule; the
+    noise level s = sigma / alpha is interpolated linearly between them, which is how those samplers define them.
+
+    Args:
+        scheduler: a diffusers scheduler with `alphas_cumprod`; its `prediction_type` selects the formula.
+        timesteps: `(S,)`, in `[0, num_train_timesteps - 1]`, integer or fractional.
+
+    Returns:
+        `(S,)` float64 tensor on the CPU.
+
+    Raises:
+        UserError: the schedule is not variance preserving, or predicts something else than noise, v or the sample.
+    """
+    schedule = require_supported(scheduler)
+    s = _level(schedule, timesteps.detach().to("cpu", torch.float64))
+    if schedule.prediction_type == "epsilon":
+        return torch.ones_like(s)
+    if schedule.prediction_type == "v_prediction":
+        return 1 / torch.sqrt(1 + s * s)
+    return 1 / s
+
+
+def require_supported(scheduler: Any) -> NoiseSchedule:
+    """Return the noise schedule of a scheduler, or raise a `UserError` when the score is not defined for it."""
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    if schedule.is_flow or schedule.prediction_type not in PREDICTION_TYPES:
+        raise UserError(
+            f"{type(scheduler).__name__} with prediction type {schedule.prediction_type}",
+            rule=f"the score is defined for a variance-preserving schedule with {', '.join(PREDICTION_TYPES)}",
+            remedy="set pipe.scheduler to DDIM, DPM++, Euler or PNDM, as the model was trained",
+        )
+    return schedule
+
+
+def _level(schedule: NoiseSchedule, t: torch.Tensor) -> torch.Tensor:
+    """Return the noise level s_t, linear between the schedule's whole timesteps."""
+    below, above = schedule.level(t.floor().long()), schedule.level(t.ceil().long())
+    part = t - t.floor()
+    # On a whole timestep the entry itself: with zero terminal SNR the last one is infinite, and inf * 0 is no number.
+    return torch.where(part == 0, below, (1 - part) * below + part * above)
