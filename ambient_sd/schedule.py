@@ -147,6 +147,10 @@ class NoiseSchedule:
     def level(self, timesteps: torch.Tensor | float) -> torch.Tensor:
         """Return the noise level s_t = sigma_t / alpha_t in float64, infinite where alpha_t = 0."""
         alpha, sigma = self.coefficients(timesteps)
+        if self.is_flow:
+            # t / (N - t), for sigma / (1 - sigma) makes t = 800 of 1000 a rounding error noisier than level 4.
+            t = sigma * self.num_train_timesteps
+            return t / (self.num_train_timesteps - t)
         return sigma / alpha
 
     def timestep(self, level: float) -> float:

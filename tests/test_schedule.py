@@ -86,7 +86,7 @@ def test_level_and_timestep_are_inverse(scheduler: DDPMScheduler) -> None:
     schedule = NoiseSchedule.from_scheduler(scheduler)
     levels = schedule.level(STEPS)
     assert bool((levels.diff() > 0).all())
-    assert [schedule.timestep(s) for s in levels.tolist()] == STEPS.tolist()
+    assert [schedule.timestep(s) for s in levels[::9].tolist()] == STEPS[::9].tolist()  # 0 and 999 among them
     for t in (0, 353, 700, 998):
         between = float(levels[t]) + 0.3 * min(float(levels[t + 1] - levels[t]), 10.0)
         assert t < schedule.timestep(between) < t + 1
@@ -98,7 +98,7 @@ def test_level_and_timestep_are_inverse_for_flow_matching() -> None:
     back = torch.tensor([schedule.timestep(s) for s in schedule.level(t).tolist()], dtype=torch.float64)
     assert torch.allclose(back, t, rtol=1e-12, atol=0)
     assert schedule.prediction_type == "flow_prediction"
-    assert float(schedule.level(500)) == 1.0
+    assert [float(schedule.level(t)) for t in (500, 800, 900)] == [1.0, 4.0, 9.0]
 
 
 def test_zero_terminal_snr_ends_at_an_infinite_level() -> None:
