@@ -99,7 +99,7 @@ class _Call:
     images_per_prompt: int
     prompts: list[str] | None
     negative_prompts: list[str] | None
-    unconditional: str
+    unconditional: str  # where there is no negative prompt
     guidance_scale: float = 0.0
     norms: list[torch.Tensor] = field(default_factory=list)
     timesteps: list[torch.Tensor] = field(default_factory=list)
@@ -225,15 +225,14 @@ class MemorizationGuard:
             )
         images, per_prompt = int(result[0].shape[0]), int(given.get("num_images_per_prompt") or 1)
         prompts = _texts(given.get("prompt"), images // per_prompt)
-        negatives = _texts(given.get("negative_prompt"), images // per_prompt)
+        negative = given.get("negative_prompt")
         if given.get("negative_prompt_embeds") is not None:
-            unconditional = "embeddings given by caller"
-        elif negatives is not None and any(negatives):
-            unconditional = "negative prompt"
-        elif given.get("negative_prompt") is None and self.pipe.config.get("force_zeros_for_empty_prompt", False):
-            unconditional = "zero embedding"
+            negative, unconditional = None, "embeddings given by caller"
+        elif negative is None and self.pipe.config.get("force_zeros_for_empty_prompt", False):
+            unconditional = "zero embedding"  # SDXL then ignores negative_prompt_2 too
         else:
-            unconditional = "empty prompt"
+            negative, unconditional = negative or given.get("negative_prompt_2"), "empty prompt"
+        negatives = _texts(negative, images // per_prompt)
         self._call = _Call(images, per_prompt, prompts, negatives, unconditional)
         return result
 
@@ -327,7 +326,7 @@ class MemorizationGuard:
                     threshold_origin="not calibrated" if self.threshold is None else "given by caller",
                     prompt=call.prompts[prompt_index] if call.prompts is not None else None,
                     negative_prompt=negative or None,
-                    unconditional=call.unconditional,
+                    unconditional="negative prompt" if negative else call.unconditional,
                     guidance_scale=call.guidance_scale,
                     prompt_index=prompt_index,
                     mitigated=change is not None and change.changed[i],

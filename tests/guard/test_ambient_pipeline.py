@@ -10,7 +10,12 @@ from typing import Any
 import guard_tools as tools
 import pytest
 import torch
-from diffusers import AutoPipelineForText2Image, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import (
+    AutoPipelineForText2Image,
+    DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
@@ -92,6 +97,19 @@ def test_a_lora_on_the_base_samples_and_scores_as_in_the_stock_pipeline(tiny_bas
     out = run(pipe)
     assert torch.equal(run(stock).images, out.images)
     assert out.memorization[0].score != without.memorization[0].score
+    # The adapter's scale reaches the evaluations of a policy too: they agree with the loop's own first step.
+    scaled = run(pipe, cross_attention_kwargs={"scale": 0.3}, guard=policies.PromptOptimization(1e-3, max_steps=2))
+    image = scaled.memorization[0]
+    assert image.curve[0] == pytest.approx(image.first_score_after, rel=1e-4)
+    assert image.first_score_before != pytest.approx(out.memorization[0].curve[0], rel=1e-4)
+
+
+def test_from_pipe_goes_both_ways_between_the_stock_class_and_ours(tiny_base: Path) -> None:
+    stock = load(StableDiffusionPipeline, tiny_base)
+    ours = AmbientSDPipeline.from_pipe(stock)
+    back = StableDiffusionImg2ImgPipeline.from_pipe(ours)
+    assert ours.unet is stock.unet and back.unet is stock.unet
+    assert run(ours).memorization
 
 
 def test_safety_checker_none_loads_without_a_word(tiny_base: Path) -> None:

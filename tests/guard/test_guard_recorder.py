@@ -66,7 +66,7 @@ def test_guarded_images_are_bit_identical_and_scores_are_the_loops_own(scheduler
         assert (image.negative_prompt, image.unconditional, image.mitigated) == (None, "empty prompt", False)
 
 
-def test_guided_rescale_and_a_live_guidance_scale_are_left_alone() -> None:
+def test_guidance_rescale_and_a_live_guidance_scale_are_left_alone() -> None:
     pipe = tools.pipeline()
     stock = tools.sample(pipe, guidance_rescale=0.7, guidance_scale=3.0)
     with MemorizationGuard(pipe) as guard:
@@ -134,6 +134,10 @@ def test_a_negative_prompt_is_reported_because_it_changes_what_the_score_means()
     assert [image.negative_prompt for image in negative] == ["blurry", "blurry", "text", "text"]
     assert {image.unconditional for image in negative} == {"negative prompt"}
     assert negative[0].curve[0] != pytest.approx(plain[0].curve[0], rel=1e-3)
+    with MemorizationGuard(pipe) as guard:
+        tools.sample(pipe, tools.PROMPTS, negative_prompt=["", "text"])
+    assert [image.negative_prompt for image in guard.report] == [None, "text"]
+    assert [image.unconditional for image in guard.report] == ["empty prompt", "negative prompt"]
 
 
 def test_a_pipeline_called_with_embeddings_is_scored_without_texts() -> None:
