@@ -116,7 +116,7 @@ class AmbientObjective:
             A `CorruptedBatch`; the loss of sample b is `weight[b] * mean((output[b] - target[b])^2)`.
 
         Raises:
-            UserError: shapes disagree, eps_n is missing, or float16 cannot hold the target.
+            UserError: shapes disagree, eps_n is missing, or float16 cannot hold the target (looked at on the CPU only).
         """
         uses_noise = self.mode == "ambient" and self.level > 0
         _check_batch(x0, eps_n, timesteps, noise, eps_n_needed=uses_noise)
@@ -131,12 +131,12 @@ class AmbientObjective:
         level_t = self.schedule.level(timesteps)
         beyond = level_t > self.level
         clean = ~beyond if uses_noise else torch.ones_like(beyond)
-        # Clean rows have s_n = 0 and any finite s_t (1); an infinite s_t is as good as 1e150. So a, 1/sqrt(a) and the
-        # rest are finite as they stand: there is no 0/0 at s_t = s_n, 0 or infinity that a mask would have to hide.
+        # Clean rows have s_n = 0 and any s_t (1); an infinite s_t gives ratio 0. So a, 1 / sqrt(a) and the rest are
+        # finite as they stand: there is no 0/0 at s_t = s_n, 0 or infinity that a mask would have to hide.
         s_n = torch.zeros_like(level_t).masked_fill(beyond & ~clean, self.level)
-        s_t = level_t.clamp(max=1e150).masked_fill(clean, 1.0)
-        # (s_t - s_n) / s_t is exact next to s_n, where 1 - s_n^2 / s_t^2 would round to zero.
-        a = (s_t - s_n) / s_t * (1.0 + s_n / s_t)
+        ratio = s_n / level_t.masked_fill(clean, 1.0)
+        # Both factors are exact to a rounding, so a > 0 wherever s_t > s_n, however close.
+        a = (1.0 - ratio) * (1.0 + ratio)
         root = a.sqrt()
         if x0.dtype == torch.float16 and root.device.type == "cpu" and bool((root < 1.0 / 8192).any()):
             raise UserError(
@@ -150,7 +150,7 @@ class AmbientObjective:
             y_n = y_n + per_sample(s_n) * eps_n.to(work)
         x_t = alpha * y_n + sigma * per_sample(root) * xi
         eps_star = per_sample(1.0 / root) * xi
-        x0_star = y_n - per_sample(s_n * s_n / (s_t * root)) * xi
+        x0_star = y_n - per_sample(s_n * ratio / root) * xi
         if self.prediction_type == "epsilon":
             target = eps_star
         elif self.prediction_type == "sample":
