@@ -1,0 +1,662 @@
+"""One self-contained HTML page: what was found, the figures with their intervals, the pictures beside their originals.
+
+The sentence at the top is computed from the figures and their intervals; nothing about the outcome is written down
+beforehand. The page loads nothing: pictures are data URIs, styles are inline, there is no script, and a content
+security policy says so. Every text is escaped: prompts come from strangers. The same report gives the same bytes.
+
+Pictures in the galleries are evidence to look at, not the measurement: "most copied first" shows the extremes, "same
+prompt" the first sample of each prompt, chosen by position alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+import os
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ambient_sd.audit.features import as_rgb
+from ambient_sd.audit.metrics import MEMORIZED_RATIO, Figure, Row, difference, memorized
+from ambient_sd.audit.neighbours import Neighbours
+from ambient_sd.errors import UserError, one_line
+
+_LOSSLESS = 96  # pictures up to this side go in as they are; larger ones as WebP thumbnails
+_THUMBNAIL = 192
+
+
+# --- what a report holds ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Hold one generated picture beside its nearest training picture.
+
+    Attributes:
+        ratio: d1 / d2. distance: d1, in the units of the run's features. score: the guard's, None without a guard.
+    """
+
+    image: Image.Image
+    prompt: str
+    nearest_image: Image.Image
+    ratio: float
+    distance: float
+    memorized: bool
+    score: float | None = None
+    nearest_prompt: str = ""
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """Hold one run: its name, what it was trained with, its rows of figures, and its samples in their own order."""
+
+    name: str
+    objective: str
+    figures: Sequence[Row]
+    samples: Sequence[Sample]
+    settings: Mapping[str, object] = field(default_factory=dict)
+    features: str = ""  # the features behind the samples' d1 and d2
+
+    def row(self, name: str) -> Row:
+        """Return the row called `name`."""
+        for row in self.figures:
+            if row.name == name:
+                return row
+        raise UserError(
+            f"report: run {self.name!r} has no measure {name!r}", rule=f"measured: {[r.name for r in self.figures]}"
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """Hold everything on the page.
+
+    Attributes:
+        runs: the first is the baseline; the sentence compares the second with it, the table all.
+        copies, quality: names of the rows that decide the sentence at the top (for both, less is better).
+        heldout_ratios: d1 / d2 of held-out real pictures, for the histogram.
+        made: how the page came to be: versions, fingerprints of model and data, seconds.
+        notes: what a reader must know, one sentence each.
+    """
+
+    title: str
+    command: str
+    runs: Sequence[RunSection]
+    training_n: int
+    copies: str
+    quality: str
+    heldout_ratios: Sequence[float] = ()
+    made: Mapping[str, object] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    shown: int = 24
+
+
+def make_samples(
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    training_images: Sequence[Image.Image],
+    neighbours: Neighbours,
+    *,
+    scores: Sequence[float | None] | None = None,
+    training_prompts: Sequence[str] | None = None,
+) -> list[Sample]:
+    """Put generated pictures beside their nearest training pictures.
+
+    Args:
+        neighbours: of `images` in `training_images`, k >= 2.
+        scores: the guard's score per picture.
+    """
+    if not len(images) == len(prompts) == len(neighbours.index) == len(scores if scores is not None else images):
+        raise UserError(
+            f"report: {len(images)} pictures, {len(prompts)} prompts, {len(neighbours.index)} neighbours",
+            rule="one each per sample",
+        )
+    ratio, copied, index = neighbours.ratio.tolist(), memorized(neighbours).tolist(), neighbours.index[:, 0].tolist()
+    return [
+        Sample(
+            image=images[i],
+            prompt=prompts[i],
+            nearest_image=training_images[index[i]],
+            ratio=ratio[i],
+            distance=float(neighbours.distance[i, 0]),
+            memorized=copied[i],
+            score=scores[i] if scores is not None else None,
+            nearest_prompt=training_prompts[index[i]] if training_prompts is not None else "",
+        )
+        for i in range(len(images))
+    ]
+
+
+# --- the sentence ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Hold the outcome in one word, the sentence for people, and the differences that it rests on.
+
+    `kind` is one of "better" (fewer copies, quality not measurably worse), "trade" (fewer copies, worse quality),
+    "unclear" (no clear difference in copies), "worse" (more copies); for a single run "copies" or "no-copies".
+    """
+
+    kind: str
+    sentence: str
+    detail: str
+
+
+def find(report: Report) -> Finding:
+    """Say what the figures say: compare the second run with the first by the 95 % intervals of the differences."""
+    if not report.runs:
+        raise UserError("report without runs", rule="needs at least one")
+    base = report.runs[0]
+    copies_base = base.row(report.copies)
+    if len(report.runs) == 1:
+        return _find_alone(base, copies_base)
+    other = report.runs[1]
+    copies = other.row(report.copies)
+    fewer = difference(copies.generated, copies_base.generated)
+    share = f"{show(copies.generated)} of {copies.generated.n} samples against {show(copies_base.generated)}"
+    this, that = f"the {other.name} run", f"the {base.name} run"
+    good = [run.row(report.quality).generated for run in (other, base)]
+    frechet = f"({_label(report.quality).split(',')[0]} {show(good[0])} against {show(good[1])})"
+    worse = difference(good[0], good[1])
+
+    if fewer.high < 0:
+        kind = "trade" if worse.low > 0 else "better"
+        sentence = f"{this} copies fewer training pictures than {that}: {share}"
+        if kind == "trade":
+            sentence += f", but its pictures are worse {frechet}."
+        elif worse.high < 0:
+            sentence += f", and its pictures are better {frechet}."
+        else:
+            sentence += f", at no measurably worse quality {frechet}."
+    else:
+        if fewer.low > 0:
+            kind, sentence = "worse", f"{this} copies more training pictures than {that}: {share}."
+        else:
+            kind, sentence = "unclear", f"no clear difference in copying between {this} and {that}: {share}."
+        verdict = "worse" if worse.low > 0 else "better" if worse.high < 0 else "not measurably different"
+        sentence += f" Its pictures are {verdict} {frechet}."
+    rest = "still more often than" if copies.excess.low > 0 else "not measurably more often than"
+    detail = (
+        f"Difference in copies {show(fewer, signed=True)} (95 % interval {_span(fewer)}), in {_label(report.quality)} "
+        f"{show(worse, signed=True)} ({_span(worse)}). {this[0].upper()}{this[1:]} hits a training picture {rest} real "
+        f"pictures that it never saw do ({show(copies.heldout)})."
+    )
+    return Finding(kind, sentence[0].upper() + sentence[1:], detail)
+
+
+def _find_alone(run: RunSection, copies: Row) -> Finding:
+    kind = "copies" if copies.excess.low > 0 else "no-copies"
+    verb = "copies training pictures" if kind == "copies" else "shows no copying beyond chance"
+    sentence = (
+        f"The {run.name} run {verb}: {show(copies.generated)} of {copies.generated.n} samples, "
+        f"{show(copies.heldout)} of unseen real pictures."
+    )
+    return Finding(
+        kind, sentence, f"Excess {show(copies.excess, signed=True)} ({_span(copies.excess)}), 95 % interval."
+    )
+
+
+def _is_share(name: str) -> bool:
+    return name.startswith("memorized") or " > " in name
+
+
+def _unit(name: str) -> tuple[float, str]:
+    """Return the factor and the sign of a measure's unit; a difference of two shares is in percentage points."""
+    if _is_share(name):
+        return 100, " points" if name.endswith(": difference") else " %"
+    return (1000, " × 10⁻³") if name.startswith("KID") else (1, "")
+
+
+def _number(value: float, name: str, signed: bool = False) -> str:
+    if not math.isfinite(value):
+        return "–"
+    value *= _unit(name)[0]
+    sign = "+" if signed else ""
+    text = f"{value:{sign}.1f}" if _is_share(name) or 100 > abs(value) >= 10 else f"{value:{sign}.2f}"
+    if not _is_share(name) and abs(value) >= 100:
+        text = f"{value:{sign}.0f}"
+    return text.replace("-", "−")
+
+
+def show(figure: Figure, signed: bool = False) -> str:
+    """Write a figure's value: shares in per cent, KID in thousandths, others with three digits."""
+    return _number(figure.value, figure.name, signed) + _unit(figure.name)[1]
+
+
+def _span(figure: Figure) -> str:
+    return f"{_number(figure.low, figure.name)} to {_number(figure.high, figure.name)}"
+
+
+def _label(name: str) -> str:
+    if name.startswith("memorized-"):
+        return f"Copied pictures, {name.removeprefix('memorized-')}"
+    if name.startswith("FD-"):
+        return f"Fréchet distance, {name.removeprefix('FD-')}"
+    return name
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def _text(value: object, limit: int = 400) -> str:
+    """Escape for HTML text and quoted attributes; control and direction characters are gone, length is bounded."""
+    return html.escape(one_line(value, limit), quote=True)
+
+
+def _uri(picture: Image.Image) -> str:
+    picture = as_rgb(picture)
+    buffer = io.BytesIO()
+    if max(picture.size) <= _LOSSLESS:
+        picture.save(buffer, "PNG", optimize=True)
+        kind = "png"
+    else:
+        picture = picture.copy()
+        picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        picture.save(buffer, "WEBP", quality=90, method=4)
+        kind = "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _img(picture: Image.Image, alt: str) -> str:
+    return f'<img src="{_uri(picture)}" alt="{_text(alt, 160)}" loading="lazy" width="96" height="96">'
+
+
+def _figure_cell(figure: Figure | None, title: str, tone: str = "") -> str:
+    if figure is None:
+        return f'<td data-head="{_text(title)}" class="none">–</td>'
+    return (
+        f'<td data-head="{_text(title)}"{tone}><b>{_text(show(figure))}</b>'
+        f"<small>{_text(_span(figure))}<br>n = {figure.n}</small></td>"
+    )
+
+
+def _table(report: Report) -> str:
+    base = report.runs[0]
+    heads = [run.name for run in report.runs]
+    compared = [f"{run.name} − {base.name}" for run in report.runs[1:]]
+    heads += [*compared, "held-out", "training, itself left out"]
+    body = []
+    for row in base.figures:
+        cells = []
+        for i, run in enumerate(report.runs):
+            cells.append(_figure_cell(run.row(row.name).generated, run.name, f' class="run{i}"'))
+        for run, head in zip(report.runs[1:], compared, strict=True):
+            gap = difference(run.row(row.name).generated, row.generated)
+            cells.append(
+                f'<td data-head="{_text(head)}"><b>{_text(show(gap, signed=True))}</b>'
+                f"<small>{_text(_span(gap))}<br>{_text(gap.detail)}</small></td>"
+            )
+        cells.append(_figure_cell(row.heldout, "held-out"))
+        cells.append(_figure_cell(row.background, "training, itself left out"))
+        detail = row.generated.detail
+        key = ' class="key"' if row.name in (report.copies, report.quality) else ""
+        head = f'<th scope="row">{_text(_label(row.name))}<small>{_text(detail)}</small></th>'
+        body.append(f"<tr{key}>{head}{''.join(cells)}</tr>")
+    columns = "".join(f'<th scope="col">{_text(h)}</th>' for h in heads)
+    seeds = sorted({row.generated.seed for run in report.runs for row in run.figures})
+    return (
+        f'<div class="scroll"><table class="figures"><thead><tr><th scope="col">measure</th>{columns}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+        f'<p class="note">95 % intervals; whole prompts are resampled, seed {_text(", ".join(map(str, seeds)))}. '
+        "Held-out: the same measure on real pictures that no run has seen; for distances between sets it is the floor, "
+        "one half of the held-out pictures against the other at equal n. Less is better in every row but the signs of "
+        "differences.</p>"
+    )
+
+
+def _whiskers(title: str, rows: Sequence[tuple[str, str, Figure]], note: str) -> str:
+    """Draw figures as dots with their intervals on one axis that starts at 0 (or at the lowest end, if negative)."""
+    measure = rows[0][2].name
+    ticks = _ticks(min(0.0, *(f.low for _, _, f in rows)), max(f.high for _, _, f in rows))
+    low, high = ticks[0], ticks[-1]
+    left, right, step = 8, 392, 44
+    x = lambda v: left + (right - left) * (v - low) / (high - low)  # noqa: E731
+    height = step * len(rows) + 22
+    parts = [f'<svg viewBox="0 0 400 {height}" role="img" aria-label="{_text(title)}">']
+    for v in ticks:
+        anchor = "start" if v == low else "end" if v == high else "middle"
+        factor, unit = _unit(measure)
+        label = f"{v * factor:.6g}".replace("-", "−") + (unit if v == high else "")
+        parts.append(f'<line class="grid" x1="{x(v):.1f}" x2="{x(v):.1f}" y1="22" y2="{height - 18}"/>')
+        parts.append(f'<text class="tick" x="{x(v):.1f}" y="{height - 4}" text-anchor="{anchor}">{_text(label)}</text>')
+    for i, (name, tone, figure) in enumerate(rows):
+        y = step * i + 33
+        parts.append(f'<text x="{left}" y="{y - 12}">{_text(name, 40)}</text>')
+        parts.append(
+            f'<text x="{right}" y="{y - 12}" text-anchor="end" class="value">{_text(show(figure))}'
+            f'<tspan class="tick" dx="6">{_text(_span(figure))}</tspan></text>'
+        )
+        parts.append(f'<line class="{tone} bar" x1="{x(figure.low):.1f}" x2="{x(figure.high):.1f}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<circle class="{tone} dot" cx="{x(figure.value):.1f}" cy="{y}" r="6"/>')
+    parts.append("</svg>")
+    caption = f"<figcaption>{_text(title)}<small>{_text(note)}</small></figcaption>"
+    return f'<figure class="card">{caption}{"".join(parts)}</figure>'
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Return round numbers that cover [low, high], four to seven of them."""
+    span = max(high - low, 1e-9)
+    size = 10.0 ** math.floor(math.log10(span / 4))
+    step = next(m * size for m in (1, 2, 5, 10) if span / (m * size) <= 5)
+    first = math.floor(low / step + 1e-9)
+    return [k * step for k in range(first, max(math.ceil(high / step - 1e-9), first + 1) + 1)]
+
+
+def _histogram(name: str, tone: str, ratios: Sequence[float], top: float, bins: int = 24) -> str:
+    counts = _bin(ratios, bins)
+    width = 380 / bins
+    cut = 10 + 380 * MEMORIZED_RATIO
+    inside = sum(r < MEMORIZED_RATIO for r in ratios)
+    parts = [f'<svg viewBox="0 0 400 96" role="img" aria-label="{_text(name)}: histogram of d1/d2">']
+    for i, count in enumerate(counts):
+        h = 58 * count / len(ratios) / top
+        if count:
+            parts.append(
+                f'<rect class="{tone} box" x="{10 + i * width + 0.5:.1f}" y="{78 - h:.1f}" width="{width - 1:.1f}" '
+                f'height="{h:.1f}"/>'
+            )
+    parts.append('<line class="axis" x1="10" x2="390" y1="78" y2="78"/>')
+    parts.append(f'<line class="cut" x1="{cut}" x2="{cut}" y1="16" y2="78"/>')
+    parts.append(
+        '<text class="tick" x="10" y="92">0</text><text class="tick" x="390" y="92" text-anchor="end">1</text>'
+        f'<text class="tick" x="{cut}" y="92" text-anchor="middle">1/3</text>'
+        f'<text x="10" y="11">{_text(name, 40)}</text>'
+        f'<text class="tick" x="390" y="11" text-anchor="end">{inside} of {len(ratios)} left of the line</text></svg>'
+    )
+    return "".join(parts)
+
+
+def _bin(ratios: Sequence[float], bins: int) -> list[int]:
+    counts = [0] * bins
+    for ratio in ratios:
+        counts[min(int(ratio * bins), bins - 1)] += 1
+    return counts
+
+
+def _histograms(report: Report, bins: int = 24) -> str:
+    rows = [(run.name, f"run{i}", [s.ratio for s in run.samples]) for i, run in enumerate(report.runs)]
+    if report.heldout_ratios:
+        rows.append(("held-out", "held", list(report.heldout_ratios)))
+    rows = [row for row in rows if row[2]]
+    if not rows:
+        return ""
+    top = max(max(_bin(ratios, bins)) / len(ratios) for _, _, ratios in rows)
+    return (
+        '<figure class="card wide"><figcaption>How near is the nearest?<small>d1/d2: distance to the nearest over the '
+        "second nearest training picture, share of samples; copies lie left of 1/3.</small></figcaption>"
+        f'<div class="hists">{"".join(_histogram(*row, top) for row in rows)}</div></figure>'
+    )
+
+
+def _caption(sample: Sample) -> str:
+    badge = '<span class="badge copy">copy</span>' if sample.memorized else '<span class="badge">no copy</span>'
+    score = "" if sample.score is None else f"<span>guard {sample.score:.3g}</span>"
+    numbers = f"<span>d1/d2 {sample.ratio:.2f}</span><span>d1 {sample.distance:.3g}</span>"
+    return f'<div class="facts">{badge}{numbers}{score}</div>'
+
+
+def _pair(sample: Sample) -> str:
+    near = f"nearest training picture: {sample.nearest_prompt}" if sample.nearest_prompt else "nearest training picture"
+    made, real = _img(sample.image, f"generated for: {sample.prompt}"), _img(sample.nearest_image, near)
+    sides = ((made, "generated"), (real, "nearest training"))
+    return f'<div class="pair">{"".join(f"<span>{img}<small>{label}</small></span>" for img, label in sides)}</div>'
+
+
+def _cards(samples: Iterable[Sample]) -> str:
+    cards = []
+    for sample in samples:
+        prompt = f'<p class="prompt" dir="auto">{_text(sample.prompt, 120)}</p>'
+        tone = "card is-copy" if sample.memorized else "card"
+        cards.append(f'<article class="{tone}">{_pair(sample)}{prompt}{_caption(sample)}</article>')
+    return "".join(cards)
+
+
+def _more(shown: str, rest: str, label: str, kind: str) -> str:
+    more = f'<details><summary>{_text(label)}</summary><div class="{kind}">{rest}</div></details>' if rest else ""
+    return f'<div class="{kind}">{shown}</div>{more}'
+
+
+def _gallery(run: RunSection, i: int, shown: int) -> str:
+    ordered = sorted(run.samples, key=lambda s: (s.ratio, s.prompt))
+    copies = sum(s.memorized for s in ordered)
+    first, rest = ordered[:shown], ordered[shown : 3 * shown]
+    hidden = len(ordered) - len(first) - len(rest)
+    tail = f"; {hidden} less copied samples are not on this page" if hidden else ""
+    inside = f", distances in {run.features}" if run.features else ""
+    marked = f"{run.objective}. {copies} of {len(ordered)} samples are marked as copies{inside}."
+    return (
+        f'<section><h2><i class="swatch run{i}"></i>{_text(run.name)}: most copied first</h2>'
+        f'<p class="note">{_text(marked)} These are the extremes, not typical samples{tail}.</p>'
+        f"{_more(_cards(first), _cards(rest), f'{len(rest)} more', 'cards')}</section>"
+    )
+
+
+def _first_by_prompt(run: RunSection) -> dict[str, Sample]:
+    found: dict[str, Sample] = {}
+    for sample in run.samples:
+        found.setdefault(sample.prompt, sample)
+    return found
+
+
+def _side_by_side(report: Report) -> str:
+    if len(report.runs) < 2:
+        return ""
+    by_run = [_first_by_prompt(run) for run in report.runs]
+    prompts = [p for p in by_run[0] if all(p in other for other in by_run[1:])]
+    if not prompts:
+        return ""
+    cards = []
+    for prompt in prompts:
+        sides = "".join(
+            f'<div class="side"><h4><i class="swatch run{i}"></i>{_text(run.name)}</h4>{_pair(by_run[i][prompt])}'
+            f"{_caption(by_run[i][prompt])}</div>"
+            for i, run in enumerate(report.runs)
+        )
+        head = f'<h3 dir="auto">{_text(prompt, 120)}</h3>'
+        cards.append(f'<article class="card duo">{head}<div class="sides">{sides}</div></article>')
+    shown = report.shown // 2
+    listed = _more("".join(cards[:shown]), "".join(cards[shown:]), f"{len(cards) - shown} more prompts", "duos")
+    return (
+        "<section><h2>Same prompt, side by side</h2>"
+        '<p class="note">The first sample of each prompt, in the order of the prompts: not selected by outcome.</p>'
+        f"{listed}</section>"
+    )
+
+
+def _facts(facts: Mapping[str, object]) -> str:
+    rows = "".join(f'<tr><th scope="row">{_text(k)}</th><td>{_text(v, 600)}</td></tr>' for k, v in facts.items())
+    return f'<div class="scroll"><table class="facts-table"><tbody>{rows}</tbody></table></div>' if rows else ""
+
+
+def _made(report: Report) -> str:
+    runs = "".join(
+        f'<h3><i class="swatch run{i}"></i>{_text(run.name)}</h3>{_facts(run.settings)}'
+        for i, run in enumerate(report.runs)
+        if run.settings
+    )
+    notes = "".join(f"<li>{_text(note, 600)}</li>" for note in report.notes)
+    return (
+        f"<section><h2>How this page was made</h2><pre><code>{_text(report.command, 600)}</code></pre>"
+        f"{_facts(report.made)}{runs}{f'<h3>Notes</h3><ul>{notes}</ul>' if notes else ''}"
+        '<p class="note">A copy: the nearest training picture is less than a third as far away as the second nearest. '
+        "Few copies among these samples do not prove that a model never copies, and broken pictures copy nothing: read "
+        "copies and quality together.</p></section>"
+    )
+
+
+def render(report: Report) -> str:
+    """Return the page as one HTML string."""
+    finding = find(report)
+    charts = []
+    for name, note in (
+        (report.copies, "share of samples; less is better"),
+        (report.quality, "to unseen real pictures; less is better"),
+    ):
+        if any(row.name == name for row in report.runs[0].figures):
+            rows = [(run.name, f"run{i}", run.row(name).generated) for i, run in enumerate(report.runs)]
+            real = "held-out real pictures" if _is_share(name) else "floor: real against real"
+            charts.append(_whiskers(_label(name), [*rows, (real, "held", report.runs[0].row(name).heldout)], note))
+    galleries = "".join(_gallery(run, i, report.shown) for i, run in enumerate(report.runs))
+    samples = ", ".join(f"{len(run.samples)} samples from {run.name}" for run in report.runs)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{_text(report.title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<header>
+<p class="kicker">{_text(report.title)}</p>
+<h1 class="{_text(finding.kind)}">{_text(finding.sentence)}</h1>
+<p class="lead">{_text(finding.detail, 800)}</p>
+<p class="note">{report.training_n} training pictures; {_text(samples)}.</p>
+</header>
+<main>
+<section class="charts">{"".join(charts)}{_histograms(report)}</section>
+<section><h2>Figures</h2>{_table(report)}</section>
+{_side_by_side(report)}
+{galleries}
+{_made(report)}
+</main>
+</body>
+</html>
+"""
+
+
+def write_report(path: str | Path, report: Report) -> Path:
+    """Write the page to `path` (folders are made) and return it; an interrupted write leaves no half page."""
+    page = render(report)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(page, encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
+def contact_sheet(
+    images: Sequence[Image.Image], columns: int = 8, captions: Sequence[Hashable] | None = None, gap: int = 4
+) -> Image.Image:
+    """Lay pictures out on one white sheet, row by row, each cell as large as the largest picture.
+
+    Args:
+        captions: one short text under each picture, cut to the cell's width.
+
+    Raises:
+        UserError: no pictures, no columns, or another number of captions.
+    """
+    if not images or columns < 1 or (captions is not None and len(captions) != len(images)):
+        raise UserError(
+            f"contact sheet of {len(images)} pictures in {columns} columns",
+            rule="needs pictures, at least one column, and one caption per picture",
+        )
+    font = ImageFont.load_default()
+    width, height = max(i.width for i in images), max(i.height for i in images)
+    line = 14 if captions is not None else 0
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + line + gap) + gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, image in enumerate(images):
+        x, y = gap + (i % columns) * (width + gap), gap + (i // columns) * (height + line + gap)
+        sheet.paste(as_rgb(image), (x, y))
+        if captions is not None:
+            text = one_line(captions[i], 80).encode("latin-1", "replace").decode("latin-1")
+            while text and pen.textlength(text, font=font) > width:
+                text = text[:-1]
+            pen.text((x, y + height + 1), text, fill="black", font=font)
+    return sheet
+
+
+_STYLE = """
+:root{--bg:#faf9f6;--card:#fff;--ink:#1b1c20;--soft:#5d626d;--line:#e2dfd7;--run0:#c2410c;--run1:#0b6e69;--run2:#5b4bb5;
+--held:#7a7f8a;--copy:#a31621;--copybg:#fdecec;--tag:#efede7}
+@media (prefers-color-scheme:dark){:root{--bg:#121316;--card:#1b1d22;--ink:#ecebe7;--soft:#a0a5b0;--line:#2e3138;
+--run0:#f08a52;--run1:#4fc3b8;--run2:#a99cf2;--held:#8d93a0;--copy:#ff9d9d;--copybg:#3c1d20;--tag:#2a2d34}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,
+"Helvetica Neue",Arial,sans-serif}
+header,main{max-width:1180px;margin:0 auto;padding:0 24px}
+header{padding-top:44px;padding-bottom:8px}
+.kicker{margin:0;color:var(--soft);font-weight:600}
+h1{font-size:clamp(1.45rem,3vw,2.1rem);line-height:1.25;margin:.35em 0 .5em;max-width:34em;font-weight:650;
+letter-spacing:-.01em;text-wrap:pretty}
+h2{font-size:1.3rem;margin:0 0 .3em;letter-spacing:-.005em}
+h3{font-size:1rem;margin:1.2em 0 .4em}
+h4{font-size:.85rem;margin:0 0 .5em;font-weight:600}
+.lead{margin:0 0 .4em;max-width:60em}
+.note,small{color:var(--soft)}
+.note{font-size:.9rem;margin:.2em 0 1em;max-width:64em}
+section{margin:0 0 52px}
+.charts{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:16px;margin-top:24px}
+.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px}
+figure{margin:0}
+figure.card{padding:16px 18px}
+figure.wide{grid-column:1/-1}
+figcaption{font-weight:600;margin-bottom:8px}
+figcaption small{display:block;font-weight:400}
+svg{display:block;width:100%;height:auto}
+svg text{font-size:12px;fill:var(--ink)}
+svg .value{font-weight:600}
+svg .tick{font-size:10.5px;fill:var(--soft);font-weight:400}
+svg .grid,svg .axis{stroke:var(--line)}
+svg .cut{stroke:var(--copy);stroke-dasharray:3 3}
+.run0{--tone:var(--run0)}.run1{--tone:var(--run1)}.run2{--tone:var(--run2)}.held{--tone:var(--held)}
+svg .bar{stroke:var(--tone);stroke-width:4;stroke-linecap:round;opacity:.45}
+svg .dot,svg .box{fill:var(--tone)}
+.hists{display:grid;grid-template-columns:repeat(auto-fit,minmax(260px,1fr));gap:8px 24px}
+.swatch{display:inline-block;width:.7em;height:.7em;border-radius:50%;background:var(--tone);margin-right:.45em}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-size:.92rem}
+th,td{text-align:left;vertical-align:top;padding:9px 14px 9px 0;border-bottom:1px solid var(--line)}
+thead th{font-size:.82rem;color:var(--soft);font-weight:600;border-bottom-width:2px}
+tbody th{font-weight:500;max-width:19em}
+td b{font-variant-numeric:tabular-nums;font-weight:600;white-space:nowrap}
+td[class^=run] b{color:var(--tone)}
+td small,th small{display:block;font-size:.78rem;font-weight:400;line-height:1.4}
+tr.key th{font-weight:700}
+.none{color:var(--soft)}
+.facts-table th{width:14em;color:var(--soft);font-weight:500;padding-right:18px}
+.facts-table td{overflow-wrap:anywhere}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(232px,1fr));gap:14px}
+.duos{display:grid;grid-template-columns:repeat(auto-fill,minmax(500px,1fr));gap:14px}
+.sides{display:grid;grid-template-columns:1fr 1fr;gap:18px}
+.duo h3{margin:0 0 .7em;overflow-wrap:anywhere}
+.pair{display:flex;gap:8px}
+.pair span{flex:1 1 0;min-width:0}
+.pair small{display:block;font-size:.74rem;margin-top:2px}
+img{display:block;width:100%;height:auto;aspect-ratio:1;object-fit:contain;background:#fff;border:1px solid var(--line);
+border-radius:6px}
+.prompt{margin:8px 0 6px;font-size:.9rem;line-height:1.35;overflow-wrap:anywhere}
+.facts{display:flex;flex-wrap:wrap;gap:3px 10px;align-items:center;font-size:.78rem;color:var(--soft);
+font-variant-numeric:tabular-nums;margin-top:6px}
+.badge{background:var(--tag);border-radius:4px;padding:1px 6px;color:var(--soft)}
+.badge.copy{background:var(--copybg);color:var(--copy);font-weight:650}
+.is-copy{border-color:var(--copy)}
+details{margin-top:14px}
+summary{cursor:pointer;color:var(--soft);padding:6px 0}
+summary:hover{color:var(--ink)}
+summary:focus-visible{outline:2px solid var(--run1);outline-offset:2px}
+pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 14px;white-space:pre-wrap;
+overflow-wrap:anywhere;font-size:.88rem}
+ul{padding-left:1.2em;max-width:64em}
+@media (max-width:760px){header,main{padding-left:16px;padding-right:16px}header{padding-top:26px}
+.charts,.duos{grid-template-columns:minmax(0,1fr)}.cards{grid-template-columns:repeat(auto-fill,minmax(200px,1fr))}
+.figures thead{display:none}.figures,.figures tbody{display:block}
+.figures tr{display:grid;grid-template-columns:1fr 1fr;gap:10px 16px;padding:14px 0;border-bottom:1px solid var(--line)}
+.figures th,.figures td{border:0;padding:0}.figures tbody th{grid-column:1/-1;max-width:none;font-weight:650}
+.figures td::before{content:attr(data-head);display:block;font-size:.76rem;color:var(--soft)}
+.facts-table th{width:8em}}
+@media (max-width:460px){.sides{gap:10px}.duo .facts{gap:2px 8px}}
+@media print{.card{break-inside:avoid}}
+"""
