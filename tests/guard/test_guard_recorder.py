@@ -362,3 +362,29 @@ def test_a_policy_that_replaces_both_outputs_by_the_unconditional_one_samples_th
     assert (guided - empty).abs().max() > 1e-3
     assert policy.seen == [(i, t, 7.5) for i, t in enumerate(guard.report[0].timesteps)]
     assert all(norm > 0 for norm in guard.report[0].curve)  # the score is what the network said, not what was put back
+
+
+class Halves(Policy):
+    """Put the two outputs back, as they were or swapped."""
+
+    def __init__(self, swapped: bool) -> None:
+        self.swapped = swapped
+
+    def step(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        return (step.uncond, step.cond) if self.swapped else (step.cond, step.uncond)
+
+
+def test_what_a_policy_puts_back_lands_in_the_half_that_it_names() -> None:
+    pipe = tools.pipeline()
+    stock = tools.sample(pipe, tools.PROMPTS)
+    for swapped in (False, True):
+        with MemorizationGuard(pipe, Halves(swapped)):
+            assert torch.equal(stock, tools.sample(pipe, tools.PROMPTS)) is not swapped
+
+
+def test_a_network_used_on_its_own_under_the_guard_is_not_counted() -> None:
+    pipe = tools.pipeline()
+    with MemorizationGuard(pipe) as guard:
+        tools.sample(pipe)
+        pipe.unet(torch.zeros(3, 4, 16, 16), 5, encoder_hidden_states=torch.zeros(3, 24, 16))
+    assert len(guard.history) == 1 and len(guard.report[0].curve) == 3

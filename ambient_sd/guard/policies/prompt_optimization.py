@@ -60,20 +60,20 @@ class PromptOptimization(Policy):
         iterations, changed = [0] * n, [False] * n
 
         with start.enable_grad():
-            # One parameter per picture: AdamW skips those without a gradient, so a stopped picture moves no further, by
-            # momentum or by weight decay. float32 at least: a step of 0.05 must not be rounded in half precision.
+            # float32 at least: a step of 0.05 must not be rounded away in half precision.
             wide = torch.promote_types(start.prompt_embeds.dtype, torch.float32)
             own = start.prompt_embeds.detach().to(wide)
             best_embeds = start.prompt_embeds.clone()
-            tails = [own[i, 1:].clone().requires_grad_(True) for i in range(n)]
-            optimizer = torch.optim.AdamW(tails, lr=self.lr)
+            # AdamW works element by element, and all active pictures have taken equally many steps: one parameter is as
+            # good as one per picture. Rows of pictures that have stopped may drift; nothing reads them again.
+            tail = own[:, 1:].clone().requires_grad_(True)
+            optimizer = torch.optim.AdamW([tail], lr=self.lr)
             active = list(range(n))
             for iteration in range(self.max_steps + 1):
                 last = iteration == self.max_steps
                 with torch.set_grad_enabled(not last):
-                    embeds = torch.stack([torch.cat([own[i, :1], tails[i]]) for i in active])
-                    embeds = embeds.to(start.prompt_embeds.dtype)
                     rows = torch.tensor(active, device=eps_u.device)
+                    embeds = torch.cat([own[rows, :1], tail[rows]], dim=1).to(start.prompt_embeds.dtype)
                     norms = guidance_norm(cond=start.predict_cond(embeds, rows), uncond=eps_u[rows])
                     norms = norms * start.noise_factor
                 values = norms.tolist()
@@ -90,10 +90,8 @@ class PromptOptimization(Policy):
                     break
                 active = [active[k] for k in going_on]
                 # Pictures do not mix in the network, so the gradient of the sum is each picture's own gradient.
-                gradients = torch.autograd.grad(norms[going_on].sum(), [tails[i] for i in active])
-                optimizer.zero_grad(set_to_none=True)
-                for i, gradient in zip(active, gradients, strict=True):
-                    tails[i].grad = gradient
+                (tail.grad,) = torch.autograd.grad(norms[going_on].sum(), [tail])
+                for i in active:
                     iterations[i] += 1
                 optimizer.step()
         return PromptChange(best_embeds, changed, first, best, iterations)
