@@ -1,0 +1,201 @@
+"""Pictures to clean latents x0, captions to text embeddings: computed once where they fit in memory.
+
+    x0 = (mean + std * eps_v - shift) * scaling          mean, std: the VAE's posterior of ONE view of the picture
+
+What must not leak (Shah et al., ICML 2025, Lemma 4.2: m noisy copies of a picture average to noise sigma_n / sqrt(m)):
+under the ambient objective each picture has one view (crop and mirror) for ever, drawn from its key, and eps_v is fixed
+by key and view. x_n is then one tensor per picture. A mirrored copy with its own noise would be a second draw, for it
+can be mirrored back; and mirroring x0 but not its noise (as the paper's code does) is just that. The other objectives
+use no fixed noise, so their views are drawn anew at each position.
+
+Pictures and captions are encoded one at a time: the result then has the same bits in memory and on the fly, alone and
+in a batch, on one process and on two. Nothing is kept on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from ambient_sd.data.noise import image_noise
+from ambient_sd.data.sources import Picture, PictureSet
+from ambient_sd.data.stream import SampleStream, keyed_generator
+
+# Above this many bytes per process latents (or embeddings) are not held but computed when needed: 2 GiB are 32,768
+# latents of SD at 512 px, or 6,800 captions of SD2.
+MAX_HELD_BYTES = 2 * 1024**3
+
+
+@dataclass(frozen=True)
+class View:
+    """Say which part of a resized picture is seen: mirrored or not, and where the crop lies, as fractions in [0, 1)."""
+
+    flip: bool = False
+    top: float = 0.5
+    left: float = 0.5
+
+
+class Sample(NamedTuple):
+    """Hold a picture ready for the VAE: pixels (3, H, W) float32 in [-1, 1], its key and the key of its VAE draw."""
+
+    pixels: torch.Tensor
+    key: str
+    draw_key: str
+
+
+@dataclass(frozen=True)
+class ViewRule:
+    """Decide the view of each sample.
+
+    Args:
+        resolution: side of the square crop, pixels.
+        center_crop: always crop the centre.
+        random_flip: mirror half of the samples.
+        per_picture: draw once per picture from its key and `noise_seed` (ambient), not at each position.
+        noise_seed: seed of everything that is fixed per picture.
+    """
+
+    resolution: int
+    center_crop: bool
+    random_flip: bool
+    per_picture: bool
+    noise_seed: int
+
+    def fixed(self, pictures: PictureSet) -> bool:
+        """Tell whether a picture's view can never change, so that its latent can be kept."""
+        uncropped = all(width == height for width, height in pictures.sizes)
+        return self.per_picture or (not self.random_flip and (self.center_crop or uncropped))
+
+    def view(self, key: str, stream: SampleStream, position: int) -> View:
+        """Return the view of the picture `key` at a position."""
+        # Purpose tags keep this stream apart from that of the picture's noise.
+        g = keyed_generator(self.noise_seed, "view", key) if self.per_picture else stream.generator("view", position)
+        flip, top, left = torch.rand(3, generator=g, dtype=torch.float64).tolist()
+        if self.center_crop:
+            top = left = 0.5
+        return View(self.random_flip and flip < 0.5, top, left)
+
+    def sample(self, picture: Picture, stream: SampleStream, position: int) -> Sample:
+        """Return the pixels of a picture as seen at a position."""
+        view = self.view(picture.key, stream, position)
+        pixels, box = crop(picture.image, view, self.resolution)
+        return Sample(pixels, picture.key, f"vae-draw {box} {'mirrored' if view.flip else 'upright'} {picture.key}")
+
+
+def crop(image: Image.Image, view: View, resolution: int) -> tuple[torch.Tensor, tuple[int, int]]:
+    """Resize the shorter side to `resolution` (Lanczos), crop a square, mirror it if asked.
+
+    Returns:
+        Pixels (3, resolution, resolution), float32 in [-1, 1], and the crop's (top, left) corner in pixels.
+    """
+    width, height = image.size
+    scale = resolution / min(width, height)
+    width, height = max(resolution, round(width * scale)), max(resolution, round(height * scale))
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    top, left = int(view.top * (height - resolution + 1)), int(view.left * (width - resolution + 1))
+    image = image.crop((left, top, left + resolution, top + resolution))
+    if view.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    pixels = flat.reshape(resolution, resolution, 3).permute(2, 0, 1).float() / 127.5 - 1.0
+    return pixels, (top, left)
+
+
+class Samples(Dataset[Sample]):
+    """Give the sample at each position of a run; a map-style data set for torch's DataLoader."""
+
+    def __init__(self, pictures: PictureSet, rule: ViewRule, stream: SampleStream) -> None:
+        self.pictures, self.rule, self.stream = pictures, rule, stream
+
+    def __getitem__(self, position: int) -> Sample:
+        return self.rule.sample(self.pictures[self.stream.picture(position)], self.stream, position)
+
+
+@torch.no_grad()
+def encode(vae: Any, samples: Sequence[Sample], *, noise_seed: int) -> torch.Tensor:
+    """Encode samples to clean latents with the one VAE draw of each view.
+
+    Args:
+        vae: a diffusers AutoencoderKL, float32.
+        samples: B samples.
+        noise_seed: seed of the draws.
+
+    Returns:
+        x0, (B, C, h, w) float32 on the CPU, shifted and scaled as the U-Net sees it.
+    """
+    latents = []
+    for sample in samples:
+        posterior = vae.encode(sample.pixels[None].to(vae.device, vae.dtype)).latent_dist
+        draw = image_noise([sample.draw_key], tuple(posterior.mean.shape[1:]), seed=noise_seed)
+        z = posterior.mean.float().cpu() + posterior.std.float().cpu() * draw
+        latents.append((z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor)
+    return torch.cat(latents)
+
+
+def latent_shape(vae_config: Any, resolution: int) -> tuple[int, int, int]:
+    """Return the shape (C, h, w) of one latent."""
+    side = resolution // 2 ** (len(vae_config["block_out_channels"]) - 1)
+    return int(vae_config["latent_channels"]), side, side
+
+
+def encode_all(
+    vae: Any, pictures: PictureSet, rule: ViewRule, indices: Sequence[int], *, progress: bool = False
+) -> torch.Tensor:
+    """Encode the fixed views of some pictures, (len(indices), C, h, w) float32 on the CPU."""
+    shape = latent_shape(vae.config, rule.resolution)
+    held = torch.empty((len(indices), *shape))
+    # A fixed view is the same at every position, so any will do.
+    stream = SampleStream(len(pictures), 0)
+    for row, index in enumerate(tqdm(indices, desc="encoding pictures", disable=not progress, leave=False)):
+        held[row] = encode(vae, [rule.sample(pictures[index], stream, 0)], noise_seed=rule.noise_seed)[0]
+    return held
+
+
+class CaptionEncoder:
+    """Turn captions into the frozen text encoder's embeddings, as StableDiffusionPipeline does for a prompt.
+
+    Args:
+        tokenizer: a CLIP tokenizer.
+        text_encoder: a CLIP text model, float32.
+    """
+
+    def __init__(self, tokenizer: Any, text_encoder: Any) -> None:
+        self.tokenizer, self.text_encoder = tokenizer, text_encoder
+        self.held: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def encode(self, caption: str) -> torch.Tensor:
+        """Return one caption's embedding, (L, D) float32 on the CPU."""
+        tokens = self.tokenizer(
+            caption,
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
+        device = self.text_encoder.device
+        mask = tokens.attention_mask.to(device) if masked else None
+        return self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0][0].float().cpu()
+
+    def hold(self, captions: Sequence[str], *, limit: int = MAX_HELD_BYTES, progress: bool = False) -> bool:
+        """Encode all distinct captions and the empty one now, if they fit in `limit` bytes; tell whether they do."""
+        # dict keeps the order of the first use, so that progress and memory do not depend on hashing.
+        distinct = list(dict.fromkeys(["", *captions]))
+        first = self.encode("")
+        if len(distinct) * first.numel() * first.element_size() > limit:
+            return False
+        for caption in tqdm(distinct, desc="encoding captions", disable=not progress, leave=False):
+            self.held[caption] = self.encode(caption)
+        return True
+
+    def __call__(self, captions: Sequence[str]) -> torch.Tensor:
+        """Return the embeddings of captions, (B, L, D) float32 on the CPU."""
+        return torch.stack([self.held[c] if c in self.held else self.encode(c) for c in captions])

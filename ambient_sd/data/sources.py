@@ -1,0 +1,365 @@
+"""Pictures and captions from a folder with metadata.jsonl, a parquet file or a hub dataset, checked before use.
+
+A picture's `key` is the SHA-256 of its decoded RGB content, size included. Whatever is fixed per picture (its noise,
+its VAE draw, its view) hangs on it, so a copy under another name or in another lossless format shares all of them.
+
+It does not find near-duplicates, resize, or encode anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+from ambient_sd.errors import UserError
+
+METADATA = "metadata.jsonl"
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_SHOWN = 3  # names listed in an error line before "and N more"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Hold one decoded picture.
+
+    Attributes:
+        image: RGB picture, upright (EXIF orientation applied), transparency laid on white.
+        caption: its caption, possibly empty.
+        key: `content_key(image)`.
+        name: file name or row, for messages.
+    """
+
+    image: Image.Image
+    caption: str
+    key: str
+    name: str
+
+
+class PictureSet(Sequence[Picture]):
+    """Hold rows of pictures and captions; a picture is decoded anew at each access.
+
+    Args:
+        images: per row the encoded bytes, or the path of the file.
+        captions: per row the caption.
+        names: per row a name for messages.
+        source: where the rows come from, for messages.
+    """
+
+    def __init__(
+        self, images: Sequence[bytes | Path], captions: Sequence[str], names: Sequence[str], source: str
+    ) -> None:
+        self._images, self.captions, self.names, self.source = images, list(captions), list(names), source
+        self.keys: list[str] = []
+        self.sizes: list[tuple[int, int]] = []
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> Picture:  # type: ignore[override]  # slices have no use here
+        try:
+            image = decode(self._images[index])
+        except _Undecodable as error:
+            raise UserError(f"{self.names[index]} in {self.source} cannot be read", rule=str(error)) from None
+        return Picture(image, self.captions[index], content_key(image), self.names[index])
+
+    def check(self, progress: bool = False) -> PictureSet:
+        """Decode every picture once and record `keys` and `sizes`; return self.
+
+        Training calls this before any model loads: a broken file in hour three costs the three hours.
+
+        Raises:
+            UserError: pictures cannot be decoded; the first ones are named.
+        """
+        keys, sizes, broken = [], [], []
+        for i in tqdm(range(len(self)), desc="checking pictures", disable=not progress, leave=False):
+            try:
+                image = decode(self._images[i])
+            except _Undecodable as error:
+                broken.append(f"{self.names[i]} ({error})")
+                continue
+            keys.append(content_key(image))
+            sizes.append(image.size)
+        if broken:
+            raise UserError(
+                f"{len(broken)} of {len(self)} pictures in {self.source} cannot be read: {_some(broken)}",
+                rule="every picture must decode",
+                remedy="replace the files or remove their rows",
+            )
+        self.keys, self.sizes = keys, sizes
+        return self
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over keys and captions in their order, once `check` has run."""
+        digest = hashlib.sha256()
+        for key, caption in zip(self.keys, self.captions, strict=True):
+            digest.update(f"{key} {len(caption)} {caption}\n".encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+
+class _Undecodable(Exception):
+    """The bytes of one picture do not decode; the message says why."""
+
+
+def content_key(image: Image.Image) -> str:
+    """Return the SHA-256 of an RGB picture's size and pixels, in hexadecimal."""
+    width, height = image.size
+    return hashlib.sha256(f"{width}x{height} RGB\n".encode() + image.tobytes()).hexdigest()
+
+
+def decode(source: bytes | Path) -> Image.Image:
+    """Decode a picture to RGB: upright, the first frame, transparency laid on white."""
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                # convert("RGB") alone would bring out whatever colours lie hidden under transparent pixels.
+                layer = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+            return image.convert("RGB")
+    except Image.UnidentifiedImageError:
+        raise _Undecodable("no picture format that Pillow knows") from None
+    except (
+        Exception
+    ) as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ... on bad bytes
+        raise _Undecodable(f"{type(error).__name__}: {error}") from None
+
+
+def load_rows(
+    source: str | Path,
+    image_column: str = "image",
+    caption_column: str = "text",
+    split: str | None = None,
+    max_samples: int | None = None,
+    seed: int | None = None,
+    *,
+    row_filter: Sequence[tuple[str, str, str]] = (),
+    config_name: str | None = None,
+    cache_dir: str | None = None,
+) -> PictureSet:
+    """Open a source of pictures and captions.
+
+    Args:
+        source: folder with metadata.jsonl, parquet file, or hub dataset id.
+        image_column: column of the pictures: bytes, or a struct of bytes and path; a folder uses file_name instead.
+        caption_column: column of the captions, one text per row.
+        split: of a hub dataset (default train); of a local source the value of its column `split`.
+        max_samples: keep at most that many rows.
+        seed: draws which rows `max_samples` keeps; the first ones if not given.
+        row_filter: (column, operator, value) conditions, operator one of = <= >=; rows must meet all of them.
+        config_name: configuration of a hub dataset.
+        cache_dir: where hub downloads are kept.
+
+    Returns:
+        The rows, pictures not yet decoded (`PictureSet.check` does that).
+
+    Raises:
+        UserError: the source does not exist, has no pictures, lacks a column or a file, or no row is left.
+    """
+    path = Path(source).expanduser()
+    looks_local = str(source).startswith((".", "/", "~")) or path.suffix == ".parquet"
+    if path.is_dir():
+        table = _from_folder(path, caption_column)
+    elif path.is_file():
+        table = _from_parquet(path, image_column, caption_column)
+    elif looks_local or str(source).count("/") > 1:
+        raise UserError(f"there is no file or folder {source}", remedy="check the path; a hub dataset reads owner/name")
+    else:
+        table = _from_hub(str(source), image_column, caption_column, split or "train", config_name, cache_dir)
+        split = None
+    conditions = ([("split", "=", split)] if split is not None else []) + list(row_filter)
+    kept = [i for i in range(len(table.rows)) if _meets(table, i, conditions)]
+    if not kept:
+        text = " and ".join("".join(c) for c in conditions)
+        raise UserError(
+            f"{source} has no row" + (f" with {text}" if text else "s"), rule="at least one picture is needed"
+        )
+    if max_samples is not None and max_samples < len(kept):
+        chosen = kept[:max_samples] if seed is None else random.Random(seed).sample(kept, max_samples)
+        kept = sorted(chosen)
+    return PictureSet(
+        _Picked(table.image, kept), [_caption(table, i, caption_column) for i in kept],
+        [table.name(i) for i in kept], str(source),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Rows of any source: the plain columns, and how to reach the encoded picture of a row."""
+
+    source: str
+    rows: Sequence[Mapping[str, Any]]
+    image: Callable[[int], bytes | Path]
+    name: Callable[[int], str]
+
+
+class _Picked(Sequence[Any]):
+    def __init__(self, image: Callable[[int], bytes | Path], indices: Sequence[int]) -> None:
+        self._image, self._indices = image, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._image(self._indices[index])
+
+
+def _from_folder(folder: Path, caption_column: str) -> _Table:
+    listing = folder / METADATA
+    if not listing.is_file():
+        pictures = sum(1 for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
+        if not pictures:
+            raise UserError(f"folder {folder} has no pictures", rule=f"it must hold pictures and {METADATA}")
+        raise UserError(
+            f"folder {folder} has {pictures} pictures but no {METADATA}",
+            rule="captions come from there",
+            remedy=f'write one line per picture: {{"file_name": "a.png", "{caption_column}": "a red apple"}}',
+        )
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(_text_lines(listing), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"line {number} of {listing} is no JSON", rule=str(error)) from None
+        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+            raise UserError(f"line {number} of {listing} names no picture", rule='it needs a text "file_name"')
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{listing} is empty", rule="at least one picture is needed")
+    missing = [r["file_name"] for r in rows if not (folder / r["file_name"]).is_file()]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(rows)} pictures named in {listing} do not exist: {_some(missing)}",
+            remedy="add the files or remove their lines",
+        )
+    _need_columns(str(folder), [caption_column], sorted({k for r in rows for k in r}))
+    return _Table(str(folder), rows, lambda i: folder / rows[i]["file_name"], lambda i: str(rows[i]["file_name"]))
+
+
+def _from_parquet(path: Path, image_column: str, caption_column: str) -> _Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read as parquet", rule=str(error), remedy="give a parquet file or a folder"
+        ) from None
+    _need_columns(str(path), [image_column, caption_column], table.column_names)
+    pictures = table.column(image_column)
+    rows = table.drop_columns([image_column]).to_pylist()
+
+    def image(i: int) -> bytes | Path:
+        return _encoded(pictures[i].as_py(), f"row {i} of {path}", path.parent)
+
+    return _Table(str(path), rows, image, lambda i: f"row {i}")
+
+
+def _from_hub(
+    name: str, image_column: str, caption_column: str, split: str, config_name: str | None, cache_dir: str | None
+) -> _Table:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(name, config_name, split=split, cache_dir=cache_dir)
+    except (
+        Exception
+    ) as error:  # the hub client raises a dozen kinds: not found, gated, offline, no such split or configuration
+        raise UserError(
+            f"dataset {name} cannot be loaded from the hub",
+            rule=f"{type(error).__name__}: {error}",
+            remedy="check name, split and network, or give a local folder or parquet file",
+        ) from None
+    _need_columns(name, [image_column, caption_column], data.column_names)
+    pictures = data.select_columns([image_column])
+    if isinstance(data.features[image_column], datasets.Image):
+        pictures = pictures.cast_column(image_column, datasets.Image(decode=False))
+
+    def image(i: int) -> bytes | Path:
+        return _encoded(pictures[i][image_column], f"row {i} of {name}", Path())
+
+    return _Table(name, data.remove_columns([image_column]), image, lambda i: f"row {i}")
+
+
+def _encoded(cell: Any, where: str, folder: Path) -> bytes | Path:
+    """Return what a cell holds of a picture: its bytes, or the path of its file."""
+    if isinstance(cell, Mapping):
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, str):
+        return folder / cell
+    if not isinstance(cell, bytes):
+        raise _Undecodable(f"{where} holds {type(cell).__name__}, not the bytes or path of a picture")
+    return cell
+
+
+def _text_lines(path: Path) -> list[str]:
+    try:
+        # Not splitlines(): that also breaks at characters such as U+2028, which JSON texts may hold.
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read", rule=str(error), remedy="it must be a UTF-8 text file") from None
+
+
+def _need_columns(source: str, needed: Sequence[str], columns: Sequence[str]) -> None:
+    for column in needed:
+        if column not in columns:
+            raise UserError(
+                f"{source} has no column {column!r}",
+                rule=f"its columns are {', '.join(map(str, columns)) or 'none'}",
+                remedy="name the right one with --caption_column or --image_column",
+            )
+
+
+def _caption(table: _Table, index: int, column: str) -> str:
+    caption = table.rows[index].get(column)
+    if not isinstance(caption, str):
+        raise UserError(
+            f"{table.name(index)} in {table.source} has no caption",
+            rule=f"column {column!r} must hold a text there, not {type(caption).__name__}",
+            remedy="write one, or an empty text for a picture without caption",
+        )
+    return caption
+
+
+def _meets(table: _Table, index: int, conditions: Sequence[tuple[str, str, str]]) -> bool:
+    for column, operator, wanted in conditions:
+        row = table.rows[index]
+        if column not in row:
+            raise UserError(
+                f"{table.source} has no column {column!r} to choose rows by",
+                rule=f"its columns are {', '.join(map(str, row))}",
+                remedy="correct the split or row filter",
+            )
+        have = row[column]
+        if operator == "=":
+            # The value comes from a command line: compare as the cell would be written there.
+            if (str(have).lower() if isinstance(have, bool) else str(have)) != (
+                wanted.lower() if isinstance(have, bool) else wanted
+            ):
+                return False
+            continue
+        try:
+            if have is None or not (float(have) <= float(wanted) if operator == "<=" else float(have) >= float(wanted)):
+                return False
+        except (TypeError, ValueError):
+            raise UserError(
+                f"row filter {column}{operator}{wanted} compares {have!r}", rule=f"{operator} needs numbers"
+            ) from None
+    return True
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,60 @@
+"""Which picture is trained on when, and with which random numbers: functions of a seed and a position, nothing else.
+
+A run is one endless line of samples. Position p lies in epoch `p // n` and takes the entry `p % n` of that epoch's
+permutation of the n pictures. Timestep, fresh noise, caption dropout and view of a sample are drawn from a generator
+that is seeded by (seed, purpose, p). Hence no generator has a state to save: a run that resumes, or is spread over
+other numbers of processes and accumulation steps, sees the same samples with the same noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+
+
+def keyed_generator(*parts: object) -> torch.Generator:
+    """Return a CPU generator whose seed is the first 8 bytes of the SHA-256 of `parts`."""
+    text = "\n".join(["ambient_sd stream 1", *map(str, parts)])
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+class SampleStream:
+    """Order the samples of a run.
+
+    Args:
+        count: number n of pictures.
+        seed: seed of the run.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+
+    def picture(self, position: int) -> int:
+        """Return the index of the picture at a position."""
+        epoch, offset = divmod(position, self.count)
+        if epoch != self._epoch:
+            self._order = torch.randperm(self.count, generator=self.generator("order", epoch))
+            self._epoch = epoch
+        return int(self._order[offset])
+
+    def generator(self, purpose: str, position: int) -> torch.Generator:
+        """Return the generator for one purpose at one position, from its start."""
+        return keyed_generator(self.seed, purpose, position)
+
+
+def process_batches(
+    first_step: int, last_step: int, *, batch_size: int, accumulation: int, rank: int, processes: int
+) -> Iterator[list[int]]:
+    """Yield the positions of each forward pass of one process, from optimizer step `first_step` up to `last_step`.
+
+    Optimizer step k takes the positions `[k G, (k + 1) G)`, `G = batch_size * processes * accumulation`, each once:
+    every step is full, across the ends of epochs too, so ranks never disagree about how many batches there are.
+    """
+    for step in range(first_step, last_step):
+        for part in range(accumulation):
+            start = ((step * accumulation + part) * processes + rank) * batch_size
+            yield list(range(start, start + batch_size))

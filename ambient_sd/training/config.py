@@ -1,0 +1,412 @@
+"""Every setting of a training run: one field of `TrainConfig` = one command-line flag = one key of a YAML file.
+
+Names and defaults are those of diffusers' `train_text_to_image.py` and `train_text_to_image_lora.py` where those scripts
+have the setting. Values are checked here, before anything heavy is imported; what needs the base model or the pictures
+(a level beyond the schedule, a missing caption column) is checked by `ambient_sd.training.loop`, still before weights
+load. This module imports no torch: `--help` must come at once.
+"""
+
+# ruff: noqa: RUF009, E501
+# (`option` returns a dataclasses.field; and one option a line, however long, is the readable form of the table below.)
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ambient_sd.errors import UserError
+
+GROUPS = {
+    "model": "Which base model is fine-tuned: a local pipeline folder or a hub id.",
+    "data": "Pictures and captions: a folder with metadata.jsonl, a parquet file, or a dataset's hub id.",
+    "objective": "The loss. `ambient` never shows the network a clean picture above the nature level s_n = sigma / alpha "
+    "(on SD's schedule s = 0.34 at t=100, 0.83 at 300, 1.16 at 400, 2.3 at 600, 14.6 at 999); one noise per picture, fixed "
+    "for ever. `plain` is the ordinary loss. `gap` is plain without the band of noise levels from the level to gap_upper.",
+    "optimisation": "Steps, batches and the optimizer (AdamW). Steps are optimizer steps.",
+    "LoRA": "Low-rank adapters instead of a full fine-tune; these options need --lora.",
+    "validation": "Pictures drawn during training, to TensorBoard and to output_dir/validation/.",
+    "checkpoints": "Folders checkpoint-N in output_dir from which a run continues bit for bit.",
+    "output": "Where results and logs go.",
+}
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+DEFAULT_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
+CONFIG_NAME = "train_config.yaml"
+
+
+def option(
+    default: Any,
+    group: str,
+    text: str,
+    *,
+    choices: Sequence[Any] = (),
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    alias: str = "",
+) -> Any:
+    """Declare a setting: its default, its group in `--help`, its help text and the rule that its value must obey.
+
+    `low` and `high` are inclusive bounds, `above` is an exclusive lower bound; `alias` is a second spelling of the flag.
+    """
+    meta = {"group": group, "text": text, "choices": tuple(choices), "low": low, "above": above, "high": high, "alias": alias}  # fmt: skip
+    return field(default=default, metadata=meta)
+
+
+@dataclass
+class TrainConfig:
+    """Hold the settings of one run, checked; `None` means "not given" and is resolved to its mode's default here.
+
+    Raises:
+        UserError: a value has the wrong type or is out of range, or an option of one mode is given in another.
+    """
+
+    # fmt: off
+    pretrained_model_name_or_path: str | None = option(None, "model", "base pipeline: local folder or hub id (required)")
+    revision: str | None = option(None, "model", "revision of the hub repository")
+    variant: str | None = option(None, "model", "variant of the weight files, e.g. fp16")
+    prediction_type: str | None = option(None, "model", "what the U-Net predicts; default: as in the base model's scheduler. Saved with a full fine-tune; a LoRA must keep the base's", choices=("epsilon", "v_prediction", "sample"))
+
+    dataset_name: str | None = option(None, "data", "hub id of a dataset; a local folder or parquet file works too")
+    dataset_config_name: str | None = option(None, "data", "configuration of the hub dataset")
+    dataset_split: str | None = option(None, "data", "split: of a hub dataset (default train), or the value of a local source's `split` column")
+    train_data_dir: str | None = option(None, "data", "folder with pictures and metadata.jsonl, or a parquet file")
+    image_column: str = option("image", "data", "column of the pictures (parquet, hub; a folder uses file_name)")
+    caption_column: str = option("text", "data", "column of the captions")
+    row_filter: list[str] | None = option(None, "data", "keep rows where all of these hold: column=value, 'column<=number' or 'column>=number'")
+    max_train_samples: int | None = option(None, "data", "train on that many pictures only (a draw by seed)", low=1)
+    cache_dir: str | None = option(None, "data", "where hub downloads are kept")
+    resolution: int = option(512, "data", "pictures are resized (shorter side) and cropped to this many pixels", low=8)
+    center_crop: bool = option(False, "data", "crop the centre; otherwise the crop is drawn (ambient: once per picture, for ever)")
+    random_flip: bool = option(False, "data", "mirror half of the pictures (ambient: drawn once per picture, for ever; otherwise anew each epoch)")
+    caption_dropout: float = option(0.1, "data", "share of samples trained with the empty caption: guidance and the guard's score need a trained unconditional branch", low=0.0, high=1.0)
+    dataloader_num_workers: int = option(0, "data", "worker processes that decode pictures where latents are not held in memory", low=0)
+
+    objective: str = option("ambient", "objective", "the loss", choices=("ambient", "plain", "gap"))
+    ambient_level: float | None = option(None, "objective", "ambient: nature level s_n, 0 is plain DDPM (default 1.0, t = 353 on SD's schedule); gap: lower edge of the band", low=0.0)
+    ambient_timestep: int | None = option(None, "objective", "the same level given as a timestep of the base model's schedule", low=0)
+    gap_upper: float | None = option(None, "objective", "gap: upper edge of the noise levels without loss (required there)", above=0.0)
+    reweight: int | None = option(None, "objective", "ambient: power q of the weight a^q, a = 1 - s_n^2 / s_t^2, on the levels above s_n: 2 = the paper's loss, 1 = noise target, 0 = full re-weighting (default 2)", choices=(2, 1, 0))
+    noise_seed: int = option(0, "objective", "seed of what is fixed per picture: its noise, its VAE draw and, under ambient, its view. The same pictures in a later run must keep the same seed: two noises of one picture average out", low=0)
+
+    seed: int = option(0, "optimisation", "seed of order, timesteps, fresh noise, caption dropout and LoRA start", low=0)
+    train_batch_size: int = option(16, "optimisation", "pictures per process and forward pass", low=1)
+    gradient_accumulation_steps: int = option(1, "optimisation", "forward passes per optimizer step", low=1)
+    num_train_epochs: int = option(100, "optimisation", "passes over the pictures; max_train_steps overrides it", low=1)
+    max_train_steps: int | None = option(None, "optimisation", "optimizer steps in total", low=1)
+    gradient_checkpointing: bool = option(False, "optimisation", "recompute activations in the backward pass: less memory, about a quarter slower")
+    learning_rate: float = option(1e-4, "optimisation", "peak learning rate", above=0.0)
+    scale_lr: bool = option(False, "optimisation", "multiply the learning rate by the global batch size")
+    lr_scheduler: str = option("constant", "optimisation", "learning-rate schedule, counted in optimizer steps", choices=LR_SCHEDULERS)
+    lr_warmup_steps: int = option(500, "optimisation", "warm-up, in optimizer steps (constant has none)", low=0)
+    adam_beta1: float = option(0.9, "optimisation", "decay of the first moment", low=0.0, high=1.0)
+    adam_beta2: float = option(0.999, "optimisation", "decay of the second moment", low=0.0, high=1.0)
+    adam_weight_decay: float = option(1e-2, "optimisation", "decoupled weight decay", low=0.0)
+    adam_epsilon: float = option(1e-8, "optimisation", "added to the root of the second moment", above=0.0)
+    max_grad_norm: float = option(1.0, "optimisation", "gradients are scaled down to this norm over all trained weights", above=0.0)
+    mixed_precision: str | None = option(None, "optimisation", "arithmetic of forward and backward passes; trained weights stay float32. Default: as `accelerate launch` says, else no", choices=("no", "fp16", "bf16"))
+    allow_tf32: bool = option(False, "optimisation", "let Ampere and later GPUs multiply float32 matrices in TF32")
+
+    lora: bool = option(False, "LoRA", "train a LoRA; without it the whole U-Net is trained")
+    rank: int | None = option(None, "LoRA", "rank of the update (default 4)", low=1)
+    lora_alpha: float | None = option(None, "LoRA", "the update is scaled by lora_alpha / rank (default: the rank); kept in the saved file", above=0.0)
+    lora_target_modules: list[str] | None = option(None, "LoRA", "names of the layers that get an adapter (default: the attention projections to_k to_q to_v to_out.0)")
+
+    validation_prompts: list[str] | None = option(None, "validation", "prompts, or a .jsonl file with one {\"prompt\": ...} a line", alias="validation_prompt")
+    num_validation_images: int | None = option(None, "validation", "pictures per prompt (default 4)", low=1)
+    validation_epochs: int | None = option(None, "validation", "draw every that many epochs (default 5; with --lora 1)", low=1)
+    validation_steps: int | None = option(None, "validation", "draw every that many optimizer steps instead", low=1)
+
+    checkpointing_steps: int = option(500, "checkpoints", "write a checkpoint every that many optimizer steps", low=1)
+    checkpoints_total_limit: int | None = option(None, "checkpoints", "keep only that many newest checkpoints", low=1)
+    resume_from_checkpoint: str | None = option(None, "checkpoints", "a checkpoint folder, or `latest`: the newest in output_dir (none yet: start anew)")
+
+    output_dir: str = option("sd-model-finetuned", "output", "receives the pipeline or pytorch_lora_weights.safetensors, " + CONFIG_NAME + ", checkpoints, logs")
+    report_to: str = option("tensorboard", "output", "where curves go", choices=("tensorboard", "none"))
+    logging_dir: str = option("logs", "output", "folder of the TensorBoard files, inside output_dir")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            setattr(self, item.name, _checked(item, getattr(self, item.name)))
+        self._check_modes()
+
+    def _check_modes(self) -> None:
+        """Refuse options of a mode that is off, and fill in the defaults of the modes that are on."""
+        if not self.pretrained_model_name_or_path:
+            raise UserError("pretrained_model_name_or_path is missing", rule="a base model is needed",
+                            remedy="give a pipeline folder or a hub id")  # fmt: skip
+        if (self.dataset_name is None) == (self.train_data_dir is None):
+            raise UserError(
+                "both dataset_name and train_data_dir are given" if self.dataset_name else "no pictures are named",
+                rule="exactly one of dataset_name and train_data_dir is needed",
+                remedy="name a folder with metadata.jsonl, a parquet file or a hub dataset",
+            )
+        if self.dataset_config_name is not None and self.dataset_name is None:
+            raise _foreign("dataset_config_name", "it belongs to a hub dataset", "give --dataset_name, or leave it out")
+        for term in self.row_filter or ():
+            split_condition(term)
+
+        if self.ambient_level is not None and self.ambient_timestep is not None:
+            raise UserError("ambient_level and ambient_timestep are both given", rule="they say the same thing twice",
+                            remedy="leave one of them out")  # fmt: skip
+        no_level = self.ambient_level is None and self.ambient_timestep is None
+        if self.objective == "plain":
+            for name in ("ambient_level", "ambient_timestep", "reweight", "gap_upper"):
+                if getattr(self, name) is not None:
+                    raise _foreign(name, "objective is plain", "leave it out, or choose --objective ambient or gap")
+        elif self.objective == "ambient":
+            if self.gap_upper is not None:
+                raise _foreign("gap_upper", "objective is ambient", "leave it out, or choose --objective gap")
+            if no_level:
+                self.ambient_level = 1.0
+            if self.reweight is None:
+                self.reweight = 2
+        else:
+            if self.reweight is not None:
+                raise _foreign("reweight", "objective is gap", "leave it out, or choose --objective ambient")
+            if no_level or self.gap_upper is None:
+                raise UserError("objective gap has no band", rule="it needs a lower edge (ambient_level or ambient_timestep) and gap_upper",
+                                remedy="for example --ambient_level 0.5 --gap_upper 2.0")  # fmt: skip
+            if self.ambient_level is not None and self.gap_upper <= self.ambient_level:
+                raise UserError(f"gap_upper is {self.gap_upper}", rule=f"it must be above ambient_level = {self.ambient_level}",
+                                remedy="raise gap_upper or lower ambient_level")  # fmt: skip
+
+        if self.lora:
+            self.rank = self.rank or 4
+            self.lora_alpha = self.lora_alpha or float(self.rank)
+            self.lora_target_modules = self.lora_target_modules or list(DEFAULT_TARGETS)
+        else:
+            for name in ("rank", "lora_alpha", "lora_target_modules"):
+                if getattr(self, name) is not None:
+                    raise _foreign(name, "the whole U-Net is trained", "add --lora, or leave it out")
+
+        if self.validation_prompts:
+            if self.validation_steps is not None and self.validation_epochs is not None:
+                raise UserError("validation_steps and validation_epochs are both given", rule="one of them sets the rhythm",
+                                remedy="leave one of them out")  # fmt: skip
+            if self.validation_steps is None and self.validation_epochs is None:
+                self.validation_epochs = 1 if self.lora else 5
+            self.num_validation_images = self.num_validation_images or 4
+        else:
+            for name in ("num_validation_images", "validation_epochs", "validation_steps"):
+                if getattr(self, name) is not None:
+                    raise _foreign(name, "no validation prompts are given", "add --validation_prompts, or leave it out")
+        for name in ("adam_beta1", "adam_beta2"):
+            if getattr(self, name) >= 1.0:
+                raise UserError(
+                    f"{name} is {getattr(self, name)}", rule="it must be below 1", remedy="try 0.9 and 0.999"
+                )
+
+    @property
+    def source(self) -> str:
+        """Return the name of the pictures' source, whichever of the two options gave it."""
+        return str(self.train_data_dir if self.dataset_name is None else self.dataset_name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the resolved settings without those that are `None`; `TrainConfig(**config.to_dict())` equals `config`."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+    def save(self, folder: Path) -> Path:
+        """Write the resolved settings to `folder/train_config.yaml`, which `--config` reads back, and return the path."""
+        path = folder / CONFIG_NAME
+        head = "# Resolved settings of the run beside this file. Run it again: --config train_config.yaml\n"
+        path.write_text(head + yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        return path
+
+
+def parse(argv: Sequence[str] | None = None) -> TrainConfig:
+    """Turn a command line, and the YAML file that it may name with `--config`, into a `TrainConfig`.
+
+    The command line wins over the file, key by key.
+
+    Raises:
+        UserError: an unknown flag or key (the nearest known one is suggested), or a bad value.
+    """
+    given, unknown = make_parser().parse_known_args(argv)
+    if unknown:
+        name = next((u for u in unknown if u.startswith("-")), unknown[0])
+        key = name.lstrip("-").split("=")[0]
+        raise UserError(f"unknown argument {name}", rule=_nearest(key, prefix="--"), remedy="--help lists all flags")
+    flags = vars(given)
+    path = flags.pop("config", None)
+    return TrainConfig(**{**(load_yaml(path) if path else {}), **flags})
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Read settings from a YAML file with the keys of `TrainConfig`.
+
+    Raises:
+        UserError: the file is missing, is no YAML mapping, or has an unknown key.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"config is {path}", rule=f"the file cannot be read ({error.strerror})", remedy="check the path"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"config is {path}", rule=f"it is no valid YAML: {error}", remedy="write one `key: value` a line"
+        ) from None
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise UserError(
+            f"config is {path}",
+            rule=f"it holds a {type(values).__name__}, not keys with values",
+            remedy="write one `key: value` a line",
+        )
+    names = {item.name for item in dataclasses.fields(TrainConfig)}
+    for key in values:
+        if key not in names:
+            raise UserError(f"unknown key {key!r} in {path}", rule=_nearest(str(key)), remedy="--help lists all keys")
+    return dict(values)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Build the command line from the fields of `TrainConfig`; only what the user gives ends up in the result."""
+    parser = _Parser(
+        prog="train_text_to_image_ambient.py",
+        description="Fine-tune a Stable Diffusion U-Net, whole or by LoRA, so that it does not hand its training pictures back.",
+        epilog="Example: accelerate launch train_text_to_image_ambient.py --config configs/sd2-lora.yaml --train_data_dir my-pictures",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=_Help,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="settings from a file with these same names; the command line wins"
+    )
+    groups = {name: parser.add_argument_group(name, text) for name, text in GROUPS.items()}
+    kinds = typing.get_type_hints(TrainConfig)
+    for item in dataclasses.fields(TrainConfig):
+        meta, kind = item.metadata, kinds[item.name]
+        flags = [f"--{item.name}"] + ([f"--{meta['alias']}"] if meta["alias"] else [])
+        text = meta["text"].replace("%", "%%")
+        if item.default is not None and item.default is not False:
+            text += f" (default {item.default})"
+        extra: dict[str, Any] = {"help": text, "dest": item.name}
+        if kind is bool:
+            extra["action"] = argparse.BooleanOptionalAction
+        else:
+            extra["metavar"] = (
+                "{" + ",".join(map(str, meta["choices"])) + "}" if meta["choices"] else _type_name(kind).upper()
+            )
+            if _bare(kind) == list[str]:
+                extra["nargs"] = "+"
+        groups[meta["group"]].add_argument(*flags, **extra)
+    return parser
+
+
+def split_condition(term: str) -> tuple[str, str, str]:
+    """Split a row condition `column=value`, `column<=number` or `column>=number` into (column, operator, value).
+
+    Raises:
+        UserError: `term` has another form.
+    """
+    for operator in ("<=", ">=", "="):
+        column, found, value = term.partition(operator)
+        if found and column and value:
+            return column, operator, value
+    raise UserError(f"row_filter is {term!r}", rule="it must read column=value, column<=number or column>=number",
+                    remedy="for example split=train")  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(message, remedy="--help explains every flag")
+
+
+class _Help(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=110)
+
+    def _format_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any) -> str:
+        # Fifty flags in one usage block teach nothing; the groups below do.
+        return f"usage: [accelerate launch] {self._prog} --config FILE.yaml [--flag value ...]\n\n"
+
+
+def _foreign(name: str, because: str, remedy: str) -> UserError:
+    return UserError(f"{name} is given", rule=f"it has no effect here: {because}", remedy=remedy)
+
+
+def _nearest(key: str, prefix: str = "") -> str:
+    names = [item.name for item in dataclasses.fields(TrainConfig)]
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    return f"the nearest known one is {prefix}{near[0]}" if near else "no known one is like it"
+
+
+def _bare(kind: Any) -> Any:
+    """Return `X` for the annotation `X | None`."""
+    if isinstance(kind, types.UnionType):
+        return next(arg for arg in typing.get_args(kind) if arg is not type(None))
+    return kind
+
+
+def _type_name(kind: Any) -> str:
+    bare = _bare(kind)
+    return {str: "text", int: "integer", float: "number", bool: "true or false"}.get(bare, "text ...")
+
+
+def _checked(item: dataclasses.Field[Any], value: Any) -> Any:
+    """Return `value` in the type of the field `item`, or raise a UserError that names key, value, rule and remedy."""
+    kind = typing.get_type_hints(TrainConfig)[item.name]
+    bare, meta = _bare(kind), item.metadata
+    if value is None and bare is not kind:
+        return None
+    rule = ""
+    converted: Any = value
+    if bare == list[str]:
+        converted = [value] if isinstance(value, str) else value
+        if (
+            not isinstance(converted, (list, tuple))
+            or not converted
+            or not all(isinstance(v, str) and v for v in converted)
+        ):
+            rule = "it must be a list of texts"
+        else:
+            converted = list(converted)
+    elif bare is bool:
+        rule = "" if isinstance(value, bool) else "it must be true or false"
+    elif bare is str:
+        converted = str(value) if isinstance(value, Path) else value
+        # YAML 1.1 reads a bare `no` as false; mixed_precision has such a choice, and quoting it would be a trap.
+        converted = "no" if value is False and "no" in meta["choices"] else converted
+        rule = "" if isinstance(converted, str) and converted else "it must be a text"
+    else:
+        # YAML 1.1 reads 1e-4 as a text and the command line gives texts: both convert here, by one rule.
+        try:
+            if isinstance(value, bool):
+                raise ValueError
+            converted = bare(value) if isinstance(value, str) or not isinstance(value, bare) else value
+            if converted != float(value) or not math.isfinite(converted):
+                raise ValueError
+        except (ValueError, TypeError, OverflowError):
+            rule = f"it must be {'an integer' if bare is int else 'a finite number'}"
+    if not rule:
+        rule = _broken_rule(meta, converted)
+    if rule:
+        default = f"the default is {item.default}" if item.default is not None else "leave it out for the default"
+        raise UserError(f"{item.name} is {value!r}", rule=rule, remedy=default)
+    return converted
+
+
+def _broken_rule(meta: Mapping[str, Any], value: Any) -> str:
+    if meta["choices"] and value not in meta["choices"]:
+        return "it must be one of " + ", ".join(map(str, meta["choices"]))
+    if meta["low"] is not None and value < meta["low"]:
+        return f"it must be at least {meta['low']:g}"
+    if meta["above"] is not None and value <= meta["above"]:
+        return f"it must be above {meta['above']:g}"
+    if meta["high"] is not None and value > meta["high"]:
+        return f"it must be at most {meta['high']:g}"
+    return ""

@@ -1,0 +1,573 @@
+"""The training run: check everything, encode once, step, checkpoint, resume, save.
+
+    loss = mean_b weight_b ||f(x_t_b, t_b, caption_b) - target_b||^2 / dim          t uniform over the base's timesteps
+
+with (x_t, target, weight) from `AmbientObjective.corrupt`. The same code trains the whole U-Net or a LoRA, on one
+process or several; sample p of a run has the same picture, timestep and noise whichever process takes it. It does not
+train the text encoder or the VAE, and does not shard a model over devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import diffusers
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from diffusers import UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ambient_sd.data import latents as data
+from ambient_sd.data.noise import image_noise
+from ambient_sd.data.sources import PictureSet, load_rows
+from ambient_sd.data.stream import SampleStream, process_batches
+from ambient_sd.errors import UserError
+from ambient_sd.objective import AmbientObjective
+from ambient_sd.training import adapters, checkpoints, validation
+from ambient_sd.training.base import Base, check_base
+from ambient_sd.training.config import TrainConfig, split_condition
+from ambient_sd.training.hub import model_card
+
+logger = logging.getLogger(__name__)
+
+_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+_FINAL_STEPS = 100  # the summary's losses are means over that many last steps
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """Hold what one forward pass of one process sees; handed to `on_batch`.
+
+    Attributes:
+        positions: places of the samples in the run's line of samples.
+        keys: content keys of the pictures.
+        captions: captions after caption dropout.
+        timesteps: (B,) long.
+        x0: (B, C, h, w) clean latents.
+        eps_n: (B, C, h, w) fixed noise, or None where the objective has none.
+        noise: (B, C, h, w) fresh noise.
+    """
+
+    positions: list[int]
+    keys: list[str]
+    captions: list[str]
+    timesteps: torch.Tensor
+    x0: torch.Tensor
+    eps_n: torch.Tensor | None
+    noise: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Hold a run whose settings, base model and pictures are checked, before any weights are loaded."""
+
+    config: TrainConfig
+    base: Base
+    objective: AmbientObjective
+    pictures: PictureSet
+    prompts: list[str]
+
+
+def run(
+    config: TrainConfig,
+    *,
+    progress: bool = True,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+    on_batch: Callable[[TrainingBatch], None] | None = None,
+) -> dict[str, Any]:
+    """Run a training, under `accelerate launch` or inside another program.
+
+    Args:
+        config: the settings.
+        progress: show progress bars (on the first process).
+        on_step: called on the first process after each optimizer step with the number of steps done and loss,
+            clean_loss, ambient_loss and lr of that step (NaN where no sample was of that kind).
+        on_batch: called on every process before each forward pass.
+
+    Returns:
+        Summary: steps, first_step, seconds, pictures, losses (one per step), loss, clean_loss, ambient_loss (means over
+        the last 100 steps), level, learning_rate, global_batch, processes, data_fingerprint,
+        output_dir, config.
+
+    Raises:
+        UserError: something in settings, base, pictures or checkpoint is wrong; nothing has been written then. Or the
+            loss became infinite.
+    """
+    progress = progress and os.environ.get("RANK", "0") == "0"
+    plan = plan_run(config, progress=progress)
+    embedded = bool(AcceleratorState._shared_state)
+    accelerator = _make_accelerator(config)
+    try:
+        return _Trainer(plan, accelerator, progress, on_step, on_batch).train()
+    finally:
+        accelerator.free_memory()
+        if not embedded:
+            # Another run in this process may want another precision; accelerate keeps the first one's for ever.
+            accelerator.end_training()
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
+    """Check all that can be known before weights load, cheapest first; write nothing.
+
+    Raises:
+        UserError: something is wrong.
+    """
+    base = check_base(config)
+    objective = make_objective(config, base)
+    if config.lora:
+        adapters.check_targets(base.unet_config, config.lora_target_modules or ())
+    prompts = validation.read_prompts(config.validation_prompts)
+    _check_output(config)
+    pictures = load_rows(
+        config.source,
+        config.image_column,
+        config.caption_column,
+        config.dataset_split,
+        config.max_train_samples,
+        config.seed,
+        row_filter=[split_condition(term) for term in config.row_filter or ()],
+        config_name=config.dataset_config_name,
+        cache_dir=config.cache_dir,
+    ).check(progress)
+    return Plan(config, base, objective, pictures, prompts)
+
+
+def make_objective(config: TrainConfig, base: Base) -> AmbientObjective:
+    """Build the objective on the base's schedule.
+
+    Raises:
+        UserError: level, timestep or gap lies beyond the schedule.
+    """
+    options: dict[str, Any] = {"mode": config.objective}
+    if config.objective != "plain":
+        options.update(level=config.ambient_level, timestep=config.ambient_timestep, gap_upper=config.gap_upper)
+    if config.objective == "ambient":
+        options.update(reweight=config.reweight)
+    try:
+        return AmbientObjective(base.schedule, **options)
+    except UserError as error:
+        given = ", ".join(
+            f"{name} is {value}"
+            for name in ("ambient_level", "ambient_timestep", "gap_upper")
+            if (value := getattr(config, name)) is not None
+        )
+        raise UserError(given or "the base's schedule cannot be trained", rule=str(error)) from None
+
+
+def _check_output(config: TrainConfig) -> None:
+    folder = Path(config.output_dir)
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"output_dir is {config.output_dir}", rule=f"{existing} is no folder that can be written to",
+                        remedy="name another one")  # fmt: skip
+    if config.resume_from_checkpoint is not None:
+        checkpoints.find(folder, config.resume_from_checkpoint)
+    elif checkpoints.find_all(folder):
+        raise UserError(
+            f"output_dir {config.output_dir} holds checkpoints of an earlier run",
+            rule="two runs in one folder cannot be told apart",
+            remedy="add --resume_from_checkpoint latest, or name another output_dir",
+        )
+
+
+def _make_accelerator(config: TrainConfig) -> Accelerator:
+    env = os.environ
+    if env.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in env and "WORLD_SIZE" not in env:
+        logger.warning(
+            "accelerate launch --cpu starts ONE process whatever --num_processes says; for several on the CPU: "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ..."
+        )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with="tensorboard" if config.report_to == "tensorboard" else None,
+            project_dir=str(Path(config.output_dir) / config.logging_dir),
+        )
+    except ValueError as error:
+        raise UserError(
+            f"mixed_precision is {config.mixed_precision}", rule=str(error), remedy="use no, or bf16"
+        ) from None
+    if accelerator.distributed_type not in _SUPPORTED:
+        raise UserError(
+            f"accelerate is set to {accelerator.distributed_type.value}",
+            rule="this trainer runs on one or more processes that each hold the whole model",
+            remedy="choose no distribution or multi-GPU in `accelerate config`",
+        )
+    return accelerator
+
+
+class _Trainer:
+    """One run on one process."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        accelerator: Accelerator,
+        progress: bool,
+        on_step: Callable[[int, dict[str, float]], None] | None,
+        on_batch: Callable[[TrainingBatch], None] | None,
+    ) -> None:
+        self.plan, self.config, self.base = plan, plan.config, plan.base
+        self.accelerator, self.progress = accelerator, progress
+        self.on_step, self.on_batch = on_step, on_batch
+        config = self.config
+        self.output = Path(config.output_dir)
+        self.global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+        self.steps = config.max_train_steps or math.ceil(
+            config.num_train_epochs * len(plan.pictures) / self.global_batch
+        )
+        self.stream = SampleStream(len(plan.pictures), config.seed)
+        self.rule = data.ViewRule(
+            config.resolution, config.center_crop, config.random_flip, config.objective == "ambient", config.noise_seed
+        )
+        self.shape = data.latent_shape(self.base.vae_config, config.resolution)
+        self.data_fingerprint = plan.pictures.fingerprint()
+        self.first_step = 0
+        self.checkpoint: Path | None = None
+        self.state: dict[str, Any] = {}
+        if config.resume_from_checkpoint is not None:
+            self.checkpoint = checkpoints.find(self.output, config.resume_from_checkpoint)
+        if self.checkpoint is not None:
+            self.state = checkpoints.read_state(self.checkpoint)
+            checkpoints.check_identity(self.checkpoint, self.state, self.identity())
+            self.first_step = int(self.state["step"])
+            if self.first_step > self.steps:
+                raise UserError(f"{self.checkpoint.name} lies beyond the end of this run, {self.steps} steps",
+                                remedy="raise max_train_steps or num_train_epochs")  # fmt: skip
+
+    def identity(self) -> dict[str, Any]:
+        """Return what must be equal for a checkpoint to continue this run."""
+        names = ("objective", "reweight", "gap_upper", "noise_seed", "seed", "resolution", "center_crop", "random_flip",
+                 "caption_dropout", "lora", "rank", "lora_alpha", "lora_target_modules")  # fmt: skip
+        return {
+            **{name: getattr(self.config, name) for name in names},
+            "ambient_level": self.plan.objective.level,
+            "prediction_type": self.plan.objective.prediction_type,
+            "global_batch": self.global_batch,
+            "pictures": self.data_fingerprint,
+        }
+
+    def train(self) -> dict[str, Any]:
+        config, accelerator = self.config, self.accelerator
+        if config.allow_tf32:
+            torch.backends.cuda.matmul.allow_tf32 = True
+        self.unet = self._load_unet()
+        self._encode_once()
+        trained = [p for p in self.unet.parameters() if p.requires_grad]
+        rate = config.learning_rate * (self.global_batch if config.scale_lr else 1)
+        optimizer = torch.optim.AdamW(
+            trained, lr=rate, betas=(config.adam_beta1, config.adam_beta2), weight_decay=config.adam_weight_decay,
+            eps=config.adam_epsilon,
+        )  # fmt: skip
+        # Not given to `prepare`: accelerate would step it once per process. It counts optimizer steps.
+        lr_schedule = get_scheduler(
+            config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=self.steps
+        )
+        model, self.optimizer = accelerator.prepare(self.unet, optimizer)
+        if self.checkpoint is not None:
+            checkpoints.load_optimizer(self.checkpoint, self.state, self.optimizer)
+            lr_schedule.load_state_dict({**lr_schedule.state_dict(), **self.state["lr_schedule"]})
+            if accelerator.scaler is not None and self.state["scaler"]:
+                accelerator.scaler.load_state_dict(self.state["scaler"])
+        self.lr_schedule = lr_schedule
+        if accelerator.is_main_process:
+            self.output.mkdir(parents=True, exist_ok=True)
+            config.save(self.output)
+        accelerator.wait_for_everyone()
+        if config.report_to != "none":
+            accelerator.init_trackers("ambient-sd")
+
+        model.train()
+        history: list[dict[str, float]] = []
+        begin = time.perf_counter()
+        bar = tqdm(total=self.steps, initial=self.first_step, desc="training", disable=not self.progress)
+        batches = self._batches()
+        for step in range(self.first_step + 1, self.steps + 1):
+            record = self._step(model, trained, batches)
+            history.append(record)
+            if accelerator.is_main_process:
+                if config.report_to != "none":
+                    accelerator.log({k: v for k, v in record.items() if math.isfinite(v)}, step=step)
+                bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{record['lr']:.2e}")
+                if self.on_step is not None:
+                    self.on_step(step, record)
+            bar.update()
+            if step % config.checkpointing_steps == 0:
+                self._save_checkpoint(step)
+            if self._draws_after(step):
+                self._draw(step)
+        bar.close()
+        seconds = time.perf_counter() - begin
+        summary = self._summary(history, seconds)
+        self._save_results(model)
+        return summary
+
+    def _load_unet(self) -> Any:
+        config, folder = self.config, self.checkpoint
+        if folder is not None and not config.lora:
+            try:
+                unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=torch.float32)
+            except Exception as error:  # OSError, SafetensorError, RuntimeError: unusable files
+                raise UserError(f"unet of {folder} cannot be read", rule=f"{type(error).__name__}: {error}"[:300],
+                                remedy="resume from another checkpoint") from None  # fmt: skip
+        else:
+            unet = self.base.load("unet")
+        if config.lora:
+            frozen = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(
+                self.accelerator.mixed_precision, torch.float32
+            )
+            unet.to(frozen)
+            adapters.attach(
+                unet,
+                rank=config.rank or 4,
+                alpha=config.lora_alpha or 4.0,
+                targets=config.lora_target_modules or (),
+                seed=config.seed,
+            )
+            if folder is not None:
+                adapters.load(unet, folder)
+        unet.register_to_config(_name_or_path=self.base.label)
+        if config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        return unet
+
+    def _encode_once(self) -> None:
+        """Compute what never changes, sharing the work out; let VAE and text encoder go if nothing needs them more."""
+        pictures, accelerator = self.plan.pictures, self.accelerator
+        self.vae = self.base.load("vae").to(accelerator.device).requires_grad_(False).eval()
+        text_encoder = self.base.load("text_encoder").to(accelerator.device).requires_grad_(False).eval()
+        self.captions = data.CaptionEncoder(self.base.load("tokenizer"), text_encoder)
+        if self.captions.hold(pictures.captions, limit=data.MAX_HELD_BYTES, progress=self.progress):
+            text_encoder.to("cpu")
+        self.latents: torch.Tensor | None = None
+        size = 4 * len(pictures) * math.prod(self.shape)
+        if self.rule.fixed(pictures) and size <= data.MAX_HELD_BYTES:
+            ranks, share = accelerator.num_processes, -(-len(pictures) // accelerator.num_processes)
+            mine = [min(i * ranks + accelerator.process_index, len(pictures) - 1) for i in range(share)]
+            part = data.encode_all(self.vae, pictures, self.rule, mine, progress=self.progress)
+            if ranks > 1:
+                gathered = accelerator.gather(part.to(accelerator.device)).cpu()
+                part = gathered.reshape(ranks, share, *self.shape).transpose(0, 1).reshape(-1, *self.shape)
+            self.latents = part[: len(pictures)].contiguous()
+            self.vae.to("cpu")
+        if not self.plan.prompts:
+            # Whatever is held in memory makes its maker superfluous.
+            if self.latents is not None:
+                self.vae = None
+            if self.captions.held:
+                self.captions.text_encoder = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _batches(self) -> Iterator[tuple[list[int], list[str], torch.Tensor]]:
+        """Yield (positions, keys, x0) of each forward pass of this process."""
+        places = process_batches(
+            self.first_step,
+            self.steps,
+            batch_size=self.config.train_batch_size,
+            accumulation=self.config.gradient_accumulation_steps,
+            rank=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+        )
+        if self.latents is not None:
+            for positions in places:
+                rows = [self.stream.picture(p) for p in positions]
+                yield positions, [self.plan.pictures.keys[i] for i in rows], self.latents[rows]
+            return
+        loader = DataLoader(
+            data.Samples(self.plan.pictures, self.rule, SampleStream(len(self.plan.pictures), self.config.seed)),
+            batch_sampler=list(places),
+            num_workers=self.config.dataloader_num_workers,
+            collate_fn=list,
+            # Its own generator: the loader would take a number from the global one.
+            generator=torch.Generator(),
+        )
+        for positions, samples in zip(list(loader.batch_sampler), loader, strict=True):  # type: ignore[arg-type]
+            x0 = data.encode(self.vae, samples, noise_seed=self.config.noise_seed)
+            yield positions, [s.key for s in samples], x0
+
+    def _make_batch(self, positions: list[int], keys: list[str], x0: torch.Tensor) -> TrainingBatch:
+        """Draw what is fresh at these positions and look up what is fixed for these pictures."""
+        timesteps, noise, captions = [], [], []
+        for position in positions:
+            g = self.stream.generator("draw", position)
+            timesteps.append(torch.randint(self.plan.objective.schedule.num_train_timesteps, (), generator=g))
+            dropped = float(torch.rand((), generator=g)) < self.config.caption_dropout
+            captions.append("" if dropped else self.plan.pictures.captions[self.stream.picture(position)])
+            noise.append(torch.randn(self.shape, generator=g))
+        objective, eps_n = self.plan.objective, None
+        if objective.mode == "ambient" and objective.level > 0:
+            eps_n = image_noise(keys, self.shape, seed=self.config.noise_seed)
+        return TrainingBatch(positions, keys, captions, torch.stack(timesteps), x0, eps_n, torch.stack(noise))
+
+    def _step(
+        self,
+        model: Any,
+        trained: Sequence[torch.nn.Parameter],
+        batches: Iterator[tuple[list[int], list[str], torch.Tensor]],
+    ) -> dict[str, float]:
+        """Make one optimizer step and return its record."""
+        config, accelerator, device = self.config, self.accelerator, self.accelerator.device
+        # Loss and count of all samples, of the clean ones, of the ambient ones, on this process.
+        sums = torch.zeros(6, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+        parts = config.gradient_accumulation_steps
+        for part in range(parts):
+            batch = self._make_batch(*next(batches))
+            if self.on_batch is not None:
+                self.on_batch(batch)
+            corrupted = self.plan.objective.corrupt(batch.x0, batch.eps_n, batch.timesteps, noise=batch.noise)
+            context = self.captions(batch.captions).to(device)
+            with accelerator.no_sync(model) if part < parts - 1 else contextlib.nullcontext():
+                with accelerator.autocast():
+                    output = model(
+                        corrupted.x_t.to(device), batch.timesteps.to(device), context, return_dict=False
+                    )[0]  # fmt: skip
+                error = (output.float() - corrupted.target.to(device)).square().flatten(1).mean(1)
+                each = corrupted.weight.to(device) * error
+                accelerator.backward(each.mean() / parts)
+            clean = corrupted.clean.to(device)
+            with torch.no_grad():
+                kinds = [torch.ones_like(clean), clean, ~clean]
+                sums += torch.stack([s for k in kinds for s in ((each * k).sum(), k.sum())]).to(sums.dtype)
+        accelerator.clip_grad_norm_(trained, config.max_grad_norm)
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        self.optimizer.step()
+        self.lr_schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        total, n, clean_total, clean_n, ambient_total, ambient_n = accelerator.reduce(sums, "sum").tolist()
+        record = {
+            "loss": total / n,
+            "clean_loss": clean_total / clean_n if clean_n else math.nan,
+            "ambient_loss": ambient_total / ambient_n if ambient_n else math.nan,
+            "lr": rate,
+        }
+        if not math.isfinite(record["loss"]):
+            raise UserError(
+                "the loss is no finite number any more",
+                rule="the weights are lost; checkpoints before this step are whole",
+                remedy="lower learning_rate, or use bf16 or no in place of fp16",
+            )
+        return record
+
+    def _save_checkpoint(self, step: int) -> None:
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            # LambdaLR's own list of functions is no data, and the constant's has no state.
+            schedule = {k: v for k, v in self.lr_schedule.state_dict().items() if k != "lr_lambdas"}
+            checkpoints.save(
+                self.output,
+                step,
+                write_weights=self._write_weights,
+                optimizer=self.optimizer,
+                state={
+                    "identity": self.identity(),
+                    "lr_schedule": schedule,
+                    "scaler": scaler.state_dict() if scaler is not None else {},
+                    "versions": _versions(),
+                },
+                limit=self.config.checkpoints_total_limit,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _write_weights(self, folder: Path) -> None:
+        if self.config.lora:
+            adapters.save(self.unet, folder)
+        else:
+            self.unet.save_pretrained(folder / "unet")
+
+    def _draws_after(self, step: int) -> bool:
+        config = self.config
+        if not self.plan.prompts:
+            return False
+        if config.validation_steps is not None:
+            return step % config.validation_steps == 0 or step == self.steps
+        every = (config.validation_epochs or 1) * len(self.plan.pictures)
+        samples = step * self.global_batch
+        return samples // every > (samples - self.global_batch) // every or step == self.steps
+
+    def _draw(self, step: int) -> None:
+        parts = {
+            "unet": self.unet,
+            "vae": self.vae,
+            "text_encoder": self.captions.text_encoder,
+            "tokenizer": self.captions.tokenizer,
+            "scheduler": self.base.scheduler,
+        }
+        rows = validation.draw(
+            parts,
+            self.plan.prompts,
+            self.config.num_validation_images or 4,
+            resolution=self.config.resolution,
+            seed=self.config.seed,
+            accelerator=self.accelerator,
+        )
+        if self.accelerator.is_main_process:
+            sheet = validation.grid(rows)
+            folder = self.output / "validation"
+            folder.mkdir(exist_ok=True)
+            sheet.save(folder / f"step-{step}.png")
+            for tracker in self.accelerator.trackers:
+                pixels = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8)
+                pixels = pixels.reshape(sheet.height, sheet.width, 3)
+                tracker.log_images({"validation": pixels[None].numpy()}, step=step, dataformats="NHWC")
+        self.accelerator.wait_for_everyone()
+
+    def _save_results(self, model: Any) -> None:
+        accelerator, config = self.accelerator, self.config
+        accelerator.wait_for_everyone()
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        if accelerator.is_main_process:
+            if config.lora:
+                adapters.save(self.unet, self.output)
+            else:
+                self.base.pipeline(self.unet).save_pretrained(self.output)
+            card = model_card(
+                config,
+                base=self.base.label,
+                base_is_hub_id=self.base.label == self.base.name and not Path(self.base.name).exists(),
+                level=self.plan.objective.level,
+                pictures=len(self.plan.pictures),
+                steps=self.steps,
+            )
+            (self.output / "README.md").write_text(card, encoding="utf-8")
+        accelerator.wait_for_everyone()
+
+    def _summary(self, history: Sequence[dict[str, float]], seconds: float) -> dict[str, Any]:
+        def late(name: str) -> float:
+            values = [r[name] for r in history[-_FINAL_STEPS:] if math.isfinite(r[name])]
+            return sum(values) / len(values) if values else math.nan
+
+        return {
+            "steps": self.steps,
+            "first_step": self.first_step,
+            "seconds": seconds,
+            "pictures": len(self.plan.pictures),
+            "losses": [r["loss"] for r in history],
+            **{name: late(name) for name in ("loss", "clean_loss", "ambient_loss")},
+            "level": self.plan.objective.level,
+            "learning_rate": self.optimizer.param_groups[0]["initial_lr"],
+            "global_batch": self.global_batch,
+            "processes": self.accelerator.num_processes,
+            "data_fingerprint": self.data_fingerprint,
+            "output_dir": str(self.output),
+            "config": dataclasses.asdict(self.config),
+        }
+
+
+def _versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "diffusers": diffusers.__version__, "accelerate": accelerate.__version__}

@@ -1,0 +1,116 @@
+"""Pictures during training: the same prompts with the same start noise at every look, shared out over the processes.
+
+Every process draws its share and all meet in one gather, so none waits on another for longer than one picture takes
+(drawing on the first process alone ends in NCCL's timeout). Training is left as it was: own generators, modes restored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from ambient_sd.data.stream import keyed_generator
+from ambient_sd.errors import UserError
+
+INFERENCE_STEPS = 25
+GUIDANCE_SCALE = 7.5
+
+
+def read_prompts(entries: Sequence[str] | None) -> list[str]:
+    """Return the prompts meant by `--validation_prompts`: each entry a prompt, or a .jsonl file with "prompt" rows.
+
+    Raises:
+        UserError: a file is missing, or a line of it holds no prompt.
+    """
+    prompts: list[str] = []
+    for entry in entries or ():
+        if not entry.endswith(".jsonl"):
+            prompts.append(entry)
+            continue
+        try:
+            lines = Path(entry).read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"prompt file {entry} cannot be read", rule=str(error), remedy="check the path") from None
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                prompt = json.loads(line)["prompt"]
+            except (ValueError, KeyError, TypeError):
+                prompt = None
+            if not isinstance(prompt, str):
+                raise UserError(f"line {number} of {entry} holds no prompt", rule='it must read {"prompt": "..."}')
+            prompts.append(prompt)
+    return prompts
+
+
+@torch.no_grad()
+def draw(
+    parts: dict[str, Any],
+    prompts: Sequence[str],
+    per_prompt: int,
+    *,
+    resolution: int,
+    seed: int,
+    accelerator: Accelerator,
+) -> list[list[Image.Image]]:
+    """Draw `per_prompt` pictures of each prompt; to be called by every process.
+
+    Args:
+        parts: unet, vae, text_encoder, tokenizer, scheduler.
+        prompts: one row of pictures each.
+        per_prompt: pictures in a row.
+        resolution: side in pixels.
+        seed: with the picture's place in the grid it gives its start noise.
+        accelerator: who is here.
+
+    Returns:
+        One list of pictures per prompt, on every process.
+    """
+    pipe: Any = StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    unet, homes = parts["unet"], {name: parts[name].device for name in ("vae", "text_encoder")}
+    training = unet.training
+    unet.eval()
+    try:
+        for name in homes:
+            parts[name].to(accelerator.device)
+        total, ranks = len(prompts) * per_prompt, accelerator.num_processes
+        shares = -(-total // ranks)
+        mine = []
+        for turn in range(shares):
+            # The last round may run out of places: draw one again, so that every process brings equally much.
+            place = min(turn * ranks + accelerator.process_index, total - 1)
+            array = pipe(
+                prompts[place // per_prompt], height=resolution, width=resolution, num_inference_steps=INFERENCE_STEPS,
+                guidance_scale=GUIDANCE_SCALE, generator=keyed_generator(seed, "validation", place), output_type="np",
+            ).images[0]  # fmt: skip
+            mine.append(torch.from_numpy((array * 255).round().astype(np.uint8)))
+        gathered = accelerator.gather(torch.stack(mine).to(accelerator.device)).cpu().numpy()
+    finally:
+        unet.train(training)
+        for name, home in homes.items():
+            parts[name].to(home)
+    # Process r brought places r, r + ranks, ...: row r * shares + turn of the gathered stack.
+    flat = [Image.fromarray(gathered[(place % ranks) * shares + place // ranks]) for place in range(total)]
+    return [flat[i : i + per_prompt] for i in range(0, total, per_prompt)]
+
+
+def grid(rows: Sequence[Sequence[Image.Image]], gap: int = 2) -> Image.Image:
+    """Lay rows of equal pictures on one white sheet."""
+    width, height = rows[0][0].size
+    sheet = Image.new("RGB", (len(rows[0]) * (width + gap) - gap, len(rows) * (height + gap) - gap), "white")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            sheet.paste(picture, (x * (width + gap), y * (height + gap)))
+    return sheet
