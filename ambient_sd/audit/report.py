@@ -606,7 +606,7 @@ figure.wide{grid-column:1/-1}
 figcaption{font-weight:600;margin-bottom:8px}
 figcaption small{display:block;font-weight:400}
 svg{display:block;width:100%;height:auto}
-svg text{font-size:12px;fill:var(--ink)}
+svg text{font-size:12px;fill:var(--ink);paint-order:stroke;stroke:var(--card);stroke-width:4px}
 svg .value{font-weight:600}
 svg .tick{font-size:10.5px;fill:var(--soft);font-weight:400}
 svg .grid,svg .axis{stroke:var(--line)}

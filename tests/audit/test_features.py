@@ -157,6 +157,7 @@ def test_the_real_sscd_model_separates_altered_from_unrelated_pictures(scenes: l
     sscd = Sscd()
     rows = sscd(scenes)
     found = nearest(sscd([altered(s, "recoloured") for s in scenes]), rows, distance="cosine")
-    assert found.index[:, 0].tolist() == list(range(12)) and found.similarity.min() > 0.75
+    assert found.index[:, 0].tolist() == list(range(12))
+    # Flat drawn shapes lie closer together than photographs do, so the margin is asked for, not a threshold.
     unrelated = nearest(rows, rows, distance="cosine", exclude_self=True)
-    assert unrelated.similarity.mean() < 0.5
+    assert found.similarity.min() > unrelated.similarity.max() and found.similarity.mean() > 0.8
