@@ -197,11 +197,27 @@ def train_vae(work: Path, steps: int, batch: int, lr: float = 2e-3, seed: int = 
         if step % 400 == 399 or step == steps - 1:
             save(path, {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "step": step + 1})
     vae.load_state_dict(ema)
-    # Scale latents to unit variance, as SD does with 0.18215.
-    with torch.no_grad():
-        z = torch.cat([vae.encode(p).latent_dist.mean for p in pictures.split(64)])
-    vae.register_to_config(scaling_factor=round(1 / z.std().item(), 5))
+    normalize_latents(vae, pictures)
     vae.save_pretrained(work / "vae")
+
+
+@torch.no_grad()
+def normalize_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
+    """Bring every latent channel to mean 0 and standard deviation 1 over `pictures`, and leave the pictures as they were.
+
+    The affine map goes into the two 1 x 1 convolutions around the latents, so that the noise levels of a schedule mean
+    the same in all four channels and the scaling factor is 1.
+    """
+    z = torch.cat([vae.encode(p).latent_dist.mean for p in pictures.split(64)])
+    mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
+    channels = len(mean)
+    before, after = vae.quant_conv, vae.post_quant_conv
+    before.weight[:channels] /= std.view(-1, 1, 1, 1)
+    before.bias[:channels] = (before.bias[:channels] - mean) / std
+    before.bias[channels:] -= 2 * std.log()  # the second half are log-variances
+    after.bias += (after.weight[:, :, 0, 0] * mean).sum(1)
+    after.weight *= std.view(1, -1, 1, 1)
+    vae.register_to_config(scaling_factor=1.0)
 
 
 def load_vae(work: Path) -> AutoencoderKL:

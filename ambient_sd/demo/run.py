@@ -1,0 +1,300 @@
+"""The demo: one small Stable Diffusion 2, fine-tuned twice on 60 pictures, sampled under the guard, measured, on one page.
+
+Both runs are the same command but for `objective`: same base, pictures, order, timesteps, fresh noise, steps. Both are
+sampled with the training captions as prompts and the same starting noise. Every figure stands beside the same figure for
+held-out pictures. Nothing about the outcome is written down beforehand: the page and the table say what was measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ambient_sd.audit.features import EffLite0, Features, Pixels, Sscd, embed
+from ambient_sd.audit.metrics import Measurement, Row, measure
+from ambient_sd.audit.report import Report, RunSection, contact_sheet, find, make_samples, show, write_report
+from ambient_sd.data.sources import load_rows
+from ambient_sd.demo import BASE, PICTURES
+from ambient_sd.errors import UserError
+from ambient_sd.guard.pipeline import AmbientSDPipeline
+from ambient_sd.guard.recorder import MemorizationGuard
+from ambient_sd.training.config import TrainConfig
+from ambient_sd.training.loop import run as train
+
+COPIES = "memorized-pixels64"
+# The fine-tune, but for objective and output. configs/demo.yaml says the same for a run by hand; a test holds them equal.
+TRAINING: dict[str, Any] = {
+    "pretrained_model_name_or_path": str(BASE),
+    "train_data_dir": str(PICTURES),
+    "resolution": 64,
+    "center_crop": True,
+    "train_batch_size": 16,
+    "max_train_steps": 300,
+    "learning_rate": 3e-4,
+    "lr_scheduler": "constant",
+    "checkpointing_steps": 100_000,
+    "report_to": "none",
+}
+AMBIENT: dict[str, Any] = {"ambient_level": 1.0, "reweight": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoSettings:
+    """What a person may change: where it goes, how long it trains, how it samples.
+
+    Attributes:
+        subset: size of the fixed picture subset: 60, 300 or 1000.
+        steps: optimizer steps of each run; None: 300.
+        level: nature level s_n of the ambient run; None: 1.0.
+        samples_per_prompt: pictures per training caption.
+        prompts: how many captions are sampled (all of them if there are no more).
+        sampling_steps, guidance_scale: of DPM-Solver++.
+    """
+
+    out: Path = Path("demo-out")
+    subset: int = 60
+    steps: int | None = None
+    level: float | None = None
+    samples_per_prompt: int = 4
+    prompts: int = 60
+    sampling_steps: int = 15
+    guidance_scale: float = 3.0
+    seed: int = 0
+    objectives: tuple[str, ...] = ("plain", "ambient")
+
+
+def settings_of_run(settings: DemoSettings, objective: str) -> TrainConfig:
+    """Return the training settings of one of the runs."""
+    values: dict[str, Any] = {
+        **TRAINING,
+        "row_filter": [f"subset_{settings.subset}=true"],
+        "objective": objective,
+        "seed": settings.seed,
+        "output_dir": str(settings.out / objective),
+    }
+    if settings.steps is not None:
+        values["max_train_steps"] = settings.steps
+    if objective == "ambient":
+        values |= AMBIENT
+        if settings.level is not None:
+            values["ambient_level"] = settings.level
+    return TrainConfig(**values)
+
+
+def sample(
+    folder: str | Path, prompts: Sequence[str], settings: DemoSettings, *, title: str
+) -> tuple[list[Image.Image], list[float]]:
+    """Draw `samples_per_prompt` pictures per prompt under the guard; return them with their scores, prompt by prompt.
+
+    The starting noise of a picture depends on the seed, its prompt's place and its number alone: two models sampled with
+    the same settings start from the same noise.
+    """
+    from diffusers import DPMSolverMultistepScheduler
+    from tqdm.auto import tqdm
+
+    pipe = AmbientSDPipeline.from_pretrained(folder, safety_checker=None)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    k = settings.samples_per_prompt
+    per_call = max(1, 16 // k)
+    images: list[Image.Image] = []
+    scores: list[float] = []
+    with MemorizationGuard(pipe) as guard, tqdm(total=len(prompts) * k, desc=title, unit="picture") as bar:
+        for first in range(0, len(prompts), per_call):
+            chunk = list(prompts[first : first + per_call])
+            generators = [
+                torch.Generator().manual_seed(settings.seed * 1_000_003 + (first + i) * 1_009 + j)
+                for i in range(len(chunk))
+                for j in range(k)
+            ]
+            out = pipe(
+                chunk,
+                num_images_per_prompt=k,
+                num_inference_steps=settings.sampling_steps,
+                guidance_scale=settings.guidance_scale,
+                generator=generators,
+            )
+            assert not isinstance(out, tuple)
+            images += out.images
+            scores += [report.score for report in guard.report]
+            bar.update(len(chunk) * k)
+    return images, scores
+
+
+def run_demo(settings: DemoSettings) -> Report:
+    """Train, sample, measure, and write `report.html`, `figures.json` and the sample sheets into `settings.out`.
+
+    Raises:
+        UserError: settings are out of range, or `settings.out` holds something that is not a demo's.
+    """
+    begun = time.time()
+    configs = {objective: settings_of_run(settings, objective) for objective in settings.objectives}
+    _clear(settings)
+    training = load_rows(PICTURES, row_filter=[(f"subset_{settings.subset}", "=", "true")])
+    heldout = load_rows(PICTURES, split="heldout")
+    training_images = [row.image for row in training]
+    captions = [row.caption for row in training]
+    features: list[Features] = [Pixels(), EffLite0(), *([Sscd()] if Sscd.available() else [])]
+    step = f"of {2 * len(configs) + 2}"
+    print(f"1 {step}: looking at {len(training)} training and {len(heldout)} held-out pictures", flush=True)
+    real = embed(training_images, features, progress=True)
+    unseen = embed([row.image for row in heldout], features, progress=True)
+
+    prompts = captions[: settings.prompts]
+    groups = [i for i in range(len(prompts)) for _ in range(settings.samples_per_prompt)]
+    sections: list[RunSection] = []
+    measured: dict[str, Measurement] = {}
+    seconds: dict[str, float] = {}
+    for number, (objective, config) in enumerate(configs.items()):
+        print(f"{2 * number + 2} {step}: fine-tuning, {objective} loss, {config.max_train_steps} steps", flush=True)
+        summary = train(config)
+        seconds[objective] = summary["seconds"]
+        print(f"{2 * number + 3} {step}: sampling the {objective} run under the guard", flush=True)
+        images, scores = sample(config.output_dir, prompts, settings, title=f"sample {objective}")
+        measured[objective] = measure(
+            embed(images, features, progress=True), real, unseen, features, groups=groups, seed=settings.seed
+        )
+        texts = [prompts[i] for i in groups]
+        contact_sheet(images[:: settings.samples_per_prompt], 10).save(settings.out / f"{objective}.png")
+        sections.append(
+            RunSection(
+                name=objective,
+                objective=describe(config),
+                figures=measured[objective].rows,
+                samples=make_samples(
+                    images,
+                    texts,
+                    training_images,
+                    measured[objective].neighbours["pixels64"],
+                    scores=scores,
+                    training_prompts=captions,
+                ),
+                settings={
+                    "optimizer steps": summary["steps"],
+                    "training seconds": round(summary["seconds"]),
+                    "loss, last 100 steps": f"{summary['loss']:.4f}",
+                    "learning rate": config.learning_rate,
+                    "batch": config.train_batch_size,
+                },
+                features="pixels64",
+            )
+        )
+    print(f"{2 * len(configs) + 2} {step}: writing the page", flush=True)
+    report = Report(
+        title=f"A small Stable Diffusion 2, fine-tuned on {len(training)} pictures",
+        command="ambient-sd demo",
+        runs=sections,
+        training_n=len(training),
+        copies=COPIES,
+        quality=next(row.name for row in sections[0].figures if row.name.startswith("FD-")),
+        heldout_ratios=next(iter(measured.values())).heldout_neighbours["pixels64"].ratio.tolist(),
+        made=_made(settings, begun, training.fingerprint()),
+        notes=NOTES,
+    )
+    write_report(settings.out / "report.html", report)
+    (settings.out / "figures.json").write_text(json.dumps(_figures(report), indent=1) + "\n")
+    return report
+
+
+NOTES = (
+    "Prompts are the captions of the training pictures: the case in which copying is easiest.",
+    "The held-out column shows real pictures of the same kind that no run has seen; for distances between sets it is the "
+    "floor, one half of them against the other.",
+    "The guard's score compares within one model, size and number of steps; no threshold has been calibrated here.",
+    "One seed, one small model, small pictures: what it says of a large model is for a run of that model to show.",
+)
+
+
+def describe(config: TrainConfig) -> str:
+    if config.objective == "ambient":
+        return (
+            f"ambient loss above s_n = {config.ambient_level:g}, weight a^{config.reweight}; ordinary denoising below"
+        )
+    return "ordinary denoising loss at all noise levels"
+
+
+def table(report: Report) -> str:
+    """Return the figures as plain text, a row a measure, a column a run, the held-out pictures last."""
+    head = ["", *(run.name for run in report.runs), "held-out"]
+    lines = [head]
+    for row in report.runs[0].figures:
+        cells = [_cell(run.row(row.name)) for run in report.runs]
+        lines.append([row.name, *cells, show(row.heldout)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def finding(report: Report) -> str:
+    return find(report).sentence
+
+
+def _cell(row: Row) -> str:
+    low, high = (show(dataclasses.replace(row.generated, value=v)) for v in (row.generated.low, row.generated.high))
+    return f"{show(row.generated)} [{low}, {high}]"
+
+
+def _clear(settings: DemoSettings) -> None:
+    """Remove what an earlier demo left; refuse a folder that holds anything else."""
+    known = {
+        "report.html",
+        "figures.json",
+        *(f"{o}.png" for o in ("plain", "ambient", "gap")),
+        "plain",
+        "ambient",
+        "gap",
+    }
+    if settings.out.exists():
+        if not settings.out.is_dir():
+            raise UserError(f"out is {settings.out}", rule="it must be a folder", remedy="name another one")
+        foreign = sorted(p.name for p in settings.out.iterdir() if p.name not in known)
+        if foreign:
+            raise UserError(
+                f"{settings.out} holds {foreign[0]!r}",
+                rule="the demo empties its folder and must not take what is not its own",
+                remedy="name another folder with --out",
+            )
+        shutil.rmtree(settings.out)
+    settings.out.mkdir(parents=True)
+
+
+def _made(settings: DemoSettings, begun: float, fingerprint: str) -> dict[str, object]:
+    import platform
+
+    import diffusers
+    import transformers
+
+    from ambient_sd import __version__
+
+    return {
+        "ambient_sd": __version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "seed": settings.seed,
+        "training pictures (sha256)": fingerprint,
+        "samples": f"{settings.samples_per_prompt} for each of {min(settings.prompts, settings.subset)} prompts, "
+        f"DPM-Solver++ {settings.sampling_steps} steps, guidance {settings.guidance_scale:g}",
+        "minutes in all": round((time.time() - begun) / 60, 1),
+    }
+
+
+def _figures(report: Report) -> dict[str, Any]:
+    def row(r: Row) -> dict[str, Any]:
+        parts = {"generated": r.generated, "heldout": r.heldout, "excess": r.excess, "background": r.background}
+        return {name: figure.as_dict() for name, figure in parts.items() if figure is not None}
+
+    return {
+        "finding": find(report).sentence,
+        "made": dict(report.made),
+        "runs": {run.name: {r.name: row(r) for r in run.figures} for run in report.runs},
+    }
