@@ -6,7 +6,9 @@ Training has its own script, `train_text_to_image_ambient.py`, because `accelera
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -48,6 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--sampling_steps", type=_positive, default=15, help="DPM-Solver++ steps")
     demo.add_argument("--guidance_scale", type=float, default=3.0, help="classifier-free guidance, above 1")
     demo.add_argument("--seed", type=int, default=0, help="of training, sampling and intervals")
+    demo.add_argument("--open", action="store_true", help="open the page in the browser when it is ready")
     return parser
 
 
@@ -76,9 +79,11 @@ def _demo(args: argparse.Namespace) -> None:
     diffusers_logging.disable_progress_bar()
     from ambient_sd.demo.run import DemoSettings, finding, run_demo, table
 
-    settings = {name: value for name, value in vars(args).items() if name not in {"verb", "version"}}
+    settings = {name: value for name, value in vars(args).items() if name not in {"verb", "version", "open"}}
     report = run_demo(DemoSettings(**settings))
     print(f"\n{table(report)}\n\n{finding(report)}\n\nLook at it: {args.out / 'report.html'}", flush=True)
+    if args.open and not os.environ.get("CI"):
+        webbrowser.open((args.out / "report.html").resolve().as_uri())
 
 
 @exits_on_user_error

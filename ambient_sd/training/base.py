@@ -52,8 +52,8 @@ class Base:
         """Return the noise schedule that the base was trained on."""
         return NoiseSchedule.from_scheduler(self.scheduler)
 
-    def load(self, part: str) -> Any:
-        """Load one part in float32: unet, vae, text_encoder or tokenizer.
+    def load(self, part: str, dtype: torch.dtype = torch.float32) -> Any:
+        """Load one part: unet, vae, text_encoder or tokenizer.
 
         Raises:
             UserError: its files are missing or damaged.
@@ -66,7 +66,7 @@ class Base:
         }[part]
         options: dict[str, Any] = {"revision": self.revision, "cache_dir": self.cache_dir}
         if part != "tokenizer":
-            options.update(variant=self.variant, dtype=torch.float32)
+            options.update(variant=self.variant, dtype=dtype)
         try:
             return kind.from_pretrained(self.name, subfolder=part, **options)
         except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError, ...: all mean unusable files

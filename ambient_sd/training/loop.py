@@ -202,6 +202,9 @@ def _make_accelerator(config: TrainConfig) -> Accelerator:
         raise UserError(
             f"mixed_precision is {config.mixed_precision}", rule=str(error), remedy="use no, or bf16"
         ) from None
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # accelerate takes it, and then neither casts nor scales.
+        raise UserError("mixed_precision is fp16", rule="processors have no fp16 training", remedy="use no, or bf16")
     if accelerator.distributed_type not in _SUPPORTED:
         raise UserError(
             f"accelerate is set to {accelerator.distributed_type.value}",

