@@ -33,6 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from ambient_sd.data.sources import content_key
 from ambient_sd.demo.names import ALIASES, COMMON
 
 PACKAGES = {"3D": "@lobehub/fluent-emoji-3d@1.1.0", "flat": "emoji-datasource-google@16.0.0"}
@@ -186,7 +187,7 @@ def rows(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 {
                     "image": {"bytes": buffer.getvalue(), "path": f"{concept['code']}-{style}.webp"},
                     "text": f"{style} emoji of {concept['name']}",
-                    "key": hashlib.sha256(image.tobytes()).hexdigest(),
+                    "key": content_key(image),
                     "split": concept["split"],
                     "name": concept["name"],
                     "aliases": ALIASES.get(concept["name"], []),

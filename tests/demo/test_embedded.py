@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections import defaultdict
@@ -14,6 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from ambient_sd.data.sources import content_key
 from ambient_sd.demo import BASE, PICTURES
 from ambient_sd.demo.build_pictures import NEAR_DUPLICATE_RMS, near_duplicate_groups
 
@@ -32,12 +32,11 @@ def test_every_picture_is_64_px_and_its_key_is_its_content(rows: list[dict[str, 
     for row in rows:
         image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
         assert image.size == (64, 64)
-        assert row["key"] == hashlib.sha256(image.tobytes()).hexdigest()
-    assert len({row["key"] for row in rows}) == len(rows)
+        assert row["key"] == content_key(image)
 
 
 def test_splits_share_no_concept_and_no_near_duplicate(rows: list[dict[str, Any]]) -> None:
-    for column in ("name", "code", "group"):
+    for column in ("name", "code", "group", "key"):
         sides: dict[Any, set[str]] = defaultdict(set)
         for row in rows:
             sides[row[column]].add(row["split"])
