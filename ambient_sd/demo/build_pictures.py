@@ -149,7 +149,7 @@ def split(items: list[dict[str, Any]]) -> None:
             items[i]["group"] = number
     free = []
     for members in groups:
-        if any(items[i]["name"] in COMMON or items[i]["category"] == "Symbols" and len(members) > 3 for i in members):
+        if any(items[i]["name"] in COMMON or (items[i]["category"] == "Symbols" and len(members) > 3) for i in members):
             for i in members:
                 items[i]["split"] = "base"
         else:
