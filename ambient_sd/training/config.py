@@ -6,8 +6,8 @@ have the setting. Values are checked here, before anything heavy is imported; wh
 load. This module imports no torch: `--help` must come at once.
 """
 
-# ruff: noqa: RUF009, E501
-# (`option` returns a dataclasses.field; and one option a line, however long, is the readable form of the table below.)
+# ruff: noqa: RUF009
+# (`option` returns a dataclasses.field.)
 
 from __future__ import annotations
 

@@ -110,14 +110,17 @@ def run(
     progress = progress and os.environ.get("RANK", "0") == "0"
     plan = plan_run(config, progress=progress)
     embedded = bool(AcceleratorState._shared_state)
-    accelerator = _make_accelerator(config)
+    accelerator: Accelerator | None = None
     try:
+        accelerator = _make_accelerator(config)
         return _Trainer(plan, accelerator, progress, on_step, on_batch).train()
     finally:
-        accelerator.free_memory()
+        if accelerator is not None:
+            accelerator.free_memory()
         if not embedded:
             # Another run in this process may want another precision; accelerate keeps the first one's for ever.
-            accelerator.end_training()
+            if accelerator is not None:
+                accelerator.end_training()
             AcceleratorState._reset_state(reset_partial_state=True)
 
 

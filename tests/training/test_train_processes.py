@@ -1,0 +1,89 @@
+"""Two processes and one: the same fixed noise for every picture, the same fresh noise per sample, the same loss curve."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+WORKER = """
+import hashlib, json, os, sys
+from ambient_sd.training.config import TrainConfig
+from ambient_sd.training.loop import run
+
+config, record = TrainConfig(**json.loads(sys.argv[1])), {"eps_n": {}, "fresh": {}, "timestep": {}}
+
+def digest(tensor):
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+
+def watch(batch):
+    for i, (position, key) in enumerate(zip(batch.positions, batch.keys)):
+        record["eps_n"][key] = digest(batch.eps_n[i])
+        record["fresh"][position] = digest(batch.noise[i])
+        record["timestep"][position] = int(batch.timesteps[i])
+
+summary = run(config, progress=False, on_batch=watch)
+record.update(losses=summary["losses"], processes=summary["processes"], data=summary["data_fingerprint"])
+with open(f"{config.output_dir}-rank{os.environ.get('RANK', 0)}.json", "w") as file:
+    json.dump(record, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_base: Path, tiny_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The same four steps on one process and on two, drawing validation pictures and writing checkpoints on the way."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "worker.py").write_text(WORKER)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    for processes in (1, 2):
+        settings = {
+            "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tiny_pictures), "resolution": 32,
+            "train_batch_size": 8 // processes, "max_train_steps": 4, "checkpointing_steps": 2, "report_to": "none",
+            "output_dir": str(folder / f"out{processes}"), "validation_prompts": ["a red disc"],
+            "num_validation_images": 3, "validation_steps": 4,
+        }  # fmt: skip
+        launch = [sys.executable, "-m", "accelerate.commands.launch"] if processes == 2 else [sys.executable]
+        options = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"] if processes == 2 else []
+        command = [*launch, *options, str(folder / "worker.py"), json.dumps(settings)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return {1: folder / "out1", 2: folder / "out2"}
+
+
+def record(out: Path, rank: int) -> dict:  # type: ignore[type-arg]
+    return json.loads(Path(f"{out}-rank{rank}.json").read_text())
+
+
+def test_two_processes_and_one_draw_the_same_noise(runs: dict[int, Path]) -> None:
+    one, first, second = record(runs[1], 0), record(runs[2], 0), record(runs[2], 1)
+    assert (one["processes"], first["processes"], second["processes"]) == (1, 2, 2)
+    assert one["data"] == first["data"] == second["data"]
+    assert len(one["eps_n"]) == 8
+    assert {**first["eps_n"], **second["eps_n"]} == one["eps_n"]
+    shared = first["eps_n"].keys() & second["eps_n"].keys()
+    assert shared, "some pictures were seen by both processes"
+    assert all(first["eps_n"][k] == second["eps_n"][k] for k in shared)
+    for kind in ("fresh", "timestep"):
+        assert {**first[kind], **second[kind]} == one[kind]
+        assert first[kind].keys().isdisjoint(second[kind]), "each sample is trained on once"
+    assert len(set(one["fresh"].values())) == len(one["fresh"]) == 32
+
+
+def test_the_same_global_batch_gives_the_same_curve_and_weights(runs: dict[int, Path]) -> None:
+    assert record(runs[1], 0)["losses"] == pytest.approx(record(runs[2], 0)["losses"], rel=1e-4)
+    one, two = (load_file(runs[n] / "unet/diffusion_pytorch_model.safetensors") for n in (1, 2))
+    assert max(float((one[k] - two[k]).abs().max()) for k in one) < 2e-4
+    assert {p.name for p in runs[2].glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+
+
+def test_validation_pictures_do_not_depend_on_who_draws_them(runs: dict[int, Path]) -> None:
+    from PIL import Image, ImageChops
+
+    one, two = (Image.open(runs[n] / "validation" / "step-4.png") for n in (1, 2))
+    assert one.size == (3 * 32 + 2 * 2, 32)
+    assert max(high for _, high in ImageChops.difference(one, two).getextrema()) <= 8
