@@ -32,7 +32,9 @@ def test_the_two_runs_differ_in_the_objective_alone() -> None:
     assert different == {"objective", "ambient_level", "reweight", "output_dir"}
 
 
-def test_demo_writes_page_figures_sheets_and_loadable_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_writes_page_figures_sheets_and_loadable_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     short = ["--steps", "2", "--prompts", "3", "--samples_per_prompt", "2", "--sampling_steps", "2"]
     main(["demo", "--out", str(out), *short])
@@ -70,7 +72,11 @@ def test_demo_does_not_touch_a_folder_that_is_not_its_own(tmp_path: Path, capsys
      (["demo", "--level", "-1"], "ambient_level"), (["demo", "--level", "99"], "99"), (["demo", "--seed", "x"], "seed")],
 )  # fmt: skip
 def test_bad_arguments_end_in_one_line_and_status_2(
-    arguments: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:

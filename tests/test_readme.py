@@ -1,0 +1,84 @@
+"""What the README and the pages under docs/ tell people to type works as written."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "configs/README.md",
+    ROOT / "prompts/README.md",
+]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def launches() -> list[list[str]]:
+    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+    return [shlex.split(line) for line in text.splitlines() if line.startswith("accelerate launch")]
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks like a clone to the commands, with a user's pictures in it."""
+    for name in ("ambient_sd", "configs", "prompts", "train_text_to_image_ambient.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    tiny.tiny_folder(tmp_path / "my-pictures", count=4)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_readme_has_the_commands_that_are_tested_here() -> None:
+    assert len(launches()) == 3
+    assert len(blocks("python")) == 2
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=["ten-lines", "own-trainer"])
+def test_python_blocks_run(code: str, clone: Path) -> None:
+    exec(compile(code, "README.md", "exec"), {})
+    if "apple.png" in code:
+        assert (clone / "apple.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("words", launches(), ids=lambda words: words[words.index("--output_dir") + 1])
+def test_training_commands_run(
+    words: list[str], clone: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As written, but for one step and, where the base would come from the hub, a tiny base."""
+    assert words[2] == "train_text_to_image_ambient.py"
+    small = "--max_train_steps 1 --train_batch_size 1 --gradient_accumulation_steps 1"
+    if "--config" in words:
+        small += f" --pretrained_model_name_or_path {tiny_base} --resolution 32"
+    monkeypatch.setattr(sys, "argv", [*words[2:], *small.split()])
+    runpy.run_path(words[2], run_name="__main__")
+    assert "1 steps in" in capsys.readouterr().out
+    out = clone / words[words.index("--output_dir") + 1]
+    assert (out / "train_config.yaml").is_file()
+    assert (out / "model_index.json").is_file() or (out / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_make_knows_the_targets_that_the_pages_name() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for page in PAGES:
+        code = re.findall(r"`([^`]+)`", page.read_text())
+        named = {w for text in code for w in re.findall(r"^(?:bash\n)?make (\w+)", text, flags=re.MULTILINE)}
+        assert named <= targets, page.name
+    assert {"demo", "test"} <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
