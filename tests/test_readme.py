@@ -69,12 +69,10 @@ def test_training_commands_run(
     assert (out / "model_index.json").is_file() or (out / "pytorch_lora_weights.safetensors").is_file()
 
 
-def test_make_knows_the_targets_that_the_pages_name() -> None:
+def test_make_knows_the_targets_that_the_readme_names() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    for page in PAGES:
-        code = re.findall(r"`([^`]+)`", page.read_text())
-        named = {w for text in code for w in re.findall(r"^(?:bash\n)?make (\w+)", text, flags=re.MULTILINE)}
-        assert named <= targets, page.name
+    named = set(re.findall(r"^make (\w+)", "\n".join(blocks("bash")), flags=re.MULTILINE))
+    assert named and named <= targets
     assert {"demo", "test"} <= targets
 
 
