@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
+import time
 
 from ambient_sd.errors import UserError, exits_on_user_error
 from ambient_sd.training.config import parse
@@ -15,19 +15,22 @@ def main() -> None:
     try:
         config = parse()
         # After parsing: torch and diffusers take seconds to import, and neither --help nor a typo should wait for them.
+        import diffusers
         import transformers
 
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         # Its notices (no torchvision) and one bar per loaded file bury what this run has to say.
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
+        diffusers.utils.logging.disable_progress_bar()
         from ambient_sd.training.loop import run
 
         summary = run(config)
     except UserError:
-        # Every process meets the same mistake; one line is enough.
+        # Every process meets the same mistake and one line is enough. The launcher stops the others as soon as one has
+        # ended, so they let the first process speak; what only they have met they still say, a little later.
         if os.environ.get("RANK", "0") != "0":
-            sys.exit(2)
+            time.sleep(10)
         raise
     if os.environ.get("RANK", "0") == "0":
         print(

@@ -354,7 +354,7 @@ def _bare(kind: Any) -> Any:
 
 def _type_name(kind: Any) -> str:
     bare = _bare(kind)
-    return {str: "text", int: "integer", float: "number", bool: "true or false"}.get(bare, "text ...")
+    return {int: "integer", float: "number"}.get(bare, "text")
 
 
 def _checked(item: dataclasses.Field[Any], value: Any) -> Any:
