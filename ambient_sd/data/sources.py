@@ -98,7 +98,9 @@ class PictureSet(Sequence[Picture]):
         return self
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 over keys and captions in their order, once `check` has run."""
+        """Return a SHA-256 over keys and captions in their order, running `check` if nothing has."""
+        if not self.keys:
+            self.check()
         digest = hashlib.sha256()
         for key, caption in zip(self.keys, self.captions, strict=True):
             digest.update(f"{key} {len(caption)} {caption}\n".encode("utf-8", "surrogatepass"))
