@@ -69,16 +69,9 @@ def _demo(args: argparse.Namespace) -> None:
             remedy="give a scale above 1",
         )
     # After the arguments are checked: torch and diffusers take seconds to import.
-    import transformers
+    from ambient_sd.demo.run import DemoSettings, finding, quiet, run_demo, table
 
-    # Its notices (no torchvision) and a bar per loaded file bury what the demo has to say.
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    from diffusers.utils import logging as diffusers_logging
-
-    diffusers_logging.disable_progress_bar()
-    from ambient_sd.demo.run import DemoSettings, finding, run_demo, table
-
+    quiet()
     settings = {name: value for name, value in vars(args).items() if name not in {"verb", "version", "open"}}
     report = run_demo(DemoSettings(**settings))
     print(f"\n{table(report)}\n\n{finding(report)}\n\nLook at it: {args.out / 'report.html'}", flush=True)

@@ -86,6 +86,7 @@ def run(
     config: TrainConfig,
     *,
     progress: bool = True,
+    title: str = "training",
     on_step: Callable[[int, dict[str, float]], None] | None = None,
     on_batch: Callable[[TrainingBatch], None] | None = None,
 ) -> dict[str, Any]:
@@ -94,6 +95,7 @@ def run(
     Args:
         config: the settings.
         progress: show progress bars (on the first process).
+        title: what the bar of the steps is called.
         on_step: called on the first process after each optimizer step with the number of steps done and loss,
             clean_loss, ambient_loss and lr of that step (NaN where no sample was of that kind).
         on_batch: called on every process before each forward pass.
@@ -113,7 +115,7 @@ def run(
     accelerator: Accelerator | None = None
     try:
         accelerator = _make_accelerator(config)
-        return _Trainer(plan, accelerator, progress, on_step, on_batch).train()
+        return _Trainer(plan, accelerator, progress, title, on_step, on_batch).train()
     finally:
         if accelerator is not None:
             accelerator.free_memory()
@@ -225,11 +227,12 @@ class _Trainer:
         plan: Plan,
         accelerator: Accelerator,
         progress: bool,
+        title: str,
         on_step: Callable[[int, dict[str, float]], None] | None,
         on_batch: Callable[[TrainingBatch], None] | None,
     ) -> None:
         self.plan, self.config, self.base = plan, plan.config, plan.base
-        self.accelerator, self.progress = accelerator, progress
+        self.accelerator, self.progress, self.title = accelerator, progress, title
         self.on_step, self.on_batch = on_step, on_batch
         config = self.config
         self.output = Path(config.output_dir)
@@ -301,7 +304,7 @@ class _Trainer:
         model.train()
         history: list[dict[str, float]] = []
         begin = time.perf_counter()
-        bar = tqdm(total=self.steps, initial=self.first_step, desc="training", disable=not self.progress)
+        bar = tqdm(total=self.steps, initial=self.first_step, desc=self.title, disable=not self.progress)
         batches = self._batches()
         for step in range(self.first_step + 1, self.steps + 1):
             record = self._step(model, trained, batches)
