@@ -1,4 +1,4 @@
-"""Pictures and captions from a folder with metadata.jsonl, a parquet file or a hub dataset, checked before use.
+"""Pictures and captions from a folder with metadata.jsonl or .csv, a parquet file or a hub dataset, checked before use.
 
 A picture's `key` is the SHA-256 of its decoded RGB content, size included. Whatever is fixed per picture (its noise,
 its VAE draw, its view) hangs on it, so a copy under another name or in another lossless format shares all of them.
@@ -8,21 +8,23 @@ It does not find near-duplicates, resize, or encode anything.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from ambient_sd.errors import UserError
 
-METADATA = "metadata.jsonl"
+METADATA = ("metadata.jsonl", "metadata.csv")
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _SHOWN = 3  # names listed in an error line before "and N more"
 
@@ -123,7 +125,12 @@ def decode(source: bytes | Path) -> Image.Image:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
             opened.load()
             image = ImageOps.exif_transpose(opened)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            # convert("RGB") would clip these at 255: one 16-bit picture as white as the next, and under one key.
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise ValueError(f"mode {image.mode} has no agreed white; save it with 8 or 16 bits per channel")
+            if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
                 # convert("RGB") alone would bring out whatever colours lie hidden under transparent pixels.
                 layer = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
@@ -147,11 +154,12 @@ def load_rows(
     row_filter: Sequence[tuple[str, str, str]] = (),
     config_name: str | None = None,
     cache_dir: str | None = None,
+    local: bool = False,
 ) -> PictureSet:
     """Open a source of pictures and captions.
 
     Args:
-        source: folder with metadata.jsonl, parquet file, or hub dataset id.
+        source: folder with metadata.jsonl or metadata.csv, parquet file, or hub dataset id.
         image_column: column of the pictures: bytes, or a struct of bytes and path; a folder uses file_name instead.
         caption_column: column of the captions, one text per row.
         split: of a hub dataset (default train); of a local source the value of its column `split`.
@@ -160,6 +168,7 @@ def load_rows(
         row_filter: (column, operator, value) conditions, operator one of = <= >=; rows must meet all of them.
         config_name: configuration of a hub dataset.
         cache_dir: where hub downloads are kept.
+        local: `source` is a path, whatever it looks like: a mistyped folder is then not looked for on the hub.
 
     Returns:
         The rows, pictures not yet decoded (`PictureSet.check` does that).
@@ -173,7 +182,7 @@ def load_rows(
         table = _from_folder(path, caption_column)
     elif path.is_file():
         table = _from_parquet(path, image_column, caption_column)
-    elif looks_local or str(source).count("/") > 1:
+    elif local or looks_local or str(source).count("/") > 1:
         raise UserError(f"there is no file or folder {source}", remedy="check the path; a hub dataset reads owner/name")
     else:
         table = _from_hub(str(source), image_column, caption_column, split or "train", config_name, cache_dir)
@@ -215,38 +224,115 @@ class _Picked(Sequence[Any]):
         return self._image(self._indices[index])
 
 
+@dataclass(frozen=True)
+class _Files:
+    """Reach the picture of a row by its file; a class, because a worker process may have to unpickle it."""
+
+    folder: Path
+    names: Sequence[str]
+
+    def __call__(self, index: int) -> Path:
+        return self.folder / self.names[index]
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Reach the picture of a row in a table; a class for the same reason."""
+
+    cell: Callable[[int], Any]
+    source: str
+    folder: Path
+
+    def __call__(self, index: int) -> bytes | Path:
+        return _encoded(self.cell(index), f"row {index} of {self.source}", self.folder)
+
+
+@dataclass(frozen=True)
+class _ArrowColumn:
+    column: Any  # pyarrow.ChunkedArray
+
+    def __call__(self, index: int) -> Any:
+        return self.column[index].as_py()
+
+
+@dataclass(frozen=True)
+class _HubColumn:
+    data: Any  # datasets.Dataset
+    name: str
+
+    def __call__(self, index: int) -> Any:
+        return self.data[index][self.name]
+
+
 def _from_folder(folder: Path, caption_column: str) -> _Table:
-    listing = folder / METADATA
-    if not listing.is_file():
+    listings = [folder / name for name in METADATA if (folder / name).is_file()]
+    if not listings:
         pictures = sum(1 for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
         if not pictures:
-            raise UserError(f"folder {folder} has no pictures", rule=f"it must hold pictures and {METADATA}")
+            raise UserError(f"folder {folder} has no pictures", rule=f"it must hold pictures and {METADATA[0]}")
+        deeper = next((p.parent for name in METADATA for p in folder.rglob(name)), None)
+        line = f'{{"file_name": "a.png", "{caption_column}": "a red apple"}}'
         raise UserError(
-            f"folder {folder} has {pictures} pictures but no {METADATA}",
+            f"folder {folder} has {pictures} pictures but no {METADATA[0]}",
             rule="captions come from there",
-            remedy=f'write one line per picture: {{"file_name": "a.png", "{caption_column}": "a red apple"}}',
+            remedy=f"give {deeper}, which has one" if deeper else f"write one line per picture: {line}",
         )
+    if len(listings) > 1:
+        raise UserError(
+            f"folder {folder} has {' and '.join(METADATA)}", rule="two lists can disagree", remedy="keep one"
+        )
+    (listing,) = listings
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(_text_lines(listing), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"line {number} of {listing} is no JSON", rule=str(error)) from None
-        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+    for number, row in (_csv_rows if listing.suffix == ".csv" else _json_rows)(listing):
+        name = row.get("file_name") if isinstance(row, dict) else None
+        if not isinstance(name, str) or not name:
             raise UserError(f"line {number} of {listing} names no picture", rule='it needs a text "file_name"')
+        # A list that came with a picture set must not reach for other files of this machine.
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(
+                f"line {number} of {listing} names {name!r}",
+                rule=f"file_name is a path inside {folder}",
+                remedy="move the picture there, or put metadata.jsonl in the folder that holds them all",
+            )
         rows.append(row)
     if not rows:
         raise UserError(f"{listing} is empty", rule="at least one picture is needed")
-    missing = [r["file_name"] for r in rows if not (folder / r["file_name"]).is_file()]
+    missing = [r["file_name"] for r in rows if not _is_file(folder / r["file_name"])]
     if missing:
         raise UserError(
             f"{len(missing)} of {len(rows)} pictures named in {listing} do not exist: {_some(missing)}",
             remedy="add the files or remove their lines",
         )
     _need_columns(str(folder), [caption_column], sorted({k for r in rows for k in r}))
-    return _Table(str(folder), rows, lambda i: folder / rows[i]["file_name"], lambda i: str(rows[i]["file_name"]))
+    names = [str(r["file_name"]) for r in rows]
+    return _Table(str(folder), rows, _Files(folder, names), lambda i: names[i])
+
+
+def _json_rows(listing: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(_text_lines(listing), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"line {number} of {listing} is no JSON", rule=str(error)) from None
+
+
+def _csv_rows(listing: Path) -> Iterator[tuple[int, Any]]:
+    reader = csv.DictReader((f"{line}\n" for line in _text_lines(listing)), strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                raise csv.Error("more cells than the first line has names; put quotes around a text with commas")
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise UserError(f"line {reader.line_num} of {listing} is no CSV", rule=str(error)) from None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a caption in the place of the name is too long for the file system
+        return False
 
 
 def _from_parquet(path: Path, image_column: str, caption_column: str) -> _Table:
@@ -254,7 +340,8 @@ def _from_parquet(path: Path, image_column: str, caption_column: str) -> _Table:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
+        # Else a folder named like year=2020 on the way becomes a column.
+        table = pq.read_table(path, partitioning=None)
     except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"{path} cannot be read as parquet", rule=str(error), remedy="give a parquet file or a folder"
@@ -262,10 +349,7 @@ def _from_parquet(path: Path, image_column: str, caption_column: str) -> _Table:
     _need_columns(str(path), [image_column, caption_column], table.column_names)
     pictures = table.column(image_column)
     rows = table.drop_columns([image_column]).to_pylist()
-
-    def image(i: int) -> bytes | Path:
-        return _encoded(pictures[i].as_py(), f"row {i} of {path}", path.parent)
-
+    image = _Cells(_ArrowColumn(pictures), str(path), path.parent)
     return _Table(str(path), rows, image, lambda i: f"row {i}")
 
 
@@ -288,10 +372,7 @@ def _from_hub(
     pictures = data.select_columns([image_column])
     if isinstance(data.features[image_column], datasets.Image):
         pictures = pictures.cast_column(image_column, datasets.Image(decode=False))
-
-    def image(i: int) -> bytes | Path:
-        return _encoded(pictures[i][image_column], f"row {i} of {name}", Path())
-
+    image = _Cells(_HubColumn(pictures, image_column), name, Path())
     return _Table(name, data.remove_columns([image_column]), image, lambda i: f"row {i}")
 
 
@@ -336,11 +417,11 @@ def _caption(table: _Table, index: int, column: str) -> str:
 
 
 def _meets(table: _Table, index: int, conditions: Sequence[tuple[str, str, str]]) -> bool:
+    row = table.rows[index] if conditions else {}
     for column, operator, wanted in conditions:
-        row = table.rows[index]
         if column not in row:
             raise UserError(
-                f"{table.source} has no column {column!r} to choose rows by",
+                f"{table.name(index)} of {table.source} has no column {column!r} to choose rows by",
                 rule=f"its columns are {', '.join(map(str, row))}",
                 remedy="correct the split or row filter",
             )

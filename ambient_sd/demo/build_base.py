@@ -354,7 +354,7 @@ def augmented_latents(
     return torch.stack(out, 1)
 
 
-def train_unet(work: Path, steps: int, batch: int = 32, lr: float = 1e-3, cooldown: int = 1200, seed: int = 0) -> None:
+def train_unet(work: Path, steps: int, batch: int = 32, lr: float = 1e-3, cooldown: int = 3500, seed: int = 0) -> None:
     """Train U-Net and text encoder together with the plain v-loss, caption dropout 0.1, and EMA.
 
     The learning rate is constant and falls linearly to zero over the last `cooldown` steps.
@@ -375,7 +375,10 @@ def train_unet(work: Path, steps: int, batch: int = 32, lr: float = 1e-3, cooldo
     decay = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 1e-2}, {"params": others, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.99)
+        [{"params": decay, "weight_decay": 1e-2}, {"params": others, "weight_decay": 0.0}],
+        lr=lr,
+        betas=(0.9, 0.99),
+        fused=True,
     )
     acp = DDIMScheduler(**SCHEDULE).alphas_cumprod
     ema = {k: v.clone() for k, v in model.state_dict().items()}
@@ -493,7 +496,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "base")
     parser.add_argument("--stage", choices=["vae", "unet", "export", "all"], default="all")
     parser.add_argument("--vae_steps", type=int, default=1700)
-    parser.add_argument("--unet_steps", type=int, default=6500)
+    parser.add_argument("--unet_steps", type=int, default=7000)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if "WORLD_SIZE" in os.environ:

@@ -41,6 +41,14 @@ GROUPS = {
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 DEFAULT_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 CONFIG_NAME = "train_config.yaml"
+MAX_SEED = 2**64 - 1  # what torch's generators take
+# Settings that answer one question: given on the command line, one of them replaces the others of the file.
+RIVALS = (
+    ("dataset_name", "train_data_dir"),
+    ("ambient_level", "ambient_timestep"),
+    ("validation_epochs", "validation_steps"),
+    ("num_train_epochs", "max_train_steps"),
+)
 
 
 def option(
@@ -96,9 +104,9 @@ class TrainConfig:
     ambient_timestep: int | None = option(None, "objective", "the same level given as a timestep of the base model's schedule", low=0)
     gap_upper: float | None = option(None, "objective", "gap: upper edge of the noise levels without loss (required there)", above=0.0)
     reweight: int | None = option(None, "objective", "ambient: power q of the weight a^q, a = 1 - s_n^2 / s_t^2, on the levels above s_n: 2 = the paper's loss, 1 = noise target, 0 = full re-weighting (default 2)", choices=(2, 1, 0))
-    noise_seed: int = option(0, "objective", "seed of what is fixed per picture: its noise, its VAE draw and, under ambient, its view. The same pictures in a later run must keep the same seed: two noises of one picture average out", low=0)
+    noise_seed: int = option(0, "objective", "seed of what is fixed per picture: its noise, its VAE draw and, under ambient, its view. The same pictures in a later run must keep the same seed: two noises of one picture average out", low=0, high=MAX_SEED)
 
-    seed: int = option(0, "optimisation", "seed of order, timesteps, fresh noise, caption dropout and LoRA start", low=0)
+    seed: int = option(0, "optimisation", "seed of order, timesteps, fresh noise, caption dropout and LoRA start", low=0, high=MAX_SEED)
     train_batch_size: int = option(16, "optimisation", "pictures per process and forward pass", low=1)
     gradient_accumulation_steps: int = option(1, "optimisation", "forward passes per optimizer step", low=1)
     num_train_epochs: int = option(100, "optimisation", "passes over the pictures; max_train_steps overrides it", low=1)
@@ -227,7 +235,7 @@ class TrainConfig:
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     """Turn a command line, and the YAML file that it may name with `--config`, into a `TrainConfig`.
 
-    The command line wins over the file, key by key.
+    The command line wins over the file, key by key; of settings that answer one question (`RIVALS`) it replaces all.
 
     Raises:
         UserError: an unknown flag or key (the nearest known one is suggested), or a bad value.
@@ -239,7 +247,11 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
         raise UserError(f"unknown argument {name}", rule=_nearest(key, prefix="--"), remedy="--help lists all flags")
     flags = vars(given)
     path = flags.pop("config", None)
-    return TrainConfig(**{**(load_yaml(path) if path else {}), **flags})
+    settings = load_yaml(path) if path else {}
+    for rivals in RIVALS:
+        if any(name in flags for name in rivals):
+            settings = {key: value for key, value in settings.items() if key not in rivals}
+    return TrainConfig(**{**settings, **flags})
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -249,12 +261,12 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         UserError: the file is missing, is no YAML mapping, or has an unknown key.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(
             f"config is {path}", rule=f"the file cannot be read ({error.strerror})", remedy="check the path"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, the 30th of February
         raise UserError(
             f"config is {path}", rule=f"it is no valid YAML: {error}", remedy="write one `key: value` a line"
         ) from None
@@ -319,6 +331,16 @@ def split_condition(term: str) -> tuple[str, str, str]:
             return column, operator, value
     raise UserError(f"row_filter is {term!r}", rule="it must read column=value, column<=number or column>=number",
                     remedy="for example split=train")  # fmt: skip
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice, of which PyYAML would keep the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -387,8 +409,9 @@ def _checked(item: dataclasses.Field[Any], value: Any) -> Any:
         try:
             if isinstance(value, bool):
                 raise ValueError
-            converted = bare(value) if isinstance(value, str) or not isinstance(value, bare) else value
-            if converted != float(value) or not math.isfinite(converted):
+            converted = bare(value)
+            # Through float only what is no integer already: a seed of 64 bits has no exact float.
+            if not math.isfinite(converted) or (isinstance(value, float) and converted != value):
                 raise ValueError
         except (ValueError, TypeError, OverflowError):
             rule = f"it must be {'an integer' if bare is int else 'a finite number'}"
@@ -404,9 +427,9 @@ def _broken_rule(meta: Mapping[str, Any], value: Any) -> str:
     if meta["choices"] and value not in meta["choices"]:
         return "it must be one of " + ", ".join(map(str, meta["choices"]))
     if meta["low"] is not None and value < meta["low"]:
-        return f"it must be at least {meta['low']:g}"
+        return f"it must be at least {meta['low']}"
     if meta["above"] is not None and value <= meta["above"]:
-        return f"it must be above {meta['above']:g}"
+        return f"it must be above {meta['above']}"
     if meta["high"] is not None and value > meta["high"]:
-        return f"it must be at most {meta['high']:g}"
+        return f"it must be at most {meta['high']}"
     return ""

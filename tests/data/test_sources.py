@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -146,3 +147,87 @@ def test_check_finds_every_truncated_picture_and_names_it(folder: Path) -> None:
     one_line(pictures.check, "3 of 8", "002.png", "005.png", "006.png")
     assert pictures.keys == [], "nothing half-done"
     one_line(lambda: pictures[2], "002.png")
+
+
+def test_metadata_csv_is_read_like_metadata_jsonl(folder: Path) -> None:
+    expected = load_rows(folder).check()
+    (folder / "metadata.csv").write_text(
+        "\ufefffile_name,text\r\n" + "".join(f'{n},"{c}"\r\n' for n, c in zip(expected.names, expected.captions, strict=True))
+    )  # fmt: skip
+    one_line(lambda: load_rows(folder), "metadata.jsonl and metadata.csv", "keep one")
+    (folder / "metadata.jsonl").unlink()
+    assert load_rows(folder).fingerprint() == expected.fingerprint()
+    (folder / "metadata.csv").write_text('file_name,text\n000.png,"red, with ""quotes""\nand a line"\n')
+    assert load_rows(folder).captions == ['red, with "quotes"\nand a line']
+    (folder / "metadata.csv").write_text("file_name,text\n000.png,red, round\n")
+    one_line(lambda: load_rows(folder), "line 2", "quotes")
+    (folder / "metadata.csv").write_text("file_name,text\n000.png\n")
+    one_line(lambda: load_rows(folder), "000.png", "no caption")
+    (folder / "metadata.csv").write_text("")
+    one_line(lambda: load_rows(folder), "is empty")
+
+
+def test_a_listing_reaches_only_what_lies_in_its_folder(folder: Path, tmp_path: Path) -> None:
+    (folder / "deep").mkdir()
+    outside = shutil.copy(folder / "000.png", tmp_path / "outside.png")
+    shutil.copy(folder / "000.png", folder / "deep" / "a.png")
+    rows = folder / "metadata.jsonl"
+    rows.write_text('\ufeff{"file_name": "deep/a.png", "text": "\u2028 h\u00e9 \u7ea2"}\r\n', encoding="utf-8")
+    assert load_rows(folder).check().captions == ["\u2028 h\u00e9 \u7ea2"], "below it, with a mark of byte order"
+    for name in (str(outside), "../outside.png", "deep/../../outside.png"):
+        rows.write_text(json.dumps({"file_name": name, "text": "x"}))
+        one_line(lambda: load_rows(folder), "line 1", "outside.png", "inside")
+    rows.write_text(json.dumps({"file_name": "a red apple " * 40, "text": "000.png"}))
+    one_line(lambda: load_rows(folder), "1 of 1", "do not exist")
+    rows.rename(folder / "deep" / "metadata.jsonl")
+    one_line(lambda: load_rows(folder), "no metadata.jsonl", str(folder / "deep"))
+
+
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_hub(*_: object) -> None:
+        raise AssertionError("asked the hub")
+
+    monkeypatch.setattr(sources, "_from_hub", no_hub)
+    one_line(lambda: load_rows("my-pictures", local=True), "my-pictures", "no file or folder")
+    with pytest.raises(AssertionError, match="asked the hub"):
+        load_rows("my-pictures")
+
+
+def test_sixteen_bit_grey_keeps_its_greys_and_what_has_no_white_is_refused(tmp_path: Path) -> None:
+    def decoded(name: str, mode: str, values: tuple[float, float]) -> Image.Image:
+        picture = Image.new(mode, (2, 1))
+        for x, value in enumerate(values):
+            picture.putpixel((x, 0), value)
+        picture.save(tmp_path / name)
+        return sources.decode(tmp_path / name)
+
+    grey = decoded("grey.png", "I;16", (20000, 60000))
+    assert [grey.getpixel((x, 0)) for x in (0, 1)] == [(78,) * 3, (234,) * 3]
+    for mode, values in (("F", (0.2, 0.7)), ("I", (70000, 90000))):
+        with pytest.raises(sources._Undecodable, match="white"):
+            decoded("deep.tiff", mode, values)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])
+def test_every_usual_mode_of_picture_decodes_to_rgb(tmp_path: Path, mode: str) -> None:
+    name = tmp_path / {"CMYK": "a.jpg", "YCbCr": "a.jpg"}.get(mode, "a.png")
+    Image.new("RGB", (16, 16), "white").convert(mode).save(name)
+    picture = sources.decode(name)
+    assert (picture.mode, picture.getpixel((5, 5))) == ("RGB", (255, 255, 255))
+
+
+def test_the_first_frame_of_an_animation_is_the_picture(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert sources.decode(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_pictures_reach_worker_processes_that_do_not_fork(folder: Path, tmp_path: Path) -> None:
+    parquet = as_parquet(folder, tmp_path / "p.parquet")
+    for pictures in (load_rows(folder), load_rows(parquet)):
+        assert pickle.loads(pickle.dumps(pictures))[3].key == pictures[3].key
+
+
+def test_a_folder_on_the_way_to_a_parquet_file_is_no_column(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text=7").mkdir()
+    assert load_rows(as_parquet(folder, tmp_path / "text=7" / "p.parquet")).captions == load_rows(folder).captions

@@ -57,6 +57,24 @@ def test_command_line_wins_over_the_file(tmp_path: Path) -> None:
         parse([*BASE, "--config", str(path), "--no-lora"])
 
 
+def test_a_flag_replaces_the_settings_of_the_file_that_answer_the_same_question(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "pretrained_model_name_or_path: base\ntrain_data_dir: my-pictures\nambient_level: 1.0\n"
+        "validation_prompts: [a]\nvalidation_steps: 500\nmax_train_steps: 9\n"
+    )
+    flags = "--dataset_name a/b --ambient_timestep 300 --validation_epochs 2 --num_train_epochs 3"
+    config = parse(["--config", str(path), *flags.split()])
+    assert (config.source, config.train_data_dir, config.max_train_steps) == ("a/b", None, None)
+    assert (config.ambient_level, config.ambient_timestep, config.validation_steps) == (None, 300, None)
+    with pytest.raises(UserError, match="both dataset_name and train_data_dir"):
+        parse(["--config", str(path), "--dataset_name", "a/b", "--train_data_dir", "c"])
+
+
+def test_a_seed_of_64_bits_is_kept_to_the_last() -> None:
+    assert given(seed="1234567890123456789", noise_seed=2**64 - 1).seed == 1234567890123456789
+
+
 def test_saved_settings_read_back_equal(tmp_path: Path) -> None:
     for config in (given(), given(lora=True, validation_prompts=["a", "b"], row_filter=["split=x"]),
                    given(objective="gap", ambient_level=0.5, gap_upper=2)):  # fmt: skip
@@ -72,6 +90,10 @@ def test_saved_settings_read_back_equal(tmp_path: Path) -> None:
         ({"resolution": 64.5}, ["resolution", "integer"]),
         ({"train_batch_size": 0}, ["train_batch_size", "at least 1"]),
         ({"train_batch_size": True}, ["train_batch_size", "integer"]),
+        ({"resolution": float("inf")}, ["resolution", "integer"]),
+        ({"seed": 2**64}, ["seed", "at most 18446744073709551615"]),
+        ({"learning_rate": 10**400}, ["learning_rate", "finite"]),
+        ({"resolution": None}, ["resolution", "integer", "512"]),
         ({"learning_rate": 0}, ["learning_rate", "above 0"]),
         ({"learning_rate": float("nan")}, ["learning_rate", "finite"]),
         ({"caption_dropout": 1.5}, ["caption_dropout", "at most 1"]),
@@ -117,7 +139,9 @@ def test_unknown_flags_and_keys_suggest_the_nearest(tmp_path: Path) -> None:
         load_yaml(path)
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [\n", "just words", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["- a\n- b\n", "a: [\n", "just words", "\x00", "seed: 1\nseed: 2\n", "output_dir: 2026-02-30\n", "[" * 5000]
+)
 def test_a_file_that_is_no_mapping_is_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
