@@ -21,6 +21,12 @@ from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.training.config import TrainConfig
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+# The classes that are trained and encoded with. Loaded as another one, a part gets random weights where names differ.
+CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+
+
+# Settings of U-Nets that need more than that (SDXL, unCLIP, image variations).
+_MORE_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")
 
 
 @dataclass(frozen=True)
@@ -58,15 +64,12 @@ class Base:
         Raises:
             UserError: its files are missing or damaged.
         """
-        kind: Any = {
-            "unet": UNet2DConditionModel,
-            "vae": AutoencoderKL,
-            "text_encoder": CLIPTextModel,
-            "tokenizer": CLIPTokenizer,
-        }[part]
         options: dict[str, Any] = {"revision": self.revision, "cache_dir": self.cache_dir}
-        if part != "tokenizer":
-            options.update(variant=self.variant, dtype=dtype)
+        if part == "tokenizer":
+            return _tokenizer(self.name, options)
+        kind: Any = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}[part]
+        # use_safetensors: else both libraries fall back to .bin files, which are pickles.
+        options.update(variant=self.variant, dtype=dtype, use_safetensors=True)
         try:
             return kind.from_pretrained(self.name, subfolder=part, **options)
         except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError, ...: all mean unusable files
@@ -76,7 +79,7 @@ class Base:
         """Return the whole base pipeline, float32, with another U-Net and this run's scheduler."""
         pipe: Any = StableDiffusionPipeline.from_pretrained(
             self.name, revision=self.revision, variant=self.variant, cache_dir=self.cache_dir, dtype=torch.float32,
-            unet=unet, scheduler=self.scheduler,
+            unet=unet, scheduler=self.scheduler, use_safetensors=True,
         )  # fmt: skip
         # diffusers writes where each part was loaded from into its config: a path of this machine, in a public folder.
         pipe.register_to_config(_name_or_path=self.label)
@@ -103,6 +106,13 @@ def check_base(config: TrainConfig) -> Base:
                     rule=f"a Stable Diffusion pipeline folder holds {', '.join(PARTS)}",
                     remedy="give a folder written by save_pretrained, or a hub id",
                 )
+        for part in (*CLASSES, "safety_checker"):
+            if (folder / part).is_dir() and not any((folder / part).glob("*.safetensors")):
+                raise UserError(
+                    f"{part}/ of base folder {name} has no .safetensors file",
+                    rule="weights are read from safetensors only, for .bin files can run code",
+                    remedy="load the folder with diffusers and write it anew with save_pretrained",
+                )
     elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(
             f"pretrained_model_name_or_path is {name!r}",
@@ -117,16 +127,35 @@ def check_base(config: TrainConfig) -> Base:
             rule="this trainer takes Stable Diffusion 1.x and 2.x pipelines",
             remedy="give such a base",
         )
+    for part, wanted in CLASSES.items():
+        found = index.get(part)
+        if isinstance(found, list) and found[-1] not in (wanted, None):
+            raise UserError(
+                f"{part} of {name} is a {found[-1]}", rule=f"this trainer takes a {wanted}", remedy="give such a base"
+            )
     unet_config = _read(UNet2DConditionModel, name, "unet", options)
     vae_config = _read(AutoencoderKL, name, "vae", options)
-    latent = vae_config.get("latent_channels", 4)
-    if unet_config.get("in_channels", 4) != latent:
+    for part, settings, keys in (
+        ("unet", unet_config, ("in_channels", "block_out_channels", "cross_attention_dim")),
+        ("vae", vae_config, ("latent_channels", "block_out_channels")),
+    ):
+        if absent := [key for key in keys if key not in settings]:
+            raise UserError(f"{part}/config.json of {name} has no {absent[0]!r}", rule="the file is damaged or cut short",
+                            remedy="fetch the base anew")  # fmt: skip
+    if more := [key for key in _MORE_INPUTS if unet_config.get(key)]:
+        raise UserError(
+            f"the U-Net of {name} has {more[0]} = {unet_config[more[0]]!r}",
+            rule="this trainer gives it noisy latents, a timestep and a caption",
+            remedy="give a text-to-image base of the kind of Stable Diffusion 1.x or 2.x",
+        )
+    latent = vae_config["latent_channels"]
+    if unet_config["in_channels"] != latent:
         raise UserError(
             f"the U-Net of {name} takes {unet_config.get('in_channels')} channels and its VAE gives {latent}",
             rule="inpainting, depth and upscaling variants need more inputs than a caption",
             remedy="give a text-to-image base",
         )
-    factor = 2 ** (len(vae_config.get("block_out_channels", (0,))) - 1)
+    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
     if config.resolution % factor:
         raise UserError(
             f"resolution is {config.resolution}",
@@ -134,6 +163,7 @@ def check_base(config: TrainConfig) -> Base:
             remedy=f"try {max(1, config.resolution // factor) * factor}",
         )
     scheduler = _scheduler(name, config, options)
+    _tokenizer(name, options)
     return Base(name, config.revision, config.variant, config.cache_dir, scheduler, unet_config, vae_config)
 
 
@@ -152,12 +182,28 @@ def _scheduler(name: str, config: TrainConfig, options: dict[str, Any]) -> Any:
             rule=f"the base predicts {own}, and a LoRA file cannot tell a pipeline to read it otherwise",
             remedy="leave it out, or fine-tune the whole U-Net",
         )
-    return kind.from_config(settings, prediction_type=wanted)
+    try:
+        return kind.from_config(settings, prediction_type=wanted)
+    except Exception as error:  # an unknown beta_schedule, a text where a number belongs
+        raise _unreadable(name, "scheduler", error) from None
+
+
+def _tokenizer(name: str, options: dict[str, Any]) -> Any:
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **options)
+        # transformers does not mind if its files are missing: every caption is then the same row of unknown tokens.
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+            raise ValueError("it knows no words; tokenizer.json, or vocab.json and merges.txt, are missing")
+    except Exception as error:  # OSError, JSON errors, whatever the tokenizers library raises
+        raise _unreadable(name, "tokenizer", error) from None
+    return tokenizer
 
 
 def _read(kind: Any, name: str, part: str | None, options: dict[str, Any]) -> dict[str, Any]:
     try:
         settings = kind.load_config(name, subfolder=part, **options) if part else kind.load_config(name, **options)
+        if not isinstance(settings, dict):
+            raise TypeError(f"its JSON holds a {type(settings).__name__}, not keys with values")
     except Exception as error:  # OSError offline or absent, JSON errors, hub errors
         raise _unreadable(name, part or "model_index.json", error) from None
     return dict(settings)

@@ -2,9 +2,10 @@
 
     checkpoint-500/  unet/ or pytorch_lora_weights.safetensors     the trained weights, loadable by diffusers
                      optimizer.safetensors                         AdamW moments
-                     trainer_state.json                            step, learning-rate schedule, loss scaler, identity
+                     trainer_state.json                            step, loss scaler, identity
 
-There is no generator state: random numbers are functions of (seed, position), see `ambient_sd.data.stream`. A folder
+There is no generator state: random numbers are functions of (seed, position), see `ambient_sd.data.stream`; nor one of
+the learning-rate schedule, a function of settings and step. A folder
 gets its name only when it is whole, so a run killed in mid-save leaves the checkpoint before it as the newest.
 """
 
@@ -130,7 +131,7 @@ def save(
 
 
 def load_optimizer(checkpoint: Path, state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Put a saved optimizer state back.
+    """Put the saved moments back; learning rate, betas, decay and epsilon stay those of `optimizer`.
 
     Raises:
         UserError: the file is missing or damaged, or does not fit the trained weights.
@@ -141,7 +142,11 @@ def load_optimizer(checkpoint: Path, state: Mapping[str, Any], optimizer: torch.
         for name, value in load_file(path).items():
             index, _, slot = name.partition(".")
             slots.setdefault(int(index), {})[slot] = value
-        optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
+        groups = [
+            {**new, "params": old["params"]}
+            for new, old in zip(optimizer.state_dict()["param_groups"], state["param_groups"], strict=True)
+        ]
+        optimizer.load_state_dict({"state": slots, "param_groups": groups})
     except Exception as error:  # SafetensorError, OSError, ValueError, KeyError
         raise UserError(f"{path} cannot be used", rule=f"{type(error).__name__}: {error}"[:300],
                         remedy="resume from another checkpoint") from None  # fmt: skip

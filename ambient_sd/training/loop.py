@@ -148,6 +148,7 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         row_filter=[split_condition(term) for term in config.row_filter or ()],
         config_name=config.dataset_config_name,
         cache_dir=config.cache_dir,
+        local=config.train_data_dir is not None,
     ).check(progress)
     return Plan(config, base, objective, pictures, prompts)
 
@@ -180,6 +181,11 @@ def _check_output(config: TrainConfig) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"output_dir is {config.output_dir}", rule=f"{existing} is no folder that can be written to",
                         remedy="name another one")  # fmt: skip
+    for name in ("pretrained_model_name_or_path", "train_data_dir", "dataset_name"):
+        given = getattr(config, name)
+        if given is not None and folder.exists() and folder.resolve() == Path(given).expanduser().resolve():
+            raise UserError(f"output_dir is {config.output_dir}", rule=f"that is {name} too, and would be overwritten",
+                            remedy="name another one")  # fmt: skip
     if config.resume_from_checkpoint is not None:
         checkpoints.find(folder, config.resume_from_checkpoint)
     elif checkpoints.find_all(folder):
@@ -205,7 +211,7 @@ def _make_accelerator(config: TrainConfig) -> Accelerator:
         )
     except ValueError as error:
         raise UserError(
-            f"mixed_precision is {config.mixed_precision}", rule=str(error), remedy="use no, or bf16"
+            f"mixed_precision is {config.mixed_precision}", rule=str(error), remedy="use no, or another precision"
         ) from None
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate takes it, and then neither casts nor scales.
@@ -241,11 +247,14 @@ class _Trainer:
             config.num_train_epochs * len(plan.pictures) / self.global_batch
         )
         self.stream = SampleStream(len(plan.pictures), config.seed)
+        # At level 0 there is no fixed noise, and the run is the plain one in its views too.
+        fixed_noise = plan.objective.mode == "ambient" and plan.objective.level > 0
         self.rule = data.ViewRule(
-            config.resolution, config.center_crop, config.random_flip, config.objective == "ambient", config.noise_seed
+            config.resolution, config.center_crop, config.random_flip, fixed_noise, config.noise_seed
         )
         self.shape = data.latent_shape(self.base.vae_config, config.resolution)
         self.data_fingerprint = plan.pictures.fingerprint()
+        self._check_same_pictures()
         self.first_step = 0
         self.checkpoint: Path | None = None
         self.state: dict[str, Any] = {}
@@ -258,6 +267,17 @@ class _Trainer:
             if self.first_step > self.steps:
                 raise UserError(f"{self.checkpoint.name} lies beyond the end of this run, {self.steps} steps",
                                 remedy="raise max_train_steps or num_train_epochs")  # fmt: skip
+
+    def _check_same_pictures(self) -> None:
+        """Compare the pictures of all processes: another key of the same picture would be a second noise."""
+        if self.accelerator.num_processes > 1:
+            mine = torch.tensor([list(bytes.fromhex(self.data_fingerprint))], device=self.accelerator.device)
+            if bool((self.accelerator.gather(mine) != mine).any()):
+                raise UserError(
+                    "the processes of this run decode different pictures",
+                    rule="a picture must have one key, hence one noise, everywhere",
+                    remedy="give every machine the same files and the same version of Pillow",
+                )
 
     def identity(self) -> dict[str, Any]:
         """Return what must be equal for a checkpoint to continue this run."""
@@ -283,17 +303,19 @@ class _Trainer:
             trained, lr=rate, betas=(config.adam_beta1, config.adam_beta2), weight_decay=config.adam_weight_decay,
             eps=config.adam_epsilon,
         )  # fmt: skip
-        # Not given to `prepare`: accelerate would step it once per process. It counts optimizer steps.
-        lr_schedule = get_scheduler(
-            config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=self.steps
-        )
+        for group in optimizer.param_groups:
+            group["initial_lr"] = rate
+        # Not given to `prepare`: accelerate would step it once per process. It counts optimizer steps, and is a function
+        # of settings and step alone: a run that resumes with another learning rate gets what it asks for.
+        self.lr_schedule = get_scheduler(
+            config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=self.steps,
+            last_epoch=self.first_step - 1,
+        )  # fmt: skip
         model, self.optimizer = accelerator.prepare(self.unet, optimizer)
         if self.checkpoint is not None:
             checkpoints.load_optimizer(self.checkpoint, self.state, self.optimizer)
-            lr_schedule.load_state_dict({**lr_schedule.state_dict(), **self.state["lr_schedule"]})
             if accelerator.scaler is not None and self.state["scaler"]:
                 accelerator.scaler.load_state_dict(self.state["scaler"])
-        self.lr_schedule = lr_schedule
         if accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
             config.save(self.output)
@@ -476,8 +498,6 @@ class _Trainer:
     def _save_checkpoint(self, step: int) -> None:
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
-            # LambdaLR's own list of functions is no data, and the constant's has no state.
-            schedule = {k: v for k, v in self.lr_schedule.state_dict().items() if k != "lr_lambdas"}
             checkpoints.save(
                 self.output,
                 step,
@@ -485,7 +505,6 @@ class _Trainer:
                 optimizer=self.optimizer,
                 state={
                     "identity": self.identity(),
-                    "lr_schedule": schedule,
                     "scaler": scaler.state_dict() if scaler is not None else {},
                     "versions": _versions(),
                 },
@@ -544,7 +563,16 @@ class _Trainer:
             if config.lora:
                 adapters.save(self.unet, self.output)
             else:
-                self.base.pipeline(self.unet).save_pretrained(self.output)
+                try:
+                    pipe = self.base.pipeline(self.unet)
+                except Exception as error:  # the base was moved, the hub is out of reach, ...
+                    self.unet.save_pretrained(self.output / "unet")
+                    raise UserError(
+                        f"the other parts of base model {self.base.name} cannot be loaded any more",
+                        rule=f"{type(error).__name__}: {error}"[:300],
+                        remedy=f"the trained U-Net is whole in {self.output / 'unet'}: put it into the base",
+                    ) from error
+                pipe.save_pretrained(self.output)
             card = model_card(
                 config,
                 base=self.base.label,

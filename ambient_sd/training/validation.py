@@ -28,7 +28,7 @@ def read_prompts(entries: Sequence[str] | None) -> list[str]:
     """Return the prompts meant by `--validation_prompts`: each entry a prompt, or a .jsonl file with "prompt" rows.
 
     Raises:
-        UserError: a file is missing, or a line of it holds no prompt.
+        UserError: a file is missing or empty, or a line of it holds no prompt.
     """
     prompts: list[str] = []
     for entry in entries or ():
@@ -36,7 +36,7 @@ def read_prompts(entries: Sequence[str] | None) -> list[str]:
             prompts.append(entry)
             continue
         try:
-            lines = Path(entry).read_text(encoding="utf-8").split("\n")
+            lines = Path(entry).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"prompt file {entry} cannot be read", rule=str(error), remedy="check the path") from None
         for number, line in enumerate(lines, start=1):
@@ -49,6 +49,8 @@ def read_prompts(entries: Sequence[str] | None) -> list[str]:
             if not isinstance(prompt, str):
                 raise UserError(f"line {number} of {entry} holds no prompt", rule='it must read {"prompt": "..."}')
             prompts.append(prompt)
+    if entries and not prompts:
+        raise UserError(f"{' '.join(entries)} holds no prompt", remedy='write one {"prompt": "..."} a line')
     return prompts
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ambient_sd.data import latents
 from ambient_sd.errors import UserError
-from ambient_sd.training import adapters, checkpoints
+from ambient_sd.training import adapters, checkpoints, validation
 from ambient_sd.training.base import Base, check_base
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import TrainingBatch, run
@@ -87,6 +87,34 @@ def _at_3(config: TrainConfig) -> dict[str, torch.Tensor]:
     return load_file(Path(config.output_dir) / "checkpoint-3" / (adapters.WEIGHTS_NAME if config.lora else UNET))
 
 
+def test_a_resumed_run_takes_the_learning_rate_that_it_is_given(settings: Settings) -> None:
+    values: dict[str, Any] = {
+        "max_train_steps": 4,
+        "checkpointing_steps": 2,
+        "lr_scheduler": "linear",
+        "lr_warmup_steps": 0,
+    }
+    with pytest.raises(Stop):
+        run(settings(**values), progress=False, on_step=stop_at(3))
+    rates: list[float] = []
+    values |= {"learning_rate": 1e-5, "adam_beta1": 0.5, "resume_from_checkpoint": "latest"}
+    summary = run(settings(**values), progress=False, on_step=lambda _, record: rates.append(record["lr"]))
+    assert rates == pytest.approx([0.5e-5, 0.25e-5])
+    assert summary["learning_rate"] == 1e-5
+
+
+def test_the_trained_unet_is_kept_if_the_base_is_gone_at_the_end(
+    settings: Settings, tiny_base: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    config = settings(pretrained_model_name_or_path=str(base), max_train_steps=2)
+    with pytest.raises(UserError, match=r"cannot be loaded any more.*the trained U-Net is whole in"):
+        run(config, progress=False, on_step=lambda step, _: shutil.rmtree(base / "vae") if step == 2 else None)
+    whole = settings("whole", max_train_steps=2)
+    run(whole, progress=False)
+    assert equal(weights(config), weights(whole))
+
+
 def test_each_picture_has_one_noise_over_epochs_runs_batches_and_resumes(settings: Settings) -> None:
     seen: dict[str, set[bytes]] = {}
     fresh: list[bytes] = []
@@ -131,7 +159,11 @@ def test_copies_of_a_picture_share_one_noise(settings: Settings, tiny_pictures: 
 
 
 def test_ambient_at_level_zero_is_the_plain_run_bit_for_bit(settings: Settings) -> None:
-    zero, plain, one = settings("z", ambient_level=0), settings("p", objective="plain"), settings("o")
+    # Mirrored pictures too: without a fixed noise there is no reason to fix the view.
+    zero, plain, one = (
+        settings(name, random_flip=True, **options)
+        for name, options in {"z": {"ambient_level": 0}, "p": {"objective": "plain"}, "o": {}}.items()
+    )
     losses = [run(c, progress=False)["losses"] for c in (zero, plain, one)]
     assert losses[0] == losses[1] != losses[2]
     assert equal(weights(zero), weights(plain))
@@ -338,11 +370,42 @@ def test_bad_input_ends_in_one_line_before_weights_load_and_writes_nothing(
     (missing / "001.png").unlink()
     bare = tmp_path / "bare"
     bare.mkdir()
+
+    def base(name: str, change: Callable[[Path], object]) -> dict[str, Any]:
+        """A copy of the base with something wrong."""
+        change(folder := Path(shutil.copytree(tiny_base, tmp_path / name)))
+        return {"pretrained_model_name_or_path": str(folder)}
+
+    def write(file: str, **values: Any) -> Callable[[Path], object]:
+        def change(folder: Path) -> None:
+            (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **values}))
+
+        return change
+
+    weights_of = "diffusion_pytorch_model"
+    for file, text in {"empty.jsonl": "\n", "marked.jsonl": '\ufeff{"prompt": "a disc"}\r\n'}.items():
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    assert validation.read_prompts([str(tmp_path / "marked.jsonl")]) == ["a disc"]
     a_file = tmp_path / "a-file"
     a_file.write_text("")
     cases: list[tuple[dict[str, Any], list[str]]] = [
         ({"pretrained_model_name_or_path": str(no_unet)}, ["no-unet", "no unet/"]),
         ({"pretrained_model_name_or_path": str(broken_json)}, ["unet of base model", "broken"]),
+        (base("xl", write("model_index.json", text_encoder_2=["transformers", "CLIPTextModel"])), ["xl is a", "1.x and 2.x"]),
+        (base("alt", write("model_index.json", text_encoder=["x", "RobertaModel"])), ["text_encoder", "RobertaModel"]),
+        (base("unclip", write("unet/config.json", class_embed_type="projection")), ["class_embed_type", "text-to-image"]),
+        (base("betas", write("scheduler/scheduler_config.json", beta_schedule="x")), ["scheduler of base model", "betas"]),
+        (base("cut", lambda p: (p / "vae" / "config.json").write_text("{}")), ["vae/config.json", "latent_channels"]),
+        (base("list", lambda p: (p / "unet" / "config.json").write_text("[1]")), ["unet of base model", "list"]),
+        (
+            base("bin", lambda p: (p / "vae" / f"{weights_of}.safetensors").rename(p / "vae" / f"{weights_of}.bin")),
+            ["vae/", ".safetensors", "save_pretrained"],
+        ),
+        (base("mute", lambda p: (p / "tokenizer" / "tokenizer.json").unlink()), ["tokenizer of base model", "no words"]),
+        ({"train_data_dir": "my-pictures"}, ["no file or folder my-pictures"]),
+        ({"output_dir": str(tiny_pictures)}, ["output_dir", "train_data_dir too"]),
+        ({"output_dir": str(tiny_base)}, ["output_dir", "pretrained_model_name_or_path too"]),
+        ({"validation_prompts": [str(tmp_path / "empty.jsonl")]}, ["empty.jsonl", "no prompt"]),
         ({"pretrained_model_name_or_path": "./nowhere"}, ["pretrained_model_name_or_path", "nowhere"]),
         ({"ambient_level": 20.0}, ["ambient_level is 20", "14.6"]),
         ({"ambient_timestep": 1000}, ["ambient_timestep is 1000", "0 to 999"]),
