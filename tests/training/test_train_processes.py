@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny
 from safetensors.torch import load_file
 
 WORKER = """
@@ -16,7 +18,8 @@ import hashlib, json, os, sys
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
 
-config, record = TrainConfig(**json.loads(sys.argv[1])), {"eps_n": {}, "fresh": {}, "timestep": {}}
+settings = json.loads(sys.argv[1].replace("RANK", os.environ.get("RANK", "0")))
+config, record = TrainConfig(**settings), {"eps_n": {}, "fresh": {}, "timestep": {}}
 
 def digest(tensor):
     return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
@@ -34,12 +37,20 @@ with open(f"{config.output_dir}-rank{os.environ.get('RANK', 0)}.json", "w") as f
 """
 
 
+def launch(processes: int, script: Path, settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable, "-m", "accelerate.commands.launch"] if processes == 2 else [sys.executable]
+    options = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"] if processes == 2 else []
+    return subprocess.run(
+        [*start, *options, str(script), json.dumps(settings)], capture_output=True, text=True, timeout=240, check=False,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def runs(tiny_base: Path, tiny_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """The same four steps on one process and on two, drawing validation pictures and writing checkpoints on the way."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "worker.py").write_text(WORKER)
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     for processes in (1, 2):
         settings = {
             "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tiny_pictures), "resolution": 32,
@@ -47,10 +58,7 @@ def runs(tiny_base: Path, tiny_pictures: Path, tmp_path_factory: pytest.TempPath
             "output_dir": str(folder / f"out{processes}"), "validation_prompts": ["a red disc"],
             "num_validation_images": 3, "validation_steps": 4,
         }  # fmt: skip
-        launch = [sys.executable, "-m", "accelerate.commands.launch"] if processes == 2 else [sys.executable]
-        options = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"] if processes == 2 else []
-        command = [*launch, *options, str(folder / "worker.py"), json.dumps(settings)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        done = launch(processes, folder / "worker.py", settings)
         assert done.returncode == 0, done.stderr[-3000:]
     return {1: folder / "out1", 2: folder / "out2"}
 
@@ -87,3 +95,16 @@ def test_validation_pictures_do_not_depend_on_who_draws_them(runs: dict[int, Pat
     one, two = (Image.open(runs[n] / "validation" / "step-4.png") for n in (1, 2))
     assert one.size == (3 * 32 + 2 * 2, 32)
     assert max(high for _, high in ImageChops.difference(one, two).getextrema()) <= 8
+
+
+def test_processes_that_decode_other_pictures_do_not_train(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    for rank in (0, 1):
+        tiny.tiny_folder(tmp_path / f"pictures{rank}", count=4, size=48 + rank)
+    done = launch(2, tmp_path / "worker.py", {
+        "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tmp_path / "picturesRANK"), "resolution": 32,
+        "train_batch_size": 1, "max_train_steps": 1, "report_to": "none", "output_dir": str(tmp_path / "out"),
+    })  # fmt: skip
+    assert done.returncode != 0
+    assert "the processes of this run decode different pictures" in done.stderr
+    assert not (tmp_path / "out").exists()
