@@ -6,6 +6,7 @@ Training has its own script, `train_text_to_image_ambient.py`, because `accelera
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import webbrowser
@@ -55,18 +56,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
 
 
 def _demo(args: argparse.Namespace) -> None:
-    if args.guidance_scale <= 1:
+    if not 1 < args.guidance_scale < math.inf:
         raise UserError(
             f"guidance_scale is {args.guidance_scale}",
             rule="the guard measures guidance",
-            remedy="give a scale above 1",
+            remedy="give a finite scale above 1",
         )
     # After the arguments are checked: torch and diffusers take seconds to import.
     from ambient_sd.demo.run import DemoSettings, finding, quiet, run_demo, table

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run as train
 
+_MARKER = ".ambient-sd-demo"
+_FILES = {_MARKER, "report.html", "figures.json", "plain.png", "ambient.png", "plain", "ambient"}
 COPIES = "memorized-pixels64"
 # The fine-tune, but for objective and output. configs/demo.yaml says the same for a run by hand; a test holds them equal.
 TRAINING: dict[str, Any] = {
@@ -94,7 +96,7 @@ def settings_of_run(settings: DemoSettings, objective: str) -> TrainConfig:
 
 
 def sample(
-    folder: str | Path, prompts: Sequence[str], settings: DemoSettings, *, title: str
+    folder: str | Path, prompts: Sequence[str], settings: DemoSettings, *, title: str, position: int = 0
 ) -> tuple[list[Image.Image], list[float]]:
     """Draw `samples_per_prompt` pictures per prompt under the guard; return them with their scores, prompt by prompt.
 
@@ -111,7 +113,10 @@ def sample(
     per_call = max(1, 16 // k)
     images: list[Image.Image] = []
     scores: list[float] = []
-    with MemorizationGuard(pipe) as guard, tqdm(total=len(prompts) * k, desc=title, unit="picture") as bar:
+    with (
+        MemorizationGuard(pipe) as guard,
+        tqdm(total=len(prompts) * k, desc=title, unit="picture", position=position) as bar,
+    ):
         for first in range(0, len(prompts), per_call):
             chunk = list(prompts[first : first + per_call])
             generators = [
@@ -154,22 +159,27 @@ def _side_by_side(settings: DemoSettings, prompts: Sequence[str]) -> dict[str, A
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(settings.objectives), mp_context=context) as pool:
         jobs = {
-            objective: pool.submit(_train_and_sample, settings, objective, list(prompts), place, threads)
+            pool.submit(_train_and_sample, settings, objective, list(prompts), place, threads): objective
             for place, objective in enumerate(settings.objectives)
         }
-        return {objective: job.result() for objective, job in jobs.items()}
+        try:
+            return {jobs[job]: job.result() for job in as_completed(jobs)}
+        except BaseException:
+            # One has failed or a person has had enough: the other's minutes would be spent for nothing.
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
 
 
 def _train_and_sample(
     settings: DemoSettings, objective: str, prompts: list[str], place: int, threads: int
 ) -> tuple[list[Image.Image], list[float], dict[str, Any]]:
-    # Each process owns one line of the terminal; tqdm takes the place from its environment.
-    os.environ["TQDM_POSITION"] = str(place)
     torch.set_num_threads(threads)
     quiet()
     config = settings_of_run(settings, objective)
-    summary = train(config, title=f"train {objective:7}")
-    images, scores = sample(config.output_dir, prompts, settings, title=f"sample {objective}")
+    bar = {"desc": f"train {objective:7}", "position": place}  # each process owns one line of the terminal
+    summary = train(config, bar=bar)
+    images, scores = sample(config.output_dir, prompts, settings, title=f"sample {objective:7}", position=place)
     return images, scores, {key: summary[key] for key in ("steps", "seconds", "loss")}
 
 
@@ -298,27 +308,21 @@ def _cell(row: Row) -> str:
 
 
 def _clear(settings: DemoSettings) -> None:
-    """Remove what an earlier demo left; refuse a folder that holds anything else."""
-    known = {
-        "report.html",
-        "figures.json",
-        *(f"{o}.png" for o in ("plain", "ambient", "gap")),
-        "plain",
-        "ambient",
-        "gap",
-    }
-    if settings.out.exists():
-        if not settings.out.is_dir():
-            raise UserError(f"out is {settings.out}", rule="it must be a folder", remedy="name another one")
-        foreign = sorted(p.name for p in settings.out.iterdir() if p.name not in known)
-        if foreign:
+    """Remove what an earlier demo left, known by its marker; refuse a folder that holds anything else."""
+    out = settings.out
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise UserError(f"out is {out}", rule="it must be a folder, and no link", remedy="name another one with --out")
+    if out.exists() and any(out.iterdir()):
+        foreign = sorted(p.name for p in out.iterdir() if p.name not in _FILES)
+        if foreign or not (out / _MARKER).exists():
             raise UserError(
-                f"{settings.out} holds {foreign[0]!r}",
+                f"{out} holds {foreign[0]!r}" if foreign else f"{out} is not an earlier demo's",
                 rule="the demo empties its folder and must not take what is not its own",
                 remedy="name another folder with --out",
             )
-        shutil.rmtree(settings.out)
-    settings.out.mkdir(parents=True)
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _MARKER).write_text("Made by `ambient-sd demo`, which may empty this folder.\n")
 
 
 def _made(settings: DemoSettings, begun: float, fingerprint: str) -> dict[str, object]:

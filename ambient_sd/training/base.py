@@ -142,7 +142,8 @@ def check_base(config: TrainConfig) -> Base:
         if absent := [key for key in keys if key not in settings]:
             raise UserError(f"{part}/config.json of {name} has no {absent[0]!r}", rule="the file is damaged or cut short",
                             remedy="fetch the base anew")  # fmt: skip
-    if more := [key for key in _MORE_INPUTS if unet_config.get(key)]:
+    # addition_embed_type "text" pools the caption's own embedding: nothing more is needed there.
+    if more := [key for key in _MORE_INPUTS if unet_config.get(key) not in (None, "text")]:
         raise UserError(
             f"the U-Net of {name} has {more[0]} = {unet_config[more[0]]!r}",
             rule="this trainer gives it noisy latents, a timestep and a caption",

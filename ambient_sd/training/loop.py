@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def run(
     config: TrainConfig,
     *,
     progress: bool = True,
-    title: str = "training",
+    bar: Mapping[str, Any] | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
     on_batch: Callable[[TrainingBatch], None] | None = None,
 ) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def run(
     Args:
         config: the settings.
         progress: show progress bars (on the first process).
-        title: what the bar of the steps is called.
+        bar: options for the bar of the steps (tqdm's), such as `desc` or `position`.
         on_step: called on the first process after each optimizer step with the number of steps done and loss,
             clean_loss, ambient_loss and lr of that step (NaN where no sample was of that kind).
         on_batch: called on every process before each forward pass.
@@ -115,7 +115,7 @@ def run(
     accelerator: Accelerator | None = None
     try:
         accelerator = _make_accelerator(config)
-        return _Trainer(plan, accelerator, progress, title, on_step, on_batch).train()
+        return _Trainer(plan, accelerator, progress, bar, on_step, on_batch).train()
     finally:
         if accelerator is not None:
             accelerator.free_memory()
@@ -233,12 +233,12 @@ class _Trainer:
         plan: Plan,
         accelerator: Accelerator,
         progress: bool,
-        title: str,
+        bar: Mapping[str, Any] | None,
         on_step: Callable[[int, dict[str, float]], None] | None,
         on_batch: Callable[[TrainingBatch], None] | None,
     ) -> None:
         self.plan, self.config, self.base = plan, plan.config, plan.base
-        self.accelerator, self.progress, self.title = accelerator, progress, title
+        self.accelerator, self.progress, self.bar = accelerator, progress, bar or {}
         self.on_step, self.on_batch = on_step, on_batch
         config = self.config
         self.output = Path(config.output_dir)
@@ -326,7 +326,9 @@ class _Trainer:
         model.train()
         history: list[dict[str, float]] = []
         begin = time.perf_counter()
-        bar = tqdm(total=self.steps, initial=self.first_step, desc=self.title, disable=not self.progress)
+        bar = tqdm(
+            total=self.steps, initial=self.first_step, disable=not self.progress, **{"desc": "training", **self.bar}
+        )
         batches = self._batches()
         for step in range(self.first_step + 1, self.steps + 1):
             record = self._step(model, trained, batches)

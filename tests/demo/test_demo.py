@@ -66,9 +66,19 @@ def test_demo_does_not_touch_a_folder_that_is_not_its_own(tmp_path: Path, capsys
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+def test_demo_does_not_take_trainings_named_like_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "weights").write_text("days of work")
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--out", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "not an earlier demo's" in capsys.readouterr().err
+    assert (tmp_path / "plain" / "weights").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [(["demo", "--steps", "0"], "steps"), (["demo", "--guidance_scale", "1"], "guidance_scale"), (["dmeo"], "dmeo"),
+    [(["demo", "--steps", "0"], "steps"), (["demo", "--guidance_scale", "1"], "guidance_scale"), (["demo", "--guidance_scale", "nan"], "guidance_scale"), (["dmeo"], "dmeo"),
      (["demo", "--level", "-1"], "ambient_level"), (["demo", "--level", "99"], "99"), (["demo", "--seed", "x"], "seed")],
 )  # fmt: skip
 def test_bad_arguments_end_in_one_line_and_status_2(
