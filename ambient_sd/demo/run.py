@@ -43,8 +43,8 @@ TRAINING: dict[str, Any] = {
     "resolution": 64,
     "center_crop": True,
     "train_batch_size": 16,
-    "max_train_steps": 300,
-    "learning_rate": 3e-4,
+    "max_train_steps": 800,
+    "learning_rate": 1e-3,
     "lr_scheduler": "constant",
     "checkpointing_steps": 100_000,
     "report_to": "none",
@@ -58,7 +58,7 @@ class DemoSettings:
 
     Attributes:
         subset: size of the fixed picture subset: 60, 300 or 1000.
-        steps: optimizer steps of each run; None: 300.
+        steps: optimizer steps of each run; None: 800.
         level: nature level s_n of the ambient run; None: 1.0.
         samples_per_prompt: pictures per training caption.
         prompts: how many captions are sampled (all of them if there are no more).
