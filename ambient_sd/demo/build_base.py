@@ -482,6 +482,10 @@ def assemble(work: Path) -> StableDiffusionPipeline:
 def export(work: Path, out: Path) -> None:
     """Write the pipeline folder in float16 safetensors, with the losses of both stages beside it."""
     assemble(work).to(torch.float16).save_pretrained(out, safe_serialization=True)
+    # transformers loads a model in the dtype that its config names, diffusers in float32: without this a stock pipeline gets
+    # a float16 text encoder beside a float32 U-Net and stops at the first product of the two.
+    config = json.loads((out / "text_encoder" / "config.json").read_text())
+    (out / "text_encoder" / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
     for name in ("vae.csv", "unet.csv"):
         (out / name).write_text((work / name).read_text())
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())

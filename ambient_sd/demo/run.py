@@ -31,6 +31,7 @@ from ambient_sd.errors import UserError
 from ambient_sd.guard.pipeline import AmbientSDPipeline
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.training.config import TrainConfig
+from ambient_sd.training.loop import plan_run
 from ambient_sd.training.loop import run as train
 
 _MARKER = ".ambient-sd-demo"
@@ -201,6 +202,8 @@ def run_demo(settings: DemoSettings) -> Report:
     """
     begun = time.time()
     configs = {objective: settings_of_run(settings, objective) for objective in settings.objectives}
+    for config in configs.values():
+        plan_run(config)
     _clear(settings)
     training = load_rows(PICTURES, row_filter=[(f"subset_{settings.subset}", "=", "true")])
     heldout = load_rows(PICTURES, split="heldout")
