@@ -51,17 +51,18 @@ def main() -> None:
     unseen = [row.image for row in heldout]
     result: dict[str, Any] = {"n": len(images), "seed": args.seed, "guidance": 4.0, "steps": 20, "figures": {}}
     for feature in features:
-        figures = {}
+        figures, vectors = {}, {}
         for name, pictures in {"generated": images, "heldout": unseen}.items():
             hit = torch.zeros(len(pictures), dtype=torch.bool)
-            for view in (pictures, [ImageOps.mirror(p) for p in pictures]):
-                near = nearest(feature(view), real[feature.name], distance=feature.distance)
+            vectors[name] = feature(pictures)
+            for view in (vectors[name], feature([ImageOps.mirror(p) for p in pictures])):
+                near = nearest(view, real[feature.name], distance=feature.distance)
                 hit |= near.similarity[:, 0] > 0.5 if feature.distance == "cosine" else memorized(near)
             figure = bootstrap(hit, torch.mean, name=f"copied-{feature.name}", seed=args.seed, share=True)
             figures[name] = figure.as_dict()
         result["figures"][feature.name] = figures
         if feature.quality:
-            for row in quality_rows(feature(images), feature(unseen), name=feature.name, seed=args.seed):
+            for row in quality_rows(vectors["generated"], vectors["heldout"], name=feature.name, seed=args.seed):
                 result["figures"][row.name] = {"generated": row.generated.as_dict(), "heldout": row.heldout.as_dict()}
     (args.docs / "base-figures.json").write_text(json.dumps(result, indent=1) + "\n")
     for name, figures in result["figures"].items():

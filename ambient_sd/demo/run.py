@@ -202,10 +202,10 @@ def run_demo(settings: DemoSettings) -> Report:
     """
     begun = time.time()
     configs = {objective: settings_of_run(settings, objective) for objective in settings.objectives}
-    for config in configs.values():
-        plan_run(config)
+    # Both runs train on these pictures; they are decoded and checked here, before anything is removed or trained.
+    plans = [plan_run(config) for config in configs.values()]
+    training = plans[0].pictures
     _clear(settings)
-    training = load_rows(PICTURES, row_filter=[(f"subset_{settings.subset}", "=", "true")])
     heldout = load_rows(PICTURES, split="heldout")
     training_images = [row.image for row in training]
     captions = [row.caption for row in training]
