@@ -3,8 +3,8 @@
     x0 = (mean + std * eps_v - shift) * scaling          mean, std: the VAE's posterior of ONE view of the picture
 
 What must not leak (Shah et al., ICML 2025, Lemma 4.2: m noisy copies of a picture average to noise sigma_n / sqrt(m)):
-under the ambient objective each picture has one view (crop and mirror) for ever, drawn from its key, and eps_v is fixed
-by key and view. x_n is then one tensor per picture. A mirrored copy with its own noise would be a second draw, for it
+under the ambient objective each picture has one view (crop and mirror) for ever, drawn from its key (that of its group of
+near-duplicates), and eps_v is fixed by key and view. x_n is then one tensor per picture. A mirrored copy with its own noise would be a second draw, for it
 can be mirrored back; and mirroring x0 but not its noise (as the paper's code does) is just that. The other objectives
 use no fixed noise, so their views are drawn anew at each position.
 
@@ -83,13 +83,19 @@ class ViewRule:
 
     def sample(self, picture: Picture, stream: SampleStream, position: int) -> Sample:
         """Return the pixels of a picture as seen at a position."""
-        view = self.view(picture.key, stream, position)
-        pixels, box = crop(picture.image, view, self.resolution)
-        return Sample(pixels, picture.key, f"vae-draw {box} {'mirrored' if view.flip else 'upright'} {picture.key}")
+        key = picture.noise_key or picture.key
+        view = self.view(key, stream, position)
+        # Of a mirror image the mirrored place, so that the group's noise (mirrored too) meets the same content.
+        pixels, box = crop(picture.image, view, self.resolution, from_right=picture.mirrored and self.per_picture)
+        return Sample(pixels, picture.key, f"vae-draw {box} {'mirrored' if view.flip else 'upright'} {key}")
 
 
-def crop(image: Image.Image, view: View, resolution: int) -> tuple[torch.Tensor, tuple[int, int]]:
+def crop(
+    image: Image.Image, view: View, resolution: int, *, from_right: bool = False
+) -> tuple[torch.Tensor, tuple[int, int]]:
     """Resize the shorter side to `resolution` (Lanczos), crop a square, mirror it if asked.
+
+    `from_right` counts the view's place from the right edge: the crop of a mirror image that shows the same content.
 
     Returns:
         Pixels (3, resolution, resolution), float32 in [-1, 1], and the crop's (top, left) corner in pixels.
@@ -100,6 +106,7 @@ def crop(image: Image.Image, view: View, resolution: int) -> tuple[torch.Tensor,
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     top, left = int(view.top * (height - resolution + 1)), int(view.left * (width - resolution + 1))
+    left = width - resolution - left if from_right else left
     image = image.crop((left, top, left + resolution, top + resolution))
     if view.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

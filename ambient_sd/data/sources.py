@@ -3,7 +3,7 @@
 A picture's `key` is the SHA-256 of its decoded RGB content, size included. Whatever is fixed per picture (its noise,
 its VAE draw, its view) hangs on it, so a copy under another name or in another lossless format shares all of them.
 
-It does not find near-duplicates, resize, or encode anything.
+It does not resize or encode anything; near-duplicates are found by `ambient_sd.data.duplicates`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
+from ambient_sd.data.duplicates import Group, Thumbnails, find_groups, noise_keys
 from ambient_sd.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -38,12 +39,16 @@ class Picture:
         caption: its caption, possibly empty.
         key: `content_key(image)`.
         name: file name or row, for messages.
+        noise_key: key of what is fixed for it and its near-duplicates; empty means `key`.
+        mirrored: it is the mirror image of the picture that `noise_key` belongs to.
     """
 
     image: Image.Image
     caption: str
     key: str
     name: str
+    noise_key: str = ""
+    mirrored: bool = False
 
 
 class PictureSet(Sequence[Picture]):
@@ -62,6 +67,9 @@ class PictureSet(Sequence[Picture]):
         self._images, self.captions, self.names, self.source = images, list(captions), list(names), source
         self.keys: list[str] = []
         self.sizes: list[tuple[int, int]] = []
+        self.noise_keys: list[str] = []
+        self.mirrored: list[bool] = []
+        self.groups: list[Group] = []
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -71,17 +79,22 @@ class PictureSet(Sequence[Picture]):
             image = decode(self._images[index])
         except _Undecodable as error:
             raise UserError(f"{self.names[index]} in {self.source} cannot be read", rule=str(error)) from None
-        return Picture(image, self.captions[index], content_key(image), self.names[index])
+        key = content_key(image)
+        shared = (self.noise_keys[index], self.mirrored[index]) if self.noise_keys else (key, False)
+        return Picture(image, self.captions[index], key, self.names[index], *shared)
 
-    def check(self, progress: bool = False) -> PictureSet:
+    def check(self, progress: bool = False, near_duplicates: bool = False) -> PictureSet:
         """Decode every picture once and record `keys` and `sizes`; return self.
+
+        With `near_duplicates` their `groups` are found, and `noise_keys` and `mirrored` follow them; otherwise
+        `noise_keys` are `keys`.
 
         Training calls this before any model loads: a broken file in hour three costs the three hours.
 
         Raises:
             UserError: pictures cannot be decoded; the first ones are named.
         """
-        keys, sizes, broken = [], [], []
+        keys, sizes, broken, thumbnails = [], [], [], Thumbnails()
         for i in tqdm(range(len(self)), desc="checking pictures", disable=not progress, leave=False):
             try:
                 image = decode(self._images[i])
@@ -90,6 +103,8 @@ class PictureSet(Sequence[Picture]):
                 continue
             keys.append(content_key(image))
             sizes.append(image.size)
+            if near_duplicates:
+                thumbnails.add(image)
         if broken:
             raise UserError(
                 f"{len(broken)} of {len(self)} pictures in {self.source} cannot be read: {_some(broken)}",
@@ -97,6 +112,8 @@ class PictureSet(Sequence[Picture]):
                 remedy="replace the files or remove their rows",
             )
         self.keys, self.sizes = keys, sizes
+        self.groups = find_groups(keys, thumbnails) if near_duplicates else []
+        self.noise_keys, self.mirrored = noise_keys(keys, self.groups)
         return self
 
     def fingerprint(self) -> str:

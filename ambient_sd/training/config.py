@@ -106,6 +106,8 @@ class TrainConfig:
     reweight: int | None = option(None, "objective", "ambient: power q of the weight a^q, a = 1 - s_n^2 / s_t^2, on the levels above s_n: 2 = the paper's loss, 1 = noise target, 0 = full re-weighting (default 2)", choices=(2, 1, 0))
     noise_seed: int = option(0, "objective", "seed of what is fixed per picture: its noise, its VAE draw and, under ambient, its view. The same pictures in a later run must keep the same seed: two noises of one picture average out", low=0, high=MAX_SEED)
 
+    near_duplicates: str | None = option(None, "objective", "ambient: share = re-encoded, resized or mirrored copies of a picture get one noise, as exact copies always do; off = each its own, which leaks (default share)", choices=("share", "off"))
+
     seed: int = option(0, "optimisation", "seed of order, timesteps, fresh noise, caption dropout and LoRA start", low=0, high=MAX_SEED)
     train_batch_size: int = option(16, "optimisation", "pictures per process and forward pass", low=1)
     gradient_accumulation_steps: int = option(1, "optimisation", "forward passes per optimizer step", low=1)
@@ -169,7 +171,7 @@ class TrainConfig:
                             remedy="leave one of them out")  # fmt: skip
         no_level = self.ambient_level is None and self.ambient_timestep is None
         if self.objective == "plain":
-            for name in ("ambient_level", "ambient_timestep", "reweight", "gap_upper"):
+            for name in ("ambient_level", "ambient_timestep", "reweight", "gap_upper", "near_duplicates"):
                 if getattr(self, name) is not None:
                     raise _foreign(name, "objective is plain", "leave it out, or choose --objective ambient or gap")
         elif self.objective == "ambient":
@@ -179,9 +181,12 @@ class TrainConfig:
                 self.ambient_level = 1.0
             if self.reweight is None:
                 self.reweight = 2
+            if self.near_duplicates is None:
+                self.near_duplicates = "share"
         else:
-            if self.reweight is not None:
-                raise _foreign("reweight", "objective is gap", "leave it out, or choose --objective ambient")
+            for name in ("reweight", "near_duplicates"):
+                if getattr(self, name) is not None:
+                    raise _foreign(name, "objective is gap", "leave it out, or choose --objective ambient")
             if no_level or self.gap_upper is None:
                 raise UserError("objective gap has no band", rule="it needs a lower edge (ambient_level or ambient_timestep) and gap_upper",
                                 remedy="for example --ambient_level 0.5 --gap_upper 2.0")  # fmt: skip

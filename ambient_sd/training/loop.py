@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ambient_sd.data import latents as data
-from ambient_sd.data.noise import image_noise
+from ambient_sd.data.duplicates import noise_fingerprint, shared_noise
 from ambient_sd.data.sources import PictureSet, load_rows
 from ambient_sd.data.stream import SampleStream, process_batches
 from ambient_sd.errors import UserError
@@ -103,7 +103,7 @@ def run(
     Returns:
         Summary: steps, first_step, seconds, pictures, losses (one per step), loss, clean_loss, ambient_loss (means over
         the last 100 steps), level, learning_rate, global_batch, processes, data_fingerprint,
-        output_dir, config.
+        near_duplicate_groups, output_dir, config.
 
     Raises:
         UserError: something in settings, base, pictures or checkpoint is wrong; nothing has been written then. Or the
@@ -149,7 +149,7 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         config_name=config.dataset_config_name,
         cache_dir=config.cache_dir,
         local=config.train_data_dir is not None,
-    ).check(progress)
+    ).check(progress, near_duplicates=config.near_duplicates == "share" and objective.level > 0)
     return Plan(config, base, objective, pictures, prompts)
 
 
@@ -281,7 +281,7 @@ class _Trainer:
 
     def identity(self) -> dict[str, Any]:
         """Return what must be equal for a checkpoint to continue this run."""
-        names = ("objective", "reweight", "gap_upper", "noise_seed", "seed", "resolution", "center_crop", "random_flip",
+        names = ("objective", "reweight", "gap_upper", "noise_seed", "near_duplicates", "seed", "resolution", "center_crop", "random_flip",
                  "caption_dropout", "lora", "rank", "lora_alpha", "lora_target_modules")  # fmt: skip
         return {
             **{name: getattr(self.config, name) for name in names},
@@ -289,6 +289,7 @@ class _Trainer:
             "prediction_type": self.plan.objective.prediction_type,
             "global_batch": self.global_batch,
             "pictures": self.data_fingerprint,
+            "noise_keys": noise_fingerprint(self.plan.pictures.noise_keys, self.plan.pictures.mirrored),
         }
 
     def train(self) -> dict[str, Any]:
@@ -445,7 +446,9 @@ class _Trainer:
             noise.append(torch.randn(self.shape, generator=g))
         objective, eps_n = self.plan.objective, None
         if objective.mode == "ambient" and objective.level > 0:
-            eps_n = image_noise(keys, self.shape, seed=self.config.noise_seed)
+            pictures, rows = self.plan.pictures, [self.stream.picture(p) for p in positions]
+            noise_keys, mirrored = [pictures.noise_keys[i] for i in rows], [pictures.mirrored[i] for i in rows]
+            eps_n = shared_noise(noise_keys, mirrored, self.shape, seed=self.config.noise_seed)
         return TrainingBatch(positions, keys, captions, torch.stack(timesteps), x0, eps_n, torch.stack(noise))
 
     def _step(
@@ -596,6 +599,7 @@ class _Trainer:
             "first_step": self.first_step,
             "seconds": seconds,
             "pictures": len(self.plan.pictures),
+            "near_duplicate_groups": len(self.plan.pictures.groups),
             "losses": [r["loss"] for r in history],
             **{name: late(name) for name in ("loss", "clean_loss", "ambient_loss")},
             "level": self.plan.objective.level,
