@@ -52,6 +52,21 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--guidance_scale", type=float, default=3.0, help="classifier-free guidance, above 1")
     demo.add_argument("--seed", type=int, default=0, help="of training, sampling and intervals")
     demo.add_argument("--open", action="store_true", help="open the page in the browser when it is ready")
+    inspect = verbs.add_parser(
+        "inspect",
+        help="list what is wrong with a picture set: broken, small, captionless, duplicate",
+        description="Read every picture of DATA and list unusable, small, captionless and extreme ones, and groups of duplicates.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    inspect.add_argument("data", metavar="DATA", help="folder with metadata.jsonl, parquet file, or hub dataset")
+    inspect.add_argument("--html", type=Path, default=None, help="write a page with the duplicates as pictures")
+    inspect.add_argument("--json", type=Path, default=None, help="write everything found, for machines")
+    inspect.add_argument("--resolution", type=_positive, default=512, help="of the training, pixels")
+    inspect.add_argument("--image_column", default="image", help="column of the pictures")
+    inspect.add_argument("--caption_column", default="text", help="column of the captions")
+    inspect.add_argument("--dataset_split", default=None, help="split of the dataset")
+    inspect.add_argument("--fail_on", choices=["nothing", "problems"], default="nothing",
+                         help="problems: exit with status 1 if anything is found")  # fmt: skip
     return parser
 
 
@@ -89,6 +104,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"ambient_sd {__version__}")
     elif args.verb == "demo":
         _demo(args)
+    elif args.verb == "inspect":
+        from ambient_sd.data.inspect import run
+
+        found = run(args.data, html_path=args.html, json_path=args.json, resolution=args.resolution,
+                    image_column=args.image_column, caption_column=args.caption_column, split=args.dataset_split)  # fmt: skip
+        if args.fail_on == "problems" and not found.clean:
+            sys.exit(1)
     else:
         parser.print_help(sys.stderr)
         sys.exit(2)

@@ -51,6 +51,15 @@ class Picture:
     mirrored: bool = False
 
 
+@dataclass(frozen=True)
+class Fault:
+    """Say what is wrong with one row: its `name`, the `kind` of fault, and a `text` for people."""
+
+    name: str
+    kind: str
+    text: str
+
+
 class PictureSet(Sequence[Picture]):
     """Hold rows of pictures and captions; a picture is decoded anew at each access.
 
@@ -82,6 +91,12 @@ class PictureSet(Sequence[Picture]):
         key = content_key(image)
         shared = (self.noise_keys[index], self.mirrored[index]) if self.noise_keys else (key, False)
         return Picture(image, self.captions[index], key, self.names[index], *shared)
+
+    def subset(self, indices: Sequence[int]) -> PictureSet:
+        """Return the rows `indices` in that order, unchecked."""
+        rows = list(indices)
+        captions, names = [self.captions[i] for i in rows], [self.names[i] for i in rows]
+        return PictureSet(_Picked(self._images.__getitem__, rows), captions, names, self.source)
 
     def check(self, progress: bool = False, near_duplicates: bool = False) -> PictureSet:
         """Decode every picture once and record `keys` and `sizes`; return self.
@@ -172,6 +187,7 @@ def load_rows(
     config_name: str | None = None,
     cache_dir: str | None = None,
     local: bool = False,
+    faults: list[Fault] | None = None,
 ) -> PictureSet:
     """Open a source of pictures and captions.
 
@@ -186,6 +202,8 @@ def load_rows(
         config_name: configuration of a hub dataset.
         cache_dir: where hub downloads are kept.
         local: `source` is a path, whatever it looks like: a mistyped folder is then not looked for on the hub.
+        faults: receives the faults of single rows, which are then left out (a row without caption stays, with an empty
+            one); without it the first fault raises.
 
     Returns:
         The rows, pictures not yet decoded (`PictureSet.check` does that).
@@ -196,7 +214,7 @@ def load_rows(
     path = Path(source).expanduser()
     looks_local = str(source).startswith((".", "/", "~")) or path.suffix == ".parquet"
     if path.is_dir():
-        table = _from_folder(path, caption_column)
+        table = _from_folder(path, caption_column, faults)
     elif path.is_file():
         table = _from_parquet(path, image_column, caption_column)
     elif local or looks_local or str(source).count("/") > 1:
@@ -206,7 +224,7 @@ def load_rows(
         split = None
     conditions = ([("split", "=", split)] if split is not None else []) + list(row_filter)
     kept = [i for i in range(len(table.rows)) if _meets(table, i, conditions)]
-    if not kept:
+    if not kept and not faults:
         text = " and ".join("".join(c) for c in conditions)
         raise UserError(
             f"{source} has no row" + (f" with {text}" if text else "s"), rule="at least one picture is needed"
@@ -215,7 +233,7 @@ def load_rows(
         chosen = kept[:max_samples] if seed is None else random.Random(seed).sample(kept, max_samples)
         kept = sorted(chosen)
     return PictureSet(
-        _Picked(table.image, kept), [_caption(table, i, caption_column) for i in kept],
+        _Picked(table.image, kept), [_caption(table, i, caption_column, faults) for i in kept],
         [table.name(i) for i in kept], str(source),
     )  # fmt: skip
 
@@ -281,7 +299,7 @@ class _HubColumn:
         return self.data[index][self.name]
 
 
-def _from_folder(folder: Path, caption_column: str) -> _Table:
+def _from_folder(folder: Path, caption_column: str, faults: list[Fault] | None) -> _Table:
     listings = [folder / name for name in METADATA if (folder / name).is_file()]
     if not listings:
         pictures = sum(1 for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
@@ -300,29 +318,50 @@ def _from_folder(folder: Path, caption_column: str) -> _Table:
         )
     (listing,) = listings
     rows: list[dict[str, Any]] = []
+    lines = 0
     for number, row in (_csv_rows if listing.suffix == ".csv" else _json_rows)(listing):
-        name = row.get("file_name") if isinstance(row, dict) else None
-        if not isinstance(name, str) or not name:
-            raise UserError(f"line {number} of {listing} names no picture", rule='it needs a text "file_name"')
-        # A list that came with a picture set must not reach for other files of this machine.
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(
-                f"line {number} of {listing} names {name!r}",
-                rule=f"file_name is a path inside {folder}",
-                remedy="move the picture there, or put metadata.jsonl in the folder that holds them all",
-            )
-        rows.append(row)
-    if not rows:
+        lines += 1
+        fault = row if isinstance(row, UserError) else _bad_name(row, number, listing)
+        if fault is None:
+            rows.append(row)
+        elif faults is None:
+            raise fault
+        else:
+            faults.append(Fault(f"line {number}", "broken", str(fault)))
+    if not lines:
         raise UserError(f"{listing} is empty", rule="at least one picture is needed")
-    missing = [r["file_name"] for r in rows if not _is_file(folder / r["file_name"])]
-    if missing:
+    missing = {r["file_name"]: None for r in rows if not _is_file(folder / r["file_name"])}
+    if missing and faults is None:
         raise UserError(
-            f"{len(missing)} of {len(rows)} pictures named in {listing} do not exist: {_some(missing)}",
+            f"{len(missing)} of {len(rows)} pictures named in {listing} do not exist: {_some(list(missing))}",
             remedy="add the files or remove their lines",
         )
+    if faults is not None:
+        faults.extend(
+            Fault(r["file_name"], "broken", "the file does not exist") for r in rows if r["file_name"] in missing
+        )
+        rows = [r for r in rows if r["file_name"] not in missing]
+        if not rows:
+            names: list[str] = []
+            return _Table(str(folder), rows, _Files(folder, names), lambda i: names[i])
     _need_columns(str(folder), [caption_column], sorted({k for r in rows for k in r}))
     names = [str(r["file_name"]) for r in rows]
     return _Table(str(folder), rows, _Files(folder, names), lambda i: names[i])
+
+
+def _bad_name(row: Any, number: int, listing: Path) -> UserError | None:
+    """Return what is wrong with the picture's name in a row, if anything."""
+    name = row.get("file_name") if isinstance(row, dict) else None
+    if not isinstance(name, str) or not name:
+        return UserError(f"line {number} of {listing} names no picture", rule='it needs a text "file_name"')
+    # A list that came with a picture set must not reach for other files of this machine.
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return UserError(
+            f"line {number} of {listing} names {name!r}",
+            rule=f"file_name is a path inside {listing.parent}",
+            remedy="move the picture there, or put metadata.jsonl in the folder that holds them all",
+        )
+    return None
 
 
 def _json_rows(listing: Path) -> Iterator[tuple[int, Any]]:
@@ -331,18 +370,22 @@ def _json_rows(listing: Path) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"line {number} of {listing} is no JSON", rule=str(error)) from None
+                yield number, UserError(f"line {number} of {listing} is no JSON", rule=str(error))
 
 
 def _csv_rows(listing: Path) -> Iterator[tuple[int, Any]]:
     reader = csv.DictReader((f"{line}\n" for line in _text_lines(listing)), strict=True)
-    try:
-        for row in reader:
+    while True:
+        try:
+            row = next(reader)
             if None in row:
                 raise csv.Error("more cells than the first line has names; put quotes around a text with commas")
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield reader.line_num, UserError(f"line {reader.line_num} of {listing} is no CSV", rule=str(error))
+        else:
             yield reader.line_num, row
-    except csv.Error as error:
-        raise UserError(f"line {reader.line_num} of {listing} is no CSV", rule=str(error)) from None
 
 
 def _is_file(path: Path) -> bool:
@@ -422,14 +465,18 @@ def _need_columns(source: str, needed: Sequence[str], columns: Sequence[str]) ->
             )
 
 
-def _caption(table: _Table, index: int, column: str) -> str:
+def _caption(table: _Table, index: int, column: str, faults: list[Fault] | None) -> str:
     caption = table.rows[index].get(column)
     if not isinstance(caption, str):
-        raise UserError(
-            f"{table.name(index)} in {table.source} has no caption",
-            rule=f"column {column!r} must hold a text there, not {type(caption).__name__}",
-            remedy="write one, or an empty text for a picture without caption",
-        )
+        rule = f"column {column!r} must hold a text there, not {type(caption).__name__}"
+        if faults is None:
+            raise UserError(
+                f"{table.name(index)} in {table.source} has no caption",
+                rule=rule,
+                remedy="write one, or an empty text for a picture without caption",
+            )
+        faults.append(Fault(table.name(index), "captionless", rule))
+        return ""
     return caption
 
 
