@@ -234,7 +234,7 @@ _PAGE = """<!doctype html>
 <style>
 body{{font:15px/1.45 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}}
 table{{border-collapse:collapse}} td,th{{padding:.25rem .8rem .25rem 0;text-align:left;vertical-align:top}}
-td{{overflow-wrap:anywhere}} td:first-child{{text-align:right;font-variant-numeric:tabular-nums}}
+td{{overflow-wrap:anywhere;min-width:7rem}} td:first-child{{min-width:0}} td:first-child{{text-align:right;font-variant-numeric:tabular-nums}}
 section{{border-top:1px solid #8884;padding:.4rem 0}} section>div{{display:flex;flex-wrap:wrap;gap:.8rem}}
 h3{{margin:.2rem 0 .5rem;font-size:1rem}}
 figure{{margin:0;width:8rem}} figcaption{{font-size:12px;overflow-wrap:anywhere}} img{{max-width:8rem;display:block;background:#8882}}
