@@ -16,7 +16,6 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import (
-    convert_state_dict_to_diffusers,
     convert_state_dict_to_kohya,
     convert_unet_state_dict_to_peft,
 )
@@ -89,7 +88,9 @@ def save(unet: Any, folder: Path) -> None:
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
     StableDiffusionPipeline.save_lora_weights(
         folder,
-        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
+        # In peft's names. `convert_state_dict_to_diffusers` renames the attention layers only, and a reader that takes a
+        # file with both kinds of names drops one kind without a word.
+        unet_lora_layers=get_peft_model_state_dict(unet),
         unet_lora_adapter_metadata=plain,
     )
 
