@@ -14,11 +14,16 @@ from collections.abc import Iterator
 import torch
 
 
-def keyed_generator(*parts: object) -> torch.Generator:
-    """Return a CPU generator whose seed is the first 8 bytes of the SHA-256 of `parts`."""
+def keyed_seed(*parts: object) -> int:
+    """Return the first 8 bytes of the SHA-256 of `parts` as a seed."""
     text = "\n".join(["ambient_sd stream 1", *map(str, parts)])
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    return int.from_bytes(digest[:8], "little")
+
+
+def keyed_generator(*parts: object) -> torch.Generator:
+    """Return a CPU generator that begins with the `keyed_seed` of `parts`."""
+    return torch.Generator().manual_seed(keyed_seed(*parts))
 
 
 class SampleStream:

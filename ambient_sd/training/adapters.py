@@ -1,9 +1,9 @@
-"""LoRA on the U-Net through peft: attach, save, load.
+"""LoRA and DoRA on the U-Net through peft: attach, save, load; a LoRA also in kohya's format.
 
     W' = W + (alpha / rank) B A          A gaussian, B zero: training starts at the base model
 
 The saved file holds rank, alpha and target modules as metadata; without them a reader must guess alpha = rank and the
-update comes back at the wrong scale. Merging and other programs' formats are not done here.
+update comes back at the wrong scale. Merging is not done here.
 """
 
 from __future__ import annotations
@@ -15,14 +15,19 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from diffusers.utils import (
+    convert_state_dict_to_kohya,
+    convert_unet_state_dict_to_peft,
+)
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ambient_sd.errors import UserError
+from ambient_sd.training.dropout import AddressedDropout, install
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
 
 
 def check_targets(unet_config: dict[str, Any], targets: Sequence[str]) -> None:
@@ -44,7 +49,9 @@ def check_targets(unet_config: dict[str, Any], targets: Sequence[str]) -> None:
             )
 
 
-def attach(unet: Any, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
+def attach(
+    unet: Any, *, rank: int, alpha: float, targets: Sequence[str], seed: int, dropout: float = 0.0, dora: bool = False
+) -> list[AddressedDropout]:
     """Add a LoRA in float32 to a U-Net whose own weights are frozen from here on.
 
     Args:
@@ -52,16 +59,25 @@ def attach(unet: Any, *, rank: int, alpha: float, targets: Sequence[str], seed: 
         rank: r.
         alpha: the update is scaled by alpha / r.
         targets: layer names.
-        seed: seed of the gaussian start of A.
+        seed: seed of the gaussian start of A, and of dropout.
+        dropout: share of the update's input that is dropped in training.
+        dora: train the length of each row of W' too.
+
+    Returns:
+        The dropout modules, which must be told the places of the samples before each forward pass; none without dropout.
     """
     unet.requires_grad_(False)
-    settings = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))  # type: ignore[arg-type]
+    settings = LoraConfig(
+        r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets),  # type: ignore[arg-type]
+        lora_dropout=dropout, use_dora=dora,
+    )  # fmt: skip
     # peft draws from the global generator: borrow it with our seed, and give it back as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet.add_adapter(settings)
     # Trained weights in half precision lose small updates, and the fp16 scaler refuses them.
     cast_training_params(unet, dtype=torch.float32)
+    return install(unet, p=dropout, seed=seed) if dropout else []
 
 
 def save(unet: Any, folder: Path) -> None:
@@ -72,9 +88,33 @@ def save(unet: Any, folder: Path) -> None:
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
     StableDiffusionPipeline.save_lora_weights(
         folder,
-        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
+        # In peft's names. `convert_state_dict_to_diffusers` renames the attention layers only, and a reader that takes a
+        # file with both kinds of names drops one kind without a word.
+        unet_lora_layers=get_peft_model_state_dict(unet),
         unet_lora_adapter_metadata=plain,
     )
+
+
+def save_kohya(unet: Any, folder: Path) -> None:
+    """Write the LoRA to `folder/pytorch_lora_weights_kohya.safetensors`, as sd-scripts and ComfyUI name things.
+
+    Readers of this format scale the update by `alpha / rank` with the alpha of each layer in the file.
+    """
+    settings = unet.peft_config["default"]
+    layers = {f"unet.{name}": value for name, value in get_peft_model_state_dict(unet).items()}
+    converted = convert_state_dict_to_kohya(layers)
+    # diffusers writes the rank as every layer's alpha.
+    state = {
+        name: torch.tensor(float(settings.lora_alpha)) if name.endswith(".alpha") else value.detach().cpu().contiguous()
+        for name, value in converted.items()
+    }
+    metadata = {
+        "format": "pt",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(settings.r),
+        "ss_network_alpha": str(float(settings.lora_alpha)),
+    }
+    save_file(state, folder / KOHYA_NAME, metadata=metadata)
 
 
 def load(unet: Any, folder: Path) -> None:

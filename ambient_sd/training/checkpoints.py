@@ -1,6 +1,7 @@
 """Folders checkpoint-N: everything that makes a run continue bit for bit, and nothing that needs pickle.
 
     checkpoint-500/  unet/ or pytorch_lora_weights.safetensors     the trained weights, loadable by diffusers
+                     unet_ema/                                     their moving average, if one is kept
                      optimizer.safetensors                         AdamW moments
                      trainer_state.json                            step, loss scaler, identity
 

@@ -49,6 +49,13 @@ RIVALS = (
     ("validation_epochs", "validation_steps"),
     ("num_train_epochs", "max_train_steps"),
 )
+# Why the ambient loss cannot take them: see `ambient_sd.training.noising`.
+AMBIENT_REFUSES = {
+    "noise_offset": "the ambient loss needs fresh noise of the covariance of each picture's fixed one, and an offset gives it "
+    "another: above the nature level channel means would be learnt wrongly",
+    "input_perturbation": "the ambient loss tells fixed from fresh noise by the level of its input, and a perturbed input "
+    "lies above it",
+}
 
 
 def option(
@@ -107,6 +114,9 @@ class TrainConfig:
     noise_seed: int = option(0, "objective", "seed of what is fixed per picture: its noise, its VAE draw and, under ambient, its view. The same pictures in a later run must keep the same seed: two noises of one picture average out", low=0, high=MAX_SEED)
 
     near_duplicates: str | None = option(None, "objective", "ambient: share = re-encoded, resized or mirrored copies of a picture get one noise, as exact copies always do; off = each its own, which leaks (default share)", choices=("share", "off"))
+    snr_gamma: float | None = option(None, "objective", "Min-SNR weighting with this gamma (the paper's is 5), times the objective's own weight; without it none", above=0.0)
+    noise_offset: float = option(0.0, "objective", "offset of the fresh noise per sample and channel, for very dark and bright pictures (plain and gap only)", low=0.0)
+    input_perturbation: float = option(0.0, "objective", "perturb the noise of the input, not of the target, by that much (plain and gap only; 0.1 in its paper)", low=0.0)
 
     seed: int = option(0, "optimisation", "seed of order, timesteps, fresh noise, caption dropout and LoRA start", low=0, high=MAX_SEED)
     train_batch_size: int = option(16, "optimisation", "pictures per process and forward pass", low=1)
@@ -125,11 +135,19 @@ class TrainConfig:
     max_grad_norm: float = option(1.0, "optimisation", "gradients are scaled down to this norm over all trained weights", above=0.0)
     mixed_precision: str | None = option(None, "optimisation", "arithmetic of forward and backward passes; trained weights stay float32. Default: as `accelerate launch` says, else no", choices=("no", "fp16", "bf16"))
     allow_tf32: bool = option(False, "optimisation", "let Ampere and later GPUs multiply float32 matrices in TF32")
+    use_8bit_adam: bool = option(False, "optimisation", "AdamW with moments in 8 bits (needs bitsandbytes)")
+    enable_xformers_memory_efficient_attention: bool = option(False, "optimisation", "attention of xformers in place of torch's own (needs xformers)")
+    use_ema: bool = option(False, "optimisation", "average the weights over the steps; the average is drawn from, and saved at the end (whole U-Net only)")
+    offload_ema: bool = option(False, "optimisation", "keep the average in the processor's memory between steps; needs use_ema")
+    foreach_ema: bool = option(False, "optimisation", "update the average in one call over all tensors; needs use_ema")
 
     lora: bool = option(False, "LoRA", "train a LoRA; without it the whole U-Net is trained")
     rank: int | None = option(None, "LoRA", "rank of the update (default 4)", low=1)
     lora_alpha: float | None = option(None, "LoRA", "the update is scaled by lora_alpha / rank (default: the rank); kept in the saved file", above=0.0)
     lora_target_modules: list[str] | None = option(None, "LoRA", "names of the layers that get an adapter (default: the attention projections to_k to_q to_v to_out.0)")
+    lora_dropout: float | None = option(None, "LoRA", "share of the update's input that is dropped in training (default 0); a function of seed, layer and place in the run", low=0.0, high=1.0)
+    use_dora: bool = option(False, "LoRA", "train DoRA: the length of each row of the weights too")
+    output_kohya_format: bool = option(False, "LoRA", "write pytorch_lora_weights_kohya.safetensors too, for ComfyUI, AUTOMATIC1111 and others")
 
     validation_prompts: list[str] | None = option(None, "validation", "prompts, or a .jsonl file with one {\"prompt\": ...} a line", alias="validation_prompt")
     num_validation_images: int | None = option(None, "validation", "pictures per prompt (default 4)", low=1)
@@ -141,7 +159,8 @@ class TrainConfig:
     resume_from_checkpoint: str | None = option(None, "checkpoints", "a checkpoint folder, or `latest`: the newest in output_dir (none yet: start anew)")
 
     output_dir: str = option("sd-model-finetuned", "output", "receives the pipeline or pytorch_lora_weights.safetensors, " + CONFIG_NAME + ", checkpoints, logs")
-    report_to: str = option("tensorboard", "output", "where curves go", choices=("tensorboard", "none"))
+    report_to: str = option("tensorboard", "output", "where curves go; all: wherever a package is installed for", choices=("tensorboard", "wandb", "all", "none"))
+    tracker_project_name: str = option("text2image-fine-tune", "output", "name under which curves are kept")
     logging_dir: str = option("logs", "output", "folder of the TensorBoard files, inside output_dir")
     # fmt: on
 
@@ -194,13 +213,34 @@ class TrainConfig:
                 raise UserError(f"gap_upper is {self.gap_upper}", rule=f"it must be above ambient_level = {self.ambient_level}",
                                 remedy="raise gap_upper or lower ambient_level")  # fmt: skip
 
+        if self.objective == "ambient" and self.ambient_level != 0:
+            for name, reason in AMBIENT_REFUSES.items():
+                if getattr(self, name):
+                    raise UserError(f"{name} is {getattr(self, name):g}", rule=reason,
+                                    remedy="leave it out, or choose --objective plain or gap")  # fmt: skip
+        for name in ("offload_ema", "foreach_ema"):
+            if getattr(self, name) and not self.use_ema:
+                raise _foreign(name, "no average is kept", "add --use_ema, or leave it out")
+        if self.use_ema and self.lora:
+            raise _foreign("use_ema", "the average is kept and saved as a whole U-Net, and a LoRA trains none",
+                           "leave it out, or fine-tune the whole U-Net")  # fmt: skip
+        if self.use_dora and self.output_kohya_format:
+            raise UserError("output_kohya_format is given with use_dora",
+                            rule="its readers disagree about which side of a weight a DoRA's lengths belong to",
+                            remedy="leave one of them out")  # fmt: skip
+
         if self.lora:
+            self.lora_dropout = self.lora_dropout or 0.0
+            if self.lora_dropout == 1.0:
+                raise UserError("lora_dropout is 1", rule="nothing would be trained", remedy="try 0.1")
             self.rank = self.rank or 4
             self.lora_alpha = self.lora_alpha or float(self.rank)
             self.lora_target_modules = self.lora_target_modules or list(DEFAULT_TARGETS)
         else:
-            for name in ("rank", "lora_alpha", "lora_target_modules"):
-                if getattr(self, name) is not None:
+            for name in (
+                "rank", "lora_alpha", "lora_target_modules", "lora_dropout", "use_dora", "output_kohya_format",
+            ):  # fmt: skip
+                if getattr(self, name) not in (None, False):
                     raise _foreign(name, "the whole U-Net is trained", "add --lora, or leave it out")
 
         if self.validation_prompts:

@@ -37,9 +37,10 @@ from ambient_sd.data.sources import PictureSet, load_rows
 from ambient_sd.data.stream import SampleStream, process_batches
 from ambient_sd.errors import UserError
 from ambient_sd.objective import AmbientObjective
-from ambient_sd.training import adapters, checkpoints, validation
+from ambient_sd.training import adapters, averaging, checkpoints, extras, noising, validation
 from ambient_sd.training.base import Base, check_base
 from ambient_sd.training.config import TrainConfig, split_condition
+from ambient_sd.training.dropout import AddressedDropout
 from ambient_sd.training.hub import model_card
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class TrainingBatch:
         x0: (B, C, h, w) clean latents.
         eps_n: (B, C, h, w) fixed noise, or None where the objective has none.
         noise: (B, C, h, w) fresh noise.
+        perturbation: (B, C, h, w) what is added to the noise of the input only, or None.
     """
 
     positions: list[int]
@@ -69,6 +71,7 @@ class TrainingBatch:
     x0: torch.Tensor
     eps_n: torch.Tensor | None
     noise: torch.Tensor
+    perturbation: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,11 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
     Raises:
         UserError: something is wrong.
     """
+    extras.check_packages(config)
     base = check_base(config)
     objective = make_objective(config, base)
+    if config.snr_gamma is not None:
+        noising.min_snr_weight(base.schedule, torch.tensor([0]), config.snr_gamma, objective.prediction_type)
     if config.lora:
         adapters.check_targets(base.unet_config, config.lora_target_modules or ())
     prompts = validation.read_prompts(config.validation_prompts)
@@ -206,7 +212,7 @@ def _make_accelerator(config: TrainConfig) -> Accelerator:
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
-            log_with="tensorboard" if config.report_to == "tensorboard" else None,
+            log_with=None if config.report_to == "none" else config.report_to,
             project_dir=str(Path(config.output_dir) / config.logging_dir),
         )
     except ValueError as error:
@@ -216,6 +222,8 @@ def _make_accelerator(config: TrainConfig) -> Accelerator:
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate takes it, and then neither casts nor scales.
         raise UserError("mixed_precision is fp16", rule="processors have no fp16 training", remedy="use no, or bf16")
+    if config.use_ema:
+        averaging.check_distribution(accelerator.distributed_type)
     if accelerator.distributed_type not in _SUPPORTED:
         raise UserError(
             f"accelerate is set to {accelerator.distributed_type.value}",
@@ -255,6 +263,8 @@ class _Trainer:
         self.shape = data.latent_shape(self.base.vae_config, config.resolution)
         self.data_fingerprint = plan.pictures.fingerprint()
         self._check_same_pictures()
+        self.average: averaging.Average | None = None
+        self.dropouts: list[AddressedDropout] = []
         self.first_step = 0
         self.checkpoint: Path | None = None
         self.state: dict[str, Any] = {}
@@ -285,6 +295,8 @@ class _Trainer:
                  "caption_dropout", "lora", "rank", "lora_alpha", "lora_target_modules")  # fmt: skip
         return {
             **{name: getattr(self.config, name) for name in names},
+            # None where they are off: a checkpoint from before they existed continues.
+            **{name: getattr(self.config, name) or None for name in extras.IDENTITY},
             "ambient_level": self.plan.objective.level,
             "prediction_type": self.plan.objective.prediction_type,
             "global_batch": self.global_batch,
@@ -300,7 +312,7 @@ class _Trainer:
         self._encode_once()
         trained = [p for p in self.unet.parameters() if p.requires_grad]
         rate = config.learning_rate * (self.global_batch if config.scale_lr else 1)
-        optimizer = torch.optim.AdamW(
+        optimizer = extras.adamw(config.use_8bit_adam)(
             trained, lr=rate, betas=(config.adam_beta1, config.adam_beta2), weight_decay=config.adam_weight_decay,
             eps=config.adam_epsilon,
         )  # fmt: skip
@@ -313,6 +325,11 @@ class _Trainer:
             last_epoch=self.first_step - 1,
         )  # fmt: skip
         model, self.optimizer = accelerator.prepare(self.unet, optimizer)
+        if config.use_ema:
+            self.average = averaging.Average(
+                self.unet, offload=config.offload_ema, foreach=config.foreach_ema, checkpoint=self.checkpoint,
+                step=self.first_step,
+            )  # fmt: skip
         if self.checkpoint is not None:
             checkpoints.load_optimizer(self.checkpoint, self.state, self.optimizer)
             if accelerator.scaler is not None and self.state["scaler"]:
@@ -322,7 +339,7 @@ class _Trainer:
             config.save(self.output)
         accelerator.wait_for_everyone()
         if config.report_to != "none":
-            accelerator.init_trackers("ambient-sd")
+            accelerator.init_trackers(config.tracker_project_name)
 
         model.train()
         history: list[dict[str, float]] = []
@@ -366,16 +383,20 @@ class _Trainer:
                 self.accelerator.mixed_precision, torch.float32
             )
             unet.to(frozen)
-            adapters.attach(
+            self.dropouts = adapters.attach(
                 unet,
                 rank=config.rank or 4,
                 alpha=config.lora_alpha or 4.0,
                 targets=config.lora_target_modules or (),
                 seed=config.seed,
+                dropout=config.lora_dropout or 0.0,
+                dora=config.use_dora,
             )
             if folder is not None:
                 adapters.load(unet, folder)
         unet.register_to_config(_name_or_path=self.base.label)
+        if config.enable_xformers_memory_efficient_attention:
+            unet.enable_xformers_memory_efficient_attention()
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         return unet
@@ -449,7 +470,9 @@ class _Trainer:
             pictures, rows = self.plan.pictures, [self.stream.picture(p) for p in positions]
             noise_keys, mirrored = [pictures.noise_keys[i] for i in rows], [pictures.mirrored[i] for i in rows]
             eps_n = shared_noise(noise_keys, mirrored, self.shape, seed=self.config.noise_seed)
-        return TrainingBatch(positions, keys, captions, torch.stack(timesteps), x0, eps_n, torch.stack(noise))
+        fresh = noising.offset(torch.stack(noise), self.stream, positions, self.config.noise_offset)
+        extra = noising.perturbation_at(self.stream, positions, self.shape, self.config.input_perturbation)
+        return TrainingBatch(positions, keys, captions, torch.stack(timesteps), x0, eps_n, fresh, extra)
 
     def _step(
         self,
@@ -466,7 +489,12 @@ class _Trainer:
             batch = self._make_batch(*next(batches))
             if self.on_batch is not None:
                 self.on_batch(batch)
-            corrupted = self.plan.objective.corrupt(batch.x0, batch.eps_n, batch.timesteps, noise=batch.noise)
+            corrupted = noising.corrupt(
+                self.plan.objective, batch.x0, batch.eps_n, batch.timesteps, noise=batch.noise,
+                perturbation=batch.perturbation, snr_gamma=config.snr_gamma,
+            )  # fmt: skip
+            for dropout in self.dropouts:
+                dropout.positions = batch.positions
             context = self.captions(batch.captions).to(device)
             with accelerator.no_sync(model) if part < parts - 1 else contextlib.nullcontext():
                 with accelerator.autocast():
@@ -483,6 +511,8 @@ class _Trainer:
         accelerator.clip_grad_norm_(trained, config.max_grad_norm)
         rate = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update()
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         total, n, clean_total, clean_n, ambient_total, ambient_n = accelerator.reduce(sums, "sum").tolist()
@@ -522,6 +552,8 @@ class _Trainer:
             adapters.save(self.unet, folder)
         else:
             self.unet.save_pretrained(folder / "unet")
+        if self.average is not None:
+            self.average.save(folder)
 
     def _draws_after(self, step: int) -> bool:
         config = self.config
@@ -541,14 +573,15 @@ class _Trainer:
             "tokenizer": self.captions.tokenizer,
             "scheduler": self.base.scheduler,
         }
-        rows = validation.draw(
-            parts,
-            self.plan.prompts,
-            self.config.num_validation_images or 4,
-            resolution=self.config.resolution,
-            seed=self.config.seed,
-            accelerator=self.accelerator,
-        )
+        with contextlib.nullcontext() if self.average is None else self.average.applied():
+            rows = validation.draw(
+                parts,
+                self.plan.prompts,
+                self.config.num_validation_images or 4,
+                resolution=self.config.resolution,
+                seed=self.config.seed,
+                accelerator=self.accelerator,
+            )
         if self.accelerator.is_main_process:
             sheet = validation.grid(rows)
             folder = self.output / "validation"
@@ -557,7 +590,8 @@ class _Trainer:
             for tracker in self.accelerator.trackers:
                 pixels = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8)
                 pixels = pixels.reshape(sheet.height, sheet.width, 3)
-                tracker.log_images({"validation": pixels[None].numpy()}, step=step, dataformats="NHWC")
+                shape = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"validation": pixels[None].numpy()}, step=step, **shape)
         self.accelerator.wait_for_everyone()
 
     def _save_results(self, model: Any) -> None:
@@ -565,8 +599,12 @@ class _Trainer:
         accelerator.wait_for_everyone()
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         if accelerator.is_main_process:
+            if self.average is not None:
+                self.average.give()
             if config.lora:
                 adapters.save(self.unet, self.output)
+                if config.output_kohya_format:
+                    adapters.save_kohya(self.unet, self.output)
             else:
                 try:
                     pipe = self.base.pipeline(self.unet)

@@ -1,0 +1,117 @@
+"""Options of diffusers' scripts that change noise or weight of the ordinary loss.
+
+    Min-SNR             weight min(snr, gamma) / snr for epsilon, / (snr + 1) for v, / 1 for sample;  snr = 1 / s_t^2
+                        Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy" (ICCV 2023)
+    noise offset        xi + o u, one u ~ N(0, 1) per sample and channel
+    input perturbation  input from xi + p z, target from xi, z ~ N(0, I)
+                        Ning et al., "Input Perturbation Reduces Exposure Bias in Diffusion Models" (ICML 2023)
+
+u and z are functions of (seed, place in the run) with purposes of their own: a run without these options draws what it
+drew before they existed.
+
+The last two are refused with the ambient loss (in `TrainConfig`). It is right above s_n because of the total noise
+r = s_n eps_n + sqrt(s_t^2 - s_n^2) xi the fixed part is known in the mean, `E[s_n eps_n | r] = (s_n / s_t)^2 r`. That
+needs eps_n and xi of one covariance, and r at level s_t. With an offset the covariance of xi in a channel of d pixels is
+`I + o^2 1 1^T`, and along 1 the right factor is `s_n^2 / (s_n^2 + (s_t^2 - s_n^2)(1 + o^2 d))`; a perturbed input lies
+at a level above s_t. Min-SNR only multiplies the weight a^q, at the level s_t of the input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from ambient_sd.data.stream import SampleStream
+from ambient_sd.errors import UserError
+from ambient_sd.objective import AmbientObjective, CorruptedBatch
+from ambient_sd.schedule import NoiseSchedule
+
+
+def min_snr_weight(
+    schedule: NoiseSchedule, timesteps: torch.Tensor, gamma: float, prediction_type: str
+) -> torch.Tensor:
+    """Return the Min-SNR weight of each timestep, finite at every signal-to-noise ratio from 0 to infinity.
+
+    With `alpha^2 + sigma^2 = 1` nothing has to be divided by the ratio:
+    epsilon `min(1, gamma s^2)`, v_prediction `min(alpha^2, gamma sigma^2)`, sample `min(1 / s^2, gamma)`.
+
+    Args:
+        schedule: a variance-preserving schedule.
+        timesteps: (B,) long.
+        gamma: above 0; the paper's is 5.
+        prediction_type: epsilon, v_prediction or sample.
+
+    Returns:
+        (B,) float64. At zero terminal SNR, s = infinity, it is 1 for epsilon, and 0 for v_prediction and sample.
+
+    Raises:
+        UserError: the schedule or prediction is one of flow matching.
+    """
+    if schedule.is_flow or prediction_type not in ("epsilon", "v_prediction", "sample"):
+        raise UserError("snr_gamma is given", rule="Min-SNR is defined for schedules with alpha^2 + sigma^2 = 1",
+                        remedy="leave it out for a flow-matching base")  # fmt: skip
+    if prediction_type == "v_prediction":
+        alpha, sigma = schedule.coefficients(timesteps)
+        return torch.minimum(alpha.square(), gamma * sigma.square())
+    squared = schedule.level(timesteps).square()
+    return (gamma * squared).clamp(max=1.0) if prediction_type == "epsilon" else squared.reciprocal().clamp(max=gamma)
+
+
+def offset(noise: torch.Tensor, stream: SampleStream, positions: Sequence[int], amount: float) -> torch.Tensor:
+    """Return fresh noise with an offset per sample and channel, `xi + amount u`.
+
+    Args:
+        noise: (B, C, h, w) white noise.
+        stream: the run's samples.
+        positions: B places.
+        amount: o; 0 returns `noise` itself.
+    """
+    if not amount:
+        return noise
+    size = (noise.shape[1], 1, 1)
+    return noise + amount * torch.stack([torch.randn(size, generator=stream.generator("offset", p)) for p in positions])
+
+
+def corrupt(
+    objective: AmbientObjective,
+    x0: torch.Tensor,
+    eps_n: torch.Tensor | None,
+    timesteps: torch.Tensor,
+    *,
+    noise: torch.Tensor,
+    perturbation: torch.Tensor | None = None,
+    snr_gamma: float | None = None,
+) -> CorruptedBatch:
+    """Corrupt a batch; with a perturbation the input is made from `noise + perturbation` and the target from `noise`.
+
+    `snr_gamma` multiplies the objective's own weight, that of ambient samples too.
+
+    Args:
+        objective: the loss.
+        x0: (B, C, h, w) clean latents.
+        eps_n: (B, C, h, w) fixed noise, or None.
+        timesteps: (B,) long.
+        noise: (B, C, h, w) fresh noise.
+        perturbation: (B, C, h, w) p z from `perturbation_at`, or None.
+        snr_gamma: of Min-SNR, or None.
+    """
+    batch = objective.corrupt(x0, eps_n, timesteps, noise=noise)
+    if perturbation is not None:
+        seen = objective.corrupt(x0, eps_n, timesteps, noise=noise + perturbation)
+        batch = dataclasses.replace(batch, x_t=seen.x_t)
+    if snr_gamma is not None:
+        factor = min_snr_weight(objective.schedule, timesteps, snr_gamma, objective.prediction_type)
+        batch = dataclasses.replace(batch, weight=batch.weight * factor.to(batch.weight))
+    return batch
+
+
+def perturbation_at(
+    stream: SampleStream, positions: Sequence[int], shape: Sequence[int], amount: float
+) -> torch.Tensor | None:
+    """Return `amount z`, (B, *shape) float32, of these places; None if `amount` is 0."""
+    if not amount:
+        return None
+    draws = [torch.randn(tuple(shape), generator=stream.generator("perturbation", p)) for p in positions]
+    return amount * torch.stack(draws)
