@@ -52,6 +52,13 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--guidance_scale", type=float, default=3.0, help="classifier-free guidance, above 1")
     demo.add_argument("--seed", type=int, default=0, help="of training, sampling and intervals")
     demo.add_argument("--open", action="store_true", help="open the page in the browser when it is ready")
+    push = verbs.add_parser("push", help="upload the results of a training to the hub", description="Upload weights, "
+        "configurations, card and validation pictures; never checkpoints, logs, tokens or local paths. Token: HF_TOKEN "
+        "or `hf auth login`.")  # fmt: skip
+    push.add_argument("folder", type=Path, help="output_dir of a finished training")
+    push.add_argument("--repo", required=True, help="repository, owner/name; created if it is missing")
+    push.add_argument("--private", action="store_true", help="create the repository private")
+    push.add_argument("--revision", default=None, help="branch to upload to (default: the main one)")
     return parser
 
 
@@ -89,6 +96,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"ambient_sd {__version__}")
     elif args.verb == "demo":
         _demo(args)
+    elif args.verb == "push":
+        from ambient_sd.training.push import push
+
+        print(push(args.folder, args.repo, private=args.private or None, revision=args.revision), flush=True)
     else:
         parser.print_help(sys.stderr)
         sys.exit(2)
