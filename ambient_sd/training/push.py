@@ -15,10 +15,9 @@ import shlex
 from pathlib import Path, PurePath
 from typing import Any
 
-import httpx
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.training.config import CONFIG_NAME, TrainConfig
@@ -33,7 +32,9 @@ ALLOWED = (
 )  # fmt: skip
 _PATHS = ("train_data_dir", "cache_dir", "output_dir", "logging_dir", "resume_from_checkpoint")
 _NAMES = ("pretrained_model_name_or_path", "dataset_name")  # a path or a hub id
-_FAILURES = (HfHubHTTPError, LocalTokenNotFoundError, httpx.HTTPError, OSError, RuntimeError, ValueError)
+# The hub's errors derive from those of the HTTP client in use (httpx or httpx2, by version): lost connections are caught too.
+_CLIENT = [kind for kind in HfHubHTTPError.__bases__ if issubclass(kind, Exception)]
+_FAILURES: tuple[type[Exception], ...] = (*_CLIENT, OSError, RuntimeError, ValueError)
 
 
 def prepare(repo: str, *, token: str | None = None, private: bool | None = None) -> None:
