@@ -67,6 +67,13 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--dataset_split", default=None, help="split of the dataset")
     inspect.add_argument("--fail_on", choices=["nothing", "problems"], default="nothing",
                          help="problems: exit with status 1 if anything is found")  # fmt: skip
+    push = verbs.add_parser("push", help="upload the results of a training to the hub", description="Upload weights, "
+        "configurations, card and validation pictures; never checkpoints, logs, tokens or local paths. Token: HF_TOKEN "
+        "or `hf auth login`.")  # fmt: skip
+    push.add_argument("folder", type=Path, help="output_dir of a finished training")
+    push.add_argument("--repo", required=True, help="repository, owner/name; created if it is missing")
+    push.add_argument("--private", action="store_true", help="create the repository private")
+    push.add_argument("--revision", default=None, help="branch to upload to (default: the main one)")
     return parser
 
 
@@ -111,6 +118,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                     image_column=args.image_column, caption_column=args.caption_column, split=args.dataset_split)  # fmt: skip
         if args.fail_on == "problems" and not found.clean:
             sys.exit(1)
+    elif args.verb == "push":
+        from ambient_sd.training.push import push
+
+        print(push(args.folder, args.repo, private=args.private or None, revision=args.revision), flush=True)
     else:
         parser.print_help(sys.stderr)
         sys.exit(2)

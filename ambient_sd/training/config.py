@@ -68,13 +68,15 @@ def option(
     above: float | None = None,
     high: float | None = None,
     alias: str = "",
+    secret: bool = False,
 ) -> Any:
     """Declare a setting: its default, its group in `--help`, its help text and the rule that its value must obey.
 
-    `low` and `high` are inclusive bounds, `above` is an exclusive lower bound; `alias` is a second spelling of the flag.
+    `low` and `high` are inclusive bounds, `above` is an exclusive lower bound; `alias` is a second spelling of the flag. A `secret` is never
+    printed nor written.
     """
-    meta = {"group": group, "text": text, "choices": tuple(choices), "low": low, "above": above, "high": high, "alias": alias}  # fmt: skip
-    return field(default=default, metadata=meta)
+    meta = {"group": group, "text": text, "choices": tuple(choices), "low": low, "above": above, "high": high, "alias": alias, "secret": secret}  # fmt: skip
+    return field(default=default, metadata=meta, repr=not secret)
 
 
 @dataclass
@@ -162,6 +164,10 @@ class TrainConfig:
     report_to: str = option("tensorboard", "output", "where curves go; all: wherever a package is installed for", choices=("tensorboard", "wandb", "all", "none"))
     tracker_project_name: str = option("text2image-fine-tune", "output", "name under which curves are kept")
     logging_dir: str = option("logs", "output", "folder of the TensorBoard files, inside output_dir")
+    push_to_hub: bool = option(False, "output", "upload the results at the end; token and repository are checked before training")
+    hub_model_id: str | None = option(None, "output", "repository that receives them, owner/name or name (default: the last part of output_dir)")
+    hub_token: str | None = option(None, "output", "token of the hub; better: HF_TOKEN or `hf auth login`. Never written", secret=True)
+    hub_private_repo: bool = option(False, "output", "create the repository private")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -254,6 +260,8 @@ class TrainConfig:
             for name in ("num_validation_images", "validation_epochs", "validation_steps"):
                 if getattr(self, name) is not None:
                     raise _foreign(name, "no validation prompts are given", "add --validation_prompts, or leave it out")
+        if self.push_to_hub and self.hub_model_id is None:
+            self.hub_model_id = Path(self.output_dir).absolute().name
         for name in ("adam_beta1", "adam_beta2"):
             if getattr(self, name) >= 1.0:
                 raise UserError(
@@ -266,8 +274,9 @@ class TrainConfig:
         return str(self.train_data_dir if self.dataset_name is None else self.dataset_name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the resolved settings without those that are `None`; `TrainConfig(**config.to_dict())` equals `config`."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        """Return the resolved settings without those that are `None` or secret; `TrainConfig(**config.to_dict())` equals `config`."""
+        secret = {item.name for item in dataclasses.fields(self) if item.metadata["secret"]}
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None and k not in secret}
 
     def save(self, folder: Path) -> Path:
         """Write the resolved settings to `folder/train_config.yaml`, which `--config` reads back, and return the path."""
@@ -464,7 +473,8 @@ def _checked(item: dataclasses.Field[Any], value: Any) -> Any:
         rule = _broken_rule(meta, converted)
     if rule:
         default = f"the default is {item.default}" if item.default is not None else "leave it out for the default"
-        raise UserError(f"{item.name} is {value!r}", rule=rule, remedy=default)
+        shown = "(hidden)" if meta["secret"] else repr(value)
+        raise UserError(f"{item.name} is {shown}", rule=rule, remedy=default)
     return converted
 
 

@@ -42,6 +42,7 @@ from ambient_sd.training.base import Base, check_base
 from ambient_sd.training.config import TrainConfig, split_condition
 from ambient_sd.training.dropout import AddressedDropout
 from ambient_sd.training.hub import model_card
+from ambient_sd.training.push import prepare, push
 
 logger = logging.getLogger(__name__)
 
@@ -114,11 +115,14 @@ def run(
     """
     progress = progress and os.environ.get("RANK", "0") == "0"
     plan = plan_run(config, progress=progress)
+    uploads = config.push_to_hub and os.environ.get("RANK", "0") == "0"
+    if uploads:
+        prepare(str(config.hub_model_id), token=config.hub_token, private=config.hub_private_repo or None)
     embedded = bool(AcceleratorState._shared_state)
     accelerator: Accelerator | None = None
     try:
         accelerator = _make_accelerator(config)
-        return _Trainer(plan, accelerator, progress, bar, on_step, on_batch).train()
+        summary = _Trainer(plan, accelerator, progress, bar, on_step, on_batch).train()
     finally:
         if accelerator is not None:
             accelerator.free_memory()
@@ -127,6 +131,11 @@ def run(
             if accelerator is not None:
                 accelerator.end_training()
             AcceleratorState._reset_state(reset_partial_state=True)
+    if uploads:  # when all is on disk and no process waits for another
+        push(
+            config.output_dir, str(config.hub_model_id), token=config.hub_token, private=config.hub_private_repo or None
+        )
+    return summary
 
 
 def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
@@ -646,7 +655,7 @@ class _Trainer:
             "processes": self.accelerator.num_processes,
             "data_fingerprint": self.data_fingerprint,
             "output_dir": str(self.output),
-            "config": dataclasses.asdict(self.config),
+            "config": {**dataclasses.asdict(self.config), "hub_token": None},
         }
 
 

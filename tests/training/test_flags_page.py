@@ -33,7 +33,7 @@ THEIRS = {
 def rows(page: str = PAGE) -> dict[str, tuple[str, str, str]]:
     """Flag -> script, here, text of the first table."""
     return {m[1]: (m[2], m[3], m[4].strip())
-            for m in re.finditer(r"^\| `(\w+)` \| (\w+) \| (same|better|absent|hub) \|(.*)\|$", page, re.M)}  # fmt: skip
+            for m in re.finditer(r"^\| `(\w+)` \| (\w+) \| (same|better|absent) \|(.*)\|$", page, re.M)}  # fmt: skip
 
 
 def ours() -> set[str]:

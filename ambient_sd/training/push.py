@@ -1,0 +1,140 @@
+"""Publish a finished training on the hub: weights, configurations, card and pictures, chosen by a list of what MAY go.
+
+What is not on the list stays: optimizer states, checkpoints, logs, every file of the user's own. Files that record where
+things lay on this machine (`_name_or_path` in the models' configurations, paths in train_config.yaml) go as cleaned
+copies; the files on disk are not touched. It moves nothing from the hub to this machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import re
+import shlex
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from ambient_sd.errors import UserError, one_line
+from ambient_sd.training.config import CONFIG_NAME, TrainConfig
+
+_MODELS = ("unet", "vae", "text_encoder", "text_encoder_2", "safety_checker")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+ALLOWED = (
+    "README.md", "model_index.json", "pytorch_lora_weights.safetensors", CONFIG_NAME,
+    "scheduler/scheduler_config.json", "feature_extractor/preprocessor_config.json", "validation/step-*.png",
+    *(f"{part}/{name}" for part in _MODELS for name in ("config.json", "*model*.safetensors", "*.safetensors.index.json")),
+    *(f"{part}/{name}" for part in ("tokenizer", "tokenizer_2") for name in _TOKENIZER),
+)  # fmt: skip
+_PATHS = ("train_data_dir", "cache_dir", "output_dir", "logging_dir", "resume_from_checkpoint")
+_NAMES = ("pretrained_model_name_or_path", "dataset_name")  # a path or a hub id
+# The hub's errors derive from those of the HTTP client in use (httpx or httpx2, by version): lost connections are caught too.
+_CLIENT = [kind for kind in HfHubHTTPError.__bases__ if issubclass(kind, Exception)]
+_FAILURES: tuple[type[Exception], ...] = (*_CLIENT, OSError, RuntimeError, ValueError)
+
+
+def prepare(repo: str, *, token: str | None = None, private: bool | None = None) -> str:
+    """Create the repository if it is missing, see that it can be written to, and return owner/name: before anything expensive.
+
+    A name without owner belongs to the account whose token it is.
+
+    Raises:
+        UserError: a bad name, no token, a hub out of reach, or no right to write.
+    """
+    api = HfApi(token=token)
+    if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", repo, flags=re.ASCII):
+        raise UserError(f"hub repository is {repo!r}", rule="it must read owner/name, or name alone for your own account", remedy="give --hub_model_id (push: --repo) owner/name")  # fmt: skip
+    try:
+        owner = api.whoami()["name"]
+        repo = repo if "/" in repo else f"{owner}/{repo}"
+        api.create_repo(repo, private=private, exist_ok=True)
+        api.auth_check(repo, write=True)
+    except HFValidationError as error:
+        raise UserError(
+            f"hub repository is {repo!r}", rule=_reason(error, token), remedy="choose another name"
+        ) from None
+    except _FAILURES as error:
+        raise UserError(f"{repo} on the hub cannot be written to", rule=_reason(error, token),
+                        remedy="log in with `hf auth login` or set HF_TOKEN, to an account that may write there") from None  # fmt: skip
+    return repo
+
+
+def push(
+    folder: str | Path, repo: str, *, token: str | None = None, private: bool | None = None, revision: str | None = None
+) -> str:
+    """Upload the results in `folder` to `repo` in one commit, and return the commit's address.
+
+    Raises:
+        UserError: nothing to upload, or the upload failed; what is on disk stays as it is.
+    """
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in ("model_index.json", "pytorch_lora_weights.safetensors")):
+        raise UserError(f"folder is {folder}", rule="it holds neither model_index.json nor pytorch_lora_weights.safetensors",
+                        remedy="give the output_dir of a finished training")  # fmt: skip
+    repo = prepare(repo, token=token, private=private)
+    files = collect(folder, repo)
+    api = HfApi(token=token)
+    try:
+        if revision is not None:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        done = api.create_commit(repo, operations, commit_message="Upload with ambient_sd", revision=revision)
+    except _FAILURES as error:
+        extra = (f" --revision {shlex.quote(revision)}" if revision else "") + (" --private" if private else "")
+        raise UserError(f"the upload to {repo} failed, the results are whole in {folder}", rule=_reason(error, token),
+                        remedy=f"try again: ambient-sd push {shlex.quote(str(folder))} --repo {repo}{extra}") from None  # fmt: skip
+    return str(done.commit_url)
+
+
+def collect(folder: Path, repo: str) -> dict[str, Path | bytes]:
+    """Return what goes to the hub: name in the repository -> file on disk, or the bytes of a cleaned copy."""
+    files: dict[str, Path | bytes] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        # A link may lead anywhere; and `*` of fnmatch also matches `/`, hence the count of parts.
+        if path.resolve() != folder.resolve() / name or not path.is_file():
+            continue
+        if not any(fnmatch.fnmatchcase(name, p) and name.count("/") == p.count("/") for p in ALLOWED):
+            continue
+        if name == "README.md":
+            files[name] = path.read_text(encoding="utf-8").replace("THIS_FOLDER", repo).encode()
+        elif name == CONFIG_NAME:
+            files[name] = _clean_settings(path)
+        elif name.endswith(("config.json", "model_index.json")):
+            values = json.loads(path.read_text(encoding="utf-8"))
+            files[name] = (json.dumps(_without_origin(values), indent=2, sort_keys=True) + "\n").encode()
+        else:
+            files[name] = path
+    return files
+
+
+def _clean_settings(path: Path) -> bytes:
+    known = {item.name for item in dataclasses.fields(TrainConfig)} - {"hub_token"}
+    values = {k: v for k, v in (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).items() if k in known}
+    for key in _PATHS:
+        if isinstance(values.get(key), str):
+            values[key] = PurePath(values[key]).name
+    for key in _NAMES:
+        given = values.get(key)
+        if isinstance(given, str) and (not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", given) or Path(given).exists()):
+            values[key] = PurePath(given).name
+    prompts = values.get("validation_prompts")
+    if isinstance(prompts, list):
+        values["validation_prompts"] = [PurePath(p).name if str(p).endswith(".jsonl") else p for p in prompts]
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
+
+
+def _without_origin(value: Any) -> Any:
+    """Drop `_name_or_path` and `name_or_path`, in which diffusers and transformers keep where a part was loaded from."""
+    if isinstance(value, dict):
+        return {k: _without_origin(v) for k, v in value.items() if k not in ("_name_or_path", "name_or_path")}
+    return [_without_origin(v) for v in value] if isinstance(value, list) else value
+
+
+def _reason(error: Exception, token: str | None) -> str:
+    text = f"{type(error).__name__}: {one_line(error, 300)}"
+    return text.replace(token, "***") if token else text

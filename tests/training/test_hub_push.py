@@ -1,0 +1,95 @@
+"""Pushing to a hub: what goes, what stays, and how it fails; the training command and `ambient-sd push` against tests/hub_server.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import TOKEN, HubServer
+
+ROOT = Path(__file__).parents[2]
+
+
+def call(hub: str, home: Path, *words: str, token: str = "") -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "RANK", "WORLD"))}
+    env |= {"HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    if token:
+        env["HF_TOKEN"] = token
+    return subprocess.run(
+        [sys.executable, *words], check=False, env=env, capture_output=True, text=True, timeout=120, cwd=home
+    )
+
+
+def train(hub: str, home: Path, base: Path, pictures: Path, out: Path, token: str) -> subprocess.CompletedProcess[str]:
+    given = ["--hub_token", token] if token else []
+    return call(
+        hub, home, str(ROOT / "train_text_to_image_ambient.py"), "--pretrained_model_name_or_path", str(base),
+        "--train_data_dir", str(pictures), "--resolution", "32", "--train_batch_size", "2", "--max_train_steps", "2",
+        "--checkpointing_steps", "1", "--output_dir", str(out), "--push_to_hub", "--hub_model_id", "name", *given,
+    )  # fmt: skip
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    return [line for line in done.stderr.splitlines() if line.startswith("ambient-sd: error:")][-1]
+
+
+def test_upload_fails_midway_then_a_retry_brings_results_and_nothing_else(
+    tmp_path: Path, tiny_base: Path, tiny_pictures: Path
+) -> None:
+    out = tmp_path / "out"
+    with HubServer(fail_upload=2) as hub:
+        # Training without validation prompts, the second of its uploads refused: the results stay and say how to retry.
+        line = assert_one_line(train(hub.url, tmp_path, tiny_base, tiny_pictures, out, TOKEN))
+        assert f"ambient-sd push {out} --repo owner/name" in line
+        assert (out / "unet/diffusion_pytorch_model.safetensors").exists()
+        assert not hub.files
+        # Negative control: what must stay behind is really there.
+        assert list(out.glob("checkpoint-*/*"))
+        (out / "secrets.txt").write_text(TOKEN)
+        (out / "unet" / "private.safetensors").write_text(TOKEN)
+        (out / "validation").mkdir()
+        (out / "validation" / "step-9.png").symlink_to(out / "secrets.txt")
+        assert TOKEN not in (out / "train_config.yaml").read_text()
+        done = call(hub.url, tmp_path, "-m", "ambient_sd.cli", "push", str(out), "--repo", "owner/name", token=TOKEN)
+        assert done.returncode == 0, done.stderr
+        assert not [n for n in hub.files if "checkpoint" in n or "optim" in n or "log" in n or "private" in n]
+        assert "secrets.txt" not in hub.files
+        assert "validation/step-9.png" not in hub.files
+        for name, data in hub.files.items():
+            for secret in (TOKEN, str(tmp_path), str(tiny_base), str(tiny_pictures)):
+                assert secret.encode() not in data, (name, secret)
+        code = (
+            "import numpy, torch; from diffusers import StableDiffusionPipeline as P; "
+            f"a, b = (P.from_pretrained(n, safety_checker=None) for n in ('owner/name', {str(out)!r})); "
+            "assert all(torch.equal(x, y) for x, y in zip(a.unet.state_dict().values(), b.unet.state_dict().values())); "
+            "assert a.scheduler.config.prediction_type == 'v_prediction'"
+        )
+        loaded = call(hub.url, tmp_path, "-c", code)
+        assert loaded.returncode == 0, loaded.stderr
+
+
+@pytest.mark.parametrize(("writable", "token"), [(True, ""), (False, TOKEN)])
+def test_no_token_or_no_right_to_write_ends_before_anything_is_written(
+    tmp_path: Path, tiny_base: Path, tiny_pictures: Path, writable: bool, token: str
+) -> None:
+    with HubServer(writable=writable) as hub:
+        hub.exists = True  # a repository of somebody else's, which `create_repo(exist_ok=True)` accepts
+        line = assert_one_line(train(hub.url, tmp_path, tiny_base, tiny_pictures, tmp_path / "out", token))
+    assert ("owner/name" if token else "name on the hub") in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_out_of_reach_ends_before_anything_is_written(
+    tmp_path: Path, tiny_base: Path, tiny_pictures: Path
+) -> None:
+    with HubServer() as hub:
+        gone = hub.url
+    assert "ConnectError" in assert_one_line(train(gone, tmp_path, tiny_base, tiny_pictures, tmp_path / "out", TOKEN))
+    assert not (tmp_path / "out").exists()
