@@ -29,7 +29,7 @@ def test_config_file_says_what_the_demo_does() -> None:
 def test_the_two_runs_differ_in_the_objective_alone() -> None:
     plain, ambient = (settings_of_run(DemoSettings(), o).to_dict() for o in ("plain", "ambient"))
     different = {key for key in plain | ambient if plain.get(key) != ambient.get(key)}
-    assert different == {"objective", "ambient_level", "reweight", "output_dir"}
+    assert different == {"objective", "ambient_level", "reweight", "near_duplicates", "output_dir"}
 
 
 def test_demo_writes_page_figures_sheets_and_loadable_models(
