@@ -24,8 +24,9 @@ def test_accelerate_reads_the_file_and_takes_every_key(path: Path) -> None:
 
 def test_the_file_for_two_processors_starts_two(tmp_path: Path) -> None:
     script = tmp_path / "count.py"
-    script.write_text(
-        "from accelerate import Accelerator\ns = Accelerator()\nprint('process', s.process_index, 'of', s.num_processes)\n"
+    script.write_text(  # one write a line: the two share a pipe
+        "from accelerate import Accelerator\ns = Accelerator()\n"
+        "print(f'process {s.process_index} of {s.num_processes}\\n', end='', flush=True)\n"
     )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/two_cpu.yaml"),
                "--main_process_port", "0", str(script)]  # fmt: skip
