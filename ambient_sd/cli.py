@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--samples_per_prompt", type=_positive, default=4, help="pictures per training caption")
     demo.add_argument("--prompts", type=_positive, default=60, help="how many training captions are sampled")
     demo.add_argument("--sampling_steps", type=_positive, default=15, help="DPM-Solver++ steps")
-    demo.add_argument("--guidance_scale", type=float, default=3.0, help="classifier-free guidance, above 1")
+    demo.add_argument("--guidance_scale", type=float, default=1.5, help="classifier-free guidance, above 1")
     demo.add_argument("--seed", type=int, default=0, help="of training, sampling and intervals")
     demo.add_argument("--open", action="store_true", help="open the page in the browser when it is ready")
     inspect = verbs.add_parser(

@@ -73,7 +73,7 @@ class DemoSettings:
     samples_per_prompt: int = 4
     prompts: int = 60
     sampling_steps: int = 15
-    guidance_scale: float = 3.0
+    guidance_scale: float = 1.5
     seed: int = 0
     objectives: tuple[str, ...] = ("plain", "ambient")
 

@@ -156,6 +156,10 @@ class TrainConfig:
     validation_epochs: int | None = option(None, "validation", "draw every that many epochs (default 5; with --lora 1)", low=1)
     validation_steps: int | None = option(None, "validation", "draw every that many optimizer steps instead", low=1)
 
+    probe_steps: int | None = option(None, "validation", "look for copies every that many optimizer steps: draw pictures for captions of the training set and find their nearest training pictures", low=1)
+    probe_pictures: int | None = option(None, "validation", "how many pictures one look draws (default 32)", low=1)
+    stop_on_memorization: float | None = option(None, "validation", "end the run at the first look whose copied share is above this", low=0.0, high=1.0)
+
     checkpointing_steps: int = option(500, "checkpoints", "write a checkpoint every that many optimizer steps", low=1)
     checkpoints_total_limit: int | None = option(None, "checkpoints", "keep only that many newest checkpoints", low=1)
     resume_from_checkpoint: str | None = option(None, "checkpoints", "a checkpoint folder, or `latest`: the newest in output_dir (none yet: start anew)")
@@ -262,6 +266,12 @@ class TrainConfig:
                     raise _foreign(name, "no validation prompts are given", "add --validation_prompts, or leave it out")
         if self.push_to_hub and self.hub_model_id is None:
             self.hub_model_id = Path(self.output_dir).absolute().name
+        if self.probe_steps is not None:
+            self.probe_pictures = self.probe_pictures or 32
+        else:
+            for name in ("probe_pictures", "stop_on_memorization"):
+                if getattr(self, name) is not None:
+                    raise _foreign(name, "nobody looks for copies", "add --probe_steps, or leave it out")
         for name in ("adam_beta1", "adam_beta2"):
             if getattr(self, name) >= 1.0:
                 raise UserError(

@@ -28,6 +28,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
+from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -42,11 +43,14 @@ from ambient_sd.training.base import Base, check_base
 from ambient_sd.training.config import TrainConfig, split_condition
 from ambient_sd.training.dropout import AddressedDropout
 from ambient_sd.training.hub import model_card
+from ambient_sd.training.probe import Probe, add_look
 from ambient_sd.training.push import prepare, push
 
 logger = logging.getLogger(__name__)
 
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+# Noise levels s = sigma / alpha whose errors get a curve each: the loss of one step says more of its timesteps than of the model.
+_BANDS = ((0.0, 0.3), (0.3, 1.0), (1.0, 3.0), (3.0, math.inf))
 _FINAL_STEPS = 100  # the summary's losses are means over that many last steps
 
 
@@ -106,7 +110,7 @@ def run(
 
     Returns:
         Summary: steps, first_step, seconds, pictures, losses (one per step), loss, clean_loss, ambient_loss (means over
-        the last 100 steps), level, learning_rate, global_batch, processes, data_fingerprint,
+        the last 100 steps), looks (one record per look for copies), level, learning_rate, global_batch, processes, data_fingerprint,
         near_duplicate_groups, output_dir, config.
 
     Raises:
@@ -274,6 +278,8 @@ class _Trainer:
         self._check_same_pictures()
         self.average: averaging.Average | None = None
         self.dropouts: list[AddressedDropout] = []
+        self.looks: list[dict[str, float]] = []
+        self.bands: dict[str, float] = {}
         self.first_step = 0
         self.checkpoint: Path | None = None
         self.state: dict[str, Any] = {}
@@ -351,6 +357,11 @@ class _Trainer:
             accelerator.init_trackers(config.tracker_project_name)
 
         model.train()
+        probe = None
+        if config.probe_steps is not None:
+            probe = Probe(
+                self.plan.pictures, count=config.probe_pictures or 32, resolution=config.resolution, seed=config.seed
+            )
         history: list[dict[str, float]] = []
         begin = time.perf_counter()
         bar = tqdm(
@@ -361,8 +372,7 @@ class _Trainer:
             record = self._step(model, trained, batches)
             history.append(record)
             if accelerator.is_main_process:
-                if config.report_to != "none":
-                    accelerator.log({k: v for k, v in record.items() if math.isfinite(v)}, step=step)
+                self._track(record | self.bands, step)
                 bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{record['lr']:.2e}")
                 if self.on_step is not None:
                     self.on_step(step, record)
@@ -371,6 +381,16 @@ class _Trainer:
                 self._save_checkpoint(step)
             if self._draws_after(step):
                 self._draw(step)
+            if probe is not None and (step % (config.probe_steps or 1) == 0 or step == self.steps):
+                self._look(probe, step)
+                limit = config.stop_on_memorization
+                if limit is not None and self.looks[-1]["copied"] > limit and step < self.steps:
+                    logger.warning(
+                        "stopped after step %d: %.0f %% of the probe are copies, above %g", step,
+                        100 * self.looks[-1]["copied"], limit,
+                    )  # fmt: skip
+                    self.steps = step
+                    break
         bar.close()
         seconds = time.perf_counter() - begin
         summary = self._summary(history, seconds)
@@ -429,7 +449,7 @@ class _Trainer:
                 part = gathered.reshape(ranks, share, *self.shape).transpose(0, 1).reshape(-1, *self.shape)
             self.latents = part[: len(pictures)].contiguous()
             self.vae.to("cpu")
-        if not self.plan.prompts:
+        if not self.plan.prompts and self.config.probe_steps is None:
             # Whatever is held in memory makes its maker superfluous.
             if self.latents is not None:
                 self.vae = None
@@ -491,8 +511,11 @@ class _Trainer:
     ) -> dict[str, float]:
         """Make one optimizer step and return its record."""
         config, accelerator, device = self.config, self.accelerator, self.accelerator.device
-        # Loss and count of all samples, of the clean ones, of the ambient ones, on this process.
-        sums = torch.zeros(6, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+        # Loss and count of all samples, of the clean ones, of the ambient ones, then unweighted error and count of each band
+        # of noise levels, on this process.
+        sums = torch.zeros(
+            6 + 2 * len(_BANDS), dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
+        )
         parts = config.gradient_accumulation_steps
         for part in range(parts):
             batch = self._make_batch(*next(batches))
@@ -516,7 +539,10 @@ class _Trainer:
             clean = corrupted.clean.to(device)
             with torch.no_grad():
                 kinds = [torch.ones_like(clean), clean, ~clean]
-                sums += torch.stack([s for k in kinds for s in ((each * k).sum(), k.sum())]).to(sums.dtype)
+                level = self.plan.objective.schedule.level(batch.timesteps).to(device)
+                inside = [(level >= low) & (level < high) for low, high in _BANDS]
+                pairs = [(each, k) for k in kinds] + [(error, k) for k in inside]
+                sums += torch.stack([s for value, k in pairs for s in ((value * k).sum(), k.sum())]).to(sums.dtype)
         accelerator.clip_grad_norm_(trained, config.max_grad_norm)
         rate = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
@@ -524,7 +550,11 @@ class _Trainer:
             self.average.update()
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        total, n, clean_total, clean_n, ambient_total, ambient_n = accelerator.reduce(sums, "sum").tolist()
+        total, n, clean_total, clean_n, ambient_total, ambient_n, *bands = accelerator.reduce(sums, "sum").tolist()
+        self.bands = {
+            f"error/s {low:g} to {high:g}": bands[2 * i] / bands[2 * i + 1] if bands[2 * i + 1] else math.nan
+            for i, (low, high) in enumerate(_BANDS)
+        }
         record = {
             "loss": total / n,
             "clean_loss": clean_total / clean_n if clean_n else math.nan,
@@ -574,17 +604,23 @@ class _Trainer:
         samples = step * self.global_batch
         return samples // every > (samples - self.global_batch) // every or step == self.steps
 
-    def _draw(self, step: int) -> None:
-        parts = {
+    def _parts(self) -> dict[str, Any]:
+        return {
             "unet": self.unet,
             "vae": self.vae,
             "text_encoder": self.captions.text_encoder,
             "tokenizer": self.captions.tokenizer,
             "scheduler": self.base.scheduler,
         }
-        with contextlib.nullcontext() if self.average is None else self.average.applied():
-            rows = validation.draw(
-                parts,
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Lend the averaged weights, which will be the result, to the U-Net."""
+        return contextlib.nullcontext() if self.average is None else self.average.applied()
+
+    def _draw(self, step: int) -> None:
+        with self._averaged():
+            drawn = validation.draw(
+                self._parts(),
                 self.plan.prompts,
                 self.config.num_validation_images or 4,
                 resolution=self.config.resolution,
@@ -592,16 +628,37 @@ class _Trainer:
                 accelerator=self.accelerator,
             )
         if self.accelerator.is_main_process:
-            sheet = validation.grid(rows)
-            folder = self.output / "validation"
-            folder.mkdir(exist_ok=True)
-            sheet.save(folder / f"step-{step}.png")
-            for tracker in self.accelerator.trackers:
-                pixels = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8)
-                pixels = pixels.reshape(sheet.height, sheet.width, 3)
-                shape = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"validation": pixels[None].numpy()}, step=step, **shape)
+            self._show("validation", validation.grid(drawn.rows), step)
+            scores = [score for row in drawn.scores for score in row]
+            self._track({"guard/validation_score": sum(scores) / len(scores)}, step)
         self.accelerator.wait_for_everyone()
+
+    def _look(self, probe: Probe, step: int) -> None:
+        """Look for copies; keep the numbers in `looks` and probe.jsonl, the pictures in probe/."""
+        with self._averaged():
+            seen = probe.look(self._parts(), self.accelerator, step)
+        self.looks.append(seen.record())
+        if self.accelerator.is_main_process:
+            self._show("probe", seen.sheet, step)
+            self._track(
+                {f"probe/{k}": v for k, v in seen.record().items() if k in ("copied", "ratio", "guard_score")}, step
+            )
+            add_look(self.output / "probe.jsonl", seen.record())
+        self.accelerator.wait_for_everyone()
+
+    def _show(self, name: str, sheet: Image.Image, step: int) -> None:
+        folder = self.output / name
+        folder.mkdir(exist_ok=True)
+        sheet.save(folder / f"step-{step}.png")
+        for tracker in self.accelerator.trackers:
+            pixels = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8)
+            pixels = pixels.reshape(sheet.height, sheet.width, 3)
+            shape = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: pixels[None].numpy()}, step=step, **shape)
+
+    def _track(self, values: dict[str, float], step: int) -> None:
+        if self.config.report_to != "none":
+            self.accelerator.log({k: v for k, v in values.items() if math.isfinite(v)}, step=step)
 
     def _save_results(self, model: Any) -> None:
         accelerator, config = self.accelerator, self.config
@@ -649,6 +706,7 @@ class _Trainer:
             "near_duplicate_groups": len(self.plan.pictures.groups),
             "losses": [r["loss"] for r in history],
             **{name: late(name) for name in ("loss", "clean_loss", "ambient_loss")},
+            "looks": self.looks,
             "level": self.plan.objective.level,
             "learning_rate": self.optimizer.param_groups[0]["initial_lr"],
             "global_batch": self.global_batch,

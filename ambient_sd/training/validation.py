@@ -1,5 +1,6 @@
 """Pictures during training: the same prompts with the same start noise at every look, shared out over the processes.
 
+They are drawn under the memorization guard, whose score (mean norm of the guidance, Wen et al., ICLR 2024) comes with each.
 Every process draws its share and all meet in one gather, so none waits on another for longer than one picture takes
 (drawing on the first process alone ends in NCCL's timeout). Training is left as it was: own generators, modes restored.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +20,17 @@ from PIL import Image
 
 from ambient_sd.data.stream import keyed_generator
 from ambient_sd.errors import UserError
+from ambient_sd.guard.recorder import MemorizationGuard
 
 INFERENCE_STEPS = 25
 GUIDANCE_SCALE = 7.5
+
+
+class Drawn(NamedTuple):
+    """Hold drawn pictures, one row a prompt, and the guard's score of each, in the same rows."""
+
+    rows: list[list[Image.Image]]
+    scores: list[list[float]]
 
 
 def read_prompts(entries: Sequence[str] | None) -> list[str]:
@@ -63,7 +72,8 @@ def draw(
     resolution: int,
     seed: int,
     accelerator: Accelerator,
-) -> list[list[Image.Image]]:
+    guidance_scale: float = GUIDANCE_SCALE,
+) -> Drawn:
     """Draw `per_prompt` pictures of each prompt; to be called by every process.
 
     Args:
@@ -73,9 +83,10 @@ def draw(
         resolution: side in pixels.
         seed: with the picture's place in the grid it gives its start noise.
         accelerator: who is here.
+        guidance_scale: of classifier-free guidance, above 1.
 
     Returns:
-        One list of pictures per prompt, on every process.
+        One row of pictures and of scores per prompt, on every process.
     """
     pipe: Any = StableDiffusionPipeline(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
@@ -89,23 +100,28 @@ def draw(
             parts[name].to(accelerator.device)
         total, ranks = len(prompts) * per_prompt, accelerator.num_processes
         shares = -(-total // ranks)
-        mine = []
+        mine, scores = [], []
         for turn in range(shares):
             # The last round may run out of places: draw one again, so that every process brings equally much.
             place = min(turn * ranks + accelerator.process_index, total - 1)
-            array = pipe(
-                prompts[place // per_prompt], height=resolution, width=resolution, num_inference_steps=INFERENCE_STEPS,
-                guidance_scale=GUIDANCE_SCALE, generator=keyed_generator(seed, "validation", place), output_type="np",
-            ).images[0]  # fmt: skip
+            with MemorizationGuard(pipe) as guard:
+                array = pipe(
+                    prompts[place // per_prompt], height=resolution, width=resolution, num_inference_steps=INFERENCE_STEPS,
+                    guidance_scale=guidance_scale, generator=keyed_generator(seed, "validation", place), output_type="np",
+                ).images[0]  # fmt: skip
+            scores.append(guard.report[0].score)
             mine.append(torch.from_numpy((array * 255).round().astype(np.uint8)))
         gathered = accelerator.gather(torch.stack(mine).to(accelerator.device)).cpu().numpy()
+        gathered_scores = accelerator.gather(torch.tensor(scores, device=accelerator.device)).tolist()
     finally:
         unet.train(training)
         for name, home in homes.items():
             parts[name].to(home)
     # Process r brought places r, r + ranks, ...: row r * shares + turn of the gathered stack.
-    flat = [Image.fromarray(gathered[(place % ranks) * shares + place // ranks]) for place in range(total)]
-    return [flat[i : i + per_prompt] for i in range(0, total, per_prompt)]
+    order = [(place % ranks) * shares + place // ranks for place in range(total)]
+    starts = range(0, total, per_prompt)
+    flat, flat_scores = [Image.fromarray(gathered[i]) for i in order], [gathered_scores[i] for i in order]
+    return Drawn([flat[i : i + per_prompt] for i in starts], [flat_scores[i : i + per_prompt] for i in starts])
 
 
 def grid(rows: Sequence[Sequence[Image.Image]], gap: int = 2) -> Image.Image:
