@@ -9,12 +9,12 @@ can be mirrored back; and mirroring x0 but not its noise (as the paper's code do
 use no fixed noise, so their views are drawn anew at each position.
 
 Pictures and captions are encoded one at a time: the result then has the same bits in memory and on the fly, alone and
-in a batch, on one process and on two. Nothing is kept on disk.
+in a batch, on one process and on two. `cache.py` keeps them on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -81,38 +81,56 @@ class ViewRule:
             top = left = 0.5
         return View(self.random_flip and flip < 0.5, top, left)
 
+    def views(self, pictures: PictureSet) -> Callable[[int], list[View]] | None:
+        """Return the function that lists the views of picture i that a run can meet; None where crops are drawn anew."""
+        if self.per_picture:
+            stream = SampleStream(len(pictures), 0)  # has no say: the view hangs on the key
+            return lambda i: [self.view(pictures.noise_keys[i], stream, 0)]
+        if self.center_crop or all(width == height for width, height in pictures.sizes):
+            both = [View(False), View(True)] if self.random_flip else [View(False)]
+            return lambda i: both
+        return None
+
+    def place(
+        self, size: tuple[int, int], view: View, noise_key: str, mirrored: bool
+    ) -> tuple[tuple[int, int], tuple[int, int], str]:
+        """Return what a view of a picture comes to, without the picture.
+
+        Args:
+            size: (width, height) of the picture, pixels.
+            view: what is seen of it.
+            noise_key: key of its group of near-duplicates, or its own.
+            mirrored: it is the mirror image of its group's first picture.
+
+        Returns:
+            (width, height) after resizing, the crop's (top, left) corner, and the key of the VAE draw.
+        """
+        resolution = self.resolution
+        scale = resolution / min(size)
+        width, height = max(resolution, round(size[0] * scale)), max(resolution, round(size[1] * scale))
+        top, left = int(view.top * (height - resolution + 1)), int(view.left * (width - resolution + 1))
+        # Of a mirror image the mirrored place, so that the group's noise (mirrored too) meets the same content.
+        left = width - resolution - left if mirrored and self.per_picture else left
+        draw_key = f"vae-draw {(top, left)} {'mirrored' if view.flip else 'upright'} {noise_key}"
+        return (width, height), (top, left), draw_key
+
+    def see(self, picture: Picture, view: View) -> Sample:
+        """Return the pixels of a view of a picture: shorter side resized to `resolution` (Lanczos), cropped, mirrored."""
+        key, resolution = picture.noise_key or picture.key, self.resolution
+        size, (top, left), draw_key = self.place(picture.image.size, view, key, picture.mirrored)
+        image = picture.image
+        if image.size != size:
+            image = image.resize(size, Image.Resampling.LANCZOS)
+        image = image.crop((left, top, left + resolution, top + resolution))
+        if view.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        pixels = flat.reshape(resolution, resolution, 3).permute(2, 0, 1).float() / 127.5 - 1.0
+        return Sample(pixels, picture.key, draw_key)
+
     def sample(self, picture: Picture, stream: SampleStream, position: int) -> Sample:
         """Return the pixels of a picture as seen at a position."""
-        key = picture.noise_key or picture.key
-        view = self.view(key, stream, position)
-        # Of a mirror image the mirrored place, so that the group's noise (mirrored too) meets the same content.
-        pixels, box = crop(picture.image, view, self.resolution, from_right=picture.mirrored and self.per_picture)
-        return Sample(pixels, picture.key, f"vae-draw {box} {'mirrored' if view.flip else 'upright'} {key}")
-
-
-def crop(
-    image: Image.Image, view: View, resolution: int, *, from_right: bool = False
-) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Resize the shorter side to `resolution` (Lanczos), crop a square, mirror it if asked.
-
-    `from_right` counts the view's place from the right edge: the crop of a mirror image that shows the same content.
-
-    Returns:
-        Pixels (3, resolution, resolution), float32 in [-1, 1], and the crop's (top, left) corner in pixels.
-    """
-    width, height = image.size
-    scale = resolution / min(width, height)
-    width, height = max(resolution, round(width * scale)), max(resolution, round(height * scale))
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    top, left = int(view.top * (height - resolution + 1)), int(view.left * (width - resolution + 1))
-    left = width - resolution - left if from_right else left
-    image = image.crop((left, top, left + resolution, top + resolution))
-    if view.flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    pixels = flat.reshape(resolution, resolution, 3).permute(2, 0, 1).float() / 127.5 - 1.0
-    return pixels, (top, left)
+        return self.see(picture, self.view(picture.noise_key or picture.key, stream, position))
 
 
 class Samples(Dataset[Sample]):

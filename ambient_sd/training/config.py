@@ -102,6 +102,7 @@ class TrainConfig:
     row_filter: list[str] | None = option(None, "data", "keep rows where all of these hold: column=value, 'column<=number' or 'column>=number'")
     max_train_samples: int | None = option(None, "data", "train on that many pictures only (a draw by seed)", low=1)
     cache_dir: str | None = option(None, "data", "where hub downloads are kept")
+    latent_cache_dir: str | None = option(None, "data", "keep latents and caption embeddings in this folder: computed once, for this run and later ones; VAE and text encoder leave memory")
     resolution: int = option(512, "data", "pictures are resized (shorter side) and cropped to this many pixels", low=8)
     center_crop: bool = option(False, "data", "crop the centre; otherwise the crop is drawn (ambient: once per picture, for ever)")
     random_flip: bool = option(False, "data", "mirror half of the pictures (ambient: drawn once per picture, for ever; otherwise anew each epoch)")

@@ -29,7 +29,7 @@ from accelerate.utils import DistributedType
 from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ambient_sd.data import latents as data
@@ -38,7 +38,7 @@ from ambient_sd.data.sources import PictureSet, load_rows
 from ambient_sd.data.stream import SampleStream, process_batches
 from ambient_sd.errors import UserError
 from ambient_sd.objective import AmbientObjective
-from ambient_sd.training import adapters, averaging, checkpoints, extras, noising, validation
+from ambient_sd.training import adapters, averaging, caching, checkpoints, extras, noising, validation
 from ambient_sd.training.base import Base, check_base
 from ambient_sd.training.config import TrainConfig, split_condition
 from ambient_sd.training.dropout import AddressedDropout
@@ -323,8 +323,9 @@ class _Trainer:
         config, accelerator = self.config, self.accelerator
         if config.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
-        self.unet = self._load_unet()
+        # First: where VAE and text encoder are let go, they are gone before the largest part comes.
         self._encode_once()
+        self.unet = self._load_unet()
         trained = [p for p in self.unet.parameters() if p.requires_grad]
         rate = config.learning_rate * (self.global_batch if config.scale_lr else 1)
         optimizer = extras.adamw(config.use_8bit_adam)(
@@ -432,15 +433,31 @@ class _Trainer:
 
     def _encode_once(self) -> None:
         """Compute what never changes, sharing the work out; let VAE and text encoder go if nothing needs them more."""
-        pictures, accelerator = self.plan.pictures, self.accelerator
+        pictures, accelerator, config = self.plan.pictures, self.accelerator, self.config
         self.vae = self.base.load("vae").to(accelerator.device).requires_grad_(False).eval()
         text_encoder = self.base.load("text_encoder").to(accelerator.device).requires_grad_(False).eval()
         self.captions = data.CaptionEncoder(self.base.load("tokenizer"), text_encoder)
-        if self.captions.hold(pictures.captions, limit=data.MAX_HELD_BYTES, progress=self.progress):
+        self.embed: Callable[[Sequence[str]], torch.Tensor] = self.captions
+        self.cached: Dataset[tuple[str, torch.Tensor]] | None = None
+        if config.latent_cache_dir is not None:
+            folder, options = config.latent_cache_dir, {"progress": self.progress}
+            self.embed = caching.CachedCaptions(
+                caching.fill_captions(folder, self.captions, pictures.captions, accelerator, **options)
+            )
+            if self.rule.views(pictures) is None:
+                logger.warning(
+                    "latents are not cached: crops are drawn anew at each step; --center_crop makes them fixed"
+                )
+            else:
+                store = caching.fill_latents(folder, self.vae, pictures, self.rule, accelerator, **options)
+                self.cached = caching.CachedLatents(store, pictures, self.rule, self.stream)
+                self.vae.to("cpu")
+            text_encoder.to("cpu")
+        elif self.captions.hold(pictures.captions, limit=data.MAX_HELD_BYTES, progress=self.progress):
             text_encoder.to("cpu")
         self.latents: torch.Tensor | None = None
         size = 4 * len(pictures) * math.prod(self.shape)
-        if self.rule.fixed(pictures) and size <= data.MAX_HELD_BYTES:
+        if self.cached is None and self.rule.fixed(pictures) and size <= data.MAX_HELD_BYTES:
             ranks, share = accelerator.num_processes, -(-len(pictures) // accelerator.num_processes)
             mine = [min(i * ranks + accelerator.process_index, len(pictures) - 1) for i in range(share)]
             part = data.encode_all(self.vae, pictures, self.rule, mine, progress=self.progress)
@@ -451,9 +468,9 @@ class _Trainer:
             self.vae.to("cpu")
         if not self.plan.prompts and self.config.probe_steps is None:
             # Whatever is held in memory makes its maker superfluous.
-            if self.latents is not None:
+            if self.latents is not None or self.cached is not None:
                 self.vae = None
-            if self.captions.held:
+            if self.captions.held or self.embed is not self.captions:
                 self.captions.text_encoder = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -473,17 +490,20 @@ class _Trainer:
                 rows = [self.stream.picture(p) for p in positions]
                 yield positions, [self.plan.pictures.keys[i] for i in rows], self.latents[rows]
             return
-        loader = DataLoader(
-            data.Samples(self.plan.pictures, self.rule, SampleStream(len(self.plan.pictures), self.config.seed)),
+        samples: Dataset[Any] = self.cached or data.Samples(self.plan.pictures, self.rule, self.stream)
+        loader: DataLoader[Any] = DataLoader(
+            samples,
             batch_sampler=list(places),
             num_workers=self.config.dataloader_num_workers,
             collate_fn=list,
             # Its own generator: the loader would take a number from the global one.
             generator=torch.Generator(),
         )
-        for positions, samples in zip(list(loader.batch_sampler), loader, strict=True):  # type: ignore[arg-type]
-            x0 = data.encode(self.vae, samples, noise_seed=self.config.noise_seed)
-            yield positions, [s.key for s in samples], x0
+        for positions, batch in zip(list(loader.batch_sampler), loader, strict=True):  # type: ignore[arg-type]
+            if self.cached is not None:
+                yield positions, [key for key, _ in batch], torch.stack([x0 for _, x0 in batch])
+            else:
+                yield positions, [s.key for s in batch], data.encode(self.vae, batch, noise_seed=self.config.noise_seed)
 
     def _make_batch(self, positions: list[int], keys: list[str], x0: torch.Tensor) -> TrainingBatch:
         """Draw what is fresh at these positions and look up what is fixed for these pictures."""
@@ -527,7 +547,7 @@ class _Trainer:
             )  # fmt: skip
             for dropout in self.dropouts:
                 dropout.positions = batch.positions
-            context = self.captions(batch.captions).to(device)
+            context = self.embed(batch.captions).to(device)
             with accelerator.no_sync(model) if part < parts - 1 else contextlib.nullcontext():
                 with accelerator.autocast():
                     output = model(

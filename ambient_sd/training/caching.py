@@ -1,0 +1,197 @@
+"""Latents and caption embeddings on disk: computed once, shared out over the processes, read through memory mapping.
+
+The latent of a picture has the id (content of the picture, VAE draw: crop corner, mirrored or not, group), in a folder
+for one VAE, resolution and noise seed; the embedding of a caption the id (caption), in a folder for one text encoder and
+tokenizer. `ambient_sd.data.cache` says why nothing in there can be stale.
+
+Processes compute equal shares in rounds and meet after each, so that none waits for long; one that resumes what was
+interrupted finds the whole shards and goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from ambient_sd.data import latents as data
+from ambient_sd.data.cache import SHARD_BYTES, Store, entry_id, fingerprint
+from ambient_sd.data.sources import PictureSet
+from ambient_sd.data.stream import SampleStream
+from ambient_sd.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1  # of what turns a picture into pixels and a caption into tokens; a change of either must raise it
+_FLUSH_SECONDS = 60.0  # a slow machine writes smaller shards: an interruption costs a minute, not a shard
+_MAX_ROWS = 1024
+
+
+class CachedLatents(Dataset[tuple[str, torch.Tensor]]):
+    """Give key and latent of the sample at each position, from a store that `fill_latents` has filled."""
+
+    def __init__(self, store: Store, pictures: PictureSet, rule: data.ViewRule, stream: SampleStream) -> None:
+        self.store, self.pictures, self.rule, self.stream = store, pictures, rule, stream
+
+    def __getitem__(self, position: int) -> tuple[str, torch.Tensor]:
+        index = self.stream.picture(position)
+        view = self.rule.view(self.pictures.noise_keys[index], self.stream, position)
+        (entry,) = self.store.read([_latent_id(self.pictures, index, self.rule, view)])
+        return self.pictures.keys[index], entry["latent"]
+
+
+class CachedCaptions:
+    """Give the embeddings of captions from a store that `fill_captions` has filled."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def __call__(self, captions: Sequence[str]) -> torch.Tensor:
+        """Return the embeddings of captions, (B, L, D) float32 on the CPU."""
+        return torch.stack([entry["hidden"] for entry in self.store.read([entry_id(c) for c in captions])])
+
+
+def fill_latents(
+    root: str | Path, vae: Any, pictures: PictureSet, rule: data.ViewRule, accelerator: Accelerator, *, progress: bool
+) -> Store:
+    """Compute the latents of all views that a run can meet, where the cache lacks them; to be called by every process.
+
+    Args:
+        root: the cache's folder.
+        vae: an AutoencoderKL, float32.
+        pictures: checked.
+        rule: of the views; `rule.views` must be finite.
+        accelerator: who is here.
+        progress: show a bar.
+
+    Raises:
+        UserError: the folder cannot be written, or not all processes see it.
+    """
+    about = {
+        "what": "latents", "version": _VERSION, "vae": fingerprint(vae), "resolution": rule.resolution,
+        "noise_seed": rule.noise_seed, "device": accelerator.device.type,
+    }  # fmt: skip
+    store = Store(root, "latents", about)
+    views = rule.views(pictures)
+    assert views is not None
+    wanted = [(index, view) for index in range(len(pictures)) for view in views(index)]
+    ids = [_latent_id(pictures, index, rule, view) for index, view in wanted]
+
+    def make(place: int) -> dict[str, torch.Tensor]:
+        index, view = wanted[place]
+        sample = rule.see(pictures[index], view)
+        return {"latent": data.encode(vae, [sample], noise_seed=rule.noise_seed)[0]}
+
+    _fill(store, ids, make, accelerator, what="latents", progress=progress)
+    return store
+
+
+def fill_captions(
+    root: str | Path, encoder: data.CaptionEncoder, captions: Sequence[str], accelerator: Accelerator, *, progress: bool
+) -> Store:
+    """Compute the embeddings of all distinct captions and of the empty one, where the cache lacks them.
+
+    Raises:
+        UserError: as for `fill_latents`.
+    """
+    tokens = encoder.tokenizer.backend_tokenizer.to_str()
+    about = {
+        "what": "caption embeddings", "version": _VERSION, "device": accelerator.device.type,
+        "text_encoder": fingerprint(encoder.text_encoder, tokens, str(encoder.tokenizer.model_max_length)),
+    }  # fmt: skip
+    store = Store(root, "captions", about)
+    distinct = list(dict.fromkeys(["", *captions]))
+    _fill(store, [entry_id(c) for c in distinct], lambda place: {"hidden": encoder.encode(distinct[place])}, accelerator,
+          what="captions", progress=progress)  # fmt: skip
+    return store
+
+
+def _latent_id(pictures: PictureSet, index: int, rule: data.ViewRule, view: data.View) -> bytes:
+    mirrored = pictures.mirrored[index]
+    _, _, draw_key = rule.place(pictures.sizes[index], view, pictures.noise_keys[index], mirrored)
+    return entry_id(pictures.keys[index], draw_key)
+
+
+def _fill(
+    store: Store,
+    ids: Sequence[bytes],
+    make: Callable[[int], dict[str, torch.Tensor]],
+    accelerator: Accelerator,
+    *,
+    what: str,
+    progress: bool,
+) -> None:
+    """Bring `ids` into the store and open it, on every process."""
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    whole = _whole_shards(store, accelerator, what)
+    store.open(whole)
+    missing = store.missing(ids)
+    mine = missing[rank::ranks]
+    begin = time.perf_counter()
+    with tqdm(total=len(ids), initial=len(ids) - len(missing), desc=f"caching {what}", unit="entry",
+              disable=not (progress and missing and accelerator.is_main_process)) as bar:  # fmt: skip
+        made: list[tuple[bytes, dict[str, torch.Tensor]]] = []
+        rows, last = _MAX_ROWS, time.monotonic()
+        # The first process has the largest share, so all of them count its rounds.
+        for turn in range(math.ceil(len(missing) / ranks)):
+            if turn < len(mine):
+                made.append((ids[mine[turn]], make(mine[turn])))
+                bar.update(min(ranks, len(missing) - turn * ranks))
+                rows = max(1, min(_MAX_ROWS, SHARD_BYTES // sum(t.nbytes for t in made[0][1].values())))
+            if made and (len(made) >= rows or time.monotonic() - last > _FLUSH_SECONDS):
+                store.add(*zip(*made, strict=True))  # type: ignore[arg-type]
+                made, last = [], time.monotonic()
+            if turn % 64 == 63:
+                accelerator.wait_for_everyone()
+        if made:
+            store.add(*zip(*made, strict=True))  # type: ignore[arg-type]
+    accelerator.wait_for_everyone()
+    if missing:
+        if accelerator.is_main_process:
+            seconds = time.perf_counter() - begin
+            logger.info("cached %d %s in %.0f s (%.1f a second)", len(missing), what, seconds, len(missing) / seconds)
+        store.open(_from_first(store.shards(), accelerator))
+
+
+def _whole_shards(store: Store, accelerator: Accelerator, what: str) -> list[str]:
+    """Make the folder, check every shard in it (each process its share), remove the damaged ones, name them."""
+    fault: UserError | None = None
+    if accelerator.is_main_process:
+        try:
+            store.create()
+        except UserError as error:
+            fault = error
+    fault = _from_first(fault, accelerator)
+    if fault is not None:
+        raise fault
+    seen = [store.folder.is_dir()]
+    if not all(seen if accelerator.num_processes == 1 else gather_object(seen)):
+        raise UserError("latent_cache_dir is not seen by all processes", rule="they share out the work through it",
+                        remedy="name a folder on a file system that all machines share")  # fmt: skip
+    names = _from_first(store.shards(), accelerator)
+    mine = names[accelerator.process_index :: accelerator.num_processes]
+    faults = [(name, why) for name in mine if (why := store.fault(name)) is not None]
+    faults = faults if accelerator.num_processes == 1 else gather_object(faults)
+    if accelerator.is_main_process:
+        for name, why in faults:
+            logger.warning(
+                "cache of %s: %s/%s is damaged (%s) and is computed again", what, store.folder.name, name, why
+            )
+            store.remove(name)
+    accelerator.wait_for_everyone()
+    damaged = {name for name, _ in faults}
+    return [name for name in names if name not in damaged]
+
+
+def _from_first(value: Any, accelerator: Accelerator) -> Any:
+    """Return the first process's value on every process: what one of them saw, all act upon."""
+    return value if accelerator.num_processes == 1 else broadcast_object_list([value])[0]
