@@ -41,7 +41,7 @@ from ambient_sd.training import adapters, averaging, checkpoints, extras, noisin
 from ambient_sd.training.base import Base, check_base
 from ambient_sd.training.config import TrainConfig, split_condition
 from ambient_sd.training.dropout import AddressedDropout
-from ambient_sd.training.hub import model_card
+from ambient_sd.training.hub import describe_run, write_card
 from ambient_sd.training.push import prepare, push
 
 logger = logging.getLogger(__name__)
@@ -625,15 +625,11 @@ class _Trainer:
                         remedy=f"the trained U-Net is whole in {self.output / 'unet'}: put it into the base",
                     ) from error
                 pipe.save_pretrained(self.output)
-            card = model_card(
-                config,
-                base=self.base.label,
-                base_is_hub_id=self.base.label == self.base.name and not Path(self.base.name).exists(),
-                level=self.plan.objective.level,
-                pictures=len(self.plan.pictures),
-                steps=self.steps,
-            )
-            (self.output / "README.md").write_text(card, encoding="utf-8")
+            facts = describe_run(
+                config, base=self.base, objective=self.plan.objective, pictures=self.plan.pictures,
+                prompts=self.plan.prompts, steps=self.steps, batch=self.global_batch,
+            )  # fmt: skip
+            write_card(self.output, facts)
         accelerator.wait_for_everyone()
 
     def _summary(self, history: Sequence[dict[str, float]], seconds: float) -> dict[str, Any]:
