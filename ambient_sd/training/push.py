@@ -17,6 +17,7 @@ import re
 import shlex
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -99,17 +100,22 @@ def push(
         if CARD_NAME in files and _edited_there(api, repo, revision, mine=files[CARD_NAME]):
             logger.warning("README.md of %s was edited there and stays; remove it there for the card of this run", repo)
             del files[CARD_NAME]
-        address = _commit(api, repo, [CommitOperationAdd(name, content) for name, content in files.items()], revision)
+        address = _commit(api, repo, files, revision)
     except _FAILURES as error:
         extra = (f" --revision {shlex.quote(revision)}" if revision else "") + (" --private" if private else "")
-        raise UserError(f"the upload to {repo} failed, the results are whole in {folder}", rule=_reason(error, token),
-                        remedy=f"push again, what has arrived is not sent twice: ambient-sd push {shlex.quote(str(folder))} --repo {repo}{extra}") from None  # fmt: skip
+        what = f"the upload to {repo} failed, the results are whole in {folder}"
+        remedy = f"push again, what has arrived is not sent twice: ambient-sd push {shlex.quote(str(folder))} --repo {repo}{extra}"
+        # One line has room for so much: what to do must not be what is cut.
+        room = max(60, 580 - len(what) - len(remedy))
+        raise UserError(what, rule=_reason(error, token, room), remedy=remedy) from None
     return address
 
 
-def _commit(api: HfApi, repo: str, operations: list[CommitOperationAdd], revision: str | None) -> str:
+def _commit(api: HfApi, repo: str, files: Mapping[str, Path | bytes], revision: str | None) -> str:
     """Upload and commit, again after a wait where the hub stumbles; parts that have arrived are not sent again."""
     for wait in (*_WAITS, None):
+        # Anew each time: only then does the client ask what is there, and a commit whose answer was lost is not made twice.
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         try:
             done = api.create_commit(repo, operations, commit_message="Upload with ambient_sd", revision=revision)
             return str(done.commit_url)
@@ -211,8 +217,8 @@ def _without_origin(value: Any) -> Any:
     return [_without_origin(v) for v in value] if isinstance(value, list) else value
 
 
-def _reason(error: Exception, token: str | None) -> str:
-    text = f"{type(error).__name__}: {one_line(error, 300)}"
-    if error.__cause__ is not None:
-        text += f" ({type(error.__cause__).__name__}: {one_line(error.__cause__, 200)})"
-    return text.replace(token, "***") if token else text
+def _reason(error: Exception, token: str | None, limit: int = 300) -> str:
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # the client's "error while uploading", which does not say why
+    text = f"{type(error).__name__}: {one_line(error)}"
+    return one_line(text.replace(token, "***") if token else text, limit)

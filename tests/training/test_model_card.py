@@ -50,7 +50,7 @@ ROW = {"generated": {"value": 0.25, "low": 0.15, "high": 0.36, "n": 240}, "heldo
 
 
 def head(text: str) -> dict[str, Any]:
-    return dict(yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n")))
+    return dict(yaml.safe_load(text.split("\n---\n", maxsplit=1)[0].removeprefix("---\n")))
 
 
 def render(text: str) -> str:
@@ -63,8 +63,9 @@ def rendered_text(page: str) -> str:
 
 
 def structure(page: str) -> list[str]:
-    """Return the tags of a page with their attributes, the items of lists left out."""
-    return [tag for tag in re.findall(r"<[^>]*>", page) if tag not in ("<li>", "</li>")]
+    """Return the tags of a page with their attributes, but for the stamp of the card."""
+    tags = re.findall(r"<[^>]*>", page)
+    return tags[:-1] if tags[-1].startswith("<!-- ambient_sd card") else tags
 
 
 def test_card_says_what_was_trained_on_what_and_how(tmp_path: Path) -> None:
@@ -118,10 +119,12 @@ def test_hostile_words_change_no_structure_and_no_front_matter(tmp_path: Path, n
 
 def test_the_check_of_structure_sees_words_that_are_not_escaped() -> None:
     # Negative control of the test above: raw, nearly all of these words change the page.
-    harmless = {"controls", "right to left", "length", "surrogate"}
+    harmless = {"right to left", "length", "surrogate"}
     for name, words in HOSTILE.items():
-        raw = structure(render(f"\n---\n\n- {words.encode('utf-8', 'replace').decode()}\n\nend"))
-        assert (raw != structure(render("\n---\n\n- words\n\nend"))) == (name not in harmless), name
+        page = "\n---\n\n- {0}\n\nend\n\n| a | b | c |\n| --- | --- | --- |\n| {0} | b | c |\n"
+        raw = render(page.format(words.encode("utf-8", "replace").decode()))
+        changed = structure(raw) != structure(render(page.format("words"))) or "<td>b</td>\n<td>c</td>" not in raw
+        assert changed == (name not in harmless), name
         assert inline(words) != words
 
 
