@@ -252,13 +252,17 @@ def inline(text: object, limit: int = 200) -> str:
     """Return text for a paragraph, heading or table cell that no reader of Markdown or HTML takes for markup.
 
     Control characters and those that turn the direction of writing become spaces, what is longer than `limit` is cut, and
-    every ASCII sign but space, comma and a hyphen inside a word becomes a numeric entity.
+    every ASCII sign but space, comma and a hyphen or underscore inside a word becomes a numeric entity.
     """
     flat = one_line(text, limit)
-    signs = re.sub(r"(?<=[A-Za-z0-9])-(?=[A-Za-z0-9])", "\0", flat)
     return "".join(
-        "-" if c == "\0" else c if not c.isascii() or c.isalnum() or c in " ," else f"&#{ord(c)};" for c in signs
+        c if not c.isascii() or c.isalnum() or c in " ," or (c in "-_" and _inside(flat, i)) else f"&#{ord(c)};"
+        for i, c in enumerate(flat)
     )
+
+
+def _inside(text: str, place: int) -> bool:
+    return text[place - 1 : place].isalnum() and text[place + 1 : place + 2].isalnum()
 
 
 def _stamped(text: str) -> str:
@@ -298,7 +302,7 @@ def _what(facts: Facts) -> str:
         kind += f", on {inline(' '.join(map(str, facts.lora['targets'])))}"
     else:
         kind = "Full fine-tune of the U-Net" + (", moving average of the weights" if facts.averaged else "")
-    where = "" if facts.timestep is None else f" (timestep {facts.timestep:.0f} of {facts.timesteps} of this schedule)"
+    where = "" if facts.timestep is None else f" (timestep {facts.timestep:.4g} of {facts.timesteps} of this schedule)"
     what = {
         "ambient": f"ambient, nature level {facts.level:.4g}{where}, weight a^{facts.reweight}",
         "plain": "plain denoising",
@@ -389,6 +393,10 @@ def _audit(facts: Facts, folder: Path) -> list[tuple[str, ...]]:
             continue
         beside = path.parent == folder
         try:
+            if path.stat().st_mtime < facts.finished:
+                if beside:
+                    logger.warning("%s is older than the weights, and left out of the card", path)
+                continue
             audit = json.loads(path.read_text(encoding="utf-8"))
             of = audit.get("made", {}).get("training pictures (sha256)")
             runs = audit["runs"]
@@ -397,9 +405,6 @@ def _audit(facts: Facts, folder: Path) -> list[tuple[str, ...]]:
             )
             # Up there lies another's audit as likely as ours: it must name our pictures.
             if figures is None or (of is None and not beside) or of not in (None, facts.fingerprint):
-                continue
-            if path.stat().st_mtime < facts.finished:
-                logger.warning("%s is older than the weights, and left out of the card", path)
                 continue
             return [
                 (inline(name), *_figure(name, row["generated"]), *_figure(name, row["heldout"]))

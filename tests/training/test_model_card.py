@@ -126,6 +126,8 @@ def test_the_check_of_structure_sees_words_that_are_not_escaped() -> None:
         changed = structure(raw) != structure(render(page.format("words"))) or "<td>b</td>\n<td>c</td>" not in raw
         assert changed == (name not in harmless), name
         assert inline(words) != words
+    assert inline("a red-blue disc, v_prediction") == "a red-blue disc, v_prediction"
+    assert inline("-a- _b_ -- __") == "&#45;a&#45; &#95;b&#95; &#45;&#45; &#95;&#95;"
 
 
 def test_an_audit_of_these_weights_is_in_the_card_with_interval_count_and_held_out(tmp_path: Path) -> None:
@@ -158,6 +160,10 @@ def test_an_audit_older_than_the_weights_is_left_out(tmp_path: Path) -> None:
     os.utime(path, (1000, 1000))
     assert "25.0%" not in rendered_text(render(make_card(facts(finished=2000.0), tmp_path)))
     assert "25.0%" in rendered_text(render(make_card(facts(finished=500.0), tmp_path)))
+    # So a file left from earlier, even a damaged one, cannot end a training that has just finished.
+    path.write_text("{")
+    os.utime(path, (1000, 1000))
+    assert "not been measured" in make_card(facts(finished=2000.0), tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"runs": 3}', '{"runs": {"x": {"m": {}}}}',
