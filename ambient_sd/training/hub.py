@@ -170,7 +170,7 @@ def describe_run(
     return Facts(
         base=one_line(base.label, 100),
         base_id=base_id,
-        licence=_licence(base),
+        licence=read_licence(base),
         objective=config.objective,
         prediction_type=objective.prediction_type,
         level=float(objective.level),
@@ -474,8 +474,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _licence(base: Base) -> dict[str, str]:
-    """Return what the card of the base says of its licence."""
+def read_licence(base: Base) -> dict[str, str]:
+    """Return license, license_name and license_link as the card of the base states them, or as unknown."""
     try:
         if (folder := Path(base.name)).exists():
             path = folder / CARD_NAME

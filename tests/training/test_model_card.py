@@ -8,6 +8,7 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from ambient_sd.errors import UserError
-from ambient_sd.training.hub import Facts, inline, is_ours, make_card, write_card
+from ambient_sd.training.hub import Facts, inline, is_ours, make_card, read_licence, write_card
 
+UNKNOWN = {"license": "other", "license_name": "unknown-see-the-base"}
 HOSTILE = {
     "backticks": "```\nimport os\n``` `code`",
     "pipes": "a | b || c |\n| --- |",
@@ -77,19 +79,41 @@ def test_card_says_what_was_trained_on_what_and_how(tmp_path: Path) -> None:
     }  # fmt: skip
     assert ModelCard(text).data.base_model == "owner/base"
     page = rendered_text(render(text))
-    for said in ("LoRA, rank 4, alpha 8, on to_q to_k", "ambient, nature level 1 (timestep 353 of 1000", "weight a^2",
+    for said in ("LoRA, rank 4, alpha 8, on to_q to_k", "ambient, nature level 1 (timestep 353.4 of 1000", "weight a^2",
                  "20 steps of 4 samples at 32 px, learning rate 0.0001", "of which 1 are exact copies", "75%", "1, 3 pictures in all",
                  "ab" * 32, "measured, not proven: no privacy guarantee", "has not been measured here", "licence: openrail++"):  # fmt: skip
         assert said in page, said
 
 
 def test_card_of_a_local_base_of_unknown_licence_names_no_base_and_no_licence(tmp_path: Path) -> None:
-    unknown = {"license": "other", "license_name": "unknown-see-the-base"}
-    text = make_card(facts(licence=unknown), tmp_path)
+    text = make_card(facts(licence=UNKNOWN), tmp_path)
     assert "base_model" not in head(text)
     assert "base_model_relation" not in head(text)
     assert head(text)["license"] == "other"
     assert "unknown, see the base" in rendered_text(render(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "licence"),
+    [
+        ("---\nlicense: openrail++\n---\n# x", {"license": "openrail++"}),
+        ("---\nlicense: other\nlicense_name: My Own Licence\nlicense_link: https://a.org/x\n---\n",
+         {"license": "other", "license_name": "my-own-licence", "license_link": "https://a.org/x"}),
+        ("---\nlicense: other\nlicense_name: a\nlicense_link: LICENSE.md\n---\n", {"license": "other", "license_name": "a"}),
+        ("---\nlicense: other\n---\n", UNKNOWN),
+        ("---\nlicense: 'mit\n\n  ---\n\n  x: y'\n---\n", UNKNOWN),
+        ("---\nlicense: mit\nlicense_link: javascript:alert(1)\n---\n", {"license": "mit"}),
+        ("---\n: [\n---\n", UNKNOWN),
+        ("# A base without a head", UNKNOWN),
+        (None, UNKNOWN),
+    ],
+)  # fmt: skip
+def test_licence_is_what_the_base_states_or_unknown(tmp_path: Path, text: str | None, licence: dict[str, str]) -> None:
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    base = SimpleNamespace(name=str(tmp_path), label="base", revision=None, cache_dir=None)
+    assert read_licence(base) == licence
+    assert head(make_card(facts(licence=licence), tmp_path))["license"] == licence["license"]
 
 
 @pytest.mark.parametrize("name", sorted(HOSTILE))

@@ -186,6 +186,18 @@ def test_private_creates_a_private_repository_and_refuses_a_public_one(
         assert push(hub, monkeypatch, results) == 0  # negative control
 
 
+@pytest.mark.parametrize(
+    "repo", ["owner/na`me", "owner/name\n---", 'o/"+x+"', "o/<script>", "../name", "o/\u202ename", "o/" + "x" * 10_000]
+)
+def test_a_hostile_repository_name_is_one_line_and_nothing_is_created(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], repo: str
+) -> None:
+    with HubServer() as hub:
+        assert push(hub, monkeypatch, results, "--repo", repo) == 2
+        assert not hub.exists
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_card_on_the_hub_has_its_name_and_follows_what_is_new(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with HubServer() as hub:
         assert push(hub, monkeypatch, results, "--revision", "a/b") == 0
