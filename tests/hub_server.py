@@ -1,6 +1,7 @@
 """A stand-in for the hub on this machine: the HTTP endpoints that huggingface_hub uses to create, upload and download.
 
-It keeps one repository in memory, speaks the LFS protocol (not Xet) and can refuse writing or fail the n-th LFS upload.
+It keeps one repository that can be written to, owner/name, and others that can be read, all in memory; speaks the LFS
+protocol (not Xet) and can refuse, stumble or hang up where it is told to.
 """
 
 from __future__ import annotations
@@ -9,22 +10,50 @@ import base64
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
+
+import yaml
 
 TOKEN = "hf_standin0000secret"
+LARGE = (".safetensors", ".png")
+Fault = Callable[[int], str]
 
 
 class HubServer:
-    """Serve one repository; `files` is what has been committed, `fail_upload` the LFS upload (1, 2, ...) that fails."""
+    """Serve owner/name; `files` is what has been committed to its main branch.
 
-    def __init__(self, *, writable: bool = True, fail_upload: int = 0) -> None:
-        self.writable, self.fail_upload = writable, fail_upload
-        self.exists, self.uploads, self.commits = False, 0, 0
-        self.files: dict[str, bytes] = {}
+    Args:
+        writable: whether the token may write.
+        fail_upload: the LFS upload (1, 2, ...) that is refused for good.
+        on_upload: fault of LFS upload number n: "" none, "500", or "drop": the connection is cut within the body.
+        on_commit: fault of commit request number n: "" none, "500", "drop": cut before, "lost": done, the answer cut.
+    """
+
+    def __init__(
+        self,
+        *,
+        writable: bool = True,
+        fail_upload: int = 0,
+        on_upload: Fault | None = None,
+        on_commit: Fault | None = None,
+    ) -> None:
+        self.writable = writable
+        self.on_upload = on_upload or (lambda n: "403" if n == fail_upload else "")
+        self.on_commit = on_commit or (lambda n: "")
+        self.exists = self.private = False
+        self.uploads = self.commits = self.commit_requests = 0
+        self.branches: dict[str, dict[str, bytes]] = {"main": {}}
+        self.others: dict[str, dict[str, bytes]] = {}
         self.objects: dict[str, bytes] = {}
+        self.stored: list[str] = []  # ids of LFS objects in the order of their arrival
         self.log: list[str] = []
+        self.lock = threading.Lock()
         hub = self
 
         class Handler(_Handler):
@@ -34,8 +63,17 @@ class HubServer:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     @property
-    def sha(self) -> str:
-        return hashlib.sha1(str(self.commits).encode()).hexdigest()
+    def files(self) -> dict[str, bytes]:
+        return self.branches["main"]
+
+    def sha(self, branch: str = "main") -> str:
+        return hashlib.sha1(f"{branch} {self.commits}".encode()).hexdigest()
+
+    def at(self, repo: str, revision: str) -> dict[str, bytes] | None:
+        """Return the files of a repository at a branch or commit."""
+        if repo != "owner/name":
+            return self.others.get(repo)
+        return next((files for name, files in self.branches.items() if revision in (name, self.sha(name))), None)
 
     def __enter__(self) -> HubServer:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -62,64 +100,126 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
+    def _hang_up(self) -> None:
+        # With linger 0 the peer gets a reset, as from a machine that went away, and not an end of file.
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+        self.wfile = self.rfile = open("/dev/null", "r+b", buffering=0)  # type: ignore[assignment] # noqa: SIM115
+        self.connection.close()
+
     def _handle(self) -> None:
         hub, path = self.state, self.path.split("?")[0]
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        hub.log.append(f"{self.command} {path}")
+        size = int(self.headers.get("Content-Length") or 0)
+        with hub.lock:
+            hub.log.append(f"{self.command} {path}")
+            hub.uploads += path.startswith("/lfs/")
+            hub.commit_requests += "/commit/" in path
+            fault = ""
+            if path.startswith("/lfs/"):
+                fault = hub.on_upload(hub.uploads)
+            elif "/commit/" in path:
+                fault = hub.on_commit(hub.commit_requests)
+        if fault == "drop":
+            self.rfile.read(size // 2)
+            return self._hang_up()
+        body = self.rfile.read(size)
+        if fault in ("403", "500"):
+            return self._send(int(fault), {"error": "the store refuses this part"})
         if path.startswith("/lfs/"):
-            hub.uploads += 1
-            if hub.uploads == hub.fail_upload:
-                return self._send(403, {"error": "the store refuses this part"})
-            hub.objects[path.removeprefix("/lfs/")] = body
+            name = path.removeprefix("/lfs/")
+            with hub.lock:
+                hub.objects[name] = body
+                hub.stored.append(name)
             return self._send(200)
+        known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         guarded = self.command == "POST" or "whoami" in path or "auth-check" in path
-        if guarded and self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            return self._send(401, {"error": "Invalid credentials"})
+        if not known and (guarded or (hub.private and "owner/name" in path)):
+            return self._send(
+                401, {"error": "Invalid credentials"}, {} if guarded else {"X-Error-Code": "RepoNotFound"}
+            )
         if path == "/api/whoami-v2":
             return self._send(200, {"name": "owner", "type": "user", "auth": {}})
         if path == "/api/repos/create":
             if not hub.exists and not hub.writable:
                 return self._send(403, {"error": "no right"})
+            if not hub.exists:
+                given = json.loads(body)
+                hub.private = bool(given.get("private")) or given.get("visibility") == "private"
             status, hub.exists = (409 if hub.exists else 200), True
             return self._send(status, {"url": f"{hub.url}/owner/name", "name": "owner/name"})
         if path.endswith("/auth-check/write"):
             return self._send(200 if hub.writable else 403, {})
         if path == "/api/validate-yaml":
-            return self._send(200, {"errors": [], "warnings": []})
-        if "/preupload/" in path:
+            return self._validate(json.loads(body)["content"])
+        if found := re.fullmatch(r"/api/models/owner/name/branch/([^/]+)", path):
+            name = unquote(found[1])
+            status = 409 if name in hub.branches else 200
+            hub.branches.setdefault(name, dict(hub.files))
+            return self._send(status, {})
+        if found := re.fullmatch(r"/api/models/owner/name/preupload/([^/]+)", path):
+            there = hub.at("owner/name", unquote(found[1])) or {}
             names = [f["path"] for f in json.loads(body)["files"]]
-            mode = {True: "lfs", False: "regular"}
-            files = [{"path": n, "uploadMode": mode[n.endswith((".safetensors", ".png"))], "shouldIgnore": False} for n in names]  # fmt: skip
+            files = [
+                {"path": n, "uploadMode": "lfs" if n.endswith(LARGE) else "regular", "shouldIgnore": False,
+                 **({"oid": _oid(n, there[n])} if n in there else {})}
+                for n in names
+            ]  # fmt: skip
             return self._send(200, {"files": files})
         if path.endswith("/info/lfs/objects/batch"):
             objects = [
-                {"oid": o["oid"], "size": o["size"], "actions": {"upload": {"href": f"{hub.url}/lfs/{o['oid']}"}}}
+                # Without actions: the store has this object already.
+                {"oid": o["oid"], "size": o["size"], **({} if o["oid"] in hub.objects else
+                 {"actions": {"upload": {"href": f"{hub.url}/lfs/{o['oid']}"}}})}
                 for o in json.loads(body)["objects"]
-            ]
+            ]  # fmt: skip
             return self._send(200, {"transfer": "basic", "objects": objects})
-        if "/commit/" in path:
+        if found := re.fullmatch(r"/api/models/owner/name/commit/([^/]+)", path):
+            branch = unquote(found[1])
             for item in map(json.loads, body.splitlines()):
                 value = item["value"]
                 if item["key"] == "file":
-                    hub.files[value["path"]] = base64.b64decode(value["content"])
+                    hub.branches[branch][value["path"]] = base64.b64decode(value["content"])
                 elif item["key"] == "lfsFile":
-                    hub.files[value["path"]] = hub.objects[value["oid"]]
+                    hub.branches[branch][value["path"]] = hub.objects[value["oid"]]
             hub.commits += 1
-            url = f"{hub.url}/owner/name/commit/{hub.sha}"
-            return self._send(200, {"commitUrl": url, "commitOid": hub.sha, "success": True})
-        if "/tree/" in path:
-            tree = [{"type": "file", "path": n, "size": len(d), "oid": hashlib.sha1(d).hexdigest()} for n, d in hub.files.items()]  # fmt: skip
-            return self._send(200, tree)
-        if found := re.fullmatch(r"/owner/name/resolve/[^/]+/(.+)", path):
-            data = hub.files.get(found[1])
-            headers = {"X-Repo-Commit": hub.sha}
+            if fault == "lost":
+                return self._hang_up()
+            url = f"{hub.url}/owner/name/commit/{hub.sha(branch)}"
+            return self._send(200, {"commitUrl": url, "commitOid": hub.sha(branch), "success": True})
+        if found := re.fullmatch(r"/(\w+/\w+)/resolve/([^/]+)/(.+)", path):
+            revision = unquote(found[2])
+            files_there = hub.at(found[1], revision)
+            data = None if files_there is None else files_there.get(unquote(found[3]))
+            headers = {"X-Repo-Commit": hub.sha(revision if revision in hub.branches else "main")}
             if data is None:
                 return self._send(404, {}, {**headers, "X-Error-Code": "EntryNotFound"})
             return self._send(200, data, {**headers, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'})
-        if path.startswith("/api/models/owner/name"):
-            siblings = [{"rfilename": n} for n in hub.files]
-            return self._send(200, {"id": "owner/name", "modelId": "owner/name", "sha": hub.sha, "siblings": siblings,
-                                    "private": False, "tags": []})  # fmt: skip
+        if found := re.fullmatch(r"/api/models/(\w+/\w+)(?:/(revision|tree)/([^/]+))?(/.*)?", path):
+            revision = unquote(found[3] or "main")
+            if (files_there := hub.at(found[1], revision)) is None:
+                return self._send(404, {}, {"X-Error-Code": "RevisionNotFound"})
+            if found[2] == "tree":
+                return self._send(200, [{"type": "file", "path": n, "size": len(d), "oid": hashlib.sha1(d).hexdigest()} for n, d in files_there.items()])  # fmt: skip
+            sha = hub.sha(revision) if revision in hub.branches else revision
+            siblings = [{"rfilename": n} for n in files_there]
+            return self._send(200, {"id": found[1], "modelId": found[1], "sha": sha, "siblings": siblings,
+                                    "private": hub.private, "tags": []})  # fmt: skip
         return self._send(404, {"error": path})
 
+    def _validate(self, content: str) -> None:
+        """Refuse a card whose head is no YAML mapping, or names no licence, as the hub does."""
+        try:
+            head = yaml.safe_load(content.split("\n---\n", maxsplit=1)[0].removeprefix("---\n"))
+            good = isinstance(head, dict) and isinstance(head.get("license"), str)
+        except yaml.YAMLError:
+            good = False
+        errors = [] if good else [{"message": "the head of the card is broken"}]
+        self._send(200 if good else 400, {"errors": errors, "warnings": []})
+
     do_GET = do_HEAD = do_POST = do_PUT = _handle
+
+
+def _oid(name: str, data: bytes) -> str:
+    if name.endswith(LARGE):
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()

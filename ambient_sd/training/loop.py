@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import os
@@ -42,7 +43,7 @@ from ambient_sd.training import adapters, averaging, caching, checkpoints, extra
 from ambient_sd.training.base import Base, check_base
 from ambient_sd.training.config import TrainConfig, split_condition
 from ambient_sd.training.dropout import AddressedDropout
-from ambient_sd.training.hub import model_card
+from ambient_sd.training.hub import describe_run, write_card
 from ambient_sd.training.probe import Probe, add_look
 from ambient_sd.training.push import prepare, push
 
@@ -651,6 +652,7 @@ class _Trainer:
             self._show("validation", validation.grid(drawn.rows), step)
             scores = [score for row in drawn.scores for score in row]
             self._track({"guard/validation_score": sum(scores) / len(scores)}, step)
+            (self.output / "validation" / "scores.json").write_text(json.dumps({"step": step, "scores": scores}) + "\n")
         self.accelerator.wait_for_everyone()
 
     def _look(self, probe: Probe, step: int) -> None:
@@ -702,15 +704,11 @@ class _Trainer:
                         remedy=f"the trained U-Net is whole in {self.output / 'unet'}: put it into the base",
                     ) from error
                 pipe.save_pretrained(self.output)
-            card = model_card(
-                config,
-                base=self.base.label,
-                base_is_hub_id=self.base.label == self.base.name and not Path(self.base.name).exists(),
-                level=self.plan.objective.level,
-                pictures=len(self.plan.pictures),
-                steps=self.steps,
-            )
-            (self.output / "README.md").write_text(card, encoding="utf-8")
+            facts = describe_run(
+                config, base=self.base, objective=self.plan.objective, pictures=self.plan.pictures,
+                prompts=self.plan.prompts, steps=self.steps, batch=self.global_batch,
+            )  # fmt: skip
+            write_card(self.output, facts)
         accelerator.wait_for_everyone()
 
     def _summary(self, history: Sequence[dict[str, float]], seconds: float) -> dict[str, Any]:

@@ -272,7 +272,7 @@ def test_validation_draws_and_leaves_training_untouched(settings: Settings) -> N
     assert run(without, progress=False)["losses"] == run(drawn, progress=False)["losses"]
     assert equal(weights(without), weights(drawn))
     pages = sorted(p.name for p in (Path(drawn.output_dir) / "validation").iterdir())
-    assert pages == ["step-2.png", "step-4.png"]
+    assert pages == ["scores.json", "step-2.png", "step-4.png"]
     events = [p for p in (Path(drawn.output_dir) / "logs").rglob("events*")]
     assert events
     assert b"validation" in events[0].read_bytes()

@@ -1,0 +1,241 @@
+"""The model card: what it says, that users' words stay words in it, and that a person's page is never replaced."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from PIL import Image
+
+from ambient_sd.errors import UserError
+from ambient_sd.training.hub import Facts, inline, is_ours, make_card, read_licence, write_card
+
+UNKNOWN = {"license": "other", "license_name": "unknown-see-the-base"}
+HOSTILE = {
+    "backticks": "```\nimport os\n``` `code`",
+    "pipes": "a | b || c |\n| --- |",
+    "script": "</script><script>alert(1)</script><img src=x onerror=alert(1)>",
+    "front matter": "\n---\nlicense: mit\nbase_model: evil/base\n---\n",
+    "controls": "a\x00b\x1b[31mc\x07\x85\u2028d\r\ne",
+    "right to left": "a \u202egnp.exe\u202c \u2066b\u2069 \u200f",
+    "length": "x" * 10_000,
+    "links": "![](http://evil/p.png) [a](javascript:alert(1)) <http://evil> http://evil www.evil.com a@evil.com",
+    "structure": "# head\n\n- list\n\n1. one\n\n> quote\n\n***\n\n    code\n[x]: http://evil\n$$x$$ &lt;b&gt; \\",
+    "comment": "--> <!-- ambient_sd card " + "0" * 64 + " -->",
+    "markup": "*a* _b_ ~~c~~ **d** \\[e\\]",
+    "surrogate": "a\ud800b",
+}
+
+
+def facts(**changes: Any) -> Facts:
+    values: dict[str, Any] = dict(
+        base="tiny-base", base_id=None, licence={"license": "openrail++"}, objective="ambient", prediction_type="v_prediction",
+        level=1.0, timestep=353.4, timesteps=1000, gap_upper=None, reweight=2, lora=None, averaged=False, steps=20, batch=4,
+        learning_rate=1e-4, lr_scheduler="constant", resolution=32, pictures=8, distinct=7, groups=1, grouped=3, captioned=6,
+        fingerprint="ab" * 32, dataset=None, prompts=[], finished=0.0,
+    )  # fmt: skip
+    return Facts(**{**values, **changes})
+
+
+LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "dora": False, "targets": ["to_q", "to_k"]}
+ROW = {"generated": {"value": 0.25, "low": 0.15, "high": 0.36, "n": 240}, "heldout": {"value": 0.0, "low": 0.0, "high": 0.0118, "n": 320}}  # fmt: skip
+
+
+def head(text: str) -> dict[str, Any]:
+    return dict(yaml.safe_load(text.split("\n---\n", maxsplit=1)[0].removeprefix("---\n")))
+
+
+def render(text: str) -> str:
+    """Render the card's body as the hub does: GitHub's tables, HTML and bare addresses allowed."""
+    return str(MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(text.split("\n---\n", 1)[1]))
+
+
+def rendered_text(page: str) -> str:
+    return html.unescape(re.sub(r"<[^>]*>", "", page))
+
+
+def structure(page: str) -> list[str]:
+    """Return the tags of a page with their attributes, but for the stamp of the card."""
+    tags = re.findall(r"<[^>]*>", page)
+    return tags[:-1] if tags[-1].startswith("<!-- ambient_sd card") else tags
+
+
+def test_card_says_what_was_trained_on_what_and_how(tmp_path: Path) -> None:
+    text = make_card(facts(lora=LORA, base_id="owner/base", base="owner/base", dataset="owner/set"), tmp_path)
+    assert head(text) == {
+        "license": "openrail++", "library_name": "diffusers", "pipeline_tag": "text-to-image", "base_model": "owner/base",
+        "base_model_relation": "adapter", "datasets": ["owner/set"],
+        "tags": ["stable-diffusion", "text-to-image", "diffusers", "ambient-sd", "lora"],
+    }  # fmt: skip
+    assert ModelCard(text).data.base_model == "owner/base"
+    page = rendered_text(render(text))
+    for said in ("LoRA, rank 4, alpha 8, on to_q to_k", "ambient, nature level 1 (timestep 353.4 of 1000", "weight a^2",
+                 "20 steps of 4 samples at 32 px, learning rate 0.0001", "of which 1 are exact copies", "75%", "1, 3 pictures in all",
+                 "ab" * 32, "measured, not proven: no privacy guarantee", "has not been measured here", "licence: openrail++"):  # fmt: skip
+        assert said in page, said
+
+
+def test_card_of_a_local_base_of_unknown_licence_names_no_base_and_no_licence(tmp_path: Path) -> None:
+    text = make_card(facts(licence=UNKNOWN), tmp_path)
+    assert "base_model" not in head(text)
+    assert "base_model_relation" not in head(text)
+    assert head(text)["license"] == "other"
+    assert "unknown, see the base" in rendered_text(render(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "licence"),
+    [
+        ("---\nlicense: openrail++\n---\n# x", {"license": "openrail++"}),
+        ("---\nlicense: other\nlicense_name: My Own Licence\nlicense_link: https://a.org/x\n---\n",
+         {"license": "other", "license_name": "my-own-licence", "license_link": "https://a.org/x"}),
+        ("---\nlicense: other\nlicense_name: a\nlicense_link: LICENSE.md\n---\n", {"license": "other", "license_name": "a"}),
+        ("---\nlicense: other\n---\n", UNKNOWN),
+        ("---\nlicense: 'mit\n\n  ---\n\n  x: y'\n---\n", UNKNOWN),
+        ("---\nlicense: mit\nlicense_link: javascript:alert(1)\n---\n", {"license": "mit"}),
+        ("---\n: [\n---\n", UNKNOWN),
+        ("# A base without a head", UNKNOWN),
+        (None, UNKNOWN),
+    ],
+)  # fmt: skip
+def test_licence_is_what_the_base_states_or_unknown(tmp_path: Path, text: str | None, licence: dict[str, str]) -> None:
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    base = SimpleNamespace(name=str(tmp_path), label="base", revision=None, cache_dir=None)
+    assert read_licence(base) == licence
+    assert head(make_card(facts(licence=licence), tmp_path))["license"] == licence["license"]
+
+
+@pytest.mark.parametrize("name", sorted(HOSTILE))
+def test_hostile_words_change_no_structure_and_no_front_matter(tmp_path: Path, name: str) -> None:
+    words = HOSTILE[name]
+    (tmp_path / "validation").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "validation" / "step-20.png")
+
+    def card(given: str) -> str:
+        audit = tmp_path / "audit.json"
+        audit.write_text(json.dumps({"runs": {"x": {given: ROW}}}))
+        target = {**LORA, "targets": [given]}
+        said = facts(base=given, objective=given, prediction_type=given, lr_scheduler=given, fingerprint=given, lora=target, prompts=[given])  # fmt: skip
+        return make_card(said, tmp_path, repo="owner/name", revision=given.replace("\n", "") or None)
+
+    plain, hostile = card("words"), card(words)
+    assert head(hostile) == head(plain)
+    assert structure(render(hostile)) == structure(render(plain))
+    assert is_ours(hostile)
+    assert len(hostile) < 30_000 or name == "length"
+    assert not [c for c in hostile if not c.isprintable() and c != "\n"]
+    hostile.encode("utf-8")
+    code = re.findall(r"```python\n(.*?)\n```", hostile, flags=re.S)
+    assert len(code) == 1
+    compile(code[0], "card", "exec")
+
+
+def test_the_check_of_structure_sees_words_that_are_not_escaped() -> None:
+    # Negative control of the test above: raw, nearly all of these words change the page.
+    harmless = {"right to left", "length", "surrogate"}
+    for name, words in HOSTILE.items():
+        page = "\n---\n\n- {0}\n\nend\n\n| a | b | c |\n| --- | --- | --- |\n| {0} | b | c |\n"
+        raw = render(page.format(words.encode("utf-8", "replace").decode()))
+        changed = structure(raw) != structure(render(page.format("words"))) or "<td>b</td>\n<td>c</td>" not in raw
+        assert changed == (name not in harmless), name
+        assert inline(words) != words
+    assert inline("a red-blue disc, v_prediction") == "a red-blue disc, v_prediction"
+    assert inline("-a- _b_ -- __") == "&#45;a&#45; &#95;b&#95; &#45;&#45; &#95;&#95;"
+
+
+def test_an_audit_of_these_weights_is_in_the_card_with_interval_count_and_held_out(tmp_path: Path) -> None:
+    (tmp_path / "audit.json").write_text(json.dumps({"runs": {"x": {"memorized-pixels64": ROW}}}))
+    page = rendered_text(render(make_card(facts(), tmp_path)))
+    for said in ("25.0% (15.0% to 36.0%)", "240", "0.0% (0.0% to 1.2%)", "320", "held-out pictures"):
+        assert said in page, said
+    assert "has not been measured" not in page
+
+
+def test_a_demos_figures_are_taken_for_the_run_of_their_name_and_pictures_only(tmp_path: Path) -> None:
+    folder = tmp_path / "ambient"
+    folder.mkdir()
+
+    def measured(made: dict[str, str], runs: list[str]) -> bool:
+        text = json.dumps({"made": made, "runs": {name: {"memorized-pixels64": ROW} for name in runs}})
+        (tmp_path / "figures.json").write_text(text)
+        return "25.0%" in rendered_text(render(make_card(facts(), folder)))
+
+    of = "training pictures (sha256)"
+    assert measured({of: "ab" * 32}, ["plain", "ambient"])
+    assert not measured({of: "cd" * 32}, ["plain", "ambient"])
+    assert not measured({}, ["plain", "ambient"])
+    assert not measured({of: "ab" * 32}, ["plain"])
+
+
+def test_an_audit_older_than_the_weights_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "audit.json"
+    path.write_text(json.dumps({"runs": {"x": {"memorized-pixels64": ROW}}}))
+    os.utime(path, (1000, 1000))
+    assert "25.0%" not in rendered_text(render(make_card(facts(finished=2000.0), tmp_path)))
+    assert "25.0%" in rendered_text(render(make_card(facts(finished=500.0), tmp_path)))
+    # So a file left from earlier, even a damaged one, cannot end a training that has just finished.
+    path.write_text("{")
+    os.utime(path, (1000, 1000))
+    assert "not been measured" in make_card(facts(finished=2000.0), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"runs": 3}', '{"runs": {"x": {"m": {}}}}',
+                                  '{"runs": {"x": {"m": {"generated": {"value": NaN, "low": 0, "high": 0, "n": 1}}}}}'])  # fmt: skip
+def test_a_damaged_audit_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "audit.json").write_text(text)
+    with pytest.raises(UserError, match=r"audit\.json cannot be read"):
+        make_card(facts(), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "null"])
+def test_damaged_facts_are_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "card.json").write_text(text)
+    with pytest.raises(UserError, match=r"card\.json cannot be read"):
+        Facts.read(tmp_path)
+
+
+@pytest.mark.parametrize(("key", "value"), [("steps", "</b>"), ("base_id", "../x"), ("dataset", "a b"), ("level", None),
+                                            ("licence", {"license": "x\n---"}), ("prompts", [3]), ("lora", {})])  # fmt: skip
+def test_facts_of_other_kinds_are_refused_before_they_reach_a_card(tmp_path: Path, key: str, value: Any) -> None:
+    facts().write(tmp_path)
+    assert Facts.read(tmp_path) == facts()
+    (tmp_path / "card.json").write_text(json.dumps({**dataclasses.asdict(facts()), key: value}))
+    with pytest.raises(UserError, match=r"card\.json cannot be read"):
+        Facts.read(tmp_path)
+
+
+def test_samples_and_the_guards_score_are_those_of_this_run(tmp_path: Path) -> None:
+    folder = tmp_path / "validation"
+    folder.mkdir()
+    for step in (10, 20, 500):
+        Image.new("RGB", (4, 4)).save(folder / f"step-{step}.png")
+    assert "validation/" not in make_card(facts(), tmp_path)
+    text = make_card(facts(prompts=["a red disc"]), tmp_path)
+    assert "(validation/step-20.png)" in text
+    assert "a red disc" in text
+    assert "guard on them" not in text
+    (folder / "scores.json").write_text(json.dumps({"step": 20, "scores": [1.0, 3.0]}))
+    assert "mean 2, highest 3 (n = 2)" in rendered_text(render(make_card(facts(prompts=["a red disc"]), tmp_path)))
+
+
+def test_a_page_edited_by_a_person_stays_and_an_untouched_one_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    write_card(tmp_path, facts())
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))  # as some editors and git settings do: no edit
+    write_card(tmp_path, facts(steps=77))
+    assert "77 steps" in path.read_text()
+    for edited in (path.read_text() + "\nMy notes.\n", path.read_text().replace("77 steps", "78 steps"), "# Mine\n"):
+        path.write_text(edited)
+        write_card(tmp_path, facts(steps=99))
+        assert path.read_text() == edited
