@@ -84,7 +84,7 @@ def torture(work: Path, args: argparse.Namespace) -> int:
         enough = done >= args.kills
         # The run must not end before the kills do: its share of steps is granted as they are dealt out.
         share = last + draw.randint(0, 2 * max(1, round((steps - last) / max(1, 0.9 * args.kills - done))))
-        at_end = done >= 0.9 * args.kills
+        at_end = done >= 0.85 * args.kills
         kind = "end" if at_end else draw.choice(["clock", "step", "saving", "saving"])
         moment = Moment(killed, kind, min(share, steps - 2), draw.uniform(0, 0.5 * usual), 10 ** draw.uniform(-4, -1))
         processes = start(

@@ -37,7 +37,7 @@ from ambient_sd.data.sources import PictureSet, load_rows
 from ambient_sd.data.stream import SampleStream, process_batches
 from ambient_sd.errors import UserError
 from ambient_sd.objective import AmbientObjective
-from ambient_sd.training import adapters, averaging, checkpoints, durable, extras, noising, validation
+from ambient_sd.training import adapters, averaging, checkpoints, durable, extras, noising, peers, validation
 from ambient_sd.training.base import Base, check_base
 from ambient_sd.training.config import TrainConfig, split_condition
 from ambient_sd.training.dropout import AddressedDropout
@@ -124,7 +124,8 @@ def run(
     accelerator: Accelerator | None = None
     try:
         accelerator = _make_accelerator(config)
-        summary = _Trainer(plan, accelerator, progress, bar, on_step, on_batch).train()
+        with peers.loss_in_one_line():
+            summary = _Trainer(plan, accelerator, progress, bar, on_step, on_batch).train()
     finally:
         if accelerator is not None:
             accelerator.free_memory()
