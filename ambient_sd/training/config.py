@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from ambient_sd.errors import UserError
+from ambient_sd.training import durable
 
 GROUPS = {
     "model": "Which base model is fine-tuned: a local pipeline folder or a hub id.",
@@ -293,7 +294,7 @@ class TrainConfig:
         """Write the resolved settings to `folder/train_config.yaml`, which `--config` reads back, and return the path."""
         path = folder / CONFIG_NAME
         head = "# Resolved settings of the run beside this file. Run it again: --config train_config.yaml\n"
-        path.write_text(head + yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        durable.write_text(path, head + yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
         return path
 
 
