@@ -2,8 +2,9 @@
 
     python tools/torture.py --kills 50 --use_ema
 
-Both runs train a tiny random U-Net on the processor, deterministically. The kills are SIGKILLs at random moments, half of
-them aimed: while a checkpoint is being written, while the results are. Compared by bytes: weights, optimizer, moving
+Both runs train a tiny random U-Net on the processor, deterministically. The kills are SIGKILLs at random moments: by the
+clock, after a step, while a checkpoint or the results are being written, and right before a call by which a file reaches the
+disk, changes its name or goes. Compared by bytes: weights, optimizer, moving
 average and state in the checkpoints, losses.jsonl, the results, the summary. The process that starts the runs has imported
 everything and forks one process (or two that train together) per attempt, hence tens of kills a minute. It does not pull
 the plug: what the system has not yet written to the disk outlives a SIGKILL.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -85,11 +87,12 @@ def torture(work: Path, args: argparse.Namespace) -> int:
         # The run must not end before the kills do: its share of steps is granted as they are dealt out.
         share = last + draw.randint(0, 2 * max(1, round((steps - last) / max(1, 0.9 * args.kills - done))))
         at_end = done >= 0.85 * args.kills
-        kind = "end" if at_end else draw.choice(["clock", "step", "saving", "saving"])
+        kind = draw.choice(["end", "call"] if at_end else ["clock", "step", "saving", "call", "call"])
         moment = Moment(killed, kind, min(share, steps - 2), draw.uniform(0, 0.5 * usual), 10 ** draw.uniform(-4, -1))
         processes = start(
-            settings | {"output_dir": str(killed), "resume_from_checkpoint": "latest"}, args.processes, draw
-        )
+            settings | {"output_dir": str(killed), "resume_from_checkpoint": "latest"}, args.processes,
+            call=draw.randint(1, 100) if kind == "call" and not enough else 0,
+        )  # fmt: skip
         attempts += 1
         code = wait(processes, (lambda: False) if enough else moment, draw)
         if code == -signal.SIGKILL:
@@ -125,6 +128,8 @@ class Moment:
         return self.since is not None and time.monotonic() - self.since >= self.later
 
     def _seen(self) -> bool:
+        if self.kind == "call":
+            return False  # the run does it itself
         if self.kind == "end":
             return self._new(".results.part")
         return lines(self.folder) >= self.step and (self.kind == "step" or self._new(".checkpoint-*.part"))
@@ -148,8 +153,8 @@ class Moment:
         return "writing a checkpoint" if self._new(".checkpoint-*.part") else "elsewhere"
 
 
-def start(settings: dict[str, Any], processes: int, draw: random.Random | None = None) -> list[int]:
-    """Fork one process per rank, each of which trains; return their numbers."""
+def start(settings: dict[str, Any], processes: int, call: int = 0) -> list[int]:
+    """Fork one process per rank, each of which trains; return their numbers. The first dies at call number `call`, if any."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -161,6 +166,8 @@ def start(settings: dict[str, Any], processes: int, draw: random.Random | None =
                 if processes > 1:
                     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
                                       LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+                if call and rank == 0:
+                    die_at(call)
                 train(settings, rank)
                 code = 0
             except BaseException:  # whatever it is must not run on in a copy of the parent
@@ -170,6 +177,22 @@ def start(settings: dict[str, Any], processes: int, draw: random.Random | None =
                 os._exit(code)
         ranks.append(child)
     return ranks
+
+
+def die_at(call: int) -> None:
+    """Let this process kill itself right before its n-th call that makes a file last, renames or removes it."""
+    count = itertools.count(1)
+
+    def mined(real: Callable[..., Any]) -> Callable[..., Any]:
+        def instead(*args: Any, **options: Any) -> Any:
+            if next(count) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **options)
+
+        return instead
+
+    for name in ("fsync", "rename", "replace", "unlink", "rmdir"):
+        setattr(os, name, mined(getattr(os, name)))
 
 
 def train(settings: dict[str, Any], rank: int) -> None:
@@ -189,22 +212,23 @@ def train(settings: dict[str, Any], rank: int) -> None:
 def wait(ranks: list[int], moment: Callable[[], bool], draw: random.Random | None = None) -> int:
     """Wait until all ranks have ended, killing one (and then the rest) at the moment; return 0, -SIGKILL or a failure."""
     codes: dict[int, int] = {}
-    begin, killed = time.monotonic(), False
+    begin, killed, late = time.monotonic(), False, False
     while len(codes) < len(ranks):
         for rank in ranks:
             if rank not in codes and (status := os.waitpid(rank, os.WNOHANG))[0]:
                 codes[rank] = os.waitstatus_to_exitcode(status[1])
-        late = time.monotonic() - begin > PATIENCE
+        late = late or time.monotonic() - begin > PATIENCE
         if late or (not killed and moment()):
             left = [rank for rank in ranks if rank not in codes]
-            (draw or random).shuffle(left)
+            (draw or random.Random()).shuffle(left)
             for rank in left:
                 os.kill(rank, signal.SIGKILL)
-            killed = killed or (not late and bool(left))
+            killed = bool(left)
         time.sleep(0.0005)
-    if killed:
-        return -signal.SIGKILL
-    return next((code for code in codes.values() if code), 0)
+    if late:
+        return 1
+    # One that killed itself counts too; the other has then ended by itself, with a message.
+    return -signal.SIGKILL if killed or -signal.SIGKILL in codes.values() else next(filter(None, codes.values()), 0)
 
 
 def lines(folder: Path) -> int:

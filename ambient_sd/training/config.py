@@ -164,7 +164,7 @@ class TrainConfig:
 
     checkpointing_steps: int = option(500, "checkpoints", "write a checkpoint every that many optimizer steps", low=1)
     checkpoints_total_limit: int | None = option(None, "checkpoints", "keep only that many newest checkpoints", low=1)
-    resume_from_checkpoint: str | None = option(None, "checkpoints", "a checkpoint folder, or `latest`: the newest in output_dir (none yet: start anew)")
+    resume_from_checkpoint: str | None = option(None, "checkpoints", "a checkpoint folder, or `latest`: the newest whole one in output_dir (none yet: start anew)")
 
     output_dir: str = option("sd-model-finetuned", "output", "receives the pipeline or pytorch_lora_weights.safetensors, " + CONFIG_NAME + ", checkpoints, logs")
     report_to: str = option("tensorboard", "output", "where curves go; all: wherever a package is installed for", choices=("tensorboard", "wandb", "all", "none"))
