@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=300, help="captions of the base split that are sampled")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    args.docs.mkdir(parents=True, exist_ok=True)  # before the minutes, not after
     settings = DemoSettings(samples_per_prompt=1, sampling_steps=20, guidance_scale=4.0, seed=args.seed)
     images, _ = sample(args.base, PROMPTS, settings, title="prompts")
     contact_sheet(images, 8, captions=PROMPTS).save(args.docs / "base-grid.png")
