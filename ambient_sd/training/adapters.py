@@ -8,6 +8,7 @@ update comes back at the wrong scale. Merging is not done here.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ def save(unet: Any, folder: Path) -> None:
         unet_lora_layers=get_peft_model_state_dict(unet),
         unet_lora_adapter_metadata=plain,
     )
+    _settle(folder / WEIGHTS_NAME)
 
 
 def save_kohya(unet: Any, folder: Path) -> None:
@@ -115,6 +117,18 @@ def save_kohya(unet: Any, folder: Path) -> None:
         "ss_network_alpha": str(float(settings.lora_alpha)),
     }
     save_file(state, folder / KOHYA_NAME, metadata=metadata)
+    _settle(folder / KOHYA_NAME)
+
+
+def _settle(path: Path) -> None:
+    """Sort a safetensors file's metadata, whose order changes from process to process: same weights, same bytes."""
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
 
 
 def load(unet: Any, folder: Path) -> None:

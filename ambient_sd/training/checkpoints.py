@@ -3,16 +3,21 @@
     checkpoint-500/  unet/ or pytorch_lora_weights.safetensors     the trained weights, loadable by diffusers
                      unet_ema/                                     their moving average, if one is kept
                      optimizer.safetensors                         AdamW moments
+                     losses.jsonl                                  losses of all steps so far
                      trainer_state.json                            step, loss scaler, identity
+                     manifest.json                                 sizes and SHA-256 of the files above; written last
 
 There is no generator state: random numbers are functions of (seed, position), see `ambient_sd.data.stream`; nor one of
-the learning-rate schedule, a function of settings and step. A folder
-gets its name only when it is whole, so a run killed in mid-save leaves the checkpoint before it as the newest.
+the learning-rate schedule, a function of settings and step. A folder gets its name when it is whole and on the disk, so a
+run killed in mid-save leaves the checkpoint before it as the newest. Before one is used all its bytes are compared with its
+manifest. Checkpoints from before there were manifests are taken if every file has the length that its header says.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -20,41 +25,112 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from ambient_sd.errors import UserError
+from ambient_sd.errors import UserError, one_line
+from ambient_sd.training import durable, manifest
+
+logger = logging.getLogger(__name__)
 
 STATE_NAME = "trainer_state.json"
 OPTIMIZER_NAME = "optimizer.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_FORMAT = 2  # with a manifest; older ones carry no number
 
 
 def find_all(output_dir: Path) -> list[Path]:
-    """Return the whole checkpoints of an output folder, oldest first."""
+    """Return all that is named checkpoint-N in an output folder, whole or not, oldest first."""
     if not output_dir.is_dir():
         return []
-    whole = [p for p in output_dir.iterdir() if _NAME.fullmatch(p.name) and (p / STATE_NAME).is_file()]
-    return sorted(whole, key=lambda p: int(p.name.partition("-")[2]))
+    return sorted((p for p in output_dir.iterdir() if _NAME.fullmatch(p.name)), key=_step)
 
 
 def find(output_dir: Path, wanted: str) -> Path | None:
-    """Return the checkpoint that `--resume_from_checkpoint` names; None for `latest` where there is none yet.
+    """Return the whole checkpoint that `--resume_from_checkpoint` names; None for `latest` where there is none yet.
+
+    `latest` is the newest whole one: those that are damaged are passed over with a warning.
 
     Raises:
-        UserError: the named folder is no whole checkpoint.
+        UserError: the named one is missing or damaged, or all are damaged.
     """
+    if output_dir.is_dir():
+        durable.mend(output_dir)
     if wanted == "latest":
-        return next(iter(reversed(find_all(output_dir))), None)
+        damaged: list[str] = []
+        for path in reversed(find_all(output_dir)):
+            if (wrong := damage(path)) is None:
+                for other in damaged:
+                    logger.warning("damaged checkpoint passed over: %s; going on from %s", other, path.name)
+                return path
+            damaged.append(one_line(f"{path.name} ({wrong})", 200))
+        if damaged:
+            raise UserError(
+                f"no checkpoint in {output_dir} is whole",
+                rule=", ".join(damaged),
+                remedy="put a copy of one back, or move them away to start anew",
+            )
+        return None
     # diffusers looks for the last part of the name in output_dir; a path that exists is taken as it is.
     for path in (Path(wanted), output_dir / Path(wanted).name):
-        if (path / STATE_NAME).is_file():
+        if path.exists():
+            if (wrong := damage(path)) is not None:
+                raise UserError(f"resume_from_checkpoint is {wanted!r}", rule=f"{path} is damaged: {wrong}",
+                                remedy="name another one, or use latest")  # fmt: skip
             return path
     have = ", ".join(p.name for p in find_all(output_dir)) or "none"
     raise UserError(
         f"resume_from_checkpoint is {wanted!r}",
-        rule=f"no whole checkpoint is there; {output_dir} has: {have}",
+        rule=f"no checkpoint is there; {output_dir} has: {have}",
         remedy="name one of them, or use latest",
     )
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint, naming the damaged file, or None if it is whole."""
+    if not checkpoint.is_dir():
+        return "it is no folder"
+    if not any(checkpoint.iterdir()):
+        return "the folder is empty"
+    wrong = manifest.damage(checkpoint, needs=STATE_NAME)
+    if wrong is not None and (checkpoint / manifest.NAME).exists():
+        return wrong
+    try:
+        state = read_state(checkpoint)
+    except UserError as error:
+        return str(error)
+    if _NAME.fullmatch(checkpoint.name) and state["step"] != _step(checkpoint):
+        return f"{STATE_NAME} is of step {state['step']}: the folder was renamed"
+    return None if wrong is None else wrong if "format" in state else _wrong_length(checkpoint)
+
+
+def stamp(checkpoint: Path) -> str:
+    """Return what two processes compare to know that they see one checkpoint."""
+    paths = (checkpoint / manifest.NAME, checkpoint / STATE_NAME)
+    return hashlib.sha256(b"".join(p.read_bytes() for p in paths if p.is_file())).hexdigest()
+
+
+def _wrong_length(checkpoint: Path) -> str | None:
+    """Return which file of a checkpoint without manifest is missing or cut."""
+    if not (checkpoint / OPTIMIZER_NAME).is_file():
+        return f"{OPTIMIZER_NAME} is missing"
+    if not any(p.name != OPTIMIZER_NAME for p in checkpoint.rglob("*.safetensors")):
+        return "the trained weights are missing"
+    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
+        name = path.relative_to(checkpoint).as_posix()
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):  # compares the file's length with what its header needs
+                    pass
+            elif path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, SafetensorError) as error:
+            return f"{name} cannot be read ({type(error).__name__}: {error})"
+    return None
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -65,10 +141,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         state = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
-        int(state["step"]), dict(state["identity"])
+        state["step"] = int(state["step"])
+        dict(state["identity"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{checkpoint / STATE_NAME} is damaged", rule=f"{type(error).__name__}: {error}",
-                        remedy="resume from another checkpoint") from None  # fmt: skip
+        raise UserError(f"{STATE_NAME} cannot be read", rule=f"{type(error).__name__}: {error}") from None
     return dict(state)
 
 
@@ -106,11 +182,12 @@ def save(
         write_weights: writes the trained weights into the folder that it is given.
         optimizer: its state goes to safetensors.
         state: what else goes to trainer_state.json.
-        limit: number of checkpoints to keep; all if None.
+        limit: number of checkpoints to keep, the new one among them; all if None.
     """
     target, part = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.part"
+    durable.mend(output_dir)
     for leftover in output_dir.glob(".checkpoint-*.part"):
-        shutil.rmtree(leftover)
+        durable.remove(leftover)
     part.mkdir(parents=True)
     write_weights(part)
     packed = optimizer.state_dict()
@@ -120,15 +197,21 @@ def save(
         for name, value in slots.items()
     }
     save_file(tensors, part / OPTIMIZER_NAME)
-    text = json.dumps({"step": step, **state, "param_groups": packed["param_groups"]}, indent=1)
+    text = json.dumps({"step": step, "format": _FORMAT, **state, "param_groups": packed["param_groups"]}, indent=1)
     (part / STATE_NAME).write_text(text, encoding="utf-8")
-    if target.exists():
-        shutil.rmtree(target)
-    part.rename(target)
+    manifest.seal(part)
+    durable.put(part, target)
     if limit is not None:
-        for old in find_all(output_dir)[:-limit]:
-            shutil.rmtree(old)
+        _thin(output_dir, step, limit)
     return target
+
+
+def _thin(output_dir: Path, step: int, limit: int) -> None:
+    """Remove checkpoints beyond `limit`, those first that this run did not come from: it has passed them over or left them."""
+    ours = [p for p in find_all(output_dir) if any((p / name).is_file() for name in (STATE_NAME, manifest.NAME))]
+    for old in sorted(ours, key=lambda p: (_step(p) <= step, _step(p)))[:-limit]:
+        # Without its name first: killed in the middle of it, half a checkpoint would be left.
+        shutil.rmtree(old.rename(output_dir / f".{old.name}.part"))
 
 
 def load_optimizer(checkpoint: Path, state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:

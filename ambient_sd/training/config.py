@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from ambient_sd.errors import UserError
+from ambient_sd.training import durable
 
 GROUPS = {
     "model": "Which base model is fine-tuned: a local pipeline folder or a hub id.",
@@ -163,7 +164,7 @@ class TrainConfig:
 
     checkpointing_steps: int = option(500, "checkpoints", "write a checkpoint every that many optimizer steps", low=1)
     checkpoints_total_limit: int | None = option(None, "checkpoints", "keep only that many newest checkpoints", low=1)
-    resume_from_checkpoint: str | None = option(None, "checkpoints", "a checkpoint folder, or `latest`: the newest in output_dir (none yet: start anew)")
+    resume_from_checkpoint: str | None = option(None, "checkpoints", "a checkpoint folder, or `latest`: the newest whole one in output_dir (none yet: start anew)")
 
     output_dir: str = option("sd-model-finetuned", "output", "receives the pipeline or pytorch_lora_weights.safetensors, " + CONFIG_NAME + ", checkpoints, logs")
     report_to: str = option("tensorboard", "output", "where curves go; all: wherever a package is installed for", choices=("tensorboard", "wandb", "all", "none"))
@@ -293,7 +294,7 @@ class TrainConfig:
         """Write the resolved settings to `folder/train_config.yaml`, which `--config` reads back, and return the path."""
         path = folder / CONFIG_NAME
         head = "# Resolved settings of the run beside this file. Run it again: --config train_config.yaml\n"
-        path.write_text(head + yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        durable.write_text(path, head + yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
         return path
 
 

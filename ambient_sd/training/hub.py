@@ -99,7 +99,7 @@ class Facts:
         if not path.is_file():
             return None
         try:
-            facts = cls(**json.loads(path.read_text(encoding="utf-8")))
+            facts = cls(**json.loads(path.read_text(encoding="utf-8")), finished=path.stat().st_mtime)
             facts._check()
         except (OSError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise UserError(f"{path} cannot be read", rule=f"{type(error).__name__}: {error}"[:300],
@@ -107,8 +107,10 @@ class Facts:
         return facts
 
     def write(self, folder: Path) -> None:
-        """Write the facts to `folder`."""
-        text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=True)
+        """Write the facts to `folder`; when they were written is the file's own time, so that equal runs leave equal files."""
+        facts = dataclasses.asdict(self)
+        del facts["finished"]
+        text = json.dumps(facts, indent=1, ensure_ascii=True)
         (folder / FACTS_NAME).write_text(text + "\n", encoding="utf-8")
 
     def _check(self) -> None:

@@ -26,7 +26,7 @@ import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from PIL import Image
@@ -39,11 +39,12 @@ from ambient_sd.data.sources import PictureSet, load_rows
 from ambient_sd.data.stream import SampleStream, process_batches
 from ambient_sd.errors import UserError
 from ambient_sd.objective import AmbientObjective
-from ambient_sd.training import adapters, averaging, caching, checkpoints, extras, noising, validation
+from ambient_sd.training import adapters, averaging, caching, checkpoints, durable, extras, noising, peers, validation
 from ambient_sd.training.base import Base, check_base
 from ambient_sd.training.config import TrainConfig, split_condition
 from ambient_sd.training.dropout import AddressedDropout
 from ambient_sd.training.hub import describe_run, write_card
+from ambient_sd.training.losses import LossLog
 from ambient_sd.training.probe import Probe, add_look
 from ambient_sd.training.push import prepare, push
 
@@ -89,6 +90,7 @@ class Plan:
     objective: AmbientObjective
     pictures: PictureSet
     prompts: list[str]
+    checkpoint: Path | None  # to continue from; known on the first process
 
 
 def run(
@@ -110,8 +112,9 @@ def run(
         on_batch: called on every process before each forward pass.
 
     Returns:
-        Summary: steps, first_step, seconds, pictures, losses (one per step), loss, clean_loss, ambient_loss (means over
-        the last 100 steps), looks (one record per look for copies), level, learning_rate, global_batch, processes, data_fingerprint,
+        Summary: steps, first_step, seconds, pictures, losses (one per step, those before a resume too), loss, clean_loss,
+        ambient_loss (means over the last 100 steps), looks (one record per look for copies), level, learning_rate,
+        global_batch, processes, data_fingerprint,
         near_duplicate_groups, output_dir, config.
 
     Raises:
@@ -127,7 +130,8 @@ def run(
     accelerator: Accelerator | None = None
     try:
         accelerator = _make_accelerator(config)
-        summary = _Trainer(plan, accelerator, progress, bar, on_step, on_batch).train()
+        with peers.loss_in_one_line():
+            summary = _Trainer(plan, accelerator, progress, bar, on_step, on_batch).train()
     finally:
         if accelerator is not None:
             accelerator.free_memory()
@@ -157,7 +161,7 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
     if config.lora:
         adapters.check_targets(base.unet_config, config.lora_target_modules or ())
     prompts = validation.read_prompts(config.validation_prompts)
-    _check_output(config)
+    checkpoint = _check_output(config)
     pictures = load_rows(
         config.source,
         config.image_column,
@@ -170,7 +174,7 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         cache_dir=config.cache_dir,
         local=config.train_data_dir is not None,
     ).check(progress, near_duplicates=config.near_duplicates == "share" and objective.level > 0)
-    return Plan(config, base, objective, pictures, prompts)
+    return Plan(config, base, objective, pictures, prompts, checkpoint)
 
 
 def make_objective(config: TrainConfig, base: Base) -> AmbientObjective:
@@ -195,7 +199,7 @@ def make_objective(config: TrainConfig, base: Base) -> AmbientObjective:
         raise UserError(given or "the base's schedule cannot be trained", rule=str(error)) from None
 
 
-def _check_output(config: TrainConfig) -> None:
+def _check_output(config: TrainConfig) -> Path | None:
     folder = Path(config.output_dir)
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -206,14 +210,17 @@ def _check_output(config: TrainConfig) -> None:
         if given is not None and folder.exists() and folder.resolve() == Path(given).expanduser().resolve():
             raise UserError(f"output_dir is {config.output_dir}", rule=f"that is {name} too, and would be overwritten",
                             remedy="name another one")  # fmt: skip
+    if os.environ.get("RANK", "0") != "0":
+        return None  # one process looks and decides
     if config.resume_from_checkpoint is not None:
-        checkpoints.find(folder, config.resume_from_checkpoint)
-    elif checkpoints.find_all(folder):
+        return checkpoints.find(folder, config.resume_from_checkpoint)
+    if checkpoints.find_all(folder):
         raise UserError(
             f"output_dir {config.output_dir} holds checkpoints of an earlier run",
             rule="two runs in one folder cannot be told apart",
             remedy="add --resume_from_checkpoint latest, or name another output_dir",
         )
+    return None
 
 
 def _make_accelerator(config: TrainConfig) -> Accelerator:
@@ -282,10 +289,9 @@ class _Trainer:
         self.looks: list[dict[str, float]] = []
         self.bands: dict[str, float] = {}
         self.first_step = 0
-        self.checkpoint: Path | None = None
+        self.checkpoint = self._same_checkpoint()
+        self.losses = LossLog(self.checkpoint)
         self.state: dict[str, Any] = {}
-        if config.resume_from_checkpoint is not None:
-            self.checkpoint = checkpoints.find(self.output, config.resume_from_checkpoint)
         if self.checkpoint is not None:
             self.state = checkpoints.read_state(self.checkpoint)
             checkpoints.check_identity(self.checkpoint, self.state, self.identity())
@@ -304,6 +310,21 @@ class _Trainer:
                     rule="a picture must have one key, hence one noise, everywhere",
                     remedy="give every machine the same files and the same version of Pillow",
                 )
+
+    def _same_checkpoint(self) -> Path | None:
+        """Return the checkpoint that the first process chose, seen by this one too."""
+        path = self.plan.checkpoint
+        if self.accelerator.num_processes > 1:
+            chosen = [(str(path), checkpoints.stamp(path)) if path is not None else None]
+            broadcast_object_list(chosen)
+            path = Path(chosen[0][0]) if chosen[0] is not None else None
+            if chosen[0] is not None and checkpoints.stamp(Path(chosen[0][0])) != chosen[0][1]:
+                raise UserError(
+                    f"process {self.accelerator.process_index} sees another {path} than the first process",
+                    rule="all processes continue from one checkpoint",
+                    remedy="put output_dir where all machines see it",
+                )
+        return path
 
     def identity(self) -> dict[str, Any]:
         """Return what must be equal for a checkpoint to continue this run."""
@@ -354,6 +375,7 @@ class _Trainer:
         if accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
             config.save(self.output)
+            self.losses.open(self.output)
         accelerator.wait_for_everyone()
         if config.report_to != "none":
             accelerator.init_trackers(config.tracker_project_name)
@@ -364,7 +386,6 @@ class _Trainer:
             probe = Probe(
                 self.plan.pictures, count=config.probe_pictures or 32, resolution=config.resolution, seed=config.seed
             )
-        history: list[dict[str, float]] = []
         begin = time.perf_counter()
         bar = tqdm(
             total=self.steps, initial=self.first_step, disable=not self.progress, **{"desc": "training", **self.bar}
@@ -372,7 +393,7 @@ class _Trainer:
         batches = self._batches()
         for step in range(self.first_step + 1, self.steps + 1):
             record = self._step(model, trained, batches)
-            history.append(record)
+            self.losses.add(step, record)
             if accelerator.is_main_process:
                 self._track(record | self.bands, step)
                 bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{record['lr']:.2e}")
@@ -395,7 +416,7 @@ class _Trainer:
                     break
         bar.close()
         seconds = time.perf_counter() - begin
-        summary = self._summary(history, seconds)
+        summary = self._summary(seconds)
         self._save_results(model)
         return summary
 
@@ -614,6 +635,7 @@ class _Trainer:
             self.unet.save_pretrained(folder / "unet")
         if self.average is not None:
             self.average.save(folder)
+        self.losses.save(folder)
 
     def _draws_after(self, step: int) -> bool:
         config = self.config
@@ -687,23 +709,28 @@ class _Trainer:
         accelerator.wait_for_everyone()
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         if accelerator.is_main_process:
+            staging = self.output / ".results.part"
+            durable.remove(staging)
+            staging.mkdir()
             if self.average is not None:
                 self.average.give()
             if config.lora:
-                adapters.save(self.unet, self.output)
+                adapters.save(self.unet, staging)
                 if config.output_kohya_format:
-                    adapters.save_kohya(self.unet, self.output)
+                    adapters.save_kohya(self.unet, staging)
             else:
                 try:
                     pipe = self.base.pipeline(self.unet)
                 except Exception as error:  # the base was moved, the hub is out of reach, ...
-                    self.unet.save_pretrained(self.output / "unet")
+                    self.unet.save_pretrained(staging / "unet")
+                    self._show_results(staging)
                     raise UserError(
                         f"the other parts of base model {self.base.name} cannot be loaded any more",
                         rule=f"{type(error).__name__}: {error}"[:300],
                         remedy=f"the trained U-Net is whole in {self.output / 'unet'}: put it into the base",
                     ) from error
-                pipe.save_pretrained(self.output)
+                pipe.save_pretrained(staging)
+            self._show_results(staging)
             facts = describe_run(
                 config, base=self.base, objective=self.plan.objective, pictures=self.plan.pictures,
                 prompts=self.plan.prompts, steps=self.steps, batch=self.global_batch,
@@ -711,19 +738,19 @@ class _Trainer:
             write_card(self.output, facts)
         accelerator.wait_for_everyone()
 
-    def _summary(self, history: Sequence[dict[str, float]], seconds: float) -> dict[str, Any]:
-        def late(name: str) -> float:
-            values = [r[name] for r in history[-_FINAL_STEPS:] if math.isfinite(r[name])]
-            return sum(values) / len(values) if values else math.nan
+    def _show_results(self, staging: Path) -> None:
+        durable.sync_tree(staging)
+        durable.put_all(staging, self.output, last="model_index.json")
 
+    def _summary(self, seconds: float) -> dict[str, Any]:
         return {
             "steps": self.steps,
             "first_step": self.first_step,
             "seconds": seconds,
             "pictures": len(self.plan.pictures),
             "near_duplicate_groups": len(self.plan.pictures.groups),
-            "losses": [r["loss"] for r in history],
-            **{name: late(name) for name in ("loss", "clean_loss", "ambient_loss")},
+            "losses": [r["loss"] for r in self.losses.records],
+            **{name: self.losses.late_mean(name, _FINAL_STEPS) for name in ("loss", "clean_loss", "ambient_loss")},
             "looks": self.looks,
             "level": self.plan.objective.level,
             "learning_rate": self.optimizer.param_groups[0]["initial_lr"],
