@@ -9,12 +9,12 @@ can be mirrored back; and mirroring x0 but not its noise (as the paper's code do
 use no fixed noise, so their views are drawn anew at each position.
 
 Pictures and captions are encoded one at a time: the result then has the same bits in memory and on the fly, alone and
-in a batch, on one process and on two. Nothing is kept on disk.
+in a batch, on one process and on two. `cache.py` keeps them on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -81,38 +81,56 @@ class ViewRule:
             top = left = 0.5
         return View(self.random_flip and flip < 0.5, top, left)
 
+    def views(self, pictures: PictureSet) -> Callable[[int], list[View]] | None:
+        """Return the function that lists the views of picture i that a run can meet; None where crops are drawn anew."""
+        if self.per_picture:
+            stream = SampleStream(len(pictures), 0)  # has no say: the view hangs on the key
+            return lambda i: [self.view(pictures.noise_keys[i], stream, 0)]
+        if self.center_crop or all(width == height for width, height in pictures.sizes):
+            both = [View(False), View(True)] if self.random_flip else [View(False)]
+            return lambda i: both
+        return None
+
+    def place(
+        self, size: tuple[int, int], view: View, noise_key: str, mirrored: bool
+    ) -> tuple[tuple[int, int], tuple[int, int], str]:
+        """Return what a view of a picture comes to, without the picture.
+
+        Args:
+            size: (width, height) of the picture, pixels.
+            view: what is seen of it.
+            noise_key: key of its group of near-duplicates, or its own.
+            mirrored: it is the mirror image of its group's first picture.
+
+        Returns:
+            (width, height) after resizing, the crop's (top, left) corner, and the key of the VAE draw.
+        """
+        resolution = self.resolution
+        scale = resolution / min(size)
+        width, height = max(resolution, round(size[0] * scale)), max(resolution, round(size[1] * scale))
+        top, left = int(view.top * (height - resolution + 1)), int(view.left * (width - resolution + 1))
+        # Of a mirror image the mirrored place, so that the group's noise (mirrored too) meets the same content.
+        left = width - resolution - left if mirrored and self.per_picture else left
+        draw_key = f"vae-draw {(top, left)} {'mirrored' if view.flip else 'upright'} {noise_key}"
+        return (width, height), (top, left), draw_key
+
+    def see(self, picture: Picture, view: View) -> Sample:
+        """Return the pixels of a view of a picture: shorter side resized to `resolution` (Lanczos), cropped, mirrored."""
+        key, resolution = picture.noise_key or picture.key, self.resolution
+        size, (top, left), draw_key = self.place(picture.image.size, view, key, picture.mirrored)
+        image = picture.image
+        if image.size != size:
+            image = image.resize(size, Image.Resampling.LANCZOS)
+        image = image.crop((left, top, left + resolution, top + resolution))
+        if view.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        pixels = flat.reshape(resolution, resolution, 3).permute(2, 0, 1).float() / 127.5 - 1.0
+        return Sample(pixels, picture.key, draw_key)
+
     def sample(self, picture: Picture, stream: SampleStream, position: int) -> Sample:
         """Return the pixels of a picture as seen at a position."""
-        key = picture.noise_key or picture.key
-        view = self.view(key, stream, position)
-        # Of a mirror image the mirrored place, so that the group's noise (mirrored too) meets the same content.
-        pixels, box = crop(picture.image, view, self.resolution, from_right=picture.mirrored and self.per_picture)
-        return Sample(pixels, picture.key, f"vae-draw {box} {'mirrored' if view.flip else 'upright'} {key}")
-
-
-def crop(
-    image: Image.Image, view: View, resolution: int, *, from_right: bool = False
-) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Resize the shorter side to `resolution` (Lanczos), crop a square, mirror it if asked.
-
-    `from_right` counts the view's place from the right edge: the crop of a mirror image that shows the same content.
-
-    Returns:
-        Pixels (3, resolution, resolution), float32 in [-1, 1], and the crop's (top, left) corner in pixels.
-    """
-    width, height = image.size
-    scale = resolution / min(width, height)
-    width, height = max(resolution, round(width * scale)), max(resolution, round(height * scale))
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    top, left = int(view.top * (height - resolution + 1)), int(view.left * (width - resolution + 1))
-    left = width - resolution - left if from_right else left
-    image = image.crop((left, top, left + resolution, top + resolution))
-    if view.flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    pixels = flat.reshape(resolution, resolution, 3).permute(2, 0, 1).float() / 127.5 - 1.0
-    return pixels, (top, left)
+        return self.see(picture, self.view(picture.noise_key or picture.key, stream, position))
 
 
 class Samples(Dataset[Sample]):
@@ -166,43 +184,86 @@ def encode_all(
 
 
 class CaptionEncoder:
-    """Turn captions into the frozen text encoder's embeddings, as StableDiffusionPipeline does for a prompt.
+    """Turn captions into the frozen text encoders' embeddings, as the stock pipelines do for a prompt.
+
+    Stable Diffusion 1 and 2: the last hidden state. SDXL: the last hidden state but one of both encoders side by side,
+    and the pooled, projected output of the second.
 
     Args:
         tokenizer: a CLIP tokenizer.
         text_encoder: a CLIP text model, float32.
+        tokenizer_2: the tokenizer of SDXL's second encoder.
+        text_encoder_2: a CLIP text model with projection, float32; makes the embeddings SDXL's.
+        zero_empty: the empty caption is all zeros, as SDXL's pipeline samples its unconditional half.
     """
 
-    def __init__(self, tokenizer: Any, text_encoder: Any) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        text_encoder: Any,
+        tokenizer_2: Any = None,
+        text_encoder_2: Any = None,
+        *,
+        zero_empty: bool = False,
+    ) -> None:
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
-        self.held: dict[str, torch.Tensor] = {}
+        self.tokenizer_2, self.text_encoder_2 = tokenizer_2, text_encoder_2
+        self.zero_empty = zero_empty
+        self.held: dict[str, dict[str, torch.Tensor]] = {}
+
+    def parts(self) -> dict[str, Any]:
+        """Return tokenizers and text encoders under the names that pipelines give them."""
+        one = {"tokenizer": self.tokenizer, "text_encoder": self.text_encoder}
+        two = {"tokenizer_2": self.tokenizer_2, "text_encoder_2": self.text_encoder_2}
+        return one if self.tokenizer_2 is None else {**one, **two}
+
+    def to(self, device: torch.device | str) -> CaptionEncoder:
+        """Move the text encoders and return self."""
+        for name, part in self.parts().items():
+            if name.startswith("text_encoder"):
+                part.to(device)
+        return self
+
+    def release(self) -> None:
+        """Let the text encoders go; only held captions can be asked for from now on."""
+        self.text_encoder = self.text_encoder_2 = None
 
     @torch.no_grad()
-    def encode(self, caption: str) -> torch.Tensor:
-        """Return one caption's embedding, (L, D) float32 on the CPU."""
-        tokens = self.tokenizer(
-            caption,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
-        device = self.text_encoder.device
-        mask = tokens.attention_mask.to(device) if masked else None
-        return self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0][0].float().cpu()
+    def encode(self, caption: str) -> dict[str, torch.Tensor]:
+        """Return one caption's embedding: `hidden` (L, D), of SDXL also `pooled` (P,), float32 on the CPU."""
+        if self.tokenizer_2 is None:
+            masked = getattr(self.text_encoder.config, "use_attention_mask", False)
+            tokens, device = _tokens(self.tokenizer, caption), self.text_encoder.device
+            mask = tokens.attention_mask.to(device) if masked else None
+            hidden = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0][0]
+            return {"hidden": hidden.float().cpu()}
+        outputs = [
+            encoder(_tokens(tokenizer, caption).input_ids.to(encoder.device), output_hidden_states=True)
+            for tokenizer, encoder in ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2))
+        ]
+        hidden = torch.cat([output.hidden_states[-2][0].float().cpu() for output in outputs], dim=-1)
+        found = {"hidden": hidden, "pooled": outputs[1].text_embeds[0].float().cpu()}
+        if caption == "" and self.zero_empty:
+            return {name: torch.zeros_like(value) for name, value in found.items()}
+        return found
 
     def hold(self, captions: Sequence[str], *, limit: int = MAX_HELD_BYTES, progress: bool = False) -> bool:
         """Encode all distinct captions and the empty one now, if they fit in `limit` bytes; tell whether they do."""
         # dict keeps the order of the first use, so that progress and memory do not depend on hashing.
         distinct = list(dict.fromkeys(["", *captions]))
-        first = self.encode("")
-        if len(distinct) * first.numel() * first.element_size() > limit:
+        if len(distinct) * sum(value.nbytes for value in self.encode("").values()) > limit:
             return False
         for caption in tqdm(distinct, desc="encoding captions", disable=not progress, leave=False):
             self.held[caption] = self.encode(caption)
         return True
 
-    def __call__(self, captions: Sequence[str]) -> torch.Tensor:
-        """Return the embeddings of captions, (B, L, D) float32 on the CPU."""
-        return torch.stack([self.held[c] if c in self.held else self.encode(c) for c in captions])
+    def __call__(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return the embeddings of captions: `hidden` (B, L, D), of SDXL also `pooled` (B, P), float32 on the CPU."""
+        found = [self.held[c] if c in self.held else self.encode(c) for c in captions]
+        return {name: torch.stack([entry[name] for entry in found]) for name in found[0]}
+
+
+def _tokens(tokenizer: Any, caption: str) -> Any:
+    """Tokenize as the pipelines do: padded and cut to the encoder's length."""
+    length = tokenizer.model_max_length
+    return tokenizer(caption, padding="max_length", max_length=length, truncation=True, return_tensors="pt")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ambient_sd.training.config import TrainConfig
 
 
-def model_card(config: TrainConfig, *, base: str, base_is_hub_id: bool, level: float, pictures: int, steps: int) -> str:
+def model_card(
+    config: TrainConfig, *, base: str, base_is_hub_id: bool, level: float, pictures: int, steps: int, xl: bool = False
+) -> str:
     """Return the text of a model card.
 
     Args:
@@ -15,6 +19,7 @@ def model_card(config: TrainConfig, *, base: str, base_is_hub_id: bool, level: f
         level: nature level s_n of the objective (ambient), or lower edge of the gap.
         pictures: number of training pictures.
         steps: optimizer steps done.
+        xl: the base is an SDXL: the guard watches its stock pipeline.
     """
     what = {
         "ambient": f"ambient, nature level {level:.4g}, weight a^{config.reweight}",
@@ -25,11 +30,28 @@ def model_card(config: TrainConfig, *, base: str, base_is_hub_id: bool, level: f
     head = ["---", "library_name: diffusers", "pipeline_tag: text-to-image"]
     head += [f"base_model: {base}"] if base_is_hub_id else []
     head += ["tags:", "- stable-diffusion", "- ambient-sd"] + (["- lora"] if config.lora else []) + ["---"]
+    kind_of_pipe = "StableDiffusionXLPipeline" if xl else "AmbientSDPipeline"
     load = (
-        [f'pipe = AmbientSDPipeline.from_pretrained("{base}")', 'pipe.load_lora_weights("THIS_FOLDER")']
+        [f'pipe = {kind_of_pipe}.from_pretrained("{base}")', 'pipe.load_lora_weights("THIS_FOLDER")']
         if config.lora
-        else ['pipe = AmbientSDPipeline.from_pretrained("THIS_FOLDER")']
+        else [f'pipe = {kind_of_pipe}.from_pretrained("THIS_FOLDER")']
     )
+    if xl:
+        usage = [
+            "from ambient_sd import MemorizationGuard",
+            "from diffusers import StableDiffusionXLPipeline",
+            "",
+            *load,
+            "with MemorizationGuard(pipe) as guard:",
+            '    image = pipe("a caption").images[0]',
+            "print(guard.report[0].score)",
+        ]
+    else:
+        usage = ["from ambient_sd import AmbientSDPipeline", "", *load, 'image = pipe("a caption").images[0]']
+    other = config.pretrained_vae_model_name_or_path
+    if other is not None and config.lora:
+        vae = "another VAE" if Path(other).exists() else other
+        kind += f", trained with {vae} in place of the base's VAE: draw with it too"
     body = [
         f"# {base}, fine-tuned on {pictures} pictures",
         "",
@@ -37,10 +59,7 @@ def model_card(config: TrainConfig, *, base: str, base_is_hub_id: bool, level: f
         "How much of the training pictures it hands back has not been measured here.",
         "",
         "```python",
-        "from ambient_sd import AmbientSDPipeline",
-        "",
-        *load,
-        'image = pipe("a caption").images[0]',
+        *usage,
         "```",
     ]
     return "\n".join([*head, "", *body, ""])

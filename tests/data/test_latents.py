@@ -11,9 +11,9 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from ambient_sd.data import latents
-from ambient_sd.data.latents import CaptionEncoder, Samples, View, ViewRule, crop, encode, encode_all
+from ambient_sd.data.latents import CaptionEncoder, Samples, View, ViewRule, encode, encode_all
 from ambient_sd.data.noise import image_noise
-from ambient_sd.data.sources import PictureSet, load_rows
+from ambient_sd.data.sources import Picture, PictureSet, load_rows
 from ambient_sd.data.stream import SampleStream, keyed_generator, process_batches
 
 
@@ -117,25 +117,28 @@ def test_the_vae_draw_is_fixed_real_and_apart_from_the_noise(pipe: StableDiffusi
 def test_crop_and_mirror_take_the_right_pixels() -> None:
     picture = Image.new("RGB", (64, 32), "black")
     picture.paste("white", (48, 0, 64, 32))
-    right, corner = crop(picture, View(left=0.999), 32)
-    mirrored, _ = crop(picture, View(flip=True, left=0.999), 32)
-    assert corner == (0, 32)
-    assert right[0, 0, :16].max() == -1.0
-    assert right[0, 0, 16:].min() == 1.0
-    assert torch.equal(mirrored, right.flip(-1))
-    assert crop(picture, View(), 16)[1] == (0, 8), "the centre"
+    rule = ViewRule(32, center_crop=False, random_flip=True, per_picture=False, noise_seed=0)
+    shown = Picture(picture, "", "key", "name")
+    right, mirrored = (rule.see(shown, View(flip, left=0.999)) for flip in (False, True))
+    assert rule.place(picture.size, View(left=0.999), "key", False)[:2] == ((64, 32), (0, 32))
+    assert "(0, 32) upright key" in right.draw_key
+    assert right.pixels[0, 0, :16].max() == -1.0
+    assert right.pixels[0, 0, 16:].min() == 1.0
+    assert torch.equal(mirrored.pixels, right.pixels.flip(-1))
+    small = ViewRule(16, center_crop=False, random_flip=True, per_picture=False, noise_seed=0)
+    assert small.place(picture.size, View(), "key", False)[1] == (0, 8), "the centre"
 
 
 def test_captions_are_embedded_as_the_pipeline_embeds_a_prompt(pipe: StableDiffusionPipeline) -> None:
     encoder = CaptionEncoder(pipe.tokenizer, pipe.text_encoder)
     captions = ["a red disc 1", "", "a caption much longer than the context of the tokenizer allows"]
     expected = [pipe.encode_prompt(c, "cpu", 1, False)[0][0] for c in captions]
-    assert torch.allclose(encoder(captions), torch.stack(expected), atol=1e-6)
+    assert torch.allclose(encoder(captions)["hidden"], torch.stack(expected), atol=1e-6)
     on_the_fly = encoder(captions)
     assert not encoder.hold(captions, limit=100)
     assert encoder.held == {}
     assert encoder.hold(captions)
-    assert torch.equal(encoder(captions), on_the_fly)
+    assert torch.equal(encoder(captions)["hidden"], on_the_fly["hidden"])
 
 
 def test_each_epoch_is_a_permutation_and_positions_are_independent_of_history() -> None:
