@@ -28,7 +28,7 @@ from ambient_sd.data.sources import Picture, PictureSet
 from ambient_sd.data.stream import SampleStream, keyed_generator
 
 # Above this many bytes per process latents (or embeddings) are not held but computed when needed: 2 GiB are 32,768
-# latents of SD at 512 px, or 6,800 captions of SD2.
+# latents of SD at 512 px, or 6,800 captions of SD2, or 3,300 of SDXL.
 MAX_HELD_BYTES = 2 * 1024**3
 
 

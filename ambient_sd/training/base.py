@@ -77,6 +77,13 @@ class Base:
         return Path(self.name).resolve().name if Path(self.name).exists() else self.name
 
     @property
+    def vae_label(self) -> str | None:
+        """Return a name of the other VAE that may be written down, as `label` for the base."""
+        if self.vae_name is None:
+            return None
+        return Path(self.vae_name).resolve().name if Path(self.vae_name).exists() else self.vae_name
+
+    @property
     def schedule(self) -> NoiseSchedule:
         """Return the noise schedule that the base was trained on."""
         return NoiseSchedule.from_scheduler(self.scheduler)
@@ -108,9 +115,9 @@ class Base:
     def captions(self) -> CaptionEncoder:
         """Load tokenizers and text encoders, frozen, float32, as the maker of this class's embeddings."""
         parts = {part: self.load(part) for part in self.text_parts}
-        for part in parts:
-            if part.startswith("text_encoder"):
-                parts[part].requires_grad_(False).eval()
+        for name, part in parts.items():
+            if name.startswith("text_encoder"):
+                part.requires_grad_(False).eval()
         return CaptionEncoder(**parts, zero_empty=self.zero_empty)
 
     def pipeline(self, unet: Any) -> Any:
@@ -224,7 +231,11 @@ def _check_kind(name: str, index: dict[str, Any]) -> str:
     for part, wanted in KINDS[kind][1].items():
         found = index.get(part)
         # Tokenizers have slow and fast classes with the same files.
-        if isinstance(found, list) and found[-1] != wanted.__name__ and not (found[-1] and part.startswith("tokenizer")):
+        if (
+            isinstance(found, list)
+            and found[-1] != wanted.__name__
+            and not (found[-1] and part.startswith("tokenizer"))
+        ):
             raise UserError(
                 f"{part} of {name} is a {found[-1]}" if found[-1] else f"{name} has no {part}",
                 rule=f"this trainer takes a {wanted.__name__}", remedy="give such a base",
@@ -250,7 +261,10 @@ def _check_inputs(name: str, kind: str, unet_config: dict[str, Any], options: di
     for key, needed in (
         ("addition_embed_type", "text_time"),
         ("cross_attention_dim", hidden),
-        ("projection_class_embeddings_input_dim", pooled + _TIME_IDS * (unet_config.get("addition_time_embed_dim") or 0)),
+        (
+            "projection_class_embeddings_input_dim",
+            pooled + _TIME_IDS * (unet_config.get("addition_time_embed_dim") or 0),
+        ),
     ):
         if unet_config.get(key) != needed:
             raise UserError(

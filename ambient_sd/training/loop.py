@@ -317,6 +317,7 @@ class _Trainer:
             **{name: getattr(self.config, name) or None for name in extras.IDENTITY},
             "ambient_level": self.plan.objective.level,
             "prediction_type": self.plan.objective.prediction_type,
+            "vae": self.base.vae_label,
             "global_batch": self.global_batch,
             "pictures": self.data_fingerprint,
             "noise_keys": noise_fingerprint(self.plan.pictures.noise_keys, self.plan.pictures.mirrored),
@@ -503,7 +504,9 @@ class _Trainer:
             eps_n = shared_noise(noise_keys, mirrored, self.shape, seed=self.config.noise_seed)
         fresh = noising.offset(torch.stack(noise), self.stream, positions, self.config.noise_offset)
         extra = noising.perturbation_at(self.stream, positions, self.shape, self.config.input_perturbation)
-        sizes = conditioning.time_ids(self.plan.pictures, self.rule, self.stream, positions) if self.base.is_xl else None
+        sizes = (
+            conditioning.time_ids(self.plan.pictures, self.rule, self.stream, positions) if self.base.is_xl else None
+        )
         return TrainingBatch(positions, keys, captions, torch.stack(timesteps), x0, eps_n, fresh, extra, sizes)
 
     def _step(

@@ -3,6 +3,7 @@ resumed to the bit, read back by diffusers' own pipeline, and what is given to S
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -59,7 +60,7 @@ def settings(bases: Path, tiny_pictures: Path, tmp_path: Path) -> Settings:
     def make(base: str, name: str = "out", **values: Any) -> TrainConfig:
         defaults: dict[str, Any] = {
             "pretrained_model_name_or_path": str(bases / base), "train_data_dir": str(tiny_pictures), "resolution": 32,
-            "train_batch_size": 2, "max_train_steps": 3, "report_to": "none", "output_dir": str(tmp_path / name),
+            "train_batch_size": 2, "max_train_steps": 2, "report_to": "none", "output_dir": str(tmp_path / name),
             "learning_rate": 1e-2, "caption_dropout": 0.3,
         }  # fmt: skip
         return TrainConfig(**{**defaults, **values})
@@ -81,7 +82,7 @@ def sample(pipe: Any, prompt: str = "a red disc") -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.eval()
     g = torch.Generator().manual_seed(0)
-    return pipe(prompt, height=32, width=32, num_inference_steps=3, generator=g, output_type="latent").images
+    return pipe(prompt, height=32, width=32, num_inference_steps=2, generator=g, output_type="latent").images
 
 
 def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
@@ -98,12 +99,12 @@ def test_a_base_is_trained_resumed_to_the_bit_and_read_back_by_its_stock_pipelin
     monkeypatch.setattr(adapters, "save", lambda unet, folder: (live.append(unet), save(unet, folder)))
     monkeypatch.setattr(Base, "pipeline", lambda self, unet: (live.append(unet), pipeline(self, unet))[1])
     more = {"lora": True, "rank": 2, "lora_alpha": 6.0, "output_kohya_format": True} if lora else {}
-    config = settings(base, checkpointing_steps=2, **more)
+    config = settings(base, checkpointing_steps=1, **more)
     losses, whole = run(config, progress=False)["losses"], weights(config)
     trained, out = live[-1], Path(config.output_dir)
 
-    config.resume_from_checkpoint = "checkpoint-2"
-    assert run(config, progress=False)["losses"] == losses[2:]
+    config.resume_from_checkpoint = "checkpoint-1"
+    assert run(config, progress=False)["losses"] == losses[1:]
     assert all(torch.equal(weights(config)[k], v) for k, v in whole.items())
 
     kind = StableDiffusionXLPipeline if base == "sdxl" else StableDiffusionPipeline
@@ -175,9 +176,7 @@ def test_a_dropped_caption_trains_the_branch_that_the_pipeline_samples_with(
         progress=False)  # fmt: skip
     (inputs,) = given
     torch.testing.assert_close(inputs["encoder_hidden_states"], none.expand(2, -1, -1), rtol=0, atol=1e-6)
-    torch.testing.assert_close(
-        inputs["added_cond_kwargs"]["text_embeds"], none_pooled.expand(2, -1), rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(inputs["added_cond_kwargs"]["text_embeds"], none_pooled.expand(2, -1), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("per_picture", [True, False])
@@ -236,8 +235,6 @@ def test_two_processes_and_one_give_sdxl_the_same_samples_to_the_bit(
     seen: dict[str, TrainingBatch] = {}
     summary = run(settings("sdxl", "one", **{**values, "train_batch_size": 4}), progress=False,
                   on_batch=lambda batch: seen.update({str(p): batch for p in batch.positions}))  # fmt: skip
-    import hashlib
-
     for place, batch in seen.items():
         i = batch.positions.index(int(place))
         tensors = [t[i] for t in (batch.time_ids, batch.noise, batch.eps_n) if t is not None]
@@ -252,7 +249,10 @@ def test_two_processes_and_one_give_sdxl_the_same_samples_to_the_bit(
 def test_sdxl_is_watched_drawn_and_described_as_what_it_is(settings: Settings, bases: Path, tmp_path: Path) -> None:
     """Looking changes nothing, and the card's snippet runs as it stands, guard included."""
     looks = {"validation_prompts": ["a disc"], "num_validation_images": 1, "probe_steps": 1, "probe_pictures": 1}
-    watched, quiet = settings("sdxl", "watched", max_train_steps=1, **looks), settings("sdxl", "quiet", max_train_steps=1)
+    watched, quiet = (
+        settings("sdxl", "watched", max_train_steps=1, **looks),
+        settings("sdxl", "quiet", max_train_steps=1),
+    )
     summary = run(watched, progress=False)
     assert summary["losses"] == run(quiet, progress=False)["losses"]
     assert all(torch.equal(weights(quiet)[k], v) for k, v in weights(watched).items())
@@ -288,7 +288,9 @@ def test_the_vae_stays_float32_and_may_be_another(
     saved = AutoencoderKL.from_pretrained(config.output_dir, subfolder="vae")
     assert all(torch.equal(v, saved.state_dict()[k]) for k, v in other.state_dict().items())
     assert str(tmp_path) not in (tmp_path / "other" / "vae" / "config.json").read_text()
-    lora = settings("sdxl", "lora", pretrained_vae_model_name_or_path=str(tmp_path / "vae"), lora=True, max_train_steps=1)
+    lora = settings(
+        "sdxl", "lora", pretrained_vae_model_name_or_path=str(tmp_path / "vae"), lora=True, max_train_steps=1
+    )
     run(lora, progress=False)
     card = (tmp_path / "lora" / "README.md").read_text()
     assert "trained with another VAE" in card
@@ -325,9 +327,8 @@ def test_kohya_names_of_sdxl_are_those_of_its_own_unet_and_every_layer_comes_bac
         assert adapters.sgm_name(f"{ours}.lora_A.weight", 2) == f"{theirs}.lora_A.weight"
     pipe = tiny.tiny_sdxl_pipeline()
     # All layers that an adapter can have inside the blocks.
-    names = [name for name, m in pipe.unet.named_modules()
-             if isinstance(m, torch.nn.Linear | torch.nn.Conv2d) and "_blocks." in f".{name}" or name.startswith("mid_")
-             and isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]  # fmt: skip
+    layers = [name for name, m in pipe.unet.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
+    names = [name for name in layers if name.startswith(("down_blocks.", "mid_block.", "up_blocks."))]
     adapters.attach(pipe.unet, rank=2, alpha=4.0, targets=names, seed=0)
     for name, value in pipe.unet.named_parameters():
         if "lora_B" in name:
