@@ -31,7 +31,7 @@ from ambient_sd.data.sources import PictureSet, load_rows
 from ambient_sd.data.stream import SampleStream, process_batches
 from ambient_sd.errors import UserError
 from ambient_sd.schedule import NoiseSchedule
-from ambient_sd.training import adapters
+from ambient_sd.training import adapters, validation
 from ambient_sd.training.base import Base, check_base
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import TrainingBatch, run
@@ -66,6 +66,11 @@ def settings(bases: Path, tiny_pictures: Path, tmp_path: Path) -> Settings:
         return TrainConfig(**{**defaults, **values})
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "INFERENCE_STEPS", 2)
 
 
 @pytest.fixture(scope="module")
