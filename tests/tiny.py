@@ -6,20 +6,36 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image, ImageDraw
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 SIZE = 32  # pixels; the tiny VAE divides by 2, so latents are 4 x 16 x 16
 
 
-def tiny_tokenizer() -> CLIPTokenizer:
+def tiny_tokenizer(**options: str) -> CLIPTokenizer:
     """A byte-level CLIP tokenizer without merges: every character is a token, nothing is unknown."""
     letters = sorted({chr(c) for c in range(33, 127)})
     vocab: dict[str, int] = {}
     for symbol in letters + [s + "</w>" for s in letters] + ["<|startoftext|>", "<|endoftext|>"]:
         vocab[symbol] = len(vocab)
-    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=24)
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=24, **options)
 
 
 def tiny_pipeline(prediction_type: str = "v_prediction", seed: int = 0) -> StableDiffusionPipeline:
@@ -49,6 +65,62 @@ def tiny_pipeline(prediction_type: str = "v_prediction", seed: int = 0) -> Stabl
     return StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def tiny_sd15_pipeline(seed: int = 0) -> StableDiffusionPipeline:
+    """A random StableDiffusionPipeline with what is peculiar to 1.5: heads as one number, convolutions around attention,
+    PNDM, a safety checker."""
+    pipe = tiny_pipeline("epsilon", seed)
+    unet = UNet2DConditionModel(
+        sample_size=SIZE // 2, block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1, cross_attention_dim=16,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 16, "patch_size": 8}  # fmt: skip
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=16))
+    # At random weights it finds something in everything.
+    torch.nn.init.constant_(checker.concept_embeds_weights, 2.0)
+    torch.nn.init.constant_(checker.special_care_embeds_weights, 2.0)
+    return StableDiffusionPipeline(
+        vae=pipe.vae, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=checker, feature_extractor=CLIPImageProcessor(size=16, crop_size=16),
+    )  # fmt: skip
+
+
+def tiny_sdxl_pipeline(seed: int = 0, zero_empty: bool = True) -> StableDiffusionXLPipeline:
+    """A random StableDiffusionXLPipeline with SDXL base's classes and schedule; no two widths of its texts are equal."""
+    torch.manual_seed(seed)
+    tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_tokenizer(pad_token="!")
+    common = {
+        "vocab_size": len(tokenizer), "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "max_position_embeddings": 24, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=SIZE // 2, block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=2,
+        cross_attention_dim=16 + 24, attention_head_dim=(2, 4), use_linear_projection=True, transformer_layers_per_block=(1, 2),
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=20 + 6 * 8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=SIZE, layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, scaling_factor=0.13025,
+    )  # fmt: skip
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1,
+        interpolation_type="linear",
+    )  # fmt: skip
+    return StableDiffusionXLPipeline(
+        vae=vae, text_encoder=CLIPTextModel(CLIPTextConfig(hidden_size=16, **common)),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=24, projection_dim=20, **common)),
+        tokenizer=tokenizer, tokenizer_2=tokenizer_2, unet=unet, scheduler=scheduler, add_watermarker=False,
+        force_zeros_for_empty_prompt=zero_empty,
     )  # fmt: skip
 
 

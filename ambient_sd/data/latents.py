@@ -28,7 +28,7 @@ from ambient_sd.data.sources import Picture, PictureSet
 from ambient_sd.data.stream import SampleStream, keyed_generator
 
 # Above this many bytes per process latents (or embeddings) are not held but computed when needed: 2 GiB are 32,768
-# latents of SD at 512 px, or 6,800 captions of SD2.
+# latents of SD at 512 px, or 6,800 captions of SD2, or 3,300 of SDXL.
 MAX_HELD_BYTES = 2 * 1024**3
 
 
@@ -184,43 +184,86 @@ def encode_all(
 
 
 class CaptionEncoder:
-    """Turn captions into the frozen text encoder's embeddings, as StableDiffusionPipeline does for a prompt.
+    """Turn captions into the frozen text encoders' embeddings, as the stock pipelines do for a prompt.
+
+    Stable Diffusion 1 and 2: the last hidden state. SDXL: the last hidden state but one of both encoders side by side,
+    and the pooled, projected output of the second.
 
     Args:
         tokenizer: a CLIP tokenizer.
         text_encoder: a CLIP text model, float32.
+        tokenizer_2: the tokenizer of SDXL's second encoder.
+        text_encoder_2: a CLIP text model with projection, float32; makes the embeddings SDXL's.
+        zero_empty: the empty caption is all zeros, as SDXL's pipeline samples its unconditional half.
     """
 
-    def __init__(self, tokenizer: Any, text_encoder: Any) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        text_encoder: Any,
+        tokenizer_2: Any = None,
+        text_encoder_2: Any = None,
+        *,
+        zero_empty: bool = False,
+    ) -> None:
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
-        self.held: dict[str, torch.Tensor] = {}
+        self.tokenizer_2, self.text_encoder_2 = tokenizer_2, text_encoder_2
+        self.zero_empty = zero_empty
+        self.held: dict[str, dict[str, torch.Tensor]] = {}
+
+    def parts(self) -> dict[str, Any]:
+        """Return tokenizers and text encoders under the names that pipelines give them."""
+        one = {"tokenizer": self.tokenizer, "text_encoder": self.text_encoder}
+        two = {"tokenizer_2": self.tokenizer_2, "text_encoder_2": self.text_encoder_2}
+        return one if self.tokenizer_2 is None else {**one, **two}
+
+    def to(self, device: torch.device | str) -> CaptionEncoder:
+        """Move the text encoders and return self."""
+        for name, part in self.parts().items():
+            if name.startswith("text_encoder"):
+                part.to(device)
+        return self
+
+    def release(self) -> None:
+        """Let the text encoders go; only held captions can be asked for from now on."""
+        self.text_encoder = self.text_encoder_2 = None
 
     @torch.no_grad()
-    def encode(self, caption: str) -> torch.Tensor:
-        """Return one caption's embedding, (L, D) float32 on the CPU."""
-        tokens = self.tokenizer(
-            caption,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
-        device = self.text_encoder.device
-        mask = tokens.attention_mask.to(device) if masked else None
-        return self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0][0].float().cpu()
+    def encode(self, caption: str) -> dict[str, torch.Tensor]:
+        """Return one caption's embedding: `hidden` (L, D), of SDXL also `pooled` (P,), float32 on the CPU."""
+        if self.tokenizer_2 is None:
+            masked = getattr(self.text_encoder.config, "use_attention_mask", False)
+            tokens, device = _tokens(self.tokenizer, caption), self.text_encoder.device
+            mask = tokens.attention_mask.to(device) if masked else None
+            hidden = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0][0]
+            return {"hidden": hidden.float().cpu()}
+        outputs = [
+            encoder(_tokens(tokenizer, caption).input_ids.to(encoder.device), output_hidden_states=True)
+            for tokenizer, encoder in ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2))
+        ]
+        hidden = torch.cat([output.hidden_states[-2][0].float().cpu() for output in outputs], dim=-1)
+        found = {"hidden": hidden, "pooled": outputs[1].text_embeds[0].float().cpu()}
+        if caption == "" and self.zero_empty:
+            return {name: torch.zeros_like(value) for name, value in found.items()}
+        return found
 
     def hold(self, captions: Sequence[str], *, limit: int = MAX_HELD_BYTES, progress: bool = False) -> bool:
         """Encode all distinct captions and the empty one now, if they fit in `limit` bytes; tell whether they do."""
         # dict keeps the order of the first use, so that progress and memory do not depend on hashing.
         distinct = list(dict.fromkeys(["", *captions]))
-        first = self.encode("")
-        if len(distinct) * first.numel() * first.element_size() > limit:
+        if len(distinct) * sum(value.nbytes for value in self.encode("").values()) > limit:
             return False
         for caption in tqdm(distinct, desc="encoding captions", disable=not progress, leave=False):
             self.held[caption] = self.encode(caption)
         return True
 
-    def __call__(self, captions: Sequence[str]) -> torch.Tensor:
-        """Return the embeddings of captions, (B, L, D) float32 on the CPU."""
-        return torch.stack([self.held[c] if c in self.held else self.encode(c) for c in captions])
+    def __call__(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return the embeddings of captions: `hidden` (B, L, D), of SDXL also `pooled` (B, P), float32 on the CPU."""
+        found = [self.held[c] if c in self.held else self.encode(c) for c in captions]
+        return {name: torch.stack([entry[name] for entry in found]) for name in found[0]}
+
+
+def _tokens(tokenizer: Any, caption: str) -> Any:
+    """Tokenize as the pipelines do: padded and cut to the encoder's length."""
+    length = tokenizer.model_max_length
+    return tokenizer(caption, padding="max_length", max_length=length, truncation=True, return_tensors="pt")

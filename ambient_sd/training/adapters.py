@@ -9,6 +9,7 @@ update comes back at the wrong scale. Merging is not done here.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,14 @@ from ambient_sd.training.dropout import AddressedDropout, install
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
+_SGM_RESIDUAL = {
+    "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+_SGM_OUTSIDE = {
+    "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}  # fmt: skip
 
 
 def check_targets(unet_config: dict[str, Any], targets: Sequence[str]) -> None:
@@ -97,13 +106,17 @@ def save(unet: Any, folder: Path) -> None:
     _settle(folder / WEIGHTS_NAME)
 
 
-def save_kohya(unet: Any, folder: Path) -> None:
+def save_kohya(unet: Any, folder: Path, *, xl: bool = False) -> None:
     """Write the LoRA to `folder/pytorch_lora_weights_kohya.safetensors`, as sd-scripts and ComfyUI name things.
 
-    Readers of this format scale the update by `alpha / rank` with the alpha of each layer in the file.
+    Readers of this format scale the update by `alpha / rank` with the alpha of each layer in the file. For Stable
+    Diffusion 1 and 2 sd-scripts names layers as diffusers does, for SDXL (`xl`) as Stability's own U-Net: `sgm_name`.
     """
     settings = unet.peft_config["default"]
-    layers = {f"unet.{name}": value for name, value in get_peft_model_state_dict(unet).items()}
+    layers = get_peft_model_state_dict(unet)
+    if xl:
+        layers = {sgm_name(name, unet.config.layers_per_block): value for name, value in layers.items()}
+    layers = {f"unet.{name}": value for name, value in layers.items()}
     converted = convert_state_dict_to_kohya(layers)
     # diffusers writes the rank as every layer's alpha.
     state = {
@@ -129,6 +142,41 @@ def _settle(path: Path) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+
+def sgm_name(name: str, layers_per_block: int) -> str:
+    """Return the name that Stability's SDXL U-Net (sgm) has for a layer of diffusers' one.
+
+    Down block i holds n + 1 input blocks: n layers, each a residual block `.0` with or without a transformer `.1`, and the
+    downsampler; up block i holds n + 1 output blocks, whose last one has the upsampler.
+
+    Args:
+        name: as in UNet2DConditionModel, whatever follows the layer included.
+        layers_per_block: n.
+    """
+    count = layers_per_block + 1
+    for pattern, make in (
+        (r"down_blocks\.(\d+)\.resnets\.(\d+)", lambda i, j: f"input_blocks.{1 + i * count + j}.0"),
+        (r"down_blocks\.(\d+)\.attentions\.(\d+)", lambda i, j: f"input_blocks.{1 + i * count + j}.1"),
+        (r"down_blocks\.(\d+)\.downsamplers\.(\d+)\.conv", lambda i, _: f"input_blocks.{(i + 1) * count}.0.op"),
+        (r"up_blocks\.(\d+)\.resnets\.(\d+)", lambda i, j: f"output_blocks.{i * count + j}.0"),
+        (r"up_blocks\.(\d+)\.attentions\.(\d+)", lambda i, j: f"output_blocks.{i * count + j}.1"),
+        # SDXL upsamples only where there are transformers: place 2.
+        (r"up_blocks\.(\d+)\.upsamplers\.(\d+)\.conv", lambda i, _: f"output_blocks.{i * count + count - 1}.2.conv"),
+        (r"mid_block\.(resnets)\.(\d+)", lambda _, j: f"middle_block.{2 * j}"),
+        (r"mid_block\.(attentions)\.(\d+)", lambda *_: "middle_block.1"),
+    ):  # fmt: skip
+        if found := re.match(pattern, name):
+            first, second = (int(g) if g.isdigit() else 0 for g in found.groups())
+            inner = name[found.end() :]
+            if "resnets" in found[0]:
+                for theirs, ours in _SGM_RESIDUAL.items():
+                    inner = re.sub(rf"^\.{theirs}\.", f".{ours}.", inner)
+            return make(first, second) + inner
+    for theirs, ours in _SGM_OUTSIDE.items():
+        if name.startswith(f"{theirs}."):
+            return ours + name[len(theirs) :]
+    return name
 
 
 def load(unet: Any, folder: Path) -> None:

@@ -12,21 +12,28 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from ambient_sd.data.latents import CaptionEncoder
 from ambient_sd.errors import UserError
 from ambient_sd.hub_ids import resolve_model_id
 from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.training.config import TrainConfig
 
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-# The classes that are trained and encoded with. Loaded as another one, a part gets random weights where names differ.
-CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
-
-
-# Settings of U-Nets that need more than that (SDXL, unCLIP, image variations).
+_SD = {
+    "unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer,
+}  # fmt: skip
+_XL = {**_SD, "text_encoder_2": CLIPTextModelWithProjection, "tokenizer_2": CLIPTokenizer}
+# By the class in model_index.json: the parts that are trained and encoded with. Loaded as another class, a part gets
+# random weights where names differ.
+KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "StableDiffusionPipeline": (StableDiffusionPipeline, _SD),
+    "StableDiffusionXLPipeline": (StableDiffusionXLPipeline, _XL),
+}
+# Settings of U-Nets that need more than noisy latents, a timestep and a caption (unCLIP, image variations).
 _MORE_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")
+_TIME_IDS = 6  # of SDXL: original size, corner of the crop, target size; the refiner takes five
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,9 @@ class Base:
         scheduler: the pipeline's own scheduler, its prediction type replaced if the run asks for another.
         unet_config: contents of unet/config.json.
         vae_config: contents of vae/config.json.
+        kind: class of the pipeline, a key of `KINDS`.
+        vae_name: folder or hub id of another VAE, or None.
+        zero_empty: the pipeline samples its unconditional half with zeros, not with the empty prompt (SDXL).
     """
 
     name: str
@@ -47,6 +57,19 @@ class Base:
     scheduler: Any
     unet_config: dict[str, Any]
     vae_config: dict[str, Any]
+    kind: str = "StableDiffusionPipeline"
+    vae_name: str | None = None
+    zero_empty: bool = False
+
+    @property
+    def is_xl(self) -> bool:
+        """Tell whether it is an SDXL, with two text encoders and micro-conditioning."""
+        return self.kind == "StableDiffusionXLPipeline"
+
+    @property
+    def text_parts(self) -> list[str]:
+        """Return the names of the parts that turn a caption into embeddings."""
+        return [part for part in KINDS[self.kind][1] if part.startswith(("text_encoder", "tokenizer"))]
 
     @property
     def label(self) -> str:
@@ -54,32 +77,55 @@ class Base:
         return Path(self.name).resolve().name if Path(self.name).exists() else self.name
 
     @property
+    def vae_label(self) -> str | None:
+        """Return a name of the other VAE that may be written down, as `label` for the base."""
+        if self.vae_name is None:
+            return None
+        return Path(self.vae_name).resolve().name if Path(self.vae_name).exists() else self.vae_name
+
+    @property
     def schedule(self) -> NoiseSchedule:
         """Return the noise schedule that the base was trained on."""
         return NoiseSchedule.from_scheduler(self.scheduler)
 
     def load(self, part: str, dtype: torch.dtype = torch.float32) -> Any:
-        """Load one part: unet, vae, text_encoder or tokenizer.
+        """Load one part: unet, vae, text_encoder, tokenizer; of SDXL text_encoder_2 and tokenizer_2 too.
 
         Raises:
             UserError: its files are missing or damaged.
         """
         options: dict[str, Any] = {"revision": self.revision, "cache_dir": self.cache_dir}
-        if part == "tokenizer":
-            return _tokenizer(self.name, options)
-        kind: Any = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}[part]
+        if part.startswith("tokenizer"):
+            return _tokenizer(self.name, part, options)
+        kind = KINDS[self.kind][1][part]
         # use_safetensors: else both libraries fall back to .bin files, which are pickles.
         options.update(variant=self.variant, dtype=dtype, use_safetensors=True)
+        if part == "vae" and self.vae_name is not None:
+            # Revision and variant are the base's.
+            options.update(revision=None, variant=None)
+            try:
+                return kind.from_pretrained(self.vae_name, **options)
+            except Exception as error:
+                raise _unreadable(self.vae_name, "weights", error) from None
         try:
             return kind.from_pretrained(self.name, subfolder=part, **options)
         except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError, ...: all mean unusable files
             raise _unreadable(self.name, part, error) from None
 
+    def captions(self) -> CaptionEncoder:
+        """Load tokenizers and text encoders, frozen, float32, as the maker of this class's embeddings."""
+        parts = {part: self.load(part) for part in self.text_parts}
+        for name, part in parts.items():
+            if name.startswith("text_encoder"):
+                part.requires_grad_(False).eval()
+        return CaptionEncoder(**parts, zero_empty=self.zero_empty)
+
     def pipeline(self, unet: Any) -> Any:
         """Return the whole base pipeline, float32, with another U-Net and this run's scheduler."""
-        pipe: Any = StableDiffusionPipeline.from_pretrained(
+        other = {} if self.vae_name is None else {"vae": self.load("vae")}
+        pipe: Any = KINDS[self.kind][0].from_pretrained(
             self.name, revision=self.revision, variant=self.variant, cache_dir=self.cache_dir, dtype=torch.float32,
-            unet=unet, scheduler=self.scheduler, use_safetensors=True,
+            unet=unet, scheduler=self.scheduler, use_safetensors=True, **other,
         )  # fmt: skip
         # diffusers writes where each part was loaded from into its config: a path of this machine, in a public folder.
         pipe.register_to_config(_name_or_path=self.label)
@@ -87,6 +133,13 @@ class Base:
             if hasattr(component, "register_to_config"):
                 component.register_to_config(_name_or_path=self.label)
         return pipe
+
+    def assemble(self, **parts: Any) -> Any:
+        """Build a pipeline of this class from live parts, to look at a model in training."""
+        options: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        if self.is_xl:
+            options = {"force_zeros_for_empty_prompt": self.zero_empty, "add_watermarker": False}
+        return KINDS[self.kind][0](**parts, **options, scheduler=self.scheduler)
 
 
 def check_base(config: TrainConfig) -> Base:
@@ -98,22 +151,7 @@ def check_base(config: TrainConfig) -> Base:
     """
     name = resolve_model_id(str(config.pretrained_model_name_or_path))
     folder = Path(name)
-    if folder.is_dir():
-        for part in PARTS:
-            if not (folder / part).is_dir():
-                raise UserError(
-                    f"base folder {name} has no {part}/",
-                    rule=f"a Stable Diffusion pipeline folder holds {', '.join(PARTS)}",
-                    remedy="give a folder written by save_pretrained, or a hub id",
-                )
-        for part in (*CLASSES, "safety_checker"):
-            if (folder / part).is_dir() and not any((folder / part).glob("*.safetensors")):
-                raise UserError(
-                    f"{part}/ of base folder {name} has no .safetensors file",
-                    rule="weights are read from safetensors only, for .bin files can run code",
-                    remedy="load the folder with diffusers and write it anew with save_pretrained",
-                )
-    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if not folder.is_dir() and (folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(
             f"pretrained_model_name_or_path is {name!r}",
             rule="there is no such folder",
@@ -121,20 +159,30 @@ def check_base(config: TrainConfig) -> Base:
         )
     options = {"revision": config.revision, "cache_dir": config.cache_dir}
     index = _read(StableDiffusionPipeline, name, None, options)
-    if "text_encoder_2" in index or "transformer" in index:
-        raise UserError(
-            f"{name} is a {index.get('_class_name')}",
-            rule="this trainer takes Stable Diffusion 1.x and 2.x pipelines",
-            remedy="give such a base",
-        )
-    for part, wanted in CLASSES.items():
-        found = index.get(part)
-        if isinstance(found, list) and found[-1] not in (wanted, None):
-            raise UserError(
-                f"{part} of {name} is a {found[-1]}", rule=f"this trainer takes a {wanted}", remedy="give such a base"
-            )
+    kind = _check_kind(name, index)
+    parts = KINDS[kind][1]
+    if folder.is_dir():
+        for part in (*parts, "scheduler"):
+            if not (folder / part).is_dir():
+                raise UserError(
+                    f"base folder {name} has no {part}/",
+                    rule=f"a {kind} folder holds {', '.join(parts)}, scheduler",
+                    remedy="give a folder written by save_pretrained, or a hub id",
+                )
+        for part in (*parts, "safety_checker"):
+            if (
+                not part.startswith("tokenizer")
+                and (folder / part).is_dir()
+                and not any((folder / part).glob("*.safetensors"))
+            ):
+                raise UserError(
+                    f"{part}/ of base folder {name} has no .safetensors file",
+                    rule="weights are read from safetensors only, for .bin files can run code",
+                    remedy="load the folder with diffusers and write it anew with save_pretrained",
+                )
     unet_config = _read(UNet2DConditionModel, name, "unet", options)
-    vae_config = _read(AutoencoderKL, name, "vae", options)
+    vae_name = config.pretrained_vae_model_name_or_path
+    vae_config = _read(AutoencoderKL, name, "vae", options) if vae_name is None else _other_vae(vae_name, config)
     for part, settings, keys in (
         ("unet", unet_config, ("in_channels", "block_out_channels", "cross_attention_dim")),
         ("vae", vae_config, ("latent_channels", "block_out_channels")),
@@ -142,13 +190,7 @@ def check_base(config: TrainConfig) -> Base:
         if absent := [key for key in keys if key not in settings]:
             raise UserError(f"{part}/config.json of {name} has no {absent[0]!r}", rule="the file is damaged or cut short",
                             remedy="fetch the base anew")  # fmt: skip
-    # addition_embed_type "text" pools the caption's own embedding: nothing more is needed there.
-    if more := [key for key in _MORE_INPUTS if unet_config.get(key) not in (None, "text")]:
-        raise UserError(
-            f"the U-Net of {name} has {more[0]} = {unet_config[more[0]]!r}",
-            rule="this trainer gives it noisy latents, a timestep and a caption",
-            remedy="give a text-to-image base of the kind of Stable Diffusion 1.x or 2.x",
-        )
+    _check_inputs(name, kind, unet_config, options)
     latent = vae_config["latent_channels"]
     if unet_config["in_channels"] != latent:
         raise UserError(
@@ -164,8 +206,95 @@ def check_base(config: TrainConfig) -> Base:
             remedy=f"try {max(1, config.resolution // factor) * factor}",
         )
     scheduler = _scheduler(name, config, options)
-    _tokenizer(name, options)
-    return Base(name, config.revision, config.variant, config.cache_dir, scheduler, unet_config, vae_config)
+    for part in parts:
+        if part.startswith("tokenizer"):
+            _tokenizer(name, part, options)
+    zero_empty = kind == "StableDiffusionXLPipeline" and bool(index.get("force_zeros_for_empty_prompt", True))
+    return Base(name, config.revision, config.variant, config.cache_dir, scheduler, unet_config, vae_config, kind, vae_name, zero_empty)  # fmt: skip
+
+
+def _check_kind(name: str, index: dict[str, Any]) -> str:
+    """Return the class of a pipeline that can be trained, by its model_index.json; refuse the others, each with its reason."""
+    kind = str(index.get("_class_name"))
+    refusal = ""
+    if index.get("requires_aesthetics_score") or kind == "StableDiffusionXLImg2ImgPipeline":
+        refusal = "the SDXL refiner starts from a picture and is conditioned on an aesthetic score"
+    elif "transformer" in index:
+        refusal = "it has a transformer, and this trainer trains U-Nets"
+    elif "Inpaint" in kind or "Depth" in kind or "Upscale" in kind or "Pix2Pix" in kind:
+        refusal = "inpainting, depth, upscaling and editing variants need more inputs than a caption"
+    elif kind not in KINDS:
+        refusal = f"this trainer takes a {' or a '.join(KINDS)}"
+    if refusal:
+        raise UserError(f"{name} is a {kind}", rule=refusal,
+                        remedy="give a text-to-image base: Stable Diffusion 1.x or 2.x, or SDXL base")  # fmt: skip
+    for part, wanted in KINDS[kind][1].items():
+        found = index.get(part)
+        # Tokenizers have slow and fast classes with the same files.
+        if (
+            isinstance(found, list)
+            and found[-1] != wanted.__name__
+            and not (found[-1] and part.startswith("tokenizer"))
+        ):
+            raise UserError(
+                f"{part} of {name} is a {found[-1]}" if found[-1] else f"{name} has no {part}",
+                rule=f"this trainer takes a {wanted.__name__}", remedy="give such a base",
+            )  # fmt: skip
+    return kind
+
+
+def _check_inputs(name: str, kind: str, unet_config: dict[str, Any], options: dict[str, Any]) -> None:
+    """Check that the U-Net takes what this class of pipeline gives it."""
+    is_xl = kind == "StableDiffusionXLPipeline"
+    # addition_embed_type "text" pools the caption's own embedding: nothing more is needed there.
+    allowed = (None, "text_time") if is_xl else (None, "text")
+    if more := [key for key in _MORE_INPUTS if unet_config.get(key) not in allowed]:
+        raise UserError(
+            f"the U-Net of {name} has {more[0]} = {unet_config[more[0]]!r}",
+            rule=f"as a {kind} it is given noisy latents, a timestep and a caption" + (", with sizes" if is_xl else ""),
+            remedy="give a text-to-image base: Stable Diffusion 1.x or 2.x, or SDXL base",
+        )
+    if not is_xl:
+        return
+    widths = [_text_config(name, part, options) for part in ("text_encoder", "text_encoder_2")]
+    hidden, pooled = sum(w.hidden_size for w in widths), widths[1].projection_dim
+    for key, needed in (
+        ("addition_embed_type", "text_time"),
+        ("cross_attention_dim", hidden),
+        (
+            "projection_class_embeddings_input_dim",
+            pooled + _TIME_IDS * (unet_config.get("addition_time_embed_dim") or 0),
+        ),
+    ):
+        if unet_config.get(key) != needed:
+            raise UserError(
+                f"the U-Net of {name} has {key} = {unet_config.get(key)!r}",
+                rule=f"the base's text encoders and six sizes come to {needed!r} (the SDXL refiner takes five)",
+                remedy="give an SDXL base whose parts belong together",
+            )
+
+
+def _text_config(name: str, part: str, options: dict[str, Any]) -> Any:
+    try:
+        return CLIPTextConfig.from_pretrained(name, subfolder=part, **options)
+    except Exception as error:  # OSError, JSON errors, wrong types
+        raise _unreadable(name, part, error) from None
+
+
+def _other_vae(vae_name: str, config: TrainConfig) -> dict[str, Any]:
+    """Read the settings of another VAE, and see that a local folder holds safetensors."""
+    folder = Path(vae_name)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"pretrained_vae_model_name_or_path is {vae_name!r}",
+            rule="the folder itself must hold config.json and a .safetensors file of an AutoencoderKL",
+            remedy="give the folder of a VAE, such as the vae/ of a pipeline",
+        )
+    settings = _read(AutoencoderKL, vae_name, None, {"cache_dir": config.cache_dir}, "config.json")
+    if settings.get("_class_name") != "AutoencoderKL":
+        raise UserError(f"pretrained_vae_model_name_or_path is a {settings.get('_class_name')}",
+                        rule="it must be an AutoencoderKL", remedy="give such a VAE, or leave it out")  # fmt: skip
+    return settings
 
 
 def _scheduler(name: str, config: TrainConfig, options: dict[str, Any]) -> Any:
@@ -189,24 +318,26 @@ def _scheduler(name: str, config: TrainConfig, options: dict[str, Any]) -> Any:
         raise _unreadable(name, "scheduler", error) from None
 
 
-def _tokenizer(name: str, options: dict[str, Any]) -> Any:
+def _tokenizer(name: str, part: str, options: dict[str, Any]) -> Any:
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **options)
+        tokenizer = CLIPTokenizer.from_pretrained(name, subfolder=part, **options)
         # transformers does not mind if its files are missing: every caption is then the same row of unknown tokens.
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
             raise ValueError("it knows no words; tokenizer.json, or vocab.json and merges.txt, are missing")
     except Exception as error:  # OSError, JSON errors, whatever the tokenizers library raises
-        raise _unreadable(name, "tokenizer", error) from None
+        raise _unreadable(name, part, error) from None
     return tokenizer
 
 
-def _read(kind: Any, name: str, part: str | None, options: dict[str, Any]) -> dict[str, Any]:
+def _read(
+    kind: Any, name: str, part: str | None, options: dict[str, Any], label: str = "model_index.json"
+) -> dict[str, Any]:
     try:
         settings = kind.load_config(name, subfolder=part, **options) if part else kind.load_config(name, **options)
         if not isinstance(settings, dict):
             raise TypeError(f"its JSON holds a {type(settings).__name__}, not keys with values")
     except Exception as error:  # OSError offline or absent, JSON errors, hub errors
-        raise _unreadable(name, part or "model_index.json", error) from None
+        raise _unreadable(name, part or label, error) from None
     return dict(settings)
 
 

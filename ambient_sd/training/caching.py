@@ -55,9 +55,10 @@ class CachedCaptions:
     def __init__(self, store: Store) -> None:
         self.store = store
 
-    def __call__(self, captions: Sequence[str]) -> torch.Tensor:
-        """Return the embeddings of captions, (B, L, D) float32 on the CPU."""
-        return torch.stack([entry["hidden"] for entry in self.store.read([entry_id(c) for c in captions])])
+    def __call__(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return the embeddings of captions, as a `CaptionEncoder` does."""
+        found = self.store.read([entry_id(c) for c in captions])
+        return {name: torch.stack([entry[name] for entry in found]) for name in found[0]}
 
 
 def fill_latents(
@@ -103,14 +104,20 @@ def fill_captions(
     Raises:
         UserError: as for `fill_latents`.
     """
-    tokens = encoder.tokenizer.backend_tokenizer.to_str()
-    about = {
-        "what": "caption embeddings", "version": _VERSION, "device": accelerator.device.type,
-        "text_encoder": fingerprint(encoder.text_encoder, tokens, str(encoder.tokenizer.model_max_length)),
+    about: dict[str, Any] = {
+        "what": "caption embeddings", "version": _VERSION, "device": accelerator.device.type, "zero_empty": encoder.zero_empty,
     }  # fmt: skip
+    for tokenizer, model in (
+        (encoder.tokenizer, encoder.text_encoder),
+        (encoder.tokenizer_2, encoder.text_encoder_2),
+    ):
+        if model is not None:
+            tokens = tokenizer.backend_tokenizer.to_str()
+            mine = fingerprint(model, tokens, str(tokenizer.model_max_length))
+            about[f"text_encoder_{len(about)}"] = mine
     store = Store(root, "captions", about)
     distinct = list(dict.fromkeys(["", *captions]))
-    _fill(store, [entry_id(c) for c in distinct], lambda place: {"hidden": encoder.encode(distinct[place])}, accelerator,
+    _fill(store, [entry_id(c) for c in distinct], lambda place: encoder.encode(distinct[place]), accelerator,
           what="captions", progress=progress)  # fmt: skip
     return store
 

@@ -90,6 +90,7 @@ class TrainConfig:
 
     # fmt: off
     pretrained_model_name_or_path: str | None = option(None, "model", "base pipeline: local folder or hub id (required)")
+    pretrained_vae_model_name_or_path: str | None = option(None, "model", "another VAE in place of the base's: folder with config.json, or hub id. A full fine-tune saves it; a LoRA must be drawn with it")
     revision: str | None = option(None, "model", "revision of the hub repository")
     variant: str | None = option(None, "model", "variant of the weight files, e.g. fp16")
     prediction_type: str | None = option(None, "model", "what the U-Net predicts; default: as in the base model's scheduler. Saved with a full fine-tune; a LoRA must keep the base's", choices=("epsilon", "v_prediction", "sample"))
@@ -107,7 +108,7 @@ class TrainConfig:
     resolution: int = option(512, "data", "pictures are resized (shorter side) and cropped to this many pixels", low=8)
     center_crop: bool = option(False, "data", "crop the centre; otherwise the crop is drawn (ambient: once per picture, for ever)")
     random_flip: bool = option(False, "data", "mirror half of the pictures (ambient: drawn once per picture, for ever; otherwise anew each epoch)")
-    caption_dropout: float = option(0.1, "data", "share of samples trained with the empty caption: guidance and the guard's score need a trained unconditional branch", low=0.0, high=1.0)
+    caption_dropout: float = option(0.1, "data", "share of samples trained with the empty caption: guidance and the guard's score need a trained unconditional branch", low=0.0, high=1.0, alias="proportion_empty_prompts")
     dataloader_num_workers: int = option(0, "data", "worker processes that decode pictures where latents are not held in memory", low=0)
 
     objective: str = option("ambient", "objective", "the loss", choices=("ambient", "plain", "gap"))

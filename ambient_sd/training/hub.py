@@ -52,6 +52,7 @@ class Facts:
         licence: license, license_name, license_link of the base, as in a card's head.
         objective: ambient, plain or gap; level: s_n or the gap's lower edge; timestep: where `level` lies on the base's
             schedule of `timesteps` steps, None below its first.
+        xl: the base is an SDXL; vae: public name of a VAE that stood in for the base's own, else None.
         lora: rank, alpha, dropout, dora, targets; None for a full fine-tune.
         batch: samples per optimizer step.
         pictures: how many; distinct: without exact copies; groups: near-duplicate groups, None where not looked for;
@@ -71,6 +72,8 @@ class Facts:
     timesteps: int
     gap_upper: float | None
     reweight: int | None
+    xl: bool
+    vae: str | None
     lora: dict[str, Any] | None
     averaged: bool
     steps: int
@@ -120,7 +123,8 @@ class Facts:
             (int, float): "level learning_rate finished",
             (int, float, type(None)): "timestep gap_upper reweight groups",
             str: "base objective prediction_type lr_scheduler fingerprint",
-            (str, type(None)): "base_id dataset",
+            (str, type(None)): "base_id dataset vae",
+            bool: "xl averaged",
             (dict, type(None)): "lora",
             list: "prompts",
         }
@@ -180,6 +184,8 @@ def describe_run(
         timesteps=objective.schedule.num_train_timesteps,
         gap_upper=config.gap_upper,
         reweight=config.reweight,
+        xl=base.is_xl,
+        vae=_public(config.pretrained_vae_model_name_or_path),
         lora=None
         if not config.lora
         else {"rank": config.rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout, "dora": config.use_dora,
@@ -200,6 +206,11 @@ def describe_run(
         prompts=list(prompts),
         finished=time.time(),
     )  # fmt: skip
+
+
+def _public(name: str | None) -> str | None:
+    """Return a hub id as it is, and of a folder only that it is one."""
+    return None if name is None else name if HUB_ID.fullmatch(name) and not Path(name).exists() else "another VAE"
 
 
 def write_card(folder: Path, facts: Facts) -> None:
@@ -341,25 +352,41 @@ def _usage(facts: Facts, repo: str | None, revision: str | None) -> list[str]:
     # ascii(): a Python literal on one line, whatever the name holds.
     source = ascii(repo or PLACEHOLDER).replace("'", '"')
     at = "" if revision is None else f", revision={revision!a}"
+    pipeline = "StableDiffusionXLPipeline" if facts.xl else "AmbientSDPipeline"
     if facts.lora:
         base = f'"{facts.base_id or "BASE_MODEL"}"'
         load = [
-            f"pipe = AmbientSDPipeline.from_pretrained({base})",
+            f"pipe = {pipeline}.from_pretrained({base})",
             f'pipe.load_lora_weights({source}, weight_name="pytorch_lora_weights.safetensors"{at})',
         ]
     else:
-        load = [f"pipe = AmbientSDPipeline.from_pretrained({source}{at})"]
-    code = [
-        "from ambient_sd import AmbientSDPipeline",
-        "",
-        *load,
-        'output = pipe("a caption")',
-        'output.images[0].save("picture.png")',
-        "print(output.memorization[0].score)  # how strongly the prompt pulled: high where a picture may be copied",
-    ]
+        load = [f"pipe = {pipeline}.from_pretrained({source}{at})"]
+    high = "  # how strongly the prompt pulled: high where a picture may be copied"
+    if facts.xl:
+        code = [
+            "from ambient_sd import MemorizationGuard",
+            "from diffusers import StableDiffusionXLPipeline",
+            "",
+            *load,
+            "with MemorizationGuard(pipe) as guard:",
+            '    output = pipe("a caption")',
+            'output.images[0].save("picture.png")',
+            f"print(guard.report[0].score){high}",
+        ]
+    else:
+        code = [
+            "from ambient_sd import AmbientSDPipeline",
+            "",
+            *load,
+            'output = pipe("a caption")',
+            'output.images[0].save("picture.png")',
+            f"print(output.memorization[0].score){high}",
+        ]
     said = []
     if facts.lora and facts.base_id is None:
         said.append(f"BASE_MODEL stands for the base that this was trained on, {inline(facts.base, 100)}.")
+    if facts.lora and facts.vae is not None:
+        said.append(f"It was trained with {inline(facts.vae, 100)} in place of the base's VAE: draw with it too.")
     if repo is None:
         said.append(f"{PLACEHOLDER} stands for the folder that holds this page.")
     return ["## Usage", "\n".join(["```python", *code, "```"]), *([" ".join(said)] if said else [])]

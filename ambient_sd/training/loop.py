@@ -33,6 +33,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from ambient_sd.data import conditioning
 from ambient_sd.data import latents as data
 from ambient_sd.data.duplicates import noise_fingerprint, shared_noise
 from ambient_sd.data.sources import PictureSet, load_rows
@@ -69,6 +70,7 @@ class TrainingBatch:
         eps_n: (B, C, h, w) fixed noise, or None where the objective has none.
         noise: (B, C, h, w) fresh noise.
         perturbation: (B, C, h, w) what is added to the noise of the input only, or None.
+        time_ids: (B, 6) float32, SDXL's sizes in pixels, or None.
     """
 
     positions: list[int]
@@ -79,6 +81,7 @@ class TrainingBatch:
     eps_n: torch.Tensor | None
     noise: torch.Tensor
     perturbation: torch.Tensor | None = None
+    time_ids: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -336,6 +339,7 @@ class _Trainer:
             **{name: getattr(self.config, name) or None for name in extras.IDENTITY},
             "ambient_level": self.plan.objective.level,
             "prediction_type": self.plan.objective.prediction_type,
+            "vae": self.base.vae_label,
             "global_batch": self.global_batch,
             "pictures": self.data_fingerprint,
             "noise_keys": noise_fingerprint(self.plan.pictures.noise_keys, self.plan.pictures.mirrored),
@@ -457,9 +461,8 @@ class _Trainer:
         """Compute what never changes, sharing the work out; let VAE and text encoder go if nothing needs them more."""
         pictures, accelerator, config = self.plan.pictures, self.accelerator, self.config
         self.vae = self.base.load("vae").to(accelerator.device).requires_grad_(False).eval()
-        text_encoder = self.base.load("text_encoder").to(accelerator.device).requires_grad_(False).eval()
-        self.captions = data.CaptionEncoder(self.base.load("tokenizer"), text_encoder)
-        self.embed: Callable[[Sequence[str]], torch.Tensor] = self.captions
+        self.captions = self.base.captions().to(accelerator.device)
+        self.embed: Callable[[Sequence[str]], dict[str, torch.Tensor]] = self.captions
         self.cached: Dataset[tuple[str, torch.Tensor]] | None = None
         if config.latent_cache_dir is not None:
             folder, options = config.latent_cache_dir, {"progress": self.progress}
@@ -474,9 +477,9 @@ class _Trainer:
                 store = caching.fill_latents(folder, self.vae, pictures, self.rule, accelerator, **options)
                 self.cached = caching.CachedLatents(store, pictures, self.rule, self.stream)
                 self.vae.to("cpu")
-            text_encoder.to("cpu")
+            self.captions.to("cpu")
         elif self.captions.hold(pictures.captions, limit=data.MAX_HELD_BYTES, progress=self.progress):
-            text_encoder.to("cpu")
+            self.captions.to("cpu")
         self.latents: torch.Tensor | None = None
         size = 4 * len(pictures) * math.prod(self.shape)
         if self.cached is None and self.rule.fixed(pictures) and size <= data.MAX_HELD_BYTES:
@@ -493,7 +496,7 @@ class _Trainer:
             if self.latents is not None or self.cached is not None:
                 self.vae = None
             if self.captions.held or self.embed is not self.captions:
-                self.captions.text_encoder = None
+                self.captions.release()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -543,7 +546,10 @@ class _Trainer:
             eps_n = shared_noise(noise_keys, mirrored, self.shape, seed=self.config.noise_seed)
         fresh = noising.offset(torch.stack(noise), self.stream, positions, self.config.noise_offset)
         extra = noising.perturbation_at(self.stream, positions, self.shape, self.config.input_perturbation)
-        return TrainingBatch(positions, keys, captions, torch.stack(timesteps), x0, eps_n, fresh, extra)
+        sizes = (
+            conditioning.time_ids(self.plan.pictures, self.rule, self.stream, positions) if self.base.is_xl else None
+        )
+        return TrainingBatch(positions, keys, captions, torch.stack(timesteps), x0, eps_n, fresh, extra, sizes)
 
     def _step(
         self,
@@ -569,11 +575,11 @@ class _Trainer:
             )  # fmt: skip
             for dropout in self.dropouts:
                 dropout.positions = batch.positions
-            context = self.embed(batch.captions).to(device)
+            inputs = conditioning.unet_inputs(self.embed(batch.captions), batch.time_ids, device)
             with accelerator.no_sync(model) if part < parts - 1 else contextlib.nullcontext():
                 with accelerator.autocast():
                     output = model(
-                        corrupted.x_t.to(device), batch.timesteps.to(device), context, return_dict=False
+                        corrupted.x_t.to(device), batch.timesteps.to(device), **inputs, return_dict=False
                     )[0]  # fmt: skip
                 error = (output.float() - corrupted.target.to(device)).square().flatten(1).mean(1)
                 each = corrupted.weight.to(device) * error
@@ -647,14 +653,8 @@ class _Trainer:
         samples = step * self.global_batch
         return samples // every > (samples - self.global_batch) // every or step == self.steps
 
-    def _parts(self) -> dict[str, Any]:
-        return {
-            "unet": self.unet,
-            "vae": self.vae,
-            "text_encoder": self.captions.text_encoder,
-            "tokenizer": self.captions.tokenizer,
-            "scheduler": self.base.scheduler,
-        }
+    def _pipeline(self) -> Any:
+        return self.base.assemble(unet=self.unet, vae=self.vae, **self.captions.parts())
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         """Lend the averaged weights, which will be the result, to the U-Net."""
@@ -663,7 +663,7 @@ class _Trainer:
     def _draw(self, step: int) -> None:
         with self._averaged():
             drawn = validation.draw(
-                self._parts(),
+                self._pipeline(),
                 self.plan.prompts,
                 self.config.num_validation_images or 4,
                 resolution=self.config.resolution,
@@ -680,7 +680,7 @@ class _Trainer:
     def _look(self, probe: Probe, step: int) -> None:
         """Look for copies; keep the numbers in `looks` and probe.jsonl, the pictures in probe/."""
         with self._averaged():
-            seen = probe.look(self._parts(), self.accelerator, step)
+            seen = probe.look(self._pipeline(), self.accelerator, step)
         self.looks.append(seen.record())
         if self.accelerator.is_main_process:
             self._show("probe", seen.sheet, step)
@@ -717,7 +717,7 @@ class _Trainer:
             if config.lora:
                 adapters.save(self.unet, staging)
                 if config.output_kohya_format:
-                    adapters.save_kohya(self.unet, staging)
+                    adapters.save_kohya(self.unet, staging, xl=self.base.is_xl)
             else:
                 try:
                     pipe = self.base.pipeline(self.unet)

@@ -77,10 +77,10 @@ class Probe:
         self.originals = [_centre(pictures[i].image) for i in searched]
         self.real = self.features(self.originals)
 
-    def look(self, parts: dict[str, Any], accelerator: Accelerator, step: int) -> Probed:
+    def look(self, pipe: Any, accelerator: Accelerator, step: int) -> Probed:
         """Draw the probe's pictures and measure them; to be called by every process."""
         drawn = validation.draw(
-            parts, self.captions, 1, resolution=self.resolution, seed=self.seed, accelerator=accelerator,
+            pipe, self.captions, 1, resolution=self.resolution, seed=self.seed, accelerator=accelerator,
             guidance_scale=GUIDANCE_SCALE,
         )  # fmt: skip
         return self.measure([row[0] for row in drawn.rows], [row[0] for row in drawn.scores], step)

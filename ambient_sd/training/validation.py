@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from ambient_sd.data.stream import keyed_generator
@@ -65,7 +64,7 @@ def read_prompts(entries: Sequence[str] | None) -> list[str]:
 
 @torch.no_grad()
 def draw(
-    parts: dict[str, Any],
+    pipe: Any,
     prompts: Sequence[str],
     per_prompt: int,
     *,
@@ -77,7 +76,7 @@ def draw(
     """Draw `per_prompt` pictures of each prompt; to be called by every process.
 
     Args:
-        parts: unet, vae, text_encoder, tokenizer, scheduler.
+        pipe: a pipeline of the model in training (`Base.assemble`).
         prompts: one row of pictures each.
         per_prompt: pictures in a row.
         resolution: side in pixels.
@@ -88,11 +87,9 @@ def draw(
     Returns:
         One row of pictures and of scores per prompt, on every process.
     """
-    pipe: Any = StableDiffusionPipeline(
-        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
     pipe.set_progress_bar_config(disable=True)
-    unet, homes = parts["unet"], {name: parts[name].device for name in ("vae", "text_encoder")}
+    unet, parts = pipe.unet, pipe.components
+    homes = {name: parts[name].device for name in ("vae", "text_encoder", "text_encoder_2") if name in parts}
     training = unet.training
     unet.eval()
     try:

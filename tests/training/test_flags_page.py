@@ -25,8 +25,12 @@ _BOTH = """
 _FULL = "non_ema_revision input_perturbation dream_training dream_detail_preservation use_ema offload_ema foreach_ema \
 validation_prompts tracker_project_name"
 _LORA = "rank validation_prompt num_validation_images"
+_XL = "pretrained_vae_model_name_or_path proportion_empty_prompts train_text_encoder timestep_bias_strategy \
+timestep_bias_multiplier timestep_bias_begin timestep_bias_end timestep_bias_portion enable_npu_flash_attention debug_loss"
 THEIRS = {
-    name: script for names, script in ((_BOTH, "both"), (_FULL, "full"), (_LORA, "LoRA")) for name in names.split()
+    name: script
+    for names, script in ((_BOTH, "both"), (_FULL, "full"), (_LORA, "LoRA"), (_XL, "XL"))
+    for name in names.split()
 }
 
 

@@ -58,7 +58,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         seen.extend(s.draw_key for s in samples)
         return encode(vae, samples, **options)
 
-    def counted_captions(self: Any, caption: str) -> torch.Tensor:
+    def counted_captions(self: Any, caption: str) -> dict[str, torch.Tensor]:
         seen.append(f"caption {caption}")
         return embed(self, caption)
 
@@ -100,6 +100,21 @@ def test_a_run_from_the_cache_has_the_bits_of_one_without(
     assert same(bare, trained(settings("second", **views)))
     assert encoded == []
     assert same(bare, trained(settings("workers", dataloader_num_workers=2, **views)))
+
+
+def test_sdxl_from_the_cache_has_the_bits_of_sdxl_without(
+    settings: Settings, encoded: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "xl"
+    tiny.tiny_sdxl_pipeline().save_pretrained(folder)
+    values: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(folder), "caption_dropout": 0.3, "max_train_steps": 2, "random_flip": True
+    }  # fmt: skip
+    bare = trained(settings("bare", latent_cache_dir=None, **values))
+    assert same(bare, trained(settings("first", **values)))
+    encoded.clear()
+    assert same(bare, trained(settings("second", **values)))
+    assert encoded == []
 
 
 def test_only_what_is_new_is_computed_and_nothing_is_stale(

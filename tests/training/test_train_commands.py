@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import yaml
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -48,7 +49,7 @@ def script() -> Any:
 
 
 def test_there_are_configs_and_each_says_what_it_is() -> None:
-    assert {"sd2-full.yaml", "sd2-lora.yaml"} <= {c.name for c in CONFIGS}
+    assert {"sd2-full.yaml", "sd2-lora.yaml", "sd15-lora.yaml", "sdxl-lora.yaml"} <= {c.name for c in CONFIGS}
     for config in CONFIGS:
         assert "Needs:" in config.read_text(), config.name
         assert header_commands(config), config.name
@@ -63,6 +64,9 @@ def test_the_command_in_a_config_header_runs(
     data = settings["train_data_dir"]
     if data != "my-pictures" and not Path(data).exists():
         pytest.skip(f"{data} is not built yet")
+    if "sdxl" in config.name:
+        tiny_base = tmp_path / "base"
+        tiny.tiny_sdxl_pipeline().save_pretrained(tiny_base)
     for command in header_commands(config):
         monkeypatch.setattr(
             sys, "argv", ["train", *tiny_arguments(command, tiny_base, tiny_pictures, tmp_path / "out")]
@@ -71,7 +75,7 @@ def test_the_command_in_a_config_header_runs(
     assert "1 steps in" in capsys.readouterr().out
     saved = yaml.safe_load((tmp_path / "out" / "train_config.yaml").read_text())
     assert saved["objective"] == "ambient"
-    pipe = StableDiffusionPipeline.from_pretrained(tiny_base if settings.get("lora") else tmp_path / "out")
+    pipe = DiffusionPipeline.from_pretrained(tiny_base if settings.get("lora") else tmp_path / "out")
     if settings.get("lora"):
         pipe.load_lora_weights(tmp_path / "out")
 

@@ -393,7 +393,7 @@ def test_bad_input_ends_in_one_line_before_weights_load_and_writes_nothing(
     cases: list[tuple[dict[str, Any], list[str]]] = [
         ({"pretrained_model_name_or_path": str(no_unet)}, ["no-unet", "no unet/"]),
         ({"pretrained_model_name_or_path": str(broken_json)}, ["unet of base model", "broken"]),
-        (base("xl", write("model_index.json", text_encoder_2=["transformers", "CLIPTextModel"])), ["xl is a", "1.x and 2.x"]),
+        (base("odd", write("model_index.json", _class_name="WuerstchenPipeline")), ["odd is a", "StableDiffusionPipeline"]),
         (base("alt", write("model_index.json", text_encoder=["x", "RobertaModel"])), ["text_encoder", "RobertaModel"]),
         (base("unclip", write("unet/config.json", class_embed_type="projection")), ["class_embed_type", "text-to-image"]),
         (base("betas", write("scheduler/scheduler_config.json", beta_schedule="x")), ["scheduler of base model", "betas"]),
