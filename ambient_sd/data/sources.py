@@ -1,4 +1,4 @@
-"""Pictures and captions from a folder with metadata.jsonl or .csv, a parquet file or a hub dataset, checked before use.
+"""Pictures and captions from a folder with metadata.jsonl or .csv, a parquet file, tar shards or a hub dataset, checked before use.
 
 A picture's `key` is the SHA-256 of its decoded RGB content, size included. Whatever is fixed per picture (its noise,
 its VAE draw, its view) hangs on it, so a copy under another name or in another lossless format shares all of them.
@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from ambient_sd.data.duplicates import Group, Thumbnails, find_groups, noise_keys
+from ambient_sd.data.shards import ShardRows, find_shards, has_shards, index_shards, names_shards
 from ambient_sd.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -192,7 +193,8 @@ def load_rows(
     """Open a source of pictures and captions.
 
     Args:
-        source: folder with metadata.jsonl or metadata.csv, parquet file, or hub dataset id.
+        source: folder with metadata.jsonl or metadata.csv, parquet file, tar shards (a folder of them, one, or a pattern
+            such as part-{000..010}.tar), or hub dataset id.
         image_column: column of the pictures: bytes, or a struct of bytes and path; a folder uses file_name instead.
         caption_column: column of the captions, one text per row.
         split: of a hub dataset (default train); of a local source the value of its column `split`.
@@ -213,8 +215,10 @@ def load_rows(
     """
     path = Path(source).expanduser()
     looks_local = str(source).startswith((".", "/", "~")) or path.suffix == ".parquet"
-    if path.is_dir():
-        table = _from_folder(path, caption_column, faults)
+    if names_shards(path):
+        table = _from_shards(path, caption_column, faults)
+    elif path.is_dir():
+        table = (_from_shards if _holds_shards(path) else _from_folder)(path, caption_column, faults)
     elif path.is_file():
         table = _from_parquet(path, image_column, caption_column)
     elif local or looks_local or str(source).count("/") > 1:
@@ -297,6 +301,41 @@ class _HubColumn:
 
     def __call__(self, index: int) -> Any:
         return self.data[index][self.name]
+
+
+@dataclass(frozen=True)
+class _ShardPictures:
+    """Reach the picture of a row in a shard; a class for the same reason."""
+
+    rows: ShardRows
+
+    def __call__(self, index: int) -> bytes:
+        try:
+            return self.rows.picture(index)
+        except OSError as error:
+            raise _Undecodable(str(error)) from None
+
+
+def _holds_shards(folder: Path) -> bool:
+    if not has_shards(folder):
+        return False
+    if (listing := next((name for name in METADATA if (folder / name).exists()), None)) is not None:
+        raise UserError(
+            f"folder {folder} has {listing} and tar files",
+            rule="they are two picture sets",
+            remedy="move one of them away, or give the pattern of the shards, such as part-{000..010}.tar",
+        )
+    return True
+
+
+def _from_shards(path: Path, caption_column: str, faults: list[Fault] | None) -> _Table:
+    found: list[tuple[str, str]] | None = None if faults is None else []
+    rows = index_shards(find_shards(path), caption_column, found)
+    if faults is None:
+        _need_columns(str(path), [caption_column], list(rows[0]))
+    else:
+        faults.extend(Fault(name, "broken", text) for name, text in found or ())
+    return _Table(str(path), rows, _ShardPictures(rows), rows.names.__getitem__)
 
 
 def _from_folder(folder: Path, caption_column: str, faults: list[Fault] | None) -> _Table:

@@ -28,7 +28,7 @@ from ambient_sd.errors import UserError
 
 GROUPS = {
     "model": "Which base model is fine-tuned: a local pipeline folder or a hub id.",
-    "data": "Pictures and captions: a folder with metadata.jsonl, a parquet file, or a dataset's hub id.",
+    "data": "Pictures and captions: a folder with metadata.jsonl, a parquet file, WebDataset shards, or a dataset's hub id.",
     "objective": "The loss. `ambient` never shows the network a clean picture above the nature level s_n = sigma / alpha "
     "(on SD's schedule s = 0.34 at t=100, 0.83 at 300, 1.16 at 400, 2.3 at 600, 14.6 at 999); one noise per picture, fixed "
     "for ever. `plain` is the ordinary loss. `gap` is plain without the band of noise levels from the level to gap_upper.",
@@ -96,7 +96,7 @@ class TrainConfig:
     dataset_name: str | None = option(None, "data", "hub id of a dataset; a local folder or parquet file works too")
     dataset_config_name: str | None = option(None, "data", "configuration of the hub dataset")
     dataset_split: str | None = option(None, "data", "split: of a hub dataset (default train), or the value of a local source's `split` column")
-    train_data_dir: str | None = option(None, "data", "folder with pictures and metadata.jsonl, or a parquet file")
+    train_data_dir: str | None = option(None, "data", "folder with pictures and metadata.jsonl, a parquet file, or WebDataset shards: a folder of .tar files, one, or part-{000..010}.tar")
     image_column: str = option("image", "data", "column of the pictures (parquet, hub; a folder uses file_name)")
     caption_column: str = option("text", "data", "column of the captions")
     row_filter: list[str] | None = option(None, "data", "keep rows where all of these hold: column=value, 'column<=number' or 'column>=number'")
