@@ -140,7 +140,7 @@ def has_shards(folder: Path) -> bool:
 
 def names_shards(source: Path) -> bool:
     """Tell whether a path is a tar file, compressed or not, or a pattern such as `part-{000..010}.tar`."""
-    return _is_shard(source.name) and (source.is_file() or bool(_RANGE.search(str(source))))
+    return _is_shard(source.name) and (os.path.isfile(source) or bool(_RANGE.search(str(source))))
 
 
 def _is_shard(name: str) -> bool:

@@ -6,6 +6,8 @@ must cost the user a second, not a download.
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +73,9 @@ class Base:
         # use_safetensors: else both libraries fall back to .bin files, which are pickles.
         options.update(variant=self.variant, dtype=dtype, use_safetensors=True)
         try:
-            return kind.from_pretrained(self.name, subfolder=part, **options)
+            model, info = kind.from_pretrained(self.name, subfolder=part, output_loading_info=True, **options)
+            _check_whole(model, info["missing_keys"])
+            return model
         except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError, ...: all mean unusable files
             raise _unreadable(self.name, part, error) from None
 
@@ -98,7 +102,7 @@ def check_base(config: TrainConfig) -> Base:
     """
     name = resolve_model_id(str(config.pretrained_model_name_or_path))
     folder = Path(name)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike pathlib it takes a name of any length
         for part in PARTS:
             if not (folder / part).is_dir():
                 raise UserError(
@@ -113,7 +117,7 @@ def check_base(config: TrainConfig) -> Base:
                     rule="weights are read from safetensors only, for .bin files can run code",
                     remedy="load the folder with diffusers and write it anew with save_pretrained",
                 )
-    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    elif os.path.exists(folder) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(
             f"pretrained_model_name_or_path is {name!r}",
             rule="there is no such folder",
@@ -121,6 +125,7 @@ def check_base(config: TrainConfig) -> Base:
         )
     options = {"revision": config.revision, "cache_dir": config.cache_dir}
     index = _read(StableDiffusionPipeline, name, None, options)
+    _check_index(name, index)
     if "text_encoder_2" in index or "transformer" in index:
         raise UserError(
             f"{name} is a {index.get('_class_name')}",
@@ -142,6 +147,13 @@ def check_base(config: TrainConfig) -> Base:
         if absent := [key for key in keys if key not in settings]:
             raise UserError(f"{part}/config.json of {name} has no {absent[0]!r}", rule="the file is damaged or cut short",
                             remedy="fetch the base anew")  # fmt: skip
+        if wrong := [k for k in keys if k.endswith("_channels") and not _is_kind(k, settings[k])]:
+            raise UserError(f"{part}/config.json of {name} has {wrong[0]} = {settings[wrong[0]]!r}",
+                            rule="the file is damaged", remedy="fetch the base anew")  # fmt: skip
+    scale = vae_config.get("scaling_factor", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        raise UserError(f"vae/config.json of {name} has scaling_factor = {scale!r}", rule="latents are multiplied by it",
+                        remedy="fetch the base anew")  # fmt: skip
     # addition_embed_type "text" pools the caption's own embedding: nothing more is needed there.
     if more := [key for key in _MORE_INPUTS if unet_config.get(key) not in (None, "text")]:
         raise UserError(
@@ -164,8 +176,50 @@ def check_base(config: TrainConfig) -> Base:
             remedy=f"try {max(1, config.resolution // factor) * factor}",
         )
     scheduler = _scheduler(name, config, options)
-    _tokenizer(name, options)
+    _check_lengths(name, _tokenizer(name, options), _read(UNet2DConditionModel, name, "text_encoder", options))
     return Base(name, config.revision, config.variant, config.cache_dir, scheduler, unet_config, vae_config)
+
+
+def _check_index(name: str, index: dict[str, Any]) -> None:
+    """Refuse an index that no pipeline loads from: the run would find out after its last step."""
+    wrong = [part for part in PARTS if not (isinstance(index.get(part), list) and len(index[part]) == 2
+             and all(isinstance(word, str) for word in index[part]))]  # fmt: skip
+    if wrong or not isinstance(index.get("_class_name"), str):
+        key = wrong[0] if wrong else "_class_name"
+        raise UserError(
+            f"model_index.json of {name} has {key} = {index.get(key)!r}",
+            rule="a part is [library, class], and _class_name the pipeline's class",
+            remedy="fetch the base anew",
+        )
+
+
+def _is_kind(key: str, value: Any) -> bool:
+    """Tell whether `in_channels` and the like is a whole number, and `block_out_channels` a list of them."""
+    if key == "block_out_channels":
+        return isinstance(value, list) and bool(value) and all(type(v) is int and v > 0 for v in value)
+    return type(value) is int and value > 0
+
+
+def _check_whole(model: Any, missing: Any) -> None:
+    # Both libraries fill what a file lacks with random numbers, or with nothing, and only warn.
+    if missing:
+        raise ValueError(f"its weights are missing {len(missing)} tensors, such as {min(missing)}")
+    bad = [key for key, p in model.named_parameters() if not bool(torch.isfinite(p.sum()))]
+    if bad and not bool(torch.isfinite(model.get_parameter(bad[0])).all()):
+        raise ValueError(f"{bad[0]} holds values that are not finite")
+
+
+def _check_lengths(name: str, tokenizer: Any, text_config: dict[str, Any]) -> None:
+    """Check that every token and place that the tokenizer gives has its row in the text encoder."""
+    length, places = tokenizer.model_max_length, text_config.get("max_position_embeddings", 77)
+    if type(length) is not int or not 0 < length <= places:
+        raise UserError(f"tokenizer of {name} has model_max_length = {length}"[:200],
+                        rule=f"the text encoder takes texts of 1 to {places} tokens",
+                        remedy="set it in tokenizer/tokenizer_config.json, or fetch the base anew")  # fmt: skip
+    words, rows = len(tokenizer), text_config.get("vocab_size", 49408)
+    if words > rows:
+        raise UserError(f"tokenizer of {name} knows {words} tokens and its text encoder {rows}",
+                        rule="they belong to two models", remedy="fetch the base anew")  # fmt: skip
 
 
 def _scheduler(name: str, config: TrainConfig, options: dict[str, Any]) -> Any:
@@ -173,9 +227,14 @@ def _scheduler(name: str, config: TrainConfig, options: dict[str, Any]) -> Any:
     kind = getattr(diffusers, str(settings.get("_class_name")), None)
     if kind is None:
         raise UserError(
-            f"scheduler {settings.get('_class_name')!r} of {name} is unknown to diffusers {diffusers.__version__}"
+            f"scheduler {settings.get('_class_name')!r} of {name} is unknown to diffusers {diffusers.__version__}",
+            rule="_class_name in scheduler/scheduler_config.json names one of its schedulers",
+            remedy="correct it, or use another version",
         )
     own = settings.get("prediction_type", "epsilon")
+    if own not in ("epsilon", "v_prediction", "sample", "flow_prediction"):
+        raise UserError(f"scheduler of {name} has prediction_type = {own!r}", rule="no such prediction is known",
+                        remedy="correct scheduler/scheduler_config.json")  # fmt: skip
     wanted = config.prediction_type or own
     if config.lora and wanted != own:
         raise UserError(

@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,11 @@ AMBIENT_REFUSES = {
     "input_perturbation": "the ambient loss tells fixed from fresh noise by the level of its input, and a perturbed input "
     "lies above it",
 }
+
+
+# A value from a file may be of any size: YAML's anchors make lists of lists of lists that never end in print.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 2, 200, 60, 200
 
 
 def option(
@@ -483,7 +489,7 @@ def _checked(item: dataclasses.Field[Any], value: Any) -> Any:
         rule = _broken_rule(meta, converted)
     if rule:
         default = f"the default is {item.default}" if item.default is not None else "leave it out for the default"
-        shown = "(hidden)" if meta["secret"] else repr(value)
+        shown = "(hidden)" if meta["secret"] else _SHORT.repr(value)
         raise UserError(f"{item.name} is {shown}", rule=rule, remedy=default)
     return converted
 
