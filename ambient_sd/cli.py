@@ -58,7 +58,9 @@ def make_parser() -> argparse.ArgumentParser:
         description="Read every picture of DATA and list unusable, small, captionless and extreme ones, and groups of duplicates.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    inspect.add_argument("data", metavar="DATA", help="folder with metadata.jsonl, parquet file, or hub dataset")
+    inspect.add_argument(
+        "data", metavar="DATA", help="folder with metadata.jsonl, parquet file, tar shards, or hub dataset"
+    )
     inspect.add_argument("--html", type=Path, default=None, help="write a page with the duplicates as pictures")
     inspect.add_argument("--json", type=Path, default=None, help="write everything found, for machines")
     inspect.add_argument("--resolution", type=_positive, default=512, help="of the training, pixels")

@@ -17,13 +17,10 @@ class UserError(ValueError):
     """Raise for a mistake of the user's: `what` went wrong, `where`, which `rule` it breaks, and the `remedy`."""
 
     def __init__(self, what: str, *, rule: str = "", remedy: str = "") -> None:
-        parts = [what]
-        if rule:
-            parts.append(rule)
-        if remedy:
-            parts.append(remedy)
-        # Values that come from files may hold line breaks or control characters: the promise is ONE line.
-        super().__init__(one_line("; ".join(parts)))
+        # Values that come from files may hold line breaks or control characters: the promise is ONE line. A value without
+        # end must not push rule and remedy out of it.
+        parts = [one_line(what, 340), one_line(rule, 240), one_line(remedy, 160)]
+        super().__init__("; ".join(part for part in parts if part))
 
 
 def one_line(text: object, limit: int = 600) -> str:

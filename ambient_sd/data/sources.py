@@ -1,4 +1,4 @@
-"""Pictures and captions from a folder with metadata.jsonl or .csv, a parquet file or a hub dataset, checked before use.
+"""Pictures and captions from a folder with metadata.jsonl or .csv, a parquet file, tar shards or a hub dataset, checked before use.
 
 A picture's `key` is the SHA-256 of its decoded RGB content, size included. Whatever is fixed per picture (its noise,
 its VAE draw, its view) hangs on it, so a copy under another name or in another lossless format shares all of them.
@@ -12,7 +12,9 @@ import csv
 import hashlib
 import io
 import json
+import os
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,8 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from ambient_sd.data.duplicates import Group, Thumbnails, find_groups, noise_keys
-from ambient_sd.errors import UserError
+from ambient_sd.data.shards import ShardRows, find_shards, has_shards, index_shards, names_shards
+from ambient_sd.errors import UserError, one_line
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -154,7 +157,12 @@ def content_key(image: Image.Image) -> str:
 def decode(source: bytes | Path) -> Image.Image:
     """Decode a picture to RGB: upright, the first frame, transparency laid on white."""
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+        with (
+            warnings.catch_warnings(action="ignore"),  # a damaged file ends in one line, without Pillow's beside it
+            Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened,
+        ):
+            if opened.format == "EPS":  # Pillow would have Ghostscript run it
+                raise ValueError("PostScript is a program; save it as a picture")
             opened.load()
             image = ImageOps.exif_transpose(opened)
             # convert("RGB") would clip these at 255: one 16-bit picture as white as the next, and under one key.
@@ -167,6 +175,8 @@ def decode(source: bytes | Path) -> Image.Image:
                 layer = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
             return image.convert("RGB")
+    except FileNotFoundError:
+        raise _Undecodable(f"there is no file {source.name if isinstance(source, Path) else ''}") from None
     except Image.UnidentifiedImageError:
         raise _Undecodable("no picture format that Pillow knows") from None
     except (
@@ -192,7 +202,8 @@ def load_rows(
     """Open a source of pictures and captions.
 
     Args:
-        source: folder with metadata.jsonl or metadata.csv, parquet file, or hub dataset id.
+        source: folder with metadata.jsonl or metadata.csv, parquet file, tar shards (a folder of them, one, or a pattern
+            such as part-{000..010}.tar), or hub dataset id.
         image_column: column of the pictures: bytes, or a struct of bytes and path; a folder uses file_name instead.
         caption_column: column of the captions, one text per row.
         split: of a hub dataset (default train); of a local source the value of its column `split`.
@@ -213,9 +224,12 @@ def load_rows(
     """
     path = Path(source).expanduser()
     looks_local = str(source).startswith((".", "/", "~")) or path.suffix == ".parquet"
-    if path.is_dir():
-        table = _from_folder(path, caption_column, faults)
-    elif path.is_file():
+    # os.path: pathlib raises where a path is longer than the system takes.
+    if names_shards(path):
+        table = _from_shards(path, caption_column, faults)
+    elif os.path.isdir(path):
+        table = (_from_shards if _holds_shards(path) else _from_folder)(path, caption_column, faults)
+    elif os.path.isfile(path):
         table = _from_parquet(path, image_column, caption_column)
     elif local or looks_local or str(source).count("/") > 1:
         raise UserError(f"there is no file or folder {source}", remedy="check the path; a hub dataset reads owner/name")
@@ -277,9 +291,10 @@ class _Cells:
     cell: Callable[[int], Any]
     source: str
     folder: Path
+    local: bool
 
     def __call__(self, index: int) -> bytes | Path:
-        return _encoded(self.cell(index), f"row {index} of {self.source}", self.folder)
+        return _encoded(self.cell(index), f"row {index} of {self.source}", self.folder, self.local)
 
 
 @dataclass(frozen=True)
@@ -297,6 +312,41 @@ class _HubColumn:
 
     def __call__(self, index: int) -> Any:
         return self.data[index][self.name]
+
+
+@dataclass(frozen=True)
+class _ShardPictures:
+    """Reach the picture of a row in a shard; a class for the same reason."""
+
+    rows: ShardRows
+
+    def __call__(self, index: int) -> bytes:
+        try:
+            return self.rows.picture(index)
+        except OSError as error:
+            raise _Undecodable(str(error)) from None
+
+
+def _holds_shards(folder: Path) -> bool:
+    if not has_shards(folder):
+        return False
+    if (listing := next((name for name in METADATA if (folder / name).exists()), None)) is not None:
+        raise UserError(
+            f"folder {folder} has {listing} and tar files",
+            rule="they are two picture sets",
+            remedy="move one of them away, or give the pattern of the shards, such as part-{000..010}.tar",
+        )
+    return True
+
+
+def _from_shards(path: Path, caption_column: str, faults: list[Fault] | None) -> _Table:
+    found: list[tuple[str, str]] | None = None if faults is None else []
+    rows = index_shards(find_shards(path), caption_column, found)
+    if faults is None:
+        _need_columns(str(path), [caption_column], list(rows[0]))
+    else:
+        faults.extend(Fault(name, "broken", text) for name, text in found or ())
+    return _Table(str(path), rows, _ShardPictures(rows), rows.names.__getitem__)
 
 
 def _from_folder(folder: Path, caption_column: str, faults: list[Fault] | None) -> _Table:
@@ -368,13 +418,24 @@ def _json_rows(listing: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(_text_lines(listing), start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, json.loads(line, object_pairs_hook=_no_key_twice)
             except (ValueError, RecursionError) as error:
                 yield number, UserError(f"line {number} of {listing} is no JSON", rule=str(error))
 
 
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    columns = dict(pairs)
+    if len(columns) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
+    return columns
+
+
 def _csv_rows(listing: Path) -> Iterator[tuple[int, Any]]:
     reader = csv.DictReader((f"{line}\n" for line in _text_lines(listing)), strict=True)
+    if twice := [name for name in reader.fieldnames or () if (reader.fieldnames or []).count(name) > 1]:
+        raise UserError(f"the first line of {listing} has the column {twice[0]!r} twice", rule="one would hide the other",
+                        remedy="rename or remove one")  # fmt: skip
     while True:
         try:
             row = next(reader)
@@ -402,14 +463,19 @@ def _from_parquet(path: Path, image_column: str, caption_column: str) -> _Table:
     try:
         # Else a folder named like year=2020 on the way becomes a column.
         table = pq.read_table(path, partitioning=None)
-    except (pa.ArrowException, OSError) as error:
+        rows = table.drop_columns([image_column] if image_column in table.column_names else []).to_pylist()
+    except (
+        pa.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+    ) as error:  # texts that are no UTF-8, dates of no calendar
         raise UserError(
             f"{path} cannot be read as parquet", rule=str(error), remedy="give a parquet file or a folder"
         ) from None
     _need_columns(str(path), [image_column, caption_column], table.column_names)
     pictures = table.column(image_column)
-    rows = table.drop_columns([image_column]).to_pylist()
-    image = _Cells(_ArrowColumn(pictures), str(path), path.parent)
+    image = _Cells(_ArrowColumn(pictures), str(path), path.parent, local=True)
     return _Table(str(path), rows, image, lambda i: f"row {i}")
 
 
@@ -432,15 +498,18 @@ def _from_hub(
     pictures = data.select_columns([image_column])
     if isinstance(data.features[image_column], datasets.Image):
         pictures = pictures.cast_column(image_column, datasets.Image(decode=False))
-    image = _Cells(_HubColumn(pictures, image_column), name, Path())
+    image = _Cells(_HubColumn(pictures, image_column), name, Path(), local=False)
     return _Table(name, data.remove_columns([image_column]), image, lambda i: f"row {i}")
 
 
-def _encoded(cell: Any, where: str, folder: Path) -> bytes | Path:
+def _encoded(cell: Any, where: str, folder: Path, local: bool) -> bytes | Path:
     """Return what a cell holds of a picture: its bytes, or the path of its file."""
     if isinstance(cell, Mapping):
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, str):
+        # As for the names in a folder's list. A hub data set's paths are those of the downloads.
+        if local and (Path(cell).is_absolute() or ".." in Path(cell).parts):
+            raise _Undecodable(f"{one_line(cell, 80)} is no path inside the folder of the file")
         return folder / cell
     if not isinstance(cell, bytes):
         raise _Undecodable(f"{where} holds {type(cell).__name__}, not the bytes or path of a picture")
@@ -467,8 +536,12 @@ def _need_columns(source: str, needed: Sequence[str], columns: Sequence[str]) ->
 
 def _caption(table: _Table, index: int, column: str, faults: list[Fault] | None) -> str:
     caption = table.rows[index].get(column)
+    rule = ""
     if not isinstance(caption, str):
         rule = f"column {column!r} must hold a text there, not {type(caption).__name__}"
+    elif any("\ud800" <= c <= "\udfff" for c in caption):  # no tokenizer takes it
+        rule = f"column {column!r} holds half a character (a lone surrogate) there"
+    if rule:
         if faults is None:
             raise UserError(
                 f"{table.name(index)} in {table.source} has no caption",
@@ -477,7 +550,7 @@ def _caption(table: _Table, index: int, column: str, faults: list[Fault] | None)
             )
         faults.append(Fault(table.name(index), "captionless", rule))
         return ""
-    return caption
+    return str(caption)
 
 
 def _meets(table: _Table, index: int, conditions: Sequence[tuple[str, str, str]]) -> bool:
@@ -509,4 +582,4 @@ def _meets(table: _Table, index: int, conditions: Sequence[tuple[str, str, str]]
 
 def _some(names: Sequence[str]) -> str:
     more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(one_line(name, 120) for name in names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

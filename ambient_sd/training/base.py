@@ -6,6 +6,9 @@ must cost the user a second, not a download.
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,11 +107,15 @@ class Base:
             # Revision and variant are the base's.
             options.update(revision=None, variant=None)
             try:
-                return kind.from_pretrained(self.vae_name, **options)
+                vae, info = kind.from_pretrained(self.vae_name, output_loading_info=True, **options)
+                _check_whole(vae, info["missing_keys"])
+                return vae
             except Exception as error:
                 raise _unreadable(self.vae_name, "weights", error) from None
         try:
-            return kind.from_pretrained(self.name, subfolder=part, **options)
+            model, info = kind.from_pretrained(self.name, subfolder=part, output_loading_info=True, **options)
+            _check_whole(model, info["missing_keys"])
+            return model
         except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError, ...: all mean unusable files
             raise _unreadable(self.name, part, error) from None
 
@@ -151,7 +158,9 @@ def check_base(config: TrainConfig) -> Base:
     """
     name = resolve_model_id(str(config.pretrained_model_name_or_path))
     folder = Path(name)
-    if not folder.is_dir() and (folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
+    # os.path: unlike pathlib it takes a name of any length
+    is_folder = os.path.isdir(name)
+    if not is_folder and (os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(
             f"pretrained_model_name_or_path is {name!r}",
             rule="there is no such folder",
@@ -161,7 +170,7 @@ def check_base(config: TrainConfig) -> Base:
     index = _read(StableDiffusionPipeline, name, None, options)
     kind = _check_kind(name, index)
     parts = KINDS[kind][1]
-    if folder.is_dir():
+    if is_folder:
         for part in (*parts, "scheduler"):
             if not (folder / part).is_dir():
                 raise UserError(
@@ -190,6 +199,13 @@ def check_base(config: TrainConfig) -> Base:
         if absent := [key for key in keys if key not in settings]:
             raise UserError(f"{part}/config.json of {name} has no {absent[0]!r}", rule="the file is damaged or cut short",
                             remedy="fetch the base anew")  # fmt: skip
+        if wrong := [k for k in keys if k.endswith("_channels") and not _is_kind(k, settings[k])]:
+            raise UserError(f"{part}/config.json of {name} has {wrong[0]} = {settings[wrong[0]]!r}",
+                            rule="the file is damaged", remedy="fetch the base anew")  # fmt: skip
+    scale = vae_config.get("scaling_factor", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        raise UserError(f"vae/config.json of {name} has scaling_factor = {scale!r}", rule="latents are multiplied by it",
+                        remedy="fetch the base anew")  # fmt: skip
     _check_inputs(name, kind, unet_config, options)
     latent = vae_config["latent_channels"]
     if unet_config["in_channels"] != latent:
@@ -208,14 +224,18 @@ def check_base(config: TrainConfig) -> Base:
     scheduler = _scheduler(name, config, options)
     for part in parts:
         if part.startswith("tokenizer"):
-            _tokenizer(name, part, options)
+            encoder = _read(UNet2DConditionModel, name, part.replace("tokenizer", "text_encoder"), options)
+            _check_lengths(name, part, _tokenizer(name, part, options), encoder)
     zero_empty = kind == "StableDiffusionXLPipeline" and bool(index.get("force_zeros_for_empty_prompt", True))
     return Base(name, config.revision, config.variant, config.cache_dir, scheduler, unet_config, vae_config, kind, vae_name, zero_empty)  # fmt: skip
 
 
 def _check_kind(name: str, index: dict[str, Any]) -> str:
     """Return the class of a pipeline that can be trained, by its model_index.json; refuse the others, each with its reason."""
-    kind = str(index.get("_class_name"))
+    kind = index.get("_class_name")
+    if not isinstance(kind, str):
+        raise UserError(f"model_index.json of {name} has _class_name = {kind!r}"[:200], rule="it is the pipeline's class",
+                        remedy="fetch the base anew")  # fmt: skip
     refusal = ""
     if index.get("requires_aesthetics_score") or kind == "StableDiffusionXLImg2ImgPipeline":
         refusal = "the SDXL refiner starts from a picture and is conditioned on an aesthetic score"
@@ -228,6 +248,7 @@ def _check_kind(name: str, index: dict[str, Any]) -> str:
     if refusal:
         raise UserError(f"{name} is a {kind}", rule=refusal,
                         remedy="give a text-to-image base: Stable Diffusion 1.x or 2.x, or SDXL base")  # fmt: skip
+    _check_index(name, index, (*KINDS[kind][1], "scheduler"))
     for part, wanted in KINDS[kind][1].items():
         found = index.get(part)
         # Tokenizers have slow and fast classes with the same files.
@@ -237,7 +258,7 @@ def _check_kind(name: str, index: dict[str, Any]) -> str:
             and not (found[-1] and part.startswith("tokenizer"))
         ):
             raise UserError(
-                f"{part} of {name} is a {found[-1]}" if found[-1] else f"{name} has no {part}",
+                f"{part} of {name} is a {found[-1]}" if found[-1] else f"model_index.json of {name} has no {part}",
                 rule=f"this trainer takes a {wanted.__name__}", remedy="give such a base",
             )  # fmt: skip
     return kind
@@ -297,14 +318,57 @@ def _other_vae(vae_name: str, config: TrainConfig) -> dict[str, Any]:
     return settings
 
 
+def _check_index(name: str, index: dict[str, Any], parts: Sequence[str]) -> None:
+    """Refuse an index that no pipeline loads from: the run would find out after its last step."""
+    for part in parts:
+        entry = index.get(part)
+        if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(w, str) or w is None for w in entry):
+            raise UserError(f"model_index.json of {name} has {part} = {entry!r}"[:200], rule="a part is [library, class]",
+                            remedy="fetch the base anew")  # fmt: skip
+
+
+def _is_kind(key: str, value: Any) -> bool:
+    """Tell whether `in_channels` and the like is a whole number, and `block_out_channels` a list of them."""
+    if key == "block_out_channels":
+        return isinstance(value, list) and bool(value) and all(type(v) is int and v > 0 for v in value)
+    return type(value) is int and value > 0
+
+
+def _check_whole(model: Any, missing: Any) -> None:
+    # Both libraries fill what a file lacks with random numbers, or with nothing, and only warn.
+    if missing:
+        raise ValueError(f"its weights are missing {len(missing)} tensors, such as {min(missing)}")
+    bad = [key for key, p in model.named_parameters() if not bool(torch.isfinite(p.sum()))]
+    if bad and not bool(torch.isfinite(model.get_parameter(bad[0])).all()):
+        raise ValueError(f"{bad[0]} holds values that are not finite")
+
+
+def _check_lengths(name: str, part: str, tokenizer: Any, text_config: dict[str, Any]) -> None:
+    """Check that every token and place that the tokenizer gives has its row in the text encoder."""
+    length, places = tokenizer.model_max_length, text_config.get("max_position_embeddings", 77)
+    if type(length) is not int or not 0 < length <= places:
+        raise UserError(f"{part} of {name} has model_max_length = {length}"[:200],
+                        rule=f"the text encoder takes texts of 1 to {places} tokens",
+                        remedy=f"set it in {part}/tokenizer_config.json, or fetch the base anew")  # fmt: skip
+    words, rows = len(tokenizer), text_config.get("vocab_size", 49408)
+    if words > rows:
+        raise UserError(f"{part} of {name} knows {words} tokens and its text encoder {rows}",
+                        rule="they belong to two models", remedy="fetch the base anew")  # fmt: skip
+
+
 def _scheduler(name: str, config: TrainConfig, options: dict[str, Any]) -> Any:
     settings = _read(diffusers.DDIMScheduler, name, "scheduler", options)
     kind = getattr(diffusers, str(settings.get("_class_name")), None)
     if kind is None:
         raise UserError(
-            f"scheduler {settings.get('_class_name')!r} of {name} is unknown to diffusers {diffusers.__version__}"
+            f"scheduler {settings.get('_class_name')!r} of {name} is unknown to diffusers {diffusers.__version__}",
+            rule="_class_name in scheduler/scheduler_config.json names one of its schedulers",
+            remedy="correct it, or use another version",
         )
     own = settings.get("prediction_type", "epsilon")
+    if own not in ("epsilon", "v_prediction", "sample", "flow_prediction"):
+        raise UserError(f"scheduler of {name} has prediction_type = {own!r}", rule="no such prediction is known",
+                        remedy="correct scheduler/scheduler_config.json")  # fmt: skip
     wanted = config.prediction_type or own
     if config.lora and wanted != own:
         raise UserError(

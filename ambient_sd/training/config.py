@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ from ambient_sd.training import durable
 
 GROUPS = {
     "model": "Which base model is fine-tuned: a local pipeline folder or a hub id.",
-    "data": "Pictures and captions: a folder with metadata.jsonl, a parquet file, or a dataset's hub id.",
+    "data": "Pictures and captions: a folder with metadata.jsonl, a parquet file, WebDataset shards, or a dataset's hub id.",
     "objective": "The loss. `ambient` never shows the network a clean picture above the nature level s_n = sigma / alpha "
     "(on SD's schedule s = 0.34 at t=100, 0.83 at 300, 1.16 at 400, 2.3 at 600, 14.6 at 999); one noise per picture, fixed "
     "for ever. `plain` is the ordinary loss. `gap` is plain without the band of noise levels from the level to gap_upper.",
@@ -57,6 +58,11 @@ AMBIENT_REFUSES = {
     "input_perturbation": "the ambient loss tells fixed from fresh noise by the level of its input, and a perturbed input "
     "lies above it",
 }
+
+
+# A value from a file may be of any size: YAML's anchors make lists of lists of lists that never end in print.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 2, 200, 60, 200
 
 
 def option(
@@ -98,7 +104,7 @@ class TrainConfig:
     dataset_name: str | None = option(None, "data", "hub id of a dataset; a local folder or parquet file works too")
     dataset_config_name: str | None = option(None, "data", "configuration of the hub dataset")
     dataset_split: str | None = option(None, "data", "split: of a hub dataset (default train), or the value of a local source's `split` column")
-    train_data_dir: str | None = option(None, "data", "folder with pictures and metadata.jsonl, or a parquet file")
+    train_data_dir: str | None = option(None, "data", "folder with pictures and metadata.jsonl, a parquet file, or WebDataset shards: a folder of .tar files, one, or part-{000..010}.tar")
     image_column: str = option("image", "data", "column of the pictures (parquet, hub; a folder uses file_name)")
     caption_column: str = option("text", "data", "column of the captions")
     row_filter: list[str] | None = option(None, "data", "keep rows where all of these hold: column=value, 'column<=number' or 'column>=number'")
@@ -486,7 +492,7 @@ def _checked(item: dataclasses.Field[Any], value: Any) -> Any:
         rule = _broken_rule(meta, converted)
     if rule:
         default = f"the default is {item.default}" if item.default is not None else "leave it out for the default"
-        shown = "(hidden)" if meta["secret"] else repr(value)
+        shown = "(hidden)" if meta["secret"] else _SHORT.repr(value)
         raise UserError(f"{item.name} is {shown}", rule=rule, remedy=default)
     return converted
 

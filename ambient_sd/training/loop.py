@@ -204,7 +204,12 @@ def make_objective(config: TrainConfig, base: Base) -> AmbientObjective:
 
 def _check_output(config: TrainConfig) -> Path | None:
     folder = Path(config.output_dir)
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    try:
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    except OSError as error:  # longer than the system takes
+        raise UserError(
+            f"output_dir is {config.output_dir}", rule=str(error.strerror), remedy="name another one"
+        ) from None
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"output_dir is {config.output_dir}", rule=f"{existing} is no folder that can be written to",
                         remedy="name another one")  # fmt: skip
