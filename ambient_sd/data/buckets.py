@@ -15,7 +15,7 @@ group's first picture: two shapes would be two noises, which average out.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -130,8 +130,3 @@ class BucketStream(SampleStream):
         for bucket in range(len(self._members)):
             here = np.flatnonzero(self._buckets == bucket)
             self._earlier[here] = np.arange(len(here))
-
-
-def latent_shapes(assigned: Mapping[str, Size], channels: int, factor: int) -> dict[str, tuple[int, int, int]]:
-    """Return the latent shape (C, h, w) of every group's bucket."""
-    return {key: (channels, height // factor, width // factor) for key, (width, height) in assigned.items()}

@@ -36,10 +36,11 @@ def time_ids(pictures: PictureSet, rule: ViewRule, stream: SampleStream, positio
         key, mirrored = pictures.noise_keys[index], pictures.mirrored[index]
         view = rule.view(key, stream, position)
         (resized_width, _), (top, left), _ = rule.place(pictures.sizes[index], view, key, mirrored)
+        wide, high = rule.target(key)
         if view.flip:
-            left = resized_width - rule.resolution - left
+            left = resized_width - wide - left
         width, height = pictures.sizes[index]
-        rows.append([height, width, top, left, rule.resolution, rule.resolution])
+        rows.append([height, width, top, left, high, wide])
     return torch.tensor(rows, dtype=torch.float32)
 
 

@@ -14,7 +14,7 @@ in a batch, on one process and on two. `cache.py` keeps them on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,6 +59,7 @@ class ViewRule:
         random_flip: mirror half of the samples.
         per_picture: draw once per picture from its key and `noise_seed` (ambient), not at each position.
         noise_seed: seed of everything that is fixed per picture.
+        buckets: (width, height) of the crop by noise key, in place of the square; None: all are square.
     """
 
     resolution: int
@@ -66,11 +67,20 @@ class ViewRule:
     random_flip: bool
     per_picture: bool
     noise_seed: int
+    buckets: Mapping[str, tuple[int, int]] | None = None
+
+    def target(self, noise_key: str) -> tuple[int, int]:
+        """Return (width, height) of what is seen of a picture, pixels."""
+        return (self.resolution, self.resolution) if self.buckets is None else self.buckets[noise_key]
+
+    def uncropped(self, pictures: PictureSet) -> bool:
+        """Tell whether every picture has the shape of its target, so that nothing is cut off."""
+        rows = zip(pictures.sizes, pictures.noise_keys, pictures.mirrored, strict=True)
+        return all(self.place(size, View(), key, mirrored)[0] == self.target(key) for size, key, mirrored in rows)
 
     def fixed(self, pictures: PictureSet) -> bool:
         """Tell whether a picture's view can never change, so that its latent can be kept."""
-        uncropped = all(width == height for width, height in pictures.sizes)
-        return self.per_picture or (not self.random_flip and (self.center_crop or uncropped))
+        return self.per_picture or (not self.random_flip and (self.center_crop or self.uncropped(pictures)))
 
     def view(self, key: str, stream: SampleStream, position: int) -> View:
         """Return the view of the picture `key` at a position."""
@@ -86,7 +96,7 @@ class ViewRule:
         if self.per_picture:
             stream = SampleStream(len(pictures), 0)  # has no say: the view hangs on the key
             return lambda i: [self.view(pictures.noise_keys[i], stream, 0)]
-        if self.center_crop or all(width == height for width, height in pictures.sizes):
+        if self.center_crop or self.uncropped(pictures):
             both = [View(False), View(True)] if self.random_flip else [View(False)]
             return lambda i: both
         return None
@@ -105,27 +115,29 @@ class ViewRule:
         Returns:
             (width, height) after resizing, the crop's (top, left) corner, and the key of the VAE draw.
         """
-        resolution = self.resolution
-        scale = resolution / min(size)
-        width, height = max(resolution, round(size[0] * scale)), max(resolution, round(size[1] * scale))
-        top, left = int(view.top * (height - resolution + 1)), int(view.left * (width - resolution + 1))
+        wide, high = self.target(noise_key)
+        scale = max(wide / size[0], high / size[1])
+        width, height = max(wide, round(size[0] * scale)), max(high, round(size[1] * scale))
+        top, left = int(view.top * (height - high + 1)), int(view.left * (width - wide + 1))
         # Of a mirror image the mirrored place, so that the group's noise (mirrored too) meets the same content.
-        left = width - resolution - left if mirrored and self.per_picture else left
-        draw_key = f"vae-draw {(top, left)} {'mirrored' if view.flip else 'upright'} {noise_key}"
+        left = width - wide - left if mirrored and self.per_picture else left
+        shape = "" if self.buckets is None else f" {wide}x{high}"
+        draw_key = f"vae-draw{shape} {(top, left)} {'mirrored' if view.flip else 'upright'} {noise_key}"
         return (width, height), (top, left), draw_key
 
     def see(self, picture: Picture, view: View) -> Sample:
-        """Return the pixels of a view of a picture: shorter side resized to `resolution` (Lanczos), cropped, mirrored."""
-        key, resolution = picture.noise_key or picture.key, self.resolution
+        """Return the pixels of a view of a picture: resized to cover its target (Lanczos), cropped, mirrored."""
+        key = picture.noise_key or picture.key
+        wide, high = self.target(key)
         size, (top, left), draw_key = self.place(picture.image.size, view, key, picture.mirrored)
         image = picture.image
         if image.size != size:
             image = image.resize(size, Image.Resampling.LANCZOS)
-        image = image.crop((left, top, left + resolution, top + resolution))
+        image = image.crop((left, top, left + wide, top + high))
         if view.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        pixels = flat.reshape(resolution, resolution, 3).permute(2, 0, 1).float() / 127.5 - 1.0
+        pixels = flat.reshape(high, wide, 3).permute(2, 0, 1).float() / 127.5 - 1.0
         return Sample(pixels, picture.key, draw_key)
 
     def sample(self, picture: Picture, stream: SampleStream, position: int) -> Sample:
@@ -164,22 +176,25 @@ def encode(vae: Any, samples: Sequence[Sample], *, noise_seed: int) -> torch.Ten
     return torch.cat(latents)
 
 
-def latent_shape(vae_config: Any, resolution: int) -> tuple[int, int, int]:
-    """Return the shape (C, h, w) of one latent."""
-    side = resolution // 2 ** (len(vae_config["block_out_channels"]) - 1)
-    return int(vae_config["latent_channels"]), side, side
+def latent_shape(vae_config: Any, size: tuple[int, int]) -> tuple[int, int, int]:
+    """Return the shape (C, h, w) of one latent of a picture of (width, height) pixels."""
+    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    return int(vae_config["latent_channels"]), size[1] // factor, size[0] // factor
 
 
 def encode_all(
     vae: Any, pictures: PictureSet, rule: ViewRule, indices: Sequence[int], *, progress: bool = False
 ) -> torch.Tensor:
-    """Encode the fixed views of some pictures, (len(indices), C, h, w) float32 on the CPU."""
-    shape = latent_shape(vae.config, rule.resolution)
-    held = torch.empty((len(indices), *shape))
+    """Encode the fixed views of some pictures of one target size, (len(indices), C, h, w) float32 on the CPU."""
     # A fixed view is the same at every position, so any will do.
     stream = SampleStream(len(pictures), 0)
-    for row, index in enumerate(tqdm(indices, desc="encoding pictures", disable=not progress, leave=False)):
-        held[row] = encode(vae, [rule.sample(pictures[index], stream, 0)], noise_seed=rule.noise_seed)[0]
+    bar = tqdm(indices, desc="encoding pictures", disable=not progress, leave=False)
+    held: torch.Tensor | None = None
+    for row, index in enumerate(bar):
+        latent = encode(vae, [rule.sample(pictures[index], stream, 0)], noise_seed=rule.noise_seed)
+        held = latent.new_empty((len(indices), *latent.shape[1:])) if held is None else held
+        held[row] = latent[0]
+    assert held is not None
     return held
 
 

@@ -87,6 +87,12 @@ class Base:
         return Path(self.vae_name).resolve().name if Path(self.vae_name).exists() else self.vae_name
 
     @property
+    def pixel_step(self) -> int:
+        """Return what the sides of a picture must be multiples of, pixels: each level of VAE and U-Net halves them."""
+        levels = len(self.vae_config["block_out_channels"]) + len(self.unet_config["block_out_channels"]) - 2
+        return int(2**levels)
+
+    @property
     def schedule(self) -> NoiseSchedule:
         """Return the noise schedule that the base was trained on."""
         return NoiseSchedule.from_scheduler(self.scheduler)

@@ -155,18 +155,27 @@ def _fill(
                 bar.update(min(ranks, len(missing) - turn * ranks))
                 rows = max(1, min(_MAX_ROWS, SHARD_BYTES // sum(t.nbytes for t in made[0][1].values())))
             if made and (len(made) >= rows or time.monotonic() - last > _FLUSH_SECONDS):
-                store.add(*zip(*made, strict=True))  # type: ignore[arg-type]
+                _write(store, made)
                 made, last = [], time.monotonic()
             if turn % 64 == 63:
                 accelerator.wait_for_everyone()
         if made:
-            store.add(*zip(*made, strict=True))  # type: ignore[arg-type]
+            _write(store, made)
     accelerator.wait_for_everyone()
     if missing:
         if accelerator.is_main_process:
             seconds = time.perf_counter() - begin
             logger.info("cached %d %s in %.0f s (%.1f a second)", len(missing), what, seconds, len(missing) / seconds)
         store.open(_from_first(store.shards(), accelerator))
+
+
+def _write(store: Store, made: Sequence[tuple[bytes, dict[str, torch.Tensor]]]) -> None:
+    """Write entries, those of one shape to one shard (buckets have many)."""
+    by_shape: dict[Any, list[tuple[bytes, dict[str, torch.Tensor]]]] = {}
+    for entry in made:
+        by_shape.setdefault(tuple(tuple(t.shape) for t in entry[1].values()), []).append(entry)
+    for entries in by_shape.values():
+        store.add([i for i, _ in entries], [tensors for _, tensors in entries])
 
 
 def _whole_shards(store: Store, accelerator: Accelerator, what: str) -> list[str]:

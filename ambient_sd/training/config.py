@@ -113,6 +113,7 @@ class TrainConfig:
     latent_cache_dir: str | None = option(None, "data", "keep latents and caption embeddings in this folder: computed once, for this run and later ones; VAE and text encoder leave memory")
     resolution: int = option(512, "data", "pictures are resized (shorter side) and cropped to this many pixels", low=8)
     center_crop: bool = option(False, "data", "crop the centre; otherwise the crop is drawn (ambient: once per picture, for ever)")
+    aspect_ratio_buckets: str | None = option(None, "data", "let pictures keep their shape: auto (sides for the area of resolution, 1:2 to 2:1), or height,width pairs such as 512,768;640,640;768,512; without it all are cropped to squares")
     random_flip: bool = option(False, "data", "mirror half of the pictures (ambient: drawn once per picture, for ever; otherwise anew each epoch)")
     caption_dropout: float = option(0.1, "data", "share of samples trained with the empty caption: guidance and the guard's score need a trained unconditional branch", low=0.0, high=1.0, alias="proportion_empty_prompts")
     dataloader_num_workers: int = option(0, "data", "worker processes that decode pictures where latents are not held in memory", low=0)

@@ -35,6 +35,7 @@ from tqdm.auto import tqdm
 
 from ambient_sd.data import conditioning
 from ambient_sd.data import latents as data
+from ambient_sd.data.buckets import BucketStream, assign, read_buckets
 from ambient_sd.data.duplicates import noise_fingerprint, shared_noise
 from ambient_sd.data.sources import PictureSet, load_rows
 from ambient_sd.data.stream import SampleStream, process_batches
@@ -94,6 +95,7 @@ class Plan:
     pictures: PictureSet
     prompts: list[str]
     checkpoint: Path | None  # to continue from; known on the first process
+    buckets: dict[str, tuple[int, int]] | None = None  # (width, height) by noise key; None: squares
 
 
 def run(
@@ -177,7 +179,11 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         cache_dir=config.cache_dir,
         local=config.train_data_dir is not None,
     ).check(progress, near_duplicates=config.near_duplicates == "share" and objective.level > 0)
-    return Plan(config, base, objective, pictures, prompts, checkpoint)
+    buckets = None
+    if config.aspect_ratio_buckets is not None:
+        sizes = read_buckets(config.aspect_ratio_buckets, config.resolution, base.pixel_step)
+        buckets = assign(pictures.sizes, pictures.noise_keys, sizes)
+    return Plan(config, base, objective, pictures, prompts, checkpoint, buckets)
 
 
 def make_objective(config: TrainConfig, base: Base) -> AmbientObjective:
@@ -284,12 +290,14 @@ class _Trainer:
             config.num_train_epochs * len(plan.pictures) / self.global_batch
         )
         self.stream = SampleStream(len(plan.pictures), config.seed)
+        if plan.buckets is not None:
+            bucket_of = [plan.buckets[key] for key in plan.pictures.noise_keys]
+            self.stream = BucketStream(bucket_of, self.global_batch, config.seed)
         # At level 0 there is no fixed noise, and the run is the plain one in its views too.
         fixed_noise = plan.objective.mode == "ambient" and plan.objective.level > 0
         self.rule = data.ViewRule(
-            config.resolution, config.center_crop, config.random_flip, fixed_noise, config.noise_seed
+            config.resolution, config.center_crop, config.random_flip, fixed_noise, config.noise_seed, plan.buckets
         )
-        self.shape = data.latent_shape(self.base.vae_config, config.resolution)
         self.data_fingerprint = plan.pictures.fingerprint()
         self._check_same_pictures()
         self.average: averaging.Average | None = None
@@ -485,16 +493,14 @@ class _Trainer:
             self.captions.to("cpu")
         elif self.captions.hold(pictures.captions, limit=data.MAX_HELD_BYTES, progress=self.progress):
             self.captions.to("cpu")
-        self.latents: torch.Tensor | None = None
-        size = 4 * len(pictures) * math.prod(self.shape)
-        if self.cached is None and self.rule.fixed(pictures) and size <= data.MAX_HELD_BYTES:
-            ranks, share = accelerator.num_processes, -(-len(pictures) // accelerator.num_processes)
-            mine = [min(i * ranks + accelerator.process_index, len(pictures) - 1) for i in range(share)]
-            part = data.encode_all(self.vae, pictures, self.rule, mine, progress=self.progress)
-            if ranks > 1:
-                gathered = accelerator.gather(part.to(accelerator.device)).cpu()
-                part = gathered.reshape(ranks, share, *self.shape).transpose(0, 1).reshape(-1, *self.shape)
-            self.latents = part[: len(pictures)].contiguous()
+        self.latents: list[torch.Tensor] | None = None
+        shapes = [data.latent_shape(self.base.vae_config, self.rule.target(key)) for key in pictures.noise_keys]
+        if self.cached is None and self.rule.fixed(pictures) and sum(map(math.prod, shapes)) * 4 <= data.MAX_HELD_BYTES:
+            self.latents = [torch.empty(0)] * len(pictures)
+            for shape in sorted(set(shapes)):
+                rows = [i for i, other in enumerate(shapes) if other == shape]
+                for i, latent in zip(rows, self._encode_shared(rows), strict=True):
+                    self.latents[i] = latent
             self.vae.to("cpu")
         if not self.plan.prompts and self.config.probe_steps is None:
             # Whatever is held in memory makes its maker superfluous.
@@ -504,6 +510,17 @@ class _Trainer:
                 self.captions.release()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _encode_shared(self, rows: Sequence[int]) -> torch.Tensor:
+        """Encode pictures of one shape, each process its share, and return all of them on every process."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        share = -(-len(rows) // ranks)
+        mine = [rows[min(i * ranks + rank, len(rows) - 1)] for i in range(share)]
+        part = data.encode_all(self.vae, self.plan.pictures, self.rule, mine, progress=self.progress)
+        if ranks > 1:
+            gathered = self.accelerator.gather(part.to(self.accelerator.device)).cpu()
+            part = gathered.reshape(ranks, share, *part.shape[1:]).transpose(0, 1).reshape(-1, *part.shape[1:])
+        return part[: len(rows)].contiguous()
 
     def _batches(self) -> Iterator[tuple[list[int], list[str], torch.Tensor]]:
         """Yield (positions, keys, x0) of each forward pass of this process."""
@@ -518,7 +535,11 @@ class _Trainer:
         if self.latents is not None:
             for positions in places:
                 rows = [self.stream.picture(p) for p in positions]
-                yield positions, [self.plan.pictures.keys[i] for i in rows], self.latents[rows]
+                yield (
+                    positions,
+                    [self.plan.pictures.keys[i] for i in rows],
+                    torch.stack([self.latents[i] for i in rows]),
+                )
             return
         samples: Dataset[Any] = self.cached or data.Samples(self.plan.pictures, self.rule, self.stream)
         loader: DataLoader[Any] = DataLoader(
@@ -537,20 +558,20 @@ class _Trainer:
 
     def _make_batch(self, positions: list[int], keys: list[str], x0: torch.Tensor) -> TrainingBatch:
         """Draw what is fresh at these positions and look up what is fixed for these pictures."""
-        timesteps, noise, captions = [], [], []
+        timesteps, noise, captions, shape = [], [], [], tuple(x0.shape[1:])
         for position in positions:
             g = self.stream.generator("draw", position)
             timesteps.append(torch.randint(self.plan.objective.schedule.num_train_timesteps, (), generator=g))
             dropped = float(torch.rand((), generator=g)) < self.config.caption_dropout
             captions.append("" if dropped else self.plan.pictures.captions[self.stream.picture(position)])
-            noise.append(torch.randn(self.shape, generator=g))
+            noise.append(torch.randn(shape, generator=g))
         objective, eps_n = self.plan.objective, None
         if objective.mode == "ambient" and objective.level > 0:
             pictures, rows = self.plan.pictures, [self.stream.picture(p) for p in positions]
             noise_keys, mirrored = [pictures.noise_keys[i] for i in rows], [pictures.mirrored[i] for i in rows]
-            eps_n = shared_noise(noise_keys, mirrored, self.shape, seed=self.config.noise_seed)
+            eps_n = shared_noise(noise_keys, mirrored, shape, seed=self.config.noise_seed)
         fresh = noising.offset(torch.stack(noise), self.stream, positions, self.config.noise_offset)
-        extra = noising.perturbation_at(self.stream, positions, self.shape, self.config.input_perturbation)
+        extra = noising.perturbation_at(self.stream, positions, shape, self.config.input_perturbation)
         sizes = (
             conditioning.time_ids(self.plan.pictures, self.rule, self.stream, positions) if self.base.is_xl else None
         )

@@ -99,7 +99,7 @@ def test_held_and_on_the_fly_latents_have_the_same_bits(pipe: StableDiffusionPip
     samples = Samples(wide, rule(), stream)
     batch = encode(pipe.vae, [samples[p] for p in range(8)], noise_seed=0)
     assert torch.equal(batch, held[[stream.picture(p) for p in range(8)]])
-    assert held.shape[1:] == latents.latent_shape(pipe.vae.config, 32)
+    assert held.shape[1:] == latents.latent_shape(pipe.vae.config, (32, 32))
 
 
 def test_the_vae_draw_is_fixed_real_and_apart_from_the_noise(pipe: StableDiffusionPipeline, wide: PictureSet) -> None:
