@@ -20,7 +20,7 @@ from ambient_sd.data.stream import keyed_generator
 from ambient_sd.errors import UserError
 from ambient_sd.objective import AmbientObjective
 from ambient_sd.schedule import NoiseSchedule
-from ambient_sd.training import averaging, noising, validation
+from ambient_sd.training import averaging, manifest, noising, validation
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import TrainingBatch, run
 
@@ -279,10 +279,12 @@ def test_a_damaged_or_foreign_average_is_one_line(settings: Settings) -> None:
         run(settings(resume_from_checkpoint="latest", checkpointing_steps=2), progress=False)
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace('"optimization_step": 2', '"optimization_step": 1'))
+    manifest.seal(folder.parent)  # else the seal alone finds it
     with pytest.raises(UserError, match="averages 1 steps"):
         run(settings(resume_from_checkpoint="latest", **values), progress=False)
     (folder / "config.json").write_text(text)
     (folder / UNET).rename(folder / "diffusion_pytorch_model.bin")
+    manifest.seal(folder.parent)
     with pytest.raises(UserError, match="unet_ema cannot be read"):
         run(settings(resume_from_checkpoint="latest", **values), progress=False)
 
