@@ -91,7 +91,7 @@ def torture(work: Path, args: argparse.Namespace) -> int:
         moment = Moment(killed, kind, min(share, steps - 2), draw.uniform(0, 0.5 * usual), 10 ** draw.uniform(-4, -1))
         processes = start(
             settings | {"output_dir": str(killed), "resume_from_checkpoint": "latest"}, args.processes,
-            call=draw.randint(1, 100) if kind == "call" and not enough else 0,
+            call=round(10 ** draw.uniform(0, 1.8)) if kind == "call" and not enough else 0,
         )  # fmt: skip
         attempts += 1
         code = wait(processes, (lambda: False) if enough else moment, draw)
