@@ -18,8 +18,8 @@ class UserError(ValueError):
 
     def __init__(self, what: str, *, rule: str = "", remedy: str = "") -> None:
         # Values that come from files may hold line breaks or control characters: the promise is ONE line. A value without
-        # end must not push rule and remedy out of it.
-        parts = [one_line(what, 340), one_line(rule, 240), one_line(remedy, 160)]
+        # end must not push rule and remedy out of it; a remedy may be a whole command.
+        parts = [one_line(what, 340), one_line(rule, 240), one_line(remedy, 400)]
         super().__init__("; ".join(part for part in parts if part))
 
 
