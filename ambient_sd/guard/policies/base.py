@@ -1,91 +1,194 @@
 """The one interface of every mitigation: what a policy sees of a sampling run and what it may replace.
 
 A policy is a small object without state between runs. The guard calls `begin` once, before the first denoising step,
-and `step` after every evaluation of the network. Both may do nothing. A policy never sees the denoising loop, so it
-works in every pipeline and with every scheduler that the guard supports.
+and `step` after every evaluation of the network; either may do nothing. A policy never sees the denoising loop, so it
+works in every pipeline and with every scheduler that the guard supports. It does not decide whom it acts on either:
+rows of pictures that are not `active` (`MemorizationGuard(..., when="flagged")`) stay the pipeline's own, to the bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import abc
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
+
+Half = Literal["cond", "uncond"]
+
+
+class Encoded(NamedTuple):
+    """Hold a text encoder's output: `(m, L, D)`, and the pooled `(m, P)` where the network takes one (SDXL), else None."""
+
+    embeds: torch.Tensor
+    pooled: torch.Tensor | None
+
+
+class Halves(abc.ABC):
+    """The network at one evaluation, to be asked again: one half of guidance, some of the pictures, other inputs.
+
+    Attributes:
+        sample: the network's input, equal for both halves, `(n, C, H, W)` (scaled as the scheduler does).
+        cond: conditional embeddings, `n` rows.
+        uncond: what stands in the unconditional slot, `n` rows.
+        timestep: `()` tensor on the device, in the scheduler's units: reading it with `.item()` costs a synchronisation.
+        noise_factor: `()` tensor on the device: what turns a norm of output differences into one of noise (`scores`).
+    """
+
+    sample: torch.Tensor
+    cond: Encoded
+    uncond: Encoded
+    timestep: torch.Tensor
+    noise_factor: torch.Tensor
+
+    @abc.abstractmethod
+    def predict(
+        self,
+        half: Half,
+        *,
+        rows: torch.Tensor | None = None,
+        sample: torch.Tensor | None = None,
+        embeds: torch.Tensor | None = None,
+        pooled: torch.Tensor | None = None,
+        token_weights: torch.Tensor | None = None,
+        key_scale: torch.Tensor | None = None,
+        timestep: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Evaluate one half of the network for `m` pictures.
+
+        Args:
+            half: whose remaining inputs are taken ("cond" or "uncond").
+            rows: `(m,)` long: which pictures; all if None.
+            sample: `(m, C, H, W)` instead of the network's input; gradients flow to it.
+            embeds: `(m, L, D)` instead of the half's embeddings; gradients flow to them.
+            pooled: `(m, P)` instead of the half's pooled embeddings.
+            token_weights: `(m, L)`, >= 0: every cross-attention weight of token l is multiplied by it before the weights
+                are normalised (a bias of its logarithm; 0 hides the token).
+            key_scale: `(m, L)`: every cross-attention logit of token l is multiplied by it.
+            timestep: `()`, another timestep than this evaluation's.
+
+        Returns:
+            `(m, C, H, W)` in the network's parametrisation.
+
+        Raises:
+            UserError: the network has no cross-attention that could be weighted.
+        """
+
+    @abc.abstractmethod
+    def enable_grad(self) -> AbstractContextManager[None]:
+        """Return a context under which `predict` can be differentiated, whatever the pipeline runs under.
+
+        Gradients flow to `sample` and `embeds`, never to the network's weights.
+        """
 
 
 @dataclass(frozen=True)
 class SamplingStart:
-    """What is known before the first step, for `n` images. Tensors are the pipeline's own: do not write to them.
+    """What is known before the first step, for `n` pictures. Tensors are the pipeline's own: do not write to them.
 
     Attributes:
-        prompt_embeds: conditional prompt embeddings, `(n, L, D)`, in the pipeline's dtype.
-        negative_prompt_embeds: embeddings in the unconditional slot, `(n, L, D)`.
-        timestep: the first timestep.
-        noise_factor: what turns a norm of output differences into one of noise differences at this timestep (`scores`).
-        predict_cond: `(embeds (m, L, D), images (m,) long) -> (m, C, H, W)`: the network on the conditional half alone,
-            for these images. Gradients flow to `embeds` where the caller enables them.
-        predict_uncond: `() -> (n, C, H, W)`: the unconditional half, without gradients.
-        enable_grad: `() -> context manager` under which `predict_cond` can be differentiated with respect to `embeds`,
-            whatever the pipeline runs under; the network's parameters get no gradients.
+        halves: the network at the first evaluation.
+        active: for each picture, whether the policy may act on it.
+        prompts: the prompt's text of each picture; None if the pipeline was called with embeddings.
+        encode: `(m texts) -> Encoded`: the pipeline's own encoding of other texts, as for the conditional half.
+        token_ids: `(n, L)` long, on the CPU: the tokens of each picture's prompt as the (first) tokenizer gives them, padding
+            included; None if the pipeline was called with embeddings.
+        token_mask: `(n, L)` bool, on the CPU: True from BOS to the first EOS, False on padding; None as above.
     """
 
-    prompt_embeds: torch.Tensor
-    negative_prompt_embeds: torch.Tensor
-    timestep: float
-    noise_factor: float
-    predict_cond: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    predict_uncond: Callable[[], torch.Tensor]
-    enable_grad: Callable[[], AbstractContextManager[None]]
+    halves: Halves
+    active: list[bool]
+    prompts: list[str] | None
+    encode: Callable[[Sequence[str]], Encoded]
+    token_ids: torch.Tensor | None
+    token_mask: torch.Tensor | None
 
 
 @dataclass(frozen=True)
-class PromptChange:
-    """What `Policy.begin` decided, image by image.
+class Change:
+    """What `Policy.begin` decided, picture by picture. A tensor that is None leaves the pipeline's own in place.
 
     Attributes:
-        prompt_embeds: `(n, L, D)`; rows of changed images serve every step, the other rows are ignored.
-        changed: for each image, whether its row replaces the pipeline's.
-        first_score_before: for each image, `|| eps_c - eps_u ||` at the first step with its own prompt.
-        first_score_after: the same with the replaced prompt (equal for an image that is left alone).
-        iterations: for each image, the optimizer steps taken.
+        changed: for each picture, whether its rows below replace the pipeline's; the other rows are ignored.
+        embeds: `(n, L, D)` for the conditional half, at every step.
+        pooled: `(n, P)` for the conditional half.
+        uncond_embeds: `(n, L, D)` for the unconditional half.
+        uncond_pooled: `(n, P)` for the unconditional half.
+        sample: `(n, C, H, W)`, another input of the first evaluation: the sampler starts from the latent that it stands for.
+        token_weights: `(n, L)`, as in `Halves.predict`, for the conditional half at every step.
+        key_scale: `(n, L)`, as in `Halves.predict`, for the conditional half at every step.
+        first_score_before: for each picture, `|| eps_c - eps_u ||` at the first step as the pipeline had it, if measured.
+        first_score_after: the same with what is now in place.
+        iterations: for each picture, the optimizer steps taken.
     """
 
-    prompt_embeds: torch.Tensor
     changed: list[bool]
-    first_score_before: list[float]
-    first_score_after: list[float]
-    iterations: list[int]
+    embeds: torch.Tensor | None = None
+    pooled: torch.Tensor | None = None
+    uncond_embeds: torch.Tensor | None = None
+    uncond_pooled: torch.Tensor | None = None
+    sample: torch.Tensor | None = None
+    token_weights: torch.Tensor | None = None
+    key_scale: torch.Tensor | None = None
+    first_score_before: list[float] | None = None
+    first_score_after: list[float] | None = None
+    iterations: list[int] | None = None
 
 
 @dataclass(frozen=True)
 class Step:
-    """One evaluation of the network. Tensors are the pipeline's own: do not write to them.
+    """One evaluation of the network, for `n` pictures. Tensors are the pipeline's own: do not write to them.
 
     Attributes:
         index: 0 for the first evaluation of this run.
-        timestep: `()` tensor on the device: reading it with `.item()` costs a synchronisation.
+        timestep: `()` tensor on the device, in the scheduler's units.
         cond: output of the conditional half, `(n, C, H, W)`, in the network's parametrisation.
         uncond: output of the unconditional half, same shape.
-        norm: `|| cond - uncond ||` per image, `(n,)`, float32, on the device, without the noise factor.
+        norms: `|| eps_c - eps_u ||` per picture, `(n,)` each, float32, on the device: of every evaluation so far, this one last.
+            They are of what the network said, before any policy replaced it.
         guidance_scale: the pipeline's scale: it goes on to compute `uncond + guidance_scale (cond - uncond)`.
+        halves: the network at this evaluation, to be asked again, with what `begin` changed in place.
     """
 
     index: int
     timestep: torch.Tensor
     cond: torch.Tensor
     uncond: torch.Tensor
-    norm: torch.Tensor
+    norms: list[torch.Tensor] = field(repr=False)
     guidance_scale: float
+    halves: Halves
 
 
 class Policy:
     """Base of all mitigations; override one method or both."""
 
-    def begin(self, start: SamplingStart) -> PromptChange | None:
-        """Look at the first step before it is taken; return new prompt embeddings, or None to change nothing."""
+    def begin(self, start: SamplingStart) -> Change | None:
+        """Look at the first step before it is taken; return what to replace, or None to change nothing."""
         return None
 
     def step(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return `(cond, uncond)` to put in place of the network's two outputs, or None to leave them alone."""
         return None
+
+
+class ScalePolicy(Policy):
+    """Base of the mitigations that only choose another guidance scale `w` for a picture at a step.
+
+    The pipeline computes `uncond + g (cond' - uncond)`; `cond' = uncond + (w / g) (cond - uncond)` makes that `uncond +
+    w (cond - uncond)`. Nothing on the way leaves the device.
+    """
+
+    def scale(self, step: Step) -> torch.Tensor:
+        """Return each picture's scale at this step, `(n,)` float32 on the device; NaN leaves the pipeline's own in place."""
+        raise NotImplementedError
+
+    def step(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = self.scale(step)
+        own = scale.isnan()
+        # Where nothing changes the very bits of `cond` go on; zero guidance is exactly `uncond`.
+        part = (torch.where(own, torch.ones_like(scale), scale / step.guidance_scale)).to(step.cond.dtype)
+        shape = (-1,) + (1,) * (step.cond.ndim - 1)
+        scaled = step.uncond + part.view(shape) * (step.cond - step.uncond)
+        return torch.where(own.view(shape), step.cond, scaled), step.uncond
