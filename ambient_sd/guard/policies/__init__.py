@@ -2,7 +2,37 @@
 
 from __future__ import annotations
 
-from ambient_sd.guard.policies.base import Policy, PromptChange, SamplingStart, Step
+from ambient_sd.guard.policies.base import Change, Policy, SamplingStart, ScalePolicy, Step
+from ambient_sd.guard.policies.compose import Compose
+from ambient_sd.guard.policies.dynamic_transition import DynamicTransition
+from ambient_sd.guard.policies.opposite_guidance import OppositeGuidance
 from ambient_sd.guard.policies.prompt_optimization import PromptOptimization
+from ambient_sd.guard.policies.prompt_perturbation import (
+    CaptionWordRepetition,
+    GaussianEmbeddingNoise,
+    RandomNumbers,
+    RandomTokens,
+)
+from ambient_sd.guard.policies.reanchoring import Reanchoring
+from ambient_sd.guard.policies.scale_cap import Despecification, ScaleCap
+from ambient_sd.guard.policies.static_transition import StaticTransition
 
-__all__ = ["Policy", "PromptChange", "PromptOptimization", "SamplingStart", "Step"]
+__all__ = [
+    "CaptionWordRepetition",
+    "Change",
+    "Compose",
+    "Despecification",
+    "DynamicTransition",
+    "GaussianEmbeddingNoise",
+    "OppositeGuidance",
+    "Policy",
+    "PromptOptimization",
+    "RandomNumbers",
+    "RandomTokens",
+    "Reanchoring",
+    "SamplingStart",
+    "ScaleCap",
+    "ScalePolicy",
+    "StaticTransition",
+    "Step",
+]

@@ -1,0 +1,348 @@
+"""Thresholds of the detection score for one model and one way of sampling it, as a file beside the weights.
+
+No number fits two models: the score grows with the latent's size and depends on weights, sampler and number of steps. So a
+threshold is kept together with what it was measured on, and is handed out for nothing else: the U-Net's weights and
+configuration, latent-size, sampler with its settings, steps, guidance scale and prediction type. There is one threshold for
+each number of evaluations seen (an early decision after 1 or 5, or all of them) and of pictures averaged per prompt.
+
+Weights are compared by their SHA-256 where they were loaded in the same precision. In another precision no hash can agree:
+then one weight out of each of up to 128 tensors must, within the rounding of the coarser one. That finds another model and an
+ordinary fine-tune, not a change of less than half a percent in all of them.
+
+It only holds thresholds. How they are found, and the prompts, are in `ambient_sd.calibrate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ambient_sd.errors import UserError, one_line
+from ambient_sd.guard.scores import require_supported
+
+FILE_NAME = "memorization_threshold.json"
+_FORMAT = 1
+_PROBES = 128
+_ROUNDING = {"float16": 2.0**-10, "bfloat16": 2.0**-8}  # a whole unit in the last place: two roundings of half of one
+_ALL: Literal["all"] = "all"
+_REMEDY = "calibrate for this: ambient-sd calibrate --help"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Hold one threshold and how well it was seen to do. Intervals are 95 %.
+
+    Attributes:
+        steps: evaluations of the network whose norms are averaged, the first ones; "all": the whole run.
+        images_per_prompt: pictures of one prompt whose scores are averaged before they are compared.
+        value: a score of at least this is flagged.
+        rate: share of ordinary scores that it flags; `rate_low`, `rate_high`: its interval.
+        auc: probability that a memorized prompt scores higher than an ordinary one; None without memorized prompts.
+        tpr: share of memorized scores above the threshold that flags 1 % of ordinary ones; None as above.
+    """
+
+    steps: int | Literal["all"]
+    images_per_prompt: int
+    value: float
+    rate: float
+    rate_low: float
+    rate_high: float
+    auc: float | None = None
+    auc_low: float | None = None
+    auc_high: float | None = None
+    tpr: float | None = None
+    tpr_low: float | None = None
+    tpr_high: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelPrint:
+    """Tell one U-Net from another.
+
+    Attributes:
+        structure: SHA-256 of the configuration, and of names and shapes of the weights (those of adapters included).
+        weights: SHA-256 of the structure and of every weight as loaded; None where they are not in memory (disk offload).
+        dtype: of the weights as loaded ("float32", "float16", "bfloat16"; of the first where they differ).
+        probe: one weight of each of up to 128 tensors, spread evenly over them.
+    """
+
+    structure: str
+    weights: str | None
+    dtype: str
+    probe: list[float]
+
+    @classmethod
+    def of(cls, unet: torch.nn.Module, *, whole: bool = True) -> ModelPrint:
+        """Take the print of a U-Net; without `whole` the weights are not hashed (seconds for a large model)."""
+        unet = getattr(unet, "_orig_mod", unet)  # torch.compile
+        named = sorted(_weights(unet))
+        config = {k: v for k, v in dict(getattr(unet, "config", {})).items() if not k.startswith("_")}
+        # LoRA keeps its strength outside the weights.
+        scales = {n: dict(m.scaling) for n, m in unet.named_modules() if isinstance(getattr(m, "scaling", None), dict)}
+        shapes = [[name, list(tensor.shape)] for name, tensor in named]
+        structure = hashlib.sha256(_canonical([config, shapes, scales]).encode()).hexdigest()
+        dtype = str(named[0][1].dtype).removeprefix("torch.") if named else "float32"
+        if any(tensor.is_meta for _, tensor in named):
+            return cls(structure, None, dtype, [])
+        weights = None
+        if whole:
+            digest = hashlib.sha256(structure.encode())
+            for _, tensor in named:
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            weights = digest.hexdigest()
+        picked = [named[i * len(named) // min(_PROBES, len(named))][1] for i in range(min(_PROBES, len(named)))]
+        values = [t.detach().flatten()[t.numel() // 2].to(torch.float32) for t in picked if t.numel()]
+        probe = torch.stack(values).cpu().double().tolist() if values else []
+        return cls(structure, weights, dtype, probe)
+
+    def differs(self, other: ModelPrint) -> str | None:
+        """Say in what way `other` is another model than this one, or None if it is not."""
+        if self.structure != other.structure:
+            return "its layers, configuration or adapters are others"
+        if self.dtype == other.dtype:
+            known = self.weights is not None and other.weights is not None
+            same = (
+                self.weights == other.weights
+                if known
+                else not self.probe or not other.probe or self.probe == other.probe
+            )
+            return None if same else "its weights are others"
+        tolerance = max(_ROUNDING.get(self.dtype, 0.0), _ROUNDING.get(other.dtype, 0.0))
+        pairs = list(zip(self.probe, other.probe, strict=False))
+        # The absolute part is for float16, which has no relative precision below 6e-5.
+        same = all(abs(a - b) <= tolerance * max(abs(a), abs(b)) + 1e-7 for a, b in pairs)
+        return None if same else "its weights are others"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Say how pictures are sampled, as far as scores depend on it.
+
+    Attributes:
+        height, width: of the pictures, pixels.
+        sampler: class of the scheduler; sampler_settings: its configuration.
+        prediction_type: epsilon, v_prediction or sample.
+        num_inference_steps, guidance_scale: as the pipeline takes them.
+    """
+
+    height: int
+    width: int
+    sampler: str
+    sampler_settings: dict[str, Any]
+    prediction_type: str
+    num_inference_steps: int
+    guidance_scale: float
+
+    @classmethod
+    def of(
+        cls, pipe: Any, *, num_inference_steps: int, guidance_scale: float, height: int | None, width: int | None
+    ) -> Sampling:
+        """Describe a call of a pipeline; sizes that are None are the pipeline's own."""
+        scheduler = pipe.scheduler
+        names = inspect.signature(type(scheduler).__init__).parameters
+        settings = {k: v for k, v in dict(scheduler.config).items() if k in names}
+        size, own = pipe.vae_scale_factor, pipe.unet.config.sample_size
+        own_height, own_width = own if isinstance(own, (list, tuple)) else (own, own)
+        return cls(
+            height=int(height or own_height * size),
+            width=int(width or own_width * size),
+            sampler=type(scheduler).__name__,
+            sampler_settings=json.loads(_canonical(settings)),
+            prediction_type=require_supported(scheduler).prediction_type,
+            num_inference_steps=int(num_inference_steps),
+            guidance_scale=float(guidance_scale),
+        )
+
+    def differs(self, other: Sampling) -> str | None:
+        """Name the first setting in which `other` differs from this one, with both values, or return None."""
+        for name in ("sampler", "prediction_type", "height", "width", "num_inference_steps", "guidance_scale"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                return f"{name} {mine} was calibrated, not {theirs}"
+        for name in sorted(self.sampler_settings.keys() | other.sampler_settings.keys()):
+            mine, theirs = self.sampler_settings.get(name), other.sampler_settings.get(name)
+            if mine != theirs:
+                return f"{self.sampler} with {name} {mine} was calibrated, not {theirs}"
+        return None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Hold the thresholds of one model, sampled one way, with their provenance; `MemorizationGuard` takes it as `threshold`.
+
+    Attributes:
+        entries: the thresholds.
+        model: which U-Net.
+        sampling: how it was sampled.
+        evaluations: of the network in a whole run, where "all" stops.
+        rate_asked: the false-positive rate that was asked for.
+        ordinary, memorized: number of prompts of each kind.
+        prompts: SHA-256 of the ordinary and of the memorized prompts; None where there were none.
+        seed: of the start noise and of the intervals.
+        versions: of the libraries.
+    """
+
+    entries: list[Entry]
+    model: ModelPrint
+    sampling: Sampling
+    evaluations: int
+    rate_asked: float
+    ordinary: int
+    memorized: int
+    prompts: dict[str, str | None]
+    seed: int
+    versions: dict[str, str]
+
+    @property
+    def origin(self) -> str:
+        """Say in a few words where the thresholds come from."""
+        return f"calibrated: FPR {self.rate_asked * 100:g} % on {self.ordinary} ordinary prompts"
+
+    def entry(self, steps: int, images_per_prompt: int) -> Entry:
+        """Return the entry for the mean over `steps` evaluations and `images_per_prompt` pictures.
+
+        Args:
+            steps: evaluations seen, from the first on; those of a whole run, or its number of steps, mean all.
+            images_per_prompt: pictures whose scores were averaged.
+
+        Raises:
+            UserError: that was not calibrated; the message says what was.
+        """
+        whole = steps in (self.evaluations, self.sampling.num_inference_steps)
+        for wanted in (_ALL, steps) if whole else (steps,):
+            for entry in self.entries:
+                if entry.steps == wanted and entry.images_per_prompt == images_per_prompt:
+                    return entry
+        steps_known = ", ".join(
+            dict.fromkeys(str(self.evaluations if e.steps == _ALL else e.steps) for e in self.entries)
+        )
+        images_known = ", ".join(map(str, dict.fromkeys(e.images_per_prompt for e in self.entries)))
+        raise UserError(
+            f"no threshold for {steps} steps and {images_per_prompt} pictures per prompt",
+            rule=f"calibrated were {steps_known} steps, and {images_known} pictures per prompt",
+            remedy=_REMEDY,
+        )
+
+    def threshold(self, steps: int, images_per_prompt: int) -> float:
+        """Return the score from which a picture or prompt is flagged (see `entry`)."""
+        return self.entry(steps, images_per_prompt).value
+
+    def misfit(self, pipe: Any, sampling: Sampling | None = None, *, whole: bool = True) -> str | None:
+        """Say why the thresholds do not hold for a pipeline, or return None if they do.
+
+        Args:
+            pipe: a diffusers pipeline.
+            sampling: how it will be sampled; None: only the model is compared.
+            whole: compare every weight, not only the probe.
+        """
+        model = self.model.differs(ModelPrint.of(pipe.unet, whole=whole))
+        if model is not None:
+            return f"another U-Net was calibrated: {model}"
+        return None if sampling is None else self.sampling.differs(sampling)
+
+    def check(self, pipe: Any, sampling: Sampling | None = None) -> None:
+        """Raise a `UserError` unless the thresholds hold for a pipeline and a way of sampling it (see `misfit`)."""
+        why = self.misfit(pipe, sampling)
+        if why is not None:
+            raise UserError(
+                f"the calibrated threshold does not fit: {why}", remedy=f"sample as calibrated, or {_REMEDY}"
+            )
+
+    # -- the file --------------------------------------------------------------------------------------------------
+
+    def save(self, place: str | os.PathLike[str]) -> Path:
+        """Write the file into a folder, or to a path that ends in .json; whole or not at all."""
+        path = _path(place)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        text = json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1, allow_nan=False)
+        part.write_text(text + "\n", encoding="utf-8")
+        os.replace(part, path)
+        return path
+
+    @classmethod
+    def load(cls, place: str | os.PathLike[str], pipe: Any = None) -> Calibration:
+        """Read the file from a folder or path, and check that it belongs to the U-Net of `pipe` if one is given.
+
+        Raises:
+            UserError: there is no file, it is damaged, or it is of another model.
+        """
+        path = _path(place)
+        try:
+            found = cls._from(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise UserError(f"there is no {path}", rule="no threshold was calibrated there", remedy=_REMEDY) from None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path} cannot be read", rule=one_line(f"{type(error).__name__}: {error}", 200),
+                            remedy="calibrate anew, or remove it") from None  # fmt: skip
+        if pipe is not None:
+            found.check(pipe)
+        return found
+
+    @classmethod
+    def _from(cls, values: Any) -> Calibration:
+        """Build it from JSON; values of other kinds than `save` writes are refused."""
+        values = dict(values)
+        if values.pop("format", None) != _FORMAT:
+            raise ValueError(f"it must say format {_FORMAT}")
+        found = cls(
+            **{
+                **values,
+                "entries": [Entry(**entry) for entry in values["entries"]],
+                "model": ModelPrint(**values["model"]),
+                "sampling": Sampling(**values["sampling"]),
+            }
+        )
+        for entry in found.entries:
+            if entry.steps != _ALL and not _whole(entry.steps):
+                raise ValueError(f"steps {entry.steps}")
+            figures = [v for k, v in dataclasses.asdict(entry).items() if k not in ("steps", "images_per_prompt")]
+            if not _whole(entry.images_per_prompt) or not all(_finite(v) for v in figures if v is not None):
+                raise ValueError("an entry holds no finite numbers")
+            if not _finite(entry.value) or entry.value < 0:
+                raise ValueError(f"threshold {entry.value}")
+        numbers = (found.ordinary, found.evaluations, found.sampling.num_inference_steps)
+        if not found.entries or not all(map(_whole, numbers)) or not _finite(found.rate_asked):
+            raise ValueError("entries, ordinary, evaluations or rate_asked")
+        if not isinstance(found.model.structure, str) or not all(map(_finite, found.model.probe)):
+            raise ValueError("model")
+        return found
+
+
+def _path(place: str | os.PathLike[str]) -> Path:
+    path = Path(place)
+    return path if path.suffix == ".json" else path / FILE_NAME
+
+
+def _weights(unet: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from unet.named_parameters()
+    yield from unet.named_buffers()
+
+
+def _canonical(value: Any) -> str:
+    """Write a value as JSON with sorted keys; what JSON does not know, as its own text."""
+
+    def plain(other: Any) -> Any:
+        if isinstance(other, Mapping):
+            return dict(other)
+        return other.tolist() if hasattr(other, "tolist") else str(other)
+
+    return json.dumps(value, sort_keys=True, default=plain)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

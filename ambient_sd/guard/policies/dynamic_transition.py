@@ -1,0 +1,53 @@
+"""DTP: no guidance until the first local minimum of a picture's own curve `|| eps_c - eps_u ||`, then normal guidance.
+
+    w_k = 0 until some d_{j-2} > d_{j-1} < d_j, j <= k; then g        d_k = || eps_c - eps_u || at evaluation k
+
+(Jain et al., *Classifier-free guidance inside the attraction basin may cause memorization*, CVPR 2025, "dynamic transition
+point"; published with the squared norm, whose minima are the same.) A minimum shows one evaluation late, and guidance
+begins at that evaluation, as published. A curve that rises from its first value has no minimum there; one that never
+falls and rises again is never guided: the paper saw transition points in memorized prompts only, so act on flagged
+pictures alone (`when="flagged"`).
+
+Where ours differs: each picture has its own minimum (the published loop samples one picture at a time); a minimum may be
+a plateau, `3 2 2 3`, which strict inequalities between neighbours would miss; before it `w` is 0 as in the paper, where the
+authors' script for it has 1 (the conditional output alone). Samplers that evaluate one timestep twice (Heun) repeat values
+with small changes, which may look like a minimum: the method is defined for one evaluation per step.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ambient_sd.guard.policies._common import number
+from ambient_sd.guard.policies.base import ScalePolicy, Step
+
+
+class DynamicTransition(ScalePolicy):
+    """Sample with the scale `scale` until the norm has fallen and risen again: `w = scale`, then `w = g`.
+
+    Args:
+        scale: the guidance scale before the transition point, finite: 0, the paper's, is none; a negative one is the
+            paper's opposite guidance with a dynamic transition point; 1 is what the authors' script does.
+
+    Raises:
+        UserError: `scale` is not a finite number.
+
+    Source: Jain et al., CVPR 2025.
+    """
+
+    def __init__(self, scale: float = 0.0) -> None:
+        self.before = number("scale", scale)
+
+    def scale(self, step: Step) -> torch.Tensor:
+        own = torch.full_like(step.norms[-1], math.nan)
+        before = torch.full_like(own, self.before)
+        return torch.where(_passed(torch.stack(step.norms)), own, before)
+
+
+def _passed(norms: torch.Tensor) -> torch.Tensor:
+    """Return for each picture whether its curve, `(k, n)`, has risen after it had fallen; `(n,)` bool."""
+    change = norms[1:] - norms[:-1]
+    fallen = (change < 0).cumsum(0) > 0
+    return ((change > 0) & fallen).any(0)
