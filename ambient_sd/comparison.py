@@ -1,0 +1,510 @@
+"""Every detector and every mitigation on one model whose memorized prompts are known by measurement, side by side.
+
+1. Every caption of the training pictures is sampled without mitigation, `generations` times. A prompt is *memorized* if at least
+   half of its pictures are copies (d1 / d2 < 1/3, pixels), *ordinary* if none is; the few in between are left out of the
+   detectors' table and counted. No list of duplicates is consulted: ground truth is what came out.
+2. Detectors score the same runs: Wen et al. over 1, 5 and all steps, 1 and all generations; anisotropy.
+3. Mitigations sample the memorized prompts again from the same start noise. Settings that are per model (targets, caps,
+   thresholds) come from the ordinary prompts' scores, by the rule written beside each.
+4. Beside each: share of copies, similarity to the nearest training picture, alignment with the prompt (`audit.alignment`, judged by a
+   model that has not seen the pictures), Frechet distance to held-out pictures, processor time.
+
+Several models are held side by side on the memorized prompts of the first. A run that was cut goes on where it was.
+Above the wings: it uses guard, audit and data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ambient_sd.audit.alignment import DiffusionAlignment
+from ambient_sd.audit.detection import detection_figures
+from ambient_sd.audit.features import EffLite0, Features, Pixels, Sscd, embed
+from ambient_sd.audit.metrics import Figure, bootstrap, memorized, quality_rows
+from ambient_sd.audit.neighbours import Neighbours, nearest
+from ambient_sd.audit.report import contact_sheet
+from ambient_sd.data.sources import PictureSet
+from ambient_sd.data.stream import keyed_generator
+from ambient_sd.errors import UserError
+from ambient_sd.guard import policies
+from ambient_sd.guard.pipeline import AmbientSDPipeline
+from ambient_sd.guard.recorder import MemorizationGuard
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a comparison is made of; all of it stands in `comparison.json`.
+
+    Attributes:
+        models: name -> pipeline folder; the memorized prompts are those of the first.
+        judge: pipeline folder of the model that judges alignment; it should not have seen the pictures.
+        generations: pictures per prompt.
+        prompts: how many captions are sampled at most, drawn by the seed; 0: all.
+        mitigated: how many memorized prompts are mitigated at most.
+        steps, guidance_scale: of DPM-Solver++.
+        chosen: names of mitigations; all if empty.
+    """
+
+    models: Mapping[str, str]
+    judge: str
+    out: Path
+    resolution: int
+    generations: int = 4
+    prompts: int = 0
+    mitigated: int = 60
+    steps: int = 20
+    guidance_scale: float = 3.0
+    batch_size: int = 16
+    seed: int = 0
+    chosen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Hold what the scores of the ordinary prompts say about a model: the scale of every setting that is per model.
+
+    Attributes:
+        first: median of the first step's norm.
+        first_high: its 99th percentile.
+        norm_high: 95th percentile of the norm over all steps.
+        guidance_scale: of the sampling.
+    """
+
+    first: float
+    first_high: float
+    norm_high: float
+    guidance_scale: float
+
+
+# Name -> (how it is made from the ordinary prompts' levels, the rule for what is per model).
+MITIGATIONS: dict[str, tuple[Callable[[Levels], policies.Policy | None], str]] = {
+    "none": (lambda v: None, ""),
+    "Wen": (lambda v: policies.PromptOptimization(target=v.first), "target: median first norm of ordinary prompts"),
+    "STP": (lambda v: policies.StaticTransition(), "as published, until 500"),
+    "DTP": (lambda v: policies.DynamicTransition(), ""),
+    "OG": (lambda v: policies.OppositeGuidance(), "as published for SD2.1, -2 until 650"),
+    "OG+STP": (lambda v: policies.Compose(policies.OppositeGuidance(), policies.StaticTransition()), "as published"),
+    "cap": (lambda v: policies.ScaleCap(cap=v.norm_high), "cap: 95th percentile of ordinary norms"),
+    "G_spe": (lambda v: policies.Despecification(strength=v.guidance_scale / (2 * v.norm_high), threshold=v.norm_high),
+              "threshold: 95th percentile of ordinary norms; half the scale is lost at it"),
+    "PRSS": (lambda v: policies.Reanchoring(threshold=v.first_high), "threshold: 99th percentile of ordinary first norms"),
+    "GUARD": (lambda v: policies.AttentionGuard(), "as published"),
+    "Han": (lambda v: policies.LatentOptimization(target=v.first, max_steps=50), "target as Wen's; at most 50 steps"),
+    "SAIL": (lambda v: policies.SAIL(target=v.first**2 / 10), "target: a tenth of the squared median first norm"),
+    "Ren": (lambda v: policies.AttentionRescaling(), "as published"),
+    "RT": (lambda v: policies.RandomTokens(), "as published, 2 to 4 tokens"),
+    "CWR": (lambda v: policies.CaptionWordRepetition(), "as published, 2 to 4 words"),
+    "RNA": (lambda v: policies.RandomNumbers(), "as published, 2 to 4 numbers"),
+    "GNI": (lambda v: policies.GaussianEmbeddingNoise(), "as published, std 0.1"),
+}  # fmt: skip
+
+
+@dataclass
+class Cell:
+    """One model under one mitigation: pictures prompt by prompt, and a record of each (curve, seconds, iterations)."""
+
+    pictures: list[Image.Image]
+    records: list[dict[str, Any]]
+
+    def column(self, name: str) -> list[Any]:
+        return [record[name] for record in self.records]
+
+
+def draw_cell(
+    pipe: Any,
+    folder: Path,
+    prompts: Sequence[str],
+    settings: Settings,
+    policy: policies.Policy | None,
+    title: str,
+) -> Cell:
+    """Sample `generations` pictures of each prompt into `folder`; what is there already is kept.
+
+    A picture's start noise is a function of seed, prompt and its number alone: every mitigation and every model starts
+    from the same noise.
+    """
+    from tqdm.auto import tqdm
+
+    folder.mkdir(parents=True, exist_ok=True)
+    k = settings.generations
+    per_call = max(1, settings.batch_size // k)
+    chunks = [prompts[i : i + per_call] for i in range(0, len(prompts), per_call)]
+    pictures: list[Image.Image] = []
+    records: list[dict[str, Any]] = []
+    for number, chunk in enumerate(tqdm(chunks, desc=title, leave=False)):
+        done = folder / f"{number:05d}.json"
+        if not done.exists():
+            _draw_chunk(pipe, folder, number, list(chunk), settings, policy)
+        rows = json.loads(done.read_text(encoding="utf-8"))
+        if [row["prompt"] for row in rows] != [c for c in chunk for _ in range(k)]:
+            raise UserError(f"{folder} holds pictures of other prompts", rule="a comparison goes on with what it began",
+                            remedy="give another --out, or remove the folder")  # fmt: skip
+        sheet = np.asarray(Image.open(folder / f"{number:05d}.png"))
+        side = settings.resolution
+        pictures += [Image.fromarray(sheet[:, i * side : (i + 1) * side]) for i in range(len(rows))]
+        records += rows
+    return Cell(pictures, records)
+
+
+def _draw_chunk(
+    pipe: Any, folder: Path, number: int, chunk: list[str], settings: Settings, policy: policies.Policy | None
+) -> None:
+    """Draw one call's pictures; they lie side by side in one PNG, and the JSON beside it says that they are whole."""
+    k = settings.generations
+    generators = [keyed_generator(settings.seed, f"comparison {c}", j) for c in chunk for j in range(k)]
+    cuda = pipe.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    clock, busy = time.perf_counter(), time.process_time()
+    with MemorizationGuard(pipe, policy) as guard:
+        out = pipe(
+            chunk, num_images_per_prompt=k, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale,
+            height=settings.resolution, width=settings.resolution, generator=generators,
+        )  # fmt: skip
+        reports = guard.report
+    if cuda:
+        torch.cuda.synchronize()
+    clock, busy = time.perf_counter() - clock, time.process_time() - busy
+    rows = [
+        {"prompt": chunk[r.prompt_index], "curve": r.curve, "timesteps": r.timesteps, "iterations": r.iterations,
+         "mitigated": r.mitigated, "seconds": clock / len(reports), "processor_seconds": busy / len(reports),
+         "memory_mb": torch.cuda.max_memory_allocated() / 2**20 if cuda else None}
+        for r in reports
+    ]  # fmt: skip
+    sheet = np.concatenate([np.asarray(image.convert("RGB")) for image in out.images], axis=1)
+    part = folder / f".{number:05d}.part.png"
+    Image.fromarray(sheet).save(part)
+    os.replace(part, folder / f"{number:05d}.png")
+    part = folder / f".{number:05d}.part.json"
+    part.write_text(json.dumps(rows), encoding="utf-8")
+    os.replace(part, folder / f"{number:05d}.json")
+
+
+# --- truth and detectors ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reals:
+    """Hold the training and held-out pictures as features, one row a picture that differs, and the captions."""
+
+    training: dict[str, torch.Tensor]
+    heldout: dict[str, torch.Tensor]
+    images: list[Image.Image]
+    captions: list[str]
+    features: list[Features]
+
+    @property
+    def similar(self) -> Features:
+        """The feature for similarities: SSCD where it is, else the one whose cosine stands in for it."""
+        return next((f for f in self.features if f.distance == "cosine"), self.features[-1])
+
+
+def read_reals(training: PictureSet, heldout: PictureSet) -> Reals:
+    """Embed both sets; of equal pictures one, so that the second nearest is another picture."""
+    once = list({key: i for i, key in reversed(list(enumerate(training.noise_keys or training.keys)))}.values())[::-1]
+    features: list[Features] = [Pixels(), EffLite0(), *([Sscd()] if Sscd.available() else [])]
+    images = [training[i].image for i in once]
+    real = embed(images, features, progress=True)
+    unseen = embed([row.image for row in heldout], features, progress=True)
+    return Reals(real, unseen, images, [training.captions[i] for i in once], features)
+
+
+def truth(copied: torch.Tensor, generations: int) -> tuple[list[int], list[int]]:
+    """Return places of the memorized prompts (at least half of their pictures are copies) and the ordinary ones (none).
+
+    Args:
+        copied: `(prompts * generations,)` bool, prompt by prompt.
+    """
+    share = copied.double().view(-1, generations).mean(1)
+    return torch.nonzero(share >= 0.5).flatten().tolist(), torch.nonzero(share == 0).flatten().tolist()
+
+
+def detector_figures(
+    curves: torch.Tensor, generations: int, memorized_prompts: Sequence[int], ordinary: Sequence[int], seed: int
+) -> list[dict[str, Any]]:
+    """Score prompts by the mean norm over the first steps and generations; return AUC and TPR@1%FPR of each detector.
+
+    Args:
+        curves: `(prompts, generations, steps)`.
+    """
+    rows = []
+    steps = curves.shape[2]
+    for n in sorted({1, generations}):
+        for k in sorted({1, min(5, steps), steps}):
+            scores = curves[:, :n, :k].mean((1, 2))
+            figures = detection_figures(scores[list(memorized_prompts)], scores[list(ordinary)], seed=seed)
+            rows.append({"detector": "norm", "steps": k, "generations": n, "figures": [f.as_dict() for f in figures]})
+    return rows
+
+
+def levels_of(curves: torch.Tensor, ordinary: Sequence[int], guidance_scale: float) -> Levels:
+    """Return what the ordinary prompts' norms are like. `curves` as in `detector_figures`."""
+    chosen = curves[list(ordinary)].double()
+    first = chosen[:, :, 0].flatten()
+    high = torch.quantile(first, 0.99)
+    # torch.quantile stops at 2**24 values, numpy does not.
+    return Levels(float(first.median()), float(high), float(np.quantile(chosen.numpy(), 0.95)), guidance_scale)
+
+
+# --- mitigations -----------------------------------------------------------------------------------------------------
+
+
+def cell_figures(
+    cell: Cell, reals: Reals, prompts: Sequence[str], judge: DiffusionAlignment, settings: Settings
+) -> tuple[dict[str, Figure], Neighbours]:
+    """Measure one model under one mitigation; intervals resample prompts."""
+    groups = [c for c in prompts for _ in range(settings.generations)]
+    made = embed(cell.pictures, reals.features)
+    pixels = nearest(made["pixels64"], reals.training["pixels64"])
+    similar = reals.similar
+    close = nearest(made[similar.name], reals.training[similar.name], distance="cosine").similarity
+    aligned = judge(cell.pictures, groups)
+    options: dict[str, Any] = {"groups": groups, "seed": settings.seed}
+    quality = quality_rows(
+        made["EffLite0"], reals.heldout["EffLite0"], name="EffLite0", groups=groups, seed=settings.seed
+    )
+    seconds = torch.tensor(cell.column("processor_seconds"), dtype=torch.float64)
+    figures = {
+        "copied": bootstrap(memorized(pixels), torch.mean, name="copied", share=True, **options),
+        "similarity": bootstrap(close, lambda v: torch.quantile(v, 0.95), name=f"{similar.name} 95th percentile", **options),
+        "alignment": bootstrap(aligned.value * 1000, torch.mean, name="alignment x 1000", **options),
+        "hits": bootstrap(aligned.hit, torch.mean, name=f"own prompt first of {judge.others + 1}", share=True, **options),
+        "distance": quality[0].generated,
+        "seconds": bootstrap(seconds, torch.mean, name="processor seconds per picture", **options),
+    }  # fmt: skip
+    return figures, pixels
+
+
+def compare(settings: Settings, training: PictureSet, heldout: PictureSet, command: str = "") -> dict[str, Any]:
+    """Run the comparison and write `comparison.json`, `comparison.html` and `comparison.md` into `settings.out`.
+
+    Raises:
+        UserError: a mitigation's name is unknown, the folder holds another comparison, or nothing is memorized.
+    """
+    for name in settings.chosen:
+        if name not in MITIGATIONS:
+            raise UserError(f"mitigation {name!r}", rule=f"there are {', '.join(MITIGATIONS)}")
+    _claim(settings, training)
+    reals = read_reals(training, heldout)
+    captions = sorted(set(reals.captions))
+    if settings.prompts and settings.prompts < len(captions):
+        order = torch.randperm(len(captions), generator=keyed_generator(settings.seed, "comparison prompts", 0))
+        captions = sorted(captions[i] for i in order[: settings.prompts].tolist())
+    k = settings.generations
+    judge = DiffusionAlignment(_load(settings.judge), resolution=settings.resolution, seed=settings.seed)
+    result: dict[str, Any] = {"settings": _described(settings), "command": command, "training": len(reals.images),
+                              "heldout": len(heldout), "prompts": len(captions), "models": {}}  # fmt: skip
+    shown: dict[str, dict[str, list[Image.Image]]] = {}
+    chosen: list[int] = []
+    for model, folder in settings.models.items():
+        pipe = _load(folder)
+        base = draw_cell(
+            pipe, settings.out / "cells" / model / "all", captions, settings, None, f"{model}, all prompts"
+        )
+        near = nearest(embed(base.pictures, reals.features)["pixels64"], reals.training["pixels64"])
+        known, ordinary = truth(memorized(near), k)
+        curves = torch.tensor(base.column("curve"), dtype=torch.float64).view(len(captions), k, -1)
+        found: dict[str, Any] = {"memorized_prompts": len(known), "ordinary_prompts": len(ordinary),
+                                 "between": len(captions) - len(known) - len(ordinary), "detectors": []}  # fmt: skip
+        if known and ordinary:
+            found["detectors"] = detector_figures(curves, k, known, ordinary, settings.seed)
+        if not chosen:
+            if len(known) < 5 or len(ordinary) < 5:
+                raise UserError(f"{len(known)} memorized and {len(ordinary)} ordinary prompts of {model}",
+                                rule="at least five of each are needed to compare anything",
+                                remedy="train longer, or repeat pictures (ambient_sd.demo.memorized)")  # fmt: skip
+            chosen = known[: settings.mitigated]
+        prompts = [captions[i] for i in chosen]
+        levels = levels_of(curves, ordinary, settings.guidance_scale)
+        found["levels"] = dataclasses.asdict(levels)
+        found["mitigations"] = {}
+        shown[model] = {}
+        for name, (make, rule) in MITIGATIONS.items():
+            if settings.chosen and name not in settings.chosen and name != "none":
+                continue
+            cell = draw_cell(
+                pipe, settings.out / "cells" / model / name, prompts, settings, make(levels), f"{model}, {name}"
+            )
+            figures, _ = cell_figures(cell, reals, prompts, judge, settings)
+            found["mitigations"][name] = {
+                "rule": rule,
+                "figures": {key: figure.as_dict() for key, figure in figures.items()},
+                "iterations": float(np.mean(cell.column("iterations"))),
+            }
+            if cell.records[0]["memory_mb"] is not None:
+                found["mitigations"][name]["peak_memory_mb"] = max(cell.column("memory_mb"))
+            shown[model][name] = cell.pictures[::k]
+            contact_sheet(cell.pictures[::k], 10).save(settings.out / f"{model}-{_file_name(name)}.png")
+            print(f"{model}, {name}: " + ", ".join(f"{f.name} {f.value:.3g}" for f in figures.values()), flush=True)
+        result["models"][model] = found
+    originals = [reals.images[reals.captions.index(captions[i])] for i in chosen]
+    result["mitigated_prompts"] = [captions[i] for i in chosen]
+    _write(settings.out / "comparison.json", json.dumps(result, indent=1) + "\n")
+    _write(settings.out / "comparison.md", tables(result))
+    _write(settings.out / "comparison.html", page(result, originals, shown))
+    return result
+
+
+def _load(folder: str) -> Any:
+    from diffusers import DPMSolverMultistepScheduler
+
+    pipe = AmbientSDPipeline.from_pretrained(folder, safety_checker=None)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _described(settings: Settings) -> dict[str, Any]:
+    """Return the settings without local paths: models by name."""
+    fields = dataclasses.asdict(settings)
+    return {name: value for name, value in fields.items() if name not in {"models", "judge", "out"}} | {
+        "names": list(settings.models)
+    }
+
+
+def _claim(settings: Settings, training: PictureSet) -> None:
+    """Let a folder belong to one comparison: the pictures in it are kept, and must be of the same settings and models."""
+    models = {name: _digest(Path(folder)) for name, folder in settings.models.items()}
+    own = {key: value for key, value in _described(settings).items() if key not in {"names", "chosen", "mitigated"}}
+    own |= {"models": models, "training": training.fingerprint()}
+    path = settings.out / "claim.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        before["models"], shared = {n: m for n, m in before["models"].items() if n in models}, before["models"]
+        own["models"] = {n: m for n, m in models.items() if n in shared}
+        if before != json.loads(json.dumps(own)):
+            other = sorted(key for key in own if before.get(key) != json.loads(json.dumps(own[key])))
+            raise UserError(f"{settings.out} holds a comparison with other {', '.join(other)}",
+                            rule="a comparison goes on with what it began", remedy="give another --out")  # fmt: skip
+        own["models"] = shared | models
+    _write(path, json.dumps(own, indent=1) + "\n")
+
+
+def _digest(folder: Path) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    for path in sorted((folder / "unet").glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)
+
+
+# --- what people read ------------------------------------------------------------------------------------------------
+
+_COLUMNS = (("copied", "copied", 100, ".1f", " %"), ("similarity", "similarity, 95th pct.", 1, ".3f", ""),
+            ("alignment", "alignment x 1000", 1, ".2f", ""), ("hits", "own prompt first of 5", 100, ".0f", " %"),
+            ("distance", "Frechet distance", 1, ".1f", ""), ("seconds", "processor s a picture", 1, ".2f", ""))  # fmt: skip
+
+
+def _cell(figure: Mapping[str, Any], factor: float, form: str, unit: str) -> str:
+    value, low, high = (format(figure[key] * factor, form) for key in ("value", "low", "high"))
+    return f"{value}{unit} [{low}, {high}]"
+
+
+def tables(result: Mapping[str, Any]) -> str:
+    """Return both tables as Markdown."""
+    lines = []
+    for model, found in result["models"].items():
+        lines += [f"### {model}: detectors", "",
+                  f"{found['memorized_prompts']} memorized and {found['ordinary_prompts']} ordinary prompts, {found['between']} in between.",
+                  "", "| detector | steps | generations | AUC | TPR@1%FPR |", "|---|---|---|---|---|"]  # fmt: skip
+        for row in found["detectors"]:
+            cells = [_cell(figure, 1, ".3f", "") for figure in row["figures"]]
+            lines.append(f"| {row['detector']} | {row['steps']} | {row['generations']} | {' | '.join(cells)} |")
+        lines += ["", f"### {model}: mitigations", "", "| | " + " | ".join(head for _, head, *_ in _COLUMNS) + " |",
+                  "|---" * (len(_COLUMNS) + 1) + "|"]  # fmt: skip
+        for name, row in found["mitigations"].items():
+            cells = [_cell(row["figures"][key], factor, form, unit) for key, _, factor, form, unit in _COLUMNS]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def page(
+    result: Mapping[str, Any],
+    originals: Sequence[Image.Image],
+    shown: Mapping[str, Mapping[str, Sequence[Image.Image]]],
+    most: int = 16,
+) -> str:
+    """Return one self-contained page: tables, and a row of pictures per prompt: the original, then every mitigation."""
+    prompts = result["mitigated_prompts"][:most]
+    parts = []
+    for model, found in result["models"].items():
+        parts.append(
+            f"<h2>{html.escape(model)}</h2><p>{found['memorized_prompts']} of {result['prompts']} prompts memorized.</p>"
+        )
+        head = "".join(f"<th>{html.escape(title)}</th>" for _, title, *_ in _COLUMNS)
+        body = "".join(
+            f"<tr><th title='{html.escape(row['rule'], quote=True)}'>{html.escape(name)}</th>"
+            + "".join(
+                f"<td>{html.escape(_cell(row['figures'][key], f, form, unit))}</td>"
+                for key, _, f, form, unit in _COLUMNS
+            )
+            + "</tr>"
+            for name, row in found["mitigations"].items()
+        )
+        parts.append(
+            f"<div class=scroll><table class=numbers><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        )
+        names = list(shown[model])
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in ("training picture", *names))
+        rows = "".join(
+            f"<tr><th>{html.escape(prompt)}</th>{_picture(originals[i], 'training picture')}"
+            + "".join(_picture(shown[model][name][i], f"{name}: {prompt}") for name in names) + "</tr>"
+            for i, prompt in enumerate(prompts)
+        )  # fmt: skip
+        parts.append(
+            f"<div class=scroll><table class=pictures><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        )
+    facts = html.escape(json.dumps(result["settings"]))
+    command = html.escape(result["command"])
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>Mitigations side by side</title><style>{_STYLE}</style><h1>Mitigations side by side</h1>"
+        f"<p>The same memorized prompts and the same start noise in every column. Intervals: 95 %, prompts resampled.</p>{''.join(parts)}"
+        f"<h2>How it was made</h2><pre>{command}\n{facts}</pre></html>"
+    )
+
+
+def _picture(image: Image.Image, alt: str) -> str:
+    import base64
+    import io
+
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f"<td><img alt='{html.escape(alt, quote=True)}' src='data:image/png;base64,{data}'></td>"
+
+
+_STYLE = """
+body{margin:0 auto;max-width:1500px;padding:24px;font:15px/1.5 system-ui,sans-serif;color:#1b1c20;background:#faf9f6}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2em}.scroll{overflow-x:auto}table{border-collapse:collapse}
+.numbers td,.numbers th{padding:4px 12px 4px 0;border-bottom:1px solid #e2dfd7;text-align:left;white-space:nowrap;font-variant-numeric:tabular-nums}
+.pictures th{font-size:.78rem;font-weight:500;padding:2px 6px 2px 0;text-align:left;max-width:11em}.pictures{margin-top:16px}
+.pictures td{padding:2px}.pictures img{display:block;width:72px;height:72px;object-fit:cover;border-radius:4px}
+pre{white-space:pre-wrap;font-size:.82rem;background:#fff;border:1px solid #e2dfd7;padding:10px}
+@media (prefers-color-scheme:dark){body{background:#121316;color:#ecebe7}.numbers td,.numbers th{border-color:#2e3138}pre{background:#1b1d22;border-color:#2e3138}}
+"""
