@@ -265,10 +265,13 @@ class Calibration:
         path = _path(place)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
-        text = json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1, allow_nan=False)
-        part.write_text(text + "\n", encoding="utf-8")
+        part.write_text(self.text(), encoding="utf-8")
         os.replace(part, path)
         return path
+
+    def text(self) -> str:
+        """Return what the file holds: JSON, with nothing of this machine in it."""
+        return json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def load(cls, place: str | os.PathLike[str], pipe: Any = None) -> Calibration:
