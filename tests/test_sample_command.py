@@ -5,6 +5,7 @@ from __future__ import annotations
 import html.parser
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,29 @@ def test_help_lists_the_policies(capsys: Any) -> None:
         main(["sample", "--help"])
     said = capsys.readouterr().out
     assert stopped.value.code == 0 and re.search(r"prompt_optimization:target=FLOAT,lr=0\.05,max_steps=10", said)
+
+
+def test_the_pages_commands_and_code_run_as_written(
+    tiny_base: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """But for fewer steps, and a target of the tiny model's size."""
+    page = (Path(__file__).parents[1] / "docs" / "sampling.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_base, "my-model")
+    Path("ordinary.txt").write_text("a cat\nthe red dog\n")
+    Path("memorized.txt").write_text("a square\n")
+    Path("prompts.jsonl").write_text('{"prompt": "a cat"}\n')
+    (commands,) = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
+    lines = commands.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        name, *words = shlex.split(line.replace("_steps 25", "_steps 2").replace("=3 ", "=0.0001,max_steps=1 "))
+        assert name == "ambient-sd"
+        main([*words, "--device", "cpu"])
+    assert read_record("mitigated/images/00000-00.png")["iterations"] == 1
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(code, "docs/sampling.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines()[-1].startswith("a cat ")
 
 
 def test_pictures_under_the_guard_are_the_stock_pipelines(tiny_base: Path) -> None:
