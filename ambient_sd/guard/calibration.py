@@ -151,6 +151,8 @@ class Sampling:
         scheduler = pipe.scheduler
         names = inspect.signature(type(scheduler).__init__).parameters
         settings = {k: v for k, v in dict(scheduler.config).items() if k in names}
+        # DPM++ has -inf among its defaults, which JSON does not know.
+        settings = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in settings.items()}
         size, own = pipe.vae_scale_factor, pipe.unet.config.sample_size
         own_height, own_width = own if isinstance(own, (list, tuple)) else (own, own)
         return cls(
