@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from ambient_sd.cli_guard import add_verbs
+from ambient_sd.cli_guard import run as run_guard
 from ambient_sd.errors import UserError, exits_on_user_error
 
 
@@ -69,6 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--dataset_split", default=None, help="split of the dataset")
     inspect.add_argument("--fail_on", choices=["nothing", "problems"], default="nothing",
                          help="problems: exit with status 1 if anything is found")  # fmt: skip
+    add_verbs(verbs)
     push = verbs.add_parser("push", help="upload the results of a training to the hub", description="Upload weights, "
         "configurations, card and validation pictures; never checkpoints, logs, tokens or local paths. Token: HF_TOKEN "
         "or `hf auth login`.")  # fmt: skip
@@ -120,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     image_column=args.image_column, caption_column=args.caption_column, split=args.dataset_split)  # fmt: skip
         if args.fail_on == "problems" and not found.clean:
             sys.exit(1)
+    elif args.verb in ("sample", "calibrate"):
+        run_guard(args)
     elif args.verb == "push":
         from ambient_sd.training.push import push
 

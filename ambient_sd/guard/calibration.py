@@ -151,6 +151,8 @@ class Sampling:
         scheduler = pipe.scheduler
         names = inspect.signature(type(scheduler).__init__).parameters
         settings = {k: v for k, v in dict(scheduler.config).items() if k in names}
+        # DPM++ has -inf among its defaults, which JSON does not know.
+        settings = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in settings.items()}
         size, own = pipe.vae_scale_factor, pipe.unet.config.sample_size
         own_height, own_width = own if isinstance(own, (list, tuple)) else (own, own)
         return cls(
@@ -265,10 +267,13 @@ class Calibration:
         path = _path(place)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
-        text = json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1, allow_nan=False)
-        part.write_text(text + "\n", encoding="utf-8")
+        part.write_text(self.text(), encoding="utf-8")
         os.replace(part, path)
         return path
+
+    def text(self) -> str:
+        """Return what the file holds: JSON, with nothing of this machine in it."""
+        return json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def load(cls, place: str | os.PathLike[str], pipe: Any = None) -> Calibration:

@@ -2,13 +2,15 @@
 
 Pictures are bit-identical to `StableDiffusionPipeline`'s with the same seed; each comes with its `ImageReport`. What it
 saves is a stock folder: `model_index.json` names `StableDiffusionPipeline`, because a class unknown to diffusers cannot
-be loaded by `DiffusionPipeline.from_pretrained`. It adds no component and no copied loop.
+be loaded by `DiffusionPipeline.from_pretrained`. It adds no component and no copied loop. A calibrated threshold beside the
+weights (`calibration`) is loaded with them, and used where a call samples as was calibrated.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +18,16 @@ from typing import Any
 
 from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 
 from ambient_sd.errors import UserError
+from ambient_sd.guard.calibration import FILE_NAME, Calibration, Sampling
 from ambient_sd.guard.policies.base import Policy
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard, active_guard
 from ambient_sd.hub_ids import resolve_model_id
+
+logger = logging.getLogger(__name__)
 
 _COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
@@ -33,7 +40,13 @@ class AmbientSDPipelineOutput(StableDiffusionPipelineOutput):
 
 
 class AmbientSDPipeline(StableDiffusionPipeline):
-    """Sample from Stable Diffusion 1 or 2 and say of every picture how strongly its prompt pulled (Wen et al. 2024)."""
+    """Sample from Stable Diffusion 1 or 2 and say of every picture how strongly its prompt pulled (Wen et al. 2024).
+
+    Attributes:
+        calibration: thresholds found beside the weights, or None; a guard that a call makes by itself uses them.
+    """
+
+    calibration: Calibration | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> AmbientSDPipeline:
@@ -44,13 +57,22 @@ class AmbientSDPipeline(StableDiffusionPipeline):
             **kwargs: as in `StableDiffusionPipeline.from_pretrained`.
 
         Raises:
-            UserError: a folder is missing, or is not a Stable Diffusion 1 or 2 pipeline.
+            UserError: a folder is missing, or is not a Stable Diffusion 1 or 2 pipeline; its threshold file is damaged.
         """
         name = resolve_model_id(pretrained_model_name_or_path)
         _check_folder(name, given=set(kwargs))
         if "safety_checker" in kwargs and kwargs["safety_checker"] is None:
             kwargs.setdefault("requires_safety_checker", False)
-        return super().from_pretrained(name, **kwargs)
+        pipe = super().from_pretrained(name, **kwargs)
+        path = _threshold_file(name, kwargs)
+        if path is not None:
+            found = Calibration.load(path)
+            why = found.misfit(pipe)
+            if why is None:
+                pipe.calibration = found
+            else:
+                logger.warning("the threshold in %s is not used: %s", FILE_NAME, why)
+        return pipe
 
     def to_json_string(self) -> str:
         """Return `model_index.json` under the stock class's name: the folder then loads everywhere, here included."""
@@ -66,7 +88,8 @@ class AmbientSDPipeline(StableDiffusionPipeline):
         Args:
             *args: as in `StableDiffusionPipeline.__call__`.
             guard: None scores the pictures where guidance is on; True does so and raises where it is off; False leaves
-                the guard off; a policy also mitigates; a `MemorizationGuard` of this pipeline is used as it is.
+                the guard off; a policy also mitigates; a `MemorizationGuard` of this pipeline is used as it is. But for the
+                last, pictures are flagged by `calibration`, if there is one that fits this call.
             **kwargs: as in `StableDiffusionPipeline.__call__`.
 
         Returns:
@@ -93,15 +116,16 @@ class AmbientSDPipeline(StableDiffusionPipeline):
                 )
             return guard
         if isinstance(guard, Policy):
-            return MemorizationGuard(self, policy=guard)
+            return MemorizationGuard(self, policy=guard, threshold=self._threshold(args, kwargs))
         if guard is True:
-            return active or MemorizationGuard(self)
+            return active or MemorizationGuard(self, threshold=self._threshold(args, kwargs))
         if guard is None:
-            given = inspect.signature(StableDiffusionPipeline.__call__).bind(self, *args, **kwargs)
-            given.apply_defaults()
             # The same rule as the pipeline's do_classifier_free_guidance, which is known only once sampling has begun.
-            guided = given.arguments["guidance_scale"] > 1 and self.unet.config.time_cond_proj_dim is None
-            return active or (MemorizationGuard(self) if guided else None)
+            scale = self._given(args, kwargs)["guidance_scale"]
+            guided = scale > 1 and self.unet.config.time_cond_proj_dim is None
+            if active is not None or not guided:
+                return active
+            return MemorizationGuard(self, threshold=self._threshold(args, kwargs))
         if guard is False:
             return None
         raise UserError(
@@ -109,6 +133,46 @@ class AmbientSDPipeline(StableDiffusionPipeline):
             rule="it must be None, True, False, a policy or a MemorizationGuard",
             remedy="for example guard=policies.PromptOptimization(target=3.0)",
         )
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return a call's arguments by name, defaults included."""
+        given = inspect.signature(StableDiffusionPipeline.__call__).bind(self, *args, **kwargs)
+        given.apply_defaults()
+        return given.arguments
+
+    def _threshold(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the calibrated thresholds if they hold for this call; if not, say why and return None."""
+        if self.calibration is None:
+            return None
+        given = self._given(args, kwargs)
+        if given["negative_prompt"] or given["negative_prompt_embeds"] is not None:
+            why: str | None = "it was calibrated without a negative prompt"
+        elif given["timesteps"] is not None or given["sigmas"] is not None:
+            why = "it was calibrated on the sampler's own timesteps"
+        else:
+            names = ("num_inference_steps", "guidance_scale", "height", "width")
+            sampling = Sampling.of(self, **{name: given[name] for name in names})
+            why = self.calibration.misfit(self, sampling, whole=False)
+        if why is None:
+            return self.calibration
+        logger.warning("the calibrated threshold is not used, nothing is flagged: %s", why)
+        return None
+
+
+def _threshold_file(name: str, options: dict[str, Any]) -> Path | None:
+    """Return the threshold file of a folder, or of a hub repository (which diffusers leaves there), if it has one."""
+    if os.path.isdir(name):
+        path = Path(name) / FILE_NAME
+        return path if path.is_file() else None
+    asked = {key: options[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in options}
+    try:
+        return Path(hf_hub_download(name, FILE_NAME, **asked))
+    except (
+        HfHubHTTPError,
+        OSError,
+        ValueError,
+    ):  # no such file, no connection and none in the cache: a model without one
+        return None
 
 
 def _with_reports(output: Any, guard: MemorizationGuard | None) -> Any:

@@ -24,6 +24,8 @@ from huggingface_hub import ModelCardData, hf_hub_download
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ambient_sd.errors import UserError, one_line
+from ambient_sd.guard.calibration import FILE_NAME as THRESHOLD_NAME
+from ambient_sd.guard.calibration import Calibration
 from ambient_sd.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -407,12 +409,34 @@ def _data(facts: Facts) -> list[str]:
 
 
 def _memorization(facts: Facts, folder: Path) -> list[str]:
-    rows = _audit(facts, folder)
+    rows, threshold = _audit(facts, folder), _threshold(facts, folder)
     if not rows:
-        return ["## Memorization", "How much of the training pictures it hands back has not been measured here."]
+        return [
+            "## Memorization",
+            "How much of the training pictures it hands back has not been measured here.",
+            *threshold,
+        ]
     table = _table(["measure", "this model, 95 % interval", "n", "held-out pictures, 95 % interval", "n"], rows)
     return ["## Memorization", table,
-            "Held-out: the same measure on real pictures that training has not seen. Less is better."]  # fmt: skip
+            "Held-out: the same measure on real pictures that training has not seen. Less is better.", *threshold]  # fmt: skip
+
+
+def _threshold(facts: Facts, folder: Path) -> list[str]:
+    """Say from which score the guard flags a picture, if that was calibrated for these weights."""
+    path = folder / THRESHOLD_NAME
+    if not path.is_file():
+        return []
+    found = Calibration.load(path)
+    if path.stat().st_mtime < facts.finished:
+        logger.warning("%s is older than the weights, and left out of the card", path)
+        return []
+    how, single = found.sampling, found.entry(found.evaluations, 1)
+    return [
+        f"The memorization guard flags a picture from a score of {single.value:.4g} over the whole run ({inline(found.origin)}; "
+        f"of them it flags {single.rate:.1%}, 95 % interval {single.rate_low:.1%} to {single.rate_high:.1%}): "
+        f"{inline(how.sampler)}, {how.num_inference_steps} steps, guidance {how.guidance_scale:g}, "
+        f"{how.height} x {how.width} px. All thresholds: {inline(THRESHOLD_NAME)}."
+    ]
 
 
 def _audit(facts: Facts, folder: Path) -> list[tuple[str, ...]]:

@@ -10,22 +10,11 @@ from typing import Any
 import guard_tools as tools
 import pytest
 import torch
+from guard_calibration import calibration
 from peft import LoraConfig
 
 from ambient_sd.errors import UserError
-from ambient_sd.guard.calibration import FILE_NAME, Calibration, Entry, ModelPrint, Sampling
-
-
-def calibration(pipe: Any, **changes: Any) -> Calibration:
-    sampling = Sampling.of(pipe, num_inference_steps=20, guidance_scale=7.5, height=None, width=None)
-    entries = [Entry(steps, n, value, 0.01, 0.0, 0.05)
-               for steps, n, value in ((1, 1, 3.0), (1, 4, 2.5), (5, 1, 2.0), ("all", 1, 1.5), ("all", 4, 1.0))]  # fmt: skip
-    values: dict[str, Any] = {
-        "entries": entries, "model": ModelPrint.of(pipe.unet), "sampling": sampling, "evaluations": 21, "rate_asked": 0.01,
-        "ordinary": 500, "memorized": 0, "prompts": {"ordinary": "00", "memorized": None}, "seed": 0,
-        "versions": {"torch": torch.__version__},
-    }  # fmt: skip
-    return Calibration(**(values | changes))
+from ambient_sd.guard.calibration import FILE_NAME, Calibration, ModelPrint, Sampling
 
 
 def test_threshold_is_that_of_the_steps_and_pictures_and_errors_say_what_there_is() -> None:

@@ -1,0 +1,286 @@
+"""What `ambient-sd sample` and `ambient-sd calibrate` share: settings, loading, prompt files, and start noise by address.
+
+The noise of a picture is a function of (seed, place of its prompt, place of the picture among those of its prompt) alone, drawn in
+float32 on the CPU: another batch size, precision or device, or a run that was cut and goes on, starts from the same noise.
+Every picture is sampled as a prompt of its own, so that nothing depends on which pictures share a batch but rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ambient_sd.data.stream import keyed_generator
+from ambient_sd.errors import UserError, one_line
+from ambient_sd.guard.calibration import Sampling
+from ambient_sd.guard.recorder import ImageReport, MemorizationGuard
+from ambient_sd.hub_ids import resolve_model_id
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+}  # fmt: skip
+DTYPES = ("float32", "float16", "bfloat16")
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+_ADAPTER_NAME = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class DrawSettings:
+    """Say with which model and how pictures are sampled.
+
+    Attributes:
+        model: folder or hub id of a pipeline.
+        adapter: LoRA on its U-Net: folder, .safetensors file or hub id; None: none.
+        scheduler: a key of `SCHEDULERS`; None: the model's own.
+        num_inference_steps, guidance_scale: as diffusers takes them; the scale is above 1, for the guard measures guidance.
+        resolution: side in pixels, a multiple of 8; None: the model's own.
+        seed: of the start noise.
+        dtype: precision of the weights, one of `DTYPES`.
+        device: torch device; None: a GPU if there is one.
+        batch_size: pictures that go through the network together; changes rounding and nothing else.
+    """
+
+    model: str
+    adapter: str | None = None
+    scheduler: str | None = None
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    resolution: int | None = None
+    seed: int = 0
+    dtype: str = "float32"
+    device: str | None = None
+    batch_size: int = 4
+
+    def check(self) -> None:
+        """Raise a `UserError` for what can be seen to be wrong without loading anything."""
+        if not 1 < self.guidance_scale < math.inf:
+            raise UserError(
+                f"guidance_scale is {self.guidance_scale}",
+                rule="the guard measures guidance",
+                remedy="give a finite scale above 1",
+            )
+        for name in ("num_inference_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}", rule="it must be at least 1")
+        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
+            raise UserError(f"resolution is {self.resolution}", rule="it must be a multiple of 8 pixels")
+        for name, known in (("scheduler", [None, *SCHEDULERS]), ("dtype", DTYPES)):
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"{name} is {getattr(self, name)!r}", rule=f"it must be one of {', '.join(filter(None, known))}"
+                )
+        try:
+            torch.device(self.device or "cpu")
+        except RuntimeError:
+            raise UserError(f"device is {self.device!r}", remedy="for example cpu, cuda or cuda:1") from None
+        _check_model(resolve_model_id(self.model))
+        if self.adapter is not None:
+            _adapter_place(self.adapter)
+
+    def public(self) -> dict[str, Any]:
+        """Return what pictures depend on, fit to be written down: of local folders the last part of their name only."""
+        return {
+            "model": label(self.model), "adapter": None if self.adapter is None else label(self.adapter),
+            "scheduler": self.scheduler, "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale, "resolution": self.resolution, "seed": self.seed, "dtype": self.dtype,
+        }  # fmt: skip
+
+    def sampling(self, pipe: Any) -> Sampling:
+        """Describe the sampling of a loaded pipeline, as a calibration compares it."""
+        return Sampling.of(
+            pipe, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale,
+            height=self.resolution, width=self.resolution,
+        )  # fmt: skip
+
+
+def label(name: str) -> str:
+    """Return a name that may be published: a hub id, or of a local place its last part."""
+    return one_line(Path(name).resolve().name if Path(name).exists() else name, 100)
+
+
+def home(settings: DrawSettings) -> Path | None:
+    """Return the folder that a threshold of this model belongs in: the adapter's, else the model's; None on the hub."""
+    place = Path(settings.adapter if settings.adapter is not None else settings.model)
+    return place if place.is_dir() else place.parent if place.is_file() else None
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Return the prompts of a file: .jsonl with "prompt" rows, or any other text, one prompt a line.
+
+    Raises:
+        UserError: the file cannot be read, holds no prompt, or one that no tokenizer takes.
+    """
+    from ambient_sd.training.validation import read_prompts as read_rows
+
+    if str(path).endswith(".jsonl"):
+        prompts = read_rows([str(path)])
+    else:
+        try:
+            # By line feeds only: other characters that split lines for Python may stand in a prompt.
+            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"prompt file {path} cannot be read", rule=str(error), remedy="check the path") from None
+        prompts = [line.rstrip("\r") for line in lines if line.strip()]
+        if not prompts:
+            raise UserError(f"{path} holds no prompt", remedy="write one a line")
+    check_prompts(prompts)
+    return prompts
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Refuse prompts that no tokenizer takes: half of a surrogate pair is no text."""
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(
+                f"prompt {number} cannot be encoded", rule="it holds half of a surrogate pair", remedy="remove it"
+            ) from None
+
+
+def digest(prompts: Sequence[str]) -> str:
+    """Return the SHA-256 of a list of prompts."""
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+
+
+def load(settings: DrawSettings) -> Any:
+    """Load the pipeline with adapter and scheduler, quietly, on its device.
+
+    Raises:
+        UserError: something cannot be loaded.
+    """
+    import diffusers
+    import transformers
+
+    # Both print prompts (as they are, control characters included) and bars that would break ours.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    settings.check()
+    name = resolve_model_id(settings.model)
+    kind = getattr(diffusers, _check_model(name))
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    try:
+        pipe = kind.from_pretrained(name, torch_dtype=dtype, use_safetensors=True)
+    except Exception as error:  # OSError, ValueError, SafetensorError, ...: all mean unusable files
+        raise UserError(f"{settings.model} cannot be loaded", rule=one_line(f"{type(error).__name__}: {error}", 240),
+                        remedy="give a whole Stable Diffusion pipeline with safetensors weights") from None  # fmt: skip
+    if settings.adapter is not None:
+        place, options = _adapter_place(settings.adapter)
+        try:
+            pipe.load_lora_weights(place, use_safetensors=True, **options)
+        except Exception as error:
+            raise UserError(f"the adapter {settings.adapter} cannot be loaded",
+                            rule=one_line(f"{type(error).__name__}: {error}", 240),
+                            remedy="give a LoRA for this model, in safetensors") from None  # fmt: skip
+    if settings.scheduler is not None:
+        scheduler = getattr(diffusers, SCHEDULERS[settings.scheduler])
+        # PNDM's first steps run the network on other inputs four times each; Stable Diffusion is sampled without.
+        extra = {"skip_prk_steps": True} if settings.scheduler == "pndm" else {}
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **extra)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        return pipe.to(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, AssertionError) as error:  # no such device, or not enough memory on it
+        raise UserError(f"the model does not go to {settings.device or 'the GPU'}", rule=one_line(error, 240),
+                        remedy="give another --device") from None  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Hold one picture, what the guard saw, and whether the pipeline's own safety checker blanked it (None: it has none)."""
+
+    image: Image.Image | None
+    report: ImageReport
+    nsfw: bool | None
+
+
+def draw(
+    pipe: Any,
+    guard: MemorizationGuard,
+    settings: DrawSettings,
+    prompts: Sequence[str],
+    places: Sequence[tuple[object, ...]],
+    *,
+    pictures: bool = True,
+) -> list[Drawn]:
+    """Sample one batch under an enabled guard.
+
+    Args:
+        pipe: from `load`.
+        guard: of this pipeline, on.
+        prompts: one per picture.
+        places: address of each picture; with the seed it gives its noise.
+        pictures: decode the latents; without, only the guard's reports are made.
+    """
+    size = pipe.vae_scale_factor
+    sampling = settings.sampling(pipe)
+    shape = (1, pipe.unet.config.in_channels, sampling.height // size, sampling.width // size)
+    noise = [torch.randn(shape, generator=keyed_generator(settings.seed, "start noise", *place)) for place in places]
+    out = pipe(
+        list(prompts),
+        latents=torch.cat(noise).to(pipe.device, pipe.unet.dtype),
+        # Samplers that add noise on the way draw it from here.
+        generator=[keyed_generator(settings.seed, "noise on the way", *place) for place in places],
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        height=sampling.height,
+        width=sampling.width,
+        output_type="pil" if pictures else "latent",
+    )
+    images = out.images if pictures else [None] * len(prompts)
+    blanked = getattr(out, "nsfw_content_detected", None) if pictures else None
+    return [
+        Drawn(image, report, None if blanked is None else bool(blanked[i]))
+        for i, (image, report) in enumerate(zip(images, guard.report, strict=True))
+    ]
+
+
+def _check_model(name: str) -> str:
+    """Return the class of a pipeline, read from its model_index.json."""
+    path = Path(name) / "model_index.json"
+    remedy = "give a Stable Diffusion folder or hub id"
+    try:
+        if Path(name).is_dir():
+            index = json.loads(path.read_text(encoding="utf-8"))
+        elif Path(name).exists() or Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            raise UserError(f"there is no folder {name!r}", remedy=remedy)
+        else:
+            from huggingface_hub import hf_hub_download
+
+            index = json.loads(Path(hf_hub_download(name, "model_index.json")).read_text(encoding="utf-8"))
+        kind = index["_class_name"]
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{name!r} has no model_index.json", rule=one_line(error, 120), remedy=remedy) from None
+    except Exception as error:  # unreadable, no JSON, not an object; of the hub: no such name, no connection
+        raise UserError(f"{name!r} cannot be read", rule=one_line(f"{type(error).__name__}: {error}", 240),
+                        remedy=remedy) from None  # fmt: skip
+    if kind not in _PIPELINES:
+        raise UserError(f"{name!r} is a {kind}", rule=f"it must be one of {', '.join(_PIPELINES)}", remedy=remedy)
+    return str(kind)
+
+
+def _adapter_place(adapter: str) -> tuple[str, dict[str, str]]:
+    """Return what `load_lora_weights` is given for an adapter, or raise if a local one is not there."""
+    path = Path(adapter)
+    if path.is_file() and path.suffix == ".safetensors":
+        return str(path.parent), {"weight_name": path.name}
+    if path.is_dir() and (path / _ADAPTER_NAME).is_file():
+        return str(path), {"weight_name": _ADAPTER_NAME}
+    if path.exists() or path.is_absolute() or adapter.startswith((".", "~")) or adapter.count("/") > 1:
+        raise UserError(
+            f"adapter is {adapter}", rule=f"there is no .safetensors file and no folder with {_ADAPTER_NAME}"
+        )
+    return adapter, {}

@@ -1,0 +1,143 @@
+"""The anisotropy detector: from pure noise, two evaluations of each half, without drawing a picture.
+
+Asthana and Belagiannis, *Detecting and mitigating memorization in diffusion models through anisotropy of the log-probability*,
+ICLR 2026 (arXiv 2601.20642), the detection metric of section 4:
+
+    M(x_T, c) = gamma_1 || s(x_T, T, c) - s(x_T, T) ||  +  gamma_2 cos(s(x_T, t0, c) - s(x_T, t0),  s(x_T, t0)),    t0 near 0
+
+At high noise the log-probability is nearly isotropic and the norm of the guidance tells; at low noise it is not, and what tells is
+that the guidance of a memorized prompt points along the unconditional score. Both are asked of the SAME pure noise x_T, which at
+t0 is far from anything the network was trained on: that is the method.
+
+The paper could not be read whole; abstract, reviews and summaries give the metric, the authors' repository the rest: the cosine is
+taken over channels at each latent pixel and then averaged, t0 is the third last of 50 DDIM steps (41 of 1000), gamma is (1, 2)
+on Stable Diffusion 1.4 and (1, 0.1) on 2.0 (weights are fitted per model). Ours differs where it says so: noise and score
+differ by a negative factor, which neither norm (up to 1 / sigma_T, nearly 1) nor cosine needs; for v-prediction the score is
+computed from v, while the authors' code takes the cosine of v itself, the same up to sigma_t0 (0.2); norms are per picture, and the
+mean over pictures of a prompt is the caller's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ambient_sd.errors import UserError
+from ambient_sd.guard import scores
+from ambient_sd.guard.policies.base import Change, Policy, SamplingStart
+from ambient_sd.guard.recorder import MemorizationGuard
+from ambient_sd.schedule import NoiseSchedule
+
+LOW_TIMESTEP = 41
+
+
+@dataclass(frozen=True)
+class Anisotropy:
+    """Hold both terms for one picture: `norm` at the first timestep, `alignment` in [-1, 1] at the low one."""
+
+    norm: float
+    alignment: float
+    prompt_index: int
+
+    def score(self, norm_weight: float = 1.0, alignment_weight: float = 2.0) -> float:
+        """Return `norm_weight * norm + alignment_weight * alignment`; the defaults are those for Stable Diffusion 1.4.
+
+        The norm grows with the latent's size and the alignment does not: fit the weights to the model at hand.
+        """
+        return norm_weight * self.norm + alignment_weight * self.alignment
+
+
+def alignment(*, cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
+    """Return the mean over latent pixels of `cos(eps_c - eps_u, eps_u)`, each cosine over channels.
+
+    Where guidance or prediction is zero at a pixel there is no angle, and it counts as 0.
+
+    Args:
+        cond: predicted noise of the conditional half, floating, `(B, C, H, W)`.
+        uncond: predicted noise of the unconditional half, same shape.
+
+    Returns:
+        `(B,)` in [-1, 1], float32 or wider.
+    """
+    wide = torch.promote_types(cond.dtype, torch.float32)
+    cond, uncond = cond.to(wide), uncond.to(wide)
+    return torch.nn.functional.cosine_similarity(cond - uncond, uncond, dim=1).flatten(1).mean(dim=1)
+
+
+def predicted_noise(
+    output: torch.Tensor, *, sample: torch.Tensor, timestep: int, schedule: NoiseSchedule
+) -> torch.Tensor:
+    """Return the noise that a network's output stands for at a timestep.
+
+    epsilon: `o`;  v: `alpha o + sigma x_t`;  sample: `(x_t - alpha o) / sigma`.
+
+    Args:
+        output: in the network's parametrisation, `(B, C, H, W)`.
+        sample: the network's input x_t, same shape.
+        timestep: whole, of the schedule.
+    """
+    alpha, sigma = (float(x) for x in schedule.coefficients(torch.tensor(timestep)))
+    if schedule.prediction_type == "epsilon":
+        return output
+    if schedule.prediction_type == "v_prediction":
+        return alpha * output + sigma * sample
+    return (sample - alpha * output) / sigma
+
+
+@torch.no_grad()
+def anisotropy(
+    pipe: Any, prompt: str | Sequence[str], *, low_timestep: int = LOW_TIMESTEP, **options: Any
+) -> list[Anisotropy]:
+    """Measure prompts on a pipeline, without sampling: four evaluations of the network for one half each.
+
+    Args:
+        pipe: a diffusers pipeline that the guard supports.
+        prompt: one or several.
+        low_timestep: t0, a whole timestep of the training schedule.
+        **options: of the pipeline's call (`num_images_per_prompt`, `generator`, `latents`, `height`, ...). The number of
+            steps only sets the first timestep.
+
+    Returns:
+        One per picture, in the pipeline's order.
+
+    Raises:
+        UserError: the guard cannot be used here, or there is no such timestep.
+    """
+    schedule = scores.require_supported(pipe.scheduler)
+    if not 0 <= low_timestep < schedule.num_train_timesteps:
+        raise UserError(
+            f"low_timestep is {low_timestep}", rule=f"the schedule runs from 0 to {schedule.num_train_timesteps - 1}"
+        )
+    watcher = _Watcher(schedule, low_timestep)
+    with MemorizationGuard(pipe, watcher), contextlib.suppress(_Seen):
+        pipe(prompt if isinstance(prompt, str) else list(prompt), **options)
+    per_prompt = int(options.get("num_images_per_prompt") or 1)
+    rows = zip(watcher.norms.tolist(), watcher.alignments.tolist(), strict=True)
+    return [Anisotropy(norm, angle, i // per_prompt) for i, (norm, angle) in enumerate(rows)]
+
+
+class _Seen(Exception):
+    """Ends the run once both terms are known; the guard leaves the pipeline as it was after any exception."""
+
+
+class _Watcher(Policy):
+    def __init__(self, schedule: NoiseSchedule, low_timestep: int) -> None:
+        self.schedule, self.low_timestep = schedule, low_timestep
+        self.norms, self.alignments = torch.empty(0), torch.empty(0)
+
+    def begin(self, start: SamplingStart) -> Change | None:
+        halves = start.halves
+        first = [halves.predict(half) for half in ("cond", "uncond")]
+        low = torch.as_tensor(self.low_timestep, device=halves.timestep.device, dtype=halves.timestep.dtype)
+        noises = [
+            predicted_noise(halves.predict(half, timestep=low), sample=halves.sample, timestep=self.low_timestep,
+                            schedule=self.schedule)
+            for half in ("cond", "uncond")
+        ]  # fmt: skip
+        self.norms = scores.guidance_norm(cond=first[0], uncond=first[1]) * halves.noise_factor
+        self.alignments = alignment(cond=noises[0], uncond=noises[1])
+        raise _Seen

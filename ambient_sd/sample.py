@@ -1,0 +1,360 @@
+"""`ambient-sd sample`: pictures under the memorization guard, each with its score in the file, a list, a sheet and a page.
+
+    OUT/images/00000-00.png   picture 0 of prompt 0; its PNG text `ambient_sd` holds prompt, seed, settings, score as JSON
+    OUT/samples.jsonl         the same records, one line a picture
+    OUT/contact_sheet.png     the pictures with their scores
+    OUT/index.html            the same with the prompts; one file, no script, nothing from elsewhere
+    OUT/settings.json         what the pictures depend on: a run that was cut goes on, one with other settings is refused
+
+Names of files hold numbers only, whatever the prompts hold. A picture's file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image, PngImagePlugin
+
+from ambient_sd import __version__
+from ambient_sd.audit.report import contact_sheet
+from ambient_sd.drawing import Drawn, DrawSettings, check_prompts, digest, draw, home, label, load, read_prompts
+from ambient_sd.errors import UserError, one_line
+from ambient_sd.guard.calibration import FILE_NAME, Calibration
+from ambient_sd.guard.policies.by_name import make
+from ambient_sd.guard.recorder import MemorizationGuard
+
+TEXT_KEY = "ambient_sd"
+_SHOWN = 600  # pictures on sheet and page
+_THUMBNAIL = 256
+_FILES = {"images", "samples.jsonl", "contact_sheet.png", "index.html", "settings.json"}
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """Say what is sampled.
+
+    Attributes:
+        drawing: model, sampler, seed.
+        out: folder for the pictures.
+        prompts: texts.
+        num_images_per_prompt: pictures of each.
+        policy: NAME[:key=value,...] of a mitigation; None: watch only.
+        when: the policy acts on every picture, or on those that reach the threshold at the first step.
+        threshold: a number, or "auto": the model's calibrated one where it has one that fits.
+    """
+
+    drawing: DrawSettings
+    out: Path
+    prompts: list[str] = field(repr=False)
+    num_images_per_prompt: int = 1
+    policy: str | None = None
+    when: Literal["always", "flagged"] = "always"
+    threshold: float | Literal["auto"] = "auto"
+
+
+def sample(settings: SampleSettings) -> list[dict[str, Any]]:
+    """Draw what is missing in `settings.out`, write list, sheet and page, and return the records of all pictures.
+
+    Raises:
+        UserError: settings are out of range, `out` holds something else, or the guard cannot measure this model.
+    """
+    from tqdm.auto import tqdm
+
+    drawing, out = settings.drawing, settings.out
+    drawing.check()
+    check_prompts(settings.prompts)
+    if settings.num_images_per_prompt < 1 or not settings.prompts:
+        raise UserError(f"{settings.num_images_per_prompt} pictures of {len(settings.prompts)} prompts",
+                        rule="at least one of each is needed")  # fmt: skip
+    if settings.when == "flagged" and settings.policy is None:
+        raise UserError("when is flagged without a policy", rule="it says on which pictures a policy acts")
+    policy = None if settings.policy is None else make(settings.policy)
+    calibration = _calibration(settings)
+    given = {
+        **drawing.public(), "prompts": digest(settings.prompts), "num_images_per_prompt": settings.num_images_per_prompt,
+        "policy": settings.policy, "when": settings.when, "threshold": settings.threshold,
+    }  # fmt: skip
+    _open(out, given)
+
+    pipe = load(drawing)
+    if calibration is not None:
+        why = calibration.misfit(pipe, drawing.sampling(pipe))
+        if why is not None:
+            print(f"ambient-sd: the calibrated threshold is not used: {one_line(why, 300)}", flush=True)
+            calibration = None
+    threshold: Any = calibration if settings.threshold == "auto" else settings.threshold
+    if settings.when == "flagged" and threshold is None:
+        raise UserError("when is flagged, and there is no threshold", rule="it is what flags a picture",
+                        remedy="give --threshold X, or calibrate: ambient-sd calibrate --help")  # fmt: skip
+    options: dict[str, Any] = {} if settings.when == "always" else {"when": settings.when}
+    guard = MemorizationGuard(pipe, policy, threshold, **options)
+    used = {
+        "weights": _weights(pipe), "sampler": type(pipe.scheduler).__name__,
+        "threshold": threshold if isinstance(threshold, (float, int, type(None))) else dataclasses.asdict(threshold)["entries"],
+    }  # fmt: skip
+    _settle(out, given, used)
+
+    places = [(p, k) for p in range(len(settings.prompts)) for k in range(settings.num_images_per_prompt)]
+    records = {place: record for place in places if (record := _finished(out, place)) is not None}
+    common = {
+        **drawing.public(), "sampler": used["sampler"], "weights": used["weights"], "policy": settings.policy,
+        "when": settings.when, "ambient_sd": __version__,
+    }  # fmt: skip
+    listing = out / "samples.jsonl"
+    _write_list(listing, [records[place] for place in places if place in records])
+    missing = [place for place in places if place not in records]
+    with guard, tqdm(total=len(places), initial=len(records), desc="sample", unit="picture") as bar:
+        for first in range(0, len(missing), drawing.batch_size):
+            chunk = missing[first : first + drawing.batch_size]
+            drawn = draw(pipe, guard, drawing, [settings.prompts[p] for p, _ in chunk], chunk)
+            with listing.open("a", encoding="utf-8") as lines:
+                for place, one in zip(chunk, drawn, strict=True):
+                    records[place] = _keep(out, place, one, settings.prompts[place[0]], common)
+                    lines.write(_line(records[place]))
+            bar.update(len(chunk))
+    ordered = [records[place] for place in places]
+    _write_list(listing, ordered)  # a picture that was drawn again stands in its place now
+    _show(out, ordered, settings)
+    return ordered
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Return the record in a picture that `sample` wrote: prompt, seed, settings, score, curve.
+
+    Raises:
+        UserError: it is no such picture, or damaged.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            record = json.loads(picture.info[TEXT_KEY])
+    except (OSError, ValueError, KeyError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} has no record of ambient-sd sample",
+                        rule=one_line(f"{type(error).__name__}: {error}", 200)) from None  # fmt: skip
+    return dict(record)
+
+
+def _calibration(settings: SampleSettings) -> Calibration | None:
+    if settings.threshold != "auto":
+        if not (math.isfinite(settings.threshold) and settings.threshold >= 0):
+            raise UserError(
+                f"threshold is {settings.threshold}", rule="it must be a finite number, at least 0, or auto"
+            )
+        return None
+    folder = home(settings.drawing)
+    return Calibration.load(folder) if folder is not None and (folder / FILE_NAME).is_file() else None
+
+
+def _weights(pipe: Any) -> str | None:
+    from ambient_sd.guard.calibration import ModelPrint
+
+    found = ModelPrint.of(pipe.unet)
+    return found.weights or found.structure
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------
+
+
+def _open(out: Path, given: dict[str, Any]) -> None:
+    """Refuse a folder that is not ours, or was begun with other settings, before anything is loaded."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out is {out}", rule="it must be a folder")
+    path = out / "settings.json"
+    if not path.is_file():
+        foreign = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+        if foreign:
+            raise UserError(f"{out} holds {foreign[0]!r} and no settings.json", rule="pictures go into a folder of their own",
+                            remedy="name another with --out")  # fmt: skip
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["given"]
+        other = next((name for name in {**before, **given} if before.get(name) != given.get(name)), None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} cannot be read", remedy="name another folder with --out") from None
+    if other is not None:
+        raise _differs(out, other, before.get(other), given.get(other))
+
+
+def _differs(out: Path, name: str, before: object, now: object) -> UserError:
+    shown = {"prompts": "the prompts", "weights": "the model's weights"}.get(name)
+    what = f"{shown} are others" if shown else f"{name} was {one_line(before, 60)} and is {one_line(now, 60)}"
+    return UserError(f"{out} was begun with other settings: {what}", rule="a folder holds one run",
+                     remedy="name another with --out, or sample as before")  # fmt: skip
+
+
+def _settle(out: Path, given: dict[str, Any], used: dict[str, Any]) -> None:
+    """Write the settings of a new run; of one that goes on, check what only the loaded model tells."""
+    path = out / "settings.json"
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8")).get("used", {})
+        for name, now in used.items():
+            if before.get(name) != json.loads(json.dumps(now)):
+                raise _differs(out, name, before.get(name), now)
+        return
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    _write(path, (json.dumps({"given": given, "used": used}, indent=1) + "\n").encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(data)
+    os.replace(part, path)
+
+
+def _file(place: tuple[int, int]) -> str:
+    return f"images/{place[0]:05d}-{place[1]:02d}.png"
+
+
+def _finished(out: Path, place: tuple[int, int]) -> dict[str, Any] | None:
+    """Return the record of a picture that is there and whole."""
+    try:
+        record = read_record(out / _file(place))
+    except UserError:
+        return None
+    return record if (record.get("prompt_index"), record.get("image_index")) == place else None
+
+
+def _keep(out: Path, place: tuple[int, int], drawn: Drawn, prompt: str, common: dict[str, Any]) -> dict[str, Any]:
+    """Write a picture with its record and return the record."""
+    assert drawn.image is not None
+    seen = {name: value for name, value in vars(drawn.report).items() if name not in ("prompt", "prompt_index")}
+    record = {
+        "file": _file(place), "prompt": prompt, "prompt_index": place[0], "image_index": place[1], **common,
+        "width": drawn.image.width, "height": drawn.image.height, **_plain(seen), "nsfw": drawn.nsfw,
+    }  # fmt: skip
+    text = PngImagePlugin.PngInfo()
+    # ASCII, so that control characters and line breaks of a prompt are escapes here as in the list.
+    text.add_text(TEXT_KEY, json.dumps(record))
+    buffer = io.BytesIO()
+    drawn.image.save(buffer, "PNG", pnginfo=text)
+    _write(out / _file(place), buffer.getvalue())
+    return record
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON can hold of a value: numbers without end as null, objects by their text."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, bool, type(None))) else one_line(value, 200)
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _write_list(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    _write(path, "".join(map(_line, records)).encode())
+
+
+# --- to look at ------------------------------------------------------------------------------------------------------
+
+_STYLE = """
+:root{--bg:#faf9f6;--card:#fff;--ink:#1b1c20;--soft:#5d626d;--line:#e2dfd7;--flag:#a31621}
+@media (prefers-color-scheme:dark){:root{--bg:#121316;--card:#1b1d22;--ink:#ecebe7;--soft:#a0a5b0;--line:#2e3138;--flag:#ff9d9d}}
+body{margin:0 auto;max-width:1180px;padding:32px 24px;background:var(--bg);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
+h1{font-size:1.5rem;font-weight:650;margin:0 0 .3em}
+h2{font-size:1rem;font-weight:600;margin:1.8em 0 .5em;overflow-wrap:anywhere}
+p,small{color:var(--soft);margin:0}
+.row{display:flex;flex-wrap:wrap;gap:12px}
+figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:8px;max-width:100%}
+img{display:block;max-width:100%;height:auto;min-width:128px;background:#fff;image-rendering:auto}
+figcaption{font-size:.86rem;margin-top:6px;font-variant-numeric:tabular-nums}
+figcaption small{display:block}
+.flagged{border-color:var(--flag)}.flagged b{color:var(--flag)}
+"""
+
+
+def _show(out: Path, records: Sequence[dict[str, Any]], settings: SampleSettings) -> None:
+    """Write contact sheet and page, of the first pictures where there are very many."""
+    shown = records[:_SHOWN]
+    small = []
+    for record in shown:
+        with Image.open(out / record["file"]) as picture:
+            copy = picture.convert("RGB")
+        copy.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        small.append(copy)
+    per_prompt = settings.num_images_per_prompt
+    columns = per_prompt if 4 <= per_prompt <= 10 else max(1, 8 // per_prompt) * per_prompt if per_prompt < 4 else 8
+    sheet = io.BytesIO()
+    contact_sheet(small, columns, [_caption(r) for r in shown]).save(sheet, "PNG")
+    _write(out / "contact_sheet.png", sheet.getvalue())
+    _write(out / "index.html", _page(shown, small, settings, len(records)).encode())
+
+
+def _caption(record: dict[str, Any]) -> str:
+    return f"{record['score']:.4g}" + (" flagged" if record["flagged"] else "")
+
+
+def _text(value: object, limit: int = 400) -> str:
+    """Escape for HTML; control and direction characters are gone, length is bounded."""
+    return html.escape(one_line(value, limit), quote=True)
+
+
+def _page(records: Sequence[dict[str, Any]], small: Sequence[Image.Image], settings: SampleSettings, total: int) -> str:
+    first = records[0]
+    facts = [
+        f"{label(settings.drawing.model)}" + (f" with {first['adapter']}" if first["adapter"] else ""),
+        f"{first['sampler']}, {first['num_inference_steps']} steps, guidance {first['guidance_scale']:g}, seed {first['seed']}",
+        f"policy {first['policy']}, {first['when']}" if first["policy"] else "no policy",
+        f"threshold {first['threshold']:.4g} ({first['threshold_origin']})"
+        if first["threshold"] is not None
+        else "no threshold: nothing is flagged",
+        *([f"the first {len(records)} of {total} pictures"] if total > len(records) else []),
+    ]
+    parts = []
+    for i, (record, picture) in enumerate(zip(records, small, strict=True)):
+        if i == 0 or record["prompt_index"] != records[i - 1]["prompt_index"]:
+            parts.append(
+                f'{"</div>" if i else ""}<h2>{_text(record["prompt"]) or "(empty prompt)"}</h2><div class="row">'
+            )
+        notes = []
+        if record["mitigated"]:
+            notes.append("changed by the policy")
+        if record["first_score_before"] is not None and record["first_score_after"] is not None:
+            notes.append(f"first step {record['first_score_before']:.3g} to {record['first_score_after']:.3g}")
+        if record["nsfw"]:
+            notes.append("blanked by the model's safety checker")
+        flagged = bool(record["flagged"])
+        parts.append(
+            f'<figure{" class=flagged" if flagged else ""}><img src="{_uri(picture)}" alt="{_text(record["prompt"], 120)}" '
+            f'width="{picture.width}" height="{picture.height}"><figcaption><b>{_text(_caption(record))}</b>'
+            f"<small>{_text(Path(record['file']).name)}</small>{''.join(f'<small>{_text(n)}</small>' for n in notes)}"
+            "</figcaption></figure>"
+        )
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+        f"<title>{total} pictures under the guard</title><style>{_STYLE}</style><h1>{total} pictures under the guard</h1>"
+        f"{''.join(f'<p>{_text(fact)}.</p>' for fact in facts)}"
+        "<p>Below each picture its score: the mean norm of what the prompt adds to the predicted noise. It compares within "
+        "this model, size and number of steps.</p>"
+        f"{''.join(parts)}</div></html>\n"
+    )
+
+
+def _uri(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=90, method=4)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def prompts_of(texts: Sequence[str] | None, path: str | None) -> list[str]:
+    """Return the prompts given as texts or as a file, of which there must be one and not both."""
+    if bool(texts) == bool(path):
+        raise UserError("prompts are given " + ("twice" if texts else "nowhere"), rule="either as texts or as a file",
+                        remedy="give --prompt TEXT ... or --prompts FILE")  # fmt: skip
+    return list(texts) if texts else read_prompts(str(path))

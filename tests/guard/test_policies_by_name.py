@@ -1,0 +1,61 @@
+"""`NAME[:key=value,...]` builds the policy that a constructor would, and says what there is where it cannot."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+
+from ambient_sd.errors import UserError
+from ambient_sd.guard import policies
+from ambient_sd.guard.policies import by_name
+from ambient_sd.guard.policies.base import Policy
+
+
+class Invented(Policy):
+    """Stand for a policy with every kind of setting."""
+
+    def __init__(
+        self,
+        scale: float,
+        kind: Literal["a", "b"] = "a",
+        until: int | None = 500,
+        *,
+        hard: bool = False,
+        name: str = "x",
+    ) -> None:
+        self.values = (scale, kind, until, hard, name)
+
+
+@pytest.fixture(autouse=True)
+def invented(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policies, "Invented", Invented, raising=False)
+    monkeypatch.setattr(policies, "__all__", [*policies.__all__, "Invented"])
+
+
+def test_values_come_in_the_kinds_of_the_constructor() -> None:
+    made = by_name.make("invented:scale=2,kind=b,until=none,hard=true,name=y")
+    assert isinstance(made, Invented) and made.values == (2.0, "b", None, True, "y")
+    assert isinstance(made.values[0], float)
+    assert by_name.make("Invented:scale=1e-3").values == (0.001, "a", 500, False, "x")  # type: ignore[attr-defined]
+    for name in ("prompt_optimization", "PromptOptimization", "prompt-optimization"):
+        assert isinstance(by_name.make(f"{name}:target=3"), policies.PromptOptimization)
+
+
+def test_bases_are_no_policies_and_the_list_shows_how_to_ask() -> None:
+    assert not {"policy", "scale_policy", "step", "sampling_start"} & by_name.available().keys()
+    assert "invented:scale=FLOAT,kind=a,until=500,hard=false,name=x" in by_name.listing()
+    for name, kind in by_name.available().items():
+        assert name in by_name.listing() and issubclass(kind, Policy)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("nothing", "prompt_optimization"), ("invented", "needs scale"), ("invented:scale=big", "scale is 'big'"),
+     ("invented:scale=1,kind=c", r"a\|b"), ("invented:scale=1,until=2.5", "until"), ("invented:scale=1,hard=2", "hard"),
+     ("invented:scale=1,scale=2", "each once"), ("invented:scale", "key=value"), ("invented:colour=1", "colour"),
+     ("prompt_optimization:target=-1", "target -1.0")],
+)  # fmt: skip
+def test_errors_say_what_there_is(text: str, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        by_name.make(text)

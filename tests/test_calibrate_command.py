@@ -1,0 +1,209 @@
+"""`ambient-sd calibrate`: thresholds from known scores, and the command from prompts to a guard that uses its file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ambient_sd import AmbientSDPipeline, MemorizationGuard, calibrate, sample
+from ambient_sd.calibrate import SCORES_NAME, CalibrateSettings, thresholds
+from ambient_sd.cli import main
+from ambient_sd.drawing import DrawSettings, draw
+from ambient_sd.errors import UserError
+from ambient_sd.guard.calibration import FILE_NAME, Calibration
+
+ORDINARY = [f"a cat {i}" for i in range(6)]
+
+
+@pytest.fixture
+def base(tiny_base: Path, tmp_path: Path) -> Path:
+    """A model folder of one's own: the threshold is written into it."""
+    return shutil.copytree(tiny_base, tmp_path / "model")
+
+
+def settings(base: Path, ordinary: list[str] = ORDINARY, **changes: Any) -> CalibrateSettings:
+    drawing = {"model": str(base), "num_inference_steps": 7, "batch_size": 5, "device": "cpu"}
+    drawing |= {name: changes.pop(name) for name in list(changes) if name in DrawSettings.__dataclass_fields__}
+    return CalibrateSettings(DrawSettings(**drawing), ordinary, **{"generations": 2, "fpr": 0.2, **changes})
+
+
+def curves(prompts: int, pictures: int, steps: int, shift: float = 0.0, seed: int = 0) -> torch.Tensor:
+    noise = torch.randn(prompts, pictures, steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return 10 + shift + noise
+
+
+def test_rate_asked_is_kept_at_every_number_of_steps_and_pictures() -> None:
+    ordinary, memorized = curves(200, 4, 12), curves(30, 4, 12, shift=1.5, seed=1)
+    entries = thresholds(ordinary, memorized, 0.05)
+    assert [(e.steps, e.images_per_prompt) for e in entries] == [(1, 1), (1, 4), (5, 1), (5, 4), ("all", 1), ("all", 4)]
+    for entry in entries:
+        upto = 12 if entry.steps == "all" else entry.steps
+        scores = ordinary[:, :, :upto].mean(dim=2)
+        scores = scores.flatten() if entry.images_per_prompt == 1 else scores.mean(dim=1)
+        assert float((scores >= entry.value).double().mean()) == entry.rate == 0.05
+        assert entry.rate_low < 0.05 < entry.rate_high
+    # More evaluations and pictures average the noise away: the same memorized prompts are told apart better.
+    assert entries[0].auc is not None and entries[-1].auc is not None and entries[0].tpr is not None
+    assert entries[0].auc < 0.9 < entries[-1].auc and entries[0].tpr < 0.5
+    assert entries[0].value > entries[-1].value
+
+
+def test_thresholds_hold_on_ordinary_prompts_that_were_not_seen() -> None:
+    (entry, *_) = thresholds(curves(400, 1, 1), torch.empty(0, 1, 1), 0.05)
+    fresh = curves(20_000, 1, 1, seed=9).flatten()
+    assert 0.02 < float((fresh >= entry.value).double().mean()) < 0.09
+    assert entry.auc is None and entry.tpr is None
+
+
+def test_memorized_prompts_do_not_move_the_threshold() -> None:
+    ordinary = curves(100, 2, 6)
+    assert [e.value for e in thresholds(ordinary, torch.empty(0, 2, 6), 0.1)] == [
+        e.value for e in thresholds(ordinary, curves(9, 2, 6, 3.0), 0.1)
+    ]
+
+
+def test_command_writes_a_file_that_says_what_it_was_measured_on(base: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "ordinary.txt").write_text("\n".join(ORDINARY))
+    (tmp_path / "memorized.jsonl").write_text('{"prompt": "the red dog"}\n{"prompt": "a square"}\n')
+    main(["calibrate", str(base), "--ordinary", str(tmp_path / "ordinary.txt"), "--memorized", str(tmp_path / "memorized.jsonl"),
+          "--num_inference_steps", "7", "--generations", "2", "--fpr", "0.2", "--scheduler", "dpm++", "--seed", "3",
+          "--device", "cpu"])  # fmt: skip
+    said = capsys.readouterr().out
+    assert "calibrated: FPR 20 % on 6 ordinary prompts" in said and "all 7" in said and "[" in said
+    found = Calibration.load(base)
+    assert found.sampling.sampler == "DPMSolverMultistepScheduler" and found.sampling.num_inference_steps == 7
+    assert (found.ordinary, found.memorized, found.seed, found.rate_asked) == (6, 2, 3, 0.2)
+    assert found.versions["torch"] == torch.__version__ and found.sampling.prediction_type == "v_prediction"
+    assert len(found.entries) == 6 and all(e.auc is not None for e in found.entries)
+    for path in (base / FILE_NAME, base / SCORES_NAME):
+        assert str(tmp_path) not in path.read_text()
+    assert "cat" not in (base / SCORES_NAME).read_text()
+
+
+def test_a_run_that_was_cut_goes_on_with_the_same_result(base: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    straight, _ = calibrate.calibrate(settings(base, out=tmp_path / "straight"))
+    calls = []
+
+    def stops(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(calibrate, "draw", stops)
+    chosen = settings(base, out=tmp_path / "cut")
+    with pytest.raises(KeyboardInterrupt):
+        calibrate.calibrate(chosen)
+    scores = tmp_path / "cut" / SCORES_NAME
+    assert len(scores.read_text().splitlines()) == 1 + 5 and not (tmp_path / "cut" / FILE_NAME).exists()
+    # Killed while it wrote: the last line is torn.
+    scores.write_text(scores.read_text()[:-20])
+    resumed, _ = calibrate.calibrate(chosen)
+    assert len(calls) == 3 + 1  # prompts 4 and 5, two pictures each
+    for a, b in zip(straight.entries, resumed.entries, strict=True):
+        assert a.value == pytest.approx(b.value, rel=1e-4) and a.rate == b.rate
+    # Another rate is another reading of the same scores.
+    other, _ = calibrate.calibrate(settings(base, out=tmp_path / "cut", fpr=0.4))
+    assert len(calls) == 4 and other.entries[-1].value < resumed.entries[-1].value
+
+
+def test_scores_of_other_settings_are_refused(base: Path, tmp_path: Path) -> None:
+    calibrate.calibrate(settings(base, ORDINARY[:2]))
+    before = (base / SCORES_NAME).read_bytes()
+    for change, named in (
+        ({"seed": 1}, "seed was 0"),
+        ({"generations": 3}, "generations"),
+        ({"memorized": ["b"]}, "the prompts"),
+    ):
+        with pytest.raises(UserError, match=named):
+            calibrate.calibrate(settings(base, ORDINARY[:2], **change))
+    assert (base / SCORES_NAME).read_bytes() == before
+    (base / SCORES_NAME).write_text("{}\n")
+    with pytest.raises(UserError, match="cannot be read"):
+        calibrate.calibrate(settings(base, ORDINARY[:2]))
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [(["--fpr", "0"], "fpr is 0"), (["--fpr", "nan"], "fpr is nan"), (["--generations", "0"], "0 pictures"), (["--out", "p.txt"], "out is"),
+     (["--memorized", "p.txt"], "stands in both"), (["--guidance_scale", "nan"], "guidance_scale")],
+)  # fmt: skip
+def test_mistakes_are_one_line(
+    base: Path, tmp_path: Path, capsys: Any, monkeypatch: Any, words: list[str], named: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(["calibrate", str(base), "--ordinary", "p.txt", *words])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and named in error
+    assert not (base / FILE_NAME).exists() and not (base / SCORES_NAME).exists()
+
+
+def test_too_few_prompts_for_the_rate_are_said(base: Path) -> None:
+    found, _ = calibrate.calibrate(settings(base, ORDINARY[:2], fpr=0.01))
+    assert "cannot show a rate of 1 %" in calibrate.table(found) and found.entries[0].rate == 0
+    assert found.entries[0].rate_high > 0.5  # two prompts say next to nothing
+
+
+def call(pipe: Any, **changes: Any) -> Any:
+    options = {"num_inference_steps": 7, "generator": torch.Generator().manual_seed(0), "output_type": "pt"} | changes
+    return pipe("a cat", **options).memorization
+
+
+def test_the_pipeline_finds_its_threshold_and_uses_it_where_it_fits(base: Path, tmp_path: Path, caplog: Any) -> None:
+    found, _ = calibrate.calibrate(settings(base))
+    pipe = AmbientSDPipeline.from_pretrained(base)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.calibration == found
+    (report,) = call(pipe)
+    assert report.threshold == found.threshold(7, 1) and report.threshold_origin == found.origin
+    assert report.flagged is (report.score >= report.threshold)
+    # With a guard of one's own, the same object.
+    with MemorizationGuard(pipe, threshold=found) as guard:
+        call(pipe)
+    assert guard.report[0].threshold == report.threshold
+    for change in (
+        {"num_inference_steps": 3},
+        {"guidance_scale": 2.0},
+        {"negative_prompt": "bad"},
+        {"height": 64, "width": 64},
+    ):
+        with caplog.at_level(logging.WARNING):
+            caplog.clear()
+            (report,) = call(pipe, **change)
+        assert report.flagged is None and "not used" in caplog.text
+    torch.nn.init.zeros_(pipe.unet.conv_out.bias)
+    pipe.save_pretrained(tmp_path / "other")
+    shutil.copy(base / FILE_NAME, tmp_path / "other")
+    with caplog.at_level(logging.WARNING):
+        caplog.clear()
+        assert AmbientSDPipeline.from_pretrained(tmp_path / "other").calibration is None
+    assert "its weights are others" in caplog.text
+
+
+def test_sample_uses_the_calibrated_threshold_and_says_where_it_does_not_fit(
+    base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    found, _ = calibrate.calibrate(settings(base))
+    drawing = settings(base).drawing
+    (row,) = sample.sample(sample.SampleSettings(drawing, tmp_path / "a", ["a cat"]))
+    assert row["threshold"] == found.threshold(7, 1) and row["threshold_origin"] == found.origin
+    other = DrawSettings(str(base), num_inference_steps=2, device="cpu")
+    (row,) = sample.sample(sample.SampleSettings(other, tmp_path / "b", ["a cat"]))
+    assert row["threshold"] is None and "num_inference_steps 7 was calibrated, not 2" in capsys.readouterr().out
+
+
+def test_scores_lie_beside_an_adapter_where_one_is_calibrated(base: Path, tmp_path: Path) -> None:
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    (lora / "pytorch_lora_weights.safetensors").write_bytes(b"none")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        calibrate.calibrate(settings(base, adapter=str(lora)))
+    assert json.dumps([p.name for p in lora.iterdir()]) == '["pytorch_lora_weights.safetensors"]'

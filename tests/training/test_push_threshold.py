@@ -1,0 +1,52 @@
+"""A calibrated threshold goes to the hub with its model, and the card says from which score a picture is flagged."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import guard_calibration
+import pytest
+
+from ambient_sd.errors import UserError
+from ambient_sd.guard.calibration import FILE_NAME, Calibration
+from ambient_sd.training.hub import Facts, make_card
+from ambient_sd.training.push import collect
+
+
+@pytest.fixture
+def folder(tiny_base: Path, tmp_path: Path) -> Path:
+    out = shutil.copytree(tiny_base, tmp_path / "out")
+    guard_calibration.calibration().save(out)
+    return out
+
+
+def facts(**changes: Any) -> Facts:
+    values: dict[str, Any] = dict(
+        base="tiny-base", base_id=None, licence={"license": "openrail++"}, objective="ambient", prediction_type="v_prediction",
+        level=1.0, timestep=353.4, timesteps=1000, gap_upper=None, reweight=2, xl=False, vae=None, lora=None, averaged=False,
+        steps=20, batch=4, learning_rate=1e-4, lr_scheduler="constant", resolution=32, pictures=8, distinct=7, groups=1,
+        grouped=3, captioned=6, fingerprint="ab" * 32, dataset=None, prompts=[], finished=0.0,
+    )  # fmt: skip
+    return Facts(**{**values, **changes})
+
+
+def test_threshold_goes_with_the_model_and_the_scores_stay(folder: Path) -> None:
+    (folder / "memorization_scores.jsonl").write_text("{}\n")
+    sent = collect(folder, "owner/name")
+    assert sent[FILE_NAME] == (folder / FILE_NAME).read_bytes() and "memorization_scores.jsonl" not in sent
+    assert Calibration.load(folder).threshold(20, 1) == 1.5
+    (folder / FILE_NAME).write_text('{"path": "/home/someone"}')
+    with pytest.raises(UserError, match="cannot be read"):
+        collect(folder, "owner/name")
+
+
+def test_card_names_the_threshold_and_leaves_out_one_of_earlier_weights(folder: Path) -> None:
+    said = make_card(facts(), folder)
+    assert "from a score of 1.5 over the whole run" in said and "500 ordinary prompts" in said and "20 steps" in said
+    later = os.stat(folder / FILE_NAME).st_mtime + 60
+    assert "from a score" not in make_card(facts(finished=later), folder)
+    (folder / FILE_NAME).unlink()
+    assert "from a score" not in make_card(facts(), folder)
