@@ -39,6 +39,7 @@ class Compose(Policy):
     """
 
     def __init__(self, *policies: Policy) -> None:
+        self.policies: tuple[Policy, ...]
         parts: list[Policy] = []
         for policy in policies:
             if not isinstance(policy, Policy):
