@@ -111,18 +111,24 @@ def test_inputs_put_in_place_under_inference_mode_can_be_differentiated() -> Non
 
 
 def test_scores_are_kept_only_where_they_describe_the_first_and_the_last() -> None:
-    yes, no = [True] * 3, [False] * 3
+    yes, part, no, nan = [True] * 3, [True, False, False], [False] * 3, math.nan
     measured = {"first_score_before": [1.0, 2, 3], "first_score_after": [4.0, 5, 6]}
+    again = {"first_score_before": [7.0, 8, 9], "first_score_after": [nan, 11.0, 12]}
 
     def scores(*policies: Policy) -> tuple[Any, Any]:
         change = Compose(*policies).begin(started(None))
         assert change is not None
         return change.first_score_before, change.first_score_after
 
-    plain = Puts(yes, embeds=normal(3, TOKENS, 5))
-    assert scores(Puts(no, **measured), Puts(no)) == ([1, 2, 3], [4, 5, 6])
-    assert scores(Puts(yes, **measured), plain) == ([1, 2, 3], None)
-    assert scores(plain, Puts(yes, **measured)) == (None, [4, 5, 6])
+    def same(found: tuple[Any, Any], before: list[float], after: list[float]) -> None:
+        assert found[0] == pytest.approx(before, nan_ok=True) and found[1] == pytest.approx(after, nan_ok=True)
+
+    plain, some = (Puts(which, embeds=normal(3, TOKENS, 5)) for which in (yes, part))
+    same(scores(Puts(no, **measured), Puts(no)), [1, 2, 3], [4, 5, 6])
+    same(scores(Puts(yes, **measured), some), [1, 2, 3], [nan, 5, 6])
+    same(scores(some, Puts(yes, **measured)), [nan, 2, 3], [4, 5, 6])
+    same(scores(Puts(yes, **measured), Puts(yes, **again)), [1, 2, 3], [nan, 11, 12])
+    assert scores(plain, plain) == (None, None)
 
 
 def test_one_scale_per_picture_the_first_that_acts_wins() -> None:
