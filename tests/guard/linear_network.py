@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,9 +51,10 @@ class LinearNetwork(Halves):
 
 
 def encoded(texts: Sequence[str], pooled: bool = True) -> Encoded:
-    """Encode texts by their letters, so that equal texts are equal and others are not."""
-    rows = torch.tensor([[(sum(map(ord, text)) * k) % 17 / 10 for k in range(1, TOKENS * WIDTH + 1)] for text in texts])
-    return Encoded(rows.view(-1, TOKENS, WIDTH), rows[:, :POOLED] if pooled else None)
+    """Encode each text by random numbers of its own."""
+    seeds = [zlib.crc32(text.encode("utf-8", "surrogatepass")) for text in texts]
+    embeds = torch.stack([normal(TOKENS, WIDTH, seed=seed) for seed in seeds])
+    return Encoded(embeds, torch.stack([normal(POOLED, seed=seed) for seed in seeds]) if pooled else None)
 
 
 def started(

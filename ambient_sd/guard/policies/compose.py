@@ -15,6 +15,7 @@ scale. All of them see the norms of what the network itself said.
 from __future__ import annotations
 
 import dataclasses
+import math
 from contextlib import AbstractContextManager
 
 import torch
@@ -39,6 +40,7 @@ class Compose(Policy):
     """
 
     def __init__(self, *policies: Policy) -> None:
+        self.policies: tuple[Policy, ...]
         parts: list[Policy] = []
         for policy in policies:
             if not isinstance(policy, Policy):
@@ -189,17 +191,21 @@ def _merged(start: SamplingStart, first: Change, second: Change) -> Change:
             if getattr(first, name) is not None or getattr(second, name) is not None
         }
     iterations = [x.iterations for x in (first, second) if x.iterations is not None]
-    # A score from before describes the pipeline's own inputs, one from after what is in place now: neither is what a policy
-    # measured while another one's change was, or was not yet, in place.
-    before, after = first.first_score_before, second.first_score_after
-    if before is None and not any(first.changed):
-        before = second.first_score_before
-    if after is None and not any(second.changed):
-        after = first.first_score_after
     return Change(
         changed=[a or b for a, b in zip(first.changed, second.changed, strict=True)],
         **fields,
-        first_score_before=before,
-        first_score_after=after,
+        first_score_before=_scores(first.first_score_before, second.first_score_before, first.changed),
+        first_score_after=_scores(second.first_score_after, first.first_score_after, second.changed),
         iterations=[sum(each) for each in zip(*iterations, strict=True)] if iterations else None,
     )
+
+
+def _scores(best: list[float] | None, other: list[float] | None, changed: list[bool]) -> list[float] | None:
+    """Return the scores of `best`; where there is none (NaN), those of `other`, unless the picture was `changed` between.
+
+    A score from before describes the pipeline's own inputs, one from after what is in place in the end.
+    """
+    if best is None and other is None:
+        return None
+    one, two = best or [math.nan] * len(changed), other or [math.nan] * len(changed)
+    return [b if not math.isnan(b) else math.nan if moved else o for b, o, moved in zip(one, two, changed, strict=True)]
