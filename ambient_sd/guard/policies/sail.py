@@ -31,7 +31,7 @@ class SAIL(LatentPolicy):
     """Optimise each picture's initial latent until `|| s(x + d s(x)) - s(x) ||^2 + alpha || x ||^2 <= target`.
 
     Args:
-        target: the loss to reach, > 0. Of it `alpha || x ||^2` is about `alpha C H W` (3.2 for a 4 x 64 x 64 latent); what is
+        target: the loss to reach, > 0. Of it `alpha || x ||^2` is about `alpha C H W` (3.3 for a 4 x 64 x 64 latent); what is
             left is the sharpness, in squared units of `ImageReport.curve`. It is per model and resolution.
         alpha: the weight of the latent's own norm, > 0.
         delta: the length of the step along `s`, > 0, in standard deviations of the latent.
