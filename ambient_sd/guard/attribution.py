@@ -1,0 +1,190 @@
+"""Which words trigger it: the pull of each token of a prompt on the guard's score.
+
+    score of token i = mean over steps and pictures of || d || eps_c - eps_u ||_2 / d e_i ||_2
+
+with `e_i` the token's embedding as the network reads it (the text encoder's output), the inner norm over channels and pixels
+as in `scores`, the outer one over the embedding's channels (Wen, Liu, Chen, Lyu, ICLR 2024, section 3: "trigger tokens").
+A memorized prompt has a few tokens far above the others; changing those gives the copy up.
+
+The gradient is taken by a policy that only watches: the pictures are the stock pipeline's, bit for bit. Later tokens know
+the earlier ones (the text encoder is causal), so that the end of text and the padding, which summarise the prompt, can have
+the largest pull; the mean over the padding is kept apart. A gradient is a first-order statement, no proof that a word alone
+brings the picture back. Not here: SDXL's pooled embedding, which has no tokens.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ambient_sd.errors import UserError, one_line
+from ambient_sd.guard.policies.base import Policy, SamplingStart, Step
+from ambient_sd.guard.recorder import MemorizationGuard
+from ambient_sd.guard.scores import guidance_norm
+
+_LABEL = 24  # characters of a token in table and plot
+
+
+@dataclass(frozen=True)
+class TokenAttribution:
+    """The pull of each token of one prompt, from BOS to the first end of text.
+
+    Attributes:
+        prompt: the prompt's text.
+        tokens: each token's text, as the (first) tokenizer gives it.
+        scores: each token's score, >= 0, in units of `ImageReport.curve` per unit of the embedding.
+        padding_score: the mean score of the padding's positions; None if there is no padding.
+        images: over how many pictures the mean is taken.
+        steps: over how many evaluations of the network.
+    """
+
+    prompt: str
+    tokens: list[str]
+    scores: list[float]
+    padding_score: float | None
+    images: int
+    steps: int
+
+    def to_json(self) -> str:
+        """Return everything as one JSON object, ASCII only."""
+        return json.dumps(asdict(self), allow_nan=False)
+
+    def table(self, width: int = 40) -> str:
+        """Return one line per token, in the prompt's order: text, score, bar; the longest bar has `width` characters."""
+        rows = self._rows()
+        label = max(len(text) for text, _ in rows)
+        longest = max(score for _, score in rows) or 1.0
+        return "\n".join(
+            f"{text:<{label}}  {score:8.4g}  {'#' * round(width * score / longest)}".rstrip() for text, score in rows
+        )
+
+    def svg(self) -> str:
+        """Return a bar chart as an SVG element, for a page or a file; whatever the prompt says is text in it."""
+        rows = self._rows()
+        longest = max(score for _, score in rows) or 1.0
+        high, left, wide = 18, 190, 400
+        lines = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + wide + 80}" height="{high * len(rows) + 8}" '
+            'font-family="monospace" font-size="12" role="img" aria-label="pull of each token">'
+        ]
+        for k, (text, score) in enumerate(rows):
+            y, length = 4 + high * k, wide * score / longest
+            lines.append(
+                f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{html.escape(text)}</text>'
+                f'<rect x="{left}" y="{y + 2}" width="{length:.1f}" height="{high - 4}" fill="#4878a8"/>'
+                f'<text x="{left + length + 6:.1f}" y="{y + 13}">{score:.3g}</text>'
+            )
+        return "\n".join([*lines, "</svg>"])
+
+    def _rows(self) -> list[tuple[str, float]]:
+        rows = list(zip(self.tokens, self.scores, strict=True))
+        if self.padding_score is not None:
+            rows.append(("(padding, mean)", self.padding_score))
+        # A prompt may hold anything: control characters would break the line, and are not allowed in XML at all.
+        return [(one_line(text, _LABEL) or repr(text)[:_LABEL], score) for text, score in rows]
+
+
+class TokenGradients(Policy):
+    """Watch a run and sum `|| d || eps_c - eps_u || / d e_i ||` of every token; change nothing.
+
+    One backward pass of the conditional half per picture and step, in the precision of the pipeline.
+
+    Args:
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+
+    Attributes:
+        total: `(n, L)` float32 or wider, on the device: the sum over the evaluations so far.
+        steps: how many there were.
+        token_ids: `(n, L)` long, on the CPU, as in `SamplingStart`.
+        token_mask: `(n, L)` bool, on the CPU, as in `SamplingStart`.
+    """
+
+    def __init__(self, gradient_checkpointing: bool = False) -> None:
+        self.gradient_checkpointing = gradient_checkpointing  # read by the guard, which owns the network
+        self.total: torch.Tensor | None = None
+        self.steps = 0
+        self.token_ids: torch.Tensor | None = None
+        self.token_mask: torch.Tensor | None = None
+
+    def begin(self, start: SamplingStart) -> None:
+        self.total, self.steps = None, 0
+        self.token_ids, self.token_mask = start.token_ids, start.token_mask
+
+    def step(self, step: Step) -> None:
+        halves = step.halves
+        rows = []
+        with halves.enable_grad():
+            for i in range(len(step.cond)):  # one by one: the memory of one backward pass
+                row = torch.tensor([i], device=step.cond.device)
+                embeds = halves.cond.embeds[i : i + 1].detach().clone().requires_grad_(True)
+                cond = halves.predict("cond", rows=row, embeds=embeds)
+                # The unconditional half does not read the prompt: what the loop had of it will do.
+                norm = guidance_norm(cond=cond, uncond=step.uncond[i : i + 1].detach()) * halves.noise_factor
+                (gradient,) = torch.autograd.grad(norm.sum(), [embeds])
+                rows.append(gradient.to(norm.dtype).norm(dim=-1))
+            scores = torch.cat(rows)
+            self.total = scores if self.total is None else self.total + scores
+        self.steps += 1
+
+
+def attribute(
+    pipe: Any,
+    prompt: str,
+    *,
+    num_inference_steps: int = 50,
+    num_images: int = 1,
+    seed: int = 0,
+    stop_after: int | None = None,
+    gradient_checkpointing: bool = False,
+    **call: Any,
+) -> TokenAttribution:
+    """Sample a prompt and return the pull of each of its tokens on `|| eps_c - eps_u ||`.
+
+    Args:
+        pipe: a diffusers pipeline that `MemorizationGuard` supports, with no guard on.
+        prompt: one prompt.
+        num_inference_steps: of the sampler, >= 1.
+        num_images: over how many pictures the mean is taken, >= 1.
+        seed: of the pictures' noise, drawn on the CPU.
+        stop_after: look at the first so many evaluations of the network only, and leave the pictures unfinished; None: all.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+        call: further arguments of the pipeline (`guidance_scale`, `negative_prompt`, `height`, `generator`, ...).
+
+    Raises:
+        UserError: an argument is out of range; the gradient is not finite.
+
+    Source: Wen, Liu, Chen, Lyu, ICLR 2024.
+    """
+    if not isinstance(prompt, str):
+        raise UserError(f"prompt is a {type(prompt).__name__}", rule="attribution explains one prompt, a string")
+    counts = {"num_inference_steps": num_inference_steps, "num_images": num_images, "stop_after": stop_after}
+    for name, value in counts.items():
+        if value is not None and (int(value) != value or value < 1):
+            raise UserError(f"{name} {value}", rule="it must be a whole number, at least 1")
+    watch = TokenGradients(gradient_checkpointing)
+    given = {"generator": torch.Generator().manual_seed(seed), "output_type": "latent"} | call
+    with MemorizationGuard(pipe, watch, stop_after=stop_after):
+        pipe(prompt, num_inference_steps=num_inference_steps, num_images_per_prompt=num_images, **given)
+    assert watch.total is not None and watch.token_ids is not None and watch.token_mask is not None
+    scores = (watch.total.double().mean(0) / watch.steps).tolist()
+    if not all(math.isfinite(score) for score in scores):
+        raise UserError(
+            "the gradient of || eps_c - eps_u || is not finite",
+            rule="the network's outputs, or their gradient, overflow in this precision",
+            remedy="load the pipeline in float32 or bfloat16",
+        )
+    mask = watch.token_mask[0].tolist()
+    padding = [score for score, real in zip(scores, mask, strict=True) if not real]
+    return TokenAttribution(
+        prompt=prompt,
+        tokens=[pipe.tokenizer.decode([i]) for i, real in zip(watch.token_ids[0].tolist(), mask, strict=True) if real],
+        scores=[score for score, real in zip(scores, mask, strict=True) if real],
+        padding_score=sum(padding) / len(padding) if padding else None,
+        images=len(watch.total),
+        steps=watch.steps,
+    )

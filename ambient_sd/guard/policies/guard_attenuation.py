@@ -1,0 +1,165 @@
+"""GUARD: guidance away from what the prompt recalls, towards what it says when no token shouts.
+
+At every step, with the prompt's own prediction as the negative target and one more branch as the positive one,
+
+    eps = eps_u + s (eps_plus - eps_u) - r (eps_c - eps_u)
+
+where `s` is the pipeline's guidance scale, r = 2, and eps_plus is the conditional branch with the attention to spike tokens
+attenuated (Zhao, Triantafillou, Triantafillou, *You don't need all that attention: surgical memorization mitigation in
+text-to-image diffusion models*, ICML 2026: "CA-in-GUARD"). In each cross-attention, for the logits `l[q, i]` of query q and
+token i,
+
+    M_i = max_q l[q, i],   Z_i = (M_i - mean M) / (std M + 1e-6),   spikes = {i : Z_i > tau},   l'[q, i] = a l[q, i] on spikes
+
+for each head by itself, BOS in neither the statistics nor the spikes, padding in both; then softmax. In the down and mid
+blocks only: later ones cost quality.
+
+The paper itself could not be read here; formula and r are from its abstract and summaries of it, and everything they leave
+open follows its released code: tau = 0.1, a = 0.3, logits in M (a summary says "attention mass", weights after the softmax:
+`statistic="weights"`), spikes found in the positive branch itself, which is why there is one extra branch and not two.
+They chose tau, a and r for each model and kind of memorization. Where ours differs: blocks are told apart by the number of
+queries, which grows where the up blocks begin; in SDXL the first up block has as many as the middle, and counts as middle.
+
+The attention is read where PyTorch computes it, in `scaled_dot_product_attention`. Networks whose attention goes another way
+(attention slicing, xformers) or has text and picture in one sequence (SD3) are refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from ambient_sd.errors import UserError
+from ambient_sd.guard.policies.base import Policy, Step
+from ambient_sd.guard.policies.latents import require_positive
+
+Statistic = Literal["logits", "weights"]
+
+
+class AttentionGuard(Policy):
+    """Guide by `eps_u + s (eps_plus - eps_u) - r (eps_c - eps_u)`, eps_plus with the attention to spikes attenuated.
+
+    Args:
+        repulsion: r, a finite number, at least 0. 0 leaves the attenuated branch alone ("CA attenuation").
+        attenuation: a, the factor of a spike's logits, in [0, 1]. 1 attenuates nothing.
+        threshold: tau, a finite number: how many standard deviations make a spike.
+        statistic: M is the maximum of the "logits" or of the "weights" after the softmax.
+        all_blocks: attenuate in the up blocks too.
+
+    Raises:
+        UserError: an argument is out of range; when sampling, the network's cross-attention cannot be read.
+
+    Source: Zhao, Triantafillou, Triantafillou, ICML 2026.
+    """
+
+    def __init__(
+        self,
+        repulsion: float = 2.0,
+        attenuation: float = 0.3,
+        threshold: float = 0.1,
+        statistic: Statistic = "logits",
+        all_blocks: bool = False,
+    ) -> None:
+        if not (math.isfinite(repulsion) and repulsion >= 0):
+            raise UserError(f"repulsion {repulsion}", rule="it must be a finite number, at least 0")
+        if not 0 <= attenuation <= 1:
+            raise UserError(f"attenuation {attenuation}", rule="it must lie between 0 and 1")
+        if not math.isfinite(threshold):
+            raise UserError(f"threshold {threshold}", rule="it must be a finite number")
+        if statistic not in ("logits", "weights"):
+            raise UserError(f"statistic {statistic!r}", rule='it must be "logits" or "weights"')
+        self.repulsion, self.attenuation, self.threshold = float(repulsion), float(attenuation), float(threshold)
+        self.statistic, self.all_blocks = statistic, bool(all_blocks)
+
+    def step(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        require_positive(guidance_scale=step.guidance_scale)
+        embeds = step.halves.cond.embeds
+        with SpikeAttenuation(
+            (embeds.shape[-2], embeds.shape[-1]),
+            lambda logits: spikes(logits, self.threshold, self.statistic),
+            self.attenuation,
+            self.all_blocks,
+        ) as attention:
+            plus = step.halves.predict("cond")
+        if not attention.seen:
+            raise UserError(
+                "the network's cross-attention cannot be read",
+                rule="AttentionGuard acts where PyTorch computes attention, text and picture apart",
+                remedy="switch attention slicing and xformers off, or use another policy",
+            )
+        # The pipeline goes on to compute uncond + s (cond - uncond).
+        part = self.repulsion / step.guidance_scale
+        return plus - part * (step.cond - step.uncond), step.uncond
+
+
+def spikes(logits: torch.Tensor, threshold: float, statistic: Statistic) -> torch.Tensor:
+    """Return which tokens are spikes: `(max_q l[q, i] - mean) / (std + 1e-6) > threshold`, never the first (BOS).
+
+    Args:
+        logits: `(..., Q, L)`, float32 or wider, queries by tokens.
+        threshold: in standard deviations over the tokens without the first.
+        statistic: take the maximum of the "logits", or of the "weights" after the softmax over tokens.
+
+    Returns:
+        `(..., L)` bool.
+    """
+    peak = (logits.softmax(-1) if statistic == "weights" else logits).amax(-2)
+    others = peak[..., 1:]
+    z = (peak - others.mean(-1, keepdim=True)) / (others.std(-1, keepdim=True) + 1e-6)
+    found = z > threshold
+    found[..., 0] = False
+    return found
+
+
+class SpikeAttenuation(TorchFunctionMode):
+    """While on, scale the keys of spike tokens in every cross-attention: logits are linear in the keys.
+
+    A call of `scaled_dot_product_attention` is a cross-attention if a linear layer has read the text since the last call.
+
+    Args:
+        text: the text's `(L, D)`.
+        find: `(B, heads, Q, L)` float32 logits -> `(B, heads, L)` bool, the spikes.
+        factor: of the spikes' logits.
+        all_blocks: go on when the number of queries grows, which it does where the up blocks begin.
+
+    Attributes:
+        seen: how many cross-attentions there were.
+    """
+
+    def __init__(
+        self,
+        text: tuple[int, int],
+        find: Callable[[torch.Tensor], torch.Tensor],
+        factor: float,
+        all_blocks: bool = False,
+    ) -> None:
+        super().__init__()
+        self.text, self.find, self.factor, self.all_blocks = text, find, factor, all_blocks
+        self.seen, self._text_read, self._up, self._queries = 0, False, False, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            read = args[0] if args else kwargs["input"]
+            self._text_read |= tuple(read.shape[-2:]) == self.text
+        elif func is F.scaled_dot_product_attention and self._text_read:
+            self._text_read = False
+            given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
+            return func(**(given | {"key": self._attenuated(given["query"], given["key"], given.get("scale"))}))
+        return func(*args, **kwargs)
+
+    def _attenuated(self, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> torch.Tensor:
+        self.seen += 1
+        self._up |= 0 < self._queries < query.shape[-2]
+        self._queries = query.shape[-2]
+        if self._up and not self.all_blocks:
+            return key
+        wide = torch.promote_types(query.dtype, torch.float32)
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        found = self.find(query.to(wide) @ key.to(wide).mT * factor)
+        return torch.where(found.unsqueeze(-1), key * self.factor, key)

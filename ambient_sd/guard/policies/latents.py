@@ -1,0 +1,118 @@
+"""The loop that the policies on the initial latent share: optimise it, picture by picture, before the first step.
+
+A subclass says what is minimised and with which optimizer (`latent_optimization`: Han et al.; `sail`: Jeon et al.). Here:
+the stop as soon as the loss is at most `target`, the limit of steps, the choice of the best latent seen. What is optimised
+is the network's input at the first evaluation, which has unit variance in every sampler (`Halves.sample`).
+
+One picture after the other, as in the published code: memory is that of one picture's backward pass, and a picture gets the
+same bits beside any others. Only pictures that the policy may act on are looked at. Nothing random happens.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+
+import torch
+
+from ambient_sd.errors import UserError
+from ambient_sd.guard.policies.base import Change, Halves, Policy, SamplingStart
+from ambient_sd.guard.scores import guidance_norm
+
+_NO_SIGNAL = 1e-3  # noise factors below this: the first step carries no score (alpha_t = 0 at zero terminal SNR)
+
+
+class LatentPolicy(Policy, abc.ABC):
+    """Base of the mitigations that move the initial latent until `loss <= target`.
+
+    Args:
+        target: the loss to reach, a finite number above 0.
+        lr: the optimizer's learning rate, a finite number above 0, in standard deviations of the latent.
+        max_steps: most optimizer steps per picture, >= 1. If they are too few, the best latent seen is used.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+
+    Raises:
+        UserError: an argument is out of range; when sampling, the schedule's first step has no signal.
+    """
+
+    def __init__(self, target: float, lr: float, max_steps: int, gradient_checkpointing: bool) -> None:
+        require_positive(target=target, lr=lr)
+        if int(max_steps) != max_steps or max_steps < 1:
+            raise UserError(f"max_steps {max_steps}", rule="it must be a whole number, at least 1")
+        self.target, self.lr, self.max_steps = float(target), float(lr), int(max_steps)
+        self.gradient_checkpointing = gradient_checkpointing  # read by the guard, which owns the network
+
+    @abc.abstractmethod
+    def optimizer(self, x: torch.Tensor) -> torch.optim.Optimizer:
+        """Return the optimizer of one picture's latent `(1, C, H, W)`."""
+
+    @abc.abstractmethod
+    def loss(self, halves: Halves, row: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what is minimised, and `|| eps_c - eps_u ||`, both `(1,)`, at the latent `x` of the picture `row`."""
+
+    def begin(self, start: SamplingStart) -> Change:
+        """Return the optimised latents; a picture that is under the target already keeps its own."""
+        halves = start.halves
+        if halves.noise_factor < _NO_SIGNAL:
+            raise UserError(
+                f"the first step (timestep {float(halves.timestep):g}) carries no score",
+                rule="with zero terminal SNR alpha_t is 0 there, so || eps_c - eps_u || is 0 for every latent",
+                remedy="use a scheduler without rescale_betas_zero_snr, or another policy",
+            )
+        n = len(start.active)
+        changed, iterations = [False] * n, [0] * n
+        before, after = [math.nan] * n, [math.nan] * n  # of pictures that nobody asked about nothing is measured
+        with halves.enable_grad():
+            sample = halves.sample.detach().clone()
+            for i, active in enumerate(start.active):
+                if active:
+                    best, before[i], after[i], iterations[i] = self._descend(halves, i)
+                    if best is not None:
+                        sample[i], changed[i] = best[0].to(sample), True
+        return Change(changed, sample=sample, first_score_before=before, first_score_after=after, iterations=iterations)
+
+    def _descend(self, halves: Halves, i: int) -> tuple[torch.Tensor | None, float, float, int]:
+        """Return one picture's best latent (None: its own), the score before and with it, and the steps taken."""
+        own = halves.sample[i : i + 1].detach()
+        row = torch.tensor([i], device=own.device)
+        # float32 at least: a step of 0.01 must not be rounded away in half precision.
+        x = own.to(torch.promote_types(own.dtype, torch.float32)).clone().requires_grad_(True)
+        optimizer = self.optimizer(x)
+        best: torch.Tensor | None = None
+        lowest = before = after = math.nan
+        for iteration in range(self.max_steps + 1):
+            last = iteration == self.max_steps
+            with torch.set_grad_enabled(not last):
+                loss, norm = self.loss(halves, row, x)
+            value = loss.item()
+            if iteration == 0:
+                lowest, before = value, norm.item()
+                after = before
+            elif value < lowest:  # a step may overshoot: never serve a worse latent than an earlier one
+                best, lowest, after = x.detach().clone(), value, norm.item()
+            # Without a finite loss there is no gradient to follow.
+            if value <= self.target or last or not math.isfinite(value):
+                break
+            (x.grad,) = torch.autograd.grad(loss.sum(), [x])
+            optimizer.step()
+        return best, before, after, iteration
+
+
+def noise_difference(halves: Halves, row: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return `eps_c - eps_u` at another input `x` `(m, C, H, W)` of the pictures `row` `(m,)`, in x's precision."""
+    sample = x.to(halves.sample.dtype)
+    cond = halves.predict("cond", rows=row, sample=sample).to(x.dtype)
+    uncond = halves.predict("uncond", rows=row, sample=sample).to(x.dtype)
+    return (cond - uncond) * halves.noise_factor.to(x.dtype)
+
+
+def norm_of(difference: torch.Tensor) -> torch.Tensor:
+    """Return the L2 norm of each picture's `(m, C, H, W)`, `(m,)`."""
+    return guidance_norm(cond=difference, uncond=torch.zeros_like(difference))
+
+
+def require_positive(**values: float) -> None:
+    """Raise a `UserError` unless every value is a finite number above 0."""
+    for name, value in values.items():
+        if not (math.isfinite(value) and value > 0):
+            raise UserError(f"{name} {value}", rule="it must be a finite number above 0")
