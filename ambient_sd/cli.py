@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     image_column=args.image_column, caption_column=args.caption_column, split=args.dataset_split)  # fmt: skip
         if args.fail_on == "problems" and not found.clean:
             sys.exit(1)
-    elif args.verb in ("sample", "calibrate"):
+    elif args.verb in ("sample", "calibrate", "compare"):
         run_guard(args)
     elif args.verb == "push":
         from ambient_sd.training.push import push

@@ -1,4 +1,4 @@
-"""The verbs `sample` and `calibrate` of the command `ambient-sd`: their flags, under diffusers' names where it has one.
+"""The verbs `sample`, `calibrate` and `compare` of the command `ambient-sd`: their flags, under diffusers' names where it has one.
 
 Nothing heavy is imported before a verb runs, or its help is asked for: the list of policies needs torch.
 """
@@ -30,7 +30,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 def add_verbs(verbs: Any) -> None:
-    """Add `sample` and `calibrate` to the command's verbs."""
+    """Add `sample`, `calibrate` and `compare` to the command's verbs."""
     sample = verbs.add_parser(
         "sample",
         help="draw pictures under the memorization guard, with scores, a sheet and a page",
@@ -73,6 +73,32 @@ def add_verbs(verbs: Any) -> None:
     calibrate.add_argument("--out", type=Path, default=None,
                            help="folder or .json file for the result (default: the adapter's or model's folder)")  # fmt: skip
     _drawing(calibrate)
+    compare = verbs.add_parser(
+        "compare",
+        help="try every detector and every mitigation on models whose training pictures are at hand, side by side",
+        description="Sample the training captions, see which are memorized, score the detectors on them, and sample the memorized "
+        "ones again under every mitigation. Writes tables, sheets and a page to OUT. A run that was cut goes on where it stopped.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    compare.add_argument("models", nargs="+", metavar="NAME=MODEL", help="pipeline folders or hub ids, each with a name of yours; "
+                         "the memorized prompts are those of the first")  # fmt: skip
+    compare.add_argument(
+        "--data", required=True, help="the training pictures: folder, parquet file, tar shards, or hub dataset"
+    )
+    compare.add_argument("--heldout", required=True, help="pictures of the same kind that no model has seen")
+    compare.add_argument("--heldout_split", default=None, help="split of the held-out pictures")
+    compare.add_argument("--judge", required=True, metavar="MODEL",
+                         help="model that judges how well pictures fit prompts; best one that has not seen them, such as the base")  # fmt: skip
+    compare.add_argument("--resolution", type=int, required=True, help="side in pixels")
+    compare.add_argument("--generations", type=int, default=4, help="pictures per prompt")
+    compare.add_argument("--prompts", type=int, default=0, help="captions that are sampled at most; 0: all")
+    compare.add_argument("--mitigated", type=int, default=60, help="memorized prompts that are mitigated at most")
+    compare.add_argument("--mitigations", nargs="*", default=[], metavar="NAME", help="some of them (default: all)")
+    compare.add_argument("--num_inference_steps", type=int, default=20, help="steps of DPM-Solver++")
+    compare.add_argument("--guidance_scale", type=float, default=7.5, help="classifier-free guidance, above 1")
+    compare.add_argument("--batch_size", type=int, default=16, help="pictures that go through the network together")
+    compare.add_argument("--seed", type=int, default=0, help="of start noise, choice of prompts and intervals")
+    compare.add_argument("--out", type=Path, required=True, help="folder for everything")
 
 
 def _drawing(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +116,10 @@ def _drawing(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run `sample` or `calibrate`."""
+    """Run `sample`, `calibrate` or `compare`."""
+    if args.verb == "compare":
+        _compare(args)
+        return
     from ambient_sd.drawing import DrawSettings
 
     names = ("model", "adapter", "scheduler", "num_inference_steps", "guidance_scale", "resolution", "seed", "dtype",
@@ -124,3 +153,34 @@ def _sample(args: argparse.Namespace, drawing: Any) -> None:
     said = "none is flagged: no threshold" if records[0]["threshold"] is None else f"{flagged} flagged"
     print(f"\n{len(records)} pictures, median score {scores[len(scores) // 2]:.4g}, highest {scores[-1]:.4g}; {said}\n"
           f"Look at them: {args.out / 'index.html'}", flush=True)  # fmt: skip
+
+
+def _compare(args: argparse.Namespace) -> None:
+    models = {}
+    for entry in args.models:
+        name, _, folder = entry.partition("=")
+        if not (name and folder) or name in models or not name.replace("-", "").replace("_", "").isalnum():
+            raise UserError(f"model {entry!r}", rule="each is NAME=MODEL, with a name of its own of letters, digits, - and _",
+                            remedy="for example plain=out/plain ambient=out/ambient")  # fmt: skip
+        models[name] = folder
+    if not args.guidance_scale > 1:
+        raise UserError(
+            f"guidance_scale is {args.guidance_scale}",
+            rule="the guard measures guidance",
+            remedy="give a scale above 1",
+        )
+    for name in ("generations", "mitigated", "num_inference_steps", "batch_size", "resolution"):
+        if getattr(args, name) < 1:
+            raise UserError(f"{name} is {getattr(args, name)}", rule="it must be at least 1")
+    from ambient_sd.comparison import Settings, compare, tables
+    from ambient_sd.data.sources import load_rows
+    from ambient_sd.demo.run import quiet
+
+    quiet()
+    settings = Settings(
+        models=models, judge=args.judge, out=args.out, resolution=args.resolution, generations=args.generations,
+        prompts=args.prompts, mitigated=args.mitigated, steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
+        batch_size=args.batch_size, seed=args.seed, chosen=tuple(args.mitigations),
+    )  # fmt: skip
+    result = compare(settings, load_rows(args.data), load_rows(args.heldout, split=args.heldout_split))
+    print(f"\n{tables(result)}\nLook at it: {args.out / 'comparison.html'}", flush=True)

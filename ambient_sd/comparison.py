@@ -39,6 +39,7 @@ from ambient_sd.data.sources import PictureSet
 from ambient_sd.data.stream import keyed_generator
 from ambient_sd.errors import UserError
 from ambient_sd.guard import policies
+from ambient_sd.guard.anisotropy import anisotropy
 from ambient_sd.guard.pipeline import AmbientSDPipeline
 from ambient_sd.guard.recorder import MemorizationGuard
 
@@ -249,6 +250,38 @@ def detector_figures(
     return rows
 
 
+def anisotropy_terms(pipe: Any, path: Path, prompts: Sequence[str], settings: Settings) -> torch.Tensor:
+    """Return norm and alignment of each prompt's generations, `(prompts, generations, 2)`; kept in a file."""
+    k = settings.generations
+    if not path.exists():
+        rows: list[list[float]] = []
+        per_call = max(1, settings.batch_size // k)
+        for i in range(0, len(prompts), per_call):
+            chunk = list(prompts[i : i + per_call])
+            generators = [keyed_generator(settings.seed, f"comparison {c}", j) for c in chunk for j in range(k)]
+            found = anisotropy(
+                pipe, chunk, num_images_per_prompt=k, num_inference_steps=settings.steps, generator=generators,
+                guidance_scale=settings.guidance_scale, height=settings.resolution, width=settings.resolution,
+            )  # fmt: skip
+            rows += [[a.norm, a.alignment] for a in found]
+        _write(path, json.dumps(rows))
+    return torch.tensor(json.loads(path.read_text(encoding="utf-8")), dtype=torch.float64).view(len(prompts), k, 2)
+
+
+def anisotropy_figures(
+    terms: torch.Tensor, generations: int, memorized_prompts: Sequence[int], ordinary: Sequence[int], seed: int
+) -> list[dict[str, Any]]:
+    """Score prompts by norm + alignment, each over its spread on the ordinary prompts: published weights are of other models."""
+    rows = []
+    spread = terms[list(ordinary)].flatten(0, 1).std(0).clamp_min(1e-12)
+    for n in sorted({1, generations}):
+        both = (terms[:, :n] / spread).mean(1)
+        for name, scores in (("anisotropy", both.sum(1)), ("anisotropy, alignment alone", both[:, 1])):
+            figures = detection_figures(scores[list(memorized_prompts)], scores[list(ordinary)], seed=seed)
+            rows.append({"detector": name, "steps": 0, "generations": n, "figures": [f.as_dict() for f in figures]})
+    return rows
+
+
 def levels_of(curves: torch.Tensor, ordinary: Sequence[int], guidance_scale: float) -> Levels:
     """Return what the ordinary prompts' norms are like. `curves` as in `detector_figures`."""
     chosen = curves[list(ordinary)].double()
@@ -320,6 +353,8 @@ def compare(settings: Settings, training: PictureSet, heldout: PictureSet, comma
                                  "between": len(captions) - len(known) - len(ordinary), "detectors": []}  # fmt: skip
         if known and ordinary:
             found["detectors"] = detector_figures(curves, k, known, ordinary, settings.seed)
+            terms = anisotropy_terms(pipe, settings.out / "cells" / model / "anisotropy.json", captions, settings)
+            found["detectors"] += anisotropy_figures(terms, k, known, ordinary, settings.seed)
         if not chosen:
             if len(known) < 5 or len(ordinary) < 5:
                 raise UserError(f"{len(known)} memorized and {len(ordinary)} ordinary prompts of {model}",
