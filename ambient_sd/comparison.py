@@ -32,7 +32,7 @@ from PIL import Image
 from ambient_sd.audit.alignment import DiffusionAlignment
 from ambient_sd.audit.detection import detection_figures
 from ambient_sd.audit.features import EffLite0, Features, Pixels, Sscd, embed
-from ambient_sd.audit.metrics import Figure, bootstrap, memorized, quality_rows
+from ambient_sd.audit.metrics import MEMORIZED_RATIO, Figure, bootstrap, memorized, quality_rows
 from ambient_sd.audit.neighbours import Neighbours, nearest
 from ambient_sd.audit.report import contact_sheet
 from ambient_sd.data.sources import PictureSet
@@ -56,6 +56,7 @@ class Settings:
         mitigated: how many memorized prompts are mitigated at most.
         steps, guidance_scale: of DPM-Solver++.
         chosen: names of mitigations; all if empty.
+        copy_ratio: d1 / d2 below which a picture is a copy, pixels.
     """
 
     models: Mapping[str, str]
@@ -70,6 +71,7 @@ class Settings:
     batch_size: int = 16
     seed: int = 0
     chosen: tuple[str, ...] = ()
+    copy_ratio: float = MEMORIZED_RATIO
 
 
 @dataclass(frozen=True)
@@ -200,8 +202,8 @@ def _draw_chunk(
 class Reals:
     """Hold the training and held-out pictures as features, one row a picture that differs, and the captions."""
 
-    training: dict[str, torch.Tensor]
-    heldout: dict[str, torch.Tensor]
+    training: Mapping[str, torch.Tensor]
+    heldout: Mapping[str, torch.Tensor]
     images: list[Image.Image]
     captions: list[str]
     features: list[Features]
@@ -295,7 +297,12 @@ def levels_of(curves: torch.Tensor, ordinary: Sequence[int], guidance_scale: flo
 
 
 def cell_figures(
-    cell: Cell, reals: Reals, prompts: Sequence[str], judge: DiffusionAlignment, settings: Settings
+    cell: Cell,
+    reals: Reals,
+    prompts: Sequence[str],
+    captions: Sequence[str],
+    judge: DiffusionAlignment,
+    settings: Settings,
 ) -> tuple[dict[str, Figure], Neighbours]:
     """Measure one model under one mitigation; intervals resample prompts."""
     groups = [c for c in prompts for _ in range(settings.generations)]
@@ -303,14 +310,14 @@ def cell_figures(
     pixels = nearest(made["pixels64"], reals.training["pixels64"])
     similar = reals.similar
     close = nearest(made[similar.name], reals.training[similar.name], distance="cosine").similarity
-    aligned = judge(cell.pictures, groups)
+    aligned = judge(cell.pictures, groups, captions)
     options: dict[str, Any] = {"groups": groups, "seed": settings.seed}
     quality = quality_rows(
         made["EffLite0"], reals.heldout["EffLite0"], name="EffLite0", groups=groups, seed=settings.seed
     )
     seconds = torch.tensor(cell.column("processor_seconds"), dtype=torch.float64)
     figures = {
-        "copied": bootstrap(memorized(pixels), torch.mean, name="copied", share=True, **options),
+        "copied": bootstrap(memorized(pixels, settings.copy_ratio), torch.mean, name="copied", share=True, **options),
         "similarity": bootstrap(close, lambda v: torch.quantile(v, 0.95), name=f"{similar.name} 95th percentile", **options),
         "alignment": bootstrap(aligned.value * 1000, torch.mean, name="alignment x 1000", **options),
         "hits": bootstrap(aligned.hit, torch.mean, name=f"own prompt first of {judge.others + 1}", share=True, **options),
@@ -347,7 +354,7 @@ def compare(settings: Settings, training: PictureSet, heldout: PictureSet, comma
             pipe, settings.out / "cells" / model / "all", captions, settings, None, f"{model}, all prompts"
         )
         near = nearest(embed(base.pictures, reals.features)["pixels64"], reals.training["pixels64"])
-        known, ordinary = truth(memorized(near), k)
+        known, ordinary = truth(memorized(near, settings.copy_ratio), k)
         curves = torch.tensor(base.column("curve"), dtype=torch.float64).view(len(captions), k, -1)
         found: dict[str, Any] = {"memorized_prompts": len(known), "ordinary_prompts": len(ordinary),
                                  "between": len(captions) - len(known) - len(ordinary), "detectors": []}  # fmt: skip
@@ -356,9 +363,9 @@ def compare(settings: Settings, training: PictureSet, heldout: PictureSet, comma
             terms = anisotropy_terms(pipe, settings.out / "cells" / model / "anisotropy.json", captions, settings)
             found["detectors"] += anisotropy_figures(terms, k, known, ordinary, settings.seed)
         if not chosen:
-            if len(known) < 5 or len(ordinary) < 5:
+            if not known or len(ordinary) < 2:
                 raise UserError(f"{len(known)} memorized and {len(ordinary)} ordinary prompts of {model}",
-                                rule="at least five of each are needed to compare anything",
+                                rule="without both kinds there is nothing to compare",
                                 remedy="train longer, or repeat pictures (ambient_sd.demo.memorized)")  # fmt: skip
             chosen = known[: settings.mitigated]
         prompts = [captions[i] for i in chosen]
@@ -372,7 +379,7 @@ def compare(settings: Settings, training: PictureSet, heldout: PictureSet, comma
             cell = draw_cell(
                 pipe, settings.out / "cells" / model / name, prompts, settings, make(levels), f"{model}, {name}"
             )
-            figures, _ = cell_figures(cell, reals, prompts, judge, settings)
+            figures, _ = cell_figures(cell, reals, prompts, captions, judge, settings)
             found["mitigations"][name] = {
                 "rule": rule,
                 "figures": {key: figure.as_dict() for key, figure in figures.items()},

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ambient_sd.audit.features import as_rgb
 from ambient_sd.errors import UserError
@@ -71,22 +70,30 @@ class DiffusionAlignment:
         shape = (len(LEVELS), repeats, channels, resolution // factor, resolution // factor)
         self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
-    def choose(self, prompts: Sequence[str]) -> list[list[str]]:
-        """Return the k other prompts of each place: distinct, none equal to its own, a function of seed, prompt and set.
+    def choose(self, prompts: Sequence[str], pool: Sequence[str] | None = None) -> list[list[str]]:
+        """Return the k other prompts of each place: distinct, none equal to its own, a function of seed, prompt and pool.
+
+        Args:
+            prompts: each picture's own.
+            pool: where the others come from; the prompts themselves if None.
 
         Raises:
             UserError: there are not enough other prompts.
         """
-        pool = sorted(set(prompts))
+        pool = sorted(set(prompts if pool is None else pool))
         if len(pool) <= self.others:
             raise UserError(f"{len(pool)} different prompts", rule=f"each picture is held against {self.others} other prompts",
                             remedy="give more prompts, or a smaller `others`")  # fmt: skip
-        drawn = {c: random.Random(f"{self.seed} {c}").sample([p for p in pool if p != c], self.others) for c in pool}
+        drawn = {
+            c: random.Random(f"{self.seed} {c}").sample([p for p in pool if p != c], self.others) for c in set(prompts)
+        }
         return [drawn[c] for c in prompts]
 
     @torch.no_grad()
-    def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str], progress: bool = False) -> Alignment:
-        """Return A and hit of each picture with its prompt.
+    def __call__(
+        self, pictures: Sequence[Image.Image], prompts: Sequence[str], pool: Sequence[str] | None = None
+    ) -> Alignment:
+        """Return A and hit of each picture with its prompt, held against others of `pool` (`choose`).
 
         Raises:
             UserError: another number of prompts than of pictures, or too few different prompts.
@@ -95,8 +102,8 @@ class DiffusionAlignment:
             raise UserError(f"{len(pictures)} pictures and {len(prompts)} prompts", rule="one prompt per picture")
         if not pictures:
             return Alignment(torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool))
-        texts = [[c, *rest] for c, rest in zip(prompts, self.choose(prompts), strict=True)]
-        starts = tqdm(range(0, len(pictures), self.batch_size), desc="alignment", disable=not progress, leave=False)
+        texts = [[c, *rest] for c, rest in zip(prompts, self.choose(prompts, pool), strict=True)]
+        starts = range(0, len(pictures), self.batch_size)
         errors = torch.cat([
             self.errors(pictures[i : i + self.batch_size], texts[i : i + self.batch_size]) for i in starts
         ])  # fmt: skip

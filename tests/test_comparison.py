@@ -1,0 +1,137 @@
+"""The comparison: ground truth and detectors by hand-made numbers; whole runs on a small random model, cut and resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from ambient_sd import comparison
+from ambient_sd.cli import main
+from ambient_sd.comparison import MITIGATIONS, detector_figures, levels_of, page, tables, truth
+from ambient_sd.data.sources import load_rows
+from ambient_sd.demo import BASE, PICTURES
+from ambient_sd.guard.policies import Policy
+
+HOSTILE = "<script>alert(1)</script> & \u202e ../../etc"
+
+
+def test_a_prompt_is_memorized_if_half_of_its_pictures_are_copies_and_ordinary_if_none_is() -> None:
+    copied = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    assert truth(copied.flatten(), 4) == ([0, 1], [3])
+
+
+def test_detectors_average_over_the_steps_and_generations_that_they_are_named_after() -> None:
+    # Memorized prompts stand out at the first step only, and only in the mean over both generations.
+    curves = torch.full((6, 2, 6), 10.0, dtype=torch.float64)
+    curves[:, 0, 0] = torch.tensor([9.0, 11, 10, 10, 12, 8])
+    curves[:, 1, 0] = torch.tensor([15.0, 13, 10, 10, 8, 12])
+    rows = {(r["steps"], r["generations"]): r["figures"] for r in detector_figures(curves, 2, [0, 1], [2, 3, 4, 5], 0)}
+    assert set(rows) == {(1, 1), (5, 1), (6, 1), (1, 2), (5, 2), (6, 2)}
+    assert rows[1, 2][0]["value"] == 1.0
+    assert rows[1, 1][0]["value"] == pytest.approx(4 / 8)  # 9 beats 8; 11 beats 10, 10, 8
+    assert rows[1, 2][1]["name"] == "TPR@1%FPR"
+
+
+def test_levels_are_those_of_the_ordinary_prompts() -> None:
+    curves = torch.arange(24, dtype=torch.float64).view(4, 2, 3)
+    levels = levels_of(curves, [0, 1], 3.0)
+    assert levels.first == 3.0  # of 0, 3, 6, 9 the lower middle one
+    assert levels.norm_high == pytest.approx(11 * 0.95)
+    assert levels.first_high == pytest.approx(6 + 3 * 0.97)
+
+
+def test_every_mitigation_can_be_made_from_the_levels_of_a_model() -> None:
+    levels = comparison.Levels(first=3.0, first_high=5.0, norm_high=4.0, guidance_scale=7.5)
+    made = {name: make(levels) for name, (make, _) in MITIGATIONS.items()}
+    assert made.pop("none") is None
+    assert all(isinstance(policy, Policy) for policy in made.values())
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("pictures")
+    rows = list(load_rows(PICTURES, split="finetune"))[::100]
+    for i, row in enumerate(rows):
+        row.image.save(folder / f"{i}.png")
+    lines = (json.dumps({"file_name": f"{i}.png", "text": row.caption}) for i, row in enumerate(rows))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    # The base has seen none of them: some of what it draws lies a little nearer to one of them than to the others.
+    return ["compare", f"a={BASE}", "--data", str(folder), "--heldout", str(folder), "--judge", str(BASE), "--resolution", "64",
+            "--generations", "2", "--num_inference_steps", "2", "--mitigated", "2", "--mitigations", "STP", "RT",
+            "--copy_ratio", "0.9"]  # fmt: skip
+
+
+def test_a_run_writes_tables_sheets_and_page_and_goes_on_where_it_was_cut(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    main([*command, "--out", str(out)])
+    first = json.loads((out / "comparison.json").read_text())
+    rows = first["models"]["a"]["mitigations"]
+    assert list(rows) == ["none", "STP", "RT"]
+    assert {"copied", "similarity", "alignment", "hits", "distance", "seconds"} == set(rows["STP"]["figures"])
+    assert (out / "a-STP.png").exists()
+    text = (out / "comparison.html").read_text()
+    assert "https://" not in text and "src='data:" in text
+    assert str(tmp_path) not in text + (out / "comparison.json").read_text() + (out / "claim.json").read_text()
+    assert "| STP |" in capsys.readouterr().out
+    # STP leaves guidance out for half of the way: other pictures, from the same noise.
+    assert (out / "a-STP.png").read_bytes() != (out / "a-none.png").read_bytes()
+
+    cells = sorted((out / "cells").rglob("*.json"))
+    kept = {p: p.stat().st_mtime_ns for p in cells[1:]}
+    pictures = {p: p.read_bytes() for p in (out / "cells").rglob("*.png")}
+    cells[0].unlink()  # cut between a call's pictures and the file that says they are whole
+    main([*command, "--out", str(out)])
+    assert kept == {p: p.stat().st_mtime_ns for p in kept}
+    assert pictures == {p: p.read_bytes() for p in pictures}
+
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--guidance_scale", "3", "--out", str(out)])
+    assert caught.value.code == 2
+    assert "another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(["--guidance_scale", "1"], "guidance_scale is 1"), (["--generations", "0"], "generations is 0"),
+     (["--mitigations", "Wenn"], "mitigation 'Wenn'"), (["--copy_ratio", "1"], "copy_ratio is 1"), (["--resolution", "15"], "multiple of")],
+)  # fmt: skip
+def test_mistakes_are_one_line(
+    change: list[str], said: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*command, *change, "--out", str(tmp_path / "out")])
+    assert caught.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(errors) == 1 and said in errors[0]
+
+
+def test_hostile_prompts_are_text_on_the_page() -> None:
+    figure = {"value": 0.5, "low": 0.4, "high": 0.6}
+    figures: dict[str, Any] = dict.fromkeys(
+        ("copied", "similarity", "alignment", "hits", "distance", "seconds"), figure
+    )
+    result = {
+        "settings": {}, "command": HOSTILE, "prompts": 1, "mitigated_prompts": [HOSTILE],
+        "models": {"a": {"memorized_prompts": 1, "ordinary_prompts": 0, "between": 0, "detectors": [],
+                         "mitigations": {"none": {"rule": HOSTILE, "figures": figures}}}},
+    }  # fmt: skip
+    text = page(result, [Image.new("RGB", (4, 4))], {"a": {"none": [Image.new("RGB", (4, 4))]}})
+    assert "<script>" not in text
+    assert "&lt;script&gt;" in text
+    assert "50.0 % [40.0, 60.0]" in tables(result)
+
+
+def test_a_model_that_has_memorized_nothing_is_said(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*command, "--copy_ratio", "1e-9", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "0 memorized and 11 ordinary prompts of a" in capsys.readouterr().err
