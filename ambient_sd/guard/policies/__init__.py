@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ambient_sd.guard.policies.base import Change, Policy, SamplingStart, ScalePolicy, Step
+from ambient_sd.guard.policies.base import Change, Encoded, Halves, Policy, SamplingStart, ScalePolicy, Step
 from ambient_sd.guard.policies.compose import Compose
 from ambient_sd.guard.policies.dynamic_transition import DynamicTransition
 from ambient_sd.guard.policies.opposite_guidance import OppositeGuidance
@@ -23,7 +23,9 @@ __all__ = [
     "Compose",
     "Despecification",
     "DynamicTransition",
+    "Encoded",
     "GaussianEmbeddingNoise",
+    "Halves",
     "OppositeGuidance",
     "Policy",
     "PromptOptimization",
