@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ from ambient_sd.guard.policies import (
 )
 from ambient_sd.guard.recorder import MemorizationGuard
 
-STEPS, SCALE = 8, 7.5
+STEPS, FEW, SCALE = 8, 4, 7.5
 PIPELINES = {
     "sd": lambda: tools.pipeline("v_prediction", "ddim"),
     "sd-euler": lambda: tools.pipeline("epsilon", "euler"),
@@ -34,9 +35,16 @@ PIPELINES = {
 Rule = Callable[[float, list[torch.Tensor]], torch.Tensor]
 
 
-@pytest.fixture(params=PIPELINES)
+@pytest.fixture(params=["sd", "sdxl"])
 def pipe(request: pytest.FixtureRequest) -> Any:
     return PIPELINES[request.param]()
+
+
+@pytest.fixture(scope="module", params=PIPELINES)
+def looped(request: pytest.FixtureRequest) -> Any:
+    """A pipeline for comparison with loops by hand, its stock latents, and those of the loop with the pipeline's scale."""
+    pipe = PIPELINES[request.param]()
+    return pipe, latents(pipe), by_hand(pipe, own)
 
 
 def size(pipe: Any) -> int:
@@ -107,7 +115,11 @@ def middle_norm(pipe: Any) -> float:
     """A norm that some evaluations of the unguarded run exceed and others do not."""
     with MemorizationGuard(pipe) as guard:
         latents(pipe)
-    return sorted(d for image in guard.report for d in image.curve)[STEPS]
+    norms = sorted(d for image in guard.report for d in image.curve)[STEPS // 2 : -STEPS // 2]
+    _, below, above = max(
+        (b - a, a, b) for a, b in itertools.pairwise(norms)
+    )  # away from any norm: rounding decides nothing
+    return (below + above) / 2
 
 
 SCHEDULES: dict[str, tuple[Policy, Rule]] = {
@@ -119,10 +131,10 @@ SCHEDULES: dict[str, tuple[Policy, Rule]] = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_guidance_by_schedule_equals_a_loop_written_by_hand(pipe: Any, name: str) -> None:
+def test_guidance_by_schedule_equals_a_loop_written_by_hand(looped: Any, name: str) -> None:
     policy, rule = SCHEDULES[name]
-    stock = latents(pipe)
-    assert torch.allclose(stock, by_hand(pipe, own), atol=1e-3)  # the loop by hand is the pipeline's
+    pipe, stock, ours = looped
+    assert torch.allclose(stock, ours, atol=1e-3)  # the loop by hand is the pipeline's
     found, guard = guarded(pipe, policy)
     assert torch.allclose(found, by_hand(pipe, rule), atol=1e-3)
     assert not torch.allclose(found, stock, atol=1e-1)  # control: the schedule matters
@@ -130,9 +142,9 @@ def test_guidance_by_schedule_equals_a_loop_written_by_hand(pipe: Any, name: str
     assert timesteps[0] > 650 and timesteps[-1] < 500
 
 
-def test_guidance_by_score_equals_a_loop_written_by_hand(pipe: Any) -> None:
+def test_guidance_by_score_equals_a_loop_written_by_hand(looped: Any) -> None:
+    pipe, stock, _ = looped
     d = middle_norm(pipe)
-    stock = latents(pipe)
     cap, _ = guarded(pipe, ScaleCap(d / 2))
     assert torch.allclose(cap, by_hand(pipe, lambda t, norms: SCALE * (d / 2 / norms[-1]).clamp(max=1)), atol=1e-3)
     less, _ = guarded(pipe, Despecification(4 / d, d))
@@ -201,7 +213,7 @@ def test_noisy_embeddings_give_the_pictures_of_those_embeddings(pipe: Any) -> No
     assert all(torch.equal(embeds, seen[0]) for embeds in seen) and torch.equal(
         seen[0][:2], given["negative_prompt_embeds"]
     )
-    assert float(difference.std()) == pytest.approx(0.1, rel=0.15)
+    assert float(difference.detach().std()) == pytest.approx(0.1, rel=0.15)
     assert torch.allclose(pipe(**(own | {"prompt_embeds": seen[0][2:]})).images, again, atol=1e-4)
 
 
@@ -231,26 +243,27 @@ def test_pictures_that_are_not_flagged_stay_the_pipelines_own_to_the_bit(name: s
     pipe = PIPELINES[name]()
     prompts = ["a cat", "the red dog", "b"]
     with MemorizationGuard(pipe) as guard:
-        stock = latents(pipe, prompts, 3)
+        stock = latents(pipe, prompts, 3, num_inference_steps=FEW)
     first = [image.curve[0] for image in guard.report]
     threshold = sum(sorted(first)[1:]) / 2  # the highest is flagged, and no other
-    found, flagged = guarded(pipe, policy, prompts, 3, threshold=threshold, when="flagged")
+    found, flagged = guarded(pipe, policy, prompts, 3, threshold=threshold, when="flagged", num_inference_steps=FEW)
     for i, d in enumerate(first):
         assert torch.equal(found[i], stock[i]) == (d < threshold)
-    everywhere, _ = guarded(pipe, policy, prompts, 3)
+    everywhere, _ = guarded(pipe, policy, prompts, 3, num_inference_steps=FEW)
     assert not any(torch.equal(everywhere[i], stock[i]) for i in range(3))  # control
     assert [image.mitigated for image in flagged.report].count(True) <= 1
 
 
 def test_an_exception_at_any_step_restores_everything(policy: Policy) -> None:
     pipe = PIPELINES["sd"]()
-    before, expected = tools.state(pipe), guarded(pipe, policy)[0]
+    latents(pipe, num_inference_steps=1)  # a stock run adds attributes of its own
+    before, expected = tools.state(pipe), guarded(pipe, policy, num_inference_steps=FEW)[0]
     assert tools.state_differs(pipe, before) == []
 
     class Stops(Exception):
         pass
 
-    for at in range(STEPS):
+    for at in range(FEW):
 
         def stop(pipe: Any, step: int, t: Any, given: dict[str, Any], at: int = at) -> dict[str, Any]:
             if step == at:
@@ -259,27 +272,33 @@ def test_an_exception_at_any_step_restores_everything(policy: Policy) -> None:
 
         guard = MemorizationGuard(pipe, policy)
         with pytest.raises(Stops), guard:
-            latents(pipe, callback_on_step_end=stop)
+            latents(pipe, callback_on_step_end=stop, num_inference_steps=FEW)
         assert tools.state_differs(pipe, before) == [] and guard.history == []
-    assert torch.equal(guarded(pipe, policy)[0], expected)  # and a policy keeps nothing of a run that broke off
+    assert torch.equal(
+        guarded(pipe, policy, num_inference_steps=FEW)[0], expected
+    )  # and a policy keeps nothing of a run that broke off
 
 
 @pytest.mark.parametrize("place", ["begin", "step"])
-def test_an_exception_in_the_policy_itself_restores_everything(
-    policy: Policy, place: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_exception_in_a_policy_restores_everything(place: str) -> None:
+    class Fails(GaussianEmbeddingNoise):
+        def begin(self, start: Any) -> Any:
+            return self.fail("begin") or super().begin(start)
+
+        def step(self, step: Any) -> None:
+            return self.fail("step") if step.index == 2 else None
+
+        def fail(self, here: str) -> None:
+            if here == place:
+                raise RuntimeError("inside")
+
     pipe = PIPELINES["sd"]()
+    latents(pipe, num_inference_steps=1)
     before = tools.state(pipe)
-
-    def fails(self: Any, given: Any) -> Any:
-        getattr(type(policy), place)  # the method exists on every policy
-        raise RuntimeError("inside")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(policy), place, fails)
+    for policy in (Fails(), Compose(Fails(), OppositeGuidance()), Compose(RandomTokens(), Fails())):
         with pytest.raises(RuntimeError, match="inside"), MemorizationGuard(pipe, policy):
             latents(pipe)
-    assert tools.state_differs(pipe, before) == []
+        assert tools.state_differs(pipe, before) == []
 
 
 HOSTILE = ["", "a" * 10_000, "\x00\x1b[31m\x7f", "<b>&amp;</b> ../../etc", "x " * 500, "'; DROP TABLE\n\r\t"]
