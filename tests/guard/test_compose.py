@@ -198,6 +198,7 @@ def test_what_can_be_combined_is_taken_and_nesting_changes_nothing() -> None:
     Compose(RandomTokens(), GaussianEmbeddingNoise(), StaticTransition())
     Compose(StaticTransition(), Reanchoring(1), OppositeGuidance())
     inner = Compose(OppositeGuidance(), StaticTransition())
+    assert type(inner).begin is Policy.begin is not type(Compose(RandomTokens(), inner)).begin  # as the guard asks
     assert [type(p) for p in Compose(RandomTokens(), inner).policies] == [
         RandomTokens,
         OppositeGuidance,

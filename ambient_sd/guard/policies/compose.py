@@ -39,6 +39,9 @@ class Compose(Policy):
         UserError: there is none, one is not a policy, or two cannot be combined in this order.
     """
 
+    def __new__(cls, *policies: Policy) -> Compose:
+        return super().__new__(cls if any(map(_begins, policies)) else _ComposedSteps)
+
     def __init__(self, *policies: Policy) -> None:
         self.policies: tuple[Policy, ...]
         parts: list[Policy] = []
@@ -51,7 +54,7 @@ class Compose(Policy):
         if not parts:
             raise UserError("nothing to compose", rule="it takes one or more policies")
         self.policies = tuple(parts)
-        self._beginners = [policy for policy in parts if type(policy).begin is not Policy.begin]
+        self._beginners = [policy for policy in parts if _begins(policy)]
         for place, policy in enumerate(self._beginners):
             name = type(policy).__name__
             if getattr(policy, "begins_alone", False) and len(self._beginners) > 1:
@@ -97,6 +100,12 @@ class Compose(Policy):
                 result = replaced
                 step = dataclasses.replace(step, cond=result[0], uncond=result[1])
         return result
+
+
+class _ComposedSteps(Compose):
+    """Policies none of which begins: the guard, seeing that, need not look before the first step whom they act on."""
+
+    begin = Policy.begin
 
 
 class _FirstScale(ScalePolicy):
@@ -151,6 +160,10 @@ class _ChangedHalves(Halves):
 
     def enable_grad(self) -> AbstractContextManager[None]:
         return self.inner.enable_grad()
+
+
+def _begins(policy: Policy) -> bool:
+    return isinstance(policy, Policy) and type(policy).begin is not Policy.begin
 
 
 def _only_scales(policy: Policy) -> bool:
