@@ -23,6 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from ambient_sd.errors import UserError
 from ambient_sd.guard.calibration import FILE_NAME, Calibration, Sampling
+from ambient_sd.guard.layouts import distilled
 from ambient_sd.guard.policies.base import Policy
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard, active_guard
 from ambient_sd.hub_ids import resolve_model_id
@@ -121,8 +122,7 @@ class AmbientSDPipeline(StableDiffusionPipeline):
             return active or MemorizationGuard(self, threshold=self._threshold(args, kwargs))
         if guard is None:
             # The same rule as the pipeline's do_classifier_free_guidance, which is known only once sampling has begun.
-            scale = self._given(args, kwargs)["guidance_scale"]
-            guided = scale > 1 and self.unet.config.time_cond_proj_dim is None
+            guided = self._given(args, kwargs)["guidance_scale"] > 1 and distilled(self) is None
             if active is not None or not guided:
                 return active
             return MemorizationGuard(self, threshold=self._threshold(args, kwargs))

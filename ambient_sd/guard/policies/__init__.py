@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from ambient_sd.guard.policies.base import Policy, PromptChange, SamplingStart, Step
+from ambient_sd.guard.policies.base import Change, Encoded, Halves, Policy, SamplingStart, ScalePolicy, Step
 from ambient_sd.guard.policies.prompt_optimization import PromptOptimization
 
-__all__ = ["Policy", "PromptChange", "PromptOptimization", "SamplingStart", "Step"]
+__all__ = [
+    "Change",
+    "Encoded",
+    "Halves",
+    "Policy",
+    "PromptOptimization",
+    "SamplingStart",
+    "ScalePolicy",
+    "Step",
+]
