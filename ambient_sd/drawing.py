@@ -171,7 +171,7 @@ def load(settings: DrawSettings) -> Any:
     kind = getattr(diffusers, _check_model(name))
     dtype: torch.dtype = getattr(torch, settings.dtype)
     try:
-        pipe = kind.from_pretrained(name, torch_dtype=dtype, use_safetensors=True)
+        pipe = kind.from_pretrained(name, dtype=dtype, use_safetensors=True)
     except Exception as error:  # OSError, ValueError, SafetensorError, ...: all mean unusable files
         raise UserError(f"{settings.model} cannot be loaded", rule=one_line(f"{type(error).__name__}: {error}", 240),
                         remedy="give a whole Stable Diffusion pipeline with safetensors weights") from None  # fmt: skip
