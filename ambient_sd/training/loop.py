@@ -42,7 +42,18 @@ from ambient_sd.data.sources import PictureSet, load_rows
 from ambient_sd.data.stream import SampleStream, process_batches
 from ambient_sd.errors import UserError
 from ambient_sd.objective import AmbientObjective
-from ambient_sd.training import adapters, averaging, caching, checkpoints, durable, extras, noising, peers, sharding, validation
+from ambient_sd.training import (
+    adapters,
+    averaging,
+    caching,
+    checkpoints,
+    durable,
+    extras,
+    noising,
+    peers,
+    sharding,
+    validation,
+)
 from ambient_sd.training.base import Base, check_base
 from ambient_sd.training.config import TrainConfig, split_condition
 from ambient_sd.training.dropout import AddressedDropout

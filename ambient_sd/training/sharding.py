@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from diffusers import UNet2DConditionModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ambient_sd.errors import UserError
@@ -59,6 +59,11 @@ def check(config: TrainConfig) -> None:
          "it renames the weights", "set it to false, and give --gradient_checkpointing"),
         (_asked("ACCELERATE_USE_PARALLELISM_CONFIG"), "a parallelism_config is given", "this trainer was never run with it",
          "leave it out"),
+        ((config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16",
+         "mixed_precision is fp16 under FSDP", "this trainer was never run with it", "use bf16"),
+        (_asked("ACCELERATE_USE_CPU") and torch.accelerator.is_available(),
+         "FSDP on processors is asked for, and there is an accelerator", "torch would spread the model over that",
+         "hide it, such as with CUDA_VISIBLE_DEVICES=''"),
         (config.use_8bit_adam, "use_8bit_adam is given under FSDP", "its kernels know no cut weights", "leave it out"),
     ):  # fmt: skip
         if wrong:
@@ -66,24 +71,13 @@ def check(config: TrainConfig) -> None:
 
 
 def enable(accelerator: Accelerator) -> None:
-    """Complete accelerate's choice of FSDP2: on processors too, with gradients summed in float32.
-
-    Raises:
-        UserError: the precision is fp16, or processors are asked for where there is an accelerator.
-    """
+    """Complete accelerate's choice of FSDP2: on processors too, with gradients summed in float32."""
     state = accelerator.state
     if _asked("ACCELERATE_USE_FSDP") and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # accelerate 1.15 reads the FSDP settings for accelerators only, and on processors goes on with whole models.
-        if torch.accelerator.is_available():
-            raise UserError("FSDP on processors is asked for, and there is an accelerator", rule="torch would spread over that",
-                            remedy="hide it, such as with CUDA_VISIBLE_DEVICES=''")  # fmt: skip
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
         state.distributed_type = DistributedType.FSDP
-    if accelerator.distributed_type != DistributedType.FSDP or not accelerator.is_fsdp2:
-        return
-    if accelerator.mixed_precision == "fp16":
-        raise UserError("mixed_precision is fp16 under FSDP", rule="this trainer was never run with it", remedy="use bf16")
-    if accelerator.mixed_precision == "bf16":
+    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
         # accelerate would sum the gradients in bf16: eight bits, where processes with whole models sum in 24.
         state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32
@@ -92,7 +86,8 @@ def enable(accelerator: Accelerator) -> None:
 
 def is_spread(unet: Any) -> bool:
     """Say whether a U-Net's weights are cut."""
-    return any(isinstance(p, DTensor) for p in unet.parameters())
+    # Its parameters do not tell: those outside of all blocks stay gathered from a forward pass to the next backward one.
+    return isinstance(unet, FSDPModule)
 
 
 def whole_unet(unet: Any) -> Any:
