@@ -196,7 +196,9 @@ def test_the_limit_spares_the_last_whole_checkpoint(trained: Path, tmp_path: Pat
 
     def save(step: int, limit: int) -> list[str]:
         state = {"identity": {}}
-        checkpoints.save(out, step, write_weights=lambda _: None, optimizer=optimizer.state_dict(), state=state, limit=limit)
+        checkpoints.save(
+            out, step, write_weights=lambda _: None, optimizer=optimizer.state_dict(), state=state, limit=limit
+        )
         return [p.name for p in checkpoints.find_all(out)]
 
     (out / "checkpoint-9").mkdir()

@@ -181,9 +181,12 @@ def test_sigkills_of_a_spread_run_change_no_byte(options: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_the_launcher_spreads_a_model_as_the_file_says(tiny_base: Path, tiny_pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["fsdp2", "zero2"])
+def test_the_launcher_spreads_a_model_as_the_file_says(
+    file: str, tiny_base: Path, tiny_pictures: Path, tmp_path: Path
+) -> None:
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/fsdp2.yaml",
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{file}.yaml",
         "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0", "train_text_to_image_ambient.py",
         "--pretrained_model_name_or_path", str(tiny_base), "--train_data_dir", str(tiny_pictures), "--resolution", "32",
         "--train_batch_size", "2", "--max_train_steps", "2", "--report_to", "none", "--output_dir", str(tmp_path / "out"),
