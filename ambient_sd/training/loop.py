@@ -432,20 +432,16 @@ class _Trainer:
                 if self.on_step is not None:
                     self.on_step(step, record)
             bar.update()
-            if step % config.checkpointing_steps == 0:
-                self._save_checkpoint(step)
             if self._draws_after(step):
                 self._draw(step)
             if probe is not None and (step % (config.probe_steps or 1) == 0 or step == self.steps):
                 self._look(probe, step)
-                limit = config.stop_on_memorization
-                if limit is not None and self.looks[-1]["copied"] > limit and step < self.steps:
-                    logger.warning(
-                        "stopped after step %d: %.0f %% of the probe are copies, above %g", step,
-                        100 * self.looks[-1]["copied"], limit,
-                    )  # fmt: skip
-                    self.steps = step
-                    break
+            # After the looks: a run that is killed in between repeats the step, and they are not missing.
+            if step % config.checkpointing_steps == 0:
+                self._save_checkpoint(step)
+            if step < self.steps and self._copies_too_much():
+                self.steps = step
+                break
         bar.close()
         seconds = time.perf_counter() - begin
         summary = self._summary(seconds)
@@ -731,6 +727,15 @@ class _Trainer:
             )
             add_look(self.output / "probe.jsonl", seen.record())
         self.accelerator.wait_for_everyone()
+
+    def _copies_too_much(self) -> bool:
+        """Say whether the last look is above the limit, in a warning too."""
+        limit = self.config.stop_on_memorization
+        if limit is None or not self.looks or self.looks[-1]["copied"] <= limit:
+            return False
+        copied, step = self.looks[-1]["copied"], self.looks[-1]["step"]
+        logger.warning("stopped after step %d: %.0f %% of the probe are copies, above %g", step, 100 * copied, limit)
+        return True
 
     def _show(self, name: str, sheet: Image.Image, step: int) -> None:
         folder = self.output / name
