@@ -31,6 +31,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from PIL import Image
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -40,7 +41,7 @@ from ambient_sd.data.buckets import BucketStream, assign, read_buckets
 from ambient_sd.data.duplicates import noise_fingerprint, shared_noise
 from ambient_sd.data.sources import PictureSet, load_rows
 from ambient_sd.data.stream import SampleStream, process_batches
-from ambient_sd.errors import UserError
+from ambient_sd.errors import UserError, one_line
 from ambient_sd.objective import AmbientObjective
 from ambient_sd.training import (
     adapters,
@@ -658,18 +659,19 @@ class _Trainer:
         unet, optimizer = sharding.whole_unet(self.unet), sharding.whole_state(self.optimizer)
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
-            checkpoints.save(
-                self.output,
-                step,
-                write_weights=partial(self._write_weights, unet),
-                optimizer=optimizer,
-                state={
-                    "identity": self.identity(),
-                    "scaler": scaler.state_dict() if scaler is not None else {},
-                    "versions": _versions(),
-                },
-                limit=self.config.checkpoints_total_limit,
-            )
+            with _room(f"checkpoint-{step}", self.output):
+                checkpoints.save(
+                    self.output,
+                    step,
+                    write_weights=partial(self._write_weights, unet),
+                    optimizer=optimizer,
+                    state={
+                        "identity": self.identity(),
+                        "scaler": scaler.state_dict() if scaler is not None else {},
+                        "versions": _versions(),
+                    },
+                    limit=self.config.checkpoints_total_limit,
+                )
         self.accelerator.wait_for_everyone()
 
     def _write_weights(self, unet: Any, folder: Path) -> None:
@@ -752,39 +754,44 @@ class _Trainer:
             self.accelerator.log({k: v for k, v in values.items() if math.isfinite(v)}, step=step)
 
     def _save_results(self, model: Any) -> None:
-        accelerator, config = self.accelerator, self.config
+        accelerator = self.accelerator
         accelerator.wait_for_everyone()
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         unet = sharding.whole_unet(self.unet)
         if accelerator.is_main_process:
-            staging = self.output / ".results.part"
-            durable.remove(staging)
-            staging.mkdir()
-            if self.average is not None:
-                self.average.give()
-            if config.lora:
-                adapters.save(unet, staging)
-                if config.output_kohya_format:
-                    adapters.save_kohya(unet, staging, xl=self.base.is_xl)
-            else:
-                try:
-                    pipe = self.base.pipeline(unet)
-                except Exception as error:  # the base was moved, the hub is out of reach, ...
-                    unet.save_pretrained(staging / "unet")
-                    self._show_results(staging)
-                    raise UserError(
-                        f"the other parts of base model {self.base.name} cannot be loaded any more",
-                        rule=f"{type(error).__name__}: {error}"[:300],
-                        remedy=f"the trained U-Net is whole in {self.output / 'unet'}: put it into the base",
-                    ) from error
-                pipe.save_pretrained(staging)
-            self._show_results(staging)
-            facts = describe_run(
-                config, base=self.base, objective=self.plan.objective, pictures=self.plan.pictures,
-                prompts=self.plan.prompts, steps=self.steps, batch=self.global_batch,
-            )  # fmt: skip
-            write_card(self.output, facts)
+            with _room("the result", self.output):
+                self._write_results(unet)
         accelerator.wait_for_everyone()
+
+    def _write_results(self, unet: Any) -> None:
+        config = self.config
+        staging = self.output / ".results.part"
+        durable.remove(staging)
+        staging.mkdir()
+        if self.average is not None:
+            self.average.give()
+        if config.lora:
+            adapters.save(unet, staging)
+            if config.output_kohya_format:
+                adapters.save_kohya(unet, staging, xl=self.base.is_xl)
+        else:
+            try:
+                pipe = self.base.pipeline(unet)
+            except Exception as error:  # the base was moved, the hub is out of reach, ...
+                unet.save_pretrained(staging / "unet")
+                self._show_results(staging)
+                raise UserError(
+                    f"the other parts of base model {self.base.name} cannot be loaded any more",
+                    rule=f"{type(error).__name__}: {error}"[:300],
+                    remedy=f"the trained U-Net is whole in {self.output / 'unet'}: put it into the base",
+                ) from error
+            pipe.save_pretrained(staging)
+        self._show_results(staging)
+        facts = describe_run(
+            config, base=self.base, objective=self.plan.objective, pictures=self.plan.pictures,
+            prompts=self.plan.prompts, steps=self.steps, batch=self.global_batch,
+        )  # fmt: skip
+        write_card(self.output, facts)
 
     def _show_results(self, staging: Path) -> None:
         durable.sync_tree(staging)
@@ -808,6 +815,19 @@ class _Trainer:
             "output_dir": str(self.output),
             "config": {**dataclasses.asdict(self.config), "hub_token": None},
         }
+
+
+@contextlib.contextmanager
+def _room(what: str, folder: Path) -> Iterator[None]:
+    """Turn a full disk, a quota or a lost mount into one line; what was whole before stays whole."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{what} cannot be written to {folder}",
+            rule=one_line(f"{type(error).__name__}: {error}", 200),
+            remedy="make room there and resume with --resume_from_checkpoint latest",
+        ) from error
 
 
 def _versions() -> dict[str, str]:
