@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
+from typing import Any
 
 from ambient_sd.errors import UserError, exits_on_user_error
 from ambient_sd.training.config import parse
@@ -33,11 +35,32 @@ def main() -> None:
             time.sleep(10)
         raise
     if os.environ.get("RANK", "0") == "0":
-        print(
-            f"{summary['steps']} steps in {summary['seconds']:.0f} s, loss {summary['loss']:.4f}; "
-            f"results in {summary['output_dir']}",
-            flush=True,
-        )
+        print(describe(summary), flush=True)
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """Return the run in a few lines: work done, losses of the last steps, copies at the last look, where it is."""
+    new = summary["steps"] - summary["first_step"]
+    rate = summary["global_batch"] * new / max(summary["seconds"], 1e-9)
+    resumed = f" ({summary['first_step']} done before)" if summary["first_step"] else ""
+    lines = [
+        f"{summary['steps']} steps{resumed} in {summary['seconds']:.0f} s, {rate:.3g} samples a second, {summary['pictures']} pictures"
+    ]
+    if summary["near_duplicate_groups"]:
+        lines[0] += f", {summary['near_duplicate_groups']} groups of near-duplicates among them"
+    parts = [
+        f"{name} {summary[f'{name}_loss']:.4f}"
+        for name in ("clean", "ambient")
+        if math.isfinite(summary[f"{name}_loss"])
+    ]
+    lines.append(
+        f"loss {summary['loss']:.4f}{' (' + ', '.join(parts) + ')' if len(parts) > 1 else ''}, mean of the last steps"
+    )
+    if summary["looks"]:
+        look = summary["looks"][-1]
+        lines.append(f"last look, step {look['step']}: {look['copied']:.0%} of {look['n']:.0f} pictures are copies "
+                     f"[{look['copied_low']:.0%}, {look['copied_high']:.0%}]")  # fmt: skip
+    return "\n".join([*lines, f"results in {summary['output_dir']}"])
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 # Widths of U-Net, VAE and text encoder; layers of the text encoder; resolution. SD2's at 512 px, and ours.
 SD2 = ((320, 640, 1280, 1280), (128, 256, 512, 512), 1024, 23, 512)
+PICTURE_COUNT = 64
 SMALL = ((96, 192, 384, 384), (32, 96, 128, 128), 256, 2, 128)
 
 
@@ -151,11 +152,13 @@ def main() -> None:
     print(f"SD2 at 512 px: {shares(SD2)}\nthis model:    {shares(SMALL)}", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, 64)
+        prepare(folder, PICTURE_COUNT)
         commands = variants(folder, args.script, args.batch, args.lora)
         commands = {k: v for k, v in commands.items() if not args.only or k in args.only}
         if "cache" in commands:
-            timed(commands["cache"], 1)
+            filling, again = (timed(commands["cache"], 1)[0] for _ in range(2))
+            print(f"filling the cache: {PICTURE_COUNT / (filling - again):.1f} pictures/s; a run that finds it full starts and ends "
+                  f"in {again:.1f} s", flush=True)  # fmt: skip
         rates: dict[str, list[float]] = {k: [] for k in commands}
         starts: dict[str, list[float]] = {k: [] for k in commands}
         peaks: dict[str, list[float]] = {k: [] for k in commands}

@@ -47,7 +47,13 @@ def main() -> int:
     parser.add_argument("--use_ema", action="store_true")
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1)
+    parser.add_argument(
+        "--sharded", action="store_true", help="two processes that each hold their part of the U-Net (FSDP2)"
+    )
     args = parser.parse_args()
+    if args.sharded:
+        args.processes = 2
+        spread_models()
     with tempfile.TemporaryDirectory(prefix="torture-") as work:
         return torture(Path(work), args)
 
@@ -177,6 +183,14 @@ def start(settings: dict[str, Any], processes: int, call: int = 0) -> list[int]:
                 os._exit(code)
         ranks.append(child)
     return ranks
+
+
+def spread_models() -> None:
+    """Ask accelerate for what configs/accelerate/fsdp2.yaml says, as `accelerate launch` does."""
+    file = Path(__file__).parents[1] / "configs" / "accelerate" / "fsdp2.yaml"
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    for key, value in yaml.safe_load(file.read_text())["fsdp_config"].items():
+        os.environ[key.upper().replace("TRANSFORMER_LAYER_CLS", "TRANSFORMER_CLS")] = str(value)
 
 
 def die_at(call: int) -> None:

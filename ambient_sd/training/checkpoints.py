@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ambient_sd.errors import UserError, one_line
-from ambient_sd.training import durable, manifest
+from ambient_sd.training import durable, manifest, sharding
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ def save(
     step: int,
     *,
     write_weights: Callable[[Path], None],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Mapping[str, Any],
     state: Mapping[str, Any],
     limit: int | None,
 ) -> Path:
@@ -180,7 +180,7 @@ def save(
         output_dir: the run's folder.
         step: optimizer steps done.
         write_weights: writes the trained weights into the folder that it is given.
-        optimizer: its state goes to safetensors.
+        optimizer: its `state_dict`, every tensor whole.
         state: what else goes to trainer_state.json.
         limit: number of checkpoints to keep, the new one among them; all if None.
     """
@@ -190,14 +190,13 @@ def save(
         durable.remove(leftover)
     part.mkdir(parents=True)
     write_weights(part)
-    packed = optimizer.state_dict()
     tensors = {
         f"{i}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
-        for i, slots in packed["state"].items()
+        for i, slots in optimizer["state"].items()
         for name, value in slots.items()
     }
     save_file(tensors, part / OPTIMIZER_NAME)
-    text = json.dumps({"step": step, "format": _FORMAT, **state, "param_groups": packed["param_groups"]}, indent=1)
+    text = json.dumps({"step": step, "format": _FORMAT, **state, "param_groups": optimizer["param_groups"]}, indent=1)
     (part / STATE_NAME).write_text(text, encoding="utf-8")
     manifest.seal(part)
     durable.put(part, target)
@@ -230,7 +229,7 @@ def load_optimizer(checkpoint: Path, state: Mapping[str, Any], optimizer: torch.
             {**new, "params": old["params"]}
             for new, old in zip(optimizer.state_dict()["param_groups"], state["param_groups"], strict=True)
         ]
-        optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        optimizer.load_state_dict({"state": sharding.cut(slots, optimizer), "param_groups": groups})
     except Exception as error:  # SafetensorError, OSError, ValueError, KeyError
         raise UserError(f"{path} cannot be used", rule=f"{type(error).__name__}: {error}"[:300],
                         remedy="resume from another checkpoint") from None  # fmt: skip

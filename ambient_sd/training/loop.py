@@ -4,7 +4,7 @@
 
 with (x_t, target, weight) from `AmbientObjective.corrupt`. The same code trains the whole U-Net or a LoRA, on one
 process or several; sample p of a run has the same picture, timestep and noise whichever process takes it. It does not
-train the text encoder or the VAE, and does not shard a model over devices.
+train the text encoder or the VAE. What a U-Net spread over the processes needs is in `sharding`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from PIL import Image
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -39,9 +41,20 @@ from ambient_sd.data.buckets import BucketStream, assign, read_buckets
 from ambient_sd.data.duplicates import noise_fingerprint, shared_noise
 from ambient_sd.data.sources import PictureSet, load_rows
 from ambient_sd.data.stream import SampleStream, process_batches
-from ambient_sd.errors import UserError
+from ambient_sd.errors import UserError, one_line
 from ambient_sd.objective import AmbientObjective
-from ambient_sd.training import adapters, averaging, caching, checkpoints, durable, extras, noising, peers, validation
+from ambient_sd.training import (
+    adapters,
+    averaging,
+    caching,
+    checkpoints,
+    durable,
+    extras,
+    noising,
+    peers,
+    sharding,
+    validation,
+)
 from ambient_sd.training.base import Base, check_base
 from ambient_sd.training.config import TrainConfig, split_condition
 from ambient_sd.training.dropout import AddressedDropout
@@ -52,7 +65,7 @@ from ambient_sd.training.push import prepare, push
 
 logger = logging.getLogger(__name__)
 
-_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
 # Noise levels s = sigma / alpha whose errors get a curve each: the loss of one step says more of its timesteps than of the model.
 _BANDS = ((0.0, 0.3), (0.3, 1.0), (1.0, 3.0), (3.0, math.inf))
 _FINAL_STEPS = 100  # the summary's losses are means over that many last steps
@@ -159,6 +172,7 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         UserError: something is wrong.
     """
     extras.check_packages(config)
+    sharding.check(config)
     base = check_base(config)
     objective = make_objective(config, base)
     if config.snr_gamma is not None:
@@ -257,13 +271,14 @@ def _make_accelerator(config: TrainConfig) -> Accelerator:
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate takes it, and then neither casts nor scales.
         raise UserError("mixed_precision is fp16", rule="processors have no fp16 training", remedy="use no, or bf16")
+    sharding.enable(accelerator)
     if config.use_ema:
         averaging.check_distribution(accelerator.distributed_type)
     if accelerator.distributed_type not in _SUPPORTED:
         raise UserError(
             f"accelerate is set to {accelerator.distributed_type.value}",
-            rule="this trainer runs on one or more processes that each hold the whole model",
-            remedy="choose no distribution or multi-GPU in `accelerate config`",
+            rule="this trainer runs on one or more processes that each hold the whole model, or their part of it by FSDP2",
+            remedy="choose no distribution, multi-GPU or FSDP with fsdp_version 2 in `accelerate config`",
         )
     return accelerator
 
@@ -380,6 +395,7 @@ class _Trainer:
             last_epoch=self.first_step - 1,
         )  # fmt: skip
         model, self.optimizer = accelerator.prepare(self.unet, optimizer)
+        trained = [p for p in self.unet.parameters() if p.requires_grad]  # FSDP puts others in their place
         if config.use_ema:
             self.average = averaging.Average(
                 self.unet, offload=config.offload_ema, foreach=config.foreach_ema, checkpoint=self.checkpoint,
@@ -417,20 +433,16 @@ class _Trainer:
                 if self.on_step is not None:
                     self.on_step(step, record)
             bar.update()
-            if step % config.checkpointing_steps == 0:
-                self._save_checkpoint(step)
             if self._draws_after(step):
                 self._draw(step)
             if probe is not None and (step % (config.probe_steps or 1) == 0 or step == self.steps):
                 self._look(probe, step)
-                limit = config.stop_on_memorization
-                if limit is not None and self.looks[-1]["copied"] > limit and step < self.steps:
-                    logger.warning(
-                        "stopped after step %d: %.0f %% of the probe are copies, above %g", step,
-                        100 * self.looks[-1]["copied"], limit,
-                    )  # fmt: skip
-                    self.steps = step
-                    break
+            # After the looks: a run that is killed in between repeats the step, and they are not missing.
+            if step % config.checkpointing_steps == 0:
+                self._save_checkpoint(step)
+            if step < self.steps and self._copies_too_much():
+                self.steps = step
+                break
         bar.close()
         seconds = time.perf_counter() - begin
         summary = self._summary(seconds)
@@ -644,27 +656,29 @@ class _Trainer:
         return record
 
     def _save_checkpoint(self, step: int) -> None:
+        unet, optimizer = sharding.whole_unet(self.unet), sharding.whole_state(self.optimizer)
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
-            checkpoints.save(
-                self.output,
-                step,
-                write_weights=self._write_weights,
-                optimizer=self.optimizer,
-                state={
-                    "identity": self.identity(),
-                    "scaler": scaler.state_dict() if scaler is not None else {},
-                    "versions": _versions(),
-                },
-                limit=self.config.checkpoints_total_limit,
-            )
+            with _room(f"checkpoint-{step}", self.output):
+                checkpoints.save(
+                    self.output,
+                    step,
+                    write_weights=partial(self._write_weights, unet),
+                    optimizer=optimizer,
+                    state={
+                        "identity": self.identity(),
+                        "scaler": scaler.state_dict() if scaler is not None else {},
+                        "versions": _versions(),
+                    },
+                    limit=self.config.checkpoints_total_limit,
+                )
         self.accelerator.wait_for_everyone()
 
-    def _write_weights(self, folder: Path) -> None:
+    def _write_weights(self, unet: Any, folder: Path) -> None:
         if self.config.lora:
-            adapters.save(self.unet, folder)
+            adapters.save(unet, folder)
         else:
-            self.unet.save_pretrained(folder / "unet")
+            unet.save_pretrained(folder / "unet")
         if self.average is not None:
             self.average.save(folder)
         self.losses.save(folder)
@@ -716,6 +730,15 @@ class _Trainer:
             add_look(self.output / "probe.jsonl", seen.record())
         self.accelerator.wait_for_everyone()
 
+    def _copies_too_much(self) -> bool:
+        """Say whether the last look is above the limit, in a warning too."""
+        limit = self.config.stop_on_memorization
+        if limit is None or not self.looks or self.looks[-1]["copied"] <= limit:
+            return False
+        copied, step = self.looks[-1]["copied"], self.looks[-1]["step"]
+        logger.warning("stopped after step %d: %.0f %% of the probe are copies, above %g", step, 100 * copied, limit)
+        return True
+
     def _show(self, name: str, sheet: Image.Image, step: int) -> None:
         folder = self.output / name
         folder.mkdir(exist_ok=True)
@@ -731,38 +754,44 @@ class _Trainer:
             self.accelerator.log({k: v for k, v in values.items() if math.isfinite(v)}, step=step)
 
     def _save_results(self, model: Any) -> None:
-        accelerator, config = self.accelerator, self.config
+        accelerator = self.accelerator
         accelerator.wait_for_everyone()
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        unet = sharding.whole_unet(self.unet)
         if accelerator.is_main_process:
-            staging = self.output / ".results.part"
-            durable.remove(staging)
-            staging.mkdir()
-            if self.average is not None:
-                self.average.give()
-            if config.lora:
-                adapters.save(self.unet, staging)
-                if config.output_kohya_format:
-                    adapters.save_kohya(self.unet, staging, xl=self.base.is_xl)
-            else:
-                try:
-                    pipe = self.base.pipeline(self.unet)
-                except Exception as error:  # the base was moved, the hub is out of reach, ...
-                    self.unet.save_pretrained(staging / "unet")
-                    self._show_results(staging)
-                    raise UserError(
-                        f"the other parts of base model {self.base.name} cannot be loaded any more",
-                        rule=f"{type(error).__name__}: {error}"[:300],
-                        remedy=f"the trained U-Net is whole in {self.output / 'unet'}: put it into the base",
-                    ) from error
-                pipe.save_pretrained(staging)
-            self._show_results(staging)
-            facts = describe_run(
-                config, base=self.base, objective=self.plan.objective, pictures=self.plan.pictures,
-                prompts=self.plan.prompts, steps=self.steps, batch=self.global_batch,
-            )  # fmt: skip
-            write_card(self.output, facts)
+            with _room("the result", self.output):
+                self._write_results(unet)
         accelerator.wait_for_everyone()
+
+    def _write_results(self, unet: Any) -> None:
+        config = self.config
+        staging = self.output / ".results.part"
+        durable.remove(staging)
+        staging.mkdir()
+        if self.average is not None:
+            self.average.give()
+        if config.lora:
+            adapters.save(unet, staging)
+            if config.output_kohya_format:
+                adapters.save_kohya(unet, staging, xl=self.base.is_xl)
+        else:
+            try:
+                pipe = self.base.pipeline(unet)
+            except Exception as error:  # the base was moved, the hub is out of reach, ...
+                unet.save_pretrained(staging / "unet")
+                self._show_results(staging)
+                raise UserError(
+                    f"the other parts of base model {self.base.name} cannot be loaded any more",
+                    rule=f"{type(error).__name__}: {error}"[:300],
+                    remedy=f"the trained U-Net is whole in {self.output / 'unet'}: put it into the base",
+                ) from error
+            pipe.save_pretrained(staging)
+        self._show_results(staging)
+        facts = describe_run(
+            config, base=self.base, objective=self.plan.objective, pictures=self.plan.pictures,
+            prompts=self.plan.prompts, steps=self.steps, batch=self.global_batch,
+        )  # fmt: skip
+        write_card(self.output, facts)
 
     def _show_results(self, staging: Path) -> None:
         durable.sync_tree(staging)
@@ -786,6 +815,19 @@ class _Trainer:
             "output_dir": str(self.output),
             "config": {**dataclasses.asdict(self.config), "hub_token": None},
         }
+
+
+@contextlib.contextmanager
+def _room(what: str, folder: Path) -> Iterator[None]:
+    """Turn a full disk, a quota or a lost mount into one line; what was whole before stays whole."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{what} cannot be written to {folder}",
+            rule=one_line(f"{type(error).__name__}: {error}", 200),
+            remedy="make room there and resume with --resume_from_checkpoint latest",
+        ) from error
 
 
 def _versions() -> dict[str, str]:

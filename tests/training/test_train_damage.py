@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from ambient_sd.training import checkpoints, durable, manifest
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
 
+ROOT = Path(__file__).parents[2]
 UNET = "unet/diffusion_pytorch_model.safetensors"
 EMA = "unet_ema/diffusion_pytorch_model.safetensors"
 
@@ -196,7 +199,9 @@ def test_the_limit_spares_the_last_whole_checkpoint(trained: Path, tmp_path: Pat
 
     def save(step: int, limit: int) -> list[str]:
         state = {"identity": {}}
-        checkpoints.save(out, step, write_weights=lambda _: None, optimizer=optimizer, state=state, limit=limit)
+        checkpoints.save(
+            out, step, write_weights=lambda _: None, optimizer=optimizer.state_dict(), state=state, limit=limit
+        )
         return [p.name for p in checkpoints.find_all(out)]
 
     (out / "checkpoint-9").mkdir()
@@ -295,3 +300,33 @@ def test_a_manifest_holds_while_the_folder_moves_and_notes_are_added(trained: Pa
     save_file({"a": torch.zeros(1)}, kept / "unet" / "diffusion_pytorch_model-2.safetensors")
     assert "does not belong there" in str(checkpoints.damage(kept))
     assert manifest.damage(kept, needs="nothing") is not None
+
+
+def test_a_disk_without_room_is_one_line_and_leaves_the_checkpoint_before(
+    tiny_base: Path, tiny_pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    common = ["--pretrained_model_name_or_path", str(tiny_base), "--train_data_dir", str(tiny_pictures), "--resolution", "32",
+              "--checkpointing_steps", "1", "--report_to", "none", "--output_dir", str(out)]  # fmt: skip
+    script = (
+        "import resource, signal, sys\n"
+        "from train_text_to_image_ambient import main\n"
+        "room = int(sys.argv.pop(1))\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write beyond the limit fails as on a full disk\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))\n"
+        "main()\n"
+    )
+
+    def train(room: int, *flags: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", script, str(room), *common, *flags], capture_output=True, text=True,
+                              timeout=300, check=False, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+
+    assert train(10**9, "--max_train_steps", "1").returncode == 0
+    before = {p: p.read_bytes() for p in (out / "checkpoint-1").rglob("*") if p.is_file()}
+    done = train(20_000, "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "ambient-sd: error: checkpoint-2 cannot be written" in done.stderr
+    assert not (out / "checkpoint-2").exists()
+    assert before == {p: p.read_bytes() for p in (out / "checkpoint-1").rglob("*") if p.is_file()}
+    assert train(10**9, "--max_train_steps", "2", "--resume_from_checkpoint", "latest").returncode == 0

@@ -1,0 +1,148 @@
+"""A U-Net spread over the processes (FSDP2, torch's `fully_shard`), each weight cut along its first axis.
+
+    w_r = rows of process r        gradients: mean over processes, then cut the same way; moments live with their rows
+
+Each process holds 1 / N of weights, gradients and moments, and gathers a block's weights for as long as it computes with
+them. What is written is whole: results and checkpoints are those of a run that was not spread, and continue in either kind.
+accelerate does the spreading; this file holds what it leaves out or would do otherwise. Not done here: FSDP 1, DeepSpeed,
+weights in the processor's memory, tensor parallelism; they are refused, for none was run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from diffusers import UNet2DConditionModel
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ambient_sd.errors import UserError
+from ambient_sd.training import averaging
+from ambient_sd.training.config import TrainConfig
+
+
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true")
+
+
+def check(config: TrainConfig) -> None:
+    """Check what `accelerate launch` asks for, before anything else.
+
+    Raises:
+        UserError: DeepSpeed, or a kind of FSDP or a setting that does not go with it.
+    """
+    if _asked("ACCELERATE_USE_DEEPSPEED"):
+        if config.use_ema:
+            averaging.check_distribution(DistributedType.DEEPSPEED)
+        raise UserError(
+            "accelerate is set to DEEPSPEED",
+            rule="this trainer was never run under it",
+            remedy="use configs/accelerate/fsdp2.yaml; with fsdp_reshard_after_forward: false it spreads what ZeRO-2 does",
+        )
+    if not _asked("ACCELERATE_USE_FSDP"):
+        return
+    if config.use_ema:
+        averaging.check_distribution(DistributedType.FSDP)
+    for wrong, what, rule, remedy in (
+        (os.environ.get("FSDP_VERSION", "1") != "2", "fsdp_version is not 2", "version 1 hides the weights in flat tensors",
+         "set fsdp_version: 2"),
+        (_asked("FSDP_CPU_RAM_EFFICIENT_LOADING"), "fsdp_cpu_ram_efficient_loading is true",
+         "all processes but the first would encode captions with a text encoder without weights", "set it to false"),
+        (_asked("FSDP_OFFLOAD_PARAMS"), "fsdp_offload_params is true", "this trainer was never run with it", "set it to false"),
+        (_asked("FSDP_ACTIVATION_CHECKPOINTING"), "fsdp_activation_checkpointing is true",
+         "it renames the weights", "set it to false, and give --gradient_checkpointing"),
+        (_asked("ACCELERATE_USE_PARALLELISM_CONFIG"), "a parallelism_config is given", "this trainer was never run with it",
+         "leave it out"),
+        ((config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16",
+         "mixed_precision is fp16 under FSDP", "this trainer was never run with it", "use bf16"),
+        (_asked("ACCELERATE_USE_CPU") and torch.accelerator.is_available(),
+         "FSDP on processors is asked for, and there is an accelerator", "torch would spread the model over that",
+         "hide it, such as with CUDA_VISIBLE_DEVICES=''"),
+        (config.use_8bit_adam, "use_8bit_adam is given under FSDP", "its kernels know no cut weights", "leave it out"),
+    ):  # fmt: skip
+        if wrong:
+            raise UserError(what, rule=rule, remedy=remedy)
+
+
+def enable(accelerator: Accelerator) -> None:
+    """Complete accelerate's choice of FSDP2: on processors too, with gradients summed in float32."""
+    state = accelerator.state
+    if _asked("ACCELERATE_USE_FSDP") and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate 1.15 reads the FSDP settings for accelerators only, and on processors goes on with whole models.
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        state.distributed_type = DistributedType.FSDP
+    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+        # accelerate would sum the gradients in bf16: eight bits, where processes with whole models sum in 24.
+        state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+        )
+
+
+def is_spread(unet: Any) -> bool:
+    """Say whether a U-Net's weights are cut."""
+    # Its parameters do not tell: those outside of all blocks stay gathered from a forward pass to the next backward one.
+    return isinstance(unet, FSDPModule)
+
+
+def whole_unet(unet: Any) -> Any:
+    """Return a U-Net that can be saved; to be called by every process.
+
+    Returns:
+        `unet` itself if it is not spread. Else, on the first process, another one with the gathered weights in the
+        processor's memory (of a LoRA only the trained ones: the others stay without storage); None on the others.
+    """
+    if not is_spread(unet):
+        return unet
+    lora = bool(getattr(unet, "peft_config", None))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=lora)
+    weights = get_model_state_dict(unet, options=options)
+    if torch.distributed.get_rank() != 0:
+        return None
+    # A fresh model could draw from the global generator.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        whole: Any = UNet2DConditionModel.from_config(unet.config)
+        if lora:
+            whole.add_adapter(unet.peft_config["default"])
+    whole.register_to_config(_name_or_path=unet.config._name_or_path)
+    absent, unknown = whole.load_state_dict(weights, strict=not lora, assign=True)
+    assert not unknown and not any("lora_" in name for name in absent)
+    return whole
+
+
+def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the optimizer's `state_dict` with every tensor whole, on the first process; to be called by every process."""
+    packed = optimizer.state_dict()
+    state: dict[int, dict[str, Any]] = {}
+    for i, slots in packed["state"].items():
+        state[i] = {}  # not `slots`, which the optimizer goes on with
+        for name, value in slots.items():
+            # Every process takes part, one tensor at a time; all but the first drop what they got.
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if not isinstance(value, DTensor) or torch.distributed.get_rank() == 0:
+                state[i][name] = whole.cpu()
+    return {**packed, "state": state}
+
+
+def cut(slots: Mapping[int, Mapping[str, torch.Tensor]], optimizer: torch.optim.Optimizer) -> dict[int, Any]:
+    """Cut whole moments as the weights of `optimizer` are cut; as they are where those are whole.
+
+    Args:
+        slots: by number of the weight, as in `state_dict`, the state's tensors. Every process has all of them.
+        optimizer: after `Accelerator.prepare`.
+    """
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        i: {
+            name: distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+            if isinstance(p := weights[i], DTensor) and value.shape == p.shape and value.ndim
+            else value
+            for name, value in named.items()
+        }
+        for i, named in slots.items()
+    }
