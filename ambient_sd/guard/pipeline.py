@@ -18,6 +18,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusion
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 from ambient_sd.errors import UserError
+from ambient_sd.guard.layouts import distilled
 from ambient_sd.guard.policies.base import Policy
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard, active_guard
 from ambient_sd.hub_ids import resolve_model_id
@@ -100,7 +101,7 @@ class AmbientSDPipeline(StableDiffusionPipeline):
             given = inspect.signature(StableDiffusionPipeline.__call__).bind(self, *args, **kwargs)
             given.apply_defaults()
             # The same rule as the pipeline's do_classifier_free_guidance, which is known only once sampling has begun.
-            guided = given.arguments["guidance_scale"] > 1 and self.unet.config.time_cond_proj_dim is None
+            guided = given.arguments["guidance_scale"] > 1 and distilled(self) is None
             return active or (MemorizationGuard(self) if guided else None)
         if guard is False:
             return None

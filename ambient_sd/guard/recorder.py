@@ -1,16 +1,16 @@
 """The memorization guard: hooks on a live pipeline that score every picture it samples, and let a policy act.
 
-A diffusers pipeline with classifier-free guidance runs its U-Net on one batch `[unconditional..., conditional...]`. A
-forward hook on `pipe.unet` therefore sees exactly the two predictions of the loop, `eps_u` and `eps_c`, and records
+A diffusers pipeline with classifier-free guidance asks its network for two predictions a step, `eps_u` and `eps_c`: in one
+batch or in two calls (`layouts`). Hooks on the network therefore see exactly the tensors of the loop, and record
 `|| eps_c - eps_u ||_2` per image and step (`scores`; Wen et al., ICLR 2024); the score of a picture is the mean over
-its steps. A policy (`policies`) may replace the prompt embeddings in a pre-forward hook and the two outputs in the
-forward hook. The denoising loop is never copied: with no policy the pictures are bit-identical to the stock pipeline's.
+its steps. A policy (`policies`) may replace texts, latents and attention before the first step and the two outputs after
+every one, for the pictures that it may act on. The denoising loop is never copied: with no policy the pictures are
+bit-identical to the stock pipeline's, and nothing leaves the device before the run is over.
 
 Torch's own hooks are used, not `diffusers.hooks.HookRegistry`: the registry rewrites `unet.forward`, and so does
 accelerate's CPU offload, which puts its own version back after every run and would drop ours.
 
-Not done here: pipelines that run the two halves in two calls (SD3, Flux) or three branches (InstructPix2Pix),
-calibration of thresholds (a number is taken as given), early stopping.
+Not done here: pipelines with three branches (InstructPix2Pix), and thresholds (`calibration`): one is taken as given.
 """
 
 from __future__ import annotations
@@ -18,25 +18,32 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
 from ambient_sd.errors import UserError
 from ambient_sd.guard import scores
-from ambient_sd.guard.policies.base import Policy, PromptChange, SamplingStart, Step
+from ambient_sd.guard.attention import require_weighable, weighed
+from ambient_sd.guard.halves import NetworkHalves, get, put, rows_of
+from ambient_sd.guard.layouts import SUPPORTED, layout_of, refuse_distilled
+from ambient_sd.guard.policies.base import Change, Encoded, Half, Policy, SamplingStart, Step
 
-SUPPORTED = (
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline",
-    "StableDiffusionXLPipeline",
-    "AmbientSDPipeline",
-)
-_UNET_INPUTS = ("sample", "timestep", "encoder_hidden_states")
+
+@runtime_checkable
+class Thresholds(Protocol):
+    """Thresholds for several numbers of steps, as `calibration` keeps them."""
+
+    @property
+    def origin(self) -> str:
+        """Say where they come from."""
+
+    def threshold(self, steps: int, images_per_prompt: int) -> float:
+        """Return the threshold for the mean over the first `steps` evaluations and `images_per_prompt` pictures."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,8 @@ class ImageReport:
         curve: the norm at each evaluation of the network, first step first (second-order samplers evaluate twice).
         timesteps: the timestep of each entry of `curve`.
         flagged: `score >= threshold`, or None without a threshold.
-        threshold: the threshold, or None.
-        threshold_origin: where it comes from: "not calibrated" or "given by caller".
+        threshold: the threshold for as many evaluations as `curve` has, or None.
+        threshold_origin: where it comes from: "not calibrated", "given by caller", or what a calibration says.
         prompt: the prompt's text; None if the pipeline was called with embeddings.
         negative_prompt: the negative prompt's text, None if there is none. It takes the unconditional slot, so the
             score then measures the distance from that prompt and does not compare with scores without one.
@@ -58,10 +65,13 @@ class ImageReport:
             "negative prompt", or "embeddings given by caller".
         guidance_scale: the scale at the first step.
         prompt_index: which prompt of the call this picture belongs to.
-        mitigated: whether a policy replaced this picture's prompt embedding.
-        first_score_before: the norm at the first step with the original prompt, if a policy measured it.
-        first_score_after: the same with the replaced embedding.
+        mitigated: whether a policy replaced one of this picture's inputs.
+        first_score_before: the norm at the first step with the pipeline's own inputs, if a policy measured it.
+        first_score_after: the same with the replaced inputs.
         iterations: optimizer steps that the policy took for this picture.
+        quantity: what the norm is of: "noise", or "velocity" (flow matching; it does not compare with one of noise).
+        active: whether the policy was allowed to act on this picture: False without a policy, and with `when="flagged"`
+            where the first step's norm was under its threshold.
     """
 
     score: float
@@ -79,6 +89,8 @@ class ImageReport:
     first_score_before: float | None = None
     first_score_after: float | None = None
     iterations: int = 0
+    quantity: Literal["noise", "velocity"] = "noise"
+    active: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,49 +112,102 @@ class _Call:
     prompts: list[str] | None
     negative_prompts: list[str] | None
     unconditional: str  # where there is no negative prompt
+    factor: scores.StepFactor
+    encode: Callable[[Sequence[str]], Encoded]
+    texts: dict[Half, Any] = field(default_factory=dict)  # what encode_prompt returned for each half ("calls")
+    latents: torch.Tensor | None = None  # the very tensor that the loop starts from, until the first evaluation
     guidance_scale: float = 0.0
     norms: list[torch.Tensor] = field(default_factory=list)
     timesteps: list[torch.Tensor] = field(default_factory=list)
-    change: PromptChange | None = None
+    active: list[bool] | None = None  # None: only the device knows (`mask`), or will
+    mask: torch.Tensor | None = None
+    change: Change | None = None
+    rows: torch.Tensor | None = None  # pictures of which the change replaces something, on the device
+    asked: Half | Literal["both"] | None = None  # the network is being evaluated for this
+    inputs: dict[Half, dict[str, Any]] = field(
+        default_factory=dict
+    )  # of the evaluation under way, as the network got them
+    outputs: dict[Half, torch.Tensor] = field(default_factory=dict)
+    stopped: bool = False
+
+    @property
+    def weights(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Token weights and key scales of the conditional half, 1 for pictures that keep their own; None if not in place."""
+        if self.change is None or self.rows is None:
+            return None, None
+        return tuple(  # type: ignore[return-value]
+            None if w is None else torch.ones_like(w).index_copy(0, self.rows.to(w.device), w[self.rows.to(w.device)])
+            for w in (self.change.token_weights, self.change.key_scale)
+        )
 
 
 class MemorizationGuard:
     """Score every picture that a pipeline samples: `d = mean_t || eps_c - eps_u ||_2`; use as a context manager.
 
     Args:
-        pipe: a diffusers pipeline with a U-Net and classifier-free guidance (`SUPPORTED`).
+        pipe: a diffusers pipeline with classifier-free guidance (`SUPPORTED`).
         policy: a mitigation from `ambient_sd.guard.policies`, or None to watch only.
-        threshold: score from which a picture is flagged, finite and not negative; None flags nothing.
+        threshold: score from which a picture is flagged, finite and not negative, or thresholds with a method
+            `threshold(steps, images_per_prompt)`; None flags nothing.
+        when: "always" lets the policy act on every picture; "flagged" on those only whose norm at the FIRST step reaches the
+            threshold (a number is taken as that of the first step). The other pictures stay the pipeline's own, bit by
+            bit. A policy that acts before the first step then costs one evaluation more.
+        stop_after: stop sampling after so many evaluations, >= 1. The report is complete for them; the pictures are
+            unfinished, so call the pipeline with output_type="latent", or use `decide`.
 
     Raises:
-        UserError: the pipeline, its scheduler or the threshold cannot be used.
+        UserError: the pipeline, its scheduler or an argument cannot be used.
 
     Source: Wen, Liu, Chen, Lyu, ICLR 2024.
     """
 
-    def __init__(self, pipe: Any, policy: Policy | None = None, threshold: float | None = None) -> None:
-        lacking = "unet" if getattr(pipe, "unet", None) is None else "encode_prompt"
-        if not hasattr(pipe, lacking) or getattr(pipe, lacking) is None:
-            raise UserError(
-                f"{type(pipe).__name__} has no {lacking}",
-                rule="the guard hooks the U-Net of a text-to-image pipeline with classifier-free guidance",
-                remedy=f"use one of {', '.join(SUPPORTED)}",
-            )
+    def __init__(
+        self,
+        pipe: Any,
+        policy: Policy | None = None,
+        threshold: float | Thresholds | None = None,
+        *,
+        when: Literal["always", "flagged"] = "always",
+        stop_after: int | None = None,
+    ) -> None:
+        self._layout = layout_of(pipe)
         if policy is not None and not isinstance(policy, Policy):
             raise UserError(
                 f"policy is a {type(policy).__name__}",
                 rule="it must be an object from ambient_sd.guard.policies",
                 remedy="for example policies.PromptOptimization(target=3.0)",
             )
-        if threshold is not None and not (math.isfinite(threshold) and threshold >= 0):
-            raise UserError(f"threshold {threshold}", rule="it must be a finite number, at least 0")
-        scores.require_supported(pipe.scheduler)
+        if isinstance(threshold, (int, float)):
+            if not (math.isfinite(threshold) and threshold >= 0):
+                raise UserError(f"threshold {threshold}", rule="it must be a finite number, at least 0")
+            threshold = float(threshold)
+        elif threshold is not None and not isinstance(threshold, Thresholds):
+            raise UserError(
+                f"threshold is a {type(threshold).__name__}", rule="it must be a number, or calibrated thresholds"
+            )
+        if when not in ("always", "flagged"):
+            raise UserError(f"when {when!r}", rule='it must be "always" or "flagged"')
+        if when == "flagged" and (policy is None or threshold is None):
+            raise UserError(
+                f'when="flagged" without a {"policy" if policy is None else "threshold"}',
+                rule="the policy then acts on pictures whose first step reaches the threshold",
+                remedy="give both, or leave `when` out",
+            )
+        if stop_after is not None and not (isinstance(stop_after, int) and stop_after >= 1):
+            raise UserError(f"stop_after {stop_after!r}", rule="it must be a whole number, at least 1")
+        if stop_after is not None and not isinstance(getattr(type(pipe), "interrupt", None), property):
+            raise UserError(f"{type(pipe).__name__} cannot be interrupted", remedy="leave stop_after out")
+        scores.StepFactor(pipe.scheduler)
         self.pipe = pipe
         self.policy = policy
-        self.threshold = None if threshold is None else float(threshold)
+        self.threshold = threshold
+        self.when = when
+        self.stop_after = stop_after
         self.history: list[list[ImageReport]] = []
         self._undo = contextlib.ExitStack()
+        self._evaluation = contextlib.ExitStack()  # what is in place for one evaluation of the network
         self._enabled = False
+        self._expected = False  # with two calls: a run has begun, its texts are to come
         self._call: _Call | None = None
 
     # -- on and off ----------------------------------------------------------------------------------------------
@@ -155,11 +220,23 @@ class MemorizationGuard:
                 rule="one guard at a time: two would act on each other's outputs",
                 remedy="leave the first guard's `with`, or call its disable(), before the next",
             )
-        self._unet = self.pipe.unet
+        network = self._network = getattr(self.pipe, self._layout.network)
+        # torch.compile(network) wraps it; policies ask the eager network within.
+        self._eager = getattr(network, "_orig_mod", network)
+        self._names = [*inspect.signature(type(self._eager).forward).parameters][1:]
+        self._compiled = vars(network).get("_compiled_call_impl")
         with contextlib.ExitStack() as undo:
-            undo.callback(self._unet.register_forward_pre_hook(self._before_unet, with_kwargs=True).remove)
-            undo.callback(self._unet.register_forward_hook(self._after_unet).remove)
+            if self._compiled is None:
+                undo.callback(network.register_forward_pre_hook(self._before_network, with_kwargs=True).remove)
+                undo.callback(network.register_forward_hook(self._after_network).remove)
+            else:  # compiled in place: a hook of now is not in the graph of then
+                undo.callback(vars(network).__setitem__, "_compiled_call_impl", self._compiled)
+                vars(network)["_compiled_call_impl"] = self._around_compiled
             undo.enter_context(_wrapped(self.pipe, "encode_prompt", self._on_encode_prompt, guard=self))
+            if self._layout.halves == "calls":  # every pipeline calls this first
+                undo.enter_context(_wrapped(self.pipe, "check_inputs", self._on_start, guard=self))
+            if self._begins:
+                undo.enter_context(_wrapped(self.pipe, "prepare_latents", self._on_prepare_latents, guard=self))
             # Every pipeline calls this last: the one sign that a run has ended well.
             undo.enter_context(_wrapped(self.pipe, "maybe_free_model_hooks", self._on_end, guard=self))
             self._undo = undo.pop_all()
@@ -169,7 +246,7 @@ class MemorizationGuard:
     def disable(self) -> None:
         """Take the hooks off; the pipeline is as it was before `enable`. Reports stay. Twice is harmless."""
         self._enabled = False
-        self._call = None
+        self._abandon()
         self._undo.close()
 
     def __enter__(self) -> MemorizationGuard:
@@ -179,6 +256,18 @@ class MemorizationGuard:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.disable()
+
+    def decide(self, *args: Any, **kwargs: Any) -> list[ImageReport]:
+        """Call the pipeline without decoding any picture, and return what the guard saw.
+
+        With `stop_after=1` that is the score of the first step, for the price of one evaluation of the network.
+
+        Args:
+            *args, **kwargs: as the pipeline takes them; `output_type` is "latent".
+        """
+        with contextlib.nullcontext() if active_guard(self.pipe) is self else self:
+            self.pipe(*args, **(kwargs | {"output_type": "latent"}))
+        return self.report
 
     # -- what was seen -------------------------------------------------------------------------------------------
 
@@ -208,21 +297,55 @@ class MemorizationGuard:
             for index, images in groups.items()
         ]
 
-    # -- hooks ---------------------------------------------------------------------------------------------------
+    # -- a run begins --------------------------------------------------------------------------------------------
+
+    @property
+    def _begins(self) -> bool:
+        return self.policy is not None and type(self.policy).begin is not Policy.begin
+
+    def _abandon(self) -> None:
+        """Forget the run under way, and take back what was in place for it."""
+        self._evaluation.close()
+        if self._call is not None and self._call.stopped:
+            self.pipe._interrupt = False
+        self._call = None
+        self._expected = False
+
+    def _on_start(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._abandon()
+        self._expected = True
+        return original(*args, **kwargs)
 
     def _on_encode_prompt(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A run begins: learn the prompts, how many pictures there are, and what is in the unconditional slot."""
-        self._call = None  # whatever ran before has not come to its end
+        calls = self._layout.halves == "calls"
+        if not calls:
+            self._abandon()  # whatever ran before has not come to its end
         result = original(*args, **kwargs)
+        if calls and not self._expected:
+            return result
         bound = inspect.signature(original).bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
-        if self.pipe.unet is not self._unet:
+        if self._call is not None:  # the second text of a run with two calls
+            negative = given.get("prompt")
+            self._call.negative_prompts = _texts(negative, self._call.images // self._call.images_per_prompt)
+            self._call.unconditional = "embeddings given by caller" if negative is None else "empty prompt"
+            self._call.texts["uncond"] = result
+            self._expected = False
+            return result
+        if getattr(self.pipe, self._layout.network) is not self._network:
             raise UserError(
-                "pipe.unet was replaced while the guard was on",
-                rule="the guard watches the U-Net that it was switched on with",
-                remedy="replace the U-Net first, then enable the guard",
+                f"pipe.{self._layout.network} was replaced while the guard was on",
+                rule="the guard watches the network that it was switched on with",
+                remedy="replace the network first, then enable the guard",
             )
+        if self._compiled is None and vars(self._network).get("_compiled_call_impl") is not None:
+            raise UserError(
+                f"pipe.{self._layout.network} was compiled while the guard was on",
+                remedy="compile the network first, then enable the guard",
+            )
+        refuse_distilled(self.pipe)
         images, per_prompt = int(result[0].shape[0]), int(given.get("num_images_per_prompt") or 1)
         prompts = _texts(given.get("prompt"), images // per_prompt)
         negative = given.get("negative_prompt")
@@ -233,106 +356,367 @@ class MemorizationGuard:
         else:
             negative, unconditional = negative or given.get("negative_prompt_2"), "empty prompt"
         negatives = _texts(negative, images // per_prompt)
-        self._call = _Call(images, per_prompt, prompts, negatives, unconditional)
+        self._call = _Call(
+            images, per_prompt, prompts, negatives, unconditional, scores.StepFactor(self.pipe.scheduler),
+            self._encoder(original, given), {"cond": result},
+        )  # fmt: skip
         return result
 
-    def _before_unet(
-        self, unet: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def _encoder(self, original: Callable[..., Any], given: dict[str, Any]) -> Callable[[Sequence[str]], Encoded]:
+        """Return the pipeline's own encoding of other texts, with the settings of this run."""
+        keep = ("device", "lora_scale", "clip_skip", "max_sequence_length")
+        fixed: dict[str, Any] = {name: given[name] for name in keep if name in given}
+        fixed |= {name: None for name in ("prompt_2", "prompt_3") if name in given}
+        fixed |= {"num_images_per_prompt": 1}
+        if "do_classifier_free_guidance" in given:
+            fixed["do_classifier_free_guidance"] = False
+        embeds, pooled = self._layout.outputs
+
+        def encode(texts: Sequence[str]) -> Encoded:
+            with torch.inference_mode(False), torch.no_grad():
+                result = original(prompt=list(texts), **fixed)
+            return Encoded(result[embeds], None if pooled is None else result[pooled])
+
+        return encode
+
+    def _on_prepare_latents(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Remember the tensor that the loop starts from, which a policy may change in place."""
+        result = original(*args, **kwargs)
+        if self._call is None:
+            return result
+        several = isinstance(result, tuple)
+        latents = result[0] if several else result
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        if any(value.untyped_storage().data_ptr() == latents.untyped_storage().data_ptr() for value in given):
+            latents = latents.clone()  # the caller's own tensor is never written to
+            result = (latents, *result[1:]) if several else latents
+        self._call.latents = latents
+        return result
+
+    # -- one evaluation ------------------------------------------------------------------------------------------
+
+    def _around_compiled(self, *args: Any, **kwargs: Any) -> Any:
+        changed = self._before_network(self._network, args, kwargs)
+        args, kwargs = (args, kwargs) if changed is None else changed
+        # Where attention is weighed, the compiled form is put away for the time of the evaluation.
+        run = self._network._call_impl if vars(self._network).get("_compiled_call_impl") is None else self._compiled
+        output = run(*args, **kwargs)  # type: ignore[misc, operator]
+        replaced = self._after_network(self._network, args, output)
+        return output if replaced is None else replaced
+
+    def _before_network(
+        self, network: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._evaluation.close()  # of an evaluation that did not come to its end
         call = self._call
         if call is None:  # the network is used outside a run of this pipeline
             return None
-        inputs = dict(zip(_UNET_INPUTS, args, strict=False)) | kwargs
-        self._require_guidance(call, int(inputs["sample"].shape[0]))
-        call.timesteps.append(torch.as_tensor(inputs["timestep"]).detach().flatten()[:1])
-        if not call.norms:
-            call.guidance_scale = float(self.pipe.guidance_scale)
-        if self.policy is None:
+        inputs = dict(zip(self._names, args, strict=False)) | kwargs
+        call.asked = None
+        if inputs.get("skip_layers") is not None:  # SD3's skip-layer guidance: a third evaluation, none of the halves
             return None
-        if not call.norms:
-            factor = float(scores.noise_factor(self.pipe.scheduler, call.timesteps[0])[0])
-            call.change = self.policy.begin(_start(unet, inputs, call.images, factor))
-        if call.change is None or not any(call.change.changed):
-            return None
-        embeds = inputs["encoder_hidden_states"].clone()
-        for i, changed in enumerate(call.change.changed):
-            if changed:
-                embeds[call.images + i] = call.change.prompt_embeds[i].to(embeds)
-        if len(args) > 2:
-            return (*args[:2], embeds, *args[3:]), kwargs
-        return args, kwargs | {"encoder_hidden_states": embeds}
+        half = self._half(call, inputs)
+        if not call.inputs:
+            device, unit = inputs[self._layout.sample].device, self._layout.timesteps
+            t = torch.as_tensor(inputs["timestep"]).detach().flatten()[:1].to(device)
+            call.timesteps.append(t if unit == 1 else t.float() * unit)
+        # With two calls the first evaluation has two parts: what `begin` decides is decided before either.
+        if not call.norms and not call.inputs:
+            self._begin(call, inputs, half)
+        call.asked = half
+        changed = self._changed(call, inputs, half)
+        call.inputs |= self._split(call, changed, half)
+        self._weigh(call, half)
+        return None if changed is inputs else ((), changed)
 
-    def _after_unet(self, unet: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _after_network(self, network: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        self._evaluation.close()
         call = self._call
-        if call is None:
+        if call is None or call.asked is None:
             return None
-        out = output[0]
-        uncond, cond = out.chunk(2)
-        norm = scores.guidance_norm(cond=cond, uncond=uncond).detach()
-        call.norms.append(norm)
-        if self.policy is None:
+        out, half = output[0], call.asked
+        call.asked = None
+        if half == "both":
+            uncond, cond = out.chunk(2)
+        else:
+            call.outputs[half] = out
+            if len(call.outputs) < 2:
+                return None
+            cond, uncond = call.outputs["cond"], call.outputs["uncond"]
+        inputs, call.inputs, call.outputs = call.inputs, {}, {}
+        factor = call.factor(call.timesteps[-1])
+        call.norms.append(scores.guidance_norm(cond=cond, uncond=uncond).detach() * factor)
+        if self.stop_after is not None and len(call.norms) >= self.stop_after:
+            self.pipe._interrupt = call.stopped = True  # the loop of every diffusers pipeline looks at it
+        if self.policy is None or type(self.policy).step is Policy.step:
             return None
+        if call.active is None and call.mask is None:
+            call.mask = call.norms[0] >= self._threshold(1)
+        if call.active is not None and not any(call.active):
+            return None
+        scale = call.guidance_scale if half != "both" else float(self.pipe.guidance_scale)
         step = Step(
-            index=len(call.norms) - 1, timestep=call.timesteps[-1][0], cond=cond, uncond=uncond, norm=norm,
-            guidance_scale=float(self.pipe.guidance_scale),
+            index=len(call.norms) - 1, timestep=call.timesteps[-1][0], cond=cond, uncond=uncond, norms=list(call.norms),
+            guidance_scale=scale, halves=self._halves(call, inputs, call.timesteps[-1], factor, call.weights),
         )  # fmt: skip
         replaced = self.policy.step(step)
         if replaced is None:
             return None
-        new = torch.cat([replaced[1], replaced[0]]).to(out)
+        new_cond, new_uncond = (
+            self._only_active(call, new.to(own), own) for new, own in zip(replaced, (cond, uncond), strict=True)
+        )
+        if half == "both":
+            new = torch.cat([new_uncond, new_cond])
+        else:
+            # The pipeline holds the first of the two outputs already: it is changed where it lies.
+            new, first, earlier = (new_cond, uncond, new_uncond) if half == "cond" else (new_uncond, cond, new_cond)
+            new = new.clone()
+            first.copy_(earlier.clone())
         return (new, *output[1:]) if isinstance(output, tuple) else type(output)(sample=new)
+
+    @staticmethod
+    def _only_active(call: _Call, new: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """Return `own` with `new` in the rows of the pictures that the policy may act on."""
+        mask = call.mask
+        if mask is None:
+            if call.active is None or all(call.active):
+                return new
+            mask = call.mask = torch.tensor(call.active, device=own.device)
+        return torch.where(mask.view(-1, *[1] * (own.ndim - 1)), new, own)
+
+    def _half(self, call: _Call, inputs: dict[str, Any]) -> Half | Literal["both"]:
+        """Say which half the network is being asked for, or raise where guidance cannot be measured."""
+        layout, batch = self._layout, int(inputs[self._layout.sample].shape[0])
+        remedy = "sample with guidance_scale > 1 from the first step to the last, or without the guard"
+        if layout.halves == "calls":
+            if "uncond" in call.texts:
+                for half, texts in call.texts.items():
+                    if inputs[layout.embeds] is texts[layout.outputs[0]] and half not in call.inputs:
+                        return half
+                raise UserError(
+                    f"{type(self.pipe).__name__} called its network with embeddings that are not this run's prompts",
+                    rule="the two halves are told apart by the embeddings that encode_prompt returned",
+                    remedy="leave callbacks that replace prompt_embeds out, or sample without the guard",
+                )
+            remedy = f"give a negative_prompt (it may be empty) and {layout.scale} > 1, or sample without the guard"
+        elif batch == 2 * call.images:
+            return "both"
+        elif batch != call.images:
+            raise UserError(
+                f"{type(self.pipe).__name__} runs its network on {batch} rows for {call.images} pictures",
+                rule="the guard reads one batch of two halves, unconditional then conditional",
+                remedy=f"use one of {', '.join(SUPPORTED)}",
+            )
+        raise UserError(
+            "classifier-free guidance is off",
+            rule="without an unconditional half there is nothing to measure, and a score of 0 would be a lie",
+            remedy=remedy,
+        )
+
+    def _split(self, call: _Call, inputs: dict[str, Any], half: Half | Literal["both"]) -> dict[Half, dict[str, Any]]:
+        """Return the inputs of each half that an evaluation holds."""
+        if half != "both":
+            return {half: inputs}
+        n = call.images
+        return {
+            "cond": rows_of(inputs, self._layout, 2 * n, slice(n, 2 * n)),
+            "uncond": rows_of(inputs, self._layout, 2 * n, slice(0, n)),
+        }
+
+    def _halves(
+        self,
+        call: _Call,
+        inputs: dict[Half, dict[str, Any]],
+        timestep: torch.Tensor,
+        factor: torch.Tensor,
+        weights: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    ) -> NetworkHalves:
+        return NetworkHalves(
+            self._eager, self._layout, cond=inputs["cond"], uncond=inputs["uncond"], n=call.images, timestep=timestep[0],
+            noise_factor=factor[0], weights=weights, checkpointing=bool(getattr(self.policy, "gradient_checkpointing", False)),
+        )  # fmt: skip
+
+    # -- what a policy changes -----------------------------------------------------------------------------------
+
+    def _begin(self, call: _Call, inputs: dict[str, Any], half: Half | Literal["both"]) -> None:
+        """Before the first evaluation: find out whom the policy may act on, and ask it what to replace."""
+        call.guidance_scale = self._guidance_scale()
+        latents, call.latents = call.latents, None
+        if self.threshold is not None:  # a number of steps without a threshold is known now, not after the run
+            steps = int(getattr(self.pipe, "_num_timesteps", 1))
+            self._threshold(min(steps, self.stop_after or steps))
+        if self.policy is None:
+            call.active = [False] * call.images
+            return
+        if self.when == "always":
+            call.active = [True] * call.images
+        if not self._begins:
+            return
+        both = self._split(call, inputs, half)
+        if half != "both":  # the other half differs in its texts only
+            other: Half = "uncond" if half == "cond" else "cond"
+            texts, (embeds, pooled) = call.texts[other], self._layout.outputs
+            both[other] = inputs | {self._layout.embeds: texts[embeds]}
+            both[other] |= {name: texts[at] for name, at in self._layout.texts.items()}
+            if pooled is not None:
+                both[other] = put(both[other], self._layout.pooled, texts[pooled])
+        factor = call.factor(call.timesteps[-1])
+        halves = self._halves(call, both, call.timesteps[-1], factor)
+        if call.active is None:
+            call.active = self._flagged_at_first(call, inputs, half, halves)
+            if not any(call.active):
+                return
+        prompts = None
+        if call.prompts is not None:
+            prompts = [call.prompts[i // call.images_per_prompt] for i in range(call.images)]
+        ids, mask = self._tokens(call, halves.cond.embeds.shape[1])
+        change = self.policy.begin(SamplingStart(halves, list(call.active), prompts, call.encode, ids, mask))
+        if change is None:
+            return
+        call.change = change
+        device = halves.sample.device
+        rows = [i for i, (changed, may) in enumerate(zip(change.changed, call.active, strict=True)) if changed and may]
+        if not rows:
+            return
+        call.rows = torch.tensor(rows, device=device)
+        if change.token_weights is not None or change.key_scale is not None:
+            require_weighable(self._eager, key_scale=change.key_scale is not None)
+        if change.sample is not None:
+            own = inputs[self._layout.sample][: call.images]
+            _replace(latents, own, change.sample.to(own)[call.rows], call.rows)
+
+    def _flagged_at_first(
+        self, call: _Call, inputs: dict[str, Any], half: Half | Literal["both"], halves: NetworkHalves
+    ) -> list[bool]:
+        """Evaluate both halves as the loop will, and compare with the threshold of the first step."""
+        if half == "both":
+            # In one batch, as the loop: another batch size may give other last bits.
+            uncond, cond = self._eager.forward(**(inputs | {"return_dict": False}))[0].chunk(2)
+        else:
+            cond, uncond = halves.predict("cond"), halves.predict("uncond")
+        norms = scores.guidance_norm(cond=cond, uncond=uncond).detach() * halves.noise_factor
+        return (norms >= self._threshold(1)).tolist()  # type: ignore[no-any-return]
+
+    def _changed(self, call: _Call, inputs: dict[str, Any], half: Half | Literal["both"]) -> dict[str, Any]:
+        """Return the network's inputs with what `begin` decided in place; the very same dict if that is nothing."""
+        change, rows, layout = call.change, call.rows, self._layout
+        if change is None or rows is None:
+            return inputs
+        shift = call.images if half == "both" else 0
+        places: list[tuple[tuple[str, ...], torch.Tensor | None, torch.Tensor]] = []
+        if half != "uncond":
+            places += [((layout.embeds,), change.embeds, rows + shift), (layout.pooled, change.pooled, rows + shift)]
+        if half != "cond":
+            places += [((layout.embeds,), change.uncond_embeds, rows), (layout.pooled, change.uncond_pooled, rows)]
+        if not call.norms:
+            places.append(((layout.sample,), change.sample, rows))
+            if half == "both":
+                places.append(((layout.sample,), change.sample, rows + shift))
+        for path, new, at in places:
+            if new is not None:
+                own = get(inputs, path)
+                inputs = put(inputs, path, new if own is None else own.index_copy(0, at, new.to(own)[rows]))
+        return inputs
+
+    def _weigh(self, call: _Call, half: Half | Literal["both"]) -> None:
+        """Put token weights and key scales in place for the evaluation that follows."""
+        change, rows = call.change, call.rows
+        if change is None or rows is None or half == "uncond":
+            return
+        weights, scale = (
+            None if w is None else w.to(rows.device)[rows] for w in (change.token_weights, change.key_scale)
+        )
+        if weights is None and scale is None:
+            return
+        at = rows + call.images if half == "both" else rows
+        self._evaluation.enter_context(weighed(self._eager, token_weights=weights, key_scale=scale, rows=at))
+        if self._eager is not self._network:  # the compiled form does not know the hooks
+            attributes = vars(self._network)
+            self._evaluation.callback(attributes.__setitem__, "forward", attributes["forward"])
+            attributes["forward"] = self._eager.__call__
+
+    def _tokens(self, call: _Call, length: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return ids and mask of every picture's prompt, or None where tokens are not the rows of the embeddings."""
+        if call.prompts is None or not self._layout.tokens:
+            return None, None
+        tokenizer = getattr(self.pipe, "tokenizer", None) or self.pipe.tokenizer_2
+        texts: Any = call.prompts
+        if hasattr(self.pipe, "maybe_convert_prompt"):  # textual inversion: one word, several tokens
+            texts = self.pipe.maybe_convert_prompt(texts, tokenizer)
+        ids = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        ids = ids.repeat_interleave(call.images_per_prompt, 0)
+        ended = (ids == tokenizer.eos_token_id).cumsum(1)
+        return ids, (ended == 0) | ((ended == 1) & (ids == tokenizer.eos_token_id))
+
+    def _guidance_scale(self) -> float:
+        name = self._layout.scale
+        if name == "guidance_scale":
+            return float(self.pipe.guidance_scale)
+        # Flux keeps it in a local variable of __call__ and nowhere else.
+        frame = sys._getframe()
+        while frame is not None:
+            if name in frame.f_code.co_varnames and frame.f_locals.get("self") is self.pipe and name in frame.f_locals:
+                return float(frame.f_locals[name])
+            frame = frame.f_back  # type: ignore[assignment]
+        raise UserError(f"{type(self.pipe).__name__} does not say its {name}", remedy="call the pipeline itself")
+
+    def _threshold(self, steps: int) -> float:
+        if isinstance(self.threshold, Thresholds):
+            return float(self.threshold.threshold(steps=steps, images_per_prompt=1))
+        assert self.threshold is not None
+        return self.threshold
+
+    # -- a run ends ----------------------------------------------------------------------------------------------
 
     def _on_end(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A run has ended: bring norms and timesteps to the host in one transfer and turn them into reports."""
-        call, self._call = self._call, None
+        call = self._call
+        self._abandon()
         if call is not None and call.norms:
             self.history.append(self._reports(call))
         return original(*args, **kwargs)
 
-    def _require_guidance(self, call: _Call, batch: int) -> None:
-        if batch == 2 * call.images:
-            return
-        if batch == call.images:
-            raise UserError(
-                "classifier-free guidance is off",
-                rule="without an unconditional half there is nothing to measure, and a score of 0 would be a lie",
-                remedy="sample with guidance_scale > 1 from the first step to the last, or without the guard",
-            )
-        raise UserError(
-            f"{type(self.pipe).__name__} runs its U-Net on {batch} rows for {call.images} pictures",
-            rule="the guard reads one batch of two halves, unconditional then conditional",
-            remedy=f"use one of {', '.join(SUPPORTED)}",
-        )
-
     def _reports(self, call: _Call) -> list[ImageReport]:
-        device = call.norms[0].device
-        rows = [torch.cat([norm, t.to(device, norm.dtype)]) for norm, t in zip(call.norms, call.timesteps, strict=True)]
+        rows = [torch.cat([norm, t.to(norm)]) for norm, t in zip(call.norms, call.timesteps, strict=True)]
+        if call.active is None:
+            assert call.mask is not None
+            rows.append(torch.cat([call.mask, call.mask[:1]]).to(rows[0]))
         table = torch.stack(rows).cpu().double()  # the one transfer: (steps, images + 1)
-        timesteps = table[:, -1]
-        curves = table[:, :-1] * scores.noise_factor(self.pipe.scheduler, timesteps)[:, None]
-        reports, change = [], call.change
+        active = call.active
+        if active is None:
+            active = [bool(value) for value in table[-1, :-1]]
+            table = table[:-1]
+        timesteps, change = table[:, -1].tolist(), call.change
+        threshold = None if self.threshold is None else self._threshold(len(table))
+        origin = "not calibrated" if self.threshold is None else "given by caller"
+        if isinstance(self.threshold, Thresholds):
+            origin = self.threshold.origin
+        reports = []
         for i in range(call.images):
-            curve = curves[:, i].tolist()
+            curve = table[:, i].tolist()
             score = sum(curve) / len(curve)
             prompt_index = i // call.images_per_prompt
             negative = call.negative_prompts[prompt_index] if call.negative_prompts is not None else None
+            seen = change if active[i] else None
             reports.append(
                 ImageReport(
                     score=score,
                     curve=curve,
-                    timesteps=timesteps.tolist(),
-                    flagged=None if self.threshold is None else score >= self.threshold,
-                    threshold=self.threshold,
-                    threshold_origin="not calibrated" if self.threshold is None else "given by caller",
+                    timesteps=timesteps,
+                    flagged=None if threshold is None else score >= threshold,
+                    threshold=threshold,
+                    threshold_origin=origin,
                     prompt=call.prompts[prompt_index] if call.prompts is not None else None,
                     negative_prompt=negative or None,
                     unconditional="negative prompt" if negative else call.unconditional,
                     guidance_scale=call.guidance_scale,
                     prompt_index=prompt_index,
-                    mitigated=change is not None and change.changed[i],
-                    first_score_before=None if change is None else change.first_score_before[i],
-                    first_score_after=None if change is None else change.first_score_after[i],
-                    iterations=0 if change is None else change.iterations[i],
+                    mitigated=seen is not None and seen.changed[i],
+                    first_score_before=_measured(None if seen is None else seen.first_score_before, i),
+                    first_score_after=_measured(None if seen is None else seen.first_score_after, i),
+                    iterations=0 if seen is None or seen.iterations is None else seen.iterations[i],
+                    quantity=call.factor.quantity,
+                    active=active[i],
                 )
             )
         return reports
@@ -373,68 +757,30 @@ def _texts(prompt: str | list[str] | None, count: int) -> list[str] | None:
     return texts * count if len(texts) == 1 else texts
 
 
-def _start(unet: torch.nn.Module, inputs: dict[str, Any], n: int, factor: float) -> SamplingStart:
-    """Describe the first step to a policy, with the two halves of the batch as separate functions.
+def _measured(values: list[float] | None, i: int) -> float | None:
+    return None if values is None or math.isnan(values[i]) else values[i]
 
-    `unet.forward` is called, not `unet(...)`: the guard's own hooks must not see these evaluations, while an offload
-    wrapper, which lives in `forward`, must.
+
+def _replace(latents: torch.Tensor | None, own: torch.Tensor, new: torch.Tensor, rows: torch.Tensor) -> None:
+    """Put in place, in the loop's own latents, what the new inputs of the network stand for: `latent = input / k`.
+
+    Samplers scale the latent before the network sees it by one number k, which is found from the two tensors.
+
+    Raises:
+        UserError: the network's input is not a multiple of the latents.
     """
-    # A pipeline may run under torch.inference_mode, whose tensors cannot enter autograd: the policy gets ordinary ones.
-    with torch.inference_mode(False):
-        inputs = _map(inputs, lambda x: x.clone() if x.is_inference() else x)
-        uncond = _rows(inputs, n, torch.arange(n))
-        cond = _rows(inputs, n, torch.arange(n, 2 * n))
-
-    def predict_cond(embeds: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        half = _rows(inputs, n, n + images)
-        return unet.forward(**(half | {"encoder_hidden_states": embeds, "return_dict": False}))[0]
-
-    def predict_uncond() -> torch.Tensor:
-        with torch.inference_mode(False), torch.no_grad():
-            return unet.forward(**(uncond | {"return_dict": False}))[0]
-
-    return SamplingStart(
-        prompt_embeds=cond["encoder_hidden_states"], negative_prompt_embeds=uncond["encoder_hidden_states"],
-        timestep=float(torch.as_tensor(inputs["timestep"]).flatten()[0]), noise_factor=factor,
-        predict_cond=predict_cond, predict_uncond=predict_uncond, enable_grad=lambda: _differentiable(unet),
-    )  # fmt: skip
-
-
-def _rows(inputs: dict[str, Any], n: int, rows: torch.Tensor) -> dict[str, Any]:
-    """Return the inputs with only these rows of every tensor that has one row per entry of the doubled batch."""
-    return _map(inputs, lambda x: x[rows.to(x.device)] if x.ndim > 0 and x.shape[0] == 2 * n else x)
-
-
-def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Apply `change` to every tensor in nested dicts, lists and tuples (SDXL keeps conditions in a dict)."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _map(item, change) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map(item, change) for item in value)
-    return value
-
-
-@contextlib.contextmanager
-def _differentiable(unet: torch.nn.Module) -> Iterator[None]:
-    """Switch autograd on for the inputs of the network but not for its parameters; restore both afterwards.
-
-    Pipelines run under `torch.no_grad`, callers possibly under `torch.inference_mode`: both are left for the while.
-    Frozen parameters also spare autograd the activations that only their gradients would need.
-    """
-    if any(parameter.is_inference() for parameter in unet.parameters()):
+    k = None
+    if latents is not None and latents.shape == own.shape:
+        wide = torch.float32 if own.device.type == "mps" else torch.float64
+        x, y = latents.to(wide), own.to(wide)
+        k = (x * y).sum() / (x * x).sum()
+        rounding = max(torch.finfo(t.dtype).eps for t in (latents, own))
+        if not bool((y - k * x).abs().max() <= 4 * rounding * y.abs().max()):
+            k = None
+    if k is None or latents is None:
         raise UserError(
-            "the U-Net's weights were loaded under torch.inference_mode",
-            rule="autograd cannot pass through such tensors",
-            remedy="load the pipeline outside inference_mode",
+            "the policy replaces the initial latent, and the network's input is not a multiple of it",
+            rule="such a policy needs a pipeline whose network sees the latent alone, not masks or pictures beside it",
+            remedy="use another policy, or a text-to-image pipeline",
         )
-    trainable = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+    latents.index_copy_(0, rows, (new.to(k) / k).to(latents.dtype))

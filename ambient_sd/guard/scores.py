@@ -13,7 +13,7 @@ This module knows no pipeline, no threshold and no average over steps.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -54,12 +54,49 @@ def noise_factor(scheduler: Any, timesteps: torch.Tensor) -> torch.Tensor:
         UserError: the schedule is not variance preserving, or predicts something else than noise, v or the sample.
     """
     schedule = require_supported(scheduler)
-    s = _level(schedule, timesteps.detach().to("cpu", torch.float64))
-    if schedule.prediction_type == "epsilon":
-        return torch.ones_like(s)
-    if schedule.prediction_type == "v_prediction":
-        return 1 / torch.sqrt(1 + s * s)
-    return 1 / s
+    return _factor(schedule.prediction_type, _level(schedule, timesteps.detach().to("cpu", torch.float64)))
+
+
+class StepFactor:
+    """What turns `|| o_c - o_u ||` into the score, for one sampling run: computed on the device, without a transfer.
+
+    As `noise_factor`. With flow matching (`x_t = (1 - sigma) x0 + sigma eps`, output `eps - x0`) the factor to noise would
+    be `1 - sigma`, which is 0 at the first step: there the score is the velocity's, factor 1, at every step.
+
+    Args:
+        scheduler: a diffusers scheduler, variance preserving or flow matching.
+
+    Attributes:
+        quantity: "noise" or "velocity".
+
+    Raises:
+        UserError: the score is not defined for this scheduler.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.quantity: Literal["noise", "velocity"] = "noise"
+        self._levels: torch.Tensor | None = None
+        schedule = NoiseSchedule.from_scheduler(scheduler)
+        if schedule.is_flow:
+            self.quantity = "velocity"
+            return
+        self._prediction_type = require_supported(scheduler).prediction_type
+        if self._prediction_type != "epsilon":
+            self._levels = schedule.level(torch.arange(schedule.num_train_timesteps))
+
+    def __call__(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return the factor at timesteps `(S,)` in the scheduler's units: `(S,)` float32 on their device."""
+        if self._levels is None:
+            return torch.ones(timesteps.shape, device=timesteps.device)
+        wide = torch.float32 if timesteps.device.type == "mps" else torch.float64
+        self._levels = self._levels.to(timesteps.device, wide)  # once: afterwards it is there
+        last = len(self._levels) - 1
+        t = timesteps.to(wide).clamp(0, last)
+        below, part = t.floor(), t - t.floor()
+        low = self._levels[below.long()]
+        high = self._levels[(below.long() + 1).clamp(max=last)]
+        s = torch.where(part == 0, low, (1 - part) * low + part * high)
+        return _factor(self._prediction_type, s).float()
 
 
 def require_supported(scheduler: Any) -> NoiseSchedule:
@@ -72,6 +109,12 @@ def require_supported(scheduler: Any) -> NoiseSchedule:
             remedy="set pipe.scheduler to DDIM, DPM++, Euler or PNDM, as the model was trained",
         )
     return schedule
+
+
+def _factor(prediction_type: str, s: torch.Tensor) -> torch.Tensor:
+    if prediction_type == "epsilon":
+        return torch.ones_like(s)
+    return 1 / torch.sqrt(1 + s * s) if prediction_type == "v_prediction" else 1 / s
 
 
 def _level(schedule: NoiseSchedule, t: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 import diffusers
 import pytest
 
-from ambient_sd.guard.recorder import SUPPORTED
+from ambient_sd.guard.layouts import SUPPORTED
 
 PAGE = (Path(__file__).parents[2] / "docs" / "guard.md").read_text(encoding="utf-8")
 

@@ -17,7 +17,7 @@ from diffusers import (
 )
 
 from ambient_sd.errors import UserError
-from ambient_sd.guard.policies import Policy, PromptChange, PromptOptimization, SamplingStart, Step
+from ambient_sd.guard.policies import Change, Policy, PromptOptimization, SamplingStart, Step
 from ambient_sd.guard.recorder import MemorizationGuard
 
 
@@ -251,7 +251,7 @@ def test_a_network_swapped_under_the_guard_is_refused() -> None:
 class Doubtful(Policy):
     """Acts everywhere a policy can act."""
 
-    def begin(self, start: SamplingStart) -> PromptChange:
+    def begin(self, start: SamplingStart) -> Change:
         return PromptOptimization(1e-3, max_steps=1).begin(start)
 
     def step(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from ambient_sd.errors import UserError
-from ambient_sd.guard.policies import Policy, PromptChange, PromptOptimization, SamplingStart
+from ambient_sd.guard.policies import Change, Policy, PromptOptimization, SamplingStart
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.guard.scores import guidance_norm
 
@@ -21,7 +21,7 @@ class Keeps(Policy):
     def __init__(self, inner: Policy) -> None:
         self.inner = inner
 
-    def begin(self, start: SamplingStart) -> PromptChange | None:
+    def begin(self, start: SamplingStart) -> Change | None:
         self.start, self.change = start, self.inner.begin(start)
         return self.change
 
@@ -29,20 +29,23 @@ class Keeps(Policy):
 class BatchWide(PromptOptimization):
     """Negative control: ONE norm over the batch decides when to stop, as in the published code."""
 
-    def begin(self, start: SamplingStart) -> PromptChange:
-        n = len(start.prompt_embeds)
-        uncond, rows = start.predict_uncond(), torch.arange(n)
-        with start.enable_grad():
-            tail = start.prompt_embeds[:, 1:].detach().clone().requires_grad_(True)
+    def begin(self, start: SamplingStart) -> Change:
+        n, halves = len(start.active), start.halves
+        own, uncond = halves.cond.embeds, halves.predict("uncond")
+        with halves.enable_grad():
+            tail = own[:, 1:].detach().clone().requires_grad_(True)
             optimizer = torch.optim.AdamW([tail], lr=self.lr)
             for iteration in range(self.max_steps + 1):
-                embeds = torch.cat([start.prompt_embeds[:, :1], tail], dim=1)
-                norm = guidance_norm(cond=start.predict_cond(embeds, rows), uncond=uncond).norm() * start.noise_factor
+                embeds = torch.cat([own[:, :1], tail], dim=1)
+                norm = (
+                    guidance_norm(cond=halves.predict("cond", embeds=embeds), uncond=uncond).norm()
+                    * halves.noise_factor
+                )
                 if norm <= self.target or iteration == self.max_steps:
                     break
                 (tail.grad,) = torch.autograd.grad(norm, [tail])
                 optimizer.step()
-        return PromptChange(embeds.detach(), [True] * n, [0.0] * n, [0.0] * n, [iteration] * n)
+        return Change([True] * n, embeds=embeds.detach(), iterations=[iteration] * n)
 
 
 def latents(count: int) -> torch.Tensor:
@@ -74,8 +77,8 @@ def test_the_first_score_falls_to_the_target_and_the_embedding_serves_all_steps(
         assert image.curve[0] == pytest.approx(image.first_score_after, rel=1e-4)
     assert policy.change is not None
     for embeds in seen:
-        assert torch.equal(embeds[2:], policy.change.prompt_embeds)
-        assert torch.equal(embeds[:2], policy.start.negative_prompt_embeds)
+        assert torch.equal(embeds[2:], policy.change.embeds)
+        assert torch.equal(embeds[:2], policy.start.halves.uncond.embeds)
 
 
 def test_the_bos_position_stays_and_the_rest_moves() -> None:
@@ -84,7 +87,7 @@ def test_the_bos_position_stays_and_the_rest_moves() -> None:
     with MemorizationGuard(pipe, policy):
         tools.sample(pipe)
     assert policy.change is not None
-    old, new = policy.start.prompt_embeds[0], policy.change.prompt_embeds[0]
+    old, new = policy.start.halves.cond.embeds[0], policy.change.embeds[0]
     assert torch.equal(old[0], new[0])
     assert (old[1:] != new[1:]).any(dim=1).all()
 
@@ -109,7 +112,7 @@ def difference_between_together_and_alone(kind: type[PromptOptimization]) -> flo
     before = first_scores(pipe, tools.PROMPTS, latents=x)
     target = 0.93 * min(before)  # the two need different numbers of steps
 
-    def run(prompts: list[str], x: torch.Tensor) -> PromptChange:
+    def run(prompts: list[str], x: torch.Tensor) -> Change:
         policy = Keeps(kind(target, max_steps=25))
         with MemorizationGuard(pipe, policy):
             tools.sample(pipe, prompts, latents=x, steps=1)
@@ -121,9 +124,7 @@ def difference_between_together_and_alone(kind: type[PromptOptimization]) -> flo
     if kind is PromptOptimization:
         assert together.iterations == [change.iterations[0] for change in alone]
         assert together.iterations[0] != together.iterations[1]
-    return max(
-        (together.prompt_embeds[i] - alone[i].prompt_embeds[0]).abs().max().item() for i in range(len(tools.PROMPTS))
-    )
+    return max((together.embeds[i] - alone[i].embeds[0]).abs().max().item() for i in range(len(tools.PROMPTS)))
 
 
 def test_two_pictures_together_get_the_embeddings_that_each_gets_alone() -> None:

@@ -17,7 +17,7 @@ import math
 import torch
 
 from ambient_sd.errors import UserError
-from ambient_sd.guard.policies.base import Policy, PromptChange, SamplingStart
+from ambient_sd.guard.policies.base import Change, Policy, SamplingStart
 from ambient_sd.guard.scores import guidance_norm
 
 _NO_SIGNAL = 1e-3  # noise factors below this: the first step carries no score (alpha_t = 0 at zero terminal SNR)
@@ -31,6 +31,7 @@ class PromptOptimization(Policy):
             0.7 to 5 on SD1.4, 50 to 90 on SD2, over a batch).
         lr: AdamW's learning rate, > 0. Default as published.
         max_steps: most optimizer steps per picture, >= 1. Default as published.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
 
     Raises:
         UserError: an argument is out of range; when sampling, the schedule's first step has no signal.
@@ -38,60 +39,72 @@ class PromptOptimization(Policy):
     Source: Wen, Liu, Chen, Lyu, ICLR 2024.
     """
 
-    def __init__(self, target: float, lr: float = 0.05, max_steps: int = 10) -> None:
+    def __init__(
+        self, target: float, lr: float = 0.05, max_steps: int = 10, gradient_checkpointing: bool = False
+    ) -> None:
         for name, value in (("target", target), ("lr", lr)):
             if not (math.isfinite(value) and value > 0):
                 raise UserError(f"{name} {value}", rule="it must be a finite number above 0")
         if int(max_steps) != max_steps or max_steps < 1:
             raise UserError(f"max_steps {max_steps}", rule="it must be a whole number, at least 1")
         self.target, self.lr, self.max_steps = float(target), float(lr), int(max_steps)
+        self.gradient_checkpointing = gradient_checkpointing  # read by the guard, which owns the network
 
-    def begin(self, start: SamplingStart) -> PromptChange:
+    def begin(self, start: SamplingStart) -> Change:
         """Return the optimised embeddings; a picture that is under the target already keeps its own."""
-        if start.noise_factor < _NO_SIGNAL:
+        halves = start.halves
+        if halves.noise_factor < _NO_SIGNAL:
             raise UserError(
-                f"the first step (timestep {start.timestep:g}) carries no score",
+                f"the first step (timestep {float(halves.timestep):g}) carries no score",
                 rule="with zero terminal SNR alpha_t is 0 there, so || eps_c - eps_u || is 0 for every prompt",
                 remedy="use a scheduler without rescale_betas_zero_snr, or another policy",
             )
-        n = start.prompt_embeds.shape[0]
-        eps_u = start.predict_uncond()
-        first, best = [0.0] * n, [0.0] * n
+        n = len(start.active)
+        first, best = [math.nan] * n, [math.nan] * n  # of pictures that nobody asked about nothing is measured
         iterations, changed = [0] * n, [False] * n
+        chosen = [i for i, active in enumerate(start.active) if active]
+        device = halves.sample.device
+        given = halves.cond.embeds
+        with torch.no_grad():
+            eps_u = halves.predict("uncond", rows=torch.tensor(chosen, device=device))
 
-        with start.enable_grad():
+        with halves.enable_grad():
             # float32 at least: a step of 0.05 must not be rounded away in half precision.
-            wide = torch.promote_types(start.prompt_embeds.dtype, torch.float32)
-            own = start.prompt_embeds.detach().to(wide)
-            best_embeds = start.prompt_embeds.clone()
-            # AdamW works element by element, and all active pictures have taken equally many steps: one parameter is as
-            # good as one per picture. Rows of pictures that have stopped may drift; nothing reads them again.
+            own = given.detach().to(torch.promote_types(given.dtype, torch.float32))[chosen]
+            best_embeds = given.detach().clone()
+            # AdamW works element by element, and all pictures that go on have taken equally many steps: one parameter is
+            # as good as one per picture. Rows of pictures that have stopped may drift; nothing reads them again.
             tail = own[:, 1:].clone().requires_grad_(True)
             optimizer = torch.optim.AdamW([tail], lr=self.lr)
-            active = list(range(n))
+            going = list(range(len(chosen)))  # rows of `own`
             for iteration in range(self.max_steps + 1):
                 last = iteration == self.max_steps
                 with torch.set_grad_enabled(not last):
-                    rows = torch.tensor(active, device=eps_u.device)
-                    embeds = torch.cat([own[rows, :1], tail[rows]], dim=1).to(start.prompt_embeds.dtype)
-                    norms = guidance_norm(cond=start.predict_cond(embeds, rows), uncond=eps_u[rows])
-                    norms = norms * start.noise_factor
+                    embeds = torch.cat([own[going, :1], tail[going]], dim=1).to(given.dtype)
+                    rows = torch.tensor([chosen[k] for k in going], device=device)
+                    eps_c = halves.predict("cond", rows=rows, embeds=embeds)
+                    norms = guidance_norm(cond=eps_c, uncond=eps_u[going]) * halves.noise_factor
                 values = norms.tolist()
                 going_on = []
-                for k, i in enumerate(active):
+                for place, k in enumerate(going):
+                    i = chosen[k]
                     if iteration == 0:
-                        first[i] = best[i] = values[k]
-                    elif values[k] < best[i]:  # a step may overshoot: never serve a worse embedding than an earlier one
-                        best[i], changed[i] = values[k], True
-                        best_embeds[i] = embeds[k].detach()
-                    if values[k] > self.target and not last:
-                        going_on.append(k)
+                        first[i] = best[i] = values[place]
+                    elif (
+                        values[place] < best[i]
+                    ):  # a step may overshoot: never serve a worse embedding than an earlier one
+                        best[i], changed[i] = values[place], True
+                        best_embeds[i] = embeds[place].detach()
+                    if values[place] > self.target and not last:
+                        going_on.append(place)
                 if not going_on:
                     break
-                active = [active[k] for k in going_on]
+                going = [going[place] for place in going_on]
                 # Pictures do not mix in the network, so the gradient of the sum is each picture's own gradient.
                 (tail.grad,) = torch.autograd.grad(norms[going_on].sum(), [tail])
-                for i in active:
-                    iterations[i] += 1
+                for k in going:
+                    iterations[chosen[k]] += 1
                 optimizer.step()
-        return PromptChange(best_embeds, changed, first, best, iterations)
+        return Change(
+            changed, embeds=best_embeds, first_score_before=first, first_score_after=best, iterations=iterations
+        )
