@@ -8,6 +8,7 @@ from typing import Any
 import guard_tools as tools
 import pytest
 import torch
+from peft import LoraConfig
 
 from ambient_sd.errors import UserError
 from ambient_sd.guard.attribution import TokenGradients, attribute
@@ -200,6 +201,34 @@ def test_hostile_prompts_are_attributed_as_text(prompt: str) -> None:
 def test_attributions_arguments_are_checked(bad: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(bad))):
         attribute(tools.pipeline("epsilon"), **({"prompt": "a cat"} | bad))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_policies_work_under_inference_mode_and_in_half_precision(name: str, dtype: torch.dtype) -> None:
+    pipe = tools.pipeline("v_prediction").to(dtype)
+    policy = POLICIES[name]()
+    with torch.inference_mode():
+        _, images = reports(pipe, policy, steps=2)
+    assert images.dtype == dtype and images.isfinite().all()
+    stock = tools.sample(pipe, tools.PROMPTS, steps=2)
+    assert torch.equal(images, stock) == (name == "watch")
+
+
+def test_attention_slicing_is_refused_by_guard_alone() -> None:
+    pipe = tools.pipeline("epsilon")
+    pipe.enable_attention_slicing("max")
+    with pytest.raises(UserError, match="attention slicing"), MemorizationGuard(pipe, AttentionGuard()):
+        tools.sample(pipe)
+    reports(pipe, AttentionRescaling(), steps=1)
+
+
+def test_guard_reads_the_attention_of_a_network_with_a_lora() -> None:
+    pipe = tools.pipeline("epsilon")
+    _, plain = reports(pipe, AttentionGuard(), steps=2)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"]))  # it begins at zero
+    _, with_lora = reports(pipe, AttentionGuard(), steps=2)
+    torch.testing.assert_close(with_lora, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["han", "sail", "ren", "guard"])
