@@ -27,7 +27,7 @@ from PIL import Image, PngImagePlugin
 
 from ambient_sd import __version__
 from ambient_sd.audit.report import contact_sheet
-from ambient_sd.drawing import Drawn, DrawSettings, check_prompts, digest, draw, home, label, load, read_prompts
+from ambient_sd.drawing import Drawn, DrawSettings, check_prompts, digest, draw, home, load, read_prompts
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.guard.calibration import FILE_NAME, Calibration
 from ambient_sd.guard.policies.by_name import make
@@ -269,9 +269,10 @@ body{margin:0 auto;max-width:1180px;padding:32px 24px;background:var(--bg);color
 h1{font-size:1.5rem;font-weight:650;margin:0 0 .3em}
 h2{font-size:1rem;font-weight:600;margin:1.8em 0 .5em;overflow-wrap:anywhere}
 p,small{color:var(--soft);margin:0}
-.row{display:flex;flex-wrap:wrap;gap:12px}
-figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:8px;max-width:100%}
-img{display:block;max-width:100%;height:auto;min-width:128px;background:#fff;image-rendering:auto}
+.row{display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start}p+.row{margin-top:20px}
+figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:8px;width:min-content}
+figcaption p{color:var(--ink);overflow-wrap:anywhere}
+img{display:block;max-width:80vw;height:auto;min-width:128px;background:#fff}
 figcaption{font-size:.86rem;margin-top:6px;font-variant-numeric:tabular-nums}
 figcaption small{display:block}
 .flagged{border-color:var(--flag)}.flagged b{color:var(--flag)}
@@ -307,33 +308,35 @@ def _text(value: object, limit: int = 400) -> str:
 def _page(records: Sequence[dict[str, Any]], small: Sequence[Image.Image], settings: SampleSettings, total: int) -> str:
     first = records[0]
     facts = [
-        f"{label(settings.drawing.model)}" + (f" with {first['adapter']}" if first["adapter"] else ""),
+        f"Model {first['model']}" + (f" with {first['adapter']}" if first["adapter"] else ""),
         f"{first['sampler']}, {first['num_inference_steps']} steps, guidance {first['guidance_scale']:g}, seed {first['seed']}",
-        f"policy {first['policy']}, {first['when']}" if first["policy"] else "no policy",
-        f"threshold {first['threshold']:.4g} ({first['threshold_origin']})"
+        f"Policy {first['policy']}" + (", on flagged pictures only" if first["when"] == "flagged" else "")
+        if first["policy"]
+        else "No policy",
+        f"Flagged from a score of {first['threshold']:.4g} on ({first['threshold_origin']})"
         if first["threshold"] is not None
-        else "no threshold: nothing is flagged",
-        *([f"the first {len(records)} of {total} pictures"] if total > len(records) else []),
+        else "No threshold: nothing is flagged",
+        *([f"The first {len(records)} of {total} pictures"] if total > len(records) else []),
     ]
-    parts = []
+    # One picture a prompt: one row of pictures, each with its prompt. Several: a row for each prompt.
+    single = settings.num_images_per_prompt == 1
+    parts = ['<div class="row">'] if single else []
     for i, (record, picture) in enumerate(zip(records, small, strict=True)):
-        if i == 0 or record["prompt_index"] != records[i - 1]["prompt_index"]:
-            parts.append(
-                f'{"</div>" if i else ""}<h2>{_text(record["prompt"]) or "(empty prompt)"}</h2><div class="row">'
-            )
-        notes = []
+        prompt = _text(record["prompt"], 120 if single else 400) or "(empty prompt)"
+        if not single and record["image_index"] == 0:
+            parts.append(f'{"</div>" if i else ""}<h2>{prompt}</h2><div class="row">')
+        notes = [Path(record["file"]).name]
         if record["mitigated"]:
             notes.append("changed by the policy")
         if record["first_score_before"] is not None and record["first_score_after"] is not None:
             notes.append(f"first step {record['first_score_before']:.3g} to {record['first_score_after']:.3g}")
         if record["nsfw"]:
             notes.append("blanked by the model's safety checker")
-        flagged = bool(record["flagged"])
         parts.append(
-            f'<figure{" class=flagged" if flagged else ""}><img src="{_uri(picture)}" alt="{_text(record["prompt"], 120)}" '
-            f'width="{picture.width}" height="{picture.height}"><figcaption><b>{_text(_caption(record))}</b>'
-            f"<small>{_text(Path(record['file']).name)}</small>{''.join(f'<small>{_text(n)}</small>' for n in notes)}"
-            "</figcaption></figure>"
+            f'<figure{" class=flagged" if record["flagged"] else ""}><img src="{_uri(picture)}" '
+            f'alt="{_text(record["prompt"], 120)}" width="{picture.width}" height="{picture.height}">'
+            f"<figcaption><b>{_text(_caption(record))}</b>{f'<p>{prompt}</p>' if single else ''}"
+            f"{''.join(f'<small>{_text(note)}</small>' for note in notes)}</figcaption></figure>"
         )
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'

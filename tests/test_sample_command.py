@@ -110,7 +110,6 @@ def test_hostile_prompts_reach_no_file_name_and_no_structure(tiny_base: Path, tm
         "style",
         "h1",
         "p",
-        "h2",
         "div",
         "figure",
         "img",

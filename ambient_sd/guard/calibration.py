@@ -2,7 +2,7 @@
 
 No number fits two models: the score grows with the latent's size and depends on weights, sampler and number of steps. So a
 threshold is kept together with what it was measured on, and is handed out for nothing else: the U-Net's weights and
-configuration, latent-size, sampler with its settings, steps, guidance scale and prediction type. There is one threshold for
+configuration, picture size, sampler with its settings, steps, guidance scale and prediction type. There is one threshold for
 each number of evaluations seen (an early decision after 1 or 5, or all of them) and of pictures averaged per prompt.
 
 Weights are compared by their SHA-256 where they were loaded in the same precision. In another precision no hash can agree:
@@ -247,6 +247,8 @@ class Calibration:
             sampling: how it will be sampled; None: only the model is compared.
             whole: compare every weight, not only the probe.
         """
+        if getattr(pipe, "unet", None) is None:
+            return f"{type(pipe).__name__} has no U-Net, and thresholds are kept for U-Nets"
         model = self.model.differs(ModelPrint.of(pipe.unet, whole=whole))
         if model is not None:
             return f"another U-Net was calibrated: {model}"
