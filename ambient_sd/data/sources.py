@@ -71,11 +71,18 @@ class PictureSet(Sequence[Picture]):
         captions: per row the caption.
         names: per row a name for messages.
         source: where the rows come from, for messages.
+        more_captions: per row the captions after its first one; none of any if not given.
     """
 
     def __init__(
-        self, images: Sequence[bytes | Path], captions: Sequence[str], names: Sequence[str], source: str
+        self,
+        images: Sequence[bytes | Path],
+        captions: Sequence[str],
+        names: Sequence[str],
+        source: str,
+        more_captions: Sequence[Sequence[str]] = (),
     ) -> None:
+        self.more_captions = [tuple(more) for more in more_captions] or [()] * len(captions)
         self._images, self.captions, self.names, self.source = images, list(captions), list(names), source
         self.keys: list[str] = []
         self.sizes: list[tuple[int, int]] = []
@@ -99,7 +106,17 @@ class PictureSet(Sequence[Picture]):
         """Return the rows `indices` in that order, unchecked."""
         rows = list(indices)
         captions, names = [self.captions[i] for i in rows], [self.names[i] for i in rows]
-        return PictureSet(_Picked(self._images.__getitem__, rows), captions, names, self.source)
+        more = [self.more_captions[i] for i in rows]
+        return PictureSet(_Picked(self._images.__getitem__, rows), captions, names, self.source, more)
+
+    def captions_of(self, index: int) -> list[str]:
+        """Return all captions of a row, its first one first."""
+        return [self.captions[index], *self.more_captions[index]]
+
+    @property
+    def all_captions(self) -> list[str]:
+        """Return the captions of all rows, in their order."""
+        return [caption for i in range(len(self)) for caption in self.captions_of(i)]
 
     def check(self, progress: bool = False, near_duplicates: bool = False) -> PictureSet:
         """Decode every picture once and record `keys` and `sizes`; return self.
@@ -139,8 +156,10 @@ class PictureSet(Sequence[Picture]):
         if not self.keys:
             self.check()
         digest = hashlib.sha256()
-        for key, caption in zip(self.keys, self.captions, strict=True):
+        for key, caption, more in zip(self.keys, self.captions, self.more_captions, strict=True):
             digest.update(f"{key} {len(caption)} {caption}\n".encode("utf-8", "surrogatepass"))
+            for other in more:
+                digest.update(f"+ {len(other)} {other}\n".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
 
@@ -197,6 +216,7 @@ def load_rows(
     config_name: str | None = None,
     cache_dir: str | None = None,
     local: bool = False,
+    several_captions: bool = False,
     faults: list[Fault] | None = None,
 ) -> PictureSet:
     """Open a source of pictures and captions.
@@ -213,6 +233,7 @@ def load_rows(
         config_name: configuration of a hub dataset.
         cache_dir: where hub downloads are kept.
         local: `source` is a path, whatever it looks like: a mistyped folder is then not looked for on the hub.
+        several_captions: a row's caption may be a list of texts too; its first one is the caption where one is asked for.
         faults: receives the faults of single rows, which are then left out (a row without caption stays, with an empty
             one); without it the first fault raises.
 
@@ -246,9 +267,10 @@ def load_rows(
     if max_samples is not None and max_samples < len(kept):
         chosen = kept[:max_samples] if seed is None else random.Random(seed).sample(kept, max_samples)
         kept = sorted(chosen)
+    captions = [_captions(table, i, caption_column, faults, several_captions) for i in kept]
     return PictureSet(
-        _Picked(table.image, kept), [_caption(table, i, caption_column, faults) for i in kept],
-        [table.name(i) for i in kept], str(source),
+        _Picked(table.image, kept), [c[0] for c in captions], [table.name(i) for i in kept], str(source),
+        [c[1:] for c in captions],
     )  # fmt: skip
 
 
@@ -534,23 +556,24 @@ def _need_columns(source: str, needed: Sequence[str], columns: Sequence[str]) ->
             )
 
 
-def _caption(table: _Table, index: int, column: str, faults: list[Fault] | None) -> str:
-    caption = table.rows[index].get(column)
-    rule = ""
-    if not isinstance(caption, str):
-        rule = f"column {column!r} must hold a text there, not {type(caption).__name__}"
-    elif any("\ud800" <= c <= "\udfff" for c in caption):  # no tokenizer takes it
-        rule = f"column {column!r} holds half a character (a lone surrogate) there"
+def _captions(table: _Table, index: int, column: str, faults: list[Fault] | None, several: bool) -> list[str]:
+    """Return the captions of a row, at least one."""
+    given = table.rows[index].get(column)
+    captions = list(given) if several and isinstance(given, list) and given else [given]
+    rule, remedy = "", "write one, or an empty text for a picture without caption"
+    for caption in captions:
+        if not isinstance(caption, str):
+            rule = f"column {column!r} must hold a text there, not {type(caption).__name__}"
+            if isinstance(caption, list) and caption and not several:
+                remedy += "; --caption_mitigation mc takes a list of them"
+        elif any("\ud800" <= c <= "\udfff" for c in caption):  # no tokenizer takes it
+            rule = f"column {column!r} holds half a character (a lone surrogate) there"
     if rule:
         if faults is None:
-            raise UserError(
-                f"{table.name(index)} in {table.source} has no caption",
-                rule=rule,
-                remedy="write one, or an empty text for a picture without caption",
-            )
+            raise UserError(f"{table.name(index)} in {table.source} has no caption", rule=rule, remedy=remedy)
         faults.append(Fault(table.name(index), "captionless", rule))
-        return ""
-    return str(caption)
+        return [""]
+    return [str(caption) for caption in captions]
 
 
 def _meets(table: _Table, index: int, conditions: Sequence[tuple[str, str, str]]) -> bool:

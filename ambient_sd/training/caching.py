@@ -50,14 +50,26 @@ class CachedLatents(Dataset[tuple[str, torch.Tensor]]):
 
 
 class CachedCaptions:
-    """Give the embeddings of captions from a store that `fill_captions` has filled."""
+    """Give the embeddings of captions from a store that `fill_captions` has filled.
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    Args:
+        store: filled.
+        encoder: encodes what is not in the store, on its own device; without it that is an error.
+    """
+
+    def __init__(self, store: Store, encoder: data.CaptionEncoder | None = None) -> None:
+        self.store, self.encoder = store, encoder
 
     def __call__(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         """Return the embeddings of captions, as a `CaptionEncoder` does."""
-        found = self.store.read([entry_id(c) for c in captions])
+        ids = [entry_id(c) for c in captions]
+        if self.encoder is None:
+            found = self.store.read(ids)
+        else:
+            found = [
+                self.encoder.encode(caption) if self.store.missing([key]) else self.store.read([key])[0]
+                for caption, key in zip(captions, ids, strict=True)
+            ]
         return {name: torch.stack([entry[name] for entry in found]) for name in found[0]}
 
 

@@ -34,6 +34,7 @@ GROUPS = {
     "objective": "The loss. `ambient` never shows the network a clean picture above the nature level s_n = sigma / alpha "
     "(on SD's schedule s = 0.34 at t=100, 0.83 at 300, 1.16 at 400, 2.3 at 600, 14.6 at 999); one noise per picture, fixed "
     "for ever. `plain` is the ordinary loss. `gap` is plain without the band of noise levels from the level to gap_upper.",
+    "mitigation": "Published ways to keep a model from memorizing, beside the loss or in place of the ambient one; each off by default.",
     "optimisation": "Steps, batches and the optimizer (AdamW). Steps are optimizer steps.",
     "LoRA": "Low-rank adapters instead of a full fine-tune; these options need --lora.",
     "validation": "Pictures drawn during training, to TensorBoard and to output_dir/validation/.",
@@ -41,6 +42,7 @@ GROUPS = {
     "output": "Where results and logs go.",
 }
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+CAPTION_MITIGATIONS = ("mc", "gn", "rc", "rt", "cwr")
 DEFAULT_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 CONFIG_NAME = "train_config.yaml"
 MAX_SEED = 2**64 - 1  # what torch's generators take
@@ -129,6 +131,12 @@ class TrainConfig:
     snr_gamma: float | None = option(None, "objective", "Min-SNR weighting with this gamma (the paper's is 5), times the objective's own weight; without it none", above=0.0)
     noise_offset: float = option(0.0, "objective", "offset of the fresh noise per sample and channel, for very dark and bright pictures (plain and gap only)", low=0.0)
     input_perturbation: float = option(0.0, "objective", "perturb the noise of the input, not of the target, by that much (plain and gap only; 0.1 in its paper)", low=0.0)
+
+    memorization_threshold: float | None = option(None, "mitigation", "a sample with || eps_c - eps_u || of at least this gives no loss (Wen et al. 2024); one more forward pass without gradient per pass. The scale is the model's own", above=0.0)
+    agc: float | None = option(None, "mitigation", "a sample whose error is below this times the running mean of its timestep gives no loss (anti-gradient control, Liu et al. 2024; there 0.5)", above=0.0, high=1.0)
+    caption_mitigation: str | None = option(None, "mitigation", "change captions in training (Somepalli et al. 2023): mc = one of several captions of the row, gn = noise on embeddings, rc = a random caption, rt = random words put in, cwr = words of the caption repeated", choices=CAPTION_MITIGATIONS)
+    caption_mitigation_p: float | None = option(None, "mitigation", "share of samples whose caption is changed (default as published: 0.1 for rc, rt and cwr, 1 for mc and gn)", low=0.0, high=1.0)
+    caption_noise_std: float | None = option(None, "mitigation", "gn: standard deviation of the noise, in the embedding's own units (default 0.1)", above=0.0)
 
     seed: int = option(0, "optimisation", "seed of order, timesteps, fresh noise, caption dropout and LoRA start", low=0, high=MAX_SEED)
     train_batch_size: int = option(16, "optimisation", "pictures per process and forward pass", low=1)
@@ -238,6 +246,19 @@ class TrainConfig:
                 if getattr(self, name):
                     raise UserError(f"{name} is {getattr(self, name):g}", rule=reason,
                                     remedy="leave it out, or choose --objective plain or gap")  # fmt: skip
+        if self.caption_mitigation is None:
+            if self.caption_mitigation_p is not None:
+                raise _foreign(
+                    "caption_mitigation_p", "no captions are changed", "add --caption_mitigation, or leave it out"
+                )
+        elif self.caption_mitigation_p is None:
+            self.caption_mitigation_p = 1.0 if self.caption_mitigation in ("mc", "gn") else 0.1
+        if self.caption_mitigation == "gn":
+            self.caption_noise_std = self.caption_noise_std or 0.1
+        elif self.caption_noise_std is not None:
+            raise _foreign(
+                "caption_noise_std", "embeddings get no noise", "add --caption_mitigation gn, or leave it out"
+            )
         for name in ("offload_ema", "foreach_ema"):
             if getattr(self, name) and not self.use_ema:
                 raise _foreign(name, "no average is kept", "add --use_ema, or leave it out")

@@ -58,10 +58,13 @@ from ambient_sd.training import (
 from ambient_sd.training.base import Base, check_base
 from ambient_sd.training.config import TrainConfig, split_condition
 from ambient_sd.training.dropout import AddressedDropout
+from ambient_sd.training.dropping import Dropping, check_scheduler
 from ambient_sd.training.hub import describe_run, write_card
 from ambient_sd.training.losses import LossLog
 from ambient_sd.training.probe import Probe, add_look
 from ambient_sd.training.push import prepare, push
+from ambient_sd.training.wording import LIVE, Wording
+from ambient_sd.training.wording import check as check_wording
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +81,7 @@ class TrainingBatch:
     Attributes:
         positions: places of the samples in the run's line of samples.
         keys: content keys of the pictures.
-        captions: captions after caption dropout.
+        captions: captions after caption dropout and mitigation.
         timesteps: (B,) long.
         x0: (B, C, h, w) clean latents.
         eps_n: (B, C, h, w) fixed noise, or None where the objective has none.
@@ -126,12 +129,13 @@ def run(
         progress: show progress bars (on the first process).
         bar: options for the bar of the steps (tqdm's), such as `desc` or `position`.
         on_step: called on the first process after each optimizer step with the number of steps done and loss,
-            clean_loss, ambient_loss and lr of that step (NaN where no sample was of that kind).
+            clean_loss, ambient_loss and lr of that step (NaN where no sample was of that kind), and with
+            memorization_threshold or agc the shares threshold_dropped and agc_dropped.
         on_batch: called on every process before each forward pass.
 
     Returns:
         Summary: steps, first_step, seconds, pictures, losses (one per step, those before a resume too), loss, clean_loss,
-        ambient_loss (means over the last 100 steps), looks (one record per look for copies), level, learning_rate,
+        ambient_loss (means over the last 100 steps; with a rule that drops samples its share too), looks (one record per look for copies), level, learning_rate,
         global_batch, processes, data_fingerprint,
         near_duplicate_groups, output_dir, config.
 
@@ -177,6 +181,8 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
     objective = make_objective(config, base)
     if config.snr_gamma is not None:
         noising.min_snr_weight(base.schedule, torch.tensor([0]), config.snr_gamma, objective.prediction_type)
+    if config.memorization_threshold is not None:
+        check_scheduler(base.scheduler)
     if config.lora:
         adapters.check_targets(base.unet_config, config.lora_target_modules or ())
     prompts = validation.read_prompts(config.validation_prompts)
@@ -192,7 +198,10 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         config_name=config.dataset_config_name,
         cache_dir=config.cache_dir,
         local=config.train_data_dir is not None,
-    ).check(progress, near_duplicates=config.near_duplicates == "share" and objective.level > 0)
+        several_captions=config.caption_mitigation == "mc",
+    )
+    check_wording(config, pictures)
+    pictures.check(progress, near_duplicates=config.near_duplicates == "share" and objective.level > 0)
     buckets = None
     if config.aspect_ratio_buckets is not None:
         sizes = read_buckets(config.aspect_ratio_buckets, config.resolution, base.pixel_step)
@@ -330,6 +339,12 @@ class _Trainer:
             if self.first_step > self.steps:
                 raise UserError(f"{self.checkpoint.name} lies beyond the end of this run, {self.steps} steps",
                                 remedy="raise max_train_steps or num_train_epochs")  # fmt: skip
+        self.dropping: Dropping | None = None
+        if config.memorization_threshold is not None or config.agc is not None:
+            self.dropping = Dropping(
+                config.memorization_threshold, config.agc, scheduler=self.base.scheduler,
+                timesteps=plan.objective.schedule.num_train_timesteps, checkpoint=self.checkpoint,
+            )  # fmt: skip
 
     def _check_same_pictures(self) -> None:
         """Compare the pictures of all processes: another key of the same picture would be a second noise."""
@@ -379,6 +394,10 @@ class _Trainer:
             torch.backends.cuda.matmul.allow_tf32 = True
         # First: where VAE and text encoder are let go, they are gone before the largest part comes.
         self._encode_once()
+        self.wording = Wording(
+            config.caption_mitigation, config.caption_mitigation_p or 0.0, config.caption_noise_std or 0.0,
+            pictures=self.plan.pictures, stream=self.stream, tokenizer=self.captions.tokenizer,
+        )  # fmt: skip
         self.unet = self._load_unet()
         trained = [p for p in self.unet.parameters() if p.requires_grad]
         rate = config.learning_rate * (self.global_batch if config.scale_lr else 1)
@@ -489,10 +508,14 @@ class _Trainer:
         self.captions = self.base.captions().to(accelerator.device)
         self.embed: Callable[[Sequence[str]], dict[str, torch.Tensor]] = self.captions
         self.cached: Dataset[tuple[str, torch.Tensor]] | None = None
+        # Texts that are made up on the way are encoded on the way.
+        live = config.caption_mitigation in LIVE
+        resting = accelerator.device if live else "cpu"
         if config.latent_cache_dir is not None:
             folder, options = config.latent_cache_dir, {"progress": self.progress}
             self.embed = caching.CachedCaptions(
-                caching.fill_captions(folder, self.captions, pictures.captions, accelerator, **options)
+                caching.fill_captions(folder, self.captions, pictures.all_captions, accelerator, **options),
+                self.captions if live else None,
             )
             if self.rule.views(pictures) is None:
                 logger.warning(
@@ -502,9 +525,9 @@ class _Trainer:
                 store = caching.fill_latents(folder, self.vae, pictures, self.rule, accelerator, **options)
                 self.cached = caching.CachedLatents(store, pictures, self.rule, self.stream)
                 self.vae.to("cpu")
-            self.captions.to("cpu")
-        elif self.captions.hold(pictures.captions, limit=data.MAX_HELD_BYTES, progress=self.progress):
-            self.captions.to("cpu")
+            self.captions.to(resting)
+        elif self.captions.hold(pictures.all_captions, limit=data.MAX_HELD_BYTES, progress=self.progress):
+            self.captions.to(resting)
         self.latents: list[torch.Tensor] | None = None
         shapes = [data.latent_shape(self.base.vae_config, self.rule.target(key)) for key in pictures.noise_keys]
         if self.cached is None and self.rule.fixed(pictures) and sum(map(math.prod, shapes)) * 4 <= data.MAX_HELD_BYTES:
@@ -518,7 +541,7 @@ class _Trainer:
             # Whatever is held in memory makes its maker superfluous.
             if self.latents is not None or self.cached is not None:
                 self.vae = None
-            if self.captions.held or self.embed is not self.captions:
+            if (self.captions.held or self.embed is not self.captions) and not live:
                 self.captions.release()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -575,7 +598,7 @@ class _Trainer:
             g = self.stream.generator("draw", position)
             timesteps.append(torch.randint(self.plan.objective.schedule.num_train_timesteps, (), generator=g))
             dropped = float(torch.rand((), generator=g)) < self.config.caption_dropout
-            captions.append("" if dropped else self.plan.pictures.captions[self.stream.picture(position)])
+            captions.append("" if dropped else self.wording.caption(position))
             noise.append(torch.randn(shape, generator=g))
         objective, eps_n = self.plan.objective, None
         if objective.mode == "ambient" and objective.level > 0:
@@ -613,7 +636,9 @@ class _Trainer:
             )  # fmt: skip
             for dropout in self.dropouts:
                 dropout.positions = batch.positions
-            inputs = conditioning.unet_inputs(self.embed(batch.captions), batch.time_ids, device)
+            embeddings = self.wording.embeddings(self.embed(batch.captions), batch.captions, batch.positions)
+            inputs = conditioning.unet_inputs(embeddings, batch.time_ids, device)
+            uncond = None if config.memorization_threshold is None else self._unconditional(model, corrupted.x_t, batch)
             with accelerator.no_sync(model) if part < parts - 1 else contextlib.nullcontext():
                 with accelerator.autocast():
                     output = model(
@@ -621,6 +646,8 @@ class _Trainer:
                     )[0]  # fmt: skip
                 error = (output.float() - corrupted.target.to(device)).square().flatten(1).mean(1)
                 each = corrupted.weight.to(device) * error
+                if self.dropping is not None:
+                    each = each * self.dropping.keep(error, output, uncond, batch.timesteps)
                 accelerator.backward(each.mean() / parts)
             clean = corrupted.clean.to(device)
             with torch.no_grad():
@@ -636,6 +663,9 @@ class _Trainer:
             self.average.update()
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.dropping is not None:
+            sums = torch.cat([sums, self.dropping.counts().to(sums)])
+            self.dropping.end_step(accelerator.gather, device)
         total, n, clean_total, clean_n, ambient_total, ambient_n, *bands = accelerator.reduce(sums, "sum").tolist()
         self.bands = {
             f"error/s {low:g} to {high:g}": bands[2 * i] / bands[2 * i + 1] if bands[2 * i + 1] else math.nan
@@ -647,6 +677,9 @@ class _Trainer:
             "ambient_loss": ambient_total / ambient_n if ambient_n else math.nan,
             "lr": rate,
         }
+        if self.dropping is not None:
+            shares = [count / n for count in bands[2 * len(_BANDS) :]]
+            record |= dict(zip(self.dropping.names, shares, strict=True))
         if not math.isfinite(record["loss"]):
             raise UserError(
                 "the loss is no finite number any more",
@@ -654,6 +687,16 @@ class _Trainer:
                 remedy="lower learning_rate, or use bf16 or no in place of fp16",
             )
         return record
+
+    @torch.no_grad()
+    def _unconditional(self, model: Any, x_t: torch.Tensor, batch: TrainingBatch) -> torch.Tensor:
+        """Return the network's output for the empty caption."""
+        device = self.accelerator.device
+        inputs = conditioning.unet_inputs(self.embed([""] * len(batch.captions)), batch.time_ids, device)
+        # An autocast of its own, before the other: one block keeps its casts, and these know no gradient.
+        with self.accelerator.autocast():
+            output: torch.Tensor = model(x_t.to(device), batch.timesteps.to(device), **inputs, return_dict=False)[0]
+        return output
 
     def _save_checkpoint(self, step: int) -> None:
         unet, optimizer = sharding.whole_unet(self.unet), sharding.whole_state(self.optimizer)
@@ -681,6 +724,8 @@ class _Trainer:
             unet.save_pretrained(folder / "unet")
         if self.average is not None:
             self.average.save(folder)
+        if self.dropping is not None:
+            self.dropping.save(folder)
         self.losses.save(folder)
 
     def _draws_after(self, step: int) -> bool:
@@ -806,6 +851,7 @@ class _Trainer:
             "near_duplicate_groups": len(self.plan.pictures.groups),
             "losses": [r["loss"] for r in self.losses.records],
             **{name: self.losses.late_mean(name, _FINAL_STEPS) for name in ("loss", "clean_loss", "ambient_loss")},
+            **({n: self.losses.late_mean(n, _FINAL_STEPS) for n in self.dropping.names} if self.dropping else {}),
             "looks": self.looks,
             "level": self.plan.objective.level,
             "learning_rate": self.optimizer.param_groups[0]["initial_lr"],
