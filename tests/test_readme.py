@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import tiny
 
+from ambient_sd.cli import main
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [
@@ -30,6 +32,10 @@ def launches() -> list[list[str]]:
     return [shlex.split(line) for line in text.splitlines() if line.startswith("accelerate launch")]
 
 
+def guarding() -> list[list[str]]:
+    return [shlex.split(line) for line in "\n".join(blocks("bash")).splitlines() if line.startswith("ambient-sd ")]
+
+
 @pytest.fixture
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that looks like a clone to the commands, with a user's pictures in it."""
@@ -42,6 +48,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_readme_has_the_commands_that_are_tested_here() -> None:
     assert len(launches()) == 3
+    assert len(guarding()) == 3
     assert len(blocks("python")) == 2
 
 
@@ -67,6 +74,14 @@ def test_training_commands_run(
     out = clone / words[words.index("--output_dir") + 1]
     assert (out / "train_config.yaml").is_file()
     assert (out / "model_index.json").is_file() or (out / "pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize("words", guarding(), ids=lambda words: words[-1])
+def test_guard_commands_run(words: list[str], clone: Path) -> None:
+    """As written, but with fewer steps and pictures."""
+    fewer = ["--generations", "1"] if words[1] == "calibrate" else []
+    main([*words[1:], *fewer, "--num_inference_steps", "2", "--batch_size", "4"])
+    assert any((clone / words[-1]).iterdir())
 
 
 def test_make_knows_the_targets_that_the_readme_names() -> None:
