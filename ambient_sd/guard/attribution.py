@@ -123,8 +123,9 @@ class TokenGradients(Policy):
                 row = torch.tensor([i], device=step.cond.device)
                 embeds = halves.cond.embeds[i : i + 1].detach().clone().requires_grad_(True)
                 cond = halves.predict("cond", rows=row, embeds=embeds)
-                # The unconditional half does not read the prompt: what the loop had of it will do.
-                norm = guidance_norm(cond=cond, uncond=step.uncond[i : i + 1].detach()) * halves.noise_factor
+                # The unconditional half does not read the prompt: what the loop had of it will do. As a copy, since the
+                # loop's may have been made under torch.inference_mode.
+                norm = guidance_norm(cond=cond, uncond=step.uncond[i : i + 1].clone()) * halves.noise_factor
                 (gradient,) = torch.autograd.grad(norm.sum(), [embeds])
                 rows.append(gradient.to(norm.dtype).norm(dim=-1))
             scores = torch.cat(rows)
