@@ -102,6 +102,9 @@ class TokenGradients(Policy):
         steps: how many there were.
         token_ids: `(n, L)` long, on the CPU, as in `SamplingStart`.
         token_mask: `(n, L)` bool, on the CPU, as in `SamplingStart`.
+
+    Raises:
+        UserError: when sampling, it is unknown which token each embedding belongs to.
     """
 
     def __init__(self, gradient_checkpointing: bool = False) -> None:
@@ -112,6 +115,12 @@ class TokenGradients(Policy):
         self.token_mask: torch.Tensor | None = None
 
     def begin(self, start: SamplingStart) -> None:
+        if start.token_ids is None:
+            raise UserError(
+                "it is unknown which token each embedding belongs to",
+                rule="prompt_embeds do not say it, nor do networks that read several encoders end to end",
+                remedy="call a Stable Diffusion 1, 2 or XL pipeline with prompt=...",
+            )
         self.total, self.steps = None, 0
         self.token_ids, self.token_mask = start.token_ids, start.token_mask
 
@@ -123,8 +132,9 @@ class TokenGradients(Policy):
                 row = torch.tensor([i], device=step.cond.device)
                 embeds = halves.cond.embeds[i : i + 1].detach().clone().requires_grad_(True)
                 cond = halves.predict("cond", rows=row, embeds=embeds)
-                # The unconditional half does not read the prompt: what the loop had of it will do.
-                norm = guidance_norm(cond=cond, uncond=step.uncond[i : i + 1].detach()) * halves.noise_factor
+                # The unconditional half does not read the prompt: what the loop had of it will do. As a copy, since the
+                # loop's may have been made under torch.inference_mode.
+                norm = guidance_norm(cond=cond, uncond=step.uncond[i : i + 1].clone()) * halves.noise_factor
                 (gradient,) = torch.autograd.grad(norm.sum(), [embeds])
                 rows.append(gradient.to(norm.dtype).norm(dim=-1))
             scores = torch.cat(rows)
@@ -156,7 +166,7 @@ def attribute(
         call: further arguments of the pipeline (`guidance_scale`, `negative_prompt`, `height`, `generator`, ...).
 
     Raises:
-        UserError: an argument is out of range; the gradient is not finite.
+        UserError: an argument is out of range; the embeddings are not tokens, one by one; the gradient is not finite.
 
     Source: Wen, Liu, Chen, Lyu, ICLR 2024.
     """

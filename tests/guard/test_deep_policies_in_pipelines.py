@@ -243,3 +243,27 @@ def test_every_policy_works_on_sdxl(name: str) -> None:
 def test_attribution_works_on_sdxl() -> None:
     found = attribute(tools.tiny_sdxl(), "a cat", num_inference_steps=2)
     assert found.tokens[1:-1] == ["a", "c", "a", "t"] and all(score > 0 for score in found.scores)
+
+
+def test_networks_with_joint_attention_are_refused_where_tokens_matter_and_served_where_not() -> None:
+    pipe = tools.tiny_sd3()
+    for policy, why in (
+        (AttentionRescaling(), "padding"),
+        (AttentionGuard(), "cannot be read"),
+        (TokenGradients(), "token"),
+    ):
+        with pytest.raises(UserError, match=why) as error, MemorizationGuard(pipe, policy):
+            tools.sample(pipe, steps=2)
+        assert "\n" not in str(error.value)
+    stock = tools.sample(pipe, steps=2)
+    with MemorizationGuard(pipe, LatentOptimization(1e-6, lr=0.05, max_steps=2)) as guard:
+        images = tools.sample(pipe, steps=2)
+    assert guard.report[0].mitigated and not torch.equal(images, stock)
+
+
+def test_attribution_with_embeddings_is_refused_before_it_samples() -> None:
+    pipe = tools.pipeline("epsilon")
+    embeds = torch.zeros(1, 24, 16)
+    with pytest.raises(UserError, match="token"), MemorizationGuard(pipe, TokenGradients()) as guard:
+        pipe(prompt_embeds=embeds, negative_prompt_embeds=embeds, num_inference_steps=2, output_type="latent")
+    assert guard.history == []

@@ -30,7 +30,7 @@ class AttentionRescaling(Policy):
         bos_scale: C, a finite number above 0. Default as published.
 
     Raises:
-        UserError: `bos_scale` is out of range; when sampling, the pipeline was called with embeddings.
+        UserError: `bos_scale` is out of range; when sampling, it is unknown which positions are padding.
 
     Source: Ren et al., ECCV 2024.
     """
@@ -42,9 +42,9 @@ class AttentionRescaling(Policy):
     def begin(self, start: SamplingStart) -> Change:
         if start.token_mask is None:
             raise UserError(
-                "AttentionRescaling with prompt_embeds",
-                rule="it hides the padding, and embeddings do not say which positions are padding",
-                remedy="call the pipeline with prompt=..., or use another policy",
+                "AttentionRescaling cannot tell which positions are padding",
+                rule="prompt_embeds do not say it, nor do networks that read several encoders end to end",
+                remedy="call a Stable Diffusion pipeline with prompt=..., or use another policy",
             )
         embeds = start.halves.cond.embeds
         weights = start.token_mask.to(embeds.device, torch.float32)

@@ -119,7 +119,8 @@ def spikes(logits: torch.Tensor, threshold: float, statistic: Statistic) -> torc
 class SpikeAttenuation(TorchFunctionMode):
     """While on, scale the keys of spike tokens in every cross-attention: logits are linear in the keys.
 
-    A call of `scaled_dot_product_attention` is a cross-attention if a linear layer has read the text since the last call.
+    A call of `scaled_dot_product_attention` is a cross-attention if a linear layer has read the text since the last call
+    and there are as many keys as tokens.
 
     Args:
         text: the text's `(L, D)`.
@@ -150,7 +151,9 @@ class SpikeAttenuation(TorchFunctionMode):
         elif func is F.scaled_dot_product_attention and self._text_read:
             self._text_read = False
             given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
-            return func(**(given | {"key": self._attenuated(given["query"], given["key"], given.get("scale"))}))
+            if given["key"].shape[-2] == self.text[0]:  # joint attention has the picture's keys beside the text's
+                given["key"] = self._attenuated(given["query"], given["key"], given.get("scale"))
+            return func(**given)
         return func(*args, **kwargs)
 
     def _attenuated(self, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> torch.Tensor:
