@@ -28,6 +28,7 @@ class Layout:
         texts: with "calls": inputs that belong to a half's text beside the embeddings, and their positions in
             `encode_prompt`'s result.
         shared: inputs that have no row per picture, whatever their size.
+        latents_end_early: whether a run with output_type="latent" returns without `maybe_free_model_hooks`.
         tokens: whether the first tokenizer's tokens are, one by one, the rows of the embeddings.
     """
 
@@ -41,6 +42,7 @@ class Layout:
     scale: str = "guidance_scale"
     texts: dict[str, int] = field(default_factory=dict)
     shared: frozenset[str] = frozenset()
+    latents_end_early: bool = False
     tokens: bool = True
 
 
@@ -53,7 +55,7 @@ LAYOUTS: dict[str, Layout] = {
     "StableDiffusionInpaintPipeline": STABLE_DIFFUSION,
     "StableDiffusionXLPipeline": SDXL,
     "StableDiffusionXLImg2ImgPipeline": SDXL,
-    "StableDiffusionXLInpaintPipeline": SDXL,
+    "StableDiffusionXLInpaintPipeline": replace(SDXL, latents_end_early=True),
     "StableDiffusion3Pipeline": Layout(
         network="transformer", sample="hidden_states", embeds="encoder_hidden_states", pooled=("pooled_projections",), outputs=(0, 2),
         tokens=False,

@@ -255,6 +255,8 @@ class MemorizationGuard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None:
+            self._settle()
         self.disable()
 
     def decide(self, *args: Any, **kwargs: Any) -> list[ImageReport]:
@@ -267,7 +269,7 @@ class MemorizationGuard:
         """
         with contextlib.nullcontext() if active_guard(self.pipe) is self else self:
             self.pipe(*args, **(kwargs | {"output_type": "latent"}))
-        return self.report
+            return self.report
 
     # -- what was seen -------------------------------------------------------------------------------------------
 
@@ -278,6 +280,7 @@ class MemorizationGuard:
         Raises:
             UserError: no call has finished under this guard, so there is nothing to report.
         """
+        self._settle()
         if not self.history:
             raise UserError(
                 "the guard has nothing to report",
@@ -320,6 +323,7 @@ class MemorizationGuard:
         """A run begins: learn the prompts, how many pictures there are, and what is in the unconditional slot."""
         calls = self._layout.halves == "calls"
         if not calls:
+            self._settle()
             self._abandon()  # whatever ran before has not come to its end
         result = original(*args, **kwargs)
         if calls and not self._expected:
@@ -670,11 +674,22 @@ class MemorizationGuard:
 
     def _on_end(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A run has ended: bring norms and timesteps to the host in one transfer and turn them into reports."""
+        self._finish()
+        return original(*args, **kwargs)
+
+    def _finish(self) -> None:
         call = self._call
         self._abandon()
         if call is not None and call.norms:
             self.history.append(self._reports(call))
-        return original(*args, **kwargs)
+
+    def _settle(self) -> None:
+        """Finish a run of a pipeline that returns latents without a sign, if it has made all its steps."""
+        call = self._call
+        if not self._layout.latents_end_early or call is None or call.inputs:
+            return
+        if call.stopped or len(call.norms) == getattr(self.pipe, "_num_timesteps", None):
+            self._finish()
 
     def _reports(self, call: _Call) -> list[ImageReport]:
         rows = [torch.cat([norm, t.to(norm)]) for norm, t in zip(call.norms, call.timesteps, strict=True)]

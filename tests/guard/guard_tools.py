@@ -12,12 +12,17 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     HeunDiscreteScheduler,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {}),
@@ -66,28 +71,111 @@ def tiny_sdxl() -> StableDiffusionXLPipeline:
     return pipe
 
 
+def tiny_sd3() -> StableDiffusion3Pipeline:
+    """A random SD3: one batch of halves, flow matching. Without T5, which SD3 can do without."""
+    torch.manual_seed(0)
+    tokenizer = tiny.tiny_tokenizer()
+    text = CLIPTextConfig(**_text(tokenizer), projection_dim=16)
+    transformer = SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, out_channels=4,
+    )  # fmt: skip
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=_vae(shift_factor=0.06),
+        text_encoder=CLIPTextModelWithProjection(text), tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(text), tokenizer_2=tokenizer, text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    _wake(transformer)
+    return pipe
+
+
+def tiny_flux() -> FluxPipeline:
+    """A random Flux: two calls a step, flow matching, packed latents; a CLIP tokenizer stands in for T5's."""
+    torch.manual_seed(0)
+    tokenizer = tiny.tiny_tokenizer()
+    t5 = T5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    pipe = FluxPipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=_vae(shift_factor=0.06),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**_text(tokenizer))), tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(t5).eval(), tokenizer_2=tokenizer,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    _wake(transformer)
+    return pipe
+
+
+def _text(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 24, "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+
+
+def _vae(**options: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16, layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **options,
+    )  # fmt: skip
+
+
+def _wake(transformer: torch.nn.Module) -> None:
+    """Give a fresh transformer an effect of the text that can be seen: its first weights are tiny."""
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=g) * 0.1)
+
+
 def sample(pipe: Any, prompt: Any = "a cat", seed: int = 3, steps: int = 3, **kwargs: Any) -> torch.Tensor:
     """Sample one seed; `pt` output in float32, so that equality is equality of the decoder's output."""
     generator = torch.Generator().manual_seed(seed)
     return pipe(prompt, num_inference_steps=steps, generator=generator, output_type="pt", **kwargs).images
 
 
+HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_always_called",
+)  # fmt: skip
+METHODS = ("encode_prompt", "prepare_latents", "check_inputs", "maybe_free_model_hooks")
+
+
+def network(pipe: Any) -> Any:
+    return getattr(pipe, "unet", None) or pipe.transformer
+
+
 def state(pipe: Any) -> dict[str, Any]:
     """Everything about a pipeline that a guard could leave changed, by identity where there is one."""
-    unet = pipe.unet
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+    outer = network(pipe)
+    eager = getattr(outer, "_orig_mod", outer)
+    modules = dict(eager.named_modules())
+
+    def own(names: tuple[str, ...], module: Any) -> dict[str, Any]:
+        return {name: vars(module)[name] for name in names if name in vars(module)}
+
+    kept = ("gradient_checkpointing", "_gradient_checkpointing_func", "_compiled_call_impl", "forward")
     return {
         "attributes": set(vars(pipe)),
-        "encode_prompt": pipe.encode_prompt.__func__,
-        "maybe_free_model_hooks": pipe.maybe_free_model_hooks.__func__,
-        "unet attributes": set(vars(unet)),
-        "unet forward": unet.forward.__func__,
-        "hooks": {name: list(getattr(unet, name).items()) for name in hooks},
-        "processors": {name: id(value) for name, value in unet.attn_processors.items()},
+        "interrupt": pipe.interrupt,
+        "methods": [getattr(pipe, name).__func__ for name in METHODS],
+        "network attributes": set(vars(outer)),
+        "network forward": vars(outer).get("forward", outer.forward.__func__ if outer is eager else None),
+        "hooks": {name: list(getattr(outer, name).items()) for name in HOOKS},
+        "inner hooks": {n: {h: list(getattr(m, h).items()) for h in HOOKS} for n, m in modules.items() if n},
+        "inner attributes": {n: own(kept, m) for n, m in modules.items()},
+        "processors": {name: id(value) for name, value in eager.attn_processors.items()},
         "scheduler": (id(pipe.scheduler), type(pipe.scheduler), dict(pipe.scheduler.config)),
-        "requires_grad": [p.requires_grad for p in unet.parameters()],
-        "grad": [p.grad for p in unet.parameters()],
-        "weights": [p._version for p in unet.parameters()],
+        "requires_grad": [p.requires_grad for p in eager.parameters()],
+        "grad": [p.grad for p in eager.parameters()],
+        "weights": [p._version for p in eager.parameters()],
         "grad mode": torch.is_grad_enabled(),
     }
 
