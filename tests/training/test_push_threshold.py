@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import guard_calibration
 import pytest
+from hub_server import HubServer
 
 from ambient_sd.errors import UserError
 from ambient_sd.guard.calibration import FILE_NAME, Calibration
@@ -50,3 +53,16 @@ def test_card_names_the_threshold_and_leaves_out_one_of_earlier_weights(folder: 
     assert "from a score" not in make_card(facts(finished=later), folder)
     (folder / FILE_NAME).unlink()
     assert "from a score" not in make_card(facts(), folder)
+
+
+def test_the_pipeline_finds_a_threshold_on_the_hub_and_takes_a_model_without_one(folder: Path, tmp_path: Path) -> None:
+    code = (
+        "from ambient_sd.guard.pipeline import _threshold_file as find; from ambient_sd.guard.calibration import Calibration; "
+        "print(find('owner/other', {}), Calibration.load(find('owner/name', {'revision': 'main'})).threshold(1, 4))"
+    )
+    with HubServer() as hub:
+        hub.exists = True
+        hub.branches["main"] = {FILE_NAME: (folder / FILE_NAME).read_bytes()}
+        env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+        done = subprocess.run([sys.executable, "-c", code], check=False, env=env, capture_output=True, text=True)
+    assert done.stdout == "None 2.5\n", done.stderr
