@@ -104,7 +104,7 @@ MITIGATIONS: dict[str, tuple[Callable[[Levels], policies.Policy | None], str]] =
               "threshold: 95th percentile of ordinary norms; half the scale is lost at it"),
     "PRSS": (lambda v: policies.Reanchoring(threshold=v.first_high), "threshold: 99th percentile of ordinary first norms"),
     "GUARD": (lambda v: policies.AttentionGuard(), "as published"),
-    "Han": (lambda v: policies.LatentOptimization(target=v.first, max_steps=50), "target as Wen's; at most 50 steps"),
+    "Han": (lambda v: policies.LatentOptimization(target=v.first, max_steps=10), "target and most steps as Wen's"),
     "SAIL": (lambda v: policies.SAIL(target=v.first**2 / 10), "target: a tenth of the squared median first norm"),
     "Ren": (lambda v: policies.AttentionRescaling(), "as published"),
     "RT": (lambda v: policies.RandomTokens(), "as published, 2 to 4 tokens"),
