@@ -206,6 +206,7 @@ class MemorizationGuard:
         self.history: list[list[ImageReport]] = []
         self._undo = contextlib.ExitStack()
         self._evaluation = contextlib.ExitStack()  # what is in place for one evaluation of the network
+        self._weighing = False  # hooks are inside the network, of which a compiled form knows nothing
         self._enabled = False
         self._expected = False  # with two calls: a run has begun, its texts are to come
         self._call: _Call | None = None
@@ -232,6 +233,9 @@ class MemorizationGuard:
             else:  # compiled in place: a hook of now is not in the graph of then
                 undo.callback(vars(network).__setitem__, "_compiled_call_impl", self._compiled)
                 vars(network)["_compiled_call_impl"] = self._around_compiled
+            if self._eager is not network:
+                undo.callback(vars(network).__setitem__, "forward", vars(network)["forward"])
+                vars(network)["forward"] = self._compiled_or_eager(vars(network)["forward"])
             undo.enter_context(_wrapped(self.pipe, "encode_prompt", self._on_encode_prompt, guard=self))
             if self._layout.halves == "calls":  # every pipeline calls this first
                 undo.enter_context(_wrapped(self.pipe, "check_inputs", self._on_start, guard=self))
@@ -402,11 +406,18 @@ class MemorizationGuard:
     def _around_compiled(self, *args: Any, **kwargs: Any) -> Any:
         changed = self._before_network(self._network, args, kwargs)
         args, kwargs = (args, kwargs) if changed is None else changed
-        # Where attention is weighed, the compiled form is put away for the time of the evaluation.
-        run = self._network._call_impl if vars(self._network).get("_compiled_call_impl") is None else self._compiled
+        run = self._network._call_impl if self._weighing else self._compiled
         output = run(*args, **kwargs)  # type: ignore[misc, operator]
         replaced = self._after_network(self._network, args, output)
         return output if replaced is None else replaced
+
+    def _compiled_or_eager(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a wrapped network's `forward` that leaves compilation aside while attention is weighed."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return (self._eager if self._weighing else compiled)(*args, **kwargs)
+
+        return forward
 
     def _before_network(
         self, network: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -634,10 +645,8 @@ class MemorizationGuard:
             return
         at = rows + call.images if half == "both" else rows
         self._evaluation.enter_context(weighed(self._eager, token_weights=weights, key_scale=scale, rows=at))
-        if self._eager is not self._network:  # the compiled form does not know the hooks
-            attributes = vars(self._network)
-            self._evaluation.callback(attributes.__setitem__, "forward", attributes["forward"])
-            attributes["forward"] = self._eager.__call__
+        self._weighing = True
+        self._evaluation.callback(setattr, self, "_weighing", False)
 
     def _tokens(self, call: _Call, length: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return ids and mask of every picture's prompt, or None where tokens are not the rows of the embeddings."""
@@ -699,7 +708,7 @@ class MemorizationGuard:
         table = torch.stack(rows).cpu().double()  # the one transfer: (steps, images + 1)
         active = call.active
         if active is None:
-            active = [bool(value) for value in table[-1, :-1]]
+            active = [value > 0 for value in table[-1, :-1].tolist()]
             table = table[:-1]
         timesteps, change = table[:, -1].tolist(), call.change
         threshold = None if self.threshold is None else self._threshold(len(table))

@@ -149,7 +149,7 @@ METHODS = ("encode_prompt", "prepare_latents", "check_inputs", "maybe_free_model
 
 
 def network(pipe: Any) -> Any:
-    return getattr(pipe, "unet", None) or pipe.transformer
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
 
 def state(pipe: Any) -> dict[str, Any]:

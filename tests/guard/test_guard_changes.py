@@ -362,7 +362,7 @@ def test_gradient_checkpointing_gives_the_same_embeddings_and_is_taken_back_even
         policy = PromptOptimization(1e-3, max_steps=2, gradient_checkpointing=checkpointing)
         counted = evaluations(pipe)
         inner: list[int] = []
-        handle = pipe.unet.down_blocks[0].resnets[0].register_forward_hook(lambda m, a, o: inner.append(1))  # noqa: B023
+        handle = pipe.unet.up_blocks[0].resnets[0].register_forward_pre_hook(lambda m, a: inner.append(1))  # noqa: B023
         with MemorizationGuard(pipe, policy):
             pictures.append(tools.sample(pipe, tools.PROMPTS))
         handle.remove()

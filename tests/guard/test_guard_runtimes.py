@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
+from diffusers import UNet2DConditionModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ambient_sd.errors import UserError
@@ -61,11 +62,23 @@ class Graphs:
         return run
 
 
+def small() -> Any:
+    """A pipeline whose U-Net compiles fast."""
+    pipe = tools.pipeline()
+    torch.manual_seed(0)
+    pipe.unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, cross_attention_dim=16,
+        attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",),
+        mid_block_type=None,
+    )  # fmt: skip
+    return pipe
+
+
 @pytest.mark.parametrize("way", ["wrapped", "in place", "blocks"])
 def test_a_compiled_network_stays_compiled_is_scored_and_can_be_acted_on(way: str) -> None:
     torch._dynamo.reset()
-    plain = tools.pipeline()
-    pipe, graphs = tools.pipeline(), Graphs()
+    plain = small()
+    pipe, graphs = small(), Graphs()
     if way == "wrapped":
         pipe.unet = torch.compile(pipe.unet, backend=graphs)
     elif way == "in place":
@@ -93,7 +106,7 @@ def test_a_compiled_network_stays_compiled_is_scored_and_can_be_acted_on(way: st
 @pytest.mark.parametrize("way", ["wrapped", "in place"])
 def test_an_exception_in_a_compiled_network_leaves_it_as_before(way: str) -> None:
     torch._dynamo.reset()
-    pipe = tools.pipeline()
+    pipe = small()
     if way == "wrapped":
         pipe.unet = torch.compile(pipe.unet, backend="eager")
     else:
@@ -113,7 +126,7 @@ def test_an_exception_in_a_compiled_network_leaves_it_as_before(way: str) -> Non
 
 
 def test_compiling_under_the_guard_is_refused() -> None:
-    pipe = tools.pipeline()
+    pipe = small()
     with MemorizationGuard(pipe):
         pipe.unet.compile(backend="eager")
         with pytest.raises(UserError, match="compiled while the guard was on"):
@@ -122,7 +135,7 @@ def test_compiling_under_the_guard_is_refused() -> None:
 
 def test_aot_graphs_are_scored_too() -> None:
     torch._dynamo.reset()
-    pipe = tools.pipeline()
+    pipe = small()
     expected = guarded(pipe)[1]
     pipe.unet = torch.compile(pipe.unet, backend="aot_eager")
     stock = tools.sample(pipe, tools.PROMPTS)
