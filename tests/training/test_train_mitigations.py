@@ -279,13 +279,14 @@ def test_random_captions_words_and_repetitions_are_what_is_published_for_a_share
                 assert len(b.replace(" ", "")) == 4, "a token of the tiny tokenizer is a character"
                 assert b not in plain
                 continue
-            rest = b.split()
-            assert len(rest) == len(a.split()) + 2
-            for word in a.split():
-                rest.remove(word)
-            assert all(word in a.split() for word in rest) == (kind == "cwr" or set(rest) <= set(a.split()))
-            order = [w for w in b.split() if w in a.split()]
-            assert all(word in order for word in a.split())
+            old, new = a.split(), b.split()
+            assert len(new) == len(old) + 2
+            left = iter(new)
+            assert all(word in left for word in old), "its own words stay, in their order"
+            if kind == "cwr":
+                assert set(new) == set(old)
+        if kind == "rt":
+            assert any(set(b.split()) - set(a.split()) for a, b in changed)
         assert [wording(kind, 0.1).caption(i) for i in reversed(range(n))] == got[::-1], "addressed, not consumed"
         assert [wording(kind, 0.1, seed=1).caption(i) for i in range(n)] != got
         assert [wording(kind, 0.0).caption(i) for i in range(n)] == plain
@@ -366,7 +367,7 @@ def test_several_captions_need_rows_that_have_them_and_a_list_needs_the_option(
     assert [len(rows.captions_of(i)) for i in range(4)] == [3, 3, 3, 1]
     assert rows.subset([3, 0]).captions_of(1) == rows.captions_of(0)
     first = PictureSet(rows._images, rows.captions, rows.names, rows.source)
-    assert rows.fingerprint() != first.fingerprint() == rows.subset([3, 2, 1, 0]).subset([3, 2, 1, 0]).fingerprint()[:0] + first.fingerprint()  # fmt: skip
+    assert rows.fingerprint() != first.fingerprint(), "a checkpoint knows all captions"
 
 
 @pytest.mark.parametrize("cell", [["a", 3], [], [["a"]], ["a", None], ["a", "\ud800"]], ids=str)
