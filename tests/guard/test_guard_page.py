@@ -13,7 +13,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "guard.md").read_text(encoding="utf
 
 def test_the_pages_code_runs_as_written(tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     code, swapped = re.subn(r'^model = ".*$', "model = tiny_base", "\n".join(blocks), flags=re.MULTILINE)
     assert swapped == 1
     exec(compile(code, "docs/guard.md", "exec"), {"tiny_base": tiny_base})
