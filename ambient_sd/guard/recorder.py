@@ -239,7 +239,7 @@ class MemorizationGuard:
             undo.enter_context(_wrapped(self.pipe, "encode_prompt", self._on_encode_prompt, guard=self))
             if self._layout.halves == "calls":  # every pipeline calls this first
                 undo.enter_context(_wrapped(self.pipe, "check_inputs", self._on_start, guard=self))
-            if self._begins:
+            if self._begins and hasattr(self.pipe, "prepare_latents"):
                 undo.enter_context(_wrapped(self.pipe, "prepare_latents", self._on_prepare_latents, guard=self))
             # Every pipeline calls this last: the one sign that a run has ended well.
             undo.enter_context(_wrapped(self.pipe, "maybe_free_model_hooks", self._on_end, guard=self))
