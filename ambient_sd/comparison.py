@@ -33,7 +33,7 @@ from ambient_sd.audit.alignment import DiffusionAlignment
 from ambient_sd.audit.detection import detection_figures
 from ambient_sd.audit.features import EffLite0, Features, Pixels, Sscd, embed
 from ambient_sd.audit.metrics import MEMORIZED_RATIO, Figure, bootstrap, memorized, quality_rows
-from ambient_sd.audit.neighbours import Neighbours, nearest
+from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.report import contact_sheet
 from ambient_sd.data.sources import PictureSet
 from ambient_sd.data.stream import keyed_generator
@@ -304,7 +304,7 @@ def cell_figures(
     captions: Sequence[str],
     judge: DiffusionAlignment,
     settings: Settings,
-) -> tuple[dict[str, Figure], Neighbours]:
+) -> dict[str, Figure]:
     """Measure one model under one mitigation; intervals resample prompts."""
     groups = [c for c in prompts for _ in range(settings.generations)]
     made = embed(cell.pictures, reals.features)
@@ -317,7 +317,7 @@ def cell_figures(
         made["EffLite0"], reals.heldout["EffLite0"], name="EffLite0", groups=groups, seed=settings.seed
     )
     seconds = torch.tensor(cell.column("processor_seconds"), dtype=torch.float64)
-    figures = {
+    return {
         "copied": bootstrap(memorized(pixels, settings.copy_ratio), torch.mean, name="copied", share=True, **options),
         "similarity": bootstrap(close, lambda v: torch.quantile(v, 0.95), name=f"{similar.name} 95th percentile", **options),
         "alignment": bootstrap(aligned.value * 1000, torch.mean, name="alignment x 1000", **options),
@@ -325,7 +325,6 @@ def cell_figures(
         "distance": quality[0].generated,
         "seconds": bootstrap(seconds, torch.mean, name="processor seconds per picture", **options),
     }  # fmt: skip
-    return figures, pixels
 
 
 def compare(settings: Settings, training: PictureSet, heldout: PictureSet, command: str = "") -> dict[str, Any]:
@@ -380,17 +379,21 @@ def compare(settings: Settings, training: PictureSet, heldout: PictureSet, comma
             cell = draw_cell(
                 pipe, settings.out / "cells" / model / name, prompts, settings, make(levels), f"{model}, {name}"
             )
-            figures, _ = cell_figures(cell, reals, prompts, captions, judge, settings)
+            figures = _kept_figures(
+                settings.out / "cells" / model / name / "figures.json",
+                prompts,
+                lambda cell=cell, prompts=prompts: cell_figures(cell, reals, prompts, captions, judge, settings),  # type: ignore[misc]
+            )
             found["mitigations"][name] = {
-                "rule": rule,
-                "figures": {key: figure.as_dict() for key, figure in figures.items()},
-                "iterations": float(np.mean(cell.column("iterations"))),
-            }
+                "rule": rule, "figures": figures, "iterations": float(np.mean(cell.column("iterations"))),
+            }  # fmt: skip
             if cell.records[0]["memory_mb"] is not None:
                 found["mitigations"][name]["peak_memory_mb"] = max(cell.column("memory_mb"))
             shown[model][name] = cell.pictures[::k]
             contact_sheet(cell.pictures[::k], 10).save(settings.out / f"{model}-{_file_name(name)}.png")
-            print(f"{model}, {name}: " + ", ".join(f"{f.name} {f.value:.3g}" for f in figures.values()), flush=True)
+            print(
+                f"{model}, {name}: " + ", ".join(f"{f['name']} {f['value']:.3g}" for f in figures.values()), flush=True
+            )
         result["models"][model] = found
     originals = [reals.images[reals.captions.index(captions[i])] for i in chosen]
     result["mitigated_prompts"] = [captions[i] for i in chosen]
@@ -398,6 +401,19 @@ def compare(settings: Settings, training: PictureSet, heldout: PictureSet, comma
     _write(settings.out / "comparison.md", tables(result))
     _write(settings.out / "comparison.html", page(result, originals, shown))
     return result
+
+
+def _kept_figures(
+    path: Path, prompts: Sequence[str], measure: Callable[[], dict[str, Figure]]
+) -> dict[str, dict[str, Any]]:
+    """Return a cell's figures, measured once: the judge takes longer than the sampler."""
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["prompts"] == list(prompts):
+            return dict(kept["figures"])
+    figures = {name: figure.as_dict() for name, figure in measure().items()}
+    _write(path, json.dumps({"prompts": list(prompts), "figures": figures}))
+    return figures
 
 
 def _load(folder: str) -> Any:
