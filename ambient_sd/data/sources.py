@@ -316,7 +316,7 @@ class _Cells:
     local: bool
 
     def __call__(self, index: int) -> bytes | Path:
-        return _encoded(self.cell(index), f"row {index} of {self.source}", self.folder, self.local)
+        return _encoded(self.cell(index), self.folder, self.local)
 
 
 @dataclass(frozen=True)
@@ -524,7 +524,7 @@ def _from_hub(
     return _Table(name, data.remove_columns([image_column]), image, lambda i: f"row {i}")
 
 
-def _encoded(cell: Any, where: str, folder: Path, local: bool) -> bytes | Path:
+def _encoded(cell: Any, folder: Path, local: bool) -> bytes | Path:
     """Return what a cell holds of a picture: its bytes, or the path of its file."""
     if isinstance(cell, Mapping):
         cell = cell.get("bytes") or cell.get("path")
@@ -534,7 +534,7 @@ def _encoded(cell: Any, where: str, folder: Path, local: bool) -> bytes | Path:
             raise _Undecodable(f"{one_line(cell, 80)} is no path inside the folder of the file")
         return folder / cell
     if not isinstance(cell, bytes):
-        raise _Undecodable(f"{where} holds {type(cell).__name__}, not the bytes or path of a picture")
+        raise _Undecodable(f"{type(cell).__name__} is not the bytes or path of a picture")
     return cell
 
 

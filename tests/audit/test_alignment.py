@@ -53,13 +53,13 @@ def test_alignment_holds_the_own_prompt_against_fixed_other_ones() -> None:
     assert got.hit.tolist() == [bool(e[0] < e[1:].min()) for e in errors]
 
 
-def test_pictures_that_the_judge_was_not_trained_on_fit_their_captions_better_than_others() -> None:
+def test_pictures_that_the_judge_knows_fit_their_captions_better_than_others() -> None:
     pipe = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None)
-    rows = list(load_rows(PICTURES, split="finetune"))[::60]
+    rows = list(load_rows(PICTURES, split="base"))[::90]
     measure = DiffusionAlignment(pipe, resolution=64)
     pictures, captions = [r.image for r in rows], [r.caption for r in rows]
     right, wrong = measure(pictures, captions), measure(pictures, captions[7:] + captions[:7])
-    assert right.hit.double().mean() > 0.4  # 0.2 by chance
+    assert right.hit.double().mean() > 0.5  # 0.2 by chance
     assert right.value.mean() > 2 * right.value.std() / len(rows) ** 0.5
     assert wrong.value.mean() < right.value.mean() / 2
 
