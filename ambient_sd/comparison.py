@@ -353,7 +353,7 @@ def compare(settings: Settings, training: PictureSet, heldout: PictureSet, comma
         base = draw_cell(
             pipe, settings.out / "cells" / model / "all", captions, settings, None, f"{model}, all prompts"
         )
-        near = nearest(embed(base.pictures, reals.features)["pixels64"], reals.training["pixels64"])
+        near = nearest(reals.features[0](base.pictures), reals.training["pixels64"])
         known, ordinary = truth(memorized(near, settings.copy_ratio), k)
         curves = torch.tensor(base.column("curve"), dtype=torch.float64).view(len(captions), k, -1)
         found: dict[str, Any] = {"memorized_prompts": len(known), "ordinary_prompts": len(ordinary),
