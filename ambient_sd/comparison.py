@@ -1,8 +1,9 @@
 """Every detector and every mitigation on one model whose memorized prompts are known by measurement, side by side.
 
 1. Every caption of the training pictures is sampled without mitigation, `generations` times. A prompt is *memorized* if at least
-   half of its pictures are copies (d1 / d2 < 1/3, pixels), *ordinary* if none is; the few in between are left out of the
-   detectors' table and counted. No list of duplicates is consulted: ground truth is what came out.
+   half of its pictures are copies (d1 / d2 < 1/3, pixels), *ordinary* if none is. Detectors are tried on those of the ordinary
+   ones whose pictures all keep clear of copying (d1 / d2 >= 2/3, midway to 1): a blurred copy is no false alarm. The rest is counted
+   and left out of their table. No list of duplicates is consulted: ground truth is what came out.
 2. Detectors score the same runs: Wen et al. over 1, 5 and all steps, 1 and all generations; anisotropy.
 3. Mitigations sample the memorized prompts again from the same start noise. Settings that are per model (targets, caps,
    thresholds) come from the ordinary prompts' scores, by the rule written beside each.
@@ -235,6 +236,12 @@ def truth(copied: torch.Tensor, generations: int) -> tuple[list[int], list[int]]
     return torch.nonzero(share >= 0.5).flatten().tolist(), torch.nonzero(share == 0).flatten().tolist()
 
 
+def clear_of_copying(ratios: torch.Tensor, generations: int, ordinary: Sequence[int], ratio: float) -> list[int]:
+    """Return those of the ordinary prompts whose pictures all have d1 / d2 >= `ratio`; `ratios` is prompt by prompt."""
+    least = ratios.view(-1, generations).amin(1)
+    return [i for i in ordinary if float(least[i]) >= ratio]
+
+
 def detector_figures(
     curves: torch.Tensor, generations: int, memorized_prompts: Sequence[int], ordinary: Sequence[int], seed: int
 ) -> list[dict[str, Any]]:
@@ -355,13 +362,14 @@ def compare(settings: Settings, training: PictureSet, heldout: PictureSet, comma
         )
         near = nearest(reals.features[0](base.pictures), reals.training["pixels64"])
         known, ordinary = truth(memorized(near, settings.copy_ratio), k)
+        clear = clear_of_copying(near.ratio, k, ordinary, (1 + settings.copy_ratio) / 2)
         curves = torch.tensor(base.column("curve"), dtype=torch.float64).view(len(captions), k, -1)
         found: dict[str, Any] = {"memorized_prompts": len(known), "ordinary_prompts": len(ordinary),
-                                 "between": len(captions) - len(known) - len(ordinary), "detectors": []}  # fmt: skip
-        if known and ordinary:
-            found["detectors"] = detector_figures(curves, k, known, ordinary, settings.seed)
+                                 "clear_prompts": len(clear), "between": len(captions) - len(known) - len(clear), "detectors": []}  # fmt: skip
+        if known and clear:
+            found["detectors"] = detector_figures(curves, k, known, clear, settings.seed)
             terms = anisotropy_terms(pipe, settings.out / "cells" / model / "anisotropy.json", captions, settings)
-            found["detectors"] += anisotropy_figures(terms, k, known, ordinary, settings.seed)
+            found["detectors"] += anisotropy_figures(terms, k, known, clear, settings.seed)
         if not chosen:
             if not known or len(ordinary) < 2:
                 raise UserError(f"{len(known)} memorized and {len(ordinary)} ordinary prompts of {model}",
@@ -488,7 +496,7 @@ def tables(result: Mapping[str, Any]) -> str:
     lines = []
     for model, found in result["models"].items():
         lines += [f"### {model}: detectors", "",
-                  f"{found['memorized_prompts']} memorized and {found['ordinary_prompts']} ordinary prompts, {found['between']} in between.",
+                  f"{found['memorized_prompts']} memorized prompts, {found['clear_prompts']} clear of copying, {found['between']} in between.",
                   "", "| detector | steps | generations | AUC | TPR@1%FPR |", "|---|---|---|---|---|"]  # fmt: skip
         for row in found["detectors"]:
             cells = [_cell(figure, 1, ".3f", "") for figure in row["figures"]]

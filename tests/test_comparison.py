@@ -25,6 +25,11 @@ def test_a_prompt_is_memorized_if_half_of_its_pictures_are_copies_and_ordinary_i
     assert truth(copied.flatten(), 4) == ([0, 1], [3])
 
 
+def test_a_blurred_copy_is_no_false_alarm() -> None:
+    ratios = torch.tensor([[0.9, 0.95], [0.9, 0.5], [0.67, 0.99], [0.8, 0.8]], dtype=torch.float64).flatten()
+    assert comparison.clear_of_copying(ratios, 2, [0, 1, 2], 2 / 3) == [0, 2]
+
+
 def test_detectors_average_over_the_steps_and_generations_that_they_are_named_after() -> None:
     # Memorized prompts stand out at the first step only, and only in the mean over both generations.
     curves = torch.full((6, 2, 6), 10.0, dtype=torch.float64)
@@ -119,7 +124,7 @@ def test_hostile_prompts_are_text_on_the_page() -> None:
     )
     result = {
         "settings": {}, "command": HOSTILE, "prompts": 1, "mitigated_prompts": [HOSTILE],
-        "models": {"a": {"memorized_prompts": 1, "ordinary_prompts": 0, "between": 0, "detectors": [],
+        "models": {"a": {"memorized_prompts": 1, "ordinary_prompts": 0, "clear_prompts": 0, "between": 0, "detectors": [],
                          "mitigations": {"none": {"rule": HOSTILE, "figures": figures}}}},
     }  # fmt: skip
     text = page(result, [Image.new("RGB", (4, 4))], {"a": {"none": [Image.new("RGB", (4, 4))]}})
