@@ -108,7 +108,7 @@ class TokenGradients(Policy):
     """
 
     def __init__(self, gradient_checkpointing: bool = False) -> None:
-        self.gradient_checkpointing = gradient_checkpointing  # read by the guard, which owns the network
+        self.gradient_checkpointing = gradient_checkpointing
         self.total: torch.Tensor | None = None
         self.steps = 0
         self.token_ids: torch.Tensor | None = None

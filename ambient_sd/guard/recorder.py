@@ -548,7 +548,7 @@ class MemorizationGuard:
     ) -> NetworkHalves:
         return NetworkHalves(
             self._eager, self._layout, cond=inputs["cond"], uncond=inputs["uncond"], n=call.images, timestep=timestep[0],
-            noise_factor=factor[0], weights=weights, checkpointing=bool(getattr(self.policy, "gradient_checkpointing", False)),
+            noise_factor=factor[0], weights=weights, checkpointing=self.policy is not None and self.policy.gradient_checkpointing,
         )  # fmt: skip
 
     # -- what a policy changes -----------------------------------------------------------------------------------

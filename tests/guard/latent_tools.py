@@ -33,10 +33,7 @@ class HandHalves(Halves):
         rows: torch.Tensor | None = None,
         sample: torch.Tensor | None = None,
         embeds: torch.Tensor | None = None,
-        pooled: torch.Tensor | None = None,
-        token_weights: torch.Tensor | None = None,
-        key_scale: torch.Tensor | None = None,
-        timestep: torch.Tensor | None = None,
+        **_: Any,
     ) -> torch.Tensor:
         rows = torch.arange(len(self.sample)) if rows is None else rows
         sample = self.sample[rows] if sample is None else sample

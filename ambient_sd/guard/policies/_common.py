@@ -1,4 +1,4 @@
-"""What several policies share: checks of their arguments, and rows of encoded prompts."""
+"""What several policies share: checks of their arguments and of the first step, and rows of encoded prompts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from ambient_sd.errors import UserError
-from ambient_sd.guard.policies.base import Encoded
+from ambient_sd.guard.policies.base import Encoded, Halves
+
+_NO_SIGNAL = 1e-3  # noise factors below this: the first step carries no score (alpha_t = 0 at zero terminal SNR)
 
 
 def number(name: str, value: Any, *, least: float | None = None, above: float | None = None) -> float:
@@ -28,6 +30,30 @@ def whole(name: str, value: Any, *, least: int | None = None) -> int:
         bound = "" if least is None else f", at least {least}"
         raise UserError(f"{name} {value!r}", rule=f"it must be a whole number{bound}")
     return value
+
+
+def require_positive(**values: float) -> None:
+    """Raise a `UserError` unless every value is a finite number above 0."""
+    for name, value in values.items():
+        if not (math.isfinite(value) and value > 0):
+            raise UserError(f"{name} {value}", rule="it must be a finite number above 0")
+
+
+def step_limit(max_steps: int) -> int:
+    """Return the most optimizer steps as an int, or raise a `UserError` unless it is a whole number, at least 1."""
+    if int(max_steps) != max_steps or max_steps < 1:
+        raise UserError(f"max_steps {max_steps}", rule="it must be a whole number, at least 1")
+    return int(max_steps)
+
+
+def require_signal(halves: Halves, what: str = "prompt") -> None:
+    """Raise a `UserError` where the first step has no score to read, whatever the `what`; this waits for the device."""
+    if float(halves.noise_factor) < _NO_SIGNAL:
+        raise UserError(
+            f"the first step (timestep {float(halves.timestep):g}) carries no score",
+            rule=f"with zero terminal SNR alpha_t is 0 there, so || eps_c - eps_u || is 0 for every {what}",
+            remedy="use a scheduler without rescale_betas_zero_snr, or another policy",
+        )
 
 
 def with_rows(own: Encoded, rows: list[int], new: Encoded) -> Encoded:

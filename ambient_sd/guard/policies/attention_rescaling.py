@@ -19,8 +19,8 @@ from __future__ import annotations
 import torch
 
 from ambient_sd.errors import UserError
+from ambient_sd.guard.policies._common import require_positive
 from ambient_sd.guard.policies.base import Change, Policy, SamplingStart
-from ambient_sd.guard.policies.latents import require_positive
 
 
 class AttentionRescaling(Policy):

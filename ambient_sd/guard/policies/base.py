@@ -162,7 +162,17 @@ class Step:
 
 
 class Policy:
-    """Base of all mitigations; override one method or both."""
+    """Base of all mitigations; override one method or both.
+
+    Attributes:
+        begins_first: `begin` words the prompt anew; in a `Compose` it must stand before all others that begin.
+        begins_alone: `begin` leaves others no score to read; in a `Compose` it must be the only one that begins.
+        gradient_checkpointing: under `Halves.enable_grad` activations are recomputed; the guard, which owns the network, reads it.
+    """
+
+    begins_first = False
+    begins_alone = False
+    gradient_checkpointing = False
 
     def begin(self, start: SamplingStart) -> Change | None:
         """Look at the first step before it is taken; return what to replace, or None to change nothing."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -29,8 +30,8 @@ _FIELDS = ("embeds", "pooled", "uncond_embeds", "uncond_pooled", "sample", "toke
 class Compose(Policy):
     """Apply several policies as one; the order matters (see the module).
 
-    A class with a true attribute `begins_first` must stand before all others that override `begin`; one with
-    `begins_alone` must be the only one that does.
+    A policy with `begins_first` must stand before all others that override `begin`; one with `begins_alone` must be the
+    only one that does.
 
     Args:
         policies: one or more; a `Compose` among them counts as its parts in its place.
@@ -57,14 +58,14 @@ class Compose(Policy):
         self._beginners = [policy for policy in parts if _begins(policy)]
         for place, policy in enumerate(self._beginners):
             name = type(policy).__name__
-            if getattr(policy, "begins_alone", False) and len(self._beginners) > 1:
+            if policy.begins_alone and len(self._beginners) > 1:
                 others = ", ".join(type(other).__name__ for other in self._beginners if other is not policy)
                 raise UserError(
                     f"{name} does not combine with {others}",
                     rule="with it the two halves are two prompts, and no other policy may change them before the first step",
                     remedy="use one of them",
                 )
-            if getattr(policy, "begins_first", False) and place > 0:
+            if policy.begins_first and place > 0:
                 raise UserError(
                     f"{name} after {type(self._beginners[place - 1]).__name__}",
                     rule="it words the prompt anew, so what policies before it made of the embeddings would be lost",
@@ -82,7 +83,7 @@ class Compose(Policy):
                 continue
             total = change if total is None else _merged(start, total, change)
             if any(change.changed):
-                reworded = getattr(policy, "begins_first", False)
+                reworded = policy.begins_first
                 now = dataclasses.replace(
                     start,
                     halves=_ChangedHalves(start.halves, total),
@@ -133,30 +134,15 @@ class _ChangedHalves(Halves):
         self.cond, self.uncond = Encoded(cond, now["pooled"]), Encoded(uncond, now["uncond_pooled"])
         self.token_weights, self.key_scale = now["token_weights"], now["key_scale"]
 
-    def predict(
-        self,
-        half: Half,
-        *,
-        rows: torch.Tensor | None = None,
-        sample: torch.Tensor | None = None,
-        embeds: torch.Tensor | None = None,
-        pooled: torch.Tensor | None = None,
-        token_weights: torch.Tensor | None = None,
-        key_scale: torch.Tensor | None = None,
-        timestep: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        def filled(given: torch.Tensor | None, own: torch.Tensor | None) -> torch.Tensor | None:
-            if given is not None or own is None:
-                return given
-            return own if rows is None else own[rows.to(own.device)]
-
+    def predict(self, half: Half, *, rows: torch.Tensor | None = None, **given: Any) -> torch.Tensor:
         encoded = self.cond if half == "cond" else self.uncond
+        own = {"sample": self.sample, "embeds": encoded.embeds, "pooled": encoded.pooled}
         if half == "cond":
-            token_weights, key_scale = filled(token_weights, self.token_weights), filled(key_scale, self.key_scale)
-        return self.inner.predict(
-            half, rows=rows, sample=filled(sample, self.sample), embeds=filled(embeds, encoded.embeds),
-            pooled=filled(pooled, encoded.pooled), token_weights=token_weights, key_scale=key_scale, timestep=timestep,
-        )  # fmt: skip
+            own |= {"token_weights": self.token_weights, "key_scale": self.key_scale}
+        for name, value in own.items():
+            if given.get(name) is None and value is not None:
+                given[name] = value if rows is None else value[rows.to(value.device)]
+        return self.inner.predict(half, rows=rows, **given)
 
     def enable_grad(self) -> AbstractContextManager[None]:
         return self.inner.enable_grad()

@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from ambient_sd.errors import UserError
+from ambient_sd.guard.policies._common import require_positive
 from ambient_sd.guard.policies.base import Policy, Step
-from ambient_sd.guard.policies.latents import require_positive
 
 Statistic = Literal["logits", "weights"]
 

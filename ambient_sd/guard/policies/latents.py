@@ -15,11 +15,9 @@ import math
 
 import torch
 
-from ambient_sd.errors import UserError
+from ambient_sd.guard.policies._common import require_positive, require_signal, step_limit
 from ambient_sd.guard.policies.base import Change, Halves, Policy, SamplingStart
 from ambient_sd.guard.scores import guidance_norm
-
-_NO_SIGNAL = 1e-3  # noise factors below this: the first step carries no score (alpha_t = 0 at zero terminal SNR)
 
 
 class LatentPolicy(Policy, abc.ABC):
@@ -37,10 +35,8 @@ class LatentPolicy(Policy, abc.ABC):
 
     def __init__(self, target: float, lr: float, max_steps: int, gradient_checkpointing: bool) -> None:
         require_positive(target=target, lr=lr)
-        if int(max_steps) != max_steps or max_steps < 1:
-            raise UserError(f"max_steps {max_steps}", rule="it must be a whole number, at least 1")
-        self.target, self.lr, self.max_steps = float(target), float(lr), int(max_steps)
-        self.gradient_checkpointing = gradient_checkpointing  # read by the guard, which owns the network
+        self.target, self.lr, self.max_steps = float(target), float(lr), step_limit(max_steps)
+        self.gradient_checkpointing = gradient_checkpointing
 
     @abc.abstractmethod
     def optimizer(self, x: torch.Tensor) -> torch.optim.Optimizer:
@@ -53,12 +49,7 @@ class LatentPolicy(Policy, abc.ABC):
     def begin(self, start: SamplingStart) -> Change:
         """Return the optimised latents; a picture that is under the target already keeps its own."""
         halves = start.halves
-        if halves.noise_factor < _NO_SIGNAL:
-            raise UserError(
-                f"the first step (timestep {float(halves.timestep):g}) carries no score",
-                rule="with zero terminal SNR alpha_t is 0 there, so || eps_c - eps_u || is 0 for every latent",
-                remedy="use a scheduler without rescale_betas_zero_snr, or another policy",
-            )
+        require_signal(halves, "latent")
         n = len(start.active)
         changed, iterations = [False] * n, [0] * n
         before, after = [math.nan] * n, [math.nan] * n  # of pictures that nobody asked about nothing is measured
@@ -109,10 +100,3 @@ def noise_difference(halves: Halves, row: torch.Tensor, x: torch.Tensor) -> torc
 def norm_of(difference: torch.Tensor) -> torch.Tensor:
     """Return the L2 norm of each picture's `(m, C, H, W)`, `(m,)`."""
     return guidance_norm(cond=difference, uncond=torch.zeros_like(difference))
-
-
-def require_positive(**values: float) -> None:
-    """Raise a `UserError` unless every value is a finite number above 0."""
-    for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise UserError(f"{name} {value}", rule="it must be a finite number above 0")

@@ -16,11 +16,9 @@ import math
 
 import torch
 
-from ambient_sd.errors import UserError
+from ambient_sd.guard.policies._common import require_positive, require_signal, step_limit
 from ambient_sd.guard.policies.base import Change, Policy, SamplingStart
 from ambient_sd.guard.scores import guidance_norm
-
-_NO_SIGNAL = 1e-3  # noise factors below this: the first step carries no score (alpha_t = 0 at zero terminal SNR)
 
 
 class PromptOptimization(Policy):
@@ -42,23 +40,14 @@ class PromptOptimization(Policy):
     def __init__(
         self, target: float, lr: float = 0.05, max_steps: int = 10, gradient_checkpointing: bool = False
     ) -> None:
-        for name, value in (("target", target), ("lr", lr)):
-            if not (math.isfinite(value) and value > 0):
-                raise UserError(f"{name} {value}", rule="it must be a finite number above 0")
-        if int(max_steps) != max_steps or max_steps < 1:
-            raise UserError(f"max_steps {max_steps}", rule="it must be a whole number, at least 1")
-        self.target, self.lr, self.max_steps = float(target), float(lr), int(max_steps)
-        self.gradient_checkpointing = gradient_checkpointing  # read by the guard, which owns the network
+        require_positive(target=target, lr=lr)
+        self.target, self.lr, self.max_steps = float(target), float(lr), step_limit(max_steps)
+        self.gradient_checkpointing = gradient_checkpointing
 
     def begin(self, start: SamplingStart) -> Change:
         """Return the optimised embeddings; a picture that is under the target already keeps its own."""
         halves = start.halves
-        if halves.noise_factor < _NO_SIGNAL:
-            raise UserError(
-                f"the first step (timestep {float(halves.timestep):g}) carries no score",
-                rule="with zero terminal SNR alpha_t is 0 there, so || eps_c - eps_u || is 0 for every prompt",
-                remedy="use a scheduler without rescale_betas_zero_snr, or another policy",
-            )
+        require_signal(halves)
         n = len(start.active)
         first, best = [math.nan] * n, [math.nan] * n  # of pictures that nobody asked about nothing is measured
         iterations, changed = [0] * n, [False] * n

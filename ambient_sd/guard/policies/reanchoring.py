@@ -25,12 +25,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from ambient_sd.errors import UserError
-from ambient_sd.guard.policies._common import number, with_rows
+from ambient_sd.guard.policies._common import number, require_signal, with_rows
 from ambient_sd.guard.policies.base import Change, Encoded, Policy, SamplingStart
 from ambient_sd.guard.scores import guidance_norm
 
 Texts = str | Sequence[str]
-_NO_SIGNAL = 1e-3  # noise factors below this: the first step carries no score (alpha_t = 0 at zero terminal SNR)
 
 
 def leave_words_out(prompt: str, most: int = 25) -> list[str]:
@@ -91,12 +90,7 @@ class Reanchoring(Policy):
                 remedy="call it with prompt=",
             )
         halves = start.halves
-        if float(halves.noise_factor) < _NO_SIGNAL:
-            raise UserError(
-                f"the first step (timestep {float(halves.timestep):g}) carries no score",
-                rule="with zero terminal SNR alpha_t is 0 there, so || eps_c - eps_u || is 0 for every prompt",
-                remedy="use a scheduler without rescale_betas_zero_snr, or another policy",
-            )
+        require_signal(halves)
         with torch.no_grad():
             cond, uncond = halves.predict("cond"), halves.predict("uncond")
             before: list[float] = (guidance_norm(cond=cond, uncond=uncond) * halves.noise_factor).tolist()

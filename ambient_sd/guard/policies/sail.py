@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import torch
 
+from ambient_sd.guard.policies._common import require_positive
 from ambient_sd.guard.policies.base import Halves
-from ambient_sd.guard.policies.latents import LatentPolicy, noise_difference, norm_of, require_positive
+from ambient_sd.guard.policies.latents import LatentPolicy, noise_difference, norm_of
 
 
 class SAIL(LatentPolicy):
