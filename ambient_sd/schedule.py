@@ -153,6 +153,23 @@ class NoiseSchedule:
             return t / (self.num_train_timesteps - t)
         return sigma / alpha
 
+    def predicted_noise(self, output: torch.Tensor, *, sample: torch.Tensor, timestep: int) -> torch.Tensor:
+        """Return the noise that a network's output stands for at a timestep of a variance-preserving schedule.
+
+        epsilon: `o`;  v: `alpha o + sigma x_t`;  sample: `(x_t - alpha o) / sigma`.
+
+        Args:
+            output: in the parametrisation of `prediction_type`, `(B, C, H, W)`.
+            sample: the network's input x_t, same shape.
+            timestep: whole, of the schedule.
+        """
+        alpha, sigma = (float(x) for x in self.coefficients(torch.tensor(timestep)))
+        if self.prediction_type == "epsilon":
+            return output
+        if self.prediction_type == "v_prediction":
+            return alpha * output + sigma * sample
+        return (sample - alpha * output) / sigma
+
     def timestep(self, level: float) -> float:
         """Return the timestep whose noise level is `level`: the inverse of `level`.
 

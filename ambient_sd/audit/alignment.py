@@ -127,12 +127,7 @@ class DiffusionAlignment:
             for eps in noises.to(device):
                 x_t = (alpha * x0 + sigma * eps).repeat_interleave(m, dim=0)
                 out = pipe.unet(x_t.to(dtype), steps, context).sample.float()
-                error = (self._eps(out, x_t, alpha, sigma) - eps).square().flatten(1).mean(1)
+                noise = self.schedule.predicted_noise(out, sample=x_t, timestep=t)
+                error = (noise - eps).square().flatten(1).mean(1)
                 total += error.view(n, m).double().cpu()
         return total / (len(self.timesteps) * self.noise.shape[1])
-
-    def _eps(self, out: Tensor, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
-        kind = self.schedule.prediction_type
-        if kind == "epsilon":
-            return out
-        return alpha * out + sigma * x_t if kind == "v_prediction" else (x_t - alpha * out) / sigma

@@ -68,26 +68,6 @@ def alignment(*, cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cosine_similarity(cond - uncond, uncond, dim=1).flatten(1).mean(dim=1)
 
 
-def predicted_noise(
-    output: torch.Tensor, *, sample: torch.Tensor, timestep: int, schedule: NoiseSchedule
-) -> torch.Tensor:
-    """Return the noise that a network's output stands for at a timestep.
-
-    epsilon: `o`;  v: `alpha o + sigma x_t`;  sample: `(x_t - alpha o) / sigma`.
-
-    Args:
-        output: in the network's parametrisation, `(B, C, H, W)`.
-        sample: the network's input x_t, same shape.
-        timestep: whole, of the schedule.
-    """
-    alpha, sigma = (float(x) for x in schedule.coefficients(torch.tensor(timestep)))
-    if schedule.prediction_type == "epsilon":
-        return output
-    if schedule.prediction_type == "v_prediction":
-        return alpha * output + sigma * sample
-    return (sample - alpha * output) / sigma
-
-
 @torch.no_grad()
 def anisotropy(
     pipe: Any, prompt: str | Sequence[str], *, low_timestep: int = LOW_TIMESTEP, **options: Any
@@ -134,8 +114,9 @@ class _Watcher(Policy):
         first = [halves.predict(half) for half in ("cond", "uncond")]
         low = torch.as_tensor(self.low_timestep, device=halves.timestep.device, dtype=halves.timestep.dtype)
         noises = [
-            predicted_noise(halves.predict(half, timestep=low), sample=halves.sample, timestep=self.low_timestep,
-                            schedule=self.schedule)
+            self.schedule.predicted_noise(
+                halves.predict(half, timestep=low), sample=halves.sample, timestep=self.low_timestep
+            )
             for half in ("cond", "uncond")
         ]  # fmt: skip
         self.norms = scores.guidance_norm(cond=first[0], uncond=first[1]) * halves.noise_factor

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ambient_sd.errors import UserError
-from ambient_sd.guard.anisotropy import Anisotropy, alignment, anisotropy, predicted_noise
+from ambient_sd.guard.anisotropy import Anisotropy, alignment, anisotropy
 from ambient_sd.schedule import NoiseSchedule
 
 
@@ -45,7 +45,7 @@ def test_noise_is_recovered_from_every_parametrisation(kind: str) -> None:
     alpha, sigma = (float(x) for x in schedule.coefficients(41))
     x0, eps = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     output = {"epsilon": eps, "v_prediction": alpha * eps - sigma * x0, "sample": x0}[kind]
-    found = predicted_noise(output, sample=alpha * x0 + sigma * eps, timestep=41, schedule=schedule)
+    found = schedule.predicted_noise(output, sample=alpha * x0 + sigma * eps, timestep=41)
     assert torch.allclose(found, eps, atol=1e-9)
 
 
