@@ -23,7 +23,7 @@ import torch
 from ambient_sd import __version__
 from ambient_sd.audit.detection import detection_figures, threshold_at
 from ambient_sd.audit.metrics import bootstrap
-from ambient_sd.drawing import DrawSettings, check_prompts, digest, draw, home, load
+from ambient_sd.drawing import DrawSettings, check_prompts, digest, draw, home, load, read_prompts
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.guard.calibration import Calibration, Entry, ModelPrint
 from ambient_sd.guard.recorder import MemorizationGuard
@@ -239,8 +239,6 @@ def _append(path: Path, row: dict[str, Any], mode: Literal["a", "w"] = "a") -> N
 
 def read_both(ordinary: str, memorized: str | None) -> tuple[list[str], list[str]]:
     """Return the prompts of both files; one that stands in both is refused."""
-    from ambient_sd.drawing import read_prompts
-
     first: list[str] = read_prompts(ordinary)
     second: Sequence[str] = read_prompts(memorized) if memorized else []
     both = set(first) & set(second)

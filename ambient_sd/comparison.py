@@ -16,10 +16,12 @@ Above the wings: it uses guard, audit and data.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import hashlib
 import html
+import io
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +41,7 @@ from ambient_sd.audit.report import contact_sheet
 from ambient_sd.data.sources import PictureSet
 from ambient_sd.data.stream import keyed_generator
 from ambient_sd.errors import UserError
+from ambient_sd.files import write_whole
 from ambient_sd.guard import policies
 from ambient_sd.guard.anisotropy import anisotropy
 from ambient_sd.guard.pipeline import AmbientSDPipeline
@@ -188,12 +191,8 @@ def _draw_chunk(
         for r in reports
     ]  # fmt: skip
     sheet = np.concatenate([np.asarray(image.convert("RGB")) for image in out.images], axis=1)
-    part = folder / f".{number:05d}.part.png"
-    Image.fromarray(sheet).save(part)
-    os.replace(part, folder / f"{number:05d}.png")
-    part = folder / f".{number:05d}.part.json"
-    part.write_text(json.dumps(rows), encoding="utf-8")
-    os.replace(part, folder / f"{number:05d}.json")
+    write_whole(folder / f"{number:05d}.png", _png(Image.fromarray(sheet)))
+    write_whole(folder / f"{number:05d}.json", json.dumps(rows))
 
 
 # --- truth and detectors ---------------------------------------------------------------------------------------------
@@ -274,7 +273,7 @@ def anisotropy_terms(pipe: Any, path: Path, prompts: Sequence[str], settings: Se
                 guidance_scale=settings.guidance_scale, height=settings.resolution, width=settings.resolution,
             )  # fmt: skip
             rows += [[a.norm, a.alignment] for a in found]
-        _write(path, json.dumps(rows))
+        write_whole(path, json.dumps(rows))
     return torch.tensor(json.loads(path.read_text(encoding="utf-8")), dtype=torch.float64).view(len(prompts), k, 2)
 
 
@@ -405,9 +404,9 @@ def compare(settings: Settings, training: PictureSet, heldout: PictureSet, comma
         result["models"][model] = found
     originals = [reals.images[reals.captions.index(captions[i])] for i in chosen]
     result["mitigated_prompts"] = [captions[i] for i in chosen]
-    _write(settings.out / "comparison.json", json.dumps(result, indent=1) + "\n")
-    _write(settings.out / "comparison.md", tables(result))
-    _write(settings.out / "comparison.html", page(result, originals, shown))
+    write_whole(settings.out / "comparison.json", json.dumps(result, indent=1) + "\n")
+    write_whole(settings.out / "comparison.md", tables(result))
+    write_whole(settings.out / "comparison.html", page(result, originals, shown))
     return result
 
 
@@ -420,7 +419,7 @@ def _kept_figures(
         if kept["prompts"] == list(prompts):
             return dict(kept["figures"])
     figures = {name: figure.as_dict() for name, figure in measure().items()}
-    _write(path, json.dumps({"prompts": list(prompts), "figures": figures}))
+    write_whole(path, json.dumps({"prompts": list(prompts), "figures": figures}))
     return figures
 
 
@@ -456,23 +455,14 @@ def _claim(settings: Settings, training: PictureSet) -> None:
             raise UserError(f"{settings.out} holds a comparison with other {', '.join(other)}",
                             rule="a comparison goes on with what it began", remedy="give another --out")  # fmt: skip
         own["models"] = shared | models
-    _write(path, json.dumps(own, indent=1) + "\n")
+    write_whole(path, json.dumps(own, indent=1) + "\n")
 
 
 def _digest(folder: Path) -> str:
-    import hashlib
-
     digest = hashlib.sha256()
     for path in sorted((folder / "unet").glob("*.safetensors")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def _file_name(name: str) -> str:
@@ -556,13 +546,14 @@ def page(
     )
 
 
-def _picture(image: Image.Image, alt: str) -> str:
-    import base64
-    import io
-
+def _png(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _picture(image: Image.Image, alt: str) -> str:
+    data = base64.b64encode(_png(image.convert("RGB"))).decode()
     return f"<td><img alt='{html.escape(alt, quote=True)}' src='data:image/png;base64,{data}'></td>"
 
 

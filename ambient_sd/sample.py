@@ -17,7 +17,6 @@ import html
 import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,8 @@ from ambient_sd import __version__
 from ambient_sd.audit.report import contact_sheet
 from ambient_sd.drawing import Drawn, DrawSettings, check_prompts, digest, draw, home, load, read_prompts
 from ambient_sd.errors import UserError, one_line
-from ambient_sd.guard.calibration import FILE_NAME, Calibration
+from ambient_sd.files import write_whole
+from ambient_sd.guard.calibration import FILE_NAME, Calibration, ModelPrint
 from ambient_sd.guard.policies.by_name import make
 from ambient_sd.guard.recorder import MemorizationGuard
 
@@ -156,8 +156,6 @@ def _calibration(settings: SampleSettings) -> Calibration | None:
 
 
 def _weights(pipe: Any) -> str | None:
-    from ambient_sd.guard.calibration import ModelPrint
-
     found = ModelPrint.of(pipe.unet)
     return found.weights or found.structure
 
@@ -202,13 +200,7 @@ def _settle(out: Path, given: dict[str, Any], used: dict[str, Any]) -> None:
                 raise _differs(out, name, before.get(name), now)
         return
     (out / "images").mkdir(parents=True, exist_ok=True)
-    _write(path, (json.dumps({"given": given, "used": used}, indent=1) + "\n").encode())
-
-
-def _write(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(data)
-    os.replace(part, path)
+    write_whole(path, json.dumps({"given": given, "used": used}, indent=1) + "\n")
 
 
 def _file(place: tuple[int, int]) -> str:
@@ -237,7 +229,7 @@ def _keep(out: Path, place: tuple[int, int], drawn: Drawn, prompt: str, common: 
     text.add_text(TEXT_KEY, json.dumps(record))
     buffer = io.BytesIO()
     drawn.image.save(buffer, "PNG", pnginfo=text)
-    _write(out / _file(place), buffer.getvalue())
+    write_whole(out / _file(place), buffer.getvalue())
     return record
 
 
@@ -257,7 +249,7 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _write_list(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    _write(path, "".join(map(_line, records)).encode())
+    write_whole(path, "".join(map(_line, records)))
 
 
 # --- to look at ------------------------------------------------------------------------------------------------------
@@ -292,8 +284,8 @@ def _show(out: Path, records: Sequence[dict[str, Any]], settings: SampleSettings
     columns = per_prompt if 4 <= per_prompt <= 10 else max(1, 8 // per_prompt) * per_prompt if per_prompt < 4 else 8
     sheet = io.BytesIO()
     contact_sheet(small, columns, [_caption(r) for r in shown]).save(sheet, "PNG")
-    _write(out / "contact_sheet.png", sheet.getvalue())
-    _write(out / "index.html", _page(shown, small, settings, len(records)).encode())
+    write_whole(out / "contact_sheet.png", sheet.getvalue())
+    write_whole(out / "index.html", _page(shown, small, settings, len(records)))
 
 
 def _caption(record: dict[str, Any]) -> str:

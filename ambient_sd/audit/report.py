@@ -14,7 +14,6 @@ import base64
 import html
 import io
 import math
-import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from ambient_sd.audit.features import as_rgb
 from ambient_sd.audit.metrics import MEMORIZED_RATIO, Figure, Row, difference, memorized
 from ambient_sd.audit.neighbours import Neighbours
 from ambient_sd.errors import UserError, one_line
+from ambient_sd.files import write_whole
 
 _LOSSLESS = 96  # pictures up to this side go in as they are; larger ones as WebP thumbnails
 _THUMBNAIL = 192
@@ -537,10 +537,7 @@ def write_report(path: str | Path, report: Report) -> Path:
     """Write the page to `path` (folders are made) and return it; an interrupted write leaves no half page."""
     page = render(report)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, page)
     return path
 
 

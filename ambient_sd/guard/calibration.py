@@ -28,6 +28,7 @@ from typing import Any, Literal
 import torch
 
 from ambient_sd.errors import UserError, one_line
+from ambient_sd.files import write_whole
 from ambient_sd.guard.scores import require_supported
 
 FILE_NAME = "memorization_threshold.json"
@@ -267,10 +268,7 @@ class Calibration:
     def save(self, place: str | os.PathLike[str]) -> Path:
         """Write the file into a folder, or to a path that ends in .json; whole or not at all."""
         path = _path(place)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(self.text(), encoding="utf-8")
-        os.replace(part, path)
+        write_whole(path, self.text())
         return path
 
     def text(self) -> str:

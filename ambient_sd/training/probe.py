@@ -24,6 +24,7 @@ from ambient_sd.audit.features import Pixels
 from ambient_sd.audit.metrics import memorized, wilson
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.data.sources import PictureSet
+from ambient_sd.files import write_whole
 from ambient_sd.training import validation
 
 # Guidance of 7.5 drives the colours of a fine-tuned model away from the originals and hides copies from a distance in pixels.
@@ -103,9 +104,7 @@ def add_look(path: Path, record: Mapping[str, float]) -> None:
     """Add a look to a file of JSON lines; later ones, which a resumed run repeats, go."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] < record["step"]]
-    part = path.with_suffix(".part")
-    part.write_text("".join(f"{line}\n" for line in [*kept, json.dumps(dict(record))]), encoding="utf-8")
-    part.replace(path)
+    write_whole(path, "".join(f"{line}\n" for line in [*kept, json.dumps(dict(record))]))
 
 
 def _centre(image: Image.Image) -> Image.Image:

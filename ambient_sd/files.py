@@ -1,0 +1,17 @@
+"""Files that have their old or their new contents at any moment, as far as other processes and a kill can see.
+
+Not here: waiting for the disk, which checkpoints need (`ambient_sd.training.durable`).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Write a file aside and give it its name when it is whole; text as UTF-8. Folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+    os.replace(part, path)
