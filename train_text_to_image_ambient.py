@@ -17,14 +17,10 @@ def main() -> None:
     try:
         config = parse()
         # After parsing: torch and diffusers take seconds to import, and neither --help nor a typo should wait for them.
-        import diffusers
-        import transformers
+        from ambient_sd.quiet import quiet
 
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
-        # Its notices (no torchvision) and one bar per loaded file bury what this run has to say.
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        diffusers.utils.logging.disable_progress_bar()
+        quiet()
         from ambient_sd.training.loop import run
 
         summary = run(config)

@@ -96,7 +96,8 @@ def _demo(args: argparse.Namespace) -> None:
             remedy="give a finite scale above 1",
         )
     # After the arguments are checked: torch and diffusers take seconds to import.
-    from ambient_sd.demo.run import DemoSettings, finding, quiet, run_demo, table
+    from ambient_sd.demo.run import DemoSettings, finding, run_demo, table
+    from ambient_sd.quiet import quiet
 
     quiet()
     settings = {name: value for name, value in vars(args).items() if name not in {"verb", "version", "open"}}

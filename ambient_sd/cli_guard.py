@@ -178,7 +178,7 @@ def _compare(args: argparse.Namespace) -> None:
         raise UserError(f"copy_ratio is {args.copy_ratio}", rule="it must lie between 0 and 1; published: 1/3")
     from ambient_sd.comparison import Settings, compare, tables
     from ambient_sd.data.sources import load_rows
-    from ambient_sd.demo.run import quiet
+    from ambient_sd.quiet import quiet
 
     quiet()
     settings = Settings(

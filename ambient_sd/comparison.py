@@ -217,7 +217,7 @@ class Reals:
 def read_reals(training: PictureSet, heldout: PictureSet) -> Reals:
     """Embed both sets; of equal pictures one, so that the second nearest is another picture."""
     training.fingerprint()  # fills in the keys that tell equal pictures, if nothing has
-    once = list({key: i for i, key in reversed(list(enumerate(training.noise_keys or training.keys)))}.values())[::-1]
+    once = training.one_of_each()
     features: list[Features] = [Pixels(), EffLite0(), *([Sscd()] if Sscd.available() else [])]
     images = [training[i].image for i in once]
     real = embed(images, features, progress=True)

@@ -23,6 +23,7 @@ from ambient_sd.errors import UserError, one_line
 from ambient_sd.guard.calibration import Sampling
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard
 from ambient_sd.hub_ids import resolve_model_id
+from ambient_sd.quiet import quiet
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteScheduler",
@@ -159,13 +160,10 @@ def load(settings: DrawSettings) -> Any:
         UserError: something cannot be loaded.
     """
     import diffusers
-    import transformers
 
     # Both print prompts (as they are, control characters included) and bars that would break ours.
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet()
     diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
     settings.check()
     name = resolve_model_id(settings.model)
     kind = getattr(diffusers, _check_model(name))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import html
 import io
 import json
 import math
@@ -25,7 +24,7 @@ from typing import Any, Literal
 from PIL import Image, PngImagePlugin
 
 from ambient_sd import __version__
-from ambient_sd.audit.report import contact_sheet
+from ambient_sd.audit.report import contact_sheet, escaped
 from ambient_sd.drawing import Drawn, DrawSettings, check_prompts, digest, draw, home, load, read_prompts
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.files import write_whole
@@ -292,11 +291,6 @@ def _caption(record: dict[str, Any]) -> str:
     return f"{record['score']:.4g}" + (" flagged" if record["flagged"] else "")
 
 
-def _text(value: object, limit: int = 400) -> str:
-    """Escape for HTML; control and direction characters are gone, length is bounded."""
-    return html.escape(one_line(value, limit), quote=True)
-
-
 def _page(records: Sequence[dict[str, Any]], small: Sequence[Image.Image], settings: SampleSettings, total: int) -> str:
     first = records[0]
     facts = [
@@ -314,7 +308,7 @@ def _page(records: Sequence[dict[str, Any]], small: Sequence[Image.Image], setti
     single = settings.num_images_per_prompt == 1
     parts = ['<div class="row">'] if single else []
     for i, (record, picture) in enumerate(zip(records, small, strict=True)):
-        prompt = _text(record["prompt"], 120 if single else 400) or "(empty prompt)"
+        prompt = escaped(record["prompt"], 120 if single else 400) or "(empty prompt)"
         if not single and record["image_index"] == 0:
             parts.append(f'{"</div>" if i else ""}<h2>{prompt}</h2><div class="row">')
         notes = [Path(record["file"]).name]
@@ -326,15 +320,15 @@ def _page(records: Sequence[dict[str, Any]], small: Sequence[Image.Image], setti
             notes.append("blanked by the model's safety checker")
         parts.append(
             f'<figure{" class=flagged" if record["flagged"] else ""}><img src="{_uri(picture)}" '
-            f'alt="{_text(record["prompt"], 120)}" width="{picture.width}" height="{picture.height}">'
-            f"<figcaption><b>{_text(_caption(record))}</b>{f'<p>{prompt}</p>' if single else ''}"
-            f"{''.join(f'<small>{_text(note)}</small>' for note in notes)}</figcaption></figure>"
+            f'alt="{escaped(record["prompt"], 120)}" width="{picture.width}" height="{picture.height}">'
+            f"<figcaption><b>{escaped(_caption(record))}</b>{f'<p>{prompt}</p>' if single else ''}"
+            f"{''.join(f'<small>{escaped(note)}</small>' for note in notes)}</figcaption></figure>"
         )
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
         f"<title>{total} pictures under the guard</title><style>{_STYLE}</style><h1>{total} pictures under the guard</h1>"
-        f"{''.join(f'<p>{_text(fact)}.</p>' for fact in facts)}"
+        f"{''.join(f'<p>{escaped(fact)}.</p>' for fact in facts)}"
         "<p>Below each picture its score: the mean norm of what the prompt adds to the predicted noise. It compares within "
         "this model, size and number of steps.</p>"
         f"{''.join(parts)}</div></html>\n"

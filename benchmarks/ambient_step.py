@@ -18,7 +18,8 @@ import time
 
 import torch
 
-from ambient_sd.demo.run import TRAINING, quiet
+from ambient_sd.demo.run import TRAINING
+from ambient_sd.quiet import quiet
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
 

@@ -244,7 +244,7 @@ def _label(name: str) -> str:
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def _text(value: object, limit: int = 400) -> str:
+def escaped(value: object, limit: int = 400) -> str:
     """Escape for HTML text and quoted attributes; control and direction characters are gone, length is bounded."""
     return html.escape(one_line(value, limit), quote=True)
 
@@ -264,15 +264,15 @@ def _uri(picture: Image.Image) -> str:
 
 
 def _img(picture: Image.Image, alt: str) -> str:
-    return f'<img src="{_uri(picture)}" alt="{_text(alt, 160)}" loading="lazy" width="96" height="96">'
+    return f'<img src="{_uri(picture)}" alt="{escaped(alt, 160)}" loading="lazy" width="96" height="96">'
 
 
 def _figure_cell(figure: Figure | None, title: str, tone: str = "") -> str:
     if figure is None:
-        return f'<td data-head="{_text(title)}" class="none">–</td>'
+        return f'<td data-head="{escaped(title)}" class="none">–</td>'
     return (
-        f'<td data-head="{_text(title)}"{tone}><b>{_text(show(figure))}</b>'
-        f"<small>{_text(_span(figure))}<br>n = {figure.n}</small></td>"
+        f'<td data-head="{escaped(title)}"{tone}><b>{escaped(show(figure))}</b>'
+        f"<small>{escaped(_span(figure))}<br>n = {figure.n}</small></td>"
     )
 
 
@@ -289,21 +289,21 @@ def _table(report: Report) -> str:
         for run, head in zip(report.runs[1:], compared, strict=True):
             gap = difference(run.row(row.name).generated, row.generated)
             cells.append(
-                f'<td data-head="{_text(head)}"><b>{_text(show(gap, signed=True))}</b>'
-                f"<small>{_text(_span(gap))}<br>{_text(gap.detail)}</small></td>"
+                f'<td data-head="{escaped(head)}"><b>{escaped(show(gap, signed=True))}</b>'
+                f"<small>{escaped(_span(gap))}<br>{escaped(gap.detail)}</small></td>"
             )
         cells.append(_figure_cell(row.heldout, "held-out"))
         cells.append(_figure_cell(row.background, "training, itself left out"))
         detail = row.generated.detail
         key = ' class="key"' if row.name in (report.copies, report.quality) else ""
-        head = f'<th scope="row">{_text(_label(row.name))}<small>{_text(detail)}</small></th>'
+        head = f'<th scope="row">{escaped(_label(row.name))}<small>{escaped(detail)}</small></th>'
         body.append(f"<tr{key}>{head}{''.join(cells)}</tr>")
-    columns = "".join(f'<th scope="col">{_text(h)}</th>' for h in heads)
+    columns = "".join(f'<th scope="col">{escaped(h)}</th>' for h in heads)
     seeds = sorted({row.generated.seed for run in report.runs for row in run.figures})
     return (
         f'<div class="scroll"><table class="figures"><thead><tr><th scope="col">measure</th>{columns}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
-        f'<p class="note">95 % intervals; whole prompts are resampled, seed {_text(", ".join(map(str, seeds)))}. '
+        f'<p class="note">95 % intervals; whole prompts are resampled, seed {escaped(", ".join(map(str, seeds)))}. '
         "Held-out: the same measure on real pictures that no run has seen; for distances between sets it is the floor, "
         "one half of the held-out pictures against the other at equal n. Less is better in every row but the signs of "
         "differences.</p>"
@@ -318,24 +318,26 @@ def _whiskers(title: str, rows: Sequence[tuple[str, str, Figure]], note: str) ->
     left, right, step = 8, 392, 44
     x = lambda v: left + (right - left) * (v - low) / (high - low)  # noqa: E731
     height = step * len(rows) + 22
-    parts = [f'<svg viewBox="0 0 400 {height}" role="img" aria-label="{_text(title)}">']
+    parts = [f'<svg viewBox="0 0 400 {height}" role="img" aria-label="{escaped(title)}">']
     for v in ticks:
         anchor = "start" if v == low else "end" if v == high else "middle"
         factor, unit = _unit(measure)
         label = f"{v * factor:.6g}".replace("-", "−") + (unit if v == high else "")
         parts.append(f'<line class="grid" x1="{x(v):.1f}" x2="{x(v):.1f}" y1="22" y2="{height - 18}"/>')
-        parts.append(f'<text class="tick" x="{x(v):.1f}" y="{height - 4}" text-anchor="{anchor}">{_text(label)}</text>')
+        parts.append(
+            f'<text class="tick" x="{x(v):.1f}" y="{height - 4}" text-anchor="{anchor}">{escaped(label)}</text>'
+        )
     for i, (name, tone, figure) in enumerate(rows):
         y = step * i + 33
-        parts.append(f'<text x="{left}" y="{y - 12}">{_text(name, 40)}</text>')
+        parts.append(f'<text x="{left}" y="{y - 12}">{escaped(name, 40)}</text>')
         parts.append(
-            f'<text x="{right}" y="{y - 12}" text-anchor="end" class="value">{_text(show(figure))}'
-            f'<tspan class="tick" dx="6">{_text(_span(figure))}</tspan></text>'
+            f'<text x="{right}" y="{y - 12}" text-anchor="end" class="value">{escaped(show(figure))}'
+            f'<tspan class="tick" dx="6">{escaped(_span(figure))}</tspan></text>'
         )
         parts.append(f'<line class="{tone} bar" x1="{x(figure.low):.1f}" x2="{x(figure.high):.1f}" y1="{y}" y2="{y}"/>')
         parts.append(f'<circle class="{tone} dot" cx="{x(figure.value):.1f}" cy="{y}" r="6"/>')
     parts.append("</svg>")
-    caption = f"<figcaption>{_text(title)}<small>{_text(note)}</small></figcaption>"
+    caption = f"<figcaption>{escaped(title)}<small>{escaped(note)}</small></figcaption>"
     return f'<figure class="card">{caption}{"".join(parts)}</figure>'
 
 
@@ -353,7 +355,7 @@ def _histogram(name: str, tone: str, ratios: Sequence[float], top: float, bins: 
     width = 380 / bins
     cut = 10 + 380 * MEMORIZED_RATIO
     inside = sum(r < MEMORIZED_RATIO for r in ratios)
-    parts = [f'<svg viewBox="0 0 400 96" role="img" aria-label="{_text(name)}: histogram of d1/d2">']
+    parts = [f'<svg viewBox="0 0 400 96" role="img" aria-label="{escaped(name)}: histogram of d1/d2">']
     for i, count in enumerate(counts):
         h = 58 * count / len(ratios) / top
         if count:
@@ -366,7 +368,7 @@ def _histogram(name: str, tone: str, ratios: Sequence[float], top: float, bins: 
     parts.append(
         '<text class="tick" x="10" y="92">0</text><text class="tick" x="390" y="92" text-anchor="end">1</text>'
         f'<text class="tick" x="{cut}" y="92" text-anchor="middle">1/3</text>'
-        f'<text x="10" y="11">{_text(name, 40)}</text>'
+        f'<text x="10" y="11">{escaped(name, 40)}</text>'
         f'<text class="tick" x="390" y="11" text-anchor="end">{inside} of {len(ratios)} left of the line</text></svg>'
     )
     return "".join(parts)
@@ -411,14 +413,14 @@ def _pair(sample: Sample) -> str:
 def _cards(samples: Iterable[Sample]) -> str:
     cards = []
     for sample in samples:
-        prompt = f'<p class="prompt" dir="auto">{_text(sample.prompt, 120)}</p>'
+        prompt = f'<p class="prompt" dir="auto">{escaped(sample.prompt, 120)}</p>'
         tone = "card is-copy" if sample.memorized else "card"
         cards.append(f'<article class="{tone}">{_pair(sample)}{prompt}{_caption(sample)}</article>')
     return "".join(cards)
 
 
 def _more(shown: str, rest: str, label: str, kind: str) -> str:
-    more = f'<details><summary>{_text(label)}</summary><div class="{kind}">{rest}</div></details>' if rest else ""
+    more = f'<details><summary>{escaped(label)}</summary><div class="{kind}">{rest}</div></details>' if rest else ""
     return f'<div class="{kind}">{shown}</div>{more}'
 
 
@@ -431,8 +433,8 @@ def _gallery(run: RunSection, i: int, shown: int) -> str:
     inside = f", distances in {run.features}" if run.features else ""
     marked = f"{run.objective}. {copies} of {len(ordered)} samples are marked as copies{inside}."
     return (
-        f'<section><h2><i class="swatch run{i}"></i>{_text(run.name)}: most copied first</h2>'
-        f'<p class="note">{_text(marked)} These are the extremes, not typical samples{tail}.</p>'
+        f'<section><h2><i class="swatch run{i}"></i>{escaped(run.name)}: most copied first</h2>'
+        f'<p class="note">{escaped(marked)} These are the extremes, not typical samples{tail}.</p>'
         f"{_more(_cards(first), _cards(rest), f'{len(rest)} more', 'cards')}</section>"
     )
 
@@ -454,11 +456,11 @@ def _side_by_side(report: Report) -> str:
     cards = []
     for prompt in prompts:
         sides = "".join(
-            f'<div class="side"><h4><i class="swatch run{i}"></i>{_text(run.name)}</h4>{_pair(by_run[i][prompt])}'
+            f'<div class="side"><h4><i class="swatch run{i}"></i>{escaped(run.name)}</h4>{_pair(by_run[i][prompt])}'
             f"{_caption(by_run[i][prompt])}</div>"
             for i, run in enumerate(report.runs)
         )
-        head = f'<h3 dir="auto">{_text(prompt, 120)}</h3>'
+        head = f'<h3 dir="auto">{escaped(prompt, 120)}</h3>'
         cards.append(f'<article class="card duo">{head}<div class="sides">{sides}</div></article>')
     shown = report.shown // 2
     listed = _more("".join(cards[:shown]), "".join(cards[shown:]), f"{len(cards) - shown} more prompts", "duos")
@@ -470,19 +472,19 @@ def _side_by_side(report: Report) -> str:
 
 
 def _facts(facts: Mapping[str, object]) -> str:
-    rows = "".join(f'<tr><th scope="row">{_text(k)}</th><td>{_text(v, 600)}</td></tr>' for k, v in facts.items())
+    rows = "".join(f'<tr><th scope="row">{escaped(k)}</th><td>{escaped(v, 600)}</td></tr>' for k, v in facts.items())
     return f'<div class="scroll"><table class="facts-table"><tbody>{rows}</tbody></table></div>' if rows else ""
 
 
 def _made(report: Report) -> str:
     runs = "".join(
-        f'<h3><i class="swatch run{i}"></i>{_text(run.name)}</h3>{_facts(run.settings)}'
+        f'<h3><i class="swatch run{i}"></i>{escaped(run.name)}</h3>{_facts(run.settings)}'
         for i, run in enumerate(report.runs)
         if run.settings
     )
-    notes = "".join(f"<li>{_text(note, 600)}</li>" for note in report.notes)
+    notes = "".join(f"<li>{escaped(note, 600)}</li>" for note in report.notes)
     return (
-        f"<section><h2>How this page was made</h2><pre><code>{_text(report.command, 600)}</code></pre>"
+        f"<section><h2>How this page was made</h2><pre><code>{escaped(report.command, 600)}</code></pre>"
         f"{_facts(report.made)}{runs}{f'<h3>Notes</h3><ul>{notes}</ul>' if notes else ''}"
         '<p class="note">A copy: the nearest training picture is less than a third as far away as the second nearest. '
         "Few copies among these samples do not prove that a model never copies, and broken pictures copy nothing: read "
@@ -511,15 +513,15 @@ def render(report: Report) -> str:
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{_text(report.title)}</title>
+<title>{escaped(report.title)}</title>
 <style>{_STYLE}</style>
 </head>
 <body>
 <header>
-<p class="kicker">{_text(report.title)}</p>
-<h1 class="{_text(finding.kind)}">{_text(finding.sentence)}</h1>
-<p class="lead">{_text(finding.detail, 800)}</p>
-<p class="note">{report.training_n} training pictures; {_text(samples)}.</p>
+<p class="kicker">{escaped(report.title)}</p>
+<h1 class="{escaped(finding.kind)}">{escaped(finding.sentence)}</h1>
+<p class="lead">{escaped(finding.detail, 800)}</p>
+<p class="note">{report.training_n} training pictures; {escaped(samples)}.</p>
 </header>
 <main>
 <section class="charts">{"".join(charts)}{_histograms(report)}</section>

@@ -109,6 +109,15 @@ class PictureSet(Sequence[Picture]):
         more = [self.more_captions[i] for i in rows]
         return PictureSet(_Picked(self._images.__getitem__, rows), captions, names, self.source, more)
 
+    def one_of_each(self, rows: Sequence[int] | None = None) -> list[int]:
+        """Return of each group of duplicates (`noise_keys` where there are any, else `keys`) the first of `rows`, or of all.
+
+        Of two copies neither is much nearer to a picture than the other: d1 / d2 would say 1.
+        """
+        groups = self.noise_keys or self.keys
+        rows = range(len(self)) if rows is None else rows
+        return list({groups[i]: i for i in reversed(rows)}.values())[::-1]
+
     def captions_of(self, index: int) -> list[str]:
         """Return all captions of a row, its first one first."""
         return [self.captions[index], *self.more_captions[index]]

@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ambient_sd.demo import PICTURES
-from ambient_sd.demo.run import AMBIENT, TRAINING, quiet
+from ambient_sd.demo.run import AMBIENT, TRAINING
 from ambient_sd.errors import exits_on_user_error
+from ambient_sd.quiet import quiet
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
 

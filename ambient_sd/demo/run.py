@@ -30,6 +30,7 @@ from ambient_sd.demo import BASE, PICTURES
 from ambient_sd.errors import UserError
 from ambient_sd.guard.pipeline import AmbientSDPipeline
 from ambient_sd.guard.recorder import MemorizationGuard
+from ambient_sd.quiet import quiet
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import plan_run
 from ambient_sd.training.loop import run as train
@@ -182,16 +183,6 @@ def _train_and_sample(
     summary = train(config, bar=bar)
     images, scores = sample(config.output_dir, prompts, settings, title=f"sample {objective:7}", position=place)
     return images, scores, {key: summary[key] for key in ("steps", "seconds", "loss")}
-
-
-def quiet() -> None:
-    """Silence what transformers and diffusers say while loading: it buries what the demo has to say."""
-    import transformers
-    from diffusers.utils import logging as diffusers_logging
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
 
 
 def run_demo(settings: DemoSettings) -> Report:

@@ -139,12 +139,21 @@ def _computed_again(
 
 def take(value: Any, batch: int, rows: torch.Tensor | slice) -> Any:
     """Return the value with only these rows of every tensor in it that has `batch` rows; dicts, lists, tuples are entered."""
+
+    def chosen(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.ndim == 0 or tensor.shape[0] != batch:
+            return tensor
+        return tensor[rows] if isinstance(rows, slice) else tensor[rows.to(tensor.device)]
+
+    return map_tensors(value, chosen)
+
+
+def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Return the value with `change` applied to every tensor in it; dicts, lists, tuples are entered."""
     if isinstance(value, torch.Tensor):
-        if value.ndim == 0 or value.shape[0] != batch:
-            return value
-        return value[rows] if isinstance(rows, slice) else value[rows.to(value.device)]
+        return change(value)
     if isinstance(value, dict):
-        return {key: take(item, batch, rows) for key, item in value.items()}
+        return {key: map_tensors(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(take(item, batch, rows) for item in value)
+        return type(value)(map_tensors(item, change) for item in value)
     return value

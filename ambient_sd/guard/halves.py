@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ambient_sd.errors import UserError
-from ambient_sd.guard.attention import take, weighed
+from ambient_sd.guard.attention import map_tensors, take, weighed
 from ambient_sd.guard.layouts import Layout
 from ambient_sd.guard.policies.base import Encoded, Half, Halves
 
@@ -133,17 +133,7 @@ def put(inputs: dict[str, Any], path: tuple[str, ...], value: torch.Tensor) -> d
 def ordinary(value: Any) -> Any:
     """Return the value with copies in place of the tensors made under `torch.inference_mode`."""
     with torch.inference_mode(False), torch.no_grad():
-        return _map(value)
-
-
-def _map(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.clone() if value.is_inference() else value
-    if isinstance(value, dict):
-        return {key: _map(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map(item) for item in value)
-    return value
+        return map_tensors(value, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
 
 @contextlib.contextmanager

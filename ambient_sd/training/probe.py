@@ -71,9 +71,7 @@ class Probe:
         others = sorted(set(range(len(pictures))) - set(chosen))
         room = max(0, MAX_SEARCHED - len(chosen))
         searched = chosen + (others if len(others) <= room else sorted(draw.sample(others, room)))
-        # One of each group of duplicates: of two copies neither is much nearer than the other, and d1 / d2 would say 1.
-        groups = pictures.noise_keys or pictures.keys
-        searched = list({groups[i]: i for i in reversed(searched)}.values())
+        searched = pictures.one_of_each(searched)
         self.features = Pixels(_SIDE)
         self.originals = [_centre(pictures[i].image) for i in searched]
         self.real = self.features(self.originals)
