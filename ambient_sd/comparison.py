@@ -44,8 +44,9 @@ from ambient_sd.errors import UserError
 from ambient_sd.files import write_whole
 from ambient_sd.guard import policies
 from ambient_sd.guard.anisotropy import anisotropy
-from ambient_sd.guard.pipeline import AmbientSDPipeline
+from ambient_sd.guard.pipeline import AmbientSDPipeline, check_folder
 from ambient_sd.guard.recorder import MemorizationGuard
+from ambient_sd.hub_ids import resolve_model_id
 
 
 @dataclass(frozen=True)
@@ -342,6 +343,8 @@ def compare(settings: Settings, training: PictureSet, heldout: PictureSet, comma
     for name in settings.chosen:
         if name not in MITIGATIONS:
             raise UserError(f"mitigation {name!r}", rule=f"there are {', '.join(MITIGATIONS)}")
+    for folder in (*settings.models.values(), settings.judge):  # the last one is loaded an hour after the first
+        check_folder(resolve_model_id(folder))
     _claim(settings, training)
     reals = read_reals(training, heldout)
     captions = sorted(set(reals.captions))

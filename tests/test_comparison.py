@@ -105,7 +105,7 @@ def test_a_run_writes_tables_sheets_and_page_and_goes_on_where_it_was_cut(
 @pytest.mark.parametrize(
     ("change", "said"),
     [(["--guidance_scale", "1"], "guidance_scale is 1"), (["--generations", "0"], "generations is 0"),
-     (["--mitigations", "Wenn"], "mitigation 'Wenn'"), (["--copy_ratio", "1"], "copy_ratio is 1"), (["--resolution", "15"], "multiple of")],
+     (["--mitigations", "Wenn"], "mitigation 'Wenn'"), (["--copy_ratio", "1"], "copy_ratio is 1"), (["--judge", "./nowhere"], "there is no folder"), (["--resolution", "15"], "multiple of")],
 )  # fmt: skip
 def test_mistakes_are_one_line(
     change: list[str], said: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -12,6 +12,7 @@ import inspect
 import json
 import logging
 import os
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class AmbientSDPipeline(StableDiffusionPipeline):
             UserError: a folder is missing, or is not a Stable Diffusion 1 or 2 pipeline; its threshold file is damaged.
         """
         name = resolve_model_id(pretrained_model_name_or_path)
-        _check_folder(name, given=set(kwargs))
+        check_folder(name, given=set(kwargs))
         if "safety_checker" in kwargs and kwargs["safety_checker"] is None:
             kwargs.setdefault("requires_safety_checker", False)
         pipe = super().from_pretrained(name, **kwargs)
@@ -182,7 +183,7 @@ def _with_reports(output: Any, guard: MemorizationGuard | None) -> Any:
     return AmbientSDPipelineOutput(output.images, output.nsfw_content_detected, reports)
 
 
-def _check_folder(name: str, given: set[str]) -> None:
+def check_folder(name: str, given: Set[str] = frozenset()) -> None:
     """Refuse a local folder that is no Stable Diffusion 1 or 2 pipeline, before anything is loaded."""
     folder = Path(name)
     if not folder.is_dir():
