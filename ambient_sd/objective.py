@@ -28,7 +28,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ambient_sd.errors import UserError
 from ambient_sd.schedule import PREDICTION_TYPES, NoiseSchedule
 
-MODES = ("ambient", "plain", "gap")
+MODES = ("ambient", "plain", "gap", "weighted")
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,10 @@ class AmbientObjective:
         reweight: q of the weight a^q. 2 is the paper's loss and its released code, which hardly trains the band just
             above s_n; 1 is the noise-target loss of "Consistent Diffusion Meets Tweedie"; 0 removes the weight: the
             variance of the target, 1/a, is then unbounded just above s_n.
-        mode: "ambient"; "plain", the ordinary loss, which ignores `level` and eps_n; or "gap", the ordinary loss with
-            weight zero where level < s_t <= gap_upper ("Two Calm Ends and the Wild Middle", arXiv 2602.17846).
+        mode: "ambient"; "plain", the ordinary loss, which ignores `level` and eps_n; "gap", the ordinary loss with
+            weight zero where level < s_t <= gap_upper ("Two Calm Ends and the Wild Middle", arXiv 2602.17846); or
+            "weighted", the ordinary loss of the clean picture with the weight a^q where s_t > level: the control that
+            shares ambient's under-trained band, but not its target.
         gap_upper: upper noise level of the gap, above `level`; only with "gap".
 
     Raises:
@@ -162,6 +164,9 @@ class AmbientObjective:
         weight = a**self.reweight
         if self.gap_upper is not None:
             weight = weight.masked_fill(beyond & (level_t <= self.gap_upper), 0.0)
+        if self.mode == "weighted":
+            ratio = torch.full_like(level_t, self.level).div(level_t).clamp(max=1.0)
+            weight = torch.where(beyond, ((1.0 - ratio) * (1.0 + ratio)) ** self.reweight, weight)
         return CorruptedBatch(
             x_t=x_t.to(x0.dtype),
             target=target.to(x0.dtype),

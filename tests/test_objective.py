@@ -243,6 +243,18 @@ def test_the_gap_has_weight_zero_between_its_levels_and_the_plain_loss_outside()
     assert batch.weight.tolist() == [1, 1, 0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("q", [0, 1, 2])
+def test_weighted_is_the_plain_loss_with_the_weight_of_ambient(q: int) -> None:
+    schedule = schedule_for("v_prediction")
+    x0, noise, t = draw(5, *SHAPE), draw(5, *SHAPE), torch.tensor([0, 354, 355, 600, 999])
+    batch = AmbientObjective(schedule, mode="weighted", timestep=354, reweight=q).corrupt(x0, None, t, noise=noise)
+    plain = AmbientObjective(schedule, mode="plain").corrupt(x0, None, t, noise=noise)
+    ambient = AmbientObjective(schedule, timestep=354, reweight=q).corrupt(x0, draw(5, *SHAPE), t, noise=noise)
+    assert torch.equal(batch.x_t, plain.x_t) and torch.equal(batch.target, plain.target) and batch.clean.all()
+    assert torch.equal(batch.weight, ambient.weight)
+    assert not torch.equal(batch.target[2:], ambient.target[2:])  # Control: ambient's target is another
+
+
 def noise_left_in_the_mean(fixed: bool, draws: int = 1000) -> float:
     """Average `draws` inputs of one picture, as an attacker would; return the std of x_n's noise that is left."""
     schedule = schedule_for("v_prediction")

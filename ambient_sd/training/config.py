@@ -33,7 +33,7 @@ GROUPS = {
     "data": "Pictures and captions: a folder with metadata.jsonl, a parquet file, WebDataset shards, or a dataset's hub id.",
     "objective": "The loss. `ambient` never shows the network a clean picture above the nature level s_n = sigma / alpha "
     "(on SD's schedule s = 0.34 at t=100, 0.83 at 300, 1.16 at 400, 2.3 at 600, 14.6 at 999); one noise per picture, fixed "
-    "for ever. `plain` is the ordinary loss. `gap` is plain without the band of noise levels from the level to gap_upper.",
+    "for ever. `plain` is the ordinary loss. `gap` is plain without the band of noise levels from the level to gap_upper; `weighted` is plain with ambient's weight a^q above the level: controls for studies.",
     "mitigation": "Published ways to keep a model from memorizing, beside the loss or in place of the ambient one; each off by default.",
     "optimisation": "Steps, batches and the optimizer (AdamW). Steps are optimizer steps.",
     "LoRA": "Low-rank adapters instead of a full fine-tune; these options need --lora.",
@@ -120,14 +120,15 @@ class TrainConfig:
     caption_dropout: float = option(0.1, "data", "share of samples trained with the empty caption: guidance and the guard's score need a trained unconditional branch", low=0.0, high=1.0, alias="proportion_empty_prompts")
     dataloader_num_workers: int = option(0, "data", "worker processes that decode pictures where latents are not held in memory", low=0)
 
-    objective: str = option("ambient", "objective", "the loss", choices=("ambient", "plain", "gap"))
-    ambient_level: float | None = option(None, "objective", "ambient: nature level s_n, 0 is plain DDPM (default 1.0, t = 353 on SD's schedule); gap: lower edge of the band", low=0.0)
+    objective: str = option("ambient", "objective", "the loss", choices=("ambient", "plain", "gap", "weighted"))
+    ambient_level: float | None = option(None, "objective", "ambient and weighted: nature level s_n, 0 is plain DDPM (default 1.0, t = 353 on SD's schedule); gap: lower edge of the band", low=0.0)
     ambient_timestep: int | None = option(None, "objective", "the same level given as a timestep of the base model's schedule", low=0)
     gap_upper: float | None = option(None, "objective", "gap: upper edge of the noise levels without loss (required there)", above=0.0)
-    reweight: int | None = option(None, "objective", "ambient: power q of the weight a^q, a = 1 - s_n^2 / s_t^2, on the levels above s_n: 2 = the paper's loss, 1 = noise target, 0 = full re-weighting (default 2)", choices=(2, 1, 0))
+    reweight: int | None = option(None, "objective", "ambient and weighted: power q of the weight a^q, a = 1 - s_n^2 / s_t^2, on the levels above s_n: 2 = the paper's loss, 1 = noise target, 0 = full re-weighting (default 2)", choices=(2, 1, 0))
     noise_seed: int = option(0, "objective", "seed of what is fixed per picture: its noise, its VAE draw and, under ambient, its view. The same pictures in a later run must keep the same seed: two noises of one picture average out", low=0, high=MAX_SEED)
 
     near_duplicates: str | None = option(None, "objective", "ambient: share = re-encoded, resized or mirrored copies of a picture get one noise, as exact copies always do; off = each its own, which leaks (default share)", choices=("share", "off"))
+    fresh_copies: bool = option(False, "objective", "ambient, a control for studies: a NEW noisy copy of a picture at every step in place of the fixed one. It leaks: copies of one picture average out to the clean one")
     snr_gamma: float | None = option(None, "objective", "Min-SNR weighting with this gamma (the paper's is 5), times the objective's own weight; without it none", above=0.0)
     noise_offset: float = option(0.0, "objective", "offset of the fresh noise per sample and channel, for very dark and bright pictures (plain and gap only)", low=0.0)
     input_perturbation: float = option(0.0, "objective", "perturb the noise of the input, not of the target, by that much (plain and gap only; 0.1 in its paper)", low=0.0)
@@ -221,6 +222,14 @@ class TrainConfig:
             for name in ("ambient_level", "ambient_timestep", "reweight", "gap_upper", "near_duplicates"):
                 if getattr(self, name) is not None:
                     raise _foreign(name, "objective is plain", "leave it out, or choose --objective ambient or gap")
+        elif self.objective == "weighted":
+            for name in ("gap_upper", "near_duplicates"):
+                if getattr(self, name) is not None:
+                    raise _foreign(name, "objective is weighted", "leave it out, or choose --objective gap or ambient")
+            if no_level:
+                self.ambient_level = 1.0
+            if self.reweight is None:
+                self.reweight = 2
         elif self.objective == "ambient":
             if self.gap_upper is not None:
                 raise _foreign("gap_upper", "objective is ambient", "leave it out, or choose --objective gap")
@@ -241,6 +250,9 @@ class TrainConfig:
                 raise UserError(f"gap_upper is {self.gap_upper}", rule=f"it must be above ambient_level = {self.ambient_level}",
                                 remedy="raise gap_upper or lower ambient_level")  # fmt: skip
 
+        if self.fresh_copies and self.objective != "ambient":
+            raise _foreign("fresh_copies", f"objective is {self.objective}, which has no noisy copies",
+                           "leave it out, or choose --objective ambient")  # fmt: skip
         if self.objective == "ambient" and self.ambient_level != 0:
             for name, reason in AMBIENT_REFUSES.items():
                 if getattr(self, name):

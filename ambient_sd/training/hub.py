@@ -52,7 +52,7 @@ class Facts:
     Attributes:
         base: public name of the base model; base_id: the same if the hub has it, else None.
         licence: license, license_name, license_link of the base, as in a card's head.
-        objective: ambient, plain or gap; level: s_n or the gap's lower edge; timestep: where `level` lies on the base's
+        objective: ambient, plain, gap or weighted; level: s_n or the gap's lower edge; timestep: where `level` lies on the base's
             schedule of `timesteps` steps, None below its first.
         xl: the base is an SDXL; vae: public name of a VAE that stood in for the base's own, else None.
         lora: rank, alpha, dropout, dora, targets; None for a full fine-tune.
@@ -92,6 +92,7 @@ class Facts:
     dataset: str | None
     prompts: list[str]
     finished: float
+    fresh_copies: bool = False  # absent from the files of earlier versions
 
     @classmethod
     def read(cls, folder: Path) -> Facts | None:
@@ -126,7 +127,7 @@ class Facts:
             (int, float, type(None)): "timestep gap_upper reweight groups",
             str: "base objective prediction_type lr_scheduler fingerprint",
             (str, type(None)): "base_id dataset vae",
-            bool: "xl averaged",
+            bool: "xl averaged fresh_copies",
             (dict, type(None)): "lora",
             list: "prompts",
         }
@@ -193,6 +194,7 @@ def describe_run(
         else {"rank": config.rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout, "dora": config.use_dora,
               "targets": list(config.lora_target_modules or ())},
         averaged=config.use_ema,
+        fresh_copies=config.fresh_copies,
         steps=steps,
         batch=batch,
         learning_rate=config.learning_rate * (batch if config.scale_lr else 1),
@@ -322,9 +324,12 @@ def _what(facts: Facts) -> str:
         "ambient": f"ambient, nature level {facts.level:.4g}{where}, weight a^{facts.reweight}",
         "plain": "plain denoising",
         "gap": f"plain denoising without the noise levels {facts.level:.4g}{where} to {facts.gap_upper}",
+        "weighted": f"plain denoising with weight a^{facts.reweight} above noise level {facts.level:.4g}{where}",
     }.get(facts.objective, inline(facts.objective))
     lines = [f"{kind}.", f"Objective: {what}; the U-Net predicts {inline(facts.prediction_type)}."]
-    if facts.objective == "ambient" and facts.level > 0:
+    if facts.fresh_copies:
+        lines.append("A control: every step saw a new noisy copy, which leaks the picture like clean training.")
+    elif facts.objective == "ambient" and facts.level > 0:
         lines.append(
             "Above the nature level training never shows the network a clean picture, only one fixed noisy version of each."
         )

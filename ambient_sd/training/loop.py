@@ -218,7 +218,7 @@ def make_objective(config: TrainConfig, base: Base) -> AmbientObjective:
     options: dict[str, Any] = {"mode": config.objective}
     if config.objective != "plain":
         options.update(level=config.ambient_level, timestep=config.ambient_timestep, gap_upper=config.gap_upper)
-    if config.objective == "ambient":
+    if config.objective in ("ambient", "weighted"):
         options.update(reweight=config.reweight)
     try:
         return AmbientObjective(base.schedule, **options)
@@ -605,6 +605,9 @@ class _Trainer:
             pictures, rows = self.plan.pictures, [self.stream.picture(p) for p in positions]
             noise_keys, mirrored = [pictures.noise_keys[i] for i in rows], [pictures.mirrored[i] for i in rows]
             eps_n = shared_noise(noise_keys, mirrored, shape, seed=self.config.noise_seed)
+            if self.config.fresh_copies:
+                draws = [torch.randn(shape, generator=self.stream.generator("copy", p)) for p in positions]
+                eps_n = torch.stack(draws).to(eps_n)
         fresh = noising.offset(torch.stack(noise), self.stream, positions, self.config.noise_offset)
         extra = noising.perturbation_at(self.stream, positions, shape, self.config.input_perturbation)
         sizes = (

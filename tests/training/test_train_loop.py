@@ -308,6 +308,33 @@ def test_gap_trains_nothing_inside_the_band(settings: Settings) -> None:
     assert run(settings("g", objective="gap", ambient_level=0.5, gap_upper=2), progress=False)["loss"] > 0
 
 
+def test_fresh_copies_are_new_at_every_step_and_the_usual_ones_are_not(settings: Settings) -> None:
+    def copies(config: TrainConfig) -> dict[str, list[torch.Tensor]]:
+        seen: dict[str, list[torch.Tensor]] = {}
+
+        def note(batch: TrainingBatch) -> None:
+            assert batch.eps_n is not None
+            for key, eps in zip(batch.keys, batch.eps_n, strict=True):
+                seen.setdefault(key, []).append(eps)
+
+        run(config, progress=False, on_batch=note)
+        return seen
+
+    usual, fresh = copies(settings(max_train_steps=6)), copies(settings("f", max_train_steps=6, fresh_copies=True))
+    assert all(torch.equal(e, c[0]) for c in usual.values() for e in c)
+    again = [c for c in fresh.values() if len(c) > 1]
+    assert again and not any(torch.equal(a, b) for c in again for i, a in enumerate(c) for b in c[:i])
+
+
+def test_weighted_trains_with_the_plain_loss_under_the_level(settings: Settings) -> None:
+    # The largest level: no timestep lies above it, so every weight is 1.
+    level = {"ambient_timestep": 999}
+    weighted = run(settings(objective="weighted", max_train_steps=2, **level), progress=False)
+    plain = run(settings("p", objective="plain", max_train_steps=2), progress=False)
+    below = run(settings("b", objective="weighted", ambient_level=0.5, max_train_steps=2), progress=False)
+    assert weighted["losses"] == plain["losses"] != below["losses"]
+
+
 def test_mixed_precision_keeps_trained_weights_in_float32(settings: Settings) -> None:
     full, lora = settings("f", mixed_precision="bf16"), settings("l", mixed_precision="bf16", lora=True)
     for config in (full, lora):
