@@ -130,6 +130,9 @@ class TrainConfig:
     near_duplicates: str | None = option(None, "objective", "ambient: share = re-encoded, resized or mirrored copies of a picture get one noise, as exact copies always do; off = each its own, which leaks (default share)", choices=("share", "off"))
     fresh_copies: bool = option(False, "objective", "ambient, a control for studies: a NEW noisy copy of a picture at every step in place of the fixed one. It leaks: copies of one picture average out to the clean one")
     snr_gamma: float | None = option(None, "objective", "Min-SNR weighting with this gamma (the paper's is 5), times the objective's own weight; without it none", above=0.0)
+    weighting_scheme: str = option("none", "objective", "none: timesteps are drawn uniformly; logit_normal: noise levels s_t are log-normal, ln s ~ N(logit_mean, logit_std^2), as EDM and Stable Diffusion 3 draw them (EDM: mean -0.5, std 1.2 at latents of unit variance)", choices=("none", "logit_normal"))
+    logit_mean: float | None = option(None, "objective", "logit_normal: mean of ln s (default 0)")
+    logit_std: float | None = option(None, "objective", "logit_normal: standard deviation of ln s (default 1)", above=0.0)
     noise_offset: float = option(0.0, "objective", "offset of the fresh noise per sample and channel, for very dark and bright pictures (plain and gap only)", low=0.0)
     input_perturbation: float = option(0.0, "objective", "perturb the noise of the input, not of the target, by that much (plain and gap only; 0.1 in its paper)", low=0.0)
 
@@ -258,6 +261,14 @@ class TrainConfig:
                 if getattr(self, name):
                     raise UserError(f"{name} is {getattr(self, name):g}", rule=reason,
                                     remedy="leave it out, or choose --objective plain or gap")  # fmt: skip
+        if self.weighting_scheme == "logit_normal":
+            self.logit_mean = 0.0 if self.logit_mean is None else self.logit_mean
+            self.logit_std = 1.0 if self.logit_std is None else self.logit_std
+        else:
+            for name in ("logit_mean", "logit_std"):
+                if getattr(self, name) is not None:
+                    raise _foreign(name, "timesteps are drawn uniformly",
+                                   "add --weighting_scheme logit_normal, or leave it out")  # fmt: skip
         if self.caption_mitigation is None:
             if self.caption_mitigation_p is not None:
                 raise _foreign(

@@ -324,6 +324,11 @@ class _Trainer:
         )
         self.data_fingerprint = plan.pictures.fingerprint()
         self._check_same_pictures()
+        self.levels: noising.LogNormalLevels | None = None
+        if config.weighting_scheme == "logit_normal":
+            self.levels = noising.LogNormalLevels(
+                plan.objective.schedule, config.logit_mean or 0.0, config.logit_std or 1.0
+            )
         self.average: averaging.Average | None = None
         self.dropouts: list[AddressedDropout] = []
         self.looks: list[dict[str, float]] = []
@@ -596,7 +601,8 @@ class _Trainer:
         timesteps, noise, captions, shape = [], [], [], tuple(x0.shape[1:])
         for position in positions:
             g = self.stream.generator("draw", position)
-            timesteps.append(torch.randint(self.plan.objective.schedule.num_train_timesteps, (), generator=g))
+            uniform = torch.randint(self.plan.objective.schedule.num_train_timesteps, (), generator=g)
+            timesteps.append(uniform if self.levels is None else self.levels(self.stream, position))
             dropped = float(torch.rand((), generator=g)) < self.config.caption_dropout
             captions.append("" if dropped else self.wording.caption(position))
             noise.append(torch.randn(shape, generator=g))

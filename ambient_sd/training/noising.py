@@ -5,6 +5,8 @@
     noise offset        xi + o u, one u ~ N(0, 1) per sample and channel
     input perturbation  input from xi + p z, target from xi, z ~ N(0, I)
                         Ning et al., "Input Perturbation Reduces Exposure Bias in Diffusion Models" (ICML 2023)
+    logit-normal        timesteps of log-normal noise level, ln s_t ~ N(m, d^2): EDM's (Karras et al. 2022), and, as
+                        s = u / (1 - u), the logit-normal u of Stable Diffusion 3 (Esser et al. 2024)
 
 u and z are functions of (seed, place in the run) with purposes of their own: a run without these options draws what it
 drew before they existed.
@@ -72,6 +74,29 @@ def offset(noise: torch.Tensor, stream: SampleStream, positions: Sequence[int], 
         return noise
     size = (noise.shape[1], 1, 1)
     return noise + amount * torch.stack([torch.randn(size, generator=stream.generator("offset", p)) for p in positions])
+
+
+class LogNormalLevels:
+    """Draw timesteps whose noise levels are log-normal: the timestep nearest to `s = exp(mean + std z)` in ln s.
+
+    Levels beyond the schedule's ends fall on its first or last finite one.
+
+    Args:
+        schedule: of the base.
+        mean, std: of ln s.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, mean: float, std: float) -> None:
+        logs = schedule.level(torch.arange(schedule.num_train_timesteps)).log()
+        self.mean, self.std = mean, std
+        self.first = int((logs == -torch.inf).sum())  # flow matching begins at level 0
+        logs = logs[self.first :]
+        self.edges = (logs[1:] + logs[:-1]) / 2
+
+    def __call__(self, stream: SampleStream, position: int) -> torch.Tensor:
+        """Return the timestep of a place in the run, long, without shape."""
+        z = torch.randn((), generator=stream.generator("level", position), dtype=torch.float64)
+        return self.first + torch.bucketize(self.mean + self.std * z, self.edges)
 
 
 def corrupt(

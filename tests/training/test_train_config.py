@@ -110,6 +110,7 @@ def test_saved_settings_read_back_equal(tmp_path: Path) -> None:
         ({"objective": "plain", "reweight": 2}, ["reweight", "objective is plain"]),
         ({"objective": "gap", "ambient_level": 1.0}, ["gap", "gap_upper"]),
         ({"objective": "weighted", "gap_upper": 1.0}, ["gap_upper", "objective is weighted"]),
+        ({"logit_mean": 0.5}, ["logit_mean", "drawn uniformly"]),
         ({"objective": "plain", "fresh_copies": True}, ["fresh_copies", "objective is plain"]),
         ({"objective": "gap", "ambient_level": 1.0, "gap_upper": 0.5}, ["gap_upper", "above ambient_level"]),
         ({"rank": 4}, ["rank", "--lora"]),

@@ -16,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ambient_sd.data import latents
+from ambient_sd.data.stream import SampleStream
 from ambient_sd.errors import UserError
-from ambient_sd.training import adapters, checkpoints, validation
+from ambient_sd.training import adapters, checkpoints, noising, validation
 from ambient_sd.training.base import Base, check_base
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import TrainingBatch, run
@@ -324,6 +325,27 @@ def test_fresh_copies_are_new_at_every_step_and_the_usual_ones_are_not(settings:
     assert all(torch.equal(e, c[0]) for c in usual.values() for e in c)
     again = [c for c in fresh.values() if len(c) > 1]
     assert again and not any(torch.equal(a, b) for c in again for i, a in enumerate(c) for b in c[:i])
+
+
+def test_noise_levels_are_lognormal_when_asked_for_and_nothing_else_of_a_run_moves(settings: Settings) -> None:
+    def batches(config: TrainConfig) -> list[TrainingBatch]:
+        seen: list[TrainingBatch] = []
+        run(config, progress=False, on_batch=seen.append)
+        return seen
+
+    edm = {"weighting_scheme": "logit_normal", "logit_mean": -0.5, "logit_std": 1.2}
+    usual, drawn = batches(settings(max_train_steps=3)), batches(settings("e", max_train_steps=3, **edm))
+    for a, b in zip(usual, drawn, strict=True):
+        assert torch.equal(a.noise, b.noise) and a.captions == b.captions and not torch.equal(a.timesteps, b.timesteps)
+    schedule = check_base(settings("b")).schedule
+    draw, stream = noising.LogNormalLevels(schedule, -0.5, 1.2), SampleStream(1, 0)
+    assert torch.cat([b.timesteps for b in drawn]).tolist() == [
+        int(draw(stream, p)) for b in drawn for p in b.positions
+    ]
+    logs = schedule.level(torch.stack([draw(stream, p) for p in range(4000)])).log()
+    # Quartiles of N(-0.5, 1.2^2), known from 4,000 draws to 0.025; the schedule's ends cut the tails only.
+    found = torch.quantile(logs, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+    assert found.tolist() == pytest.approx([-0.5 - 0.6745 * 1.2, -0.5, -0.5 + 0.6745 * 1.2], abs=0.1)
 
 
 def test_weighted_trains_with_the_plain_loss_under_the_level(settings: Settings) -> None:
