@@ -72,6 +72,20 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--fail_on", choices=["nothing", "problems"], default="nothing",
                          help="problems: exit with status 1 if anything is found")  # fmt: skip
     add_verbs(verbs)
+    sweep = verbs.add_parser(
+        "sweep",
+        help="train a grid of settings, each measured as it goes: quality against memorization",
+        description="Train every run of a study (a YAML file such as those in configs/study/), measure copies, quality and "
+        "errors at its steps, and write OUT/results.json, results.md and plots. Goes on where it was cut; two commands on one OUT "
+        "share the work.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    sweep.add_argument("study", type=Path, metavar="STUDY", help="YAML file of the study")
+    sweep.add_argument("--out", type=Path, required=True, help="folder for everything")
+    sweep.add_argument("--workers", type=_positive, default=1, help="runs side by side; on a CPU one a core is fastest")
+    sweep.add_argument("--only", nargs="+", default=[], metavar="LABEL", help="labels of the runs to do now")
+    sweep.add_argument("--seeds", nargs="+", type=int, default=None, help="seeds in place of the file's")
+    sweep.add_argument("--results_only", action="store_true", help="train nothing; write results of what is measured")
     push = verbs.add_parser("push", help="upload the results of a training to the hub", description="Upload weights, "
         "configurations, card and validation pictures; never checkpoints, logs, tokens or local paths. Token: HF_TOKEN "
         "or `hf auth login`.")  # fmt: skip
@@ -126,6 +140,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(1)
     elif args.verb in ("sample", "calibrate", "compare"):
         run_guard(args)
+    elif args.verb == "sweep":
+        from ambient_sd.study.plan import read_plan
+        from ambient_sd.study.results import write_results
+        from ambient_sd.study.sweep import gather
+        from ambient_sd.study.sweep import sweep as run_sweep
+
+        plan = read_plan(args.study, {} if args.seeds is None else {"seeds": args.seeds})
+        results = gather(plan, args.out) if args.results_only else run_sweep(
+            plan, args.out, workers=args.workers, only=args.only
+        )  # fmt: skip
+        print(f"Look at it: {write_results(results, args.out)}", flush=True)
     elif args.verb == "push":
         from ambient_sd.training.push import push
 

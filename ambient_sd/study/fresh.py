@@ -44,7 +44,7 @@ def fresh_base(base: str | Path, changes: Mapping[str, Any], seed: int, folder: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(seed, "fresh U-Net") % 2**63)
         try:
-            unet = UNet2DConditionModel(**{**config, **changes})
+            unet: Any = UNet2DConditionModel(**{**config, **changes})
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"from_scratch {dict(changes)}", rule=f"{type(error).__name__}: {error}"[:200]) from None
     part = folder.with_name(folder.name + ".part")

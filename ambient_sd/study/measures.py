@@ -1,0 +1,187 @@
+"""What is measured of a run at one step: copies, quality, and the denoiser's error by noise level on seen and unseen pictures.
+
+    copied        share of samples with d1 / d2 < 1/3, pixels at 64 x 64             ambient_sd.audit.metrics
+    distance      Frechet distance to the held-out pictures, EfficientNet-Lite0, at equal n; KID beside it
+    error(s)      mean over pictures of |x0 - E[x0 | x_t]|^2 / dim at noise level s, x_t made of the CLEAN picture
+
+The gap of error(s) between held-out and training pictures says at which noise levels a network has learned its pictures, and a rise
+on both says that it has learned something else: its noisy copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ambient_sd.audit.features import EffLite0, Features, Pixels, embed
+from ambient_sd.audit.metrics import Figure, bootstrap, memorized_fraction, quality_rows
+from ambient_sd.audit.neighbours import nearest
+from ambient_sd.data.sources import PictureSet
+from ambient_sd.data.stream import keyed_generator
+from ambient_sd.schedule import NoiseSchedule
+from ambient_sd.study.plan import Sampling
+
+LEVELS = (0.2, 0.4, 0.8, 1.6, 3.0, 4.0, 6.0, 8.0)  # of the error curve
+_PICTURES = 64  # of the error curve, at most, of either set
+FIGURES = ("copied", "copied-EffLite0", "similarity", "distance", "kid", "ratio")
+
+
+@dataclass(frozen=True)
+class Reals:
+    """Hold the real pictures of a study: features of one of each training picture and of the held-out ones, and captions."""
+
+    training: Mapping[str, Tensor]
+    heldout: Mapping[str, Tensor]
+    images: Sequence[Image.Image]
+    captions: Sequence[str]
+    heldout_images: Sequence[Image.Image]
+    heldout_captions: Sequence[str]
+    features: Sequence[Features]
+
+
+def read_reals(training: PictureSet, heldout: PictureSet) -> Reals:
+    """Embed both sets."""
+    training.fingerprint()  # fills in the keys that tell equal pictures
+    rows = training.one_of_each()
+    features: list[Features] = [Pixels(), EffLite0()]
+    images, unseen = [training[i].image for i in rows], [row.image for row in heldout]
+    return Reals(
+        embed(images, features), embed(unseen, features), images, [training.captions[i] for i in rows], unseen,
+        heldout.captions, features,
+    )  # fmt: skip
+
+
+def prompts_of(reals: Reals, sampling: Sampling, seed: int) -> list[str]:
+    """Return a prompt for each picture to sample: captions in turn, a draw of them if there are more than pictures."""
+    if sampling.captions == "none":
+        return [""] * sampling.pictures
+    captions = list(reals.captions)
+    if len(captions) > sampling.pictures:
+        order = torch.randperm(len(captions), generator=keyed_generator(seed, "study prompts", 0))
+        captions = [captions[i] for i in sorted(order[: sampling.pictures].tolist())]
+    return [captions[i % len(captions)] for i in range(sampling.pictures)]
+
+
+def load_pipeline(base: str | Path, folder: Path, lora: bool) -> Any:
+    """Load what a run left, under DPM-Solver++."""
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    options = {"safety_checker": None, "requires_safety_checker": False}
+    pipe = StableDiffusionPipeline.from_pretrained(base if lora else folder, **options)
+    if lora:
+        pipe.load_lora_weights(str(folder))
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def sample(pipe: Any, prompts: Sequence[str], sampling: Sampling, resolution: int, seed: int) -> list[Image.Image]:
+    """Draw one picture per entry of `prompts`; its start noise is a function of seed and place."""
+    pictures: list[Image.Image] = []
+    for first in range(0, len(prompts), sampling.batch_size):
+        chunk = list(prompts[first : first + sampling.batch_size])
+        generators = [keyed_generator(seed, "study sample", first + i) for i in range(len(chunk))]
+        pictures += pipe(
+            chunk, num_inference_steps=sampling.num_inference_steps, guidance_scale=sampling.guidance_scale,
+            height=resolution, width=resolution, generator=generators,
+        ).images  # fmt: skip
+    return pictures
+
+
+def measure_samples(
+    pictures: Sequence[Image.Image], prompts: Sequence[str], reals: Reals, seed: int, resamples: int = 1000
+) -> tuple[dict[str, Figure], list[float]]:
+    """Return the figures of sampled pictures, and d1 / d2 of each; intervals resample prompts (pictures, where none is given)."""
+    groups = prompts if any(prompts) else None
+    drawn = embed(pictures, reals.features)
+    options: dict[str, Any] = {"groups": groups, "seed": seed, "resamples": resamples}
+    pixels, deep = reals.features[0].name, reals.features[1].name
+    near = nearest(drawn[pixels], reals.training[pixels])
+    cosine = nearest(drawn[deep], reals.training[deep], distance="cosine").similarity
+    out = {
+        "copied": memorized_fraction(near, name="copied", **options),
+        "copied-EffLite0": memorized_fraction(
+            nearest(drawn[deep], reals.training[deep]), name="copied-EffLite0", **options
+        ),
+        "ratio": bootstrap(near.ratio, torch.median, name="median d1/d2", **options),
+        "similarity": bootstrap(
+            cosine, lambda v: torch.quantile(v, 0.95), name="95th percentile of the cosine", **options
+        ),
+    }
+    for name, row in zip(
+        ("distance", "kid"),
+        quality_rows(drawn[deep], reals.heldout[deep], name=deep, groups=groups, seed=seed),
+        strict=False,
+    ):
+        out[name] = row.generated
+        out[f"{name} floor"] = row.heldout
+    return out, near.ratio.tolist()
+
+
+@torch.no_grad()
+def error_curves(
+    pipe: Any, reals: Reals, sampling: Sampling, resolution: int, seed: int, levels: Sequence[float] = LEVELS
+) -> dict[str, dict[str, list[float]]]:
+    """Return error(s) with its standard error over pictures, for training and held-out pictures.
+
+    Every model of a study sees the same noise. Captions are the pictures' own, or empty where the study samples without.
+
+    Returns:
+        {"training": {"level": [...], "mean": [...], "error": [...]}, "heldout": ...}
+    """
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    sets = {"training": (reals.images, reals.captions), "heldout": (reals.heldout_images, reals.heldout_captions)}
+    out: dict[str, dict[str, list[float]]] = {}
+    for name, (images, captions) in sets.items():
+        count = min(_PICTURES, len(images))
+        order = torch.randperm(len(images), generator=keyed_generator(seed, f"study error {name}", 0))[:count].tolist()
+        texts = ["" if sampling.captions == "none" else captions[i] for i in order]
+        latents = torch.cat([_encode(pipe, [images[i] for i in part], resolution) for part in _parts(order)])
+        embeds = torch.cat([pipe.encode_prompt(part, pipe.device, 1, False)[0] for part in _parts(texts)])
+        curve: dict[str, list[float]] = {"level": [], "mean": [], "error": []}
+        for level in levels:
+            if not float(schedule.level(0)) <= level <= schedule.max_level:
+                continue
+            t = round(schedule.timestep(level))
+            noise = torch.stack(
+                [
+                    torch.randn(latents.shape[1:], generator=keyed_generator(seed, f"study error {level}", i))
+                    for i in order
+                ]
+            ).to(latents)
+            errors = torch.cat([
+                _x0_error(pipe, schedule, latents[rows], noise[rows], embeds[rows], t)
+                for rows in _parts(torch.arange(count))
+            ])  # fmt: skip
+            curve["level"].append(float(schedule.level(t)))
+            curve["mean"].append(float(errors.mean()))
+            curve["error"].append(float(errors.std() / count**0.5) if count > 1 else float("nan"))
+        out[name] = curve
+    return out
+
+
+def _x0_error(pipe: Any, schedule: NoiseSchedule, x0: Tensor, noise: Tensor, embeds: Tensor, t: int) -> Tensor:
+    alpha, sigma = (float(v) for v in schedule.coefficients(torch.tensor(t)))
+    x_t = alpha * x0 + sigma * noise
+    eps = schedule.predicted_noise(
+        pipe.unet(x_t, t, encoder_hidden_states=embeds, return_dict=False)[0].float(), sample=x_t, timestep=t
+    )
+    return ((x_t - sigma * eps) / alpha - x0).square().flatten(1).mean(1).double().cpu()
+
+
+def _encode(pipe: Any, images: Sequence[Image.Image], resolution: int) -> Tensor:
+    """Return the means of the VAE, scaled as the U-Net sees them."""
+    prepared = pipe.image_processor.preprocess(list(images), height=resolution, width=resolution)
+    mean = pipe.vae.encode(prepared.to(pipe.device, pipe.vae.dtype)).latent_dist.mean
+    return (mean * pipe.vae.config.scaling_factor).float()
+
+
+def _parts(values: Any, size: int = 32) -> Iterator[Any]:
+    for first in range(0, len(values), size):
+        yield values[first : first + size]

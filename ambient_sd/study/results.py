@@ -1,0 +1,263 @@
+"""Tables and plots of a study, from its results.json alone: one can go on with the study, and write them again.
+
+A *point* is a run's label at one step. Its figures are means over seeds; its interval combines the runs' own (prompts resampled) as of
+independent runs, `half = sqrt(sum_i half_i^2) / k`, and the values of single seeds stand beside it: two seeds say little about their
+spread, and no interval is made of it.
+
+*Equal quality*: of the points whose Frechet distance is at most the upper end of the interval of the baseline's best, the one with the
+fewest copies. The baseline has the same right: stopped early it copies less too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ambient_sd.files import write_whole
+
+BASELINE = "plain"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Hold a mean over seeds, its 95 % interval within runs, and the value of each seed."""
+
+    value: float
+    low: float
+    high: float
+    seeds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Point:
+    """Hold a label at a step."""
+
+    label: str
+    step: int
+    figures: Mapping[str, Estimate]
+    errors: Mapping[str, Mapping[str, Sequence[float]]]
+    n: int
+
+    @property
+    def copied(self) -> Estimate:
+        return self.figures["copied"]
+
+    @property
+    def distance(self) -> Estimate:
+        return self.figures["distance"]
+
+
+def points(results: Mapping[str, Any]) -> list[Point]:
+    """Return the points of a study in its order; a step that not all seeds of a label have reached is made of those that have."""
+    found: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for run in results["runs"]:
+        for point in run["points"]:
+            found.setdefault((run["label"], point["step"]), []).append(point)
+    return [
+        Point(
+            label, step, {name: _mean([p["figures"][name] for p in group]) for name in group[0]["figures"]},
+            _mean_errors([p["errors"] for p in group]), sum(p["figures"]["copied"]["n"] for p in group),
+        )
+        for (label, step), group in found.items()
+    ]  # fmt: skip
+
+
+def _mean(figures: Sequence[Mapping[str, Any]]) -> Estimate:
+    values = [f["value"] for f in figures]
+    mean, k = sum(values) / len(values), len(values)
+    below = math.sqrt(sum((f["value"] - f["low"]) ** 2 for f in figures)) / k
+    above = math.sqrt(sum((f["high"] - f["value"]) ** 2 for f in figures)) / k
+    return Estimate(mean, mean - below, mean + above, tuple(values))
+
+
+def _mean_errors(curves: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    return {
+        name: {
+            "level": list(curves[0][name]["level"]),
+            "mean": [sum(c) / len(c) for c in zip(*(curve[name]["mean"] for curve in curves), strict=True)],
+        }
+        for name in curves[0]
+    }
+
+
+def best(found: Sequence[Point], label: str) -> Point:
+    """Return the label's point of the least Frechet distance."""
+    return min((p for p in found if p.label == label), key=lambda p: p.distance.value)
+
+
+def at_equal_quality(found: Sequence[Point], label: str, baseline: str = BASELINE) -> Point | None:
+    """Return the label's point of the fewest copies among those as good as the baseline's best, or None if there is none."""
+    limit = best(found, baseline).distance.high
+    good = [p for p in found if p.label == label and p.distance.value <= limit]
+    return min(good, key=lambda p: (p.copied.value, p.distance.value)) if good else None
+
+
+def front(found: Sequence[Point]) -> list[Point]:
+    """Return the points that no other one beats in both copies and distance, by falling distance."""
+    kept = [
+        p
+        for p in found
+        if not any(
+            q.copied.value <= p.copied.value
+            and q.distance.value <= p.distance.value
+            and (q.copied.value, q.distance.value) != (p.copied.value, p.distance.value)
+            for q in found
+        )
+    ]
+    return sorted(kept, key=lambda p: (p.copied.value, p.distance.value))
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """Return the tables as Markdown."""
+    found = points(results)
+    if not found:
+        return "Nothing is measured yet.\n"
+    labels = list(dict.fromkeys(p.label for p in found))
+    seeds = {label: sorted({r["seed"] for r in results["runs"] if r["label"] == label}) for label in labels}
+    lines = ["### At the last step", "", "| run | seeds | step | n | copied | median d1/d2 | Frechet distance | KID x 1000 |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for label in labels:
+        p = max((p for p in found if p.label == label), key=lambda p: p.step)
+        lines.append(
+            f"| {label} | {_numbers(seeds[label])} | {p.step} | {p.n} | {_share(p.copied)} | {_span(p.figures['ratio'], 2)} | "
+            f"{_span(p.distance, 1)} | {_span(p.figures['kid'], 1, 1000)} |"
+        )
+    floor = found[0].figures["distance floor"]
+    lines += [
+        "",
+        f"A perfect model's distance at this n, half of the held-out pictures against the other: {_span(floor, 1)}.",
+        "",
+    ]
+    if BASELINE in labels:
+        limit = best(found, BASELINE)
+        lines += [
+            "### Its best quality, and at equal quality", "",
+            f"Equal quality: distance at most {limit.distance.high:.1f}, the upper end of the interval of {BASELINE}'s best (step {limit.step}).",
+            "", "| run | best distance (step) | copied there | fewest copies at equal quality (step) | distance there |",
+            "|---|---|---|---|---|",
+        ]  # fmt: skip
+        for label in labels:
+            top, equal = best(found, label), at_equal_quality(found, label)
+            there = (
+                "none is as good | "
+                if equal is None
+                else f"{_share(equal.copied)} ({equal.step}) | {_span(equal.distance, 1)}"
+            )
+            lines.append(f"| {label} | {_span(top.distance, 1)} ({top.step}) | {_share(top.copied)} | {there} |")
+        lines.append("")
+    lines += ["### Along training", "", "| run | " + " | ".join(str(s) for s in sorted({p.step for p in found})) + " |",
+              "|---" * (1 + len({p.step for p in found})) + "|"]  # fmt: skip
+    for label in labels:
+        cells = []
+        for step in sorted({p.step for p in found}):
+            at = next((p for p in found if p.label == label and p.step == step), None)
+            cells.append("" if at is None else f"{at.copied.value:.1%}, {at.distance.value:.1f}".replace("%", " %"))
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    lines += ["", "Copied share, Frechet distance.", ""]
+    if results["missing"]:
+        lines += [f"Not whole yet: {', '.join(results['missing'])}.", ""]
+    return "\n".join(lines)
+
+
+def _numbers(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _share(e: Estimate) -> str:
+    single = f"; {', '.join(f'{100 * v:.1f}' for v in e.seeds)}" if len(e.seeds) > 1 else ""
+    return f"{100 * e.value:.1f} % [{100 * e.low:.1f}, {100 * e.high:.1f}{single}]"
+
+
+def _span(e: Estimate, digits: int, factor: float = 1) -> str:
+    return f"{factor * e.value:.{digits}f} [{factor * e.low:.{digits}f}, {factor * e.high:.{digits}f}]"
+
+
+def write_results(results: Mapping[str, Any], out: Path) -> Path:
+    """Write OUT/results.md and, where matplotlib is installed, OUT/front.png, onset.png and errors.png; return the first."""
+    text = f"# {results['study']}\n\n{tables(results)}"
+    if results["runs"]:
+        try:
+            plot(results, out)
+            text += "\n![](front.png)\n![](onset.png)\n![](errors.png)\n"
+        except ImportError:
+            print("no plots: pip install matplotlib (the extra `study`)", flush=True)
+    write_whole(out / "results.md", text)
+    return out / "results.md"
+
+
+def plot(results: Mapping[str, Any], out: Path) -> None:
+    """Draw the Pareto plane, the onset along training, and the errors by noise level."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = points(results)
+    labels = list(dict.fromkeys(p.label for p in found))
+    style = {label: _style(label, labels) for label in labels}
+
+    def save(figure: Any, name: str) -> None:
+        FigureCanvasAgg(figure)
+        figure.savefig(out / f".{name}.part", dpi=110, format="png", metadata={"Software": None})
+        (out / f".{name}.part").replace(out / name)
+
+    figure = Figure(figsize=(8.5, 6), layout="constrained")
+    axes = figure.subplots()
+    for label in labels:
+        line = [p for p in found if p.label == label]
+        axes.plot([100 * p.copied.value for p in line], [p.distance.value for p in line], label=label, **style[label])
+        last = line[-1]
+        axes.errorbar(
+            100 * last.copied.value, last.distance.value, color=style[label]["color"], alpha=0.6, lw=1,
+            xerr=[[100 * max(0.0, last.copied.value - last.copied.low)], [100 * max(0.0, last.copied.high - last.copied.value)]],
+            yerr=[[max(0.0, last.distance.value - last.distance.low)], [max(0.0, last.distance.high - last.distance.value)]],
+        )  # fmt: skip
+    edge = front(found)
+    axes.plot([100 * p.copied.value for p in edge], [p.distance.value for p in edge], color="black", lw=5, alpha=0.12,
+              label="Pareto front", zorder=0)  # fmt: skip
+    axes.set(xlabel="copied pictures, %", ylabel="Frechet distance to held-out pictures", title=str(results["study"]))
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    save(figure, "front.png")
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for label in labels:
+        line = [p for p in found if p.label == label]
+        left.plot([p.step for p in line], [100 * p.copied.value for p in line], label=label, **style[label])
+        right.plot([p.step for p in line], [p.distance.value for p in line], **style[label])
+    left.set(xlabel="step", ylabel="copied pictures, %")
+    right.set(xlabel="step", ylabel="Frechet distance")
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+    figure.legend(loc="outside right upper", fontsize=8)
+    save(figure, "onset.png")
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2, sharey=True), ("training", "heldout"), strict=True):
+        for label in labels:
+            last = [p for p in found if p.label == label][-1]
+            curve = last.errors[name]
+            axes.plot(curve["level"], curve["mean"], label=label if name == "training" else None, **style[label])
+        axes.set(xlabel="noise level s", xscale="log", yscale="log", title=f"{name} pictures, last step")
+        axes.grid(alpha=0.25)
+    figure.axes[0].set_ylabel("error of the denoised picture, per dimension")
+    figure.legend(loc="outside right upper", fontsize=8)
+    save(figure, "errors.png")
+
+
+def _style(label: str, labels: Sequence[str]) -> dict[str, Any]:
+    """Levels of one objective go from light to dark; the baseline is black; others have colours of their own."""
+    from matplotlib import colormaps
+
+    if label == BASELINE:
+        return {"color": "black", "marker": "o", "ms": 4, "lw": 2}
+    swept = [other for other in labels if "level=" in other]
+    if label in swept:
+        place = swept.index(label) / max(1, len(swept) - 1)
+        return {"color": colormaps["viridis"](0.95 * (1 - place)), "marker": "o", "ms": 4, "lw": 1.5}
+    others = [other for other in labels if other not in swept and other != BASELINE]
+    return {"color": colormaps["tab10"](others.index(label) % 10), "marker": "s", "ms": 4, "lw": 1.2, "ls": "--"}

@@ -1,0 +1,230 @@
+"""Run a study: train every run up to each of its steps, measure there, keep what is done, on several processes.
+
+OUT/study.yaml          the plan as it was read
+OUT/runs/NAME/          one run: model/ (the trainer's own folder, at the last measured step), identity.json,
+    step-000400/        figures.json (written last: the step is done), samples.png
+OUT/results.json        everything measured, for `ambient_sd.study.results` and for other programs
+
+A killed study goes on where it was: finished steps are kept, a training from its last checkpoint. Two commands on one OUT share
+the work: a run belongs to the process that holds its lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ambient_sd.audit.report import contact_sheet
+from ambient_sd.data.sources import PictureSet, load_rows
+from ambient_sd.errors import UserError
+from ambient_sd.files import write_whole
+from ambient_sd.quiet import quiet
+from ambient_sd.study.fresh import fresh_base
+from ambient_sd.study.measures import (
+    Reals,
+    error_curves,
+    load_pipeline,
+    measure_samples,
+    prompts_of,
+    read_reals,
+    sample,
+)
+from ambient_sd.study.plan import Plan, Run, identity
+from ambient_sd.training.config import TrainConfig, split_condition
+from ambient_sd.training.loop import plan_run
+from ambient_sd.training.loop import run as train
+
+
+def sweep(plan: Plan, out: Path, *, workers: int = 1, only: Sequence[str] = ()) -> dict[str, Any]:
+    """Do what is left of a study and return its results.
+
+    Args:
+        plan: the study.
+        out: folder of the study.
+        workers: runs that go on side by side, one thread each where there are several.
+        only: labels of runs; others are left for later. None: all.
+
+    Raises:
+        UserError: a run's settings or pictures are wrong, or `out` holds another study. Found before the first training.
+    """
+    wrong = sorted(set(only) - set(plan.labels))
+    if wrong:
+        raise UserError(f"run {wrong[0]!r} is not in the study", rule=f"its runs: {', '.join(plan.labels)}")
+    runs = [run for run in plan.runs if not only or run.label in only]
+    out.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        _claim(plan, run, out)
+        plan_run(_config(plan, run, out))
+    write_whole(out / "study.yaml", plan.text)
+    todo = [run for run in runs if _steps_left(plan, run, out)]
+    threads = max(1, (torch.get_num_threads() if workers == 1 else (os.cpu_count() or 1) // workers))
+    print(f"{plan.name}: {len(runs) - len(todo)} of {len(runs)} runs done", flush=True)
+    if workers == 1:
+        for run in todo:
+            print(do_run(plan, run, out, threads), flush=True)
+    elif todo:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            waiting = [pool.submit(do_run, plan, run, out, threads, i % workers) for i, run in enumerate(todo)]
+            try:
+                for done in as_completed(waiting):
+                    print(done.result(), flush=True)
+            except BaseException:
+                for other in waiting:
+                    other.cancel()
+                raise
+    return gather(plan, out)
+
+
+def do_run(plan: Plan, run: Run, out: Path, threads: int, position: int = 0) -> str:
+    """Do what is left of one run; return a line that says what came out. A run that another process holds is left alone."""
+    quiet()
+    torch.set_num_threads(threads)
+    folder = out / "runs" / run.folder
+    with _locked(folder) as mine:
+        if not mine:
+            return f"{run.name}: another process is at it"
+        reals: Reals | None = None
+        for step in _steps_left(plan, run, out):
+            config = _config(plan, run, out, step)
+            begin = time.perf_counter()
+            summary = train(config, bar={"desc": run.name, "position": position, "leave": False})
+            trained = time.perf_counter() - begin
+            if reals is None:
+                reals = read_reals(_training_set(config), _heldout(plan, config))
+            _measure(plan, run, config, reals, step, folder, {
+                "seconds_trained": round(trained, 1), "loss": summary["loss"], "clean_loss": summary["clean_loss"],
+                "ambient_loss": summary["ambient_loss"],
+            })  # fmt: skip
+        for checkpoint in (folder / "model").glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)  # the run is whole: they are needed no more
+        last = _read_step(folder, plan.measure_at[-1])
+        figures = last["figures"]
+        return f"{run.name}: copied {figures['copied']['value']:.1%}, distance {figures['distance']['value']:.1f}"
+
+
+def _measure(
+    plan: Plan, run: Run, config: TrainConfig, reals: Reals, step: int, folder: Path, facts: Mapping[str, Any]
+) -> None:
+    begin = time.perf_counter()
+    base = str(config.pretrained_model_name_or_path)
+    pipe = load_pipeline(base, folder / "model", config.lora)
+    prompts = prompts_of(reals, plan.sampling, run.seed)
+    pictures = sample(pipe, prompts, plan.sampling, config.resolution, run.seed)
+    figures, ratios = measure_samples(pictures, prompts, reals, run.seed)
+    errors = error_curves(pipe, reals, plan.sampling, config.resolution, run.seed)
+    into = folder / f"step-{step:06d}"
+    into.mkdir(exist_ok=True)
+    contact_sheet(pictures, 20).save(into / "samples.png")
+    record = {
+        "step": step, **_finite(dict(facts)), "seconds_measured": round(time.perf_counter() - begin, 1),
+        "figures": {name: _finite(figure.as_dict()) for name, figure in figures.items()}, "errors": errors, "ratios": ratios,
+    }  # fmt: skip
+    write_whole(into / "figures.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def gather(plan: Plan, out: Path) -> dict[str, Any]:
+    """Read what is measured so far, write OUT/results.json and return it; runs without a measured step are left out."""
+    runs = []
+    for run in plan.runs:
+        folder = out / "runs" / run.folder
+        points = [_read_step(folder, step) for step in plan.measure_at if _is_done(folder, step)]
+        for point in points:
+            del point["ratios"]
+        if points:
+            runs.append({"label": run.label, "seed": run.seed, "differs": dict(run.differs), "points": points})
+    results = {
+        "study": plan.name, "plan": plan.text, "training": {}, "runs": runs,
+        "missing": [run.name for run in plan.runs if _steps_left(plan, run, out)],
+    }  # fmt: skip
+    write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    return results
+
+
+def _config(plan: Plan, run: Run, out: Path, step: int | None = None) -> TrainConfig:
+    """Return the settings of a run up to a step (its last, if not given)."""
+    more: dict[str, Any] = {
+        "max_train_steps": step or plan.measure_at[-1], "checkpointing_steps": plan.checkpointing_steps,
+        "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest", "report_to": "none",
+        "latent_cache_dir": str(out / "latents"),
+    }  # fmt: skip
+    config = run.config(out / "runs" / run.folder / "model", **more)
+    if plan.from_scratch is not None:
+        base = fresh_base(
+            str(config.pretrained_model_name_or_path), plan.from_scratch, run.seed, out / f"base-{run.seed}"
+        )
+        config.pretrained_model_name_or_path = str(base)
+    return config
+
+
+def _training_set(config: TrainConfig) -> PictureSet:
+    return load_rows(
+        config.source, config.image_column, config.caption_column, config.dataset_split, config.max_train_samples, config.seed,
+        row_filter=[split_condition(term) for term in config.row_filter or ()], config_name=config.dataset_config_name,
+        cache_dir=config.cache_dir, local=config.train_data_dir is not None,
+    )  # fmt: skip
+
+
+def _heldout(plan: Plan, config: TrainConfig) -> PictureSet:
+    given = dict(plan.heldout)
+    source = given.pop("train_data_dir", None) or given.pop("dataset_name", None) or config.source
+    terms = [split_condition(term) for term in given.pop("row_filter", [])]
+    split = given.pop("dataset_split", None)
+    if given:
+        raise UserError(f"study: heldout: {sorted(given)[0]}", rule="entries are train_data_dir, dataset_name, dataset_split, row_filter")  # fmt: skip
+    return load_rows(source, config.image_column, config.caption_column, split, row_filter=terms)
+
+
+def _claim(plan: Plan, run: Run, out: Path) -> None:
+    """Let a run's folder belong to one identity."""
+    path = out / "runs" / run.folder / "identity.json"
+    own = identity(plan, run)
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before != own:
+            other = [k for k in own if before.get(k) != own[k]]
+            named = [k for k in own["settings"] if before.get("settings", {}).get(k) != own["settings"][k]]
+            raise UserError(f"{path.parent} holds a run with other {', '.join(named or other)}",
+                            rule="a study goes on with what it began", remedy="give another --out, or remove the folder")  # fmt: skip
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(own, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the run's lock while inside; yield False where another process holds it. The system drops it with the process."""
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+
+
+def _is_done(folder: Path, step: int) -> bool:
+    return (folder / f"step-{step:06d}" / "figures.json").exists()
+
+
+def _steps_left(plan: Plan, run: Run, out: Path) -> list[int]:
+    return [step for step in plan.measure_at if not _is_done(out / "runs" / run.folder, step)]
+
+
+def _read_step(folder: Path, step: int) -> dict[str, Any]:
+    return dict(json.loads((folder / f"step-{step:06d}" / "figures.json").read_text(encoding="utf-8")))
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with None for what is no finite number: JSON has no NaN."""
+    return {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in values.items()}
