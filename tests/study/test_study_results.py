@@ -1,0 +1,77 @@
+"""Tables and choices of a study, on figures made by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ambient_sd.study.results import at_equal_quality, best, front, points, tables, write_results
+
+
+def run(label: str, seed: int, *steps: tuple[int, float, float], half: float = 1.0) -> dict[str, Any]:
+    def figure(name: str, value: float, h: float) -> dict[str, Any]:
+        return {"name": name, "value": value, "low": value - h, "high": value + h, "n": 100, "seed": seed, "detail": ""}
+
+    curve = {"level": [0.2, 4.0], "mean": [0.1, 0.5 + seed], "error": [0.0, 0.0]}
+    return {
+        "label": label, "seed": seed, "differs": {},
+        "points": [
+            {"step": step, "errors": {"training": curve, "heldout": curve},
+             "figures": {"copied": figure("copied", copied, 0.03), "distance": figure("distance", distance, half),
+                         "distance floor": figure("distance", 10.0, 1.0), "kid": figure("kid", 0.1, 0.01),
+                         "ratio": figure("ratio", 0.5, 0.1)}}
+            for step, copied, distance in steps
+        ],
+    }  # fmt: skip
+
+
+RESULTS: dict[str, Any] = {
+    "study": "by hand", "missing": ["gap seed=1"],
+    "runs": [
+        run("plain", 0, (100, 0.1, 40.0), (200, 0.5, 30.0)), run("plain", 1, (100, 0.2, 42.0), (200, 0.7, 34.0)),
+        run("ambient level=0.8", 0, (100, 0.0, 41.0), (200, 0.04, 33.0)),
+        run("ambient level=8", 0, (100, 0.0, 90.0)),
+    ],
+}  # fmt: skip
+
+
+def test_a_point_is_the_mean_of_its_seeds_with_the_interval_of_independent_runs() -> None:
+    found = points(RESULTS)
+    last = next(p for p in found if p.label == "plain" and p.step == 200)
+    assert (last.copied.value, last.copied.seeds, last.n) == (pytest.approx(0.6), (0.5, 0.7), 200)
+    assert last.copied.high - last.copied.value == pytest.approx(0.03 / 2**0.5)
+    assert last.distance.value == 32.0 and last.errors["training"]["mean"] == [0.1, 1.0]
+    single = next(p for p in found if p.label == "ambient level=0.8" and p.step == 100)
+    assert single.distance.high - single.distance.value == pytest.approx(1.0)
+
+
+def test_equal_quality_is_within_the_interval_of_the_best_baseline_and_the_baseline_may_stop_early_too() -> None:
+    found = points(RESULTS)
+    assert best(found, "plain").step == 200  # 32.0, up to 32.7
+    assert at_equal_quality(found, "ambient level=0.8") is None  # 33.0
+    wide = points({**RESULTS, "runs": [run("plain", 0, (100, 0.1, 30.5), (200, 0.5, 30.0)), *RESULTS["runs"][2:]]})
+    stopped = at_equal_quality(wide, "plain")
+    assert stopped is not None and (stopped.step, stopped.copied.value) == (100, 0.1)
+    near = points({**RESULTS, "runs": [run("plain", 0, (200, 0.5, 30.0), half=3.5), *RESULTS["runs"][2:]]})
+    equal = at_equal_quality(near, "ambient level=0.8")
+    assert equal is not None and equal.step == 200
+
+
+def test_the_front_holds_what_nothing_beats_in_both() -> None:
+    kept = [(p.label, p.step) for p in front(points(RESULTS))]
+    assert kept == [("ambient level=0.8", 100), ("ambient level=0.8", 200), ("plain", 200)]
+
+
+def test_tables_name_what_is_missing_and_plots_are_written(tmp_path: Path) -> None:
+    text = tables(RESULTS)
+    assert "60.0 % [57.9, 62.1; 50.0, 70.0]" in text and "none is as good" in text and "gap seed=1" in text
+    pytest.importorskip("matplotlib")
+    path = write_results(RESULTS, tmp_path)
+    assert path.read_text().startswith("# by hand")
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("front.png", "onset.png", "errors.png"))
+    first = (tmp_path / "front.png").read_bytes()
+    write_results(RESULTS, tmp_path)
+    assert (tmp_path / "front.png").read_bytes() == first
+    assert tables({**RESULTS, "runs": []}) == "Nothing is measured yet.\n"

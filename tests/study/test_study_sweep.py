@@ -1,0 +1,165 @@
+"""A study on a tiny model: every run and step, the same after a kill, with the denoiser's errors held against their definition."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import yaml
+from PIL import Image
+
+from ambient_sd.data.stream import keyed_generator
+from ambient_sd.errors import UserError
+from ambient_sd.schedule import NoiseSchedule
+from ambient_sd.study import sweep as sweeping
+from ambient_sd.study.fresh import fresh_base
+from ambient_sd.study.measures import Reals, error_curves, load_pipeline, prompts_of
+from ambient_sd.study.plan import Plan, Sampling, read_plan
+from ambient_sd.study.sweep import do_run, sweep
+
+
+@pytest.fixture(scope="module")
+def heldout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen pictures of other colours than the training ones."""
+    folder = tmp_path_factory.mktemp("study-heldout")
+    rows = []
+    for i in range(16):
+        Image.linear_gradient("L").resize((32, 32)).rotate(23 * i).convert("RGB").save(folder / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": f"slope {i}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture
+def plan(tiny_base: Path, tiny_pictures: Path, heldout: Path, tmp_path: Path) -> Plan:
+    study = {
+        "name": "tiny",
+        "base": {
+            "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tiny_pictures), "resolution": tiny.SIZE,
+            "center_crop": True, "train_batch_size": 2, "learning_rate": 1e-3,
+        },
+        "heldout": {"train_data_dir": str(heldout)},
+        "runs": {"plain": {"objective": "plain"}, "ambient": {"objective": "ambient", "ambient_level": 0.8}},
+        "seeds": [0],
+        "measure_at": [2, 4],
+        "sample": {"pictures": 16, "num_inference_steps": 2, "guidance_scale": 2.0},
+    }  # fmt: skip
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study, sort_keys=False))
+    return read_plan(path)
+
+
+def measured(out: Path) -> dict[str, Any]:
+    """Return all measured steps of a study but their seconds."""
+    found = {str(p.relative_to(out)): json.loads(p.read_text()) for p in sorted(out.glob("runs/*/step-*/figures.json"))}
+    return {
+        name: {k: v for k, v in record.items() if not k.startswith("seconds")} | {"samples": (out / name).with_name("samples.png").read_bytes()}
+        for name, record in found.items()
+    }  # fmt: skip
+
+
+def test_a_killed_study_ends_with_the_figures_of_one_that_ran_through(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = sweep(plan, tmp_path / "whole")
+    assert [run["label"] for run in whole["runs"]] == ["plain", "ambient"] and not whole["missing"]
+    assert not list((tmp_path / "whole").glob("runs/*/model/checkpoint-*"))
+
+    out = tmp_path / "killed"
+    real, calls = sweeping.measure_samples, iter(range(100))
+
+    def killed(*args: Any, **options: Any) -> Any:
+        if next(calls) == 1:  # in the measurement of plain's second step
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(sweeping, "measure_samples", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(plan, out)
+    monkeypatch.setattr(sweeping, "measure_samples", real)
+    assert len(measured(out)) == 1
+    sweep(plan, out)
+    assert measured(out) == measured(tmp_path / "whole")
+    # Control: the runs themselves differ, so equality above says something.
+    steps = list(measured(out).values())
+    assert len({record["samples"] for record in steps}) == 4 and len({record["loss"] for record in steps}) == 4
+
+    before = [p.stat().st_mtime_ns for p in sorted(out.glob("runs/*/step-*/figures.json"))]
+    sweep(plan, out)
+    assert [p.stat().st_mtime_ns for p in sorted(out.glob("runs/*/step-*/figures.json"))] == before
+
+    other = Plan(plan.name, plan.runs, plan.measure_at, Sampling(pictures=17), plan.heldout, None, plan.text)
+    with pytest.raises(UserError, match="with other sample"):
+        sweep(other, out)
+    with pytest.raises(UserError, match="'none' is not in the study"):
+        sweep(plan, out, only=["none"])
+
+
+def test_a_run_that_another_process_holds_is_left_alone(plan: Plan, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / plan.runs[0].folder
+    folder.mkdir(parents=True)
+    with sweeping._locked(folder) as mine:
+        assert mine and do_run(plan, plan.runs[0], tmp_path, 1).endswith("another process is at it")
+    with sweeping._locked(folder) as mine:
+        assert mine  # the lock goes with its holder
+
+
+def test_an_error_is_the_distance_of_the_denoised_picture_from_the_clean_one(
+    tiny_base: Path, tiny_pictures: Path
+) -> None:
+    pipe = load_pipeline(tiny_base, tiny_base, lora=False)
+    images = [Image.open(p).convert("RGB") for p in sorted(tiny_pictures.glob("*.png"))][:3]
+    captions = ["one", "two", "three"]
+    reals = Reals({}, {}, images, captions, images[:1], captions[:1], [])
+    curves = error_curves(pipe, reals, Sampling(), tiny.SIZE, 5, levels=[0.5, 2.0, 1e6])
+    assert len(curves["training"]["level"]) == 2  # the schedule ends below 1e6
+
+    # By hand, for the one held-out picture: v-prediction, x0 = alpha x_t - sigma v.
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    t = round(schedule.timestep(2.0))
+    alpha, sigma = (float(v) for v in schedule.coefficients(torch.tensor(t)))
+    with torch.no_grad():
+        x = pipe.image_processor.preprocess(images[0], height=tiny.SIZE, width=tiny.SIZE)
+        x0 = pipe.vae.encode(x).latent_dist.mean * pipe.vae.config.scaling_factor
+        x_t = alpha * x0 + sigma * torch.randn(x0.shape[1:], generator=keyed_generator(5, "study error 2.0", 0))
+        v = pipe.unet(x_t, t, pipe.encode_prompt("one", "cpu", 1, False)[0]).sample
+    assert curves["heldout"]["mean"][1] == pytest.approx(
+        float((alpha * x_t - sigma * v - x0).square().mean()), rel=1e-4
+    )
+
+
+def test_prompts_are_the_captions_in_turn_or_a_draw_of_them(tiny_pictures: Path) -> None:
+    reals = Reals({}, {}, [], [f"caption {i}" for i in range(20)], [], [], [])
+    assert prompts_of(reals, Sampling(pictures=50), 0)[:21] == [*reals.captions, "caption 0"]
+    few = prompts_of(reals, Sampling(pictures=16), 0)
+    assert len(set(few)) == 16 and few != prompts_of(reals, Sampling(pictures=16), 1)
+    assert prompts_of(reals, Sampling(pictures=16, captions="none"), 0) == [""] * 16
+
+
+def test_a_fresh_base_has_random_weights_by_seed_and_everything_else_of_its_base(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    one, again, other = (
+        fresh_base(tiny_base, {"layers_per_block": 2}, s, tmp_path / str(i)) for i, s in enumerate((0, 0, 1))
+    )
+    weights = [load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (one, again, other)]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    assert not torch.equal(weights[0]["conv_in.weight"], weights[2]["conv_in.weight"])
+    assert len(weights[0]) > len(load_file(tiny_base / "unet" / "diffusion_pytorch_model.safetensors"))
+    for part in ("vae", "text_encoder"):
+        for path in (tiny_base / part).iterdir():
+            assert (one / part / path.name).read_bytes() == path.read_bytes()
+    with pytest.raises(UserError, match="colours, layers"):
+        fresh_base(tiny_base, {"layers": 2, "colours": 3}, 0, tmp_path / "x")
+    with pytest.raises(UserError, match="from_scratch"):
+        fresh_base(tiny_base, {"block_out_channels": [16]}, 0, tmp_path / "x")
+    shutil.rmtree(one)
+    with pytest.raises(UserError, match="local folder"):
+        fresh_base("owner/model", {}, 0, tmp_path / "x")
