@@ -19,6 +19,7 @@ from typing import Any
 from ambient_sd.files import write_whole
 
 BASELINE = "plain"
+HIGH = 2.9  # noise levels from here on show that the noisy copies are learned
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,12 @@ def at_equal_quality(found: Sequence[Point], label: str, baseline: str = BASELIN
     return min(good, key=lambda p: (p.copied.value, p.distance.value)) if good else None
 
 
+def at_least_error(found: Sequence[Point], label: str, above: float = HIGH) -> Point:
+    """Return the label's point of the least error on held-out pictures at noise levels from `above` on: an early stop that
+    a trainer can make, for it looks at no sample."""
+    return min((p for p in found if p.label == label), key=lambda p: _high_error(p, "heldout", above))
+
+
 def front(found: Sequence[Point]) -> list[Point]:
     """Return the points that no other one beats in both copies and distance, by falling distance."""
     kept = [
@@ -148,6 +155,16 @@ def tables(results: Mapping[str, Any]) -> str:
             )
             lines.append(f"| {label} | {_span(top.distance, 1)} ({top.step}) | {_share(top.copied)} | {there} |")
         lines.append("")
+    lines += ["### Stopped at the least error on held-out pictures", "",
+              f"Mean error at noise levels from {HIGH} on, at that step and at the last; training pictures beside.", "",
+              "| run | step | held-out error (last) | training error (last) | copied | Frechet distance |", "|---|---|---|---|---|---|"]  # fmt: skip
+    for label in labels:
+        stop, end = at_least_error(found, label), max((p for p in found if p.label == label), key=lambda p: p.step)
+        cells = [f"{_high_error(stop, name):.3f} ({_high_error(end, name):.3f})" for name in ("heldout", "training")]
+        lines.append(
+            f"| {label} | {stop.step} | {' | '.join(cells)} | {_share(stop.copied)} | {_span(stop.distance, 1)} |"
+        )
+    lines.append("")
     lines += ["### Along training", "", "| run | " + " | ".join(str(s) for s in sorted({p.step for p in found})) + " |",
               "|---" * (1 + len({p.step for p in found})) + "|"]  # fmt: skip
     for label in labels:
@@ -160,6 +177,12 @@ def tables(results: Mapping[str, Any]) -> str:
     if results["missing"]:
         lines += [f"Not whole yet: {', '.join(results['missing'])}.", ""]
     return "\n".join(lines)
+
+
+def _high_error(p: Point, name: str, above: float = HIGH) -> float:
+    curve = p.errors[name]
+    chosen = [m for s, m in zip(curve["level"], curve["mean"], strict=True) if s >= above]
+    return sum(chosen) / len(chosen)
 
 
 def _numbers(values: Sequence[int]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ambient_sd.study.results import at_equal_quality, best, front, points, tables, write_results
+from ambient_sd.study.results import at_equal_quality, at_least_error, best, front, points, tables, write_results
 
 
 def run(label: str, seed: int, *steps: tuple[int, float, float], half: float = 1.0) -> dict[str, Any]:
@@ -57,6 +57,16 @@ def test_equal_quality_is_within_the_interval_of_the_best_baseline_and_the_basel
     near = points({**RESULTS, "runs": [run("plain", 0, (200, 0.5, 30.0), half=3.5), *RESULTS["runs"][2:]]})
     equal = at_equal_quality(near, "ambient level=0.8")
     assert equal is not None and equal.step == 200
+
+
+def test_an_early_stop_is_the_step_of_the_least_heldout_error_at_high_noise() -> None:
+    results = {**RESULTS, "runs": [run("plain", 0, (100, 0.1, 40.0), (200, 0.5, 30.0), (300, 0.6, 29.0))]}
+    for point, low, high in zip(results["runs"][0]["points"], (0.3, 0.2, 0.1), (0.9, 0.7, 0.8), strict=True):
+        point["errors"] = {
+            n: {"level": [0.2, 4.0], "mean": [low, high], "error": [0, 0]} for n in ("training", "heldout")
+        }
+    assert at_least_error(points(results), "plain").step == 200  # the error at 0.2 would say 300
+    assert "| plain | 200 | 0.700 (0.800) | 0.700 (0.800) |" in tables(results)
 
 
 def test_the_front_holds_what_nothing_beats_in_both() -> None:
