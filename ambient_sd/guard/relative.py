@@ -1,0 +1,48 @@
+"""Wen et al.'s norm of a fine-tune, beside what its base gives for the same prompt and start noise.
+
+    score = d - (a d_base + b)          a, b: least squares of d on d_base over ordinary prompts
+
+A plain picture in strong colours has a large norm in any model that knows it: the norm of a fine-tune tells memorized prompts from
+such ones badly. What the base already gives explains it; what is left over came with the fine-tune. It needs the base, and the first
+evaluation of both from the same noise. It is ours, not published; docs/comparison.md has the figures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ambient_sd.errors import UserError
+
+
+@dataclass(frozen=True)
+class Relation:
+    """Hold how the norm of a fine-tune hangs on its base's for prompts that are not memorized: `slope d_base + offset`."""
+
+    slope: float
+    offset: float
+
+    @classmethod
+    def fit(cls, norms: Tensor, base: Tensor) -> Relation:
+        """Fit to ordinary prompts by least squares.
+
+        Args:
+            norms: `(N,)` of the fine-tune, a mean over the same steps and generations as `base`.
+            base: `(N,)` of its base.
+
+        Raises:
+            UserError: fewer than 3 prompts, or a base whose norms are all alike.
+        """
+        x, y = base.double(), norms.double()
+        spread = x - x.mean()
+        if len(x) < 3 or float(spread.square().sum()) <= 1e-12 * float(x.square().sum()):
+            raise UserError(f"a relation of {len(x)} norms", rule="at least 3, and not all alike in the base",
+                            remedy="give more ordinary prompts")  # fmt: skip
+        slope = float((spread * (y - y.mean())).sum() / spread.square().sum())
+        return cls(slope, float(y.mean()) - slope * float(x.mean()))
+
+    def score(self, norms: Tensor, base: Tensor) -> Tensor:
+        """Return what the base does not explain, float64, shaped like `norms`."""
+        return norms.double() - (self.slope * base.double() + self.offset)
