@@ -62,7 +62,7 @@ def add_verbs(verbs: Any) -> None:
         "calibrate",
         help="find the score above which a picture is flagged, for one model and sampler",
         description="Sample ordinary prompts under the guard and find the thresholds that at most the asked share of them reaches. "
-        "Writes memorization_threshold.json, which the guard then uses. A run that was cut goes on where it stopped.",
+        "Writes memorization_threshold.json, which the guard then uses (of anisotropy: memorization_threshold_anisotropy.json). A run that was cut goes on where it stopped.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     calibrate.add_argument("model", metavar="MODEL", help="pipeline folder or hub id")
@@ -71,6 +71,9 @@ def add_verbs(verbs: Any) -> None:
     calibrate.add_argument(
         "--memorized", metavar="FILE", default=None, help="prompts that it has memorized, to see how well it tells"
     )
+    calibrate.add_argument("--detector", choices=["norm", "anisotropy"], default="norm",
+                           help="norm: what the guard sees while it samples; anisotropy: asked of pure noise before sampling, which the "
+                           "guard cannot use while it samples (ambient_sd.guard.anisotropy.screen)")  # fmt: skip
     calibrate.add_argument("--fpr", type=float, default=0.01, help="share of ordinary prompts that may be flagged")
     calibrate.add_argument("--generations", type=int, default=4, help="pictures per prompt")
     calibrate.add_argument("--out", type=Path, default=None,
@@ -136,7 +139,8 @@ def run(args: argparse.Namespace) -> None:
         from ambient_sd.calibrate import CalibrateSettings, calibrate, read_both, table
 
         ordinary, memorized = read_both(args.ordinary, args.memorized)
-        found, path = calibrate(CalibrateSettings(drawing, ordinary, memorized, args.fpr, args.generations, args.out))
+        found, path = calibrate(CalibrateSettings(drawing, ordinary, memorized, args.fpr, args.generations, args.out,
+                                                  args.detector))  # fmt: skip
         print(f"\n{table(found)}\n\n{found.origin}; written to {path}", flush=True)
 
 

@@ -43,7 +43,7 @@ from ambient_sd.data.stream import keyed_generator
 from ambient_sd.errors import UserError
 from ambient_sd.files import write_whole
 from ambient_sd.guard import policies
-from ambient_sd.guard.anisotropy import anisotropy
+from ambient_sd.guard.anisotropy import anisotropy, fitted
 from ambient_sd.guard.pipeline import AmbientSDPipeline, check_folder
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.hub_ids import resolve_model_id
@@ -283,9 +283,10 @@ def anisotropy_figures(
 ) -> list[dict[str, Any]]:
     """Score prompts by norm + alignment, each over its spread on the ordinary prompts: published weights are of other models."""
     rows = []
-    spread = terms[list(ordinary)].flatten(0, 1).std(0).clamp_min(1e-12)
+    fit = fitted(terms[list(ordinary)])
+    weights = torch.tensor([fit.norm_weight, fit.alignment_weight], dtype=torch.float64)
     for n in sorted({1, generations}):
-        both = (terms[:, :n] / spread).mean(1)
+        both = (terms[:, :n] * weights).mean(1)
         for name, scores in (("anisotropy", both.sum(1)), ("anisotropy, alignment alone", both[:, 1])):
             figures = detection_figures(scores[list(memorized_prompts)], scores[list(ordinary)], seed=seed)
             rows.append({"detector": name, "steps": 0, "generations": n, "figures": [f.as_dict() for f in figures]})

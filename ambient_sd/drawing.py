@@ -203,6 +203,14 @@ class Drawn:
     nsfw: bool | None
 
 
+def start_noise(pipe: Any, settings: DrawSettings, places: Sequence[tuple[object, ...]]) -> torch.Tensor:
+    """Return the noise of each picture by its address, `(n, C, H, W)` as the pipeline takes it."""
+    sampling, size = settings.sampling(pipe), pipe.vae_scale_factor
+    shape = (1, pipe.unet.config.in_channels, sampling.height // size, sampling.width // size)
+    noise = [torch.randn(shape, generator=keyed_generator(settings.seed, "start noise", *place)) for place in places]
+    return torch.cat(noise).to(pipe.device, pipe.unet.dtype)
+
+
 def draw(
     pipe: Any,
     guard: MemorizationGuard,
@@ -221,13 +229,10 @@ def draw(
         places: address of each picture; with the seed it gives its noise.
         pictures: decode the latents; without, only the guard's reports are made.
     """
-    size = pipe.vae_scale_factor
     sampling = settings.sampling(pipe)
-    shape = (1, pipe.unet.config.in_channels, sampling.height // size, sampling.width // size)
-    noise = [torch.randn(shape, generator=keyed_generator(settings.seed, "start noise", *place)) for place in places]
     out = pipe(
         list(prompts),
-        latents=torch.cat(noise).to(pipe.device, pipe.unet.dtype),
+        latents=start_noise(pipe, settings, places),
         # Samplers that add noise on the way draw it from here.
         generator=[keyed_generator(settings.seed, "noise on the way", *place) for place in places],
         num_inference_steps=settings.num_inference_steps,

@@ -185,6 +185,12 @@ class MemorizationGuard:
             raise UserError(
                 f"threshold is a {type(threshold).__name__}", rule="it must be a number, or calibrated thresholds"
             )
+        elif getattr(threshold, "detector", "norm") != "norm":
+            raise UserError(
+                f"the threshold was calibrated for the detector {getattr(threshold, 'detector', '')}",
+                rule="while sampling the guard scores by the norm",
+                remedy="ask before sampling with ambient_sd.guard.anisotropy.screen, or calibrate with --detector norm",
+            )
         if when not in ("always", "flagged"):
             raise UserError(f"when {when!r}", rule='it must be "always" or "flagged"')
         if when == "flagged" and (policy is None or threshold is None):
