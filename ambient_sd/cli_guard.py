@@ -6,10 +6,11 @@ Nothing heavy is imported before a verb runs, or its help is asked for: the list
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
-from ambient_sd.errors import UserError
+from ambient_sd.errors import UserError, require_guidance
 
 
 class _HelpWithPolicies(argparse.Action):
@@ -172,12 +173,7 @@ def _compare(args: argparse.Namespace) -> None:
             raise UserError(f"model {entry!r}", rule="each is NAME=MODEL, with a name of its own of letters, digits, - and _",
                             remedy="for example plain=out/plain ambient=out/ambient")  # fmt: skip
         models[name] = folder
-    if not args.guidance_scale > 1:
-        raise UserError(
-            f"guidance_scale is {args.guidance_scale}",
-            rule="the guard measures guidance",
-            remedy="give a scale above 1",
-        )
+    require_guidance(args.guidance_scale)
     for name in ("generations", "mitigated", "num_inference_steps", "batch_size", "resolution"):
         if getattr(args, name) < 1:
             raise UserError(f"{name} is {getattr(args, name)}", rule="it must be at least 1")
@@ -193,5 +189,24 @@ def _compare(args: argparse.Namespace) -> None:
         prompts=args.prompts, mitigated=args.mitigated, steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
         batch_size=args.batch_size, seed=args.seed, chosen=tuple(args.mitigations), copy_ratio=args.copy_ratio,
     )  # fmt: skip
-    result = compare(settings, load_rows(args.data), load_rows(args.heldout, split=args.heldout_split))
+    result = compare(
+        settings, load_rows(args.data), load_rows(args.heldout, split=args.heldout_split), _command(args, models)
+    )
     print(f"\n{tables(result)}\nLook at it: {args.out / 'comparison.html'}", flush=True)
+
+
+def _command(args: argparse.Namespace, models: dict[str, str]) -> str:
+    """Return the command with every setting, defaults too, and of local places the last part of their name only."""
+    from ambient_sd.drawing import label
+
+    words = ["ambient-sd", "compare", *(f"{name}={label(place)}" for name, place in models.items())]
+    for name, value in vars(args).items():
+        if name in ("verb", "version", "models") or value is None or value == []:
+            continue
+        values = value if isinstance(value, list) else [value]
+        if name in ("data", "heldout", "judge"):
+            values = [label(value)]
+        elif name == "out":
+            values = [value.resolve().name]  # no hub id, even where it looks like one
+        words += [f"--{name}", *map(str, values)]
+    return shlex.join(words)
