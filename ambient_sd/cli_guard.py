@@ -47,7 +47,8 @@ def add_verbs(verbs: Any) -> None:
     sample.add_argument(
         "--prompts", metavar="FILE", default=None, help='.jsonl with {"prompt": ...} rows, or text, one a line'
     )
-    sample.add_argument("--policy", metavar="NAME[:key=value,...]", default=None, help="mitigation; see below")
+    sample.add_argument("--policy", metavar="NAME[:key=value,...]", default=None,
+                        help="mitigation, or several joined with +; see below")  # fmt: skip
     sample.add_argument(
         "--when", choices=["always", "flagged"], default="always", help="pictures that the policy acts on"
     )

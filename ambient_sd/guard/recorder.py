@@ -314,7 +314,7 @@ class MemorizationGuard:
 
     @property
     def _begins(self) -> bool:
-        return self.policy is not None and type(self.policy).begin is not Policy.begin
+        return self.policy is not None and self.policy.begins
 
     def _abandon(self) -> None:
         """Forget the run under way, and take back what was in place for it."""
