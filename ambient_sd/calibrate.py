@@ -4,17 +4,21 @@ Ordinary prompts (that the model cannot have memorized) are sampled under the gu
 evaluations and g pictures is the lowest that at most `floor(rate * n)` of the n ordinary scores reach (`audit.detection`). With
 memorized prompts AUC and TPR at 1 % FPR are measured too; they do not move the threshold. Pictures are not decoded.
 
-Norms go to memorization_scores.jsonl beside the result as they come: a run that was cut goes on, and another rate costs
+With the detector anisotropy nothing is sampled: its two terms are asked for from the same start noise, added with the weights
+that `guard.anisotropy.fitted` finds on the ordinary prompts, and their thresholds found likewise, for 0 evaluations.
+
+Norms go to memorization_scores.jsonl (of anisotropy: memorization_scores_anisotropy.jsonl) beside the result as they come: a run that was cut goes on, and another rate costs
 no sampling. The threshold is chosen on the very prompts whose rate is reported: the interval says how far a rate scatters, and
 prompts of another kind may fare worse.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +27,14 @@ import torch
 from ambient_sd import __version__
 from ambient_sd.audit.detection import detection_figures, threshold_at
 from ambient_sd.audit.metrics import bootstrap
-from ambient_sd.drawing import DrawSettings, check_prompts, digest, draw, home, load, read_prompts
+from ambient_sd.drawing import DrawSettings, check_prompts, digest, draw, home, load, read_prompts, start_noise
 from ambient_sd.errors import UserError, one_line
-from ambient_sd.guard.calibration import Calibration, Entry, ModelPrint
+from ambient_sd.guard.anisotropy import anisotropy, fitted
+from ambient_sd.guard.calibration import AnisotropyTerms, Calibration, Detector, Entry, ModelPrint
 from ambient_sd.guard.recorder import MemorizationGuard
 
 SCORES_NAME = "memorization_scores.jsonl"
+SCORES_NAMES: dict[Detector, str] = {"norm": SCORES_NAME, "anisotropy": "memorization_scores_anisotropy.jsonl"}
 EARLY = (1, 5)
 _TPR_RATE = 0.01  # as published, whatever rate is asked for
 Kind = Literal["ordinary", "memorized"]
@@ -45,6 +51,7 @@ class CalibrateSettings:
         fpr: the false-positive rate asked for, in (0, 1).
         generations: pictures per prompt; thresholds are found for one and for the mean over so many.
         out: folder or .json file for the result; None: the folder of the adapter or model.
+        detector: whose thresholds are found: the guard's norm, or anisotropy, which samples nothing.
     """
 
     drawing: DrawSettings
@@ -53,6 +60,7 @@ class CalibrateSettings:
     fpr: float = 0.01
     generations: int = 4
     out: Path | None = None
+    detector: Detector = "norm"
 
 
 def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path]:
@@ -63,8 +71,10 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path]:
     """
     from tqdm.auto import tqdm
 
-    drawing = settings.drawing
+    drawing, detector = settings.drawing, settings.detector
     drawing.check()
+    if detector not in SCORES_NAMES:
+        raise UserError(f"detector is {detector!r}", rule=f"it must be one of {', '.join(SCORES_NAMES)}")
     check_prompts([*settings.ordinary, *settings.memorized])
     if not 0 < settings.fpr < 1:
         raise UserError(f"fpr is {settings.fpr}", rule="it must lie between 0 and 1", remedy="for example 0.01")
@@ -82,7 +92,7 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path]:
         **drawing.public(), "generations": settings.generations,
         "prompts": {kind: digest(texts) if texts else None for kind, texts in prompts.items()},
     }  # fmt: skip
-    path = (out.parent if out.suffix == ".json" else out) / SCORES_NAME
+    path = (out.parent if out.suffix == ".json" else out) / SCORES_NAMES[detector]
     header, curves = _read(path, given)
 
     pipe = load(drawing)
@@ -101,25 +111,34 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path]:
     ]
     waiting: dict[tuple[Kind, int], list[list[float]]] = {}
     with (
-        MemorizationGuard(pipe) as guard,
+        contextlib.nullcontext() if detector == "anisotropy" else MemorizationGuard(pipe) as guard,
         tqdm(total=sum(map(len, prompts.values())), initial=len(curves), desc="calibrate", unit="prompt") as bar,
     ):
         for first in range(0, len(wanted), drawing.batch_size):
             chunk = wanted[first : first + drawing.batch_size]
             texts = [prompts[kind][i] for kind, i, _ in chunk]
-            for (kind, i, _), one in zip(chunk, draw(pipe, guard, drawing, texts, chunk, pictures=False), strict=True):
+            if guard is None:
+                measured = _terms(pipe, drawing, texts, chunk)
+            else:
+                measured = [one.report.curve for one in draw(pipe, guard, drawing, texts, chunk, pictures=False)]
+            for (kind, i, _), curve in zip(chunk, measured, strict=True):
                 rows = waiting.setdefault((kind, i), [])
-                rows.append(one.report.curve)
+                rows.append(curve)
                 if len(rows) == settings.generations:
                     curves[kind, i] = waiting.pop((kind, i))
                     _append(path, {"kind": kind, "prompt": i, "curves": curves[kind, i]})
                     bar.update()
     found = {kind: torch.tensor([curves[kind, i] for i in range(len(texts))]) for kind, texts in prompts.items()}
+    evaluations, terms = int(found["ordinary"].shape[2]), None
+    if detector == "anisotropy":
+        terms, evaluations = fitted(found["ordinary"]), 2  # of the network, for both halves
+        found = {kind: _weighted(values, terms) for kind, values in found.items()}
+    entries = thresholds(found["ordinary"], found["memorized"], settings.fpr, seed=drawing.seed)
     result = Calibration(
-        entries=thresholds(found["ordinary"], found["memorized"], settings.fpr, seed=drawing.seed),
+        entries=entries if terms is None else [replace(entry, steps=0) for entry in entries],
         model=model,
         sampling=drawing.sampling(pipe),
-        evaluations=int(found["ordinary"].shape[2]),
+        evaluations=evaluations,
         rate_asked=settings.fpr,
         ordinary=len(settings.ordinary),
         memorized=len(settings.memorized),
@@ -127,8 +146,28 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path]:
         seed=drawing.seed,
         versions={"ambient_sd": __version__}
         | {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
+        anisotropy=terms,
     )
     return result, result.save(out)
+
+
+def _terms(
+    pipe: Any, drawing: DrawSettings, texts: Sequence[str], places: Sequence[tuple[object, ...]]
+) -> list[list[float]]:
+    """Return norm and alignment of each text, from the start noise of its place."""
+    how = drawing.sampling(pipe)
+    found = anisotropy(
+        pipe, texts, latents=start_noise(pipe, drawing, places), num_inference_steps=how.num_inference_steps,
+        guidance_scale=how.guidance_scale, height=how.height, width=how.width,
+    )  # fmt: skip
+    return [[one.norm, one.alignment] for one in found]
+
+
+def _weighted(found: torch.Tensor, terms: AnisotropyTerms) -> torch.Tensor:
+    """Return the score of each picture, `(N, G, 1)`, from its two terms, `(N, G, 2)`; empty stays empty."""
+    if not len(found):
+        return found
+    return (found * torch.tensor([terms.norm_weight, terms.alignment_weight])).sum(2, keepdim=True)
 
 
 def thresholds(ordinary: torch.Tensor, memorized: torch.Tensor, fpr: float, *, seed: int = 0) -> list[Entry]:
@@ -181,6 +220,12 @@ def table(calibration: Calibration) -> str:
         ])  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    if calibration.anisotropy is not None:
+        terms = calibration.anisotropy
+        text += (
+            f"\nscore = {terms.norm_weight:.5g} norm + {terms.alignment_weight:.5g} alignment, of pure noise, before sampling. "
+            "The guard cannot use this threshold while sampling: ask ambient_sd.guard.anisotropy.screen."
+        )
     if calibration.ordinary * calibration.rate_asked < 1:
         text += (
             f"\n{calibration.ordinary} ordinary prompts cannot show a rate of {calibration.rate_asked * 100:g} % per prompt: "

@@ -6,7 +6,6 @@ Training has its own script, `train_text_to_image_ambient.py`, because `accelera
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 import webbrowser
@@ -16,7 +15,7 @@ from typing import NoReturn
 
 from ambient_sd.cli_guard import add_verbs
 from ambient_sd.cli_guard import run as run_guard
-from ambient_sd.errors import UserError, exits_on_user_error
+from ambient_sd.errors import UserError, exits_on_user_error, require_guidance
 
 
 class _Parser(argparse.ArgumentParser):
@@ -103,12 +102,7 @@ def _positive(text: str) -> int:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    if not 1 < args.guidance_scale < math.inf:
-        raise UserError(
-            f"guidance_scale is {args.guidance_scale}",
-            rule="the guard measures guidance",
-            remedy="give a finite scale above 1",
-        )
+    require_guidance(args.guidance_scale)
     # After the arguments are checked: torch and diffusers take seconds to import.
     from ambient_sd.demo.run import DemoSettings, finding, run_demo, table
     from ambient_sd.quiet import quiet

@@ -6,10 +6,11 @@ Nothing heavy is imported before a verb runs, or its help is asked for: the list
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
-from ambient_sd.errors import UserError
+from ambient_sd.errors import UserError, require_guidance
 
 
 class _HelpWithPolicies(argparse.Action):
@@ -46,12 +47,16 @@ def add_verbs(verbs: Any) -> None:
     sample.add_argument(
         "--prompts", metavar="FILE", default=None, help='.jsonl with {"prompt": ...} rows, or text, one a line'
     )
-    sample.add_argument("--policy", metavar="NAME[:key=value,...]", default=None, help="mitigation; see below")
+    sample.add_argument("--policy", metavar="NAME[:key=value,...]", default=None,
+                        help="mitigation, or several joined with +; see below")  # fmt: skip
     sample.add_argument(
         "--when", choices=["always", "flagged"], default="always", help="pictures that the policy acts on"
     )
     sample.add_argument("--threshold", default="auto", metavar="X|auto",
                         help="score that flags a picture; auto: as calibrated, where the model has a threshold that fits")  # fmt: skip
+    sample.add_argument("--attribution", choices=["flagged", "all", "none"], default="flagged",
+                        help="pictures of which the page shows how far the score hangs on each word; each is sampled once more, with a "
+                        "backward pass at every step: about 2.6 times the price of drawing it")  # fmt: skip
     sample.add_argument("--num_images_per_prompt", type=int, default=1, help="pictures of each prompt")
     sample.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     _drawing(sample)
@@ -59,7 +64,7 @@ def add_verbs(verbs: Any) -> None:
         "calibrate",
         help="find the score above which a picture is flagged, for one model and sampler",
         description="Sample ordinary prompts under the guard and find the thresholds that at most the asked share of them reaches. "
-        "Writes memorization_threshold.json, which the guard then uses. A run that was cut goes on where it stopped.",
+        "Writes memorization_threshold.json, which the guard then uses (of anisotropy: memorization_threshold_anisotropy.json). A run that was cut goes on where it stopped.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     calibrate.add_argument("model", metavar="MODEL", help="pipeline folder or hub id")
@@ -68,6 +73,9 @@ def add_verbs(verbs: Any) -> None:
     calibrate.add_argument(
         "--memorized", metavar="FILE", default=None, help="prompts that it has memorized, to see how well it tells"
     )
+    calibrate.add_argument("--detector", choices=["norm", "anisotropy"], default="norm",
+                           help="norm: what the guard sees while it samples; anisotropy: asked of pure noise before sampling, which the "
+                           "guard cannot use while it samples (ambient_sd.guard.anisotropy.screen)")  # fmt: skip
     calibrate.add_argument("--fpr", type=float, default=0.01, help="share of ordinary prompts that may be flagged")
     calibrate.add_argument("--generations", type=int, default=4, help="pictures per prompt")
     calibrate.add_argument("--out", type=Path, default=None,
@@ -133,7 +141,8 @@ def run(args: argparse.Namespace) -> None:
         from ambient_sd.calibrate import CalibrateSettings, calibrate, read_both, table
 
         ordinary, memorized = read_both(args.ordinary, args.memorized)
-        found, path = calibrate(CalibrateSettings(drawing, ordinary, memorized, args.fpr, args.generations, args.out))
+        found, path = calibrate(CalibrateSettings(drawing, ordinary, memorized, args.fpr, args.generations, args.out,
+                                                  args.detector))  # fmt: skip
         print(f"\n{table(found)}\n\n{found.origin}; written to {path}", flush=True)
 
 
@@ -148,7 +157,7 @@ def _sample(args: argparse.Namespace, drawing: Any) -> None:
             raise UserError(f"threshold is {threshold!r}", rule="it must be a number or auto") from None
     records = sample(
         SampleSettings(drawing, args.out, prompts_of(args.prompt, args.prompts), args.num_images_per_prompt, args.policy,
-                       args.when, threshold)
+                       args.when, threshold, args.attribution)
     )  # fmt: skip
     flagged = sum(bool(record["flagged"]) for record in records)
     scores = sorted(record["score"] for record in records)
@@ -165,12 +174,7 @@ def _compare(args: argparse.Namespace) -> None:
             raise UserError(f"model {entry!r}", rule="each is NAME=MODEL, with a name of its own of letters, digits, - and _",
                             remedy="for example plain=out/plain ambient=out/ambient")  # fmt: skip
         models[name] = folder
-    if not args.guidance_scale > 1:
-        raise UserError(
-            f"guidance_scale is {args.guidance_scale}",
-            rule="the guard measures guidance",
-            remedy="give a scale above 1",
-        )
+    require_guidance(args.guidance_scale)
     for name in ("generations", "mitigated", "num_inference_steps", "batch_size", "resolution"):
         if getattr(args, name) < 1:
             raise UserError(f"{name} is {getattr(args, name)}", rule="it must be at least 1")
@@ -186,5 +190,24 @@ def _compare(args: argparse.Namespace) -> None:
         prompts=args.prompts, mitigated=args.mitigated, steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
         batch_size=args.batch_size, seed=args.seed, chosen=tuple(args.mitigations), copy_ratio=args.copy_ratio,
     )  # fmt: skip
-    result = compare(settings, load_rows(args.data), load_rows(args.heldout, split=args.heldout_split))
+    result = compare(
+        settings, load_rows(args.data), load_rows(args.heldout, split=args.heldout_split), _command(args, models)
+    )
     print(f"\n{tables(result)}\nLook at it: {args.out / 'comparison.html'}", flush=True)
+
+
+def _command(args: argparse.Namespace, models: dict[str, str]) -> str:
+    """Return the command with every setting, defaults too, and of local places the last part of their name only."""
+    from ambient_sd.drawing import label
+
+    words = ["ambient-sd", "compare", *(f"{name}={label(place)}" for name, place in models.items())]
+    for name, value in vars(args).items():
+        if name in ("verb", "version", "models") or value is None or value == []:
+            continue
+        values = value if isinstance(value, list) else [value]
+        if name in ("data", "heldout", "judge"):
+            values = [label(value)]
+        elif name == "out":
+            values = [value.resolve().name]  # no hub id, even where it looks like one
+        words += [f"--{name}", *map(str, values)]
+    return shlex.join(words)

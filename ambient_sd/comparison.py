@@ -8,7 +8,8 @@
 3. Mitigations sample the memorized prompts again from the same start noise. Settings that are per model (targets, caps,
    thresholds) come from the ordinary prompts' scores, by the rule written beside each.
 4. Beside each: share of copies, similarity to the nearest training picture, alignment with the prompt (`audit.alignment`, judged by a
-   model that has not seen the pictures), Frechet distance to held-out pictures, processor time.
+   model that has not seen the pictures), Frechet distance to held-out pictures, processor time, memory (`memory`: on a GPU the
+   allocator's peak, weights included; on Linux's CPU what a call adds to the resident size at its highest; elsewhere none).
 
 Several models are held side by side on the memorized prompts of the first. A run that was cut goes on where it was.
 Above the wings: it uses guard, audit and data.
@@ -40,13 +41,15 @@ from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.report import contact_sheet
 from ambient_sd.data.sources import PictureSet
 from ambient_sd.data.stream import keyed_generator
-from ambient_sd.errors import UserError
+from ambient_sd.errors import UserError, one_line
 from ambient_sd.files import write_whole
 from ambient_sd.guard import policies
-from ambient_sd.guard.anisotropy import anisotropy
+from ambient_sd.guard.anisotropy import anisotropy, fitted
+from ambient_sd.guard.calibration import ModelPrint
 from ambient_sd.guard.pipeline import AmbientSDPipeline, check_folder
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.hub_ids import resolve_model_id
+from ambient_sd.memory import peak_memory
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ MITIGATIONS: dict[str, tuple[Callable[[Levels], policies.Policy | None], str]] =
     "none": (lambda v: None, ""),
     "Wen": (lambda v: policies.PromptOptimization(target=v.first), "target: median first norm of ordinary prompts"),
     "STP": (lambda v: policies.StaticTransition(), "as published, until 500"),
+    "STP until 400": (lambda v: policies.StaticTransition(until=400), "later than published"),
+    "STP until 300": (lambda v: policies.StaticTransition(until=300), "later than published"),
     "DTP": (lambda v: policies.DynamicTransition(), ""),
     "OG": (lambda v: policies.OppositeGuidance(), "as published for SD2.1, -2 until 650"),
     "OG+STP": (lambda v: policies.Compose(policies.OppositeGuidance(), policies.StaticTransition()), "as published"),
@@ -172,23 +177,21 @@ def _draw_chunk(
     """Draw one call's pictures; they lie side by side in one PNG, and the JSON beside it says that they are whole."""
     k = settings.generations
     generators = [keyed_generator(settings.seed, f"comparison {c}", j) for c in chunk for j in range(k)]
-    cuda = pipe.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    clock, busy = time.perf_counter(), time.process_time()
-    with MemorizationGuard(pipe, policy) as guard:
-        out = pipe(
-            chunk, num_images_per_prompt=k, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale,
-            height=settings.resolution, width=settings.resolution, generator=generators,
-        )  # fmt: skip
-        reports = guard.report
-    if cuda:
-        torch.cuda.synchronize()
-    clock, busy = time.perf_counter() - clock, time.process_time() - busy
+    with peak_memory(pipe.device) as peak:
+        clock, busy = time.perf_counter(), time.process_time()
+        with MemorizationGuard(pipe, policy) as guard:
+            out = pipe(
+                chunk, num_images_per_prompt=k, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale,
+                height=settings.resolution, width=settings.resolution, generator=generators,
+            )  # fmt: skip
+            reports = guard.report
+        if pipe.device.type == "cuda":
+            torch.cuda.synchronize()
+        clock, busy = time.perf_counter() - clock, time.process_time() - busy
     rows = [
         {"prompt": chunk[r.prompt_index], "curve": r.curve, "timesteps": r.timesteps, "iterations": r.iterations,
          "mitigated": r.mitigated, "seconds": clock / len(reports), "processor_seconds": busy / len(reports),
-         "memory_mb": torch.cuda.max_memory_allocated() / 2**20 if cuda else None}
+         "memory_mb": peak.mb}
         for r in reports
     ]  # fmt: skip
     sheet = np.concatenate([np.asarray(image.convert("RGB")) for image in out.images], axis=1)
@@ -283,9 +286,10 @@ def anisotropy_figures(
 ) -> list[dict[str, Any]]:
     """Score prompts by norm + alignment, each over its spread on the ordinary prompts: published weights are of other models."""
     rows = []
-    spread = terms[list(ordinary)].flatten(0, 1).std(0).clamp_min(1e-12)
+    fit = fitted(terms[list(ordinary)])
+    weights = torch.tensor([fit.norm_weight, fit.alignment_weight], dtype=torch.float64)
     for n in sorted({1, generations}):
-        both = (terms[:, :n] / spread).mean(1)
+        both = (terms[:, :n] * weights).mean(1)
         for name, scores in (("anisotropy", both.sum(1)), ("anisotropy, alignment alone", both[:, 1])):
             figures = detection_figures(scores[list(memorized_prompts)], scores[list(ordinary)], seed=seed)
             rows.append({"detector": name, "steps": 0, "generations": n, "figures": [f.as_dict() for f in figures]})
@@ -299,6 +303,15 @@ def levels_of(curves: torch.Tensor, ordinary: Sequence[int], guidance_scale: flo
     high = torch.quantile(first, 0.99)
     # torch.quantile stops at 2**24 values, numpy does not.
     return Levels(float(first.median()), float(high), float(np.quantile(chosen.numpy(), 0.95)), guidance_scale)
+
+
+def peak_of(cell: Cell) -> float | None:
+    """Return the peak of the median call, MiB; None if it was not measured at every call (earlier versions did not).
+
+    The median, because the first call of a process pays for what libraries set up once, whichever mitigation it is of.
+    """
+    measured = [record["memory_mb"] for record in cell.records if record.get("memory_mb") is not None]
+    return float(np.median(measured)) if measured and len(measured) == len(cell.records) else None
 
 
 # --- mitigations -----------------------------------------------------------------------------------------------------
@@ -397,8 +410,7 @@ def compare(settings: Settings, training: PictureSet, heldout: PictureSet, comma
             found["mitigations"][name] = {
                 "rule": rule, "figures": figures, "iterations": float(np.mean(cell.column("iterations"))),
             }  # fmt: skip
-            if cell.records[0]["memory_mb"] is not None:
-                found["mitigations"][name]["peak_memory_mb"] = max(cell.column("memory_mb"))
+            found["mitigations"][name]["peak_memory_mb"] = peak_of(cell)
             shown[model][name] = cell.pictures[::k]
             contact_sheet(cell.pictures[::k], 10).save(settings.out / f"{model}-{_file_name(name)}.png")
             print(
@@ -445,7 +457,7 @@ def _described(settings: Settings) -> dict[str, Any]:
 
 def _claim(settings: Settings, training: PictureSet) -> None:
     """Let a folder belong to one comparison: the pictures in it are kept, and must be of the same settings and models."""
-    models = {name: _digest(Path(folder)) for name, folder in settings.models.items()}
+    models = {name: _digest(folder) for name, folder in settings.models.items()}
     own = {key: value for key, value in _described(settings).items() if key not in {"names", "chosen", "mitigated"}}
     own |= {"models": models, "training": training.fingerprint()}
     path = settings.out / "claim.json"
@@ -461,9 +473,22 @@ def _claim(settings: Settings, training: PictureSet) -> None:
     write_whole(path, json.dumps(own, indent=1) + "\n")
 
 
-def _digest(folder: Path) -> str:
+def _digest(model: str) -> str:
+    """Tell one model's U-Net from another's: a folder by its files, of the hub's the weights."""
+    files = sorted((Path(model) / "unet").glob("*.safetensors"))
+    if not files:
+        from diffusers import UNet2DConditionModel
+
+        name = resolve_model_id(model)
+        try:
+            unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", use_safetensors=True)
+        except Exception as error:  # OSError, ValueError, SafetensorError, ...: all mean unusable files
+            raise UserError(f"{model} cannot be loaded", rule=one_line(f"{type(error).__name__}: {error}", 240),
+                            remedy="give a Stable Diffusion pipeline with safetensors weights") from None  # fmt: skip
+        found = ModelPrint.of(unet)
+        return found.weights or found.structure
     digest = hashlib.sha256()
-    for path in sorted((folder / "unet").glob("*.safetensors")):
+    for path in files:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -479,9 +504,17 @@ _COLUMNS = (("copied", "copied", 100, ".1f", " %"), ("similarity", "similarity, 
             ("distance", "Frechet distance", 1, ".1f", ""), ("seconds", "processor s a picture", 1, ".2f", ""))  # fmt: skip
 
 
+_MEMORY = "peak memory MB"
+
+
 def _cell(figure: Mapping[str, Any], factor: float, form: str, unit: str) -> str:
     value, low, high = (format(figure[key] * factor, form) for key in ("value", "low", "high"))
     return f"{value}{unit} [{low}, {high}]"
+
+
+def _memory(row: Mapping[str, Any]) -> str:
+    peak = row.get("peak_memory_mb")
+    return "-" if peak is None else f"{peak:.0f}"
 
 
 def tables(result: Mapping[str, Any]) -> str:
@@ -494,11 +527,11 @@ def tables(result: Mapping[str, Any]) -> str:
         for row in found["detectors"]:
             cells = [_cell(figure, 1, ".3f", "") for figure in row["figures"]]
             lines.append(f"| {row['detector']} | {row['steps']} | {row['generations']} | {' | '.join(cells)} |")
-        lines += ["", f"### {model}: mitigations", "", "| | " + " | ".join(head for _, head, *_ in _COLUMNS) + " |",
-                  "|---" * (len(_COLUMNS) + 1) + "|"]  # fmt: skip
+        lines += ["", f"### {model}: mitigations", "", "| | " + " | ".join(head for _, head, *_ in _COLUMNS) + f" | {_MEMORY} |",
+                  "|---" * (len(_COLUMNS) + 2) + "|"]  # fmt: skip
         for name, row in found["mitigations"].items():
             cells = [_cell(row["figures"][key], factor, form, unit) for key, _, factor, form, unit in _COLUMNS]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+            lines.append(f"| {name} | {' | '.join([*cells, _memory(row)])} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -516,14 +549,14 @@ def page(
         parts.append(
             f"<h2>{html.escape(model)}</h2><p>{found['memorized_prompts']} of {result['prompts']} prompts memorized.</p>"
         )
-        head = "".join(f"<th>{html.escape(title)}</th>" for _, title, *_ in _COLUMNS)
+        head = "".join(f"<th>{html.escape(title)}</th>" for title in (*(title for _, title, *_ in _COLUMNS), _MEMORY))
         body = "".join(
             f"<tr><th title='{html.escape(row['rule'], quote=True)}'>{html.escape(name)}</th>"
             + "".join(
                 f"<td>{html.escape(_cell(row['figures'][key], f, form, unit))}</td>"
                 for key, _, f, form, unit in _COLUMNS
             )
-            + "</tr>"
+            + f"<td>{_memory(row)}</td></tr>"
             for name, row in found["mitigations"].items()
         )
         parts.append(
@@ -544,7 +577,8 @@ def page(
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>Mitigations side by side</title><style>{_STYLE}</style><h1>Mitigations side by side</h1>"
-        f"<p>The same memorized prompts and the same start noise in every column. Intervals: 95 %, prompts resampled.</p>{''.join(parts)}"
+        f"<p>The same memorized prompts and the same start noise in every column. Intervals: 95 %, prompts resampled. "
+        f"Memory: the peak of the median call of the pipeline; on a GPU weights included, on a CPU beyond what was there before.</p>{''.join(parts)}"
         f"<h2>How it was made</h2><pre>{command}\n{facts}</pre></html>"
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from ambient_sd.data.stream import keyed_generator
-from ambient_sd.errors import UserError, one_line
+from ambient_sd.errors import UserError, one_line, require_guidance
 from ambient_sd.guard.calibration import Sampling
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard
 from ambient_sd.hub_ids import resolve_model_id
@@ -31,6 +31,7 @@ SCHEDULERS = {
 }  # fmt: skip
 DTYPES = ("float32", "float16", "bfloat16")
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+_HUB_ID = r"[\w.-]+/[\w.-]+"
 _ADAPTER_NAME = "pytorch_lora_weights.safetensors"
 
 
@@ -63,12 +64,7 @@ class DrawSettings:
 
     def check(self) -> None:
         """Raise a `UserError` for what can be seen to be wrong without loading anything."""
-        if not 1 < self.guidance_scale < math.inf:
-            raise UserError(
-                f"guidance_scale is {self.guidance_scale}",
-                rule="the guard measures guidance",
-                remedy="give a finite scale above 1",
-            )
+        require_guidance(self.guidance_scale)
         for name in ("num_inference_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}", rule="it must be at least 1")
@@ -105,7 +101,11 @@ class DrawSettings:
 
 def label(name: str) -> str:
     """Return a name that may be published: a hub id, or of a local place its last part."""
-    return one_line(Path(name).resolve().name if Path(name).exists() else name, 100)
+    if Path(name).exists():
+        name = Path(name).resolve().name
+    elif not re.fullmatch(_HUB_ID, name):
+        name = Path(name).name
+    return one_line(name, 100)
 
 
 def home(settings: DrawSettings) -> Path | None:
@@ -203,6 +203,14 @@ class Drawn:
     nsfw: bool | None
 
 
+def start_noise(pipe: Any, settings: DrawSettings, places: Sequence[tuple[object, ...]]) -> torch.Tensor:
+    """Return the noise of each picture by its address, `(n, C, H, W)` as the pipeline takes it."""
+    sampling, size = settings.sampling(pipe), pipe.vae_scale_factor
+    shape = (1, pipe.unet.config.in_channels, sampling.height // size, sampling.width // size)
+    noise = [torch.randn(shape, generator=keyed_generator(settings.seed, "start noise", *place)) for place in places]
+    return torch.cat(noise).to(pipe.device, pipe.unet.dtype)
+
+
 def draw(
     pipe: Any,
     guard: MemorizationGuard,
@@ -221,13 +229,10 @@ def draw(
         places: address of each picture; with the seed it gives its noise.
         pictures: decode the latents; without, only the guard's reports are made.
     """
-    size = pipe.vae_scale_factor
     sampling = settings.sampling(pipe)
-    shape = (1, pipe.unet.config.in_channels, sampling.height // size, sampling.width // size)
-    noise = [torch.randn(shape, generator=keyed_generator(settings.seed, "start noise", *place)) for place in places]
     out = pipe(
         list(prompts),
-        latents=torch.cat(noise).to(pipe.device, pipe.unet.dtype),
+        latents=start_noise(pipe, settings, places),
         # Samplers that add noise on the way draw it from here.
         generator=[keyed_generator(settings.seed, "noise on the way", *place) for place in places],
         num_inference_steps=settings.num_inference_steps,

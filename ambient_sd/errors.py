@@ -8,6 +8,7 @@ traceback.
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,14 @@ def one_line(text: object, limit: int = 600) -> str:
     """Return `text` on one line: control characters become spaces, and more than `limit` characters are cut."""
     flat = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     return flat if len(flat) <= limit else flat[: limit - 1] + "…"
+
+
+def require_guidance(scale: float) -> None:
+    """Raise a `UserError` unless a guidance scale is finite and above 1: where guidance is off nothing can be measured."""
+    if not 1 < scale < math.inf:
+        raise UserError(
+            f"guidance_scale is {scale}", rule="the guard measures guidance", remedy="give a finite scale above 1"
+        )
 
 
 def exits_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,9 @@
     OUT/settings.json         what the pictures depend on: a run that was cut goes on, one with other settings is refused
 
 Names of files hold numbers only, whatever the prompts hold. A picture's file appears whole or not at all.
+
+Pictures that are flagged are sampled once more, from the same noise and without the policy, to see which words pull
+(`guard.attribution`): a record holds it as data, the page as coloured words.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from PIL import Image, PngImagePlugin
 
 from ambient_sd import __version__
@@ -28,6 +32,7 @@ from ambient_sd.audit.report import contact_sheet, escaped
 from ambient_sd.drawing import Drawn, DrawSettings, check_prompts, digest, draw, home, load, read_prompts
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.files import write_whole
+from ambient_sd.guard.attribution import TokenGradients
 from ambient_sd.guard.calibration import FILE_NAME, Calibration, ModelPrint
 from ambient_sd.guard.policies.by_name import make
 from ambient_sd.guard.recorder import MemorizationGuard
@@ -35,6 +40,7 @@ from ambient_sd.guard.recorder import MemorizationGuard
 TEXT_KEY = "ambient_sd"
 _SHOWN = 600  # pictures on sheet and page
 _THUMBNAIL = 256
+_STRONGEST = 3  # words whose scores stand on the page as numbers
 _FILES = {"images", "samples.jsonl", "contact_sheet.png", "index.html", "settings.json"}
 
 
@@ -50,6 +56,8 @@ class SampleSettings:
         policy: NAME[:key=value,...] of a mitigation; None: watch only.
         when: the policy acts on every picture, or on those that reach the threshold at the first step.
         threshold: a number, or "auto": the model's calibrated one where it has one that fits.
+        attribution: whose words are looked at: of flagged pictures (with `when` those that the policy acted on, too), of
+            all, or of none. It changes no picture and may differ from run to run in one folder.
     """
 
     drawing: DrawSettings
@@ -59,6 +67,7 @@ class SampleSettings:
     policy: str | None = None
     when: Literal["always", "flagged"] = "always"
     threshold: float | Literal["auto"] = "auto"
+    attribution: Literal["flagged", "all", "none"] = "flagged"
 
 
 def sample(settings: SampleSettings) -> list[dict[str, Any]]:
@@ -75,6 +84,8 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
     if settings.num_images_per_prompt < 1 or not settings.prompts:
         raise UserError(f"{settings.num_images_per_prompt} pictures of {len(settings.prompts)} prompts",
                         rule="at least one of each is needed")  # fmt: skip
+    if settings.attribution not in ("flagged", "all", "none"):
+        raise UserError(f"attribution is {settings.attribution!r}", rule="it must be flagged, all or none")
     if settings.when == "flagged" and settings.policy is None:
         raise UserError("when is flagged without a policy", rule="it says on which pictures a policy acts")
     policy = None if settings.policy is None else make(settings.policy)
@@ -121,10 +132,52 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
                     records[place] = _keep(out, place, one, settings.prompts[place[0]], common)
                     lines.write(_line(records[place]))
             bar.update(len(chunk))
+    _write_list(listing, [records[place] for place in places])  # a picture drawn again stands in its place now
+    if _explain(pipe, out, settings, records):
+        _write_list(listing, [records[place] for place in places])
     ordered = [records[place] for place in places]
-    _write_list(listing, ordered)  # a picture that was drawn again stands in its place now
     _show(out, ordered, settings)
     return ordered
+
+
+def _explain(pipe: Any, out: Path, settings: SampleSettings, records: dict[tuple[int, int], dict[str, Any]]) -> bool:
+    """Find which words pull, of the pictures that are to be explained and are not yet; say whether there was one."""
+    from tqdm.auto import tqdm
+
+    drawing = settings.drawing
+    wanted = [
+        place
+        for place, record in records.items()
+        if record.get("attribution") is None
+        and (
+            settings.attribution == "all"
+            or (
+                settings.attribution == "flagged"
+                and (record["flagged"] or (settings.when == "flagged" and record["active"]))
+            )
+        )
+    ]
+    if not wanted:
+        return False
+    watch = TokenGradients()
+    with MemorizationGuard(pipe, watch) as guard, tqdm(total=len(wanted), desc="explain", unit="picture") as bar:
+        for first in range(0, len(wanted), drawing.batch_size):
+            chunk = wanted[first : first + drawing.batch_size]
+            prompts = [settings.prompts[p] for p, _ in chunk]
+            try:
+                draw(pipe, guard, drawing, prompts, chunk, pictures=False)
+                found = [watch.result(prompt, pipe.tokenizer, [i]) for i, prompt in enumerate(prompts)]
+            except (UserError, torch.OutOfMemoryError) as error:
+                raise UserError(f"which words pull cannot be found: {one_line(error, 240)}",
+                                rule="the pictures are drawn", remedy="give --attribution none") from None  # fmt: skip
+            for place, one in zip(chunk, found, strict=True):
+                seen = dataclasses.asdict(one)
+                records[place] |= {"attribution": {k: v for k, v in seen.items() if k not in ("prompt", "images")}}
+                with Image.open(out / _file(place)) as picture:
+                    picture.load()
+                    _write_picture(out / _file(place), records[place], picture)
+            bar.update(len(chunk))
+    return True
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -221,15 +274,19 @@ def _keep(out: Path, place: tuple[int, int], drawn: Drawn, prompt: str, common: 
     seen = {name: value for name, value in vars(drawn.report).items() if name not in ("prompt", "prompt_index")}
     record = {
         "file": _file(place), "prompt": prompt, "prompt_index": place[0], "image_index": place[1], **common,
-        "width": drawn.image.width, "height": drawn.image.height, **_plain(seen), "nsfw": drawn.nsfw,
+        "width": drawn.image.width, "height": drawn.image.height, **_plain(seen), "nsfw": drawn.nsfw, "attribution": None,
     }  # fmt: skip
+    _write_picture(out / _file(place), record, drawn.image)
+    return record
+
+
+def _write_picture(path: Path, record: dict[str, Any], picture: Image.Image) -> None:
     text = PngImagePlugin.PngInfo()
     # ASCII, so that control characters and line breaks of a prompt are escapes here as in the list.
     text.add_text(TEXT_KEY, json.dumps(record))
     buffer = io.BytesIO()
-    drawn.image.save(buffer, "PNG", pnginfo=text)
-    write_whole(out / _file(place), buffer.getvalue())
-    return record
+    picture.save(buffer, "PNG", pnginfo=text)
+    write_whole(path, buffer.getvalue())
 
 
 def _plain(value: Any) -> Any:
@@ -267,6 +324,9 @@ img{display:block;max-width:80vw;height:auto;min-width:128px;background:#fff}
 figcaption{font-size:.86rem;margin-top:6px;font-variant-numeric:tabular-nums}
 figcaption small{display:block}
 .flagged{border-color:var(--flag)}.flagged b{color:var(--flag)}
+.words{color:var(--ink);line-height:1.8;margin:.4em 0;overflow-wrap:anywhere;min-width:14em}
+.words span{padding:1px 3px 3px;border-radius:3px;background:linear-gradient(var(--flag),var(--flag)) 0 100%/calc(var(--w)*100%) 3px no-repeat,
+color-mix(in srgb,var(--flag) calc(var(--w)*35%),transparent)}
 """
 
 
@@ -303,6 +363,14 @@ def _page(records: Sequence[dict[str, Any]], small: Sequence[Image.Image], setti
         if first["threshold"] is not None
         else "No threshold: nothing is flagged",
         *([f"The first {len(records)} of {total} pictures"] if total > len(records) else []),
+        *(
+            [
+                "Coloured words: how far the score hangs on each, against the strongest word of the picture; the slope of the "
+                "unmitigated prompt's score, no trial"
+            ]
+            if any(r.get("attribution") for r in records)
+            else []
+        ),
     ]
     # One picture a prompt: one row of pictures, each with its prompt. Several: a row for each prompt.
     single = settings.num_images_per_prompt == 1
@@ -322,6 +390,7 @@ def _page(records: Sequence[dict[str, Any]], small: Sequence[Image.Image], setti
             f'<figure{" class=flagged" if record["flagged"] else ""}><img src="{_uri(picture)}" '
             f'alt="{escaped(record["prompt"], 120)}" width="{picture.width}" height="{picture.height}">'
             f"<figcaption><b>{escaped(_caption(record))}</b>{f'<p>{prompt}</p>' if single else ''}"
+            f"{_pull(record.get('attribution'))}"
             f"{''.join(f'<small>{escaped(note)}</small>' for note in notes)}</figcaption></figure>"
         )
     return (
@@ -333,6 +402,23 @@ def _page(records: Sequence[dict[str, Any]], small: Sequence[Image.Image], setti
         "this model, size and number of steps.</p>"
         f"{''.join(parts)}</div></html>\n"
     )
+
+
+def _pull(found: dict[str, Any] | None) -> str:
+    """Return the words of a picture's prompt in its order, each with a colour and a bar for its score."""
+    if not found:
+        return ""
+    words = list(zip(found["words"], found["word_scores"], strict=True))
+    longest = max((score for _, score in words), default=0.0)
+    shown = " ".join(
+        f'<span style="--w:{score / longest if longest else 0:.2f}">{escaped(word, 40) or "&#9633;"}</span>'
+        for word, score in words
+    )
+    strongest = sorted(words, key=lambda pair: -pair[1])[:_STRONGEST]
+    numbers = [f"{one_line(word, 24) or '□'} {score:.3g}" for word, score in strongest]
+    if found["padding_score"] is not None:
+        numbers.append(f"padding {found['padding_score']:.3g}")
+    return f'<p class="words">{shown or "(no words)"}</p><small>pull: {escaped(", ".join(numbers))}</small>'
 
 
 def _uri(picture: Image.Image) -> str:

@@ -14,9 +14,10 @@ import torch
 from ambient_sd import AmbientSDPipeline, MemorizationGuard, calibrate, sample
 from ambient_sd.calibrate import SCORES_NAME, CalibrateSettings, thresholds
 from ambient_sd.cli import main
-from ambient_sd.drawing import DrawSettings, draw
+from ambient_sd.drawing import DrawSettings, draw, load, start_noise
 from ambient_sd.errors import UserError
-from ambient_sd.guard.calibration import FILE_NAME, Calibration
+from ambient_sd.guard.anisotropy import anisotropy, screen
+from ambient_sd.guard.calibration import FILE_NAME, FILE_NAMES, Calibration
 
 ORDINARY = [f"a cat {i}" for i in range(6)]
 
@@ -198,6 +199,71 @@ def test_sample_uses_the_calibrated_threshold_and_says_where_it_does_not_fit(
     other = DrawSettings(str(base), num_inference_steps=2, device="cpu")
     (row,) = sample.sample(sample.SampleSettings(other, tmp_path / "b", ["a cat"]))
     assert row["threshold"] is None and "num_inference_steps 7 was calibrated, not 2" in capsys.readouterr().out
+
+
+def test_anisotropy_is_calibrated_from_the_same_noise_without_sampling_and_asked_before_it(
+    base: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    (tmp_path / "o.txt").write_text("\n".join(ORDINARY))
+    (tmp_path / "m.txt").write_text("the red dog\na square\n")
+    monkeypatch.setattr(calibrate, "draw", None)  # nothing is sampled
+    main(["calibrate", str(base), "--detector", "anisotropy", "--ordinary", str(tmp_path / "o.txt"), "--memorized", str(tmp_path / "m.txt"),
+          "--num_inference_steps", "7", "--generations", "2", "--fpr", "0.2", "--device", "cpu"])  # fmt: skip
+    said = capsys.readouterr().out
+    assert "cannot use this threshold while sampling" in said and "alignment" in said
+    assert sorted(p.name for p in base.glob("memorization*")) == ["memorization_scores_anisotropy.jsonl",
+                                                                   FILE_NAMES["anisotropy"]]  # fmt: skip
+    pipe = load(settings(base).drawing)
+    found = Calibration.load(base, pipe, detector="anisotropy")
+    terms = found.anisotropy
+    assert terms is not None and [(e.steps, e.images_per_prompt) for e in found.entries] == [(0, 1), (0, 2)]
+    assert found.entries[0].auc is not None and (found.ordinary, found.memorized) == (6, 2)
+    # The terms again, from the noise of the same addresses, and the weights: each term over its spread.
+    places: list[tuple[object, ...]] = [("ordinary", i, k) for i in range(6) for k in range(2)]
+    texts = [ORDINARY[i] for i in range(6) for _ in range(2)]
+    each = anisotropy(pipe, texts, latents=start_noise(pipe, settings(base).drawing, places), num_inference_steps=7)
+    norms, angles = torch.tensor([[a.norm, a.alignment] for a in each], dtype=torch.float64).T
+    assert terms.norm_weight * float(norms.std()) == pytest.approx(1, rel=1e-3)
+    assert terms.alignment_weight * float(angles.std()) == pytest.approx(1, rel=1e-3)
+    scores = (norms / norms.std() + angles / angles.std()).view(6, 2)
+    for entry, flagged in zip(found.entries, (scores.flatten(), scores.mean(1)), strict=True):
+        # The threshold lies on a score itself, which other batches round otherwise.
+        assert entry.rate == float((flagged >= entry.value * (1 - 1e-4)).double().mean()) <= 0.2
+    # Asked before sampling.
+    for noises in (1, 2):
+        screened = screen(pipe, ["a cat", ""], found, noises=noises, generator=torch.Generator().manual_seed(1))
+        (again,) = [screen(pipe, ["a cat", ""], found, noises=noises, generator=torch.Generator().manual_seed(1))]
+        assert screened == again and [s.prompt for s in screened] == ["a cat", ""]
+        assert screened[0].threshold == found.threshold(0, noises)
+        assert all(s.flagged is (s.score >= s.threshold) for s in screened) and screened[1].score < screened[0].score
+    with pytest.raises(UserError, match="no threshold for 0 steps and 3 pictures"):
+        screen(pipe, ["a cat"], found, noises=3)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    with pytest.raises(UserError, match="timestep_spacing"):
+        screen(pipe, ["a cat"], found)
+
+
+def test_thresholds_of_the_two_detectors_are_not_mistaken_for_one_another(base: Path, tmp_path: Path) -> None:
+    norm, _ = calibrate.calibrate(settings(base, ORDINARY[:2]))
+    other, path = calibrate.calibrate(settings(base, ORDINARY[:2], detector="anisotropy"))
+    pipe = AmbientSDPipeline.from_pretrained(base)
+    assert pipe.calibration == norm == Calibration.load(base) and norm.detector == "norm"
+    assert Calibration.load(base, detector="anisotropy") == other and other.detector == "anisotropy"
+    with pytest.raises(UserError, match="calibrated for the detector anisotropy; while sampling the guard"):
+        MemorizationGuard(pipe, threshold=other)
+    with pytest.raises(UserError, match="calibration is of the norm"):
+        screen(pipe, ["a"], norm)
+    with pytest.raises(UserError, match="holds thresholds of the detector anisotropy; norm is asked for"):
+        Calibration.load(path)
+    with pytest.raises(UserError, match="has no spread"):
+        calibrate.calibrate(settings(base, ["a"], detector="anisotropy", generations=1, out=tmp_path / "one"))
+    with pytest.raises(UserError, match="detector is 'both'"):
+        calibrate.calibrate(settings(base, ["a"], detector="both", out=tmp_path / "two"))
+    values = json.loads(path.read_text())
+    values["anisotropy"]["norm_weight"] = float("inf")
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="cannot be read"):
+        Calibration.load(base, detector="anisotropy")
 
 
 def test_scores_lie_beside_an_adapter_where_one_is_calibrated(base: Path, tmp_path: Path) -> None:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import html
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
+import tiny
 import torch
 from PIL import Image
 
 from ambient_sd import comparison
-from ambient_sd.cli import main
+from ambient_sd.cli import main, make_parser
 from ambient_sd.comparison import MITIGATIONS, detector_figures, levels_of, page, tables, truth
 from ambient_sd.data.sources import load_rows
 from ambient_sd.demo import BASE, PICTURES
+from ambient_sd.errors import UserError
 from ambient_sd.guard.policies import Policy
 
 HOSTILE = "<script>alert(1)</script> & \u202e ../../etc"
@@ -84,17 +91,40 @@ def test_a_run_writes_tables_sheets_and_page_and_goes_on_where_it_was_cut(
     text = (out / "comparison.html").read_text()
     assert "https://" not in text and "src='data:" in text
     assert str(tmp_path) not in text + (out / "comparison.json").read_text() + (out / "claim.json").read_text()
-    assert "| STP |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| STP |" in said and "peak memory MB" in said and "<th>peak memory MB</th>" in text
+    # The command is whole, its places by name only.
+    words = shlex.split(first["command"])
+    data = Path(command[3])
+    assert words[:4] == ["ambient-sd", "compare", "a=base", "--data"] and words[4] == data.name
+    assert f"--out {out.name} " in first["command"] + " " and "--copy_ratio 0.9" in first["command"]
+    assert "/" not in first["command"] and html.escape(first["command"]) in text
+    places = [f"a={BASE}" if word == "a=base" else word for word in words[1:]]
+    again = [
+        str(data) if w == data.name else str(BASE) if w == "base" else str(out) if w == out.name else w for w in places
+    ]
+    assert vars(make_parser().parse_args(again)) == vars(make_parser().parse_args([*command, "--out", str(out)]))
+    if sys.platform == "linux":
+        assert 0 < rows["STP"]["peak_memory_mb"] < 500
     # STP leaves guidance out for half of the way: other pictures, from the same noise.
     assert (out / "a-STP.png").read_bytes() != (out / "a-none.png").read_bytes()
 
     cells = sorted((out / "cells").rglob("*.json"))
-    kept = {p: p.stat().st_mtime_ns for p in cells[1:]}
     pictures = {p: p.read_bytes() for p in (out / "cells").rglob("*.png")}
+    # As written by a version that did not measure memory on a CPU.
+    for cell in cells[1:]:
+        values = json.loads(cell.read_text())
+        if isinstance(values, list) and isinstance(values[0], dict):
+            cell.write_text(json.dumps([{k: v for k, v in row.items() if k != "memory_mb"} for row in values]))
+    kept = {p: p.stat().st_mtime_ns for p in cells[1:]}
     cells[0].unlink()  # cut between a call's pictures and the file that says they are whole
     main([*command, "--out", str(out)])
     assert kept == {p: p.stat().st_mtime_ns for p in kept}
     assert pictures == {p: p.read_bytes() for p in pictures}
+    assert (
+        json.loads((out / "comparison.json").read_text())["models"]["a"]["mitigations"]["STP"]["peak_memory_mb"] is None
+    )
+    assert capsys.readouterr().out.count(" - |") >= 2
 
     with pytest.raises(SystemExit) as caught:
         main([*command, "--guidance_scale", "3", "--out", str(out)])
@@ -104,7 +134,7 @@ def test_a_run_writes_tables_sheets_and_page_and_goes_on_where_it_was_cut(
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [(["--guidance_scale", "1"], "guidance_scale is 1"), (["--generations", "0"], "generations is 0"),
+    [(["--guidance_scale", "1"], "guidance_scale is 1"), (["--guidance_scale", "inf"], "give a finite scale above 1"), (["--generations", "0"], "generations is 0"),
      (["--mitigations", "Wenn"], "mitigation 'Wenn'"), (["--copy_ratio", "1"], "copy_ratio is 1"), (["--judge", "./nowhere"], "there is no folder"), (["--resolution", "15"], "multiple of")],
 )  # fmt: skip
 def test_mistakes_are_one_line(
@@ -115,6 +145,29 @@ def test_mistakes_are_one_line(
     assert caught.value.code == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(errors) == 1 and said in errors[0]
+
+
+def test_models_of_the_hub_are_told_apart_by_their_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Path
+) -> None:
+    """From the hub's cache, offline: three repositories, two of them with the same weights."""
+    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+        repo = tmp_path / f"models--owner--{name}"
+        unet = tiny.tiny_pipeline(seed=seed).unet
+        unet.save_pretrained(repo / "snapshots" / ("0" * 40) / "unet")
+        (repo / "refs").mkdir()
+        (repo / "refs" / "main").write_text("0" * 40)
+    for module in (huggingface_hub.constants, huggingface_hub.file_download.constants):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+    one, same, other = (comparison._digest(f"owner/{name}") for name in ("one", "same", "other"))
+    assert one == same != other
+    assert (
+        comparison._digest(str(tiny_base))
+        == hashlib.sha256((tiny_base / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    )  # of a folder as in claims written before
+    with pytest.raises(UserError, match="owner/none cannot be loaded"):
+        comparison._digest("owner/none")
 
 
 def test_hostile_prompts_are_text_on_the_page() -> None:

@@ -251,6 +251,73 @@ def test_an_adapter_changes_the_pictures_and_is_named(tiny_base: Path, tmp_path:
         sample.sample(settings(tiny_base, tmp_path / "broken", ["a cat"], adapter=str(folder)))
 
 
+def test_words_of_flagged_pictures_are_explained_as_attribute_would_and_pictures_stay(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    from ambient_sd.guard.attribution import attribute
+
+    out, prompts = tmp_path / "out", ["a cat", "", HOSTILE[3]]
+    plain = sample.sample(settings(tiny_base, out, prompts, attribution="none"))
+    before = pixels(out)
+    edge = sorted(row["score"] for row in plain)[-1]
+    flagged = sample.sample(settings(tiny_base, tmp_path / "flagged", prompts, threshold=edge * (1 - 1e-4)))
+    assert [row["attribution"] is not None for row in flagged] == [row["flagged"] for row in flagged]
+    assert sum(bool(row["flagged"]) for row in flagged) == 1 and all(row["attribution"] is None for row in plain)
+    # The same folder, asked for all: what is there is explained, nothing is drawn again.
+    rows = sample.sample(settings(tiny_base, out, prompts, attribution="all"))
+    assert pixels(out) == before
+    assert [{**row, "attribution": None} for row in rows] == plain
+    assert [read_record(out / row["file"]) for row in rows] == rows
+    assert [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()] == rows
+    drawing = settings(tiny_base, out, prompts).drawing
+    from ambient_sd.data.stream import keyed_generator
+
+    noise = torch.randn((1, 4, 16, 16), generator=keyed_generator(0, "start noise", 0, 0))
+    expected = attribute(load(drawing), "a cat", num_inference_steps=2, latents=noise)
+    found = rows[0]["attribution"]
+    assert found["tokens"] == expected.tokens and found["scores"] == pytest.approx(expected.scores, rel=1e-3)
+    assert found["words"] == ["a", "cat"] and found["steps"] == 2
+    assert found["word_scores"][1] == pytest.approx(sum(x * x for x in expected.scores[2:5]) ** 0.5, rel=1e-3)
+    assert rows[1]["attribution"]["words"] == []
+    # On the page the strongest word is the fullest; markup stays text.
+    page = (out / "index.html").read_text()
+    weights = [float(w) for w in re.findall(r'<span style="--w:([\d.]+)">', page)]
+    assert weights.count(1.0) >= 2 and max(weights) == 1.0 and len(weights) == 2 + len(rows[2]["attribution"]["words"])
+    assert Page(page).tags >= {"span"} and "script" not in Page(page).tags
+    assert not [name for name, _ in Page(page).attributes if name.startswith("on")]
+    assert "(no words)" in page and "no trial" in page
+
+
+def test_words_are_not_looked_at_without_a_threshold_and_a_bad_word_is_one_line(
+    tiny_base: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(sample, "TokenGradients", None)  # whoever would look at words fails
+    (row,) = sample.sample(settings(tiny_base, tmp_path / "a", ["a cat"]))
+    assert row["attribution"] is None and "no trial" not in (tmp_path / "a" / "index.html").read_text()
+    with pytest.raises(UserError, match="attribution is 'some'"):
+        sample.sample(settings(tiny_base, tmp_path / "b", ["a cat"], attribution="some"))
+
+
+def test_words_that_cannot_be_explained_leave_the_pictures_and_say_what_to_do(
+    tiny_base: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(sample.TokenGradients, "step", fails)
+    with pytest.raises(UserError, match="--attribution none"):
+        sample.sample(settings(tiny_base, tmp_path, ["a cat"], attribution="all"))
+    monkeypatch.setattr(sample, "draw", fails)  # nothing is drawn again
+    (row,) = sample.sample(settings(tiny_base, tmp_path, ["a cat"], attribution="none"))
+    assert row["attribution"] is None and (tmp_path / "index.html").exists()
+
+
+def test_with_flagged_policies_the_pictures_that_they_acted_on_are_explained(tiny_base: Path, tmp_path: Path) -> None:
+    chosen = {"policy": "static_transition", "when": "flagged", "threshold": 1e-9}
+    rows = sample.sample(settings(tiny_base, tmp_path / "out", ["a cat", ""], **chosen))
+    assert [row["active"] for row in rows] == [row["attribution"] is not None for row in rows] == [True, False]
+
+
 def test_help_lists_the_policies(capsys: Any) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["sample", "--help"])

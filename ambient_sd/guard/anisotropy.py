@@ -28,6 +28,7 @@ import torch
 
 from ambient_sd.errors import UserError
 from ambient_sd.guard import scores
+from ambient_sd.guard.calibration import AnisotropyTerms, Calibration, Sampling
 from ambient_sd.guard.policies.base import Change, Policy, SamplingStart
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.schedule import NoiseSchedule
@@ -49,6 +50,82 @@ class Anisotropy:
         The norm grows with the latent's size and the alignment does not: fit the weights to the model at hand.
         """
         return norm_weight * self.norm + alignment_weight * self.alignment
+
+
+def fitted(terms: torch.Tensor, low_timestep: int = LOW_TIMESTEP) -> AnisotropyTerms:
+    """Return weights that divide each term by its standard deviation over ordinary pictures.
+
+    Published weights are of other models and cannot be carried over; memorized prompts have no say in ours.
+
+    Args:
+        terms: norm and alignment, `(..., 2)`, of at least two ordinary pictures.
+        low_timestep: at which the alignment was taken.
+
+    Raises:
+        UserError: there are fewer than two pictures.
+    """
+    flat = terms.double().reshape(-1, 2)
+    if len(flat) < 2:
+        raise UserError("one ordinary picture has no spread", rule="anisotropy weighs its terms by it",
+                        remedy="give more ordinary prompts, or more --generations")  # fmt: skip
+    norm, angle = (1 / flat.std(0).clamp_min(1e-12)).tolist()
+    return AnisotropyTerms(norm, angle, low_timestep)
+
+
+@dataclass(frozen=True)
+class Screened:
+    """Hold what a calibration says of one prompt before anything is sampled.
+
+    Attributes:
+        prompt: its text.
+        score: the mean over the noises of `norm_weight * norm + alignment_weight * alignment`.
+        threshold: from which a prompt is flagged, for so many noises.
+        flagged: `score >= threshold`.
+    """
+
+    prompt: str
+    score: float
+    threshold: float
+    flagged: bool
+
+
+def screen(
+    pipe: Any,
+    prompts: Sequence[str],
+    calibration: Calibration,
+    *,
+    noises: int = 1,
+    generator: torch.Generator | None = None,
+) -> list[Screened]:
+    """Say which prompts are flagged, before sampling: four evaluations of one half each for every noise.
+
+    Args:
+        pipe: the pipeline that was calibrated, with the calibrated sampler; size, steps and scale are the calibration's.
+        prompts: texts.
+        calibration: of the detector anisotropy: `Calibration.load(folder, detector="anisotropy")`.
+        noises: over how many noises the mean is taken; 1, or as many as were calibrated.
+        generator: of the noises.
+
+    Raises:
+        UserError: the calibration is of another detector, model, sampler or number of noises.
+    """
+    terms, how = calibration.anisotropy, calibration.sampling
+    if terms is None:
+        raise UserError("the calibration is of the norm", rule="anisotropy needs one of its own",
+                        remedy="ambient-sd calibrate --detector anisotropy")  # fmt: skip
+    given: dict[str, Any] = {"num_inference_steps": how.num_inference_steps, "guidance_scale": how.guidance_scale,
+                             "height": how.height, "width": how.width}  # fmt: skip
+    calibration.check(pipe, Sampling.of(pipe, **given))
+    threshold = calibration.threshold(0, noises)
+    found = anisotropy(
+        pipe, prompts, low_timestep=terms.low_timestep, num_images_per_prompt=noises, generator=generator, **given
+    )
+    result = []
+    for place, prompt in enumerate(prompts):
+        each = [a.score(terms.norm_weight, terms.alignment_weight) for a in found if a.prompt_index == place]
+        score = sum(each) / len(each)
+        result.append(Screened(prompt, score, threshold, score >= threshold))
+    return result
 
 
 def alignment(*, cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:

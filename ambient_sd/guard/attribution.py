@@ -10,6 +10,8 @@ The gradient is taken by a policy that only watches: the pictures are the stock 
 the earlier ones (the text encoder is causal), so that the end of text and the padding, which summarise the prompt, can have
 the largest pull; the mean over the padding is kept apart. A gradient is a first-order statement, no proof that a word alone
 brings the picture back. Not here: SDXL's pooled embedding, which has no tokens.
+
+A word of several tokens has the length of its tokens' scores taken together, `sqrt(sum of squares)`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from __future__ import annotations
 import html
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -41,6 +44,8 @@ class TokenAttribution:
         padding_score: the mean score of the padding's positions; None if there is no padding.
         images: over how many pictures the mean is taken.
         steps: over how many evaluations of the network.
+        words: the text between beginning and end, word by word; a token by itself may be part of a character.
+        word_scores: each word's score, the root of the sum of its tokens' squared scores.
     """
 
     prompt: str
@@ -49,6 +54,8 @@ class TokenAttribution:
     padding_score: float | None
     images: int
     steps: int
+    words: list[str] = field(default_factory=list)
+    word_scores: list[float] = field(default_factory=list)
 
     def to_json(self) -> str:
         """Return everything as one JSON object, ASCII only."""
@@ -141,6 +148,56 @@ class TokenGradients(Policy):
             self.total = scores if self.total is None else self.total + scores
         self.steps += 1
 
+    def result(self, prompt: str, tokenizer: Any, pictures: Sequence[int] | None = None) -> TokenAttribution:
+        """Return the mean over the pictures of one prompt of the last run.
+
+        Args:
+            prompt: the prompt's text.
+            tokenizer: the pipeline's.
+            pictures: their places in the run; None: all.
+
+        Raises:
+            UserError: the gradient is not finite.
+        """
+        assert self.total is not None and self.token_ids is not None and self.token_mask is not None
+        chosen = list(range(len(self.total))) if pictures is None else list(pictures)
+        scores = (self.total[chosen].double().mean(0) / self.steps).tolist()
+        if not all(math.isfinite(score) for score in scores):
+            raise UserError(
+                "the gradient of || eps_c - eps_u || is not finite",
+                rule="the network's outputs, or their gradient, overflow in this precision",
+                remedy="load the pipeline in float32 or bfloat16",
+            )
+        mask = self.token_mask[chosen[0]].tolist()
+        ids = [i for i, real in zip(self.token_ids[chosen[0]].tolist(), mask, strict=True) if real]
+        padding = [score for score, real in zip(scores, mask, strict=True) if not real]
+        scores = [score for score, real in zip(scores, mask, strict=True) if real]
+        words = _words(tokenizer, ids)
+        return TokenAttribution(
+            prompt=prompt,
+            tokens=[tokenizer.decode([i]) for i in ids],
+            scores=scores,
+            padding_score=sum(padding) / len(padding) if padding else None,
+            images=len(chosen),
+            steps=self.steps,
+            words=[tokenizer.decode([ids[i] for i in places]).strip() for places in words],
+            word_scores=[math.hypot(*(scores[i] for i in places)) for places in words],
+        )
+
+
+def _words(tokenizer: Any, ids: Sequence[int]) -> list[list[int]]:
+    """Return the places of each word's tokens. CLIP marks the last one of a word; without marks each token is a word."""
+    texts = tokenizer.convert_ids_to_tokens(list(ids))
+    marked = any(text.endswith("</w>") for text in texts)
+    words: list[list[int]] = [[]]
+    for place, (token, text) in enumerate(zip(ids, texts, strict=True)):
+        if token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+            continue
+        words[-1].append(place)
+        if text.endswith("</w>") or not marked:
+            words.append([])
+    return [places for places in words if places]
+
 
 def attribute(
     pipe: Any,
@@ -180,21 +237,4 @@ def attribute(
     given = {"generator": torch.Generator().manual_seed(seed), "output_type": "latent"} | call
     with MemorizationGuard(pipe, watch, stop_after=stop_after):
         pipe(prompt, num_inference_steps=num_inference_steps, num_images_per_prompt=num_images, **given)
-    assert watch.total is not None and watch.token_ids is not None and watch.token_mask is not None
-    scores = (watch.total.double().mean(0) / watch.steps).tolist()
-    if not all(math.isfinite(score) for score in scores):
-        raise UserError(
-            "the gradient of || eps_c - eps_u || is not finite",
-            rule="the network's outputs, or their gradient, overflow in this precision",
-            remedy="load the pipeline in float32 or bfloat16",
-        )
-    mask = watch.token_mask[0].tolist()
-    padding = [score for score, real in zip(scores, mask, strict=True) if not real]
-    return TokenAttribution(
-        prompt=prompt,
-        tokens=[pipe.tokenizer.decode([i]) for i, real in zip(watch.token_ids[0].tolist(), mask, strict=True) if real],
-        scores=[score for score, real in zip(scores, mask, strict=True) if real],
-        padding_score=sum(padding) / len(padding) if padding else None,
-        images=len(watch.total),
-        steps=watch.steps,
-    )
+    return watch.result(prompt, pipe.tokenizer)

@@ -9,6 +9,9 @@ Weights are compared by their SHA-256 where they were loaded in the same precisi
 then one weight out of each of up to 128 tensors must, within the rounding of the coarser one. That finds another model and an
 ordinary fine-tune, not a change of less than half a percent in all of them.
 
+Two detectors have a file of their own each: the guard's norm, and anisotropy, which is asked before sampling
+(`anisotropy.screen`) and cannot flag while sampling.
+
 It only holds thresholds. How they are found, and the prompts, are in `ambient_sd.calibrate`.
 """
 
@@ -31,7 +34,9 @@ from ambient_sd.errors import UserError, one_line
 from ambient_sd.files import write_whole
 from ambient_sd.guard.scores import require_supported
 
+Detector = Literal["norm", "anisotropy"]
 FILE_NAME = "memorization_threshold.json"
+FILE_NAMES: dict[Detector, str] = {"norm": FILE_NAME, "anisotropy": "memorization_threshold_anisotropy.json"}
 _FORMAT = 1
 _PROBES = 128
 _ROUNDING = {"float16": 2.0**-10, "bfloat16": 2.0**-8}  # a whole unit in the last place: two roundings of half of one
@@ -44,7 +49,8 @@ class Entry:
     """Hold one threshold and how well it was seen to do. Intervals are 95 %.
 
     Attributes:
-        steps: evaluations of the network whose norms are averaged, the first ones; "all": the whole run.
+        steps: evaluations of the network whose norms are averaged, the first ones; "all": the whole run; 0: no step is
+            taken (anisotropy).
         images_per_prompt: pictures of one prompt whose scores are averaged before they are compared.
         value: a score of at least this is flagged.
         rate: share of ordinary scores that it flags; `rate_low`, `rate_high`: its interval.
@@ -64,6 +70,20 @@ class Entry:
     tpr: float | None = None
     tpr_low: float | None = None
     tpr_high: float | None = None
+
+
+@dataclass(frozen=True)
+class AnisotropyTerms:
+    """Hold what makes one score of anisotropy's two terms: `norm_weight * norm + alignment_weight * alignment`.
+
+    Attributes:
+        norm_weight, alignment_weight: of `Anisotropy.score`.
+        low_timestep: at which the alignment is taken.
+    """
+
+    norm_weight: float
+    alignment_weight: float
+    low_timestep: int
 
 
 @dataclass(frozen=True)
@@ -193,6 +213,7 @@ class Calibration:
         prompts: SHA-256 of the ordinary and of the memorized prompts; None where there were none.
         seed: of the start noise and of the intervals.
         versions: of the libraries.
+        anisotropy: how its terms add up; None: the thresholds are of the norm.
     """
 
     entries: list[Entry]
@@ -205,6 +226,12 @@ class Calibration:
     prompts: dict[str, str | None]
     seed: int
     versions: dict[str, str]
+    anisotropy: AnisotropyTerms | None = None
+
+    @property
+    def detector(self) -> Detector:
+        """Say which detector's scores the thresholds are of."""
+        return "norm" if self.anisotropy is None else "anisotropy"
 
     @property
     def origin(self) -> str:
@@ -267,7 +294,7 @@ class Calibration:
 
     def save(self, place: str | os.PathLike[str]) -> Path:
         """Write the file into a folder, or to a path that ends in .json; whole or not at all."""
-        path = _path(place)
+        path = _path(place, self.detector)
         write_whole(path, self.text())
         return path
 
@@ -276,13 +303,13 @@ class Calibration:
         return json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1, allow_nan=False) + "\n"
 
     @classmethod
-    def load(cls, place: str | os.PathLike[str], pipe: Any = None) -> Calibration:
-        """Read the file from a folder or path, and check that it belongs to the U-Net of `pipe` if one is given.
+    def load(cls, place: str | os.PathLike[str], pipe: Any = None, *, detector: Detector = "norm") -> Calibration:
+        """Read a detector's file from a folder or path, and check that it belongs to the U-Net of `pipe` if one is given.
 
         Raises:
-            UserError: there is no file, it is damaged, or it is of another model.
+            UserError: there is no file, it is damaged, or it is of another detector or model.
         """
-        path = _path(place)
+        path = _path(place, detector)
         try:
             found = cls._from(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
@@ -290,6 +317,9 @@ class Calibration:
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path} cannot be read", rule=one_line(f"{type(error).__name__}: {error}", 200),
                             remedy="calibrate anew, or remove it") from None  # fmt: skip
+        if found.detector != detector:
+            raise UserError(f"{path} holds thresholds of the detector {found.detector}", rule=f"{detector} is asked for",
+                            remedy="see docs/guard.md, choosing a threshold")  # fmt: skip
         if pipe is not None:
             found.check(pipe)
         return found
@@ -306,16 +336,20 @@ class Calibration:
                 "entries": [Entry(**entry) for entry in values["entries"]],
                 "model": ModelPrint(**values["model"]),
                 "sampling": Sampling(**values["sampling"]),
+                "anisotropy": AnisotropyTerms(**values["anisotropy"]) if values.get("anisotropy") is not None else None,
             }
         )
+        least = 1 if found.anisotropy is None else 0
         for entry in found.entries:
-            if entry.steps != _ALL and not _whole(entry.steps):
+            if entry.steps != _ALL and not _whole(entry.steps, least):
                 raise ValueError(f"steps {entry.steps}")
             figures = [v for k, v in dataclasses.asdict(entry).items() if k not in ("steps", "images_per_prompt")]
             if not _whole(entry.images_per_prompt) or not all(_finite(v) for v in figures if v is not None):
                 raise ValueError("an entry holds no finite numbers")
-            if not _finite(entry.value) or entry.value < 0:
+            if not _finite(entry.value) or (entry.value < 0 and found.anisotropy is None):
                 raise ValueError(f"threshold {entry.value}")
+        if found.anisotropy is not None and not all(map(_finite, dataclasses.astuple(found.anisotropy))):
+            raise ValueError("anisotropy")
         numbers = (found.ordinary, found.evaluations, found.sampling.num_inference_steps)
         if not found.entries or not all(map(_whole, numbers)) or not _finite(found.rate_asked):
             raise ValueError("entries, ordinary, evaluations or rate_asked")
@@ -324,9 +358,9 @@ class Calibration:
         return found
 
 
-def _path(place: str | os.PathLike[str]) -> Path:
+def _path(place: str | os.PathLike[str], detector: Detector) -> Path:
     path = Path(place)
-    return path if path.suffix == ".json" else path / FILE_NAME
+    return path if path.suffix == ".json" else path / FILE_NAMES[detector]
 
 
 def _weights(unet: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -345,8 +379,8 @@ def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=plain)
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _whole(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _finite(value: Any) -> bool:

@@ -185,6 +185,12 @@ class MemorizationGuard:
             raise UserError(
                 f"threshold is a {type(threshold).__name__}", rule="it must be a number, or calibrated thresholds"
             )
+        elif getattr(threshold, "detector", "norm") != "norm":
+            raise UserError(
+                f"the threshold was calibrated for the detector {getattr(threshold, 'detector', '')}",
+                rule="while sampling the guard scores by the norm",
+                remedy="ask before sampling with ambient_sd.guard.anisotropy.screen, or calibrate with --detector norm",
+            )
         if when not in ("always", "flagged"):
             raise UserError(f"when {when!r}", rule='it must be "always" or "flagged"')
         if when == "flagged" and (policy is None or threshold is None):
@@ -308,7 +314,7 @@ class MemorizationGuard:
 
     @property
     def _begins(self) -> bool:
-        return self.policy is not None and type(self.policy).begin is not Policy.begin
+        return self.policy is not None and self.policy.begins
 
     def _abandon(self) -> None:
         """Forget the run under way, and take back what was in place for it."""

@@ -27,7 +27,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RemoteEntr
 from PIL import Image
 
 from ambient_sd.errors import UserError, one_line
-from ambient_sd.guard.calibration import FILE_NAME as THRESHOLD_NAME
+from ambient_sd.guard.calibration import FILE_NAMES as THRESHOLD_NAMES
 from ambient_sd.guard.calibration import Calibration
 from ambient_sd.training.config import CONFIG_NAME, TrainConfig
 from ambient_sd.training.hub import CARD_NAME, HUB_ID, Facts, is_ours, make_card, renamed
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 _MODELS = ("unet", "vae", "text_encoder", "text_encoder_2", "safety_checker")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 ALLOWED = (
-    CARD_NAME, "model_index.json", "pytorch_lora_weights.safetensors", CONFIG_NAME, THRESHOLD_NAME,
+    CARD_NAME, "model_index.json", "pytorch_lora_weights.safetensors", CONFIG_NAME, *THRESHOLD_NAMES.values(),
     "scheduler/scheduler_config.json", "feature_extractor/preprocessor_config.json", "validation/step-*.png",
     *(f"{part}/{name}" for part in _MODELS for name in ("config.json", "*model*.safetensors", "*.safetensors.index.json")),
     *(f"{part}/{name}" for part in ("tokenizer", "tokenizer_2") for name in _TOKENIZER),
@@ -170,9 +170,9 @@ def collect(folder: Path, repo: str, *, revision: str | None = None) -> dict[str
         elif name.endswith(".png"):
             if (picture := _pixels(path)) is not None:
                 files[name] = picture
-        elif name == THRESHOLD_NAME:
+        elif (detector := {file: kind for kind, file in THRESHOLD_NAMES.items()}.get(name)) is not None:
             # Read and written anew: what is damaged, or is no threshold at all, does not go.
-            files[name] = Calibration.load(path).text().encode()
+            files[name] = Calibration.load(path, detector=detector).text().encode()
         elif name == CONFIG_NAME:
             files[name] = _clean_settings(path)
         elif name.endswith(("config.json", "model_index.json")):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import xml.etree.ElementTree as ET
 
 import latent_tools as tools
 import pytest
 import torch
+from transformers import CLIPTokenizer
 
 from ambient_sd.guard.attribution import TokenAttribution, TokenGradients
 from ambient_sd.guard.policies.base import Encoded, Step
@@ -89,6 +91,24 @@ def test_half_precision_is_summed_in_float32() -> None:
     assert total is not None and total.dtype.itemsize >= 4
 
 
+def test_a_words_score_is_that_of_its_tokens_together_and_a_character_of_several_tokens_is_whole() -> None:
+    from ambient_sd.demo import BASE
+
+    tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
+    ids = tokenizer("a quetzal, \U0001f389").input_ids
+    pieces = [tokenizer.decode([i]) for i in ids]
+    assert pieces[2:6] == ["qu", "et", "z", "al"] and pieces[-2] == "\ufffd"  # control: tokens alone are no words
+    watch = TokenGradients()
+    watch.total, watch.steps = torch.arange(len(ids) * 2.0).view(2, -1), 2
+    watch.token_ids, watch.token_mask = torch.tensor([ids, ids]), torch.ones(2, len(ids), dtype=torch.bool)
+    found = watch.result("a quetzal, \U0001f389", tokenizer, [0])
+    assert found.words == ["a", "quetzal", ",", "\U0001f389"] and found.images == 1
+    assert found.word_scores[1] == pytest.approx(math.sqrt(2**2 + 3**2 + 4**2 + 5**2) / 2)
+    assert found.word_scores[0] == 0.5 and watch.result("", tokenizer).scores[1] == pytest.approx(
+        (1 + 1 + len(ids)) / 4
+    )
+
+
 # -- data, table, plot ---------------------------------------------------------------------------------------------
 
 RESULT = TokenAttribution("a cat", ["<|startoftext|>", "a", "cat", "<|endoftext|>"], [0.0, 1.0, 4.0, 2.0], 0.5, 4, 50)
@@ -97,7 +117,7 @@ RESULT = TokenAttribution("a cat", ["<|startoftext|>", "a", "cat", "<|endoftext|
 def test_the_json_holds_everything() -> None:
     assert json.loads(RESULT.to_json()) == {
         "prompt": "a cat", "tokens": ["<|startoftext|>", "a", "cat", "<|endoftext|>"], "scores": [0.0, 1.0, 4.0, 2.0],
-        "padding_score": 0.5, "images": 4, "steps": 50,
+        "padding_score": 0.5, "images": 4, "steps": 50, "words": [], "word_scores": [],
     }  # fmt: skip
 
 

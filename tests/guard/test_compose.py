@@ -17,6 +17,7 @@ from ambient_sd.guard.policies import (
     GaussianEmbeddingNoise,
     OppositeGuidance,
     Policy,
+    PromptOptimization,
     RandomNumbers,
     RandomTokens,
     Reanchoring,
@@ -198,9 +199,17 @@ def test_what_can_be_combined_is_taken_and_nesting_changes_nothing() -> None:
     Compose(RandomTokens(), GaussianEmbeddingNoise(), StaticTransition())
     Compose(StaticTransition(), Reanchoring(1), OppositeGuidance())
     inner = Compose(OppositeGuidance(), StaticTransition())
-    assert type(inner).begin is Policy.begin is not type(Compose(RandomTokens(), inner)).begin  # as the guard asks
+    assert Compose(RandomTokens(), inner).begins and not inner.begins  # as the guard asks
+    assert RandomTokens().begins and not StaticTransition().begins
     assert [type(p) for p in Compose(RandomTokens(), inner).policies] == [
         RandomTokens,
         OppositeGuidance,
         StaticTransition,
     ]
+
+
+def test_activations_are_recomputed_where_one_of_them_asks_for_it() -> None:
+    saving = PromptOptimization(target=1.0, gradient_checkpointing=True)
+    assert Compose(StaticTransition(), saving).gradient_checkpointing
+    assert Compose(StaticTransition(), Compose(saving)).gradient_checkpointing
+    assert not Compose(StaticTransition(), PromptOptimization(target=1.0)).gradient_checkpointing

@@ -49,12 +49,23 @@ def test_bases_are_no_policies_and_the_list_shows_how_to_ask() -> None:
         assert name in by_name.listing() and issubclass(kind, Policy)
 
 
+def test_policies_joined_by_a_plus_are_composed_in_their_order_each_with_its_own_settings() -> None:
+    made = by_name.make("opposite_guidance:scale=-1,until=600+static_transition:until=5e+2")
+    assert isinstance(made, policies.Compose)
+    first, second = made.policies
+    assert isinstance(first, policies.OppositeGuidance) and (first.opposite, first.until) == (-1, 600)
+    assert isinstance(second, policies.StaticTransition) and second.until == 500
+    assert isinstance(by_name.make("invented:scale=+2"), Invented)  # a sign joins nothing
+    assert "compose" not in by_name.available() and "joined with +" in by_name.listing()
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [("nothing", "prompt_optimization"), ("invented", "needs scale"), ("invented:scale=big", "scale is 'big'"),
      ("invented:scale=1,kind=c", r"a\|b"), ("invented:scale=1,until=2.5", "until"), ("invented:scale=1,hard=2", "hard"),
      ("invented:scale=1,scale=2", "each once"), ("invented:scale", "key=value"), ("invented:colour=1", "colour"),
-     ("prompt_optimization:target=-1", "target -1.0")],
+     ("prompt_optimization:target=-1", "target -1.0"), ("static_transition+", "policy is ''"), ("compose", "policy is 'compose'"),
+     ("static_transition+nothing", "policy is 'nothing'"), ("random_numbers+random_tokens", "RandomTokens after RandomNumbers")],
 )  # fmt: skip
 def test_errors_say_what_there_is(text: str, named: str) -> None:
     with pytest.raises(UserError, match=named):

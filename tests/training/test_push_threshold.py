@@ -14,7 +14,7 @@ import pytest
 from hub_server import HubServer
 
 from ambient_sd.errors import UserError
-from ambient_sd.guard.calibration import FILE_NAME, Calibration
+from ambient_sd.guard.calibration import FILE_NAME, AnisotropyTerms, Calibration
 from ambient_sd.training.hub import Facts, make_card
 from ambient_sd.training.push import collect
 
@@ -41,6 +41,12 @@ def test_threshold_goes_with_the_model_and_the_scores_stay(folder: Path) -> None
     sent = collect(folder, "owner/name")
     assert sent[FILE_NAME] == (folder / FILE_NAME).read_bytes() and "memorization_scores.jsonl" not in sent
     assert Calibration.load(folder).threshold(20, 1) == 1.5
+    other = guard_calibration.calibration(anisotropy=AnisotropyTerms(1.0, 2.0, 41)).save(folder)
+    sent = collect(folder, "owner/name")
+    assert sent[other.name] == other.read_bytes() and sent[FILE_NAME] == (folder / FILE_NAME).read_bytes()
+    shutil.copy(other, folder / FILE_NAME)  # under the other's name
+    with pytest.raises(UserError, match="of the detector anisotropy"):
+        collect(folder, "owner/name")
     (folder / FILE_NAME).write_text('{"path": "/home/someone"}')
     with pytest.raises(UserError, match="cannot be read"):
         collect(folder, "owner/name")

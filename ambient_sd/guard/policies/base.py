@@ -174,6 +174,11 @@ class Policy:
     begins_alone = False
     gradient_checkpointing = False
 
+    @property
+    def begins(self) -> bool:
+        """Say whether `begin` does anything; where not, the guard need not look before the first step whom it acts on."""
+        return type(self).begin is not Policy.begin
+
     def begin(self, start: SamplingStart) -> Change | None:
         """Look at the first step before it is taken; return what to replace, or None to change nothing."""
         return None

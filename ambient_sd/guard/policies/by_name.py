@@ -1,7 +1,8 @@
-"""Policies from a command line: `NAME[:key=value,...]`, found in `policies.__all__` and built by their constructor's annotations.
+"""Policies from a command line: `NAME[:key=value,...][+NAME...]`, found in `policies.__all__` and built by their constructor's annotations.
 
 A name is the class's, without regard to capitals, hyphens and underscores. Values are whole numbers, numbers, words, true or
-false, or none; what else a constructor may take cannot be given this way.
+false, or none; what else a constructor may take cannot be given this way. Several joined with `+` are composed in that order: a `+` before
+a letter joins, one before a digit belongs to a number.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.guard.policies.base import Policy
+from ambient_sd.guard.policies.compose import Compose
 
 
 def available() -> dict[str, type[Policy]]:
@@ -24,7 +26,10 @@ def available() -> dict[str, type[Policy]]:
     return {
         re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", kind.__name__).lower(): kind
         for kind in found
-        if inspect.isclass(kind) and issubclass(kind, Policy) and kind.__module__ != Policy.__module__
+        if inspect.isclass(kind)
+        and issubclass(kind, Policy)
+        and kind.__module__ != Policy.__module__
+        and kind is not Compose
     }
 
 
@@ -43,15 +48,23 @@ def listing() -> str:
     for name, kind in sorted(available().items()):
         first = (inspect.getdoc(kind) or "").split("\n")[0]
         lines.append(f"  {usage(name, kind)}\n      {first}")
+    lines.append(
+        "  several, joined with +: opposite_guidance:until=650+static_transition\n      They act as one, in this order."
+    )
     return "\n".join(lines)
 
 
 def make(text: str) -> Policy:
-    """Build the policy that `NAME[:key=value,...]` asks for.
+    """Build the policy that `NAME[:key=value,...]` asks for, or of several joined with `+` their composition.
 
     Raises:
-        UserError: no policy or setting of that name, or a value that it does not take.
+        UserError: no policy or setting of that name, a value that it does not take, or policies that do not combine.
     """
+    parts = re.split(r"\+(?![\d.])", text)
+    return _make(text) if len(parts) == 1 else Compose(*map(_make, parts))
+
+
+def _make(text: str) -> Policy:
     name, _, given = text.partition(":")
     kinds = available()
     chosen = [(known, kind) for known, kind in kinds.items() if _plain(known) == _plain(name)]

@@ -40,9 +40,6 @@ class Compose(Policy):
         UserError: there is none, one is not a policy, or two cannot be combined in this order.
     """
 
-    def __new__(cls, *policies: Policy) -> Compose:
-        return super().__new__(cls if any(map(_begins, policies)) else _ComposedSteps)
-
     def __init__(self, *policies: Policy) -> None:
         self.policies: tuple[Policy, ...]
         parts: list[Policy] = []
@@ -55,7 +52,9 @@ class Compose(Policy):
         if not parts:
             raise UserError("nothing to compose", rule="it takes one or more policies")
         self.policies = tuple(parts)
-        self._beginners = [policy for policy in parts if _begins(policy)]
+        self._beginners = [policy for policy in parts if policy.begins]
+        # One network for all of them: it recomputes where one of them asks for it.
+        self.gradient_checkpointing = any(policy.gradient_checkpointing for policy in parts)
         for place, policy in enumerate(self._beginners):
             name = type(policy).__name__
             if policy.begins_alone and len(self._beginners) > 1:
@@ -73,6 +72,10 @@ class Compose(Policy):
                 )
         self._scale = _FirstScale([p for p in parts if isinstance(p, ScalePolicy) and _only_scales(p)])
         self._steppers = [p for p in parts if type(p).step is not Policy.step and not _only_scales(p)]
+
+    @property
+    def begins(self) -> bool:
+        return bool(self._beginners)
 
     def begin(self, start: SamplingStart) -> Change | None:
         """Return what all of them put in place, as one change."""
@@ -101,12 +104,6 @@ class Compose(Policy):
                 result = replaced
                 step = dataclasses.replace(step, cond=result[0], uncond=result[1])
         return result
-
-
-class _ComposedSteps(Compose):
-    """Policies none of which begins: the guard, seeing that, need not look before the first step whom they act on."""
-
-    begin = Policy.begin
 
 
 class _FirstScale(ScalePolicy):
@@ -146,10 +143,6 @@ class _ChangedHalves(Halves):
 
     def enable_grad(self) -> AbstractContextManager[None]:
         return self.inner.enable_grad()
-
-
-def _begins(policy: Policy) -> bool:
-    return isinstance(policy, Policy) and type(policy).begin is not Policy.begin
 
 
 def _only_scales(policy: Policy) -> bool:
