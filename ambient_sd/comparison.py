@@ -4,7 +4,8 @@
    half of its pictures are copies (d1 / d2 < 1/3, pixels), *ordinary* if none is. Detectors are tried on those of the ordinary
    ones whose pictures all keep clear of copying (d1 / d2 >= 2/3, midway to 1): a blurred copy is no false alarm. The rest is counted
    and left out of their table. No list of duplicates is consulted: ground truth is what came out.
-2. Detectors score the same runs: Wen et al. over 1, 5 and all steps, 1 and all generations; anisotropy.
+2. Detectors score the same runs: Wen et al. over 1, 5 and all steps, 1 and all generations; anisotropy; Wen's norm beside that of
+   the judge, a model that has not seen the pictures (`guard.relative`).
 3. Mitigations sample the memorized prompts again from the same start noise. Settings that are per model (targets, caps,
    thresholds) come from the ordinary prompts' scores, by the rule written beside each.
 4. Beside each: share of copies, similarity to the nearest training picture, alignment with the prompt (`audit.alignment`, judged by a
@@ -48,6 +49,7 @@ from ambient_sd.guard.anisotropy import anisotropy, fitted
 from ambient_sd.guard.calibration import ModelPrint
 from ambient_sd.guard.pipeline import AmbientSDPipeline, check_folder
 from ambient_sd.guard.recorder import MemorizationGuard
+from ambient_sd.guard.relative import Relation
 from ambient_sd.hub_ids import resolve_model_id
 from ambient_sd.memory import peak_memory
 
@@ -58,7 +60,8 @@ class Settings:
 
     Attributes:
         models: name -> pipeline folder; the memorized prompts are those of the first.
-        judge: pipeline folder of the model that judges alignment; it should not have seen the pictures.
+        judge: pipeline folder of the model that judges alignment, and beside whose norms those of the models are held; it should
+            not have seen the pictures: the models' base, best.
         generations: pictures per prompt.
         prompts: how many captions are sampled at most, drawn by the seed; 0: all.
         mitigated: how many memorized prompts are mitigated at most.
@@ -80,6 +83,9 @@ class Settings:
     seed: int = 0
     chosen: tuple[str, ...] = ()
     copy_ratio: float = MEMORIZED_RATIO
+
+
+EARLY = 5  # steps of the early detectors
 
 
 @dataclass(frozen=True)
@@ -256,7 +262,7 @@ def detector_figures(
     rows = []
     steps = curves.shape[2]
     for n in sorted({1, generations}):
-        for k in sorted({1, min(5, steps), steps}):
+        for k in sorted({1, min(EARLY, steps), steps}):
             scores = curves[:, :n, :k].mean((1, 2))
             figures = detection_figures(scores[list(memorized_prompts)], scores[list(ordinary)], seed=seed)
             rows.append({"detector": "norm", "steps": k, "generations": n, "figures": [f.as_dict() for f in figures]})
@@ -293,6 +299,56 @@ def anisotropy_figures(
         for name, scores in (("anisotropy", both.sum(1)), ("anisotropy, alignment alone", both[:, 1])):
             figures = detection_figures(scores[list(memorized_prompts)], scores[list(ordinary)], seed=seed)
             rows.append({"detector": name, "steps": 0, "generations": n, "figures": [f.as_dict() for f in figures]})
+    return rows
+
+
+def base_norms(pipe: Any, path: Path, prompts: Sequence[str], settings: Settings) -> torch.Tensor:
+    """Return the norms of a model that has not seen the pictures, `(prompts, generations, EARLY)`, from the same noise; kept in a file."""
+    k = settings.generations
+    if not path.exists():
+        rows: list[list[float]] = []
+        per_call = max(1, settings.batch_size // k)
+        for i in range(0, len(prompts), per_call):
+            chunk = list(prompts[i : i + per_call])
+            generators = [keyed_generator(settings.seed, f"comparison {c}", j) for c in chunk for j in range(k)]
+            with MemorizationGuard(pipe, stop_after=min(EARLY, settings.steps)) as guard:
+                pipe(
+                    chunk, num_images_per_prompt=k, num_inference_steps=settings.steps, output_type="latent",
+                    guidance_scale=settings.guidance_scale, height=settings.resolution, width=settings.resolution,
+                    generator=generators,
+                )  # fmt: skip
+                rows += [report.curve for report in guard.report]
+        write_whole(path, json.dumps(rows))
+    return torch.tensor(json.loads(path.read_text(encoding="utf-8")), dtype=torch.float64).view(len(prompts), k, -1)
+
+
+def relative_figures(
+    curves: torch.Tensor,
+    base: torch.Tensor,
+    generations: int,
+    memorized_prompts: Sequence[int],
+    ordinary: Sequence[int],
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Score prompts by what the base's norms do not explain of theirs (`guard.relative`), fitted on the ordinary ones.
+
+    Args:
+        curves: `(prompts, generations, steps)`. base: `(prompts, generations, EARLY)`.
+    """
+    rows = []
+    for n in sorted({1, generations}):
+        for k in sorted({1, base.shape[2]}):
+            norms, before = (c[:, :n, :k].mean((1, 2)) for c in (curves, base))
+            scores = Relation.fit(norms[list(ordinary)], before[list(ordinary)]).score(norms, before)
+            figures = detection_figures(scores[list(memorized_prompts)], scores[list(ordinary)], seed=seed)
+            rows.append(
+                {
+                    "detector": "norm beside the base's",
+                    "steps": k,
+                    "generations": n,
+                    "figures": [f.as_dict() for f in figures],
+                }
+            )
     return rows
 
 
@@ -365,7 +421,8 @@ def compare(settings: Settings, training: PictureSet, heldout: PictureSet, comma
         order = torch.randperm(len(captions), generator=keyed_generator(settings.seed, "comparison prompts", 0))
         captions = sorted(captions[i] for i in order[: settings.prompts].tolist())
     k = settings.generations
-    judge = DiffusionAlignment(_load(settings.judge), resolution=settings.resolution, seed=settings.seed)
+    judge_pipe = _load(settings.judge)
+    judge = DiffusionAlignment(judge_pipe, resolution=settings.resolution, seed=settings.seed)
     result: dict[str, Any] = {"settings": _described(settings), "command": command, "training": len(reals.images),
                               "heldout": len(heldout), "prompts": len(captions), "models": {}}  # fmt: skip
     shown: dict[str, dict[str, list[Image.Image]]] = {}
@@ -385,6 +442,9 @@ def compare(settings: Settings, training: PictureSet, heldout: PictureSet, comma
             found["detectors"] = detector_figures(curves, k, known, clear, settings.seed)
             terms = anisotropy_terms(pipe, settings.out / "cells" / model / "anisotropy.json", captions, settings)
             found["detectors"] += anisotropy_figures(terms, k, known, clear, settings.seed)
+        if known and len(clear) >= 3:
+            unseen = base_norms(judge_pipe, settings.out / "cells" / "base.json", captions, settings)
+            found["detectors"] += relative_figures(curves, unseen, k, known, clear, settings.seed)
         if not chosen:
             if not known or len(ordinary) < 2:
                 raise UserError(f"{len(known)} memorized and {len(ordinary)} ordinary prompts of {model}",

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ambient_sd import comparison
 from ambient_sd.cli import main, make_parser
-from ambient_sd.comparison import MITIGATIONS, detector_figures, levels_of, page, tables, truth
+from ambient_sd.comparison import MITIGATIONS, detector_figures, levels_of, page, relative_figures, tables, truth
 from ambient_sd.data.sources import load_rows
 from ambient_sd.demo import BASE, PICTURES
 from ambient_sd.errors import UserError
@@ -168,6 +168,16 @@ def test_models_of_the_hub_are_told_apart_by_their_weights(
     )  # of a folder as in claims written before
     with pytest.raises(UserError, match="owner/none cannot be loaded"):
         comparison._digest("owner/none")
+
+
+def test_a_norm_beside_the_bases_finds_what_the_norm_alone_cannot_tell() -> None:
+    base = torch.tensor([1.0, 1.0, 0.5, 1.0, 1.5, 2.0, 6.0]).double()
+    curves = (0.5 * base + 1 + torch.tensor([1.5, 1.2, 0, 0, 0, 0, 0]))[:, None, None].expand(7, 2, 6).double()
+    rows = relative_figures(curves, base[:, None, None].expand(7, 2, 5), 2, [0, 1], [2, 3, 4, 5, 6], 0)
+    assert {(r["steps"], r["generations"]) for r in rows} == {(1, 1), (5, 1), (1, 2), (5, 2)}
+    assert all(r["figures"][0]["value"] == 1 for r in rows)
+    alone = detector_figures(curves, 2, [0, 1], [2, 3, 4, 5, 6], 0)
+    assert all(r["figures"][0]["value"] == 0.8 for r in alone)  # Control: the loud one stands above both
 
 
 def test_hostile_prompts_are_text_on_the_page() -> None:
