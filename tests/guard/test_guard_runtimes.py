@@ -10,7 +10,7 @@ from typing import Any
 import guard_tools as tools
 import pytest
 import torch
-from accelerate import cpu_offload, cpu_offload_with_hook
+from accelerate import cpu_offload, cpu_offload_with_hook, dispatch_model
 from accelerate.hooks import remove_hook_from_module
 from diffusers import UNet2DConditionModel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -174,6 +174,42 @@ def test_offload_hooks_that_rewrite_forward_go_on(way: str, make: Callable[[], P
     pictures, got = guarded(pipe, make())
     assert torch.equal(pictures, expected) and got == report
     remove_hook_from_module(pipe.unet, recurse=True)
+
+
+@pytest.mark.parametrize(
+    ("way", "make"), [*(("model", make) for make in POLICIES), ("dispatch", POLICIES[0]), ("dispatch", POLICIES[3])]
+)
+def test_pipelines_that_offload_themselves_are_scored_and_go_on_offloading(
+    way: str, make: Callable[[], Policy | None]
+) -> None:
+    """`enable_model_cpu_offload` itself, and accelerate's dispatch of a network, with the CPU as the device that runs.
+
+    `enable_sequential_cpu_offload` fails there in accelerate, guard or no guard: of it there is only what the test above has.
+    """
+    expected, report = guarded(tools.pipeline(), make())
+    pipe = tools.pipeline()
+    if way == "model":
+        pipe.enable_model_cpu_offload(device="cpu")
+    else:
+        parts = {name: "cpu" for name, _ in pipe.unet.named_children()}
+        dispatch_model(pipe.unet, parts, main_device="cpu", force_hooks=True)
+    # The pipeline itself puts model hooks on anew after every run: what they are, not which objects.
+    hooks = {name: type(getattr(module, "_hf_hook", None)) for name, module in pipe.unet.named_modules()}
+    assert any(kind is not type(None) for kind in hooks.values())
+    stock = tools.sample(pipe, tools.PROMPTS)
+    for _ in range(2):  # the first run's end puts the hooks on anew
+        pictures, got = guarded(pipe, make())
+        assert torch.equal(pictures, expected) and got == report
+        assert {n: type(getattr(m, "_hf_hook", None)) for n, m in pipe.unet.named_modules()} == hooks
+    assert torch.equal(tools.sample(pipe, tools.PROMPTS), stock)
+
+    class Fails(Policy):
+        def step(self, step: Step) -> None:
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        guarded(pipe, Fails())
+    assert torch.equal(tools.sample(pipe, tools.PROMPTS), stock)
 
 
 def test_bfloat16_outputs_are_summed_in_float32() -> None:

@@ -32,13 +32,6 @@ def whole(name: str, value: Any, *, least: int | None = None) -> int:
     return value
 
 
-def require_positive(**values: float) -> None:
-    """Raise a `UserError` unless every value is a finite number above 0."""
-    for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise UserError(f"{name} {value}", rule="it must be a finite number above 0")
-
-
 def step_limit(max_steps: int) -> int:
     """Return the most optimizer steps as an int, or raise a `UserError` unless it is a whole number, at least 1."""
     if int(max_steps) != max_steps or max_steps < 1:

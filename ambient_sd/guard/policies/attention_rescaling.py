@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 
 from ambient_sd.errors import UserError
-from ambient_sd.guard.policies._common import require_positive
+from ambient_sd.guard.policies._common import number
 from ambient_sd.guard.policies.base import Change, Policy, SamplingStart
 
 
@@ -36,8 +36,7 @@ class AttentionRescaling(Policy):
     """
 
     def __init__(self, bos_scale: float = 1.25) -> None:
-        require_positive(bos_scale=bos_scale)
-        self.bos_scale = float(bos_scale)
+        self.bos_scale = number("bos_scale", bos_scale, above=0)
 
     def begin(self, start: SamplingStart) -> Change:
         if start.token_mask is None:

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from ambient_sd.errors import UserError
-from ambient_sd.guard.policies._common import require_positive
+from ambient_sd.guard.policies._common import number
 from ambient_sd.guard.policies.base import Policy, Step
 
 Statistic = Literal["logits", "weights"]
@@ -77,7 +77,7 @@ class AttentionGuard(Policy):
         self.statistic, self.all_blocks = statistic, bool(all_blocks)
 
     def step(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        require_positive(guidance_scale=step.guidance_scale)
+        number("guidance_scale", step.guidance_scale, above=0)
         embeds = step.halves.cond.embeds
         with SpikeAttenuation(
             (embeds.shape[-2], embeds.shape[-1]),

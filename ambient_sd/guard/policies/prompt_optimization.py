@@ -16,7 +16,7 @@ import math
 
 import torch
 
-from ambient_sd.guard.policies._common import require_positive, require_signal, step_limit
+from ambient_sd.guard.policies._common import number, require_signal, step_limit
 from ambient_sd.guard.policies.base import Change, Policy, SamplingStart
 from ambient_sd.guard.scores import guidance_norm
 
@@ -40,8 +40,8 @@ class PromptOptimization(Policy):
     def __init__(
         self, target: float, lr: float = 0.05, max_steps: int = 10, gradient_checkpointing: bool = False
     ) -> None:
-        require_positive(target=target, lr=lr)
-        self.target, self.lr, self.max_steps = float(target), float(lr), step_limit(max_steps)
+        self.target, self.lr = number("target", target, above=0), number("lr", lr, above=0)
+        self.max_steps = step_limit(max_steps)
         self.gradient_checkpointing = gradient_checkpointing
 
     def begin(self, start: SamplingStart) -> Change:

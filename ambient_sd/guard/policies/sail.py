@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import torch
 
-from ambient_sd.guard.policies._common import require_positive
+from ambient_sd.guard.policies._common import number
 from ambient_sd.guard.policies.base import Halves
 from ambient_sd.guard.policies.latents import LatentPolicy, noise_difference, norm_of
 
@@ -56,8 +56,7 @@ class SAIL(LatentPolicy):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(target, lr, max_steps, gradient_checkpointing)
-        require_positive(alpha=alpha, delta=delta)
-        self.alpha, self.delta = float(alpha), float(delta)
+        self.alpha, self.delta = number("alpha", alpha, above=0), number("delta", delta, above=0)
 
     def optimizer(self, x: torch.Tensor) -> torch.optim.Optimizer:
         return torch.optim.Adam([x], lr=self.lr)
