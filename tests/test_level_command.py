@@ -44,7 +44,7 @@ def test_the_command_prints_the_level_that_training_takes(
     assert "&lt;b&gt;p" in text
     assert "<b>p" not in text
     assert str(tmp_path) not in text + table.read_text()
-    assert not re.search(r"<script|https?://|url\(", text)
+    assert not re.search(r"<script|(?<!xmlns=\")https?://|url\(", text)
 
 
 def test_mistakes_end_in_one_line(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

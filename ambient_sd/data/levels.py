@@ -143,7 +143,7 @@ def measure(latents: torch.Tensor, *, total: int | None = None, max_level: float
         spectrum += torch.fft.fft2(part - center, norm="ortho").abs().square().sum(0) / m
     flat, probes = x.flatten(1), min(m, PROBES)
     squares = flat.double().square().sum(1)
-    apart = _squared(flat[:probes], squares[:probes], flat, squares)
+    apart = _squared(flat[:probes], flat, squares, exact=True)
     own = torch.arange(probes)
     # Pictures may differ only in what the crop cuts off: they are one picture here.
     same = apart <= _SAME**2 * squares.mean()
@@ -163,8 +163,8 @@ def measure(latents: torch.Tensor, *, total: int | None = None, max_level: float
         copies = torch.fft.fft2(x[:probes] + level * noise - center, norm="ortho")
         found = torch.fft.ifft2(copies * (spectrum / (spectrum + level**2)), norm="ortho").real + center
         found = found.flatten(1)
-        distance = _squared(found, found.double().square().sum(1), flat, squares).sqrt()
-        mine = distance[own, own].clone()
+        mine = (found - flat[:probes]).double().square().sum(1).sqrt()  # small: by difference
+        distance = _squared(found, flat, squares).sqrt()
         distance[same] = math.inf
         ratios.append(mine / distance.min(1).values)
     medians = [float(r.median()) for r in ratios]
@@ -208,16 +208,12 @@ def _propose(target: float | None, collapse: float | None, max_level: float, n: 
     return level, reason
 
 
-def _squared(a: torch.Tensor, a2: torch.Tensor, b: torch.Tensor, b2: torch.Tensor) -> torch.Tensor:
-    """Return squared distances of rows, float64, from float32 rows and their exact squares."""
-    # In blocks of rows the product in float64 costs no copy of all: near neighbours must not drown in rounding.
-    return torch.cat([a2[:, None] + b2[s] - 2 * (a.double() @ b[s].double().T) for s in _blocks(len(b))], 1).clamp(
-        min=0
-    )
-
-
-def _blocks(count: int) -> list[slice]:
-    return [slice(start, start + 256) for start in range(0, count, 256)]
+def _squared(a: torch.Tensor, b: torch.Tensor, b_squared: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+    """Return squared distances of float32 rows, float64; the product of each pair in float64 only if `exact`."""
+    blocks = [slice(start, start + 256) for start in range(0, len(b), 256)]  # in float64 a copy of all would be large
+    left = a.double() if exact else a
+    products = [left @ (b[s].double() if exact else b[s]).T for s in blocks]
+    return (a.double().square().sum(1)[:, None] + b_squared - 2 * torch.cat(products, 1).double()).clamp(min=0)
 
 
 def _crossing(values: Sequence[float], threshold: float) -> float | None:
