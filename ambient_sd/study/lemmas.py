@@ -310,7 +310,7 @@ def _sheet_of_optima(
         for kind in ("input", "plain", "ambient"):
             cells += decode(outputs[level][kind][:shown])
             captions += [f"{kind} s {level:.2g}"] + [""] * (shown - 1)
-    return contact_sheet([_twice(c) for c in cells], columns=shown, captions=captions)
+    return contact_sheet([enlarged(c) for c in cells], columns=shown, captions=captions)
 
 
 def _sheet_of_averages(
@@ -322,10 +322,11 @@ def _sheet_of_averages(
         captions += [f"average of {m}" if m > 1 else "one copy"] + [""] * (shown - 1)
     cells += decode(x0[:shown])
     captions += ["the picture"] + [""] * (shown - 1)
-    return contact_sheet([_twice(c) for c in cells], columns=shown, captions=captions)
+    return contact_sheet([enlarged(c) for c in cells], columns=shown, captions=captions)
 
 
-def _twice(image: Image.Image) -> Image.Image:
+def enlarged(image: Image.Image) -> Image.Image:
+    """Return a small picture at twice its size, pixel by pixel."""
     return image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST) if image.width <= 96 else image
 
 
