@@ -52,6 +52,8 @@ def describe(summary: dict[str, Any]) -> str:
     lines.append(
         f"loss {summary['loss']:.4f}{' (' + ', '.join(parts) + ')' if len(parts) > 1 else ''}, mean of the last steps"
     )
+    if summary.get("level_reason"):
+        lines.append(f"nature level {summary['level']:g}, {summary['level_reason']}")
     if summary["looks"]:
         look = summary["looks"][-1]
         lines.append(f"last look, step {look['step']}: {look['copied']:.0%} of {look['n']:.0f} pictures are copies "

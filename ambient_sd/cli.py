@@ -70,6 +70,24 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--dataset_split", default=None, help="split of the dataset")
     inspect.add_argument("--fail_on", choices=["nothing", "problems"], default="nothing",
                          help="problems: exit with status 1 if anything is found")  # fmt: skip
+    level = verbs.add_parser(
+        "level",
+        help="see the nature level that a picture set proposes, without training",
+        description="Encode the pictures of DATA with the VAE of a base model and print, by noise level, how far noisy copies "
+        "give their pictures away; propose s_n as --ambient_level auto does. docs/level.md explains the table.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    level.add_argument("data", metavar="DATA", help="folder with metadata.jsonl, parquet file, or tar shards")
+    level.add_argument("--model", required=True, help="base model: pipeline folder or hub id")
+    level.add_argument("--resolution", type=_positive, default=512, help="of the training, pixels")
+    level.add_argument("--center_crop", action="store_true", help="as in the training")
+    level.add_argument("--random_flip", action="store_true", help="as in the training")
+    level.add_argument("--image_column", default="image", help="column of the pictures")
+    level.add_argument("--caption_column", default="text", help="column of the captions")
+    level.add_argument("--dataset_split", default=None, help="split of the dataset")
+    level.add_argument("--row_filter", nargs="+", default=None, help="keep rows where all hold: column=value")
+    level.add_argument("--html", type=Path, default=None, help="write a page with the curves")
+    level.add_argument("--json", type=Path, default=None, help="write the table, for machines")
     add_verbs(verbs)
     sweep = verbs.add_parser(
         "sweep",
@@ -132,6 +150,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                     image_column=args.image_column, caption_column=args.caption_column, split=args.dataset_split)  # fmt: skip
         if args.fail_on == "problems" and not found.clean:
             sys.exit(1)
+    elif args.verb == "level":
+        from ambient_sd.level import run as run_level
+        from ambient_sd.quiet import quiet
+
+        quiet()
+        run_level(args.data, args.model, resolution=args.resolution, image_column=args.image_column, split=args.dataset_split,
+                  caption_column=args.caption_column, row_filter=args.row_filter, center_crop=args.center_crop,
+                  random_flip=args.random_flip, html_path=args.html, json_path=args.json)  # fmt: skip
     elif args.verb in ("sample", "calibrate", "compare"):
         run_guard(args)
     elif args.verb == "sweep":

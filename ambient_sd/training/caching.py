@@ -45,8 +45,12 @@ class CachedLatents(Dataset[tuple[str, torch.Tensor]]):
     def __getitem__(self, position: int) -> tuple[str, torch.Tensor]:
         index = self.stream.picture(position)
         view = self.rule.view(self.pictures.noise_keys[index], self.stream, position)
+        return self.pictures.keys[index], self.latent(index, view)
+
+    def latent(self, index: int, view: data.View) -> torch.Tensor:
+        """Return the latent of a view of a picture."""
         (entry,) = self.store.read([_latent_id(self.pictures, index, self.rule, view)])
-        return self.pictures.keys[index], entry["latent"]
+        return entry["latent"]
 
 
 class CachedCaptions:

@@ -45,6 +45,7 @@ LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "cons
 CAPTION_MITIGATIONS = ("mc", "gn", "rc", "rt", "cwr")
 DEFAULT_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 CONFIG_NAME = "train_config.yaml"
+AUTO = "auto"
 MAX_SEED = 2**64 - 1  # what torch's generators take
 # Settings that answer one question: given on the command line, one of them replaces the others of the file.
 RIVALS = (
@@ -78,13 +79,14 @@ def option(
     high: float | None = None,
     alias: str = "",
     secret: bool = False,
+    words: Sequence[str] = (),
 ) -> Any:
     """Declare a setting: its default, its group in `--help`, its help text and the rule that its value must obey.
 
     `low` and `high` are inclusive bounds, `above` is an exclusive lower bound; `alias` is a second spelling of the flag. A `secret` is never
-    printed nor written.
+    printed nor written. `words` are values besides those of its type.
     """
-    meta = {"group": group, "text": text, "choices": tuple(choices), "low": low, "above": above, "high": high, "alias": alias, "secret": secret}  # fmt: skip
+    meta = {"group": group, "text": text, "choices": tuple(choices), "low": low, "above": above, "high": high, "alias": alias, "secret": secret, "words": tuple(words)}  # fmt: skip
     return field(default=default, metadata=meta, repr=not secret)
 
 
@@ -121,7 +123,7 @@ class TrainConfig:
     dataloader_num_workers: int = option(0, "data", "worker processes that decode pictures where latents are not held in memory", low=0)
 
     objective: str = option("ambient", "objective", "the loss", choices=("ambient", "plain", "gap", "weighted"))
-    ambient_level: float | None = option(None, "objective", "ambient and weighted: nature level s_n, 0 is plain DDPM (default 1.0, t = 353 on SD's schedule); gap: lower edge of the band", low=0.0)
+    ambient_level: float | str | None = option(None, "objective", "ambient and weighted: nature level s_n, 0 is plain DDPM (default 1.0, t = 353 on SD's schedule); ambient: auto measures the pictures and proposes one; gap: lower edge of the band", low=0.0, words=(AUTO,))
     ambient_timestep: int | None = option(None, "objective", "the same level given as a timestep of the base model's schedule", low=0)
     gap_upper: float | None = option(None, "objective", "gap: upper edge of the noise levels without loss (required there)", above=0.0)
     reweight: int | None = option(None, "objective", "ambient and weighted: power q of the weight a^q, a = 1 - s_n^2 / s_t^2, on the levels above s_n: 2 = the paper's loss, 1 = noise target, 0 = full re-weighting (default 2)", choices=(2, 1, 0))
@@ -221,6 +223,12 @@ class TrainConfig:
             raise UserError("ambient_level and ambient_timestep are both given", rule="they say the same thing twice",
                             remedy="leave one of them out")  # fmt: skip
         no_level = self.ambient_level is None and self.ambient_timestep is None
+        if self.ambient_level == AUTO and self.objective in ("gap", "weighted"):
+            raise UserError(f"ambient_level is auto with objective {self.objective}", rule="the pictures propose a level for ambient",
+                            remedy="give the number that the ambient run printed: a control shares its level")  # fmt: skip
+        if self.ambient_level == AUTO and self.near_duplicates == "off":
+            raise UserError("ambient_level is auto with near_duplicates off", rule="it is measured between neighbours, and copies are none",
+                            remedy="leave near_duplicates out, or give the level as a number")  # fmt: skip
         if self.objective == "plain":
             for name in ("ambient_level", "ambient_timestep", "reweight", "gap_upper", "near_duplicates"):
                 if getattr(self, name) is not None:
@@ -249,7 +257,7 @@ class TrainConfig:
             if no_level or self.gap_upper is None:
                 raise UserError("objective gap has no band", rule="it needs a lower edge (ambient_level or ambient_timestep) and gap_upper",
                                 remedy="for example --ambient_level 0.5 --gap_upper 2.0")  # fmt: skip
-            if self.ambient_level is not None and self.gap_upper <= self.ambient_level:
+            if isinstance(self.ambient_level, float) and self.gap_upper <= self.ambient_level:
                 raise UserError(f"gap_upper is {self.gap_upper}", rule=f"it must be above ambient_level = {self.ambient_level}",
                                 remedy="raise gap_upper or lower ambient_level")  # fmt: skip
 
@@ -429,7 +437,9 @@ def make_parser() -> argparse.ArgumentParser:
             extra["action"] = argparse.BooleanOptionalAction
         else:
             extra["metavar"] = (
-                "{" + ",".join(map(str, meta["choices"])) + "}" if meta["choices"] else _type_name(kind).upper()
+                "{" + ",".join(map(str, meta["choices"])) + "}"
+                if meta["choices"]
+                else "|".join([_type_name(kind).upper(), *meta["words"]])
             )
             if _bare(kind) == list[str]:
                 extra["nargs"] = "+"
@@ -501,8 +511,8 @@ def _checked(item: dataclasses.Field[Any], value: Any) -> Any:
     """Return `value` in the type of the field `item`, or raise a UserError that names key, value, rule and remedy."""
     kind = typing.get_type_hints(TrainConfig)[item.name]
     bare, meta = _bare(kind), item.metadata
-    if value is None and bare is not kind:
-        return None
+    if (value is None and bare is not kind) or (isinstance(value, str) and value in meta["words"]):
+        return value
     rule = ""
     converted: Any = value
     if bare == list[str]:
@@ -532,7 +542,7 @@ def _checked(item: dataclasses.Field[Any], value: Any) -> Any:
             if not math.isfinite(converted) or (isinstance(value, float) and converted != value):
                 raise ValueError
         except (ValueError, TypeError, OverflowError):
-            rule = f"it must be {'an integer' if bare is int else 'a finite number'}"
+            rule = " or ".join([f"it must be {'an integer' if bare is int else 'a finite number'}", *meta["words"]])
     if not rule:
         rule = _broken_rule(meta, converted)
     if rule:

@@ -62,6 +62,7 @@ class Facts:
         dataset: hub id of the pictures, None if they are local.
         prompts: of the validation pictures, one row of the sheet each.
         finished: seconds since 1970; an older audit was of other weights.
+        level_proposed: `level` was measured on the pictures, not given.
     """
 
     base: str
@@ -92,7 +93,8 @@ class Facts:
     dataset: str | None
     prompts: list[str]
     finished: float
-    fresh_copies: bool = False  # absent from the files of earlier versions
+    fresh_copies: bool = False  # absent from the files of earlier versions, as what follows
+    level_proposed: bool = False
 
     @classmethod
     def read(cls, folder: Path) -> Facts | None:
@@ -127,7 +129,7 @@ class Facts:
             (int, float, type(None)): "timestep gap_upper reweight groups",
             str: "base objective prediction_type lr_scheduler fingerprint",
             (str, type(None)): "base_id dataset vae",
-            bool: "xl averaged fresh_copies",
+            bool: "xl averaged fresh_copies level_proposed",
             (dict, type(None)): "lora",
             list: "prompts",
         }
@@ -155,6 +157,7 @@ def describe_run(
     prompts: Sequence[str],
     steps: int,
     batch: int,
+    level_proposed: bool = False,
 ) -> Facts:
     """Gather what the card will say; asks the hub for the licence of a base that lies there.
 
@@ -166,6 +169,7 @@ def describe_run(
         prompts: of the validation pictures.
         steps: optimizer steps done in all.
         batch: samples per optimizer step.
+        level_proposed: the level was measured on the pictures.
     """
     local = Path(base.name).exists()
     base_id = base.name if not local and HUB_ID.fullmatch(base.name) else None
@@ -195,6 +199,7 @@ def describe_run(
               "targets": list(config.lora_target_modules or ())},
         averaged=config.use_ema,
         fresh_copies=config.fresh_copies,
+        level_proposed=level_proposed,
         steps=steps,
         batch=batch,
         learning_rate=config.learning_rate * (batch if config.scale_lr else 1),
@@ -320,8 +325,9 @@ def _what(facts: Facts) -> str:
     else:
         kind = "Full fine-tune of the U-Net" + (", moving average of the weights" if facts.averaged else "")
     where = "" if facts.timestep is None else f" (timestep {facts.timestep:.4g} of {facts.timesteps} of this schedule)"
+    proposed = ", proposed from the pictures" if facts.level_proposed else ""
     what = {
-        "ambient": f"ambient, nature level {facts.level:.4g}{where}, weight a^{facts.reweight}",
+        "ambient": f"ambient, nature level {facts.level:.4g}{where}{proposed}, weight a^{facts.reweight}",
         "plain": "plain denoising",
         "gap": f"plain denoising without the noise levels {facts.level:.4g}{where} to {facts.gap_upper}",
         "weighted": f"plain denoising with weight a^{facts.reweight} above noise level {facts.level:.4g}{where}",

@@ -50,13 +50,14 @@ from ambient_sd.training import (
     checkpoints,
     durable,
     extras,
+    leveling,
     noising,
     peers,
     sharding,
     validation,
 )
 from ambient_sd.training.base import Base, check_base
-from ambient_sd.training.config import TrainConfig, split_condition
+from ambient_sd.training.config import AUTO, TrainConfig, split_condition
 from ambient_sd.training.dropout import AddressedDropout
 from ambient_sd.training.dropping import Dropping, check_scheduler
 from ambient_sd.training.hub import describe_run, write_card
@@ -137,7 +138,7 @@ def run(
         Summary: steps, first_step, seconds, pictures, losses (one per step, those before a resume too), loss, clean_loss,
         ambient_loss (means over the last 100 steps; with a rule that drops samples its share too), looks (one record per look for copies), level, learning_rate,
         global_batch, processes, data_fingerprint,
-        near_duplicate_groups, output_dir, config.
+        near_duplicate_groups, output_dir, config; level_reason where the level is auto's.
 
     Raises:
         UserError: something in settings, base, pictures or checkpoint is wrong; nothing has been written then. Or the
@@ -217,7 +218,8 @@ def make_objective(config: TrainConfig, base: Base) -> AmbientObjective:
     """
     options: dict[str, Any] = {"mode": config.objective}
     if config.objective != "plain":
-        options.update(level=config.ambient_level, timestep=config.ambient_timestep, gap_upper=config.gap_upper)
+        level = leveling.PROVISIONAL if config.ambient_level == AUTO else config.ambient_level
+        options.update(level=level, timestep=config.ambient_timestep, gap_upper=config.gap_upper)
     if config.objective in ("ambient", "weighted"):
         options.update(reweight=config.reweight)
     try:
@@ -334,11 +336,14 @@ class _Trainer:
         self.looks: list[dict[str, float]] = []
         self.bands: dict[str, float] = {}
         self.first_step = 0
+        self.level_reason: str | None = None  # of a level that nobody gave
         self.checkpoint = self._same_checkpoint()
         self.losses = LossLog(self.checkpoint)
         self.state: dict[str, Any] = {}
         if self.checkpoint is not None:
             self.state = checkpoints.read_state(self.checkpoint)
+            if config.ambient_level == AUTO and (known := leveling.of_checkpoint(self.state, self.checkpoint.name)):
+                self._take_level(*known)
             checkpoints.check_identity(self.checkpoint, self.state, self.identity())
             self.first_step = int(self.state["step"])
             if self.first_step > self.steps:
@@ -377,6 +382,24 @@ class _Trainer:
                 )
         return path
 
+    def _take_level(self, level: float, reason: str) -> None:
+        """Put the level that was measured, or that of a checkpoint, in the place of `auto`."""
+        self.config = dataclasses.replace(self.config, ambient_level=level)
+        self.plan = dataclasses.replace(self.plan, config=self.config, objective=make_objective(self.config, self.base))
+        self.level_reason = reason
+        if self.accelerator.is_main_process:
+            logger.warning("ambient_level auto: s_n = %g: %s", level, reason)
+
+    def _some_latents(self, rows: list[int]) -> torch.Tensor:
+        """Return the latents of pictures of one shape, encoded if they are not held or cached."""
+        if self.latents is not None:
+            return torch.stack([self.latents[i] for i in rows])
+        if isinstance(self.cached, caching.CachedLatents):
+            fixed = SampleStream(len(self.plan.pictures), 0)  # as in `encode_all`
+            keys = self.plan.pictures.noise_keys
+            return torch.stack([self.cached.latent(i, self.rule.view(keys[i], fixed, 0)) for i in rows])
+        return self._encode_shared(rows)
+
     def identity(self) -> dict[str, Any]:
         """Return what must be equal for a checkpoint to continue this run."""
         names = ("objective", "reweight", "gap_upper", "noise_seed", "near_duplicates", "seed", "resolution", "center_crop", "random_flip",
@@ -399,6 +422,14 @@ class _Trainer:
             torch.backends.cuda.matmul.allow_tf32 = True
         # First: where VAE and text encoder are let go, they are gone before the largest part comes.
         self._encode_once()
+        if self.config.ambient_level == AUTO:
+            shapes = [
+                data.latent_shape(self.base.vae_config, self.rule.target(k)) for k in self.plan.pictures.noise_keys
+            ]
+            self._take_level(*leveling.propose(
+                self.plan.pictures, shapes, self._some_latents, accelerator, self.plan.objective.schedule.max_level
+            ))  # fmt: skip
+            config = self.config
         self.wording = Wording(
             config.caption_mitigation, config.caption_mitigation_p or 0.0, config.caption_noise_std or 0.0,
             pictures=self.plan.pictures, stream=self.stream, tokenizer=self.captions.tokenizer,
@@ -844,6 +875,7 @@ class _Trainer:
         facts = describe_run(
             config, base=self.base, objective=self.plan.objective, pictures=self.plan.pictures,
             prompts=self.plan.prompts, steps=self.steps, batch=self.global_batch,
+            level_proposed=self.level_reason is not None,
         )  # fmt: skip
         write_card(self.output, facts)
 
@@ -863,6 +895,7 @@ class _Trainer:
             **({n: self.losses.late_mean(n, _FINAL_STEPS) for n in self.dropping.names} if self.dropping else {}),
             "looks": self.looks,
             "level": self.plan.objective.level,
+            "level_reason": self.level_reason,
             "learning_rate": self.optimizer.param_groups[0]["initial_lr"],
             "global_batch": self.global_batch,
             "processes": self.accelerator.num_processes,

@@ -1,0 +1,102 @@
+"""`ambient-sd level`: look at the nature level that a picture set proposes, before training and without a network.
+
+The table of `ambient_sd.data.levels` in the terminal, as a page with curves, and as JSON. The pictures are encoded as
+`--ambient_level auto` would see them: same crop, mirroring, VAE draws; of a large set only those that are measured.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ambient_sd.audit.report import escaped
+from ambient_sd.data.latents import ViewRule, encode_all
+from ambient_sd.data.levels import COPY, IDENTIFIED, TARGET, Levels, as_text, marks, measure, representatives
+from ambient_sd.data.sources import load_rows
+from ambient_sd.errors import UserError, one_line
+from ambient_sd.files import write_whole
+from ambient_sd.study.charts import Line, Mark, chart, figure, table
+from ambient_sd.study.charts import page as document
+from ambient_sd.training.base import check_base
+from ambient_sd.training.config import TrainConfig, split_condition
+
+
+def level(config: TrainConfig, *, progress: bool = False) -> Levels:
+    """Measure the pictures of a run's settings.
+
+    Args:
+        config: of a training; pictures, base, resolution, views and noise seed are used.
+        progress: show bars.
+
+    Raises:
+        UserError: base or pictures are unusable, or too few.
+    """
+    base = check_base(config)
+    pictures = load_rows(
+        config.source, config.image_column, config.caption_column, config.dataset_split, config.max_train_samples, config.seed,
+        row_filter=[split_condition(term) for term in config.row_filter or ()], local=config.train_data_dir is not None,
+    ).check(progress, near_duplicates=True)  # fmt: skip
+    rule = ViewRule(config.resolution, config.center_crop, config.random_flip, True, config.noise_seed)
+    rows, total = representatives(pictures)
+    vae = base.load("vae").requires_grad_(False).eval()
+    x0 = encode_all(vae, pictures, rule, rows, progress=progress)
+    return measure(x0, total=total, max_level=base.schedule.max_level)
+
+
+def run(
+    data: str,
+    model: str,
+    *,
+    resolution: int = 512,
+    image_column: str = "image",
+    caption_column: str = "text",
+    split: str | None = None,
+    row_filter: list[str] | None = None,
+    center_crop: bool = False,
+    random_flip: bool = False,
+    html_path: Path | None = None,
+    json_path: Path | None = None,
+) -> Levels:
+    """Print the table and write what is asked for."""
+    for path in (html_path, json_path):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UserError(f"{path} cannot be written", rule="its folder does not exist", remedy="create it first")
+    config = TrainConfig(
+        pretrained_model_name_or_path=model, train_data_dir=data, resolution=resolution, image_column=image_column,
+        caption_column=caption_column, dataset_split=split, row_filter=row_filter, center_crop=center_crop,
+        random_flip=random_flip, ambient_level="auto",
+    )  # fmt: skip
+    found = level(config, progress=True)
+    print(as_text(found), flush=True)
+    if json_path is not None:
+        write_whole(json_path, json.dumps({"version": 1, "resolution": resolution, **found.as_dict()}, indent=1) + "\n")
+    if html_path is not None:
+        write_whole(html_path, page(found, Path(data).name if Path(data).exists() else data))
+    return found
+
+
+def page(found: Levels, name: str) -> str:
+    """Return the self-contained page: two charts over the noise level, and the table."""
+    where = [Mark(f"{label} {at:.2g}", at, strong=label == "proposed")
+             for label, at in (("copy", found.copy), ("proposed", found.proposed), ("collapse", found.collapse))
+             if at is not None and found.levels[0] <= at <= found.levels[-1]]  # fmt: skip
+    ratios = Line(
+        "", found.levels, [q[1] for q in found.ratio_quantiles], [(q[0], q[2]) for q in found.ratio_quantiles]
+    )
+    weights = Line("", found.levels, found.own, [(q[0], q[2]) for q in found.own_quantiles])
+    cuts = [Mark("copy 1/3", COPY, upright=False), Mark("2/3", TARGET, upright=False)]
+    first, second = "What a noisy copy gives away", "Does a noisy copy tell which picture it was?"
+    drawn = "" if found.used == found.pictures else f" {found.used} of them were measured and stand for the rest."
+    body = (
+        f"<h1>s<sub>n</sub> = {found.proposed:g}</h1><p>Proposed for {escaped(name, 80)}: {escaped(found.reason)}.</p>"
+        + figure(first, "d1/d2 of the copy, linearly denoised: median, 5 to 95 %",
+                 chart(first, [ratios], x_label="noise level s", marks=[*cuts, *where], top=1.5))
+        + figure(second, "posterior weight of the true picture: mean, 5 to 95 %",
+                 chart(second, [weights], x_label="noise level s",
+                       marks=[Mark("1/2", IDENTIFIED, upright=False), *where], top=1.0))
+        + table(["s", "what it is"], [["none" if at is None else f"{at:.2g}", text] for at, text in marks(found)])
+        + f"<p class=note>{found.pictures} distinct pictures, {found.numbers} numbers each; nearest other picture "
+        f"{found.nearest[1]:.2f} per number (5 to 95 %: {found.nearest[0]:.2f} to {found.nearest[2]:.2f}).{drawn} "
+        "A proposal from geometry, before training; what a trained network copies is for an audit to say.</p>"
+    )  # fmt: skip
+    return document(f"Nature level of {one_line(name, 80)}", body)
