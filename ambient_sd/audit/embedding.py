@@ -323,19 +323,23 @@ def extractors(names: Sequence[str], device: str | torch.device = "cpu") -> list
     return made
 
 
+def weights_digest(feature: Any) -> str:
+    """Return a SHA-256 over an extractor's weights, of its network or model file; empty if it has none."""
+    if isinstance(getattr(feature, "network", None), torch.nn.Module):
+        return fingerprint(feature.network)
+    if isinstance(getattr(feature, "path", None), Path):
+        with feature.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    return ""
+
+
 def describe(feature: Any, pictures: PictureSet, *, dtype: Dtype, block: int, device: str) -> About:
     """Return what the rows of `feature` on `pictures` depend on; no picture is decoded."""
     digest = hashlib.sha256()
     for name, caption in zip(pictures.names, pictures.captions, strict=True):
         digest.update(_line(name, caption))
-    weights = ""
-    if isinstance(getattr(feature, "network", None), torch.nn.Module):
-        weights = fingerprint(feature.network)
-    elif isinstance(getattr(feature, "path", None), Path):
-        with feature.path.open("rb") as file:
-            weights = hashlib.file_digest(file, "sha256").hexdigest()
     return About(
-        feature.name, feature.distance, feature.dim, dtype, feature.size, weights, device, digest.hexdigest(),
+        feature.name, feature.distance, feature.dim, dtype, feature.size, weights_digest(feature), device, digest.hexdigest(),
         len(pictures), block,
     )  # fmt: skip
 
@@ -470,16 +474,30 @@ def _embed_block(
             if not torch.isfinite(found).all():
                 raise UserError(f"{feature.name} gives NaN or infinite values near {pictures.names[start]}")
             held.append(found.numpy().astype(about.dtype))
+    captions = [pictures.captions[i] for i in rows]
     for (_, about, folder), held in zip(features, vectors, strict=True):
-        _write(
-            folder / f"part-{rows.start // about.block:05d}.parquet", about, rows, keys, pictures, np.concatenate(held)
-        )
+        path = folder / f"part-{rows.start // about.block:05d}.parquet"
+        write_block(path, about, rows, keys, captions, np.concatenate(held))
 
 
-def _write(path: Path, about: About, rows: range, keys: list[str], pictures: PictureSet, vectors: np.ndarray) -> None:
+def write_block(
+    path: Path, about: About, rows: range, keys: Sequence[str], captions: Sequence[str], vectors: np.ndarray
+) -> None:
+    """Write the block of a store.
+
+    Args:
+        path: `EmbeddingStore.path` of the block.
+        about: of the store.
+        rows: places of the pictures.
+        keys: their content keys.
+        captions: their captions.
+        vectors: `(B, dim)`, of the store's dtype.
+
+    Raises:
+        UserError: vectors are not finite, or the folder cannot be written.
+    """
     if not np.isfinite(vectors).all():
         raise UserError(f"{about.feature} does not fit into {about.dtype}", remedy="use --dtype float32")
-    captions = [pictures.captions[i] for i in rows]
     digest = hashlib.sha256(b"".join(_line(k, c) for k, c in zip(keys, captions, strict=True))).hexdigest()
     metadata = {_ABOUT: json.dumps(asdict(about), sort_keys=True).encode(), _ROWS: digest.encode()}
     item = pa.field("element", pa.from_numpy_dtype(vectors.dtype), nullable=False)

@@ -58,11 +58,15 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Hold the nearest rows: `distance` float64 `(N, k)`, ascending, and `index` int64 `(N, k)` into the reference."""
+    """Hold the nearest rows: `distance` float64 `(N, k)`, ascending, and `index` int64 `(N, k)` into the reference.
+
+    `exact` is False where a search may have missed rows; each distance is still that of its pair.
+    """
 
     distance: Tensor
     index: Tensor
     metric: Distance = "euclidean"
+    exact: bool = True
 
     @property
     def ratio(self) -> Tensor:
