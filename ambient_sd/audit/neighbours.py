@@ -3,34 +3,70 @@
     d(q, r) = |q - r|_2                          euclidean
     d(q, r) = 1 - <q, r> / (|q| |r|)             cosine
 
-The fast form |q|^2 + |r|^2 - 2 <q, r> loses every digit exactly where an audit looks: for copies, d -> 0. So a float32
-matrix product only PROPOSES candidates; each candidate's distance is then computed from the difference itself in
-float64, and a rounding bound certifies that no row left out can be nearer. Queries that the bound cannot certify (long
-ties: duplicated training pictures) are searched again from differences alone. The answer is that of a float64 brute
-force. Equal distances come out in order of index. Memory is one block of queries by one block of rows, whatever the
-size of the training set. An approximate index is not used here.
+The fast form |q|^2 + |r|^2 - 2 <q, r> loses every digit exactly where an audit looks: for copies, d -> 0. So a matrix
+product only REJECTS rows; each row that it cannot reject is compared by the difference itself in float64. With T an upper
+bound of the distance to the k-th nearest, and q = q_b + e_q, r = r_b + e_r the parts that bfloat16 keeps and loses,
+
+    d(q, r) <= T   implies   <q_b, r_b> - |r|^2 / 2 + |q_b| |e_r| + |e_q| |r| + (T^2 - |q|^2) / 2 + slack >= 0
+
+by Cauchy-Schwarz; `slack` bounds the rounding of the sums (Higham, Accuracy and Stability, section 3.1, any order). The left
+side is ONE matrix product, since each term is a number of q times one of r, and its sign survives the rounding of the
+result. T falls as nearer rows are met, so few rows pass. The answer is that of a float64 brute force, bit for bit, whichever
+arithmetic rejects: float32 everywhere, bfloat16 where a trial shows that the processor is faster with it. Equal distances
+come out in order of index.
+
+Memory is the queries, one block of rows and one block of products, whatever the size of the training set, which may lie on
+disk (`ambient_sd.audit.embedding`). An approximate index is not used here (`ambient_sd.audit.search`).
 """
 
 from __future__ import annotations
 
+import functools
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ambient_sd.audit.features import Distance
 from ambient_sd.errors import UserError
 
-_SPARE = 14  # candidates beyond k that are re-scored exactly; more of them means fewer second searches
+Arithmetic = Literal["auto", "float32", "bfloat16"]
+
+_EXTRA = 8  # columns beside the features: three for |r|^2, two for what bfloat16 lost, three for T
+_GROUP = 64  # products whose largest is looked at first
+_HEAVY = 64  # rows of a block that may pass for one query before a sharper test is tried
+_CENTRE_ROWS = 65_536
+_VIEW = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+_TINY = 1e-15
+_EPS32 = torch.finfo(torch.float32).eps
+
+
+class Rows(Protocol):
+    """Name what a search needs of rows that do not fit memory: their shape, and blocks of them in order."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def blocks(self) -> Iterator[Tensor]: ...
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Hold the nearest rows: `distance` float64 `(N, k)`, ascending, and `index` int64 `(N, k)` into the reference."""
+    """Hold the nearest rows: `distance` float64 `(N, k)`, ascending, and `index` int64 `(N, k)` into the reference.
+
+    `exact` is False where a search may have missed rows; each distance is still that of its pair.
+    """
 
     distance: Tensor
     index: Tensor
     metric: Distance = "euclidean"
+    exact: bool = True
 
     @property
     def ratio(self) -> Tensor:
@@ -48,25 +84,29 @@ class Neighbours:
 
 def nearest(
     queries: Tensor,
-    reference: Tensor,
+    reference: Tensor | Rows,
     k: int = 2,
     *,
     distance: Distance = "euclidean",
     exclude_self: bool = False,
-    block: int = 8192,
-    query_block: int = 1024,
+    block: int = 4096,
+    query_block: int = 2048,
+    arithmetic: Arithmetic = "auto",
+    progress: bool = False,
 ) -> Neighbours:
     """Find the `k` nearest rows of `reference` for every query.
 
     Args:
         queries: `(N, D)`, any float dtype.
-        reference: `(M, D)`, the training rows.
+        reference: `(M, D)`, the training rows, or `Rows` on disk, read once from first to last.
         k: neighbours per query.
         distance: "euclidean", or "cosine" (rows need not be normalised).
         exclude_self: query i IS row i of the reference and must not find itself (leave one out by index, so a true
             duplicate elsewhere is still found); needs N = M.
         block: reference rows per block.
         query_block: queries per block.
+        arithmetic: what rejects rows; "auto" tries which is faster here. The answer does not depend on it.
+        progress: show a bar of reference rows.
 
     Returns:
         Neighbours; cosine distances are 1 - similarity.
@@ -74,111 +114,301 @@ def nearest(
     Raises:
         UserError: shapes disagree, values are not finite, or the reference has fewer than k rows to offer.
     """
-    if queries.dim() != 2 or reference.dim() != 2 or queries.shape[1] != reference.shape[1]:
-        raise UserError(
-            f"neighbours of {tuple(queries.shape)} in {tuple(reference.shape)}",
-            rule="both must be (rows, D) with one D",
-        )
-    if exclude_self and len(queries) != len(reference):
-        raise UserError(f"exclude_self with {len(queries)} queries and {len(reference)} rows", rule="must be one set")
-    offered = len(reference) - int(exclude_self)
+    rows = check_sizes(queries, reference, k, exclude_self)
+    if not torch.isfinite(queries).all():
+        raise _not_finite()
+    if arithmetic == "auto":
+        large = len(queries) * rows * queries.shape[1] > 10**10
+        arithmetic = "bfloat16" if large and bfloat16_is_faster() else "float32"
+    search: _Search | None = None
+    start = 0
+    with _bar(rows, progress) as bar:
+        for part in _blocks(reference, block):
+            if search is None:
+                # Rows that lie in memory give a better middle than the first block alone; any middle is right.
+                some = reference[:: max(1, rows // _CENTRE_ROWS)] if isinstance(reference, Tensor) else part
+                dtype = torch.bfloat16 if arithmetic == "bfloat16" else torch.float32
+                search = _Search(queries, some, k, distance == "cosine", exclude_self, dtype)
+            search.offer(part, start, query_block)
+            start += len(part)
+            bar.update(len(part))
+    assert search is not None and start == rows
+    # For unit vectors |u - v|^2 / 2 = 1 - <u, v>, without the cancellation of the right-hand side.
+    return Neighbours(search.value.square() / 2 if distance == "cosine" else search.value, search.index, distance)
+
+
+def check_sizes(queries: Tensor, reference: Tensor | Rows, k: int, exclude_self: bool = False) -> int:
+    """Return the number of rows in `reference`.
+
+    Raises:
+        UserError: shapes disagree, or it has fewer than k rows to offer.
+    """
+    shape = tuple(reference.shape)
+    if queries.dim() != 2 or len(shape) != 2 or queries.shape[1] != shape[1]:
+        raise UserError(f"neighbours of {tuple(queries.shape)} in {shape}", rule="both must be (rows, D) with one D")
+    if exclude_self and len(queries) != shape[0]:
+        raise UserError(f"exclude_self with {len(queries)} queries and {shape[0]} rows", rule="must be one set")
+    offered = shape[0] - int(exclude_self)
     if offered < k:
         raise UserError(f"{k} neighbours from {offered} training rows", rule="the training set must hold that many")
-    if not (torch.isfinite(queries).all() and torch.isfinite(reference).all()):
-        raise UserError("features with NaN or infinite values", rule="distances to them mean nothing")
+    return shape[0]
 
-    if distance == "cosine":
-        queries, reference = _unit(queries), _unit(reference)
-    # Distances do not change when both sides move; small norms make the rounding bound tight.
-    centre = reference.mean(dim=0, dtype=torch.float64)
-    found = [
-        _search(queries[start : start + query_block], reference, centre, k, start if exclude_self else None, block)
-        for start in range(0, len(queries), query_block)
-    ]
-    values = torch.cat([d for d, _ in found]) if found else torch.empty(0, k, dtype=torch.float64)
-    index = torch.cat([i for _, i in found]) if found else torch.empty(0, k, dtype=torch.int64)
-    # For unit vectors |u - v|^2 / 2 = 1 - <u, v>, without the cancellation of the right-hand side.
-    return Neighbours(values.square() / 2 if distance == "cosine" else values, index, distance)
+
+def exact_distances(queries: Tensor, rows: Tensor, *, cosine: bool = False) -> Tensor:
+    """Return |q_i - r_i| of pairs, float64 `(n,)`, from differences in float64; of unit vectors if `cosine`.
+
+    Each value depends on its two rows alone: not on n, nor on the number of threads.
+    """
+    found = torch.empty(len(rows), dtype=torch.float64)
+    step = max(2, 2**20 // rows.shape[1])
+    for start in range(0, len(rows), step):
+        q, r = (side[start : start + step].to(torch.float64) for side in (queries, rows))
+        if cosine:
+            q, r = _unit(q), _unit(r)
+        difference = r - q
+        # A lone row would be summed in another order by several threads.
+        lone = len(difference) == 1
+        length = (difference.expand(2, -1).contiguous() if lone else difference).norm(dim=1)
+        found[start : start + step] = length[:1] if lone else length
+    return found
 
 
 def _unit(rows: Tensor) -> Tensor:
     rows = rows.to(torch.float64)
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    lone = len(rows) == 1
+    length = (rows.expand(2, -1).contiguous() if lone else rows).norm(dim=1, keepdim=True)[: len(rows)]
+    return rows / length.clamp_min(torch.finfo(torch.float64).tiny)
 
 
-def _search(
-    queries: Tensor, reference: Tensor, centre: Tensor, k: int, first: int | None, block: int
-) -> tuple[Tensor, Tensor]:
-    """Return exact (distance, index), each `(n, k)`; `first` is the row of query 0 when the sets are one."""
-    n, dim = queries.shape
-    keep = min(k + _SPARE, len(reference) - int(first is not None))
-    q = (queries.to(torch.float64) - centre).to(torch.float32)
-    q_norm = q.square().sum(dim=1, dtype=torch.float64)
-    value = torch.empty(n, 0)
-    index = torch.empty(n, 0, dtype=torch.int64)
-    r_max = 0.0
-    for start in range(0, len(reference), block):
-        r = (reference[start : start + block].to(torch.float64) - centre).to(torch.float32)
-        r_norm = r.square().sum(dim=1, dtype=torch.float64)
-        r_max = max(r_max, float(r_norm.max()))
-        squared = (q_norm[:, None] + r_norm[None]).to(torch.float32).addmm_(q, r.T, alpha=-2)
-        _hide_self(squared, first, start)
-        best = squared.topk(min(keep, squared.shape[1]), largest=False)
-        value = torch.cat([value, best.values], dim=1)
-        index = torch.cat([index, best.indices + start], dim=1)
-        kept = value.topk(min(keep, value.shape[1]), largest=False)
-        value, index = kept.values, index.gather(1, kept.indices)
-
-    exact, index = _rescore(queries, reference, index, k, query_rows=first)
-    if keep < len(reference) - int(first is not None):
-        # |rounding of the fast form| <= 2 (D + 4) u (|q| + |r|)^2 with unit roundoff u, centring included.
-        bound = 2 * (dim + 4) * torch.finfo(torch.float32).eps * (q_norm.sqrt() + r_max**0.5).square()
-        unsure = value.max(dim=1).values.to(torch.float64) - bound <= exact[:, -1].square()
-        for i in torch.nonzero(unsure).flatten().tolist():
-            exact[i], index[i] = _one_by_difference(
-                queries[i], reference, k, None if first is None else first + i, block
-            )
-    return exact, index
+def _not_finite() -> UserError:
+    return UserError("features with NaN or infinite values", rule="distances to them mean nothing")
 
 
-def _hide_self(squared: Tensor, first: int | None, start: int) -> None:
-    if first is None:
+@functools.lru_cache
+def bfloat16_is_faster() -> bool:
+    """Tell whether this processor multiplies bfloat16 matrices faster than float32 ones, sums in float32 included."""
+    draw = torch.Generator().manual_seed(0)
+    q, r = torch.randn(512, 544, generator=draw), torch.randn(1024, 544, generator=draw)
+    low_q, low_r = q.to(torch.bfloat16), r.to(torch.bfloat16)
+    exact = low_q.double() @ low_r.double().T
+    bound = 560 * _EPS32 * (low_q.double().abs() @ low_r.double().abs().T) + 2**-8 * exact.abs()
+    if ((low_q @ low_r.T).double() - exact).abs().gt(bound).any():
+        return False
+    seconds = []
+    for a, b in ((q, r), (low_q, low_r)):
+        spent = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            a @ b.T
+            spent.append(time.perf_counter() - begin)
+        seconds.append(min(spent))
+    return seconds[1] < seconds[0]
+
+
+def _bar(total: int, progress: bool) -> Any:
+    return tqdm(total=total, desc="searching", unit="row", unit_scale=True, disable=not progress, leave=False)
+
+
+def _blocks(reference: Tensor | Rows, rows: int) -> Iterator[Tensor]:
+    """Yield the reference in blocks of `rows`; from disk the next one is read while this one is searched."""
+    if isinstance(reference, Tensor):
+        yield from reference.split(rows)
         return
-    rows = torch.arange(len(squared))
-    columns = first + rows - start
-    inside = (columns >= 0) & (columns < squared.shape[1])
-    squared[rows[inside], columns[inside]] = torch.inf
+    held: list[Tensor] = []
+    for part in _ahead(reference.blocks()):
+        held.append(part)
+        if sum(map(len, held)) >= rows:
+            *whole, rest = torch.cat(held).split(rows) if len(held) > 1 else part.split(rows)
+            yield from whole
+            held = [rest]
+            if len(rest) == rows:
+                yield rest
+                held = []
+    if held:
+        yield torch.cat(held)
 
 
-def _rescore(
-    queries: Tensor, reference: Tensor, index: Tensor, k: int, query_rows: int | None
-) -> tuple[Tensor, Tensor]:
-    """Sort candidates by their float64 distance, then by index; drop a self that only filled a row."""
-    index = index.sort(dim=1).values
-    exact = torch.stack(
-        [
-            (reference[candidates].to(torch.float64) - query.to(torch.float64)).norm(dim=1)
-            for query, candidates in zip(queries, index, strict=True)
-        ]
-    )
-    if query_rows is not None:
-        exact[index == (query_rows + torch.arange(len(index)))[:, None]] = torch.inf
-    order = exact.sort(dim=1, stable=True)
-    return order.values[:, :k], index.gather(1, order.indices[:, :k])
+def _ahead(blocks: Iterator[Tensor]) -> Iterator[Tensor]:
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        coming = pool.submit(next, blocks, None)
+        while (part := coming.result()) is not None:
+            coming = pool.submit(next, blocks, None)
+            yield part
 
 
-def _one_by_difference(
-    query: Tensor, reference: Tensor, k: int, self_row: int | None, block: int
-) -> tuple[Tensor, Tensor]:
-    value = torch.empty(0, dtype=torch.float64)
-    index = torch.empty(0, dtype=torch.int64)
-    for start in range(0, len(reference), block):
-        rows = reference[start : start + block].to(torch.float64)
-        d = (rows - query.to(torch.float64)).norm(dim=1)
-        if self_row is not None and start <= self_row < start + len(rows):
-            d[self_row - start] = torch.inf
-        value = torch.cat([value, d])
-        index = torch.cat([index, torch.arange(start, start + len(rows))])
-        order = value.sort(stable=True)
-        value, index = order.values[:k], index[order.indices[:k]]
-    return value, index
+class _Side:
+    """Rows made ready for the product: centred, scaled, rounded to `dtype`, with columns for norms and what was lost."""
+
+    def __init__(self, rows: Tensor, centre: Tensor, scale: float, unit: bool, dtype: torch.dtype) -> None:
+        wide = torch.float64 if dtype == torch.float64 or rows.dtype == torch.float64 else torch.float32
+        x = rows.to(wide)
+        if unit:
+            length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+            # Squares of numbers beyond these leave float32.
+            plain = wide == torch.float32 and bool(((length > _TINY) & (length < 1 / _TINY)).all())
+            x = x / length if plain else _unit(x).to(wide)
+        x = (x - centre.to(wide)).mul_(scale)
+        x = x if dtype == torch.float64 else x.to(torch.float32)
+        low = x.to(dtype)
+        self.norm = torch.linalg.vector_norm(x, dim=1).to(torch.float64)
+        if not torch.isfinite(self.norm.square().to(x.dtype)).all():
+            raise _not_finite()
+        self.lost = torch.zeros_like(self.norm)
+        if dtype == torch.bfloat16:
+            self.lost = torch.linalg.vector_norm(x.sub_(low), dim=1).to(torch.float64)
+        count, self.dim = low.shape
+        # Matrix units take columns by 32 and more; groups of rows must be full.
+        self.matrix = torch.zeros(-(-count // _GROUP) * _GROUP, -(-(self.dim + _EXTRA) // 32) * 32, dtype=dtype)
+        self.matrix[:count, : self.dim] = low
+        self.count = count
+
+    def as_queries(self) -> _Side:
+        extra = self.matrix[: self.count, self.dim : self.dim + _EXTRA]
+        extra[:, :3] = 1
+        extra[:, 3] = _above(self.norm + self.lost)
+        extra[:, 4] = _above(self.lost)
+        return self
+
+    def as_rows(self) -> _Side:
+        extra = self.matrix[:, self.dim : self.dim + _EXTRA]
+        extra[self.count :, 0] = -1e30  # what only fills a group is far from everything
+        extra[: self.count, :3] = _pieces(-self.norm.square() / 2, self.matrix.dtype)
+        extra[: self.count, 3] = _above(self.lost)
+        extra[: self.count, 4] = _above(self.norm)
+        extra[: self.count, 5:] = 1
+        return self
+
+
+def _above(value: Tensor) -> Tensor:
+    """Return numbers that bfloat16 cannot round to below `value`."""
+    return value * (1 + 2**-7)
+
+
+def _pieces(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `(n, 3)` in `dtype` whose sum is float64 `value` to 2^-24 of it or better."""
+    first = value.to(dtype)
+    second = (value - first).to(dtype)
+    return torch.stack([first, second, (value - first - second).to(dtype)], dim=1)
+
+
+class _Search:
+    """The k nearest so far of every query, and the test that rejects rows."""
+
+    def __init__(
+        self, queries: Tensor, some: Tensor, k: int, unit: bool, exclude_self: bool, dtype: torch.dtype
+    ) -> None:
+        self.queries, self.k, self.unit, self.exclude_self, self.dtype = queries, k, unit, exclude_self, dtype
+        some = _unit(some) if unit else some.to(torch.float64)
+        # Distances do not change when both sides move; small norms make the bound tight. Rounded, so that subtracting
+        # it from float32 rows rounds once.
+        self.centre = some.mean(dim=0).to(torch.float32).to(torch.float64)
+        largest = float((some - self.centre).norm(dim=1).max())
+        if not np.isfinite(largest):
+            raise _not_finite()
+        self.scale = 2.0 ** -int(np.clip(np.ceil(np.log2(largest)), -100, 100)) if largest > 0 else 1.0
+        self.side = _Side(queries, self.centre, self.scale, unit, dtype).as_queries()
+        self.value = torch.full((len(queries), k), torch.inf, dtype=torch.float64)
+        self.index = torch.full((len(queries), k), -1, dtype=torch.int64)
+        self.buffer = torch.empty(0, dtype=dtype)
+        self.limit = torch.full((len(queries),), torch.inf, dtype=torch.float64)  # T: no farther row can matter
+
+    def offer(self, rows: Tensor, start: int, query_block: int) -> None:
+        """Take note of `rows`, which are those from `start` on of the reference."""
+        side = _Side(rows, self.centre, self.scale, self.unit, self.dtype).as_rows()
+        sharp: _Side | None = None
+        for first in range(0, len(self.queries), query_block):
+            these = torch.arange(first, min(first + query_block, len(self.queries)))
+            fresh = these[torch.isinf(self.limit[these])]
+            if len(fresh):
+                self._lower_limit(fresh, rows, side, start)
+            pairs = self._passing(these, side)
+            heavy = _crowded(pairs, these)
+            if len(heavy):
+                # A better T first; if that is not enough (long ties), a test in float64.
+                pairs = pairs[:, ~torch.isin(pairs[0], heavy)]
+                self._lower_limit(heavy, rows, side, start)
+                more = self._passing(heavy, side)
+                crowded = _crowded(more, heavy)
+                if len(crowded):
+                    more = more[:, ~torch.isin(more[0], crowded)]
+                    sharp = sharp or _Side(rows, self.centre, self.scale, self.unit, torch.float64).as_rows()
+                    more = torch.cat([more, self._passing(crowded, sharp)], dim=1)
+                pairs = torch.cat([pairs, more], dim=1)
+            self._keep(pairs, rows, start)
+
+    def _passing(self, queries: Tensor, side: _Side) -> Tensor:
+        """Return int64 `(2, n)`: query and row of this block, for all pairs that may be within T."""
+        products = self._products(queries, side).view(_VIEW[side.matrix.dtype])
+        groups = products.view(len(queries), -1, _GROUP)
+        # Integers of the same width have the sign of the numbers and the fastest maximum.
+        found = torch.nonzero(groups.amax(dim=2) >= 0)
+        inside = torch.nonzero(groups[found[:, 0], found[:, 1]] >= 0)
+        at = found[inside[:, 0]]
+        return torch.stack([queries[at[:, 0]], at[:, 1] * _GROUP + inside[:, 1]])
+
+    def _products(self, queries: Tensor, side: _Side) -> Tensor:
+        dtype = side.matrix.dtype
+        mine = self.side
+        if dtype != self.dtype:
+            mine = _Side(self.queries[queries], self.centre, self.scale, self.unit, dtype).as_queries()
+            norm, matrix = mine.norm, mine.matrix[: len(queries)]
+        else:
+            norm, matrix = mine.norm[queries], mine.matrix[queries]
+        r = float(side.norm.max())
+        reach = torch.minimum(self.limit[queries] * self.scale, 2 * (norm + r))
+        # Centring and scaling round each number once; float32 unit vectors are off by what their norm is.
+        wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+        off = wide * (norm + r) + (2 * (side.dim + 8) * wide * self.scale if self.unit else 0)
+        reach = (reach + off).square() / 2
+        sums = torch.finfo(torch.float64).eps if dtype == torch.float64 else _EPS32
+        slack = (matrix.shape[1] + 16) * sums * (norm * r + r * r / 2 + norm.square() / 2 + reach)
+        matrix[:, side.dim + 5 : side.dim + _EXTRA] = _pieces(reach - norm.square() / 2 + slack + 1e-30, dtype)
+        if dtype != self.dtype:
+            return matrix @ side.matrix.T
+        # One buffer for all products: fresh memory of this size costs more than what is done with it.
+        needed = len(queries) * len(side.matrix)
+        if len(self.buffer) < needed:
+            self.buffer = torch.empty(needed, dtype=dtype)
+        return torch.mm(matrix, side.matrix.T, out=self.buffer[:needed].view(len(queries), -1))
+
+    def _lower_limit(self, queries: Tensor, rows: Tensor, side: _Side, start: int) -> None:
+        """Bring T down to the k-th nearest of the rows of this block that look nearest."""
+        products = self._products(queries, side)[:, : len(rows)]
+        best = products.topk(min(self.k + int(self.exclude_self), len(rows)), dim=1).indices
+        if best.shape[1] - int(self.exclude_self) < self.k:
+            return
+        found = exact_distances(
+            self.queries[queries].repeat_interleave(best.shape[1], dim=0), rows[best.flatten()], cosine=self.unit
+        ).view(best.shape)
+        if self.exclude_self:
+            found[best + start == queries[:, None]] = torch.inf
+        self.limit[queries] = torch.minimum(self.limit[queries], found.sort(dim=1).values[:, self.k - 1])
+
+    def _keep(self, pairs: Tensor, rows: Tensor, start: int) -> None:
+        """Compare pairs exactly and merge them into the k nearest."""
+        if self.exclude_self:
+            pairs = pairs[:, pairs[0] != pairs[1] + start]
+        if not pairs.shape[1]:
+            return
+        found = []
+        for some in pairs.split(2**18, dim=1):
+            found.append(exact_distances(self.queries[some[0]], rows[some[1]], cosine=self.unit))
+        touched = pairs[0].unique()
+        query = torch.cat([touched.repeat_interleave(self.k), pairs[0]]).numpy()
+        value = torch.cat([self.value[touched].flatten(), *found]).numpy()
+        index = torch.cat([self.index[touched].flatten(), pairs[1] + start]).numpy()
+        order = np.lexsort((index, value, query))
+        query = query[order]
+        # Place of each entry among those of its query.
+        place = np.arange(len(query)) - np.searchsorted(query, query)
+        chosen = order[place < self.k]
+        self.value[touched] = torch.from_numpy(value[chosen]).view(-1, self.k)
+        self.index[touched] = torch.from_numpy(index[chosen]).view(-1, self.k)
+        self.limit[touched] = torch.minimum(self.limit[touched], self.value[touched, -1])
+
+
+def _crowded(pairs: Tensor, queries: Tensor) -> Tensor:
+    """Return the queries for which too many rows passed."""
+    first = int(queries[0])
+    count = torch.bincount(pairs[0] - first, minlength=1)
+    return torch.nonzero(count > _HEAVY).flatten() + first

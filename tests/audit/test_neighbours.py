@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from ambient_sd.audit.neighbours import nearest
+from ambient_sd.audit import neighbours
+from ambient_sd.audit.features import Distance
+from ambient_sd.audit.neighbours import Arithmetic, nearest
 from ambient_sd.errors import UserError
 
 
@@ -96,3 +100,119 @@ def test_impossible_searches_are_refused_in_one_line(
     with pytest.raises(UserError) as caught:
         nearest(queries, reference, **options)
     assert "\n" not in str(caught.value)
+
+
+def by_difference(queries: torch.Tensor, reference: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float64 brute force from differences, query by query: the definition."""
+    d = torch.stack([(reference.double() - query.double()).norm(dim=1) for query in queries])
+    order = d.sort(dim=1, stable=True)
+    return order.values[:, :k], order.indices[:, :k]
+
+
+def tight(count: int, dim: int, *, seed: int, spread: float) -> torch.Tensor:
+    """Clusters whose rows differ by less than bfloat16 resolves."""
+    return draw(7, dim, seed=5)[torch.arange(count) % 7] + spread * draw(count, dim, seed=seed)
+
+
+SETS = {
+    "plain": (draw(40, 37, seed=1), draw(700, 37, seed=2)),
+    "clusters": (tight(40, 37, seed=3, spread=1e-4), tight(700, 37, seed=4, spread=1e-4)),
+    "one cluster far off": (1e-3 * draw(40, 64, seed=1) + 100, 1e-3 * draw(700, 64, seed=2) + 100),
+    "duplicates": (draw(40, 5, seed=1), draw(50, 5, seed=2).repeat(14, 1)),
+    "all the same": (draw(40, 16, seed=1), draw(1, 16, seed=2).repeat(300, 1)),
+    "queries among the rows": (draw(700, 33, seed=2)[:40], draw(700, 33, seed=2)),
+    "very small": (1e-30 * draw(40, 20, seed=1), 1e-30 * draw(700, 20, seed=2)),
+    "very large": (1e15 * draw(40, 20, seed=1), 1e15 * draw(700, 20, seed=2)),
+    "in order of distance": (draw(40, 12, seed=1), draw(700, 12, seed=2) * torch.linspace(9, 0, 700)[:, None]),
+    "half precision": (draw(40, 37, seed=1).half(), draw(700, 37, seed=2).half()),
+    "double precision": (draw(40, 37, seed=1).double() / 3, draw(700, 37, seed=2).double() / 3),
+}
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_every_arithmetic_gives_the_bits_of_brute_force(name: str, arithmetic: Arithmetic, distance: Distance) -> None:
+    queries, reference = SETS[name]
+    found = nearest(queries, reference, k=3, block=256, query_block=16, arithmetic=arithmetic, distance=distance)
+    if distance == "cosine":
+        queries, reference = (side.double() / side.double().norm(dim=1, keepdim=True) for side in (queries, reference))
+    value, index = by_difference(queries, reference, 3)
+    assert torch.equal(found.index, index)
+    assert torch.equal(found.distance, value.square() / 2 if distance == "cosine" else value)
+
+
+def test_without_the_bound_on_what_bfloat16_loses_neighbours_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, reference = SETS["clusters"]
+    # Negative control: the same product, with nothing added for the rounding of its factors.
+    monkeypatch.setattr(neighbours, "_above", torch.zeros_like)
+    found = nearest(queries, reference, k=3, block=256, arithmetic="bfloat16")
+    assert not torch.equal(found.index, by_difference(queries, reference, 3)[1])
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "bfloat16"])
+def test_few_rows_are_compared_exactly(arithmetic: Arithmetic, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    exact = neighbours.exact_distances
+    monkeypatch.setattr(
+        neighbours, "exact_distances", lambda q, r, **options: compared.append(len(q)) or exact(q, r, **options)
+    )
+    nearest(draw(100, 64, seed=1), draw(20_000, 64, seed=2), arithmetic=arithmetic)
+    # 2 (1 + ln of the number of blocks) of 20,000 would pass an exact test on rows in random order.
+    assert sum(compared) < 100 * 20_000 / 500
+
+
+class OnDisk:
+    """Rows that come in blocks of any size."""
+
+    def __init__(self, rows: torch.Tensor, sizes: list[int]) -> None:
+        self.rows, self.sizes, self.shape, self.out = rows, sizes, tuple(rows.shape), 0
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        for part in self.rows.split(self.sizes):
+            self.out += 1
+            yield part
+
+
+@pytest.mark.parametrize("sizes", [[1, 699], [3] * 233 + [1], [256, 256, 188], [700]])
+def test_rows_in_blocks_of_any_size_are_searched_like_a_tensor(sizes: list[int]) -> None:
+    queries, reference = SETS["plain"]
+    found = nearest(queries, OnDisk(reference, sizes), k=3, block=64)
+    whole = nearest(queries, reference, k=3)
+    assert torch.equal(found.index, whole.index) and torch.equal(found.distance, whole.distance)
+    itself = nearest(reference, OnDisk(reference, sizes), k=3, block=64, exclude_self=True)
+    assert torch.equal(itself.index, nearest(reference, reference, k=3, exclude_self=True).index)
+
+
+def test_no_more_than_two_blocks_are_taken_before_the_first_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, reference = SETS["plain"]
+    disk = OnDisk(reference, [64] * 10 + [60])
+    offer, ahead = neighbours._Search.offer, []
+
+    def watched(self: neighbours._Search, rows: torch.Tensor, start: int, query_block: int) -> None:
+        ahead.append(disk.out - start // 64)
+        offer(self, rows, start, query_block)
+
+    monkeypatch.setattr(neighbours._Search, "offer", watched)
+    nearest(queries, disk, block=64)
+    assert max(ahead) <= 2
+
+
+def test_a_distance_depends_on_its_two_rows_alone() -> None:
+    q, r = draw(100, 12_288, seed=1), draw(100, 12_288, seed=2)
+    whole = neighbours.exact_distances(q, r)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            for n in (1, 2, 3, 99):
+                assert torch.equal(neighbours.exact_distances(q[:n], r[:n]), whole[:n])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_values_that_are_not_finite_are_refused_wherever_they_lie() -> None:
+    reference = draw(700, 37, seed=2)
+    reference[650, 3] = torch.nan
+    with pytest.raises(UserError, match="NaN"):
+        nearest(draw(4, 37, seed=1), reference, block=64)

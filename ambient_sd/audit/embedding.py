@@ -1,0 +1,574 @@
+"""Every picture of a set as a row of numbers on disk: sharded over processes, resumable, read back in blocks.
+
+    accelerate launch -m ambient_sd.audit.embedding DATA --features pixels64,EffLite0,SSCD --out DIR
+
+    DIR/<feature>/part-00007.parquet    rows [7 B, 8 B) of DATA: place, key, caption, embedding (fixed-size list)
+    schema metadata                     feature, its parameters, digest of its weights, resolution, data, block
+
+Block b is the same pictures, in the same batches, whichever process computes it: one process or eight, straight or after
+any kill, on machines of one kind and with one number of threads each, give the same bits. A block has its name when it is
+whole; what an interrupted run was working on is computed again. Memory is one block of vectors and one batch of pictures.
+
+`key` is the SHA-256 of the decoded picture (`ambient_sd.data.sources`); `data` is a digest of names and captions, known
+before anything is decoded, and `rows` of each block one of keys and captions. `EmbeddingStore.fingerprint` is that of the
+whole set, the same as `PictureSet.fingerprint`.
+
+It does not search (`ambient_sd.audit.search`) and does not resize, crop or merge: near-duplicates stay separate rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ambient_sd.audit.features import Distance, EffLite0, Features, Pixels, Sscd
+from ambient_sd.data.cache import fingerprint
+from ambient_sd.data.shards import has_shards, names_shards
+from ambient_sd.data.sources import METADATA, PICTURE_SUFFIXES, Picture, PictureSet, load_rows
+from ambient_sd.errors import UserError, exits_on_user_error
+from ambient_sd.files import write_whole
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1  # of what turns a picture into a row; a change must raise it
+_ABOUT, _ROWS = b"ambient_sd.embedding", b"ambient_sd.rows"
+_BATCH = 64  # pictures decoded at once: a multiple of every extractor's own batch, so that blocks do not cut batches
+_PART = re.compile(r"part-(\d{5,})\.parquet")
+Dtype = Literal["float32", "float16"]
+
+
+@dataclass(frozen=True)
+class About:
+    """Say all that the rows of a store depend on; two stores with one `About` hold the same numbers.
+
+    Attributes:
+        feature: name of the extractor.
+        distance: the distance that its vectors are made for.
+        dim: numbers per picture.
+        dtype: as which they are stored.
+        resolution: side in pixels that every picture is brought to.
+        weights: SHA-256 of the network's weights; empty for pixels.
+        device: cpu, cuda, ...: networks round differently there.
+        data: SHA-256 over names and captions.
+        count: pictures in the set.
+        block: rows of a part.
+        version: of the code that makes rows.
+    """
+
+    feature: str
+    distance: Distance
+    dim: int
+    dtype: Dtype
+    resolution: int
+    weights: str
+    device: str
+    data: str
+    count: int
+    block: int
+    version: int = _VERSION
+
+    @property
+    def parts(self) -> int:
+        """Return the number of blocks."""
+        return -(-self.count // self.block)
+
+    def rows_of(self, part: int) -> range:
+        """Return the places of the pictures in a block."""
+        return range(part * self.block, min(self.count, (part + 1) * self.block))
+
+    def unlike(self, other: About) -> str:
+        """Return what differs from `other`, in words for people; empty if nothing does."""
+        mine, theirs = asdict(self), asdict(other)
+        return ", ".join(
+            f"{name} {_short(mine[name])} and {_short(theirs[name])}" for name in mine if mine[name] != theirs[name]
+        )
+
+
+def _short(value: object) -> str:
+    return str(value)[:12] or "none"
+
+
+class EmbeddingStore:
+    """Read what `embed_set` has written for one feature.
+
+    Args:
+        folder: holds the parts of one feature.
+        about: of every part.
+    """
+
+    def __init__(self, folder: Path, about: About) -> None:
+        self.folder, self.about = folder, about
+        self.distance: Distance = about.distance
+        self.dim = about.dim
+
+    @classmethod
+    def open(cls, folder: str | Path, feature: str | None = None) -> EmbeddingStore:
+        """Open a store; every part's footer is read, no vector is.
+
+        Args:
+            folder: what was given as `--out`, or the folder of one feature in it.
+            feature: which one, where there are several.
+
+        Raises:
+            UserError: nothing is there, parts are missing or damaged, or belong to different features or data.
+        """
+        folder = _one_feature(Path(folder).expanduser(), feature)
+        found = _parts(folder)
+        if not found:
+            raise UserError(f"{folder} holds no embeddings", rule="it must hold part-00000.parquet and so on")
+        about: About | None = None
+        for number, path in sorted(found.items()):
+            mine, rows = _footer(path)
+            about = about or mine
+            if mine != about:
+                raise UserError(
+                    f"{path.name} in {folder} belongs to other embeddings", rule=about.unlike(mine),
+                    remedy="embed into an empty folder",
+                )  # fmt: skip
+            if number >= about.parts or rows != len(about.rows_of(number)):
+                raise UserError(
+                    f"{path} has {rows} rows", rule="not those of its block", remedy="remove it and embed again"
+                )
+        assert about is not None
+        missing = [number for number in range(about.parts) if number not in found]
+        if missing:
+            raise UserError(
+                f"{len(missing)} of {about.parts} blocks are missing in {folder}, the first is part-{missing[0]:05d}",
+                rule="the embedding was interrupted", remedy="give the same command again: it goes on with what is missing",
+            )  # fmt: skip
+        return cls(folder, about)
+
+    def __len__(self) -> int:
+        return self.about.count
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return (rows, numbers per row)."""
+        return self.about.count, self.dim
+
+    def path(self, part: int) -> Path:
+        """Return the file of a block."""
+        return self.folder / f"part-{part:05d}.parquet"
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Yield the vectors in the order of the pictures, float32 `(B, D)`, one block in memory at a time.
+
+        Raises:
+            UserError: a part is damaged.
+        """
+        for part in range(self.about.parts):
+            yield self.block(part)
+
+    def block(self, part: int) -> Tensor:
+        """Return the vectors of a block, float32 `(B, D)`."""
+        column = self._read(part, ["embedding"]).column("embedding").combine_chunks()
+        values = np.asarray(column.flatten()).reshape(-1, self.dim)
+        # A copy: pyarrow's buffers may not be written to, and torch would warn.
+        return torch.from_numpy(values.astype(np.float32, copy=True))
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return the vectors at `rows`, int64 `(n,)`, as float32 `(n, D)`; every block that holds one is read once."""
+        found = torch.empty(len(rows), self.dim)
+        part = rows // self.about.block
+        for number in part.unique().tolist():
+            here = part == number
+            found[here] = self.block(number)[rows[here] - number * self.about.block]
+        return found
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """Yield key and caption of every picture, in order."""
+        for part in range(self.about.parts):
+            table = self._read(part, ["key", "caption"])
+            yield from zip(table.column("key").to_pylist(), table.column("caption").to_pylist(), strict=True)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 over keys and captions that `PictureSet.fingerprint` gives for the same set."""
+        digest = hashlib.sha256()
+        for key, caption in self.rows():
+            digest.update(_line(key, caption))
+        return digest.hexdigest()
+
+    @property
+    def digest(self) -> str:
+        """Return a SHA-256 that changes with any picture, caption, weight or setting; reads no vector."""
+        digest = hashlib.sha256(json.dumps(asdict(self.about), sort_keys=True).encode())
+        for part in range(self.about.parts):
+            digest.update((pq.read_schema(self.path(part)).metadata or {}).get(_ROWS, b""))
+        return digest.hexdigest()
+
+    def require(self, pictures: PictureSet) -> None:
+        """Refuse a set that these embeddings were not made from.
+
+        Raises:
+            UserError: a picture or caption differs.
+        """
+        if len(pictures) != len(self) or pictures.fingerprint() != self.fingerprint():
+            raise UserError(
+                f"the embeddings in {self.folder} are not those of {pictures.source}",
+                rule=f"{len(self)} embedded pictures, {len(pictures)} in the set, and contents or captions differ",
+                remedy="embed the set again into an empty folder",
+            )  # fmt: skip
+
+    def _read(self, part: int, columns: list[str]) -> pa.Table:
+        try:
+            return pq.read_table(
+                self.path(part), columns=columns, memory_map=True, partitioning=None, page_checksum_verification=True
+            )
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(self.path(part), error) from None
+
+
+def _damaged(path: Path, error: object) -> UserError:
+    return UserError(f"{path} cannot be read", rule=str(error), remedy="remove it and give the embedding command again")
+
+
+def _parts(folder: Path) -> dict[int, Path]:
+    names = os.listdir(folder) if folder.is_dir() else []
+    return {int(match[1]): folder / name for name in names if (match := _PART.fullmatch(name))}
+
+
+def _one_feature(folder: Path, feature: str | None) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}", rule="it must hold embeddings")
+    if _parts(folder):
+        if feature is not None and _footer(min(_parts(folder).values()))[0].feature != feature:
+            raise UserError(f"{folder} holds no embeddings of {feature}", rule="they are of another feature")
+        return folder
+    inside = sorted(child.name for child in folder.iterdir() if child.is_dir() and _parts(child))
+    if feature is None and len(inside) == 1:
+        return folder / inside[0]
+    if feature is None or feature not in inside:
+        raise UserError(
+            f"{folder} holds {'no' if feature else 'more than one set of'} embeddings" + (f" of {feature}" if feature else ""),
+            rule=f"there are {', '.join(inside) or 'none'}",
+        )  # fmt: skip
+    return folder / feature
+
+
+def _footer(path: Path) -> tuple[About, int]:
+    """Return what a part says about itself, and its number of rows."""
+    try:
+        with pq.ParquetFile(path, memory_map=True) as file:
+            raw = (file.schema_arrow.metadata or {})[_ABOUT]
+            return About(**json.loads(raw)), file.metadata.num_rows
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, "it holds no embeddings" if isinstance(error, KeyError) else error) from None
+
+
+def _line(key: str, caption: str) -> bytes:
+    return f"{key} {len(caption)} {caption}\n".encode("utf-8", "surrogatepass")  # as in PictureSet.fingerprint
+
+
+def load_set(source: str | Path, **options: Any) -> PictureSet:
+    """Open a set as `load_rows` does, or a plain folder of pictures, which are then taken by name and have no captions.
+
+    Args:
+        source: as for `load_rows`, whose `options` these are.
+
+    Raises:
+        UserError: as for `load_rows`.
+    """
+    folder = Path(source).expanduser()
+    plain = (
+        os.path.isdir(folder)
+        and not names_shards(folder)
+        and not has_shards(folder)
+        and not any(next(folder.rglob(name), None) for name in METADATA)
+    )
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in (folder.rglob("*") if plain else ())
+        if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
+    )
+    if not names:
+        return load_rows(source, **options)
+    return PictureSet([folder / name for name in names], [""] * len(names), names, str(source))
+
+
+def extractors(names: Sequence[str], device: str | torch.device = "cpu") -> list[Features]:
+    """Make extractors by name: pixels and a side such as `pixels64`, `EffLite0`, `SSCD`.
+
+    Raises:
+        UserError: a name is unknown or given twice, or its packages or weights are not there.
+    """
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"features {','.join(names) or '(none)'}", rule="one or more, each once")
+    made: list[Features] = []
+    for name in names:
+        if match := re.fullmatch(r"pixels([1-9]\d{0,3})", name):
+            made.append(Pixels(int(match[1])))
+        elif name == "EffLite0":
+            made.append(EffLite0(device=device))
+        elif name == "SSCD":
+            made.append(Sscd())
+        else:
+            raise UserError(f"feature {name}", rule="must be pixels64 (or another side), EffLite0 or SSCD")
+    return made
+
+
+def weights_digest(feature: Any) -> str:
+    """Return a SHA-256 over an extractor's weights, of its network or model file; empty if it has none."""
+    if isinstance(getattr(feature, "network", None), torch.nn.Module):
+        return fingerprint(feature.network)
+    if isinstance(getattr(feature, "path", None), Path):
+        with feature.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    return ""
+
+
+def describe(feature: Any, pictures: PictureSet, *, dtype: Dtype, block: int, device: str) -> About:
+    """Return what the rows of `feature` on `pictures` depend on; no picture is decoded."""
+    digest = hashlib.sha256()
+    for name, caption in zip(pictures.names, pictures.captions, strict=True):
+        digest.update(_line(name, caption))
+    return About(
+        feature.name, feature.distance, feature.dim, dtype, feature.size, weights_digest(feature), device, digest.hexdigest(),
+        len(pictures), block,
+    )  # fmt: skip
+
+
+def embed_set(
+    pictures: PictureSet,
+    features: Sequence[Features],
+    out: str | Path,
+    *,
+    dtype: Dtype = "float32",
+    block: int = 2048,
+    state: Any = None,
+    progress: bool = False,
+) -> list[Path]:
+    """Embed every picture by every extractor into `out`; to be called by every process.
+
+    Args:
+        pictures: the set, unchecked: each picture is decoded once, here.
+        features: extractors with `name`, `distance`, `dim`, `size`.
+        out: folder for one folder per feature; what an interrupted call has left in it is kept and completed.
+        dtype: as which vectors are stored; float16 halves the disk and rounds by 2^-11 of each number.
+        block: pictures per file, a multiple of 64.
+        state: accelerate's `PartialState`, for more than one process.
+        progress: show a bar.
+
+    Returns:
+        The folder of each feature.
+
+    Raises:
+        UserError: the folder holds embeddings of something else or cannot be written, or a picture does not decode.
+    """
+    if block < 1 or block % _BATCH:
+        raise UserError(f"block {block}", rule=f"must be a multiple of {_BATCH}, such as 2048")
+    rank, ranks = (0, 1) if state is None else (state.process_index, state.num_processes)
+    device = "cpu" if state is None else state.device.type
+    abouts = [describe(f, pictures, dtype=dtype, block=block, device=device) for f in features]
+    folders = [Path(out).expanduser() / feature.name for feature in features]
+    # One process looks, and all act upon what it saw: another may write a block between two looks.
+    todo = _agreed(lambda: _missing(pictures, abouts, folders, range(abouts[0].parts)), state)
+    done = abouts[0].count - sum(len(abouts[0].rows_of(part)) for part in todo)
+    with (
+        tqdm(
+            total=abouts[0].count, initial=done, desc="embedding", unit="img", disable=not progress or rank > 0
+        ) as bar,
+        ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // ranks)) as pool,
+    ):
+        for part in list(todo)[rank::ranks]:
+            wanted = [i for i in range(len(features)) if i in todo[part]]
+            rows = abouts[0].rows_of(part)
+            _embed_block(pictures, rows, [(features[i], abouts[i], folders[i]) for i in wanted], pool)
+            done = min(abouts[0].count, done + len(rows) * ranks)
+            bar.update(done - bar.n)
+    if ranks > 1:
+        state.wait_for_everyone()
+    return folders
+
+
+def _agreed(look: Callable[[], dict[int, list[int]]], state: Any) -> dict[int, list[int]]:
+    """Return what the first process finds, on every process; its mistake is everyone's."""
+    if state is None or state.num_processes == 1:
+        return look()
+    from accelerate.utils import broadcast_object_list
+
+    seen: list[Any] = [None]
+    if state.process_index == 0:
+        try:
+            seen = [look()]
+        except UserError as error:
+            seen = [str(error)]
+    (found,) = broadcast_object_list(seen)
+    if isinstance(found, str):
+        raise UserError(found)
+    return found
+
+
+def _missing(
+    pictures: PictureSet, abouts: Sequence[About], folders: Sequence[Path], parts: range
+) -> dict[int, list[int]]:
+    """Return block -> the features that lack it; refuse a folder of other embeddings."""
+    todo: dict[int, list[int]] = {}
+    for i, (about, folder) in enumerate(zip(abouts, folders, strict=True)):
+        found = _parts(folder)
+        for part in parts:
+            if part not in found or not _whole(found[part], about, part, pictures):
+                todo.setdefault(part, []).append(i)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(folder, error) from None
+    return dict(sorted(todo.items()))
+
+
+def _whole(path: Path, about: About, part: int, pictures: PictureSet) -> bool:
+    """Tell whether a block of an earlier run counts. One picture of each is decoded: a changed set is noticed early."""
+    try:
+        mine, rows = _footer(path)
+        key = pq.read_table(path, columns=["key"], partitioning=None).column("key")[0].as_py() if rows else ""
+    except (UserError, pa.ArrowException, OSError) as error:
+        logger.warning("%s is damaged and is computed again (%s)", path, error)
+        return False
+    first = about.rows_of(part)[0]
+    if mine != about or rows != len(about.rows_of(part)):
+        raise UserError(f"{path.parent} holds other embeddings", rule=mine.unlike(about) or "another number of rows",
+                        remedy="name another folder with --out, or remove that one")  # fmt: skip
+    if pictures[first].key != key:
+        raise UserError(f"{path.parent} holds embeddings of other pictures", rule=f"{pictures.names[first]} has changed",
+                        remedy="name another folder with --out, or remove that one")  # fmt: skip
+    return True
+
+
+def _embed_block(
+    pictures: PictureSet,
+    rows: range,
+    features: Sequence[tuple[Features, About, Path]],
+    pool: ThreadPoolExecutor,
+) -> None:
+    """Decode the pictures of a block batch by batch, run every extractor over each batch, write a file per feature."""
+    keys: list[str] = []
+    vectors: list[list[np.ndarray]] = [[] for _ in features]
+    # A batch is decoded while the one before it is embedded.
+    starts = list(range(rows.start, rows.stop, _BATCH))
+    ahead = [pool.submit(pictures.__getitem__, i) for i in rows[:_BATCH]]
+    for start in starts:
+        batch: list[Picture] = [one.result() for one in ahead]
+        ahead = [
+            pool.submit(pictures.__getitem__, i) for i in range(start + _BATCH, min(start + 2 * _BATCH, rows.stop))
+        ]
+        keys += [picture.key for picture in batch]
+        images = [picture.image for picture in batch]
+        for (feature, about, _), held in zip(features, vectors, strict=True):
+            found = feature(images)
+            if not torch.isfinite(found).all():
+                raise UserError(f"{feature.name} gives NaN or infinite values near {pictures.names[start]}")
+            held.append(found.numpy().astype(about.dtype))
+    captions = [pictures.captions[i] for i in rows]
+    for (_, about, folder), held in zip(features, vectors, strict=True):
+        path = folder / f"part-{rows.start // about.block:05d}.parquet"
+        write_block(path, about, rows, keys, captions, np.concatenate(held))
+
+
+def write_block(
+    path: Path, about: About, rows: range, keys: Sequence[str], captions: Sequence[str], vectors: np.ndarray
+) -> None:
+    """Write the block of a store.
+
+    Args:
+        path: `EmbeddingStore.path` of the block.
+        about: of the store.
+        rows: places of the pictures.
+        keys: their content keys.
+        captions: their captions.
+        vectors: `(B, dim)`, of the store's dtype.
+
+    Raises:
+        UserError: vectors are not finite, or the folder cannot be written.
+    """
+    if not np.isfinite(vectors).all():
+        raise UserError(f"{about.feature} does not fit into {about.dtype}", remedy="use --dtype float32")
+    digest = hashlib.sha256(b"".join(_line(k, c) for k, c in zip(keys, captions, strict=True))).hexdigest()
+    metadata = {_ABOUT: json.dumps(asdict(about), sort_keys=True).encode(), _ROWS: digest.encode()}
+    item = pa.field("element", pa.from_numpy_dtype(vectors.dtype), nullable=False)
+    schema = pa.schema(
+        [
+            pa.field("place", pa.int64(), nullable=False),
+            pa.field("key", pa.string(), nullable=False),
+            pa.field("caption", pa.string(), nullable=False),
+            pa.field("embedding", pa.list_(item, about.dim), nullable=False),
+        ],
+        metadata=metadata,
+    )
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=schema.field("embedding").type)
+    table = pa.table([pa.array(rows, pa.int64()), pa.array(keys), pa.array(captions), flat], schema=schema)
+    buffer = io.BytesIO()
+    # Vectors do not compress, and text is small beside them.
+    pq.write_table(table, buffer, compression="none", use_dictionary=False, write_page_checksum=True)
+    try:
+        write_whole(path, buffer.getvalue())
+    except OSError as error:
+        raise _unwritable(path.parent, error) from None
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"folder {folder} cannot be written", rule=error.strerror or str(error),
+                     remedy="free some space or name another folder with --out; finished blocks stay")  # fmt: skip
+
+
+@exits_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ambient_sd.audit.embedding", description=__doc__.split("\n", 1)[0], allow_abbrev=False
+    )  # type: ignore[union-attr]
+    parser.add_argument(
+        "data",
+        help="folder (with metadata.jsonl or .csv, or of pictures alone), parquet file, tar shards, or hub dataset",
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, help="folder for the embeddings; an interrupted run goes on there"
+    )
+    parser.add_argument(
+        "--features",
+        default="EffLite0",
+        help="names with commas between: pixels64, EffLite0, SSCD (default %(default)s)",
+    )
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16"])
+    parser.add_argument("--block", default=2048, type=int, help="pictures per file (default %(default)s)")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--caption_column", default="text")
+    parser.add_argument("--split", help="of a hub dataset, or value of the column split")
+    parser.add_argument("--max_samples", type=int, help="the first that many rows")
+    args = parser.parse_args(argv)
+
+    pictures = load_set(
+        args.data, image_column=args.image_column, caption_column=args.caption_column, split=args.split,
+        max_samples=args.max_samples,
+    )  # fmt: skip
+    from accelerate import PartialState
+
+    state = PartialState()
+    names = [name.strip() for name in args.features.split(",") if name.strip()]
+    features = extractors(names, state.device)
+    folders = embed_set(pictures, features, args.out, dtype=args.dtype, block=args.block, state=state, progress=True)
+    if state.is_main_process:
+        for folder in folders:
+            store = EmbeddingStore.open(folder)
+            print(f"{store.about.feature}: {len(store)} x {store.dim} {store.about.dtype} in {folder}", flush=True)
+    if state.num_processes > 1:
+        state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

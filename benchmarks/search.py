@@ -1,0 +1,159 @@
+"""Time, memory and recall of the search for neighbours: 10,000 generations in 10^4, 10^5, 10^6 training vectors of 512 numbers.
+
+Command: python benchmarks/search.py --rows 10000,100000,1000000 --threads 2 --work /tmp/search [--index] [--against_tensor]
+
+Vectors (seed 0): 1,000 centres from a normal distribution in a space of 512; a row is a centre and 0.7 of normal noise in 48
+directions of the centre's own plus 0.1 in all (real features vary in few directions around what a picture shows). Of the
+queries, 1,000 are rows plus noise of 0.02, 0.05, 0.1, 0.2 and 0.4 of the distance to the second nearest row's typical
+value, so that they are copies by d1 / d2 < 1/3 up to 0.2 and are not beyond; the others are drawn like the rows. Stores are
+written once in the work folder and found again. Each search runs in a process of its own, whose peak memory is its own.
+Each line of JSON on stdout is one figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ambient_sd.audit.embedding import About, EmbeddingStore, write_block
+from ambient_sd.audit.neighbours import bfloat16_is_faster, nearest
+from ambient_sd.audit.search import build_index, search
+from ambient_sd.data.stream import keyed_generator
+
+DIM, CENTRES, OWN, BLOCK, COPIES = 512, 1000, 48, 2048, 1000
+PARTS = (0.02, 0.05, 0.1, 0.2, 0.4)
+TYPICAL = 0.7 * (2 * OWN) ** 0.5  # distance of two rows of one centre
+
+
+def drawn(count: int, *key: object) -> torch.Tensor:
+    """Return `(count, DIM)` float32 rows."""
+    draw = keyed_generator("search benchmark", *key)
+    shared = keyed_generator("search benchmark", "centres")
+    centres = torch.randn(CENTRES, DIM, generator=shared)
+    basis = torch.randn(OWN * 4, DIM, generator=shared) / DIM**0.5
+    which = torch.randint(CENTRES, (count,), generator=draw)
+    # A centre's own directions: one of four sets, which overlap with nobody else's.
+    own = torch.randn(count, OWN, generator=draw)
+    rows = centres[which] + 0.1 * torch.randn(count, DIM, generator=draw)
+    for part in range(4):
+        here = which % 4 == part
+        rows[here] += 0.7 * own[here] @ basis[part * OWN : (part + 1) * OWN]
+    return rows
+
+
+def made(work: Path, rows: int) -> EmbeddingStore:
+    """Write the store of that many rows, or find it."""
+    about = About("made", "euclidean", DIM, "float32", 1, "", "cpu", f"search benchmark {rows}", rows, BLOCK)
+    folder = work / f"rows{rows}"
+    for part in range(about.parts):
+        path = folder / f"part-{part:05d}.parquet"
+        if not path.exists():
+            places = about.rows_of(part)
+            vectors = drawn(len(places), "rows", part).numpy()
+            write_block(
+                path, about, places, [hashlib.sha256(v).hexdigest() for v in vectors], [""] * len(places), vectors
+            )
+    return EmbeddingStore.open(folder)
+
+
+def asked(store: EmbeddingStore, count: int) -> torch.Tensor:
+    """Return queries: the first COPIES are near copies of rows."""
+    queries = drawn(count, "queries")
+    draw = keyed_generator("search benchmark", "copies", len(store))
+    places = torch.randint(len(store), (COPIES,), generator=draw)
+    noise = torch.nn.functional.normalize(torch.randn(COPIES, DIM, generator=draw), dim=1)
+    size = TYPICAL * torch.tensor(PARTS).repeat(COPIES // len(PARTS))
+    queries[:COPIES] = store.gather(places) + size[:, None] * noise
+    return queries
+
+
+def wilson(hits: int, n: int) -> list[float]:
+    """Return the 95 % score interval of a share."""
+    z, p = 1.96, hits / n
+    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return [round((middle - half) / (1 + z * z / n), 4), round((middle + half) / (1 + z * z / n), 4)]
+
+
+def one(args: argparse.Namespace) -> None:
+    """Run one search in this process and print what it cost."""
+    torch.set_num_threads(args.threads)
+    store = made(args.work, args.one)
+    queries = asked(store, args.queries)
+    if args.what == "fetch":
+        return
+    bfloat16_is_faster()
+    fact: dict[str, Any] = {"rows": len(store), "queries": len(queries), "what": args.what, "threads": args.threads}
+    fact["load"] = [round(x, 1) for x in os.getloadavg()]
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    begin = time.perf_counter()
+    found = None
+    if args.what == "index":
+        build_index(store)
+    elif args.what.startswith("ivfpq"):
+        _, probes, candidates = args.what.split("-")
+        found = search(
+            queries, store, 2, distance="euclidean", method="ivfpq", probes=int(probes), candidates=int(candidates)
+        )
+    elif args.what == "tensor":
+        rows = torch.cat(list(store.blocks()))
+        begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
+        found = nearest(queries, rows, 2)
+    else:
+        found = nearest(
+            queries, store, 2, arithmetic="auto" if args.what == "exact" else args.what.removeprefix("exact-")
+        )
+    fact["seconds"] = round(time.perf_counter() - begin, 2)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    fact["processor_seconds"] = round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 2)
+    fact["peak_MiB"], fact["MiB_before"] = after.ru_maxrss // 1024, before.ru_maxrss // 1024
+    truth = args.work / f"truth{len(store)}.npz"
+    if found is not None and args.what == "exact":
+        np.savez(truth, index=found.index.numpy(), distance=found.distance.numpy())
+    elif found is not None:
+        right = np.load(truth)
+        same = torch.from_numpy(right["index"]) == found.index
+        exact_ratio = torch.from_numpy(right["distance"][:, 0] / right["distance"][:, 1])
+        copied, called = exact_ratio < 1 / 3, found.ratio < 1 / 3
+        if found.exact:
+            fact["same_as_exact"] = bool(same.all() and (found.distance.numpy() == right["distance"]).all())
+        else:
+            groups = {"copies_nearest": same[copied][:, 0], "copies_both": same[copied].all(dim=1),
+                      "others_nearest": same[~copied][:, 0], "others_both": same[~copied].all(dim=1)}  # fmt: skip
+            fact["recall"] = {n: [int(s.sum()), len(s), *wilson(int(s.sum()), len(s))] for n, s in groups.items()}
+            fact["copies_called"] = [int((called & copied).sum()), int(copied.sum())]
+            fact["falsely_called"] = [int((called & ~copied).sum()), int((~copied).sum())]
+    print(json.dumps(fact), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])  # type: ignore[union-attr]
+    parser.add_argument("--rows", default="10000,100000,1000000")
+    parser.add_argument("--queries", type=int, default=10_000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--searches", default="exact,exact-float32,index,ivfpq-32-64")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--what", default="exact", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one is not None:
+        one(args)
+        return
+    for rows in args.rows.split(","):
+        for what in ["fetch", *args.searches.split(",")]:
+            command = [sys.executable, __file__, "--one", rows, "--what", what, "--work", str(args.work)]
+            subprocess.run([*command, "--threads", str(args.threads), "--queries", str(args.queries)], check=True)
+
+
+if __name__ == "__main__":
+    main()
