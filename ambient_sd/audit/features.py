@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 from ambient_sd.errors import UserError
 
 Distance = Literal["euclidean", "cosine"]
+MIRROR = " mirrored"  # the name of a feature's vectors of the mirror images ends in this
 
 
 class Features(Protocol):
@@ -39,6 +40,7 @@ class Features(Protocol):
     name: str
     distance: Distance
     quality: bool  # whether Frechet distance and KID on these vectors mean anything
+    # A cosine one may have `thresholds`: similarities above which a picture counts as a copy, the deciding one first.
 
     def __call__(self, pictures: Iterable[Image.Image], progress: bool = False) -> Tensor: ...
 
@@ -171,6 +173,7 @@ class Sscd(_Batched):
     """
 
     distance: Distance = "cosine"
+    thresholds: tuple[float, ...] = (0.5, 0.75)
     MIN_SIZE = 160
     ENV = "AMBIENT_SD_SSCD"
 
@@ -245,7 +248,28 @@ def _onnx(path: Path) -> Callable[[np.ndarray], Tensor]:
 
 
 def embed(
-    pictures: Sequence[Image.Image], features: Sequence[Features], progress: bool = False
+    pictures: Sequence[Image.Image], features: Sequence[Features], progress: bool = False, *, mirrored: bool = False
 ) -> Mapping[str, Tensor]:
-    """Run every extractor over `pictures`: name -> float32 `(N, D)`; the training set need be embedded only once."""
-    return {feature.name: feature(pictures, progress=progress) for feature in features}
+    """Run every extractor over `pictures`: name -> float32 `(N, D)`; the training set need be embedded only once.
+
+    Args:
+        mirrored: the mirror images (left to right) too, under the feature's name followed by `MIRROR`.
+    """
+    vectors = {feature.name: feature(pictures, progress=progress) for feature in features}
+    if mirrored:
+        turned = MirrorImages(pictures)
+        vectors |= {feature.name + MIRROR: feature(turned, progress=progress) for feature in features}
+    return vectors
+
+
+class MirrorImages(Sequence[Image.Image]):
+    """Show pictures mirrored left to right, one at a time."""
+
+    def __init__(self, pictures: Sequence[Image.Image]) -> None:
+        self._pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitem__(self, index: int) -> Image.Image:  # type: ignore[override]  # slices have no use here
+        return self._pictures[index].transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -26,8 +26,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ambient_sd.audit.features import Distance, Features, embed
-from ambient_sd.audit.neighbours import Neighbours, nearest
+from ambient_sd.audit.features import MIRROR, Features, embed
+from ambient_sd.audit.neighbours import Neighbours
+from ambient_sd.audit.originals import originals
 from ambient_sd.errors import UserError
 
 MEMORIZED_RATIO = 1 / 3
@@ -66,26 +67,28 @@ class Row:
     """Hold one measure of generated pictures beside the same measure of held-out pictures.
 
     Attributes:
-        heldout: the measure with held-out real pictures in the place of generated ones; for distances between
+        heldout: None where there are no held-out pictures; the measure with held-out real pictures in the place of generated ones; for distances between
             distributions the floor: one half of the held-out pictures against the other.
-        excess: generated minus held-out.
+        excess: generated minus held-out; None without.
         background: training picture to training picture, each leaving itself out; None where that means nothing.
     """
 
     name: str
     generated: Figure
-    heldout: Figure
-    excess: Figure
+    heldout: Figure | None
+    excess: Figure | None
     background: Figure | None = None
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Hold the rows of one run, and its neighbours by feature name (for galleries and histograms)."""
+    """Hold the rows of one run, and neighbours by feature name (for galleries and histograms): of the generated pictures, the
+    held-out ones (empty without) and the training pictures among themselves."""
 
     rows: list[Row]
     neighbours: dict[str, Neighbours]
     heldout_neighbours: dict[str, Neighbours]
+    training_neighbours: dict[str, Neighbours] = field(default_factory=dict)
 
     def row(self, name: str) -> Row:
         """Return the row called `name`."""
@@ -229,6 +232,7 @@ def similarity_figures(
     neighbours: Neighbours,
     *,
     name: str = "SSCD",
+    thresholds: Sequence[float] = SSCD_THRESHOLDS,
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
     resamples: int = 1000,
@@ -241,7 +245,7 @@ def similarity_figures(
         figures.append(
             bootstrap(values, lambda v, p=p: torch.quantile(v, p / 100), name=f"{name} {p}th percentile", **options)  # type: ignore[misc]
         )
-    for threshold in SSCD_THRESHOLDS:
+    for threshold in thresholds:
         figures.append(bootstrap(values > threshold, torch.mean, name=f"{name} > {threshold}", share=True, **options))
     return figures
 
@@ -249,7 +253,8 @@ def similarity_figures(
 def copy_figures(feature: Features, neighbours: Neighbours, **options: Any) -> list[Figure]:
     """Give the copying figures that suit a feature: similarities for a cosine one, the memorized fraction else."""
     if feature.distance == "cosine":
-        return similarity_figures(neighbours, name=feature.name, **options)
+        thresholds = getattr(feature, "thresholds", SSCD_THRESHOLDS)
+        return similarity_figures(neighbours, name=feature.name, thresholds=thresholds, **options)
     return [memorized_fraction(neighbours, name=f"memorized-{feature.name}", **options)]
 
 
@@ -416,11 +421,13 @@ Pictures = Sequence[Image.Image] | Mapping[str, Tensor]
 def measure(
     generated: Pictures,
     training: Pictures,
-    heldout: Pictures,
+    heldout: Pictures | None,
     features: Sequence[Features],
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
     *,
+    duplicates: Sequence[Hashable] | None = None,
+    mirrored: bool = False,
     resamples: int = 1000,
     quality_resamples: int = 100,
     project: int = PROJECT,
@@ -429,38 +436,49 @@ def measure(
 
     Args:
         generated, training, heldout: pictures, or what `embed` made of them (embed the real sets once for many runs).
-            `heldout` must come from the same source as `training` and share nothing with it.
+            `heldout` must come from the same source as `training` and share nothing with it; None: there are none, and
+            no excess and no quality is given.
         features: extractors; Euclidean ones give memorized fractions, cosine ones similarities, those with `quality`
-            Frechet distance and KID.
+            Frechet distance, KID, MiFID, density and coverage.
         groups: one label per generated picture, its prompt: samples of one prompt are not independent.
         seed: of all resampling. Use the same for runs that will be compared.
+        duplicates: one label per training picture, equal for copies of one picture (`originals`); None: all differ.
+        mirrored: a picture's mirror image is searched for too (`originals`); vectors must come from `embed` with the
+            same setting.
 
     Returns:
-        Measurement: `.rows`, and `.neighbours` of the generated and held-out pictures by feature name.
+        Measurement: `.rows`, and neighbours by feature name.
 
     Raises:
         UserError: a set is too small, or the groups do not match.
     """
-    sets = [s if isinstance(s, Mapping) else embed(s, features) for s in (generated, training, heldout)]
+    given: list[Pictures] = [generated, training, *([] if heldout is None else [heldout])]
+    sets = [s if isinstance(s, Mapping) else embed(s, features, mirrored=mirrored) for s in given]
     rows: list[Row] = []
     near: dict[str, Neighbours] = {}
     held: dict[str, Neighbours] = {}
+    within: dict[str, Neighbours] = {}
     quality: list[Row] = []
+    options: dict[str, Any] = {"seed": seed, "resamples": resamples}
     for feature in features:
-        g, t, h = (s[feature.name] for s in sets)
-        distance: Distance = feature.distance
-        near[feature.name] = nearest(g, t, distance=distance)
-        held[feature.name] = nearest(h, t, distance=distance)
-        # Leave-one-out needs three pictures to offer two neighbours.
-        within = nearest(t, t, distance=distance, exclude_self=True) if len(t) > 2 else None
-        options: dict[str, Any] = {"seed": seed, "resamples": resamples}
-        sampled = copy_figures(feature, near[feature.name], groups=groups, **options)
-        real = copy_figures(feature, held[feature.name], **options)
-        background = copy_figures(feature, within, **options) if within else [None] * len(sampled)
+        name = feature.name
+        g, t, *h = ([s[name], *([s[name + MIRROR]] if mirrored else [])] for s in sets)
+        found: dict[str, Any] = {"distance": feature.distance, "duplicates": duplicates}
+        near[name] = originals(g, t[0], **found)
+        sampled = copy_figures(feature, near[name], groups=groups, **options)
+        real: list[Figure] | list[None] = [None] * len(sampled)
+        if h:
+            held[name] = originals(h[0], t[0], **found)
+            real = copy_figures(feature, held[name], **options)
+        background: list[Figure] | list[None] = [None] * len(sampled)
+        # Leave-one-out needs three different pictures to offer two neighbours.
+        if len(t[0] if duplicates is None else set(duplicates)) > 2:
+            within[name] = originals(t, t[0], leave_out=True, **found)
+            background = copy_figures(feature, within[name], **options)
         for a, b, c in zip(sampled, real, background, strict=True):
-            rows.append(Row(a.name, a, b, difference(a, b), c))
-        if feature.quality:
+            rows.append(Row(a.name, a, b, None if b is None else difference(a, b), c))
+        if feature.quality and h:
             quality += quality_rows(
-                g, h, name=feature.name, groups=groups, seed=seed, resamples=quality_resamples, project=project
+                g[0], h[0][0], name=name, groups=groups, seed=seed, resamples=quality_resamples, project=project
             )  # fmt: skip
-    return Measurement(rows + quality, near, held)
+    return Measurement(rows + quality, near, held, within)
