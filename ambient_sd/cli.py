@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from ambient_sd.cli_audit import add_audit
+from ambient_sd.cli_audit import run as run_audit
 from ambient_sd.cli_guard import add_verbs
 from ambient_sd.cli_guard import run as run_guard
 from ambient_sd.errors import UserError, exits_on_user_error
@@ -72,6 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--fail_on", choices=["nothing", "problems"], default="nothing",
                          help="problems: exit with status 1 if anything is found")  # fmt: skip
     add_verbs(verbs)
+    add_audit(verbs)
     push = verbs.add_parser("push", help="upload the results of a training to the hub", description="Upload weights, "
         "configurations, card and validation pictures; never checkpoints, logs, tokens or local paths. Token: HF_TOKEN "
         "or `hf auth login`.")  # fmt: skip
@@ -126,6 +129,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(1)
     elif args.verb in ("sample", "calibrate", "compare"):
         run_guard(args)
+    elif args.verb == "audit":
+        if status := run_audit(args):
+            sys.exit(status)
     elif args.verb == "push":
         from ambient_sd.training.push import push
 

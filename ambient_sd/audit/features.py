@@ -55,7 +55,7 @@ def as_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _square(pictures: Sequence[Image.Image], size: int) -> np.ndarray:
+def square(pictures: Sequence[Image.Image], size: int) -> np.ndarray:
     """Return uint8 `(B, size, size, 3)`; PIL's bicubic filter is antialiased when it shrinks."""
     resized = [
         rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.Resampling.BICUBIC)
@@ -64,7 +64,7 @@ def _square(pictures: Sequence[Image.Image], size: int) -> np.ndarray:
     return np.stack([np.asarray(picture, dtype=np.uint8) for picture in resized])
 
 
-class _Batched:
+class Batched:
     """Turn a function of one batch, uint8 `(B, S, S, 3)` -> float32 `(B, D)`, into an extractor."""
 
     name: str
@@ -90,20 +90,20 @@ class _Batched:
         total = len(pictures) if isinstance(pictures, Sequence) else None
         rows: list[Tensor] = []
         with torch.inference_mode(), tqdm(total=total, desc=self.name, unit="img", disable=not progress) as bar:
-            for batch in _batches(pictures, self.batch_size):
-                rows.append(self._embed(_square(batch, self.size)).to(torch.float32).cpu())
+            for batch in batches(pictures, self.batch_size):
+                rows.append(self._embed(square(batch, self.size)).to(torch.float32).cpu())
                 bar.update(len(batch))
         # A tensor born in inference mode cannot enter autograd later; a clone outside it can.
         return torch.cat(rows).clone() if rows else torch.empty(0, self.dim)
 
 
-def _batches(pictures: Iterable[Image.Image], size: int) -> Iterator[list[Image.Image]]:
+def batches(pictures: Iterable[Image.Image], size: int) -> Iterator[list[Image.Image]]:
     source = iter(pictures)
     while batch := list(islice(source, size)):
         yield batch
 
 
-class Pixels(_Batched):
+class Pixels(Batched):
     """Flatten RGB in [0, 1] at `size` x `size`.
 
     Args:
@@ -118,7 +118,7 @@ class Pixels(_Batched):
         return torch.from_numpy(batch).flatten(1).to(torch.float32) / 255
 
 
-class EffLite0(_Batched):
+class EffLite0(Batched):
     """Pool the last convolution of EfficientNet-Lite0 (ImageNet weights inside two Apache-2.0 packages): D = 1280.
 
     Pictures are brought to 224 x 224 and scaled as `(p - 127) / 128`, the Lite family's own preprocessing (not the
@@ -157,7 +157,7 @@ class EffLite0(_Batched):
         return self.network.extract_features((x - 127) / 128).mean(dim=(2, 3))
 
 
-class Sscd(_Batched):
+class Sscd(Batched):
     """Describe pictures for copy detection: 512 numbers of unit norm, cosine similarity.
 
     Pictures are brought to 288 x 288, the size SSCD is published with. Small pictures must be enlarged: at 64 px
@@ -220,7 +220,7 @@ _IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
 _IMAGENET_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
 
 
-def _imagenet(batch: np.ndarray) -> np.ndarray:
+def imagenet(batch: np.ndarray) -> np.ndarray:
     """uint8 NHWC to float32 NCHW, ImageNet mean and deviation."""
     scaled = (batch.astype(np.float32) / 255 - _IMAGENET_MEAN) / _IMAGENET_STD
     return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
@@ -231,7 +231,7 @@ def _torchscript(path: Path) -> Callable[[np.ndarray], Tensor]:
         network = torch.jit.load(str(path), map_location="cpu").eval()
     except RuntimeError as error:
         raise UserError(f"SSCD model {path}", rule="must be a TorchScript or .onnx file", remedy=str(error)) from error
-    return lambda batch: network(torch.from_numpy(_imagenet(batch)))
+    return lambda batch: network(torch.from_numpy(imagenet(batch)))
 
 
 def _onnx(path: Path) -> Callable[[np.ndarray], Tensor]:
@@ -244,7 +244,7 @@ def _onnx(path: Path) -> Callable[[np.ndarray], Tensor]:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     entry = session.get_inputs()[0]
     raw = entry.type == "tensor(uint8)"  # the published int8 export normalises inside and takes uint8 NHWC
-    return lambda batch: torch.from_numpy(session.run(None, {entry.name: batch if raw else _imagenet(batch)})[0])
+    return lambda batch: torch.from_numpy(session.run(None, {entry.name: batch if raw else imagenet(batch)})[0])
 
 
 def embed(

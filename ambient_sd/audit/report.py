@@ -68,6 +68,7 @@ class RunSection:
     samples: Sequence[Sample]
     settings: Mapping[str, object] = field(default_factory=dict)
     features: str = ""  # the features behind the samples' d1 and d2
+    counted: tuple[int, int] | None = None  # copies and pictures of the run, where `samples` are only those to show
 
     def row(self, name: str) -> Row:
         """Return the row called `name`."""
@@ -357,7 +358,9 @@ def _table(report: Report) -> str:
         cells = []
         for i, run in enumerate(report.runs):
             cells.append(_figure_cell(run.row(row.name).generated, run.name, f' class="run{i}"'))
-        gaps = [row.excess] if alone else [difference(r.row(row.name).generated, row.generated) for r in report.runs[1:]]
+        gaps = (
+            [row.excess] if alone else [difference(r.row(row.name).generated, row.generated) for r in report.runs[1:]]
+        )
         for gap, head in zip(gaps, compared, strict=True):
             if gap is None:
                 cells.append(_figure_cell(None, head))
@@ -543,12 +546,12 @@ def _more(shown: str, rest: str, label: str, kind: str) -> str:
 
 def _gallery(run: RunSection, i: int, shown: int) -> str:
     ordered = sorted(run.samples, key=lambda s: (s.rank, s.prompt))
-    copies = sum(s.memorized for s in ordered)
+    copies, total = run.counted or (sum(s.memorized for s in ordered), len(ordered))
     first, rest = ordered[:shown], ordered[shown : 3 * shown]
-    hidden = len(ordered) - len(first) - len(rest)
+    hidden = total - len(first) - len(rest)
     tail = f"; {hidden} less copied samples are not on this page" if hidden else ""
     inside = f", distances in {run.features}" if run.features else ""
-    marked = f"{run.objective}{'. ' if run.objective else ''}{copies} of {len(ordered)} samples are marked as copies{inside}."
+    marked = f"{run.objective}{'. ' if run.objective else ''}{copies} of {total} samples are marked as copies{inside}."
     return (
         f'<section><h2><i class="swatch run{i}"></i>{escaped(run.name)}: most copied first</h2>'
         f'<p class="note">{escaped(marked)} These are the extremes, not typical samples{tail}.</p>'
@@ -612,7 +615,7 @@ def _made(report: Report) -> str:
 def _copy_rule(name: str) -> str:
     if name.startswith("memorized"):
         return "A copy: the nearest training picture is less than a third as far away as the second nearest."
-    return f"A copy: the similarity to the nearest training picture is {name.split(' ', 1)[-1]} ({name.split(' ')[0]})."
+    return f"A copy: the similarity to the nearest training picture is {name.split(' ', 1)[-1]} ({name.split(' ', maxsplit=1)[0]})."
 
 
 def render(report: Report) -> str:
@@ -633,7 +636,9 @@ def render(report: Report) -> str:
                 rows.append(("training pictures among themselves", "train", first.background))
             charts.append(_whiskers(_label(name), rows, note))
     galleries = "".join(_gallery(run, i, report.shown) for i, run in enumerate(report.runs))
-    samples = ", ".join(f"{len(run.samples)} samples from {run.name}" for run in report.runs)
+    samples = ", ".join(
+        f"{run.counted[1] if run.counted else len(run.samples)} samples from {run.name}" for run in report.runs
+    )
     return f"""<!doctype html>
 <html lang="en">
 <head>
