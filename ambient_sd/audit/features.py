@@ -108,14 +108,20 @@ class Pixels(Batched):
 
     Args:
         size: side in pixels that every picture is brought to; D = 3 size^2.
+        toned: take each picture's own mean and deviation out, so that brightness and contrast do not count.
     """
 
-    def __init__(self, size: int = 64, batch_size: int = 256) -> None:
-        self.name = f"pixels{size}"
+    def __init__(self, size: int = 64, batch_size: int = 256, *, toned: bool = False) -> None:
+        self.name, self.toned = f"pixels{size}" + ("-toned" if toned else ""), toned
         self.size, self.batch_size, self.dim = size, batch_size, 3 * size * size
 
     def _embed(self, batch: np.ndarray) -> Tensor:
-        return torch.from_numpy(batch).flatten(1).to(torch.float32) / 255
+        rows = torch.from_numpy(batch).flatten(1).to(torch.float32) / 255
+        if self.toned:
+            rows = rows - rows.mean(1, keepdim=True)
+            # A picture of one colour has no contrast to take out: what encoding left in it stays small.
+            rows = rows / rows.std(1, correction=0, keepdim=True).clamp_min(2 / 255)
+        return rows
 
 
 class EffLite0(Batched):

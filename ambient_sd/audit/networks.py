@@ -40,7 +40,7 @@ from ambient_sd.audit.features import (
 )
 from ambient_sd.errors import UserError, one_line
 
-NAMES = ("pixels", "efflite0", "sscd", "dinov2", "inception")
+NAMES = ("pixels", "toned", "efflite0", "sscd", "dinov2", "inception")
 _CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 _CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
@@ -215,6 +215,8 @@ def choose(names: Sequence[str], files: Mapping[str, str | None], device: str | 
     for name in names:
         if name == "pixels":
             made.append(Pixels())
+        elif name == "toned":
+            made.append(Pixels(toned=True))
         elif name == "efflite0":
             made.append(EffLite0(device=device))
         elif name == "sscd":
