@@ -5,6 +5,7 @@
     similarity           cosine to the nearest training picture: mean, percentiles, share above 0.5 and 0.75 (SSCD:
                          Pizzi et al., CVPR 2022; protocol of Somepalli et al., CVPR 2023)
     Frechet distance     |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017), through torchmetrics
+    density, coverage    of the held-out pictures, and MiFID: see `fidelity`
     KID                  unbiased squared MMD, kernel (x.y / D + 1)^3 (Binkowski et al. 2018), through torchmetrics
 
 Intervals are 95 %: a bootstrap that resamples whole groups (all samples of one prompt stand or fall together), Wilson's
@@ -27,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from ambient_sd.audit.features import MIRROR, Features, embed
+from ambient_sd.audit.fidelity import EPSILON, NEAREST, copy_distance, coverage, density, inside, mifid, radii
 from ambient_sd.audit.neighbours import Neighbours
 from ambient_sd.audit.originals import originals
 from ambient_sd.errors import UserError
@@ -35,6 +37,7 @@ MEMORIZED_RATIO = 1 / 3
 SSCD_THRESHOLDS = (0.5, 0.75)
 PERCENTILES = (75, 90, 95)
 PROJECT = 64
+_MOST = 2000  # pictures a side for density and coverage, whose cost grows with the square
 _Z95 = 1.959963984540054
 
 
@@ -344,8 +347,10 @@ def quality_rows(
     resamples: int = 100,
     splits: int = 10,
     project: int = PROJECT,
+    training: Tensor | None = None,
 ) -> list[Row]:
-    """Estimate Frechet distance and KID of generated to held-out pictures, beside their floor, at equal n.
+    """Estimate how far generated pictures are from held-out ones, beside the floor, at equal n: Frechet distance and KID; given
+    the training pictures also MiFID, density and coverage (`fidelity`).
 
     The held-out pictures are cut at random into halves A and B, `splits` times, and m = min(n, |A|, |B|) rows are used
     on every side: generated is the mean of D(G, B), the floor the mean of D(A, B). Both carry the same finite-sample
@@ -360,6 +365,7 @@ def quality_rows(
     Args:
         generated: `(N, D)`. heldout: `(M, D)`.
         groups: one label per generated row.
+        training: `(T, D)`.
 
     Returns:
         One Row per measure; empty when there are fewer than 4 pictures a side to compare.
@@ -391,6 +397,9 @@ def quality_rows(
     reference = hashlib.sha256(heldout.to(torch.float32).numpy().tobytes()).hexdigest()[:16]
     pairing = f"{resampler.pairing}:{resamples}:{splits}:{reference}:{project}"
     out = []
+    distances: dict[str, Tensor] = {}
+    if training is not None:
+        distances = {"generated": copy_distance(generated, training), "heldout": copy_distance(heldout, training)}
     for measure_name, (distance, g, h) in spaces.items():
         detail = f"m = {m} a side, mean of {splits} halvings"
         if distance is frechet_distance:
@@ -400,7 +409,7 @@ def quality_rows(
             "heldout": [(h[s[:m]], h[s[m : 2 * m]]) for s in halves],
         }
         again_pairs = {"generated": [(g[r], h[b]) for r, _, b in picks], "heldout": [(h[a], h[b]) for _, a, b in picks]}
-        figures = {}
+        figures, charged = {}, {}
         for side in ("generated", "heldout"):
             value = sum(distance(x, y) for x, y in pairs[side]) / splits
             draws = torch.tensor([distance(x, y) for x, y in again_pairs[side]], dtype=torch.float64)
@@ -409,8 +418,82 @@ def quality_rows(
             n = len(generated) if side == "generated" else len(heldout)
             note = detail if side == "generated" else f"floor, half against half; {detail}"
             figures[side] = Figure(measure_name, value, low, high, n, seed, note, draws=draws, pairing=pairing)
-        out.append(Row(measure_name, **figures, excess=difference(figures["generated"], figures["heldout"])))
+            if distances and distance is frechet_distance:
+                drawn = [pick[0] if side == "generated" else pick[1] for pick in picks]
+                each = torch.tensor([mifid(float(v), distances[side][r]) for v, r in zip(draws, drawn, strict=True)])
+                note = f"mean distance to a training picture {distances[side].mean():.3g}, charged below {EPSILON:g}; {note}"
+                charged[side] = _figure(
+                    f"MiFID-{name}-pca{project}", mifid(value, distances[side]), each.double(), n, seed, note, pairing
+                )  # fmt: skip
+        for sides in (figures, charged):
+            if sides:
+                gap = difference(sides["generated"], sides["heldout"])
+                out.append(Row(sides["generated"].name, **sides, excess=gap))
+    if training is not None and min(m, _MOST) > NEAREST:
+        out += _density_rows(generated, heldout, name, orders, halves, picks, resampler.pairing, seed, m)
     return out
+
+
+def _figure(
+    name: str, value: float, draws: Tensor, n: int, seed: int, detail: str, pairing: str, share: bool = False
+) -> Figure:
+    """Make a figure of an estimate and draws that scatter about another mean; a share stays within 0 and 1."""
+    draws = draws - draws.mean() + value
+    if share:
+        draws = draws.clamp(0, 1)
+    low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Figure(name, value, low, high, n, seed, detail, draws=draws, pairing=pairing)
+
+
+def _density_rows(
+    generated: Tensor,
+    heldout: Tensor,
+    name: str,
+    orders: Sequence[Tensor],
+    halves: Sequence[Tensor],
+    picks: Sequence[tuple[Tensor, Tensor, Tensor]],
+    pairing: str,
+    seed: int,
+    m: int,
+) -> list[Row]:
+    """Estimate density and coverage on the halves of `quality_rows`.
+
+    The balls are those of half B; a resample would repeat rows of B and shrink them, so only the pictures inside are resampled, and
+    the halvings vary B.
+    """
+    m = min(m, _MOST)
+    hits: dict[str, list[Tensor]] = {"generated": [], "heldout": []}
+    for half in halves:
+        real = heldout[half[m : 2 * m]]
+        radius = radii(real)
+        hits["generated"].append(inside(generated, real, radius))
+        # Rows of the other half stand at their own places, so that draws may name them; the rest is never asked for.
+        table = torch.zeros(len(heldout), m, dtype=torch.bool)
+        table[half[:m]] = inside(heldout[half[:m]], real, radius)
+        hits["heldout"].append(table)
+    rows = []
+    generator = torch.Generator().manual_seed(seed)
+    for measure_name, statistic in ((f"density-{name}", density), (f"coverage-{name}", coverage)):
+        figures = {}
+        for side, found in hits.items():
+            chosen = [o[:m] for o in orders] if side == "generated" else [half[:m] for half in halves]
+            value = sum(statistic(h[r]) for h, r in zip(found, chosen, strict=True)) / len(found)
+            draws = []
+            for i, (drawn, _, _) in enumerate(picks):
+                if side == "generated":
+                    again = drawn[:m]
+                else:
+                    again = halves[i % len(halves)][:m][torch.randint(m, (m,), generator=generator)]
+                draws.append(statistic(found[i % len(found)][again]))
+            detail = f"more is better; k = {NEAREST}, m = {m} a side, mean of {len(halves)} halvings"
+            n = len(generated) if side == "generated" else len(heldout)
+            figures[side] = _figure(
+                measure_name, value, torch.tensor(draws, dtype=torch.float64), n, seed,
+                detail if side == "generated" else f"real against real; {detail}", f"{pairing}:{measure_name}:{m}",
+                share=statistic is coverage,
+            )  # fmt: skip
+        rows.append(Row(measure_name, **figures, excess=difference(figures["generated"], figures["heldout"])))
+    return rows
 
 
 # --- everything ------------------------------------------------------------------------------------------------------
@@ -479,6 +562,7 @@ def measure(
             rows.append(Row(a.name, a, b, None if b is None else difference(a, b), c))
         if feature.quality and h:
             quality += quality_rows(
-                g[0], h[0][0], name=name, groups=groups, seed=seed, resamples=quality_resamples, project=project
+                g[0], h[0][0], name=name, groups=groups, seed=seed, resamples=quality_resamples, project=project,
+                training=t[0],
             )  # fmt: skip
     return Measurement(rows + quality, near, held, within)

@@ -136,11 +136,11 @@ class Report:
     copies: str
     quality: str
     heldout_ratios: Sequence[float] = ()
-    histograms: Sequence[Histogram] = ()
-    tokens: Sequence[TokenPull] = ()
     made: Mapping[str, object] = field(default_factory=dict)
     notes: Sequence[str] = ()
     shown: int = 24
+    histograms: Sequence[Histogram] = ()
+    tokens: Sequence[TokenPull] = ()
 
 
 def make_samples(
@@ -248,7 +248,7 @@ def find(report: Report) -> Finding:
 
 
 def _find_alone(run: RunSection, copies: Row, quality: str) -> Finding:
-    share = f"{show(copies.generated)} of {copies.generated.n} pictures are copies ({_label(copies.name)})"
+    share = f"{show(copies.generated)} of {copies.generated.n} pictures are copies (by {copies.name.removeprefix('memorized-')})"
     name = run.name[:1].upper() + run.name[1:]
     if copies.heldout is None or copies.excess is None:
         return Finding(

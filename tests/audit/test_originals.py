@@ -14,7 +14,9 @@ from ambient_sd.audit.originals import originals
 from ambient_sd.errors import UserError
 
 
-def brute(views: list[Tensor], training: Tensor, labels: list[int], own: list[int] | None = None) -> tuple[Tensor, list[int]]:
+def brute(
+    views: list[Tensor], training: Tensor, labels: list[int], own: list[int] | None = None
+) -> tuple[Tensor, list[int]]:
     """Return d1 and d2 of every query and the label of the nearest, by trying everything in float64."""
     values, names = [], []
     for i in range(len(views[0])):
