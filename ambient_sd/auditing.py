@@ -24,7 +24,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,9 @@ from torch import Tensor
 
 from ambient_sd import __version__
 from ambient_sd.audit.features import Features, embed
-from ambient_sd.audit.metrics import Figure, Measurement, Row, measure, memorized
+from ambient_sd.audit.metrics import Figure, Measurement, Row, bootstrap, difference, measure, memorized
 from ambient_sd.audit.neighbours import Neighbours
-from ambient_sd.audit.networks import choose
+from ambient_sd.audit.networks import ClipScore, choose
 from ambient_sd.audit.report import (
     Histogram,
     Report,
@@ -97,6 +97,8 @@ class AuditSettings:
         max_prompts: that many prompts at most, drawn by the seed; 0: all.
         features: names of `audit.networks.NAMES`; the first decides what counts as a copy.
         files: weights of features by name.
+        clip: folder or hub id of a CLIP for the CLIP score; None: none.
+        judge: pipeline folder or hub id that judges how well pictures show their prompts (`audit.alignment`); None: none.
         mirrored: search for the mirror image of each picture too.
         attribution: for so many of the most copied prompts, which tokens pull; 0: none.
         limit: the audit fails if the share of copies exceeds this; None: it never fails.
@@ -114,6 +116,8 @@ class AuditSettings:
     max_prompts: int = 0
     features: tuple[str, ...] = ("pixels", "efflite0")
     files: Mapping[str, str | None] = field(default_factory=dict)
+    clip: str | None = None
+    judge: str | None = None
     mirrored: bool = True
     attribution: int = 4
     limit: float | None = None
@@ -170,7 +174,9 @@ class Images(Sequence[Image.Image]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> Image.Image:  # type: ignore[override]  # slices have no use here
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._rows[i].image for i in range(*index.indices(len(self)))]
         return self._rows[index].image
 
 
@@ -183,7 +189,15 @@ def audit(settings: AuditSettings, command: str = "ambient-sd audit") -> Audit:
     try:
         return _audit(settings, command)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+        if error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EROFS,
+            errno.EACCES,
+            errno.EPERM,
+            errno.ENOTDIR,
+        ):
             raise UserError(f"{settings.out} cannot be written", rule=str(error.strerror),
                             remedy="make room, or name another folder with --out; what is drawn is kept") from None  # fmt: skip
         raise
@@ -208,6 +222,8 @@ def _audit(settings: AuditSettings, command: str) -> Audit:
     _claim(settings, training, heldout, prompts, existing)
     device = _device(settings)
     features = choose(settings.features, settings.files, device)
+    known = prompts if existing is None else existing.prompts
+    align = _aligners(settings, known, device)
 
     if settings.drawing is not None:
         assert prompts is not None
@@ -217,16 +233,21 @@ def _audit(settings: AuditSettings, command: str) -> Audit:
     else:
         assert existing is not None
         generated = existing
+    # Equal pictures have equal vectors: a set that repeats its pictures is embedded and searched once.
+    different = list({key: i for i, key in reversed(list(enumerate(training.keys)))}.values())[::-1]
+    labels = [training.noise_keys[i] for i in different]
     vectors = [
         None if rows is None else embed(Images(rows), features, progress=True, mirrored=settings.mirrored)
-        for rows in (generated.pictures, training, heldout)
+        for rows in (generated.pictures, training.subset(different), heldout)
     ]
     assert vectors[0] is not None and vectors[1] is not None
     measured = measure(
         vectors[0], vectors[1], vectors[2], features, generated.groups, settings.seed,
-        duplicates=training.noise_keys, mirrored=settings.mirrored, resamples=settings.resamples,
+        duplicates=labels, mirrored=settings.mirrored, resamples=settings.resamples,
         quality_resamples=max(settings.resamples // 10, 10),
     )  # fmt: skip
+    measured = _with_rows(measured, different)
+    measured.rows.extend(row for one in align for row in one(generated, heldout))
     pulls = _pulls(settings, generated, measured.neighbours[features[0].name]) if settings.attribution else []
     return _write(settings, command, begun, training, heldout, generated, features, measured, pulls)
 
@@ -319,6 +340,80 @@ def read_generated(folder: Path) -> Generated:
     rows = PictureSet([folder / name for name in names], [r[1] for r in records], names, str(folder)).check(True)
     weights = {r[3] for r in records}
     return Generated(rows, rows.captions, [r[2] for r in records], weights.pop() if len(weights) == 1 else None)
+
+
+Aligner = Callable[[Generated, PictureSet | None], list[Row]]
+
+
+def _aligners(settings: AuditSettings, prompts: Sequence[str] | None, device: str) -> list[Aligner]:
+    """Load what measures how well pictures show their prompts, before anything is drawn."""
+    for name in ("clip", "judge"):
+        if getattr(settings, name) is not None and prompts is None:
+            raise UserError(f"{name} for pictures without prompts", rule="it measures how well a picture shows its prompt",
+                            remedy=f"leave --{name} out, or give the prompts in metadata.jsonl")  # fmt: skip
+    found: list[Aligner] = []
+    if settings.clip is not None:
+        score = ClipScore(settings.clip, device=device)
+        detail = f"more is better; cosine of picture and prompt, {label(settings.clip)}"
+
+        def clip(generated: Generated, heldout: PictureSet | None) -> list[Row]:
+            return [_aligned(settings, generated, heldout, lambda p, c: score(p, c, True), score.name, detail)]
+
+        found.append(clip)
+    if settings.judge is not None:
+        from ambient_sd.audit.alignment import DiffusionAlignment
+
+        pipe = load(
+            dataclasses.replace(
+                settings.drawing or DrawSettings(""), model=settings.judge, adapter=None, scheduler=None, device=device
+            )
+        )
+        factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+        judge = DiffusionAlignment(pipe, resolution=pipe.unet.config.sample_size * factor, seed=settings.seed)
+        assert prompts is not None
+        judge.choose(prompts[:1], prompts)  # are there others to hold a prompt against?
+        told = f"more is better; error with other prompts minus error with its own, judged by {label(settings.judge)}"
+
+        def aligned(generated: Generated, heldout: PictureSet | None) -> list[Row]:
+            return [
+                _aligned(settings, generated, heldout, lambda p, c: judge(p, c).value * 1000, "alignment x 1000", told)
+            ]
+
+        found.append(aligned)
+    return found
+
+
+def _aligned(
+    settings: AuditSettings,
+    generated: Generated,
+    heldout: PictureSet | None,
+    score: Callable[[Images, list[str]], Tensor],
+    name: str,
+    detail: str,
+) -> Row:
+    """Estimate a mean score of pictures with their prompts, beside that of held-out pictures with their captions."""
+    options: dict[str, Any] = {"name": name, "seed": settings.seed, "resamples": settings.resamples, "detail": detail}
+    assert generated.prompts is not None
+    made = bootstrap(
+        score(Images(generated.pictures), generated.prompts), torch.mean, groups=generated.groups, **options
+    )
+    if heldout is None or not all(heldout.captions):
+        return Row(name, made, None, None)
+    real = bootstrap(score(Images(heldout), heldout.captions), torch.mean, **options)
+    return Row(name, made, real, difference(made, real))
+
+
+def _with_rows(measured: Measurement, rows: Sequence[int]) -> Measurement:
+    """Return the measurement with neighbours counted in the rows of the whole training set."""
+    place = torch.tensor(rows)
+    sides = ("neighbours", "heldout_neighbours", "training_neighbours")
+    moved: dict[str, Any] = {
+        side: {
+            name: dataclasses.replace(near, index=place[near.index]) for name, near in getattr(measured, side).items()
+        }
+        for side in sides
+    }
+    return dataclasses.replace(measured, **moved)
 
 
 # --- what comes out --------------------------------------------------------------------------------------------------

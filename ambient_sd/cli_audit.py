@@ -42,6 +42,18 @@ def add_audit(verbs: Any) -> None:
         "--dinov2", default=None, metavar="MODEL", help="DINOv2, folder or hub id, for example facebook/dinov2-giant"
     )
     audit.add_argument("--inception", default=None, metavar="FILE", help="Inception-v3 as TorchScript")
+    audit.add_argument(
+        "--clip",
+        default=None,
+        metavar="MODEL",
+        help="CLIP, folder or hub id: measures how well pictures show their prompts",
+    )
+    audit.add_argument(
+        "--judge",
+        default=None,
+        metavar="MODEL",
+        help="Stable Diffusion that judges the same; best one that has not seen the pictures, such as the base",
+    )
     audit.add_argument("--no_mirrored", dest="mirrored", action="store_false", help="do not search for mirror images")
     audit.add_argument(
         "--attribution", type=int, default=4, metavar="N", help="most copied prompts whose tokens are examined; 0: none"
@@ -104,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
         max_prompts=args.max_prompts,
         features=tuple(features),
         files=files,
+        clip=args.clip,
+        judge=args.judge,
         mirrored=args.mirrored,
         attribution=args.attribution,
         limit=args.fail_over,
