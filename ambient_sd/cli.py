@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from ambient_sd.cli_audit import add_audit
+from ambient_sd.cli_audit import run as run_audit
 from ambient_sd.cli_guard import add_verbs
 from ambient_sd.cli_guard import run as run_guard
 from ambient_sd.errors import UserError, exits_on_user_error, require_guidance
@@ -103,6 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--only", nargs="+", default=[], metavar="LABEL", help="labels of the runs to do now")
     sweep.add_argument("--seeds", nargs="+", type=int, default=None, help="seeds in place of the file's")
     sweep.add_argument("--results_only", action="store_true", help="train nothing; write results of what is measured")
+    add_audit(verbs)
     push = verbs.add_parser("push", help="upload the results of a training to the hub", description="Upload weights, "
         "configurations, card and validation pictures; never checkpoints, logs, tokens or local paths. Token: HF_TOKEN "
         "or `hf auth login`.")  # fmt: skip
@@ -171,6 +174,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             plan, args.out, workers=args.workers, only=args.only
         )  # fmt: skip
         print(f"Look at it: {write_results(results, args.out)}", flush=True)
+    elif args.verb == "audit":
+        if status := run_audit(args):
+            sys.exit(status)
     elif args.verb == "push":
         from ambient_sd.training.push import push
 

@@ -59,7 +59,7 @@ def add_verbs(verbs: Any) -> None:
                         "backward pass at every step: about 2.6 times the price of drawing it")  # fmt: skip
     sample.add_argument("--num_images_per_prompt", type=int, default=1, help="pictures of each prompt")
     sample.add_argument("--out", type=Path, required=True, help="folder for the pictures")
-    _drawing(sample)
+    add_drawing(sample)
     calibrate = verbs.add_parser(
         "calibrate",
         help="find the score above which a picture is flagged, for one model and sampler",
@@ -80,7 +80,7 @@ def add_verbs(verbs: Any) -> None:
     calibrate.add_argument("--generations", type=int, default=4, help="pictures per prompt")
     calibrate.add_argument("--out", type=Path, default=None,
                            help="folder or .json file for the result (default: the adapter's or model's folder)")  # fmt: skip
-    _drawing(calibrate)
+    add_drawing(calibrate)
     compare = verbs.add_parser(
         "compare",
         help="try every detector and every mitigation on models whose training pictures are at hand, side by side",
@@ -111,7 +111,7 @@ def add_verbs(verbs: Any) -> None:
     compare.add_argument("--out", type=Path, required=True, help="folder for everything")
 
 
-def _drawing(parser: argparse.ArgumentParser) -> None:
+def add_drawing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="LORA", default=None, help="LoRA: folder, .safetensors file or hub id")
     parser.add_argument(
         "--scheduler", choices=["ddim", "dpm++", "euler", "pndm"], default=None, help="sampler (default: the model's)"

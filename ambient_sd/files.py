@@ -13,5 +13,9 @@ def write_whole(path: Path, data: str | bytes) -> None:
     """Write a file aside and give it its name when it is whole; text as UTF-8. Folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    part.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
-    os.replace(part, path)
+    try:
+        part.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+        os.replace(part, path)
+    except OSError:  # on a full disk, half a file would keep it full
+        part.unlink(missing_ok=True)
+        raise

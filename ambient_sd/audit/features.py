@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 from ambient_sd.errors import UserError
 
 Distance = Literal["euclidean", "cosine"]
+MIRROR = " mirrored"  # the name of a feature's vectors of the mirror images ends in this
 
 
 class Features(Protocol):
@@ -39,6 +40,7 @@ class Features(Protocol):
     name: str
     distance: Distance
     quality: bool  # whether Frechet distance and KID on these vectors mean anything
+    # A cosine one may have `thresholds`: similarities above which a picture counts as a copy, the deciding one first.
 
     def __call__(self, pictures: Iterable[Image.Image], progress: bool = False) -> Tensor: ...
 
@@ -53,7 +55,7 @@ def as_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _square(pictures: Sequence[Image.Image], size: int) -> np.ndarray:
+def square(pictures: Sequence[Image.Image], size: int) -> np.ndarray:
     """Return uint8 `(B, size, size, 3)`; PIL's bicubic filter is antialiased when it shrinks."""
     resized = [
         rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.Resampling.BICUBIC)
@@ -62,7 +64,7 @@ def _square(pictures: Sequence[Image.Image], size: int) -> np.ndarray:
     return np.stack([np.asarray(picture, dtype=np.uint8) for picture in resized])
 
 
-class _Batched:
+class Batched:
     """Turn a function of one batch, uint8 `(B, S, S, 3)` -> float32 `(B, D)`, into an extractor."""
 
     name: str
@@ -88,35 +90,41 @@ class _Batched:
         total = len(pictures) if isinstance(pictures, Sequence) else None
         rows: list[Tensor] = []
         with torch.inference_mode(), tqdm(total=total, desc=self.name, unit="img", disable=not progress) as bar:
-            for batch in _batches(pictures, self.batch_size):
-                rows.append(self._embed(_square(batch, self.size)).to(torch.float32).cpu())
+            for batch in batches(pictures, self.batch_size):
+                rows.append(self._embed(square(batch, self.size)).to(torch.float32).cpu())
                 bar.update(len(batch))
         # A tensor born in inference mode cannot enter autograd later; a clone outside it can.
         return torch.cat(rows).clone() if rows else torch.empty(0, self.dim)
 
 
-def _batches(pictures: Iterable[Image.Image], size: int) -> Iterator[list[Image.Image]]:
+def batches(pictures: Iterable[Image.Image], size: int) -> Iterator[list[Image.Image]]:
     source = iter(pictures)
     while batch := list(islice(source, size)):
         yield batch
 
 
-class Pixels(_Batched):
+class Pixels(Batched):
     """Flatten RGB in [0, 1] at `size` x `size`.
 
     Args:
         size: side in pixels that every picture is brought to; D = 3 size^2.
+        toned: take each picture's own mean and deviation out, so that brightness and contrast do not count.
     """
 
-    def __init__(self, size: int = 64, batch_size: int = 256) -> None:
-        self.name = f"pixels{size}"
+    def __init__(self, size: int = 64, batch_size: int = 256, *, toned: bool = False) -> None:
+        self.name, self.toned = f"pixels{size}" + ("-toned" if toned else ""), toned
         self.size, self.batch_size, self.dim = size, batch_size, 3 * size * size
 
     def _embed(self, batch: np.ndarray) -> Tensor:
-        return torch.from_numpy(batch).flatten(1).to(torch.float32) / 255
+        rows = torch.from_numpy(batch).flatten(1).to(torch.float32) / 255
+        if self.toned:
+            rows = rows - rows.mean(1, keepdim=True)
+            # A picture of one colour has no contrast to take out: what encoding left in it stays small.
+            rows = rows / rows.std(1, correction=0, keepdim=True).clamp_min(2 / 255)
+        return rows
 
 
-class EffLite0(_Batched):
+class EffLite0(Batched):
     """Pool the last convolution of EfficientNet-Lite0 (ImageNet weights inside two Apache-2.0 packages): D = 1280.
 
     Pictures are brought to 224 x 224 and scaled as `(p - 127) / 128`, the Lite family's own preprocessing (not the
@@ -155,7 +163,7 @@ class EffLite0(_Batched):
         return self.network.extract_features((x - 127) / 128).mean(dim=(2, 3))
 
 
-class Sscd(_Batched):
+class Sscd(Batched):
     """Describe pictures for copy detection: 512 numbers of unit norm, cosine similarity.
 
     Pictures are brought to 288 x 288, the size SSCD is published with. Small pictures must be enlarged: at 64 px
@@ -171,6 +179,7 @@ class Sscd(_Batched):
     """
 
     distance: Distance = "cosine"
+    thresholds: tuple[float, ...] = (0.5, 0.75)
     MIN_SIZE = 160
     ENV = "AMBIENT_SD_SSCD"
 
@@ -217,7 +226,7 @@ _IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
 _IMAGENET_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
 
 
-def _imagenet(batch: np.ndarray) -> np.ndarray:
+def imagenet(batch: np.ndarray) -> np.ndarray:
     """uint8 NHWC to float32 NCHW, ImageNet mean and deviation."""
     scaled = (batch.astype(np.float32) / 255 - _IMAGENET_MEAN) / _IMAGENET_STD
     return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
@@ -228,7 +237,7 @@ def _torchscript(path: Path) -> Callable[[np.ndarray], Tensor]:
         network = torch.jit.load(str(path), map_location="cpu").eval()
     except RuntimeError as error:
         raise UserError(f"SSCD model {path}", rule="must be a TorchScript or .onnx file", remedy=str(error)) from error
-    return lambda batch: network(torch.from_numpy(_imagenet(batch)))
+    return lambda batch: network(torch.from_numpy(imagenet(batch)))
 
 
 def _onnx(path: Path) -> Callable[[np.ndarray], Tensor]:
@@ -241,11 +250,32 @@ def _onnx(path: Path) -> Callable[[np.ndarray], Tensor]:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     entry = session.get_inputs()[0]
     raw = entry.type == "tensor(uint8)"  # the published int8 export normalises inside and takes uint8 NHWC
-    return lambda batch: torch.from_numpy(session.run(None, {entry.name: batch if raw else _imagenet(batch)})[0])
+    return lambda batch: torch.from_numpy(session.run(None, {entry.name: batch if raw else imagenet(batch)})[0])
 
 
 def embed(
-    pictures: Sequence[Image.Image], features: Sequence[Features], progress: bool = False
+    pictures: Sequence[Image.Image], features: Sequence[Features], progress: bool = False, *, mirrored: bool = False
 ) -> Mapping[str, Tensor]:
-    """Run every extractor over `pictures`: name -> float32 `(N, D)`; the training set need be embedded only once."""
-    return {feature.name: feature(pictures, progress=progress) for feature in features}
+    """Run every extractor over `pictures`: name -> float32 `(N, D)`; the training set need be embedded only once.
+
+    Args:
+        mirrored: the mirror images (left to right) too, under the feature's name followed by `MIRROR`.
+    """
+    vectors = {feature.name: feature(pictures, progress=progress) for feature in features}
+    if mirrored:
+        turned = MirrorImages(pictures)
+        vectors |= {feature.name + MIRROR: feature(turned, progress=progress) for feature in features}
+    return vectors
+
+
+class MirrorImages(Sequence[Image.Image]):
+    """Show pictures mirrored left to right, one at a time."""
+
+    def __init__(self, pictures: Sequence[Image.Image]) -> None:
+        self._pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitem__(self, index: int) -> Image.Image:  # type: ignore[override]  # slices have no use here
+        return self._pictures[index].transpose(Image.Transpose.FLIP_LEFT_RIGHT)

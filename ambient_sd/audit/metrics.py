@@ -5,6 +5,7 @@
     similarity           cosine to the nearest training picture: mean, percentiles, share above 0.5 and 0.75 (SSCD:
                          Pizzi et al., CVPR 2022; protocol of Somepalli et al., CVPR 2023)
     Frechet distance     |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017), through torchmetrics
+    density, coverage    of the held-out pictures, and MiFID: see `fidelity`
     KID                  unbiased squared MMD, kernel (x.y / D + 1)^3 (Binkowski et al. 2018), through torchmetrics
 
 Intervals are 95 %: a bootstrap that resamples whole groups (all samples of one prompt stand or fall together), Wilson's
@@ -26,14 +27,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ambient_sd.audit.features import Distance, Features, embed
-from ambient_sd.audit.neighbours import Neighbours, nearest
+from ambient_sd.audit.features import MIRROR, Features, embed
+from ambient_sd.audit.fidelity import EPSILON, NEAREST, copy_distance, coverage, density, inside, mifid, radii
+from ambient_sd.audit.neighbours import Neighbours
+from ambient_sd.audit.originals import originals
 from ambient_sd.errors import UserError
 
 MEMORIZED_RATIO = 1 / 3
 SSCD_THRESHOLDS = (0.5, 0.75)
 PERCENTILES = (75, 90, 95)
 PROJECT = 64
+_MOST = 2000  # pictures a side for density and coverage, whose cost grows with the square
 _Z95 = 1.959963984540054
 
 
@@ -66,26 +70,28 @@ class Row:
     """Hold one measure of generated pictures beside the same measure of held-out pictures.
 
     Attributes:
-        heldout: the measure with held-out real pictures in the place of generated ones; for distances between
+        heldout: None where there are no held-out pictures; the measure with held-out real pictures in the place of generated ones; for distances between
             distributions the floor: one half of the held-out pictures against the other.
-        excess: generated minus held-out.
+        excess: generated minus held-out; None without.
         background: training picture to training picture, each leaving itself out; None where that means nothing.
     """
 
     name: str
     generated: Figure
-    heldout: Figure
-    excess: Figure
+    heldout: Figure | None
+    excess: Figure | None
     background: Figure | None = None
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Hold the rows of one run, and its neighbours by feature name (for galleries and histograms)."""
+    """Hold the rows of one run, and neighbours by feature name (for galleries and histograms): of the generated pictures, the
+    held-out ones (empty without) and the training pictures among themselves."""
 
     rows: list[Row]
     neighbours: dict[str, Neighbours]
     heldout_neighbours: dict[str, Neighbours]
+    training_neighbours: dict[str, Neighbours] = field(default_factory=dict)
 
     def row(self, name: str) -> Row:
         """Return the row called `name`."""
@@ -229,6 +235,7 @@ def similarity_figures(
     neighbours: Neighbours,
     *,
     name: str = "SSCD",
+    thresholds: Sequence[float] = SSCD_THRESHOLDS,
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
     resamples: int = 1000,
@@ -241,7 +248,7 @@ def similarity_figures(
         figures.append(
             bootstrap(values, lambda v, p=p: torch.quantile(v, p / 100), name=f"{name} {p}th percentile", **options)  # type: ignore[misc]
         )
-    for threshold in SSCD_THRESHOLDS:
+    for threshold in thresholds:
         figures.append(bootstrap(values > threshold, torch.mean, name=f"{name} > {threshold}", share=True, **options))
     return figures
 
@@ -249,7 +256,8 @@ def similarity_figures(
 def copy_figures(feature: Features, neighbours: Neighbours, **options: Any) -> list[Figure]:
     """Give the copying figures that suit a feature: similarities for a cosine one, the memorized fraction else."""
     if feature.distance == "cosine":
-        return similarity_figures(neighbours, name=feature.name, **options)
+        thresholds = getattr(feature, "thresholds", SSCD_THRESHOLDS)
+        return similarity_figures(neighbours, name=feature.name, thresholds=thresholds, **options)
     return [memorized_fraction(neighbours, name=f"memorized-{feature.name}", **options)]
 
 
@@ -339,8 +347,10 @@ def quality_rows(
     resamples: int = 100,
     splits: int = 10,
     project: int = PROJECT,
+    training: Tensor | None = None,
 ) -> list[Row]:
-    """Estimate Frechet distance and KID of generated to held-out pictures, beside their floor, at equal n.
+    """Estimate how far generated pictures are from held-out ones, beside the floor, at equal n: Frechet distance and KID; given
+    the training pictures also MiFID, density and coverage (`fidelity`).
 
     The held-out pictures are cut at random into halves A and B, `splits` times, and m = min(n, |A|, |B|) rows are used
     on every side: generated is the mean of D(G, B), the floor the mean of D(A, B). Both carry the same finite-sample
@@ -355,6 +365,7 @@ def quality_rows(
     Args:
         generated: `(N, D)`. heldout: `(M, D)`.
         groups: one label per generated row.
+        training: `(T, D)`.
 
     Returns:
         One Row per measure; empty when there are fewer than 4 pictures a side to compare.
@@ -386,6 +397,9 @@ def quality_rows(
     reference = hashlib.sha256(heldout.to(torch.float32).numpy().tobytes()).hexdigest()[:16]
     pairing = f"{resampler.pairing}:{resamples}:{splits}:{reference}:{project}"
     out = []
+    distances: dict[str, Tensor] = {}
+    if training is not None:
+        distances = {"generated": copy_distance(generated, training), "heldout": copy_distance(heldout, training)}
     for measure_name, (distance, g, h) in spaces.items():
         detail = f"m = {m} a side, mean of {splits} halvings"
         if distance is frechet_distance:
@@ -395,7 +409,7 @@ def quality_rows(
             "heldout": [(h[s[:m]], h[s[m : 2 * m]]) for s in halves],
         }
         again_pairs = {"generated": [(g[r], h[b]) for r, _, b in picks], "heldout": [(h[a], h[b]) for _, a, b in picks]}
-        figures = {}
+        figures, charged = {}, {}
         for side in ("generated", "heldout"):
             value = sum(distance(x, y) for x, y in pairs[side]) / splits
             draws = torch.tensor([distance(x, y) for x, y in again_pairs[side]], dtype=torch.float64)
@@ -404,8 +418,82 @@ def quality_rows(
             n = len(generated) if side == "generated" else len(heldout)
             note = detail if side == "generated" else f"floor, half against half; {detail}"
             figures[side] = Figure(measure_name, value, low, high, n, seed, note, draws=draws, pairing=pairing)
-        out.append(Row(measure_name, **figures, excess=difference(figures["generated"], figures["heldout"])))
+            if distances and distance is frechet_distance:
+                drawn = [pick[0] if side == "generated" else pick[1] for pick in picks]
+                each = torch.tensor([mifid(float(v), distances[side][r]) for v, r in zip(draws, drawn, strict=True)])
+                note = f"mean distance to a training picture {distances[side].mean():.3g}, charged below {EPSILON:g}; {note}"
+                charged[side] = _figure(
+                    f"MiFID-{name}-pca{project}", mifid(value, distances[side]), each.double(), n, seed, note, pairing
+                )  # fmt: skip
+        for sides in (figures, charged):
+            if sides:
+                gap = difference(sides["generated"], sides["heldout"])
+                out.append(Row(sides["generated"].name, **sides, excess=gap))
+    if training is not None and min(m, _MOST) > NEAREST:
+        out += _density_rows(generated, heldout, name, orders, halves, picks, resampler.pairing, seed, m)
     return out
+
+
+def _figure(
+    name: str, value: float, draws: Tensor, n: int, seed: int, detail: str, pairing: str, share: bool = False
+) -> Figure:
+    """Make a figure of an estimate and draws that scatter about another mean; a share stays within 0 and 1."""
+    draws = draws - draws.mean() + value
+    if share:
+        draws = draws.clamp(0, 1)
+    low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Figure(name, value, low, high, n, seed, detail, draws=draws, pairing=pairing)
+
+
+def _density_rows(
+    generated: Tensor,
+    heldout: Tensor,
+    name: str,
+    orders: Sequence[Tensor],
+    halves: Sequence[Tensor],
+    picks: Sequence[tuple[Tensor, Tensor, Tensor]],
+    pairing: str,
+    seed: int,
+    m: int,
+) -> list[Row]:
+    """Estimate density and coverage on the halves of `quality_rows`.
+
+    The balls are those of half B; a resample would repeat rows of B and shrink them, so only the pictures inside are resampled, and
+    the halvings vary B.
+    """
+    m = min(m, _MOST)
+    hits: dict[str, list[Tensor]] = {"generated": [], "heldout": []}
+    for half in halves:
+        real = heldout[half[m : 2 * m]]
+        radius = radii(real)
+        hits["generated"].append(inside(generated, real, radius))
+        # Rows of the other half stand at their own places, so that draws may name them; the rest is never asked for.
+        table = torch.zeros(len(heldout), m, dtype=torch.bool)
+        table[half[:m]] = inside(heldout[half[:m]], real, radius)
+        hits["heldout"].append(table)
+    rows = []
+    generator = torch.Generator().manual_seed(seed)
+    for measure_name, statistic in ((f"density-{name}", density), (f"coverage-{name}", coverage)):
+        figures = {}
+        for side, found in hits.items():
+            chosen = [o[:m] for o in orders] if side == "generated" else [half[:m] for half in halves]
+            value = sum(statistic(h[r]) for h, r in zip(found, chosen, strict=True)) / len(found)
+            draws = []
+            for i, (drawn, _, _) in enumerate(picks):
+                if side == "generated":
+                    again = drawn[:m]
+                else:
+                    again = halves[i % len(halves)][:m][torch.randint(m, (m,), generator=generator)]
+                draws.append(statistic(found[i % len(found)][again]))
+            detail = f"more is better; k = {NEAREST}, m = {m} a side, mean of {len(halves)} halvings"
+            n = len(generated) if side == "generated" else len(heldout)
+            figures[side] = _figure(
+                measure_name, value, torch.tensor(draws, dtype=torch.float64), n, seed,
+                detail if side == "generated" else f"real against real; {detail}", f"{pairing}:{measure_name}:{m}",
+                share=statistic is coverage,
+            )  # fmt: skip
+        rows.append(Row(measure_name, **figures, excess=difference(figures["generated"], figures["heldout"])))
+    return rows
 
 
 # --- everything ------------------------------------------------------------------------------------------------------
@@ -416,11 +504,13 @@ Pictures = Sequence[Image.Image] | Mapping[str, Tensor]
 def measure(
     generated: Pictures,
     training: Pictures,
-    heldout: Pictures,
+    heldout: Pictures | None,
     features: Sequence[Features],
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
     *,
+    duplicates: Sequence[Hashable] | None = None,
+    mirrored: bool = False,
     resamples: int = 1000,
     quality_resamples: int = 100,
     project: int = PROJECT,
@@ -429,38 +519,50 @@ def measure(
 
     Args:
         generated, training, heldout: pictures, or what `embed` made of them (embed the real sets once for many runs).
-            `heldout` must come from the same source as `training` and share nothing with it.
+            `heldout` must come from the same source as `training` and share nothing with it; None: there are none, and
+            no excess and no quality is given.
         features: extractors; Euclidean ones give memorized fractions, cosine ones similarities, those with `quality`
-            Frechet distance and KID.
+            Frechet distance, KID, MiFID, density and coverage.
         groups: one label per generated picture, its prompt: samples of one prompt are not independent.
         seed: of all resampling. Use the same for runs that will be compared.
+        duplicates: one label per training picture, equal for copies of one picture (`originals`); None: all differ.
+        mirrored: a picture's mirror image is searched for too (`originals`); vectors must come from `embed` with the
+            same setting.
 
     Returns:
-        Measurement: `.rows`, and `.neighbours` of the generated and held-out pictures by feature name.
+        Measurement: `.rows`, and neighbours by feature name.
 
     Raises:
         UserError: a set is too small, or the groups do not match.
     """
-    sets = [s if isinstance(s, Mapping) else embed(s, features) for s in (generated, training, heldout)]
+    given: list[Pictures] = [generated, training, *([] if heldout is None else [heldout])]
+    sets = [s if isinstance(s, Mapping) else embed(s, features, mirrored=mirrored) for s in given]
     rows: list[Row] = []
     near: dict[str, Neighbours] = {}
     held: dict[str, Neighbours] = {}
+    within: dict[str, Neighbours] = {}
     quality: list[Row] = []
+    options: dict[str, Any] = {"seed": seed, "resamples": resamples}
     for feature in features:
-        g, t, h = (s[feature.name] for s in sets)
-        distance: Distance = feature.distance
-        near[feature.name] = nearest(g, t, distance=distance)
-        held[feature.name] = nearest(h, t, distance=distance)
-        # Leave-one-out needs three pictures to offer two neighbours.
-        within = nearest(t, t, distance=distance, exclude_self=True) if len(t) > 2 else None
-        options: dict[str, Any] = {"seed": seed, "resamples": resamples}
-        sampled = copy_figures(feature, near[feature.name], groups=groups, **options)
-        real = copy_figures(feature, held[feature.name], **options)
-        background = copy_figures(feature, within, **options) if within else [None] * len(sampled)
+        name = feature.name
+        g, t, *h = ([s[name], *([s[name + MIRROR]] if mirrored else [])] for s in sets)
+        found: dict[str, Any] = {"distance": feature.distance, "duplicates": duplicates}
+        near[name] = originals(g, t[0], **found)
+        sampled = copy_figures(feature, near[name], groups=groups, **options)
+        real: list[Figure] | list[None] = [None] * len(sampled)
+        if h:
+            held[name] = originals(h[0], t[0], **found)
+            real = copy_figures(feature, held[name], **options)
+        background: list[Figure] | list[None] = [None] * len(sampled)
+        # Leave-one-out needs three different pictures to offer two neighbours.
+        if len(t[0] if duplicates is None else set(duplicates)) > 2:
+            within[name] = originals(t, t[0], leave_out=True, **found)
+            background = copy_figures(feature, within[name], **options)
         for a, b, c in zip(sampled, real, background, strict=True):
-            rows.append(Row(a.name, a, b, difference(a, b), c))
-        if feature.quality:
+            rows.append(Row(a.name, a, b, None if b is None else difference(a, b), c))
+        if feature.quality and h:
             quality += quality_rows(
-                g, h, name=feature.name, groups=groups, seed=seed, resamples=quality_resamples, project=project
+                g[0], h[0][0], name=name, groups=groups, seed=seed, resamples=quality_resamples, project=project,
+                training=t[0],
             )  # fmt: skip
-    return Measurement(rows + quality, near, held)
+    return Measurement(rows + quality, near, held, within)

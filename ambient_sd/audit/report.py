@@ -39,6 +39,7 @@ class Sample:
 
     Attributes:
         ratio: d1 / d2. distance: d1, in the units of the run's features. score: the guard's, None without a guard.
+        similarity: to the nearest training picture where that decides, None where d1 / d2 does.
     """
 
     image: Image.Image
@@ -49,6 +50,12 @@ class Sample:
     memorized: bool
     score: float | None = None
     nearest_prompt: str = ""
+    similarity: float | None = None
+
+    @property
+    def rank(self) -> float:
+        """Return what sorts samples, the most copied first."""
+        return self.ratio if self.similarity is None else -self.similarity
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class RunSection:
     samples: Sequence[Sample]
     settings: Mapping[str, object] = field(default_factory=dict)
     features: str = ""  # the features behind the samples' d1 and d2
+    counted: tuple[int, int] | None = None  # copies and pictures of the run, where `samples` are only those to show
 
     def row(self, name: str) -> Row:
         """Return the row called `name`."""
@@ -73,6 +81,41 @@ class RunSection:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """Hold values of several sets of pictures on one axis, with the line beyond which a picture counts as a copy.
+
+    Attributes:
+        rows: (name, tone, values); tone is a class of the page's colours: "run0", "held", "train".
+        low, high: ends of the axis; values beyond them are drawn at the ends.
+        cut: where the line stands. below: copies lie below it, else above.
+    """
+
+    title: str
+    note: str
+    rows: Sequence[tuple[str, str, Sequence[float]]]
+    cut: float
+    cut_label: str
+    low: float = 0.0
+    high: float = 1.0
+    below: bool = True
+
+    def copies(self, values: Sequence[float]) -> int:
+        """Count the values on the copies' side of the line."""
+        return sum(v < self.cut if self.below else v > self.cut for v in values)
+
+
+@dataclass(frozen=True)
+class TokenPull:
+    """Hold how strongly each token of a prompt pulls on the guard's score; `note` says what the prompt did."""
+
+    prompt: str
+    tokens: Sequence[str]
+    scores: Sequence[float]
+    padding: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """Hold everything on the page.
 
@@ -80,6 +123,8 @@ class Report:
         runs: the first is the baseline; the sentence compares the second with it, the table all.
         copies, quality: names of the rows that decide the sentence at the top (for both, less is better).
         heldout_ratios: d1 / d2 of held-out real pictures, for the histogram.
+        histograms: these instead of the one of d1 / d2.
+        tokens: prompts and the pull of their tokens.
         made: how the page came to be: versions, fingerprints of model and data, seconds.
         notes: what a reader must know, one sentence each.
     """
@@ -94,6 +139,8 @@ class Report:
     made: Mapping[str, object] = field(default_factory=dict)
     notes: Sequence[str] = ()
     shown: int = 24
+    histograms: Sequence[Histogram] = ()
+    tokens: Sequence[TokenPull] = ()
 
 
 def make_samples(
@@ -104,19 +151,23 @@ def make_samples(
     *,
     scores: Sequence[float | None] | None = None,
     training_prompts: Sequence[str] | None = None,
+    threshold: float | None = None,
 ) -> list[Sample]:
     """Put generated pictures beside their nearest training pictures.
 
     Args:
         neighbours: of `images` in `training_images`, k >= 2.
         scores: the guard's score per picture.
+        threshold: a picture more similar than this is a copy (cosine neighbours); None: d1 / d2 decides.
     """
     if not len(images) == len(prompts) == len(neighbours.index) == len(scores if scores is not None else images):
         raise UserError(
             f"report: {len(images)} pictures, {len(prompts)} prompts, {len(neighbours.index)} neighbours",
             rule="one each per sample",
         )
-    ratio, copied, index = neighbours.ratio.tolist(), memorized(neighbours).tolist(), neighbours.index[:, 0].tolist()
+    ratio, index = neighbours.ratio.tolist(), neighbours.index[:, 0].tolist()
+    similar = None if threshold is None else neighbours.similarity.tolist()
+    copied = memorized(neighbours).tolist() if similar is None else [s > threshold for s in similar]
     return [
         Sample(
             image=images[i],
@@ -127,6 +178,7 @@ def make_samples(
             memorized=copied[i],
             score=scores[i] if scores is not None else None,
             nearest_prompt=training_prompts[index[i]] if training_prompts is not None else "",
+            similarity=None if similar is None else similar[i],
         )
         for i in range(len(images))
     ]
@@ -140,7 +192,8 @@ class Finding:
     """Hold the outcome in one word, the sentence for people, and the differences that it rests on.
 
     `kind` is one of "better" (fewer copies, quality not measurably worse), "trade" (fewer copies, worse quality),
-    "unclear" (no clear difference in copies), "worse" (more copies); for a single run "copies" or "no-copies".
+    "unclear" (no clear difference in copies), "worse" (more copies); for a single run "copies", "no-copies", or "no-background"
+    where no unseen pictures tell what chance alone would give.
     """
 
     kind: str
@@ -155,7 +208,7 @@ def find(report: Report) -> Finding:
     base = report.runs[0]
     copies_base = base.row(report.copies)
     if len(report.runs) == 1:
-        return _find_alone(base, copies_base)
+        return _find_alone(base, copies_base, report.quality)
     other = report.runs[1]
     copies = other.row(report.copies)
     fewer = difference(copies.generated, copies_base.generated)
@@ -181,25 +234,42 @@ def find(report: Report) -> Finding:
             kind, sentence = "unclear", f"no clear difference in copying between {this} and {that}: {share}."
         verdict = "worse" if worse.low > 0 else "better" if worse.high < 0 else "not measurably different"
         sentence += f" Its pictures are {verdict} {frechet}."
-    rest = "still more often than" if copies.excess.low > 0 else "not measurably more often than"
     detail = (
         f"Difference in copies {show(fewer, signed=True)} (95 % interval {_span(fewer)}), in {_label(report.quality)} "
-        f"{show(worse, signed=True)} ({_span(worse)}). {this[0].upper()}{this[1:]} hits a training picture {rest} real "
-        f"pictures that it never saw do ({show(copies.heldout)})."
+        f"{show(worse, signed=True)} ({_span(worse)})."
     )
+    if copies.heldout is not None and copies.excess is not None:
+        rest = "still more often than" if copies.excess.low > 0 else "not measurably more often than"
+        detail += (
+            f" {this[0].upper()}{this[1:]} hits a training picture {rest} real pictures that it never saw do "
+            f"({show(copies.heldout)})."
+        )
     return Finding(kind, sentence[0].upper() + sentence[1:], detail)
 
 
-def _find_alone(run: RunSection, copies: Row) -> Finding:
+def _find_alone(run: RunSection, copies: Row, quality: str) -> Finding:
+    share = f"{show(copies.generated)} of {copies.generated.n} pictures are copies (by {copies.name.removeprefix('memorized-')})"
+    name = run.name[:1].upper() + run.name[1:]
+    if copies.heldout is None or copies.excess is None:
+        return Finding(
+            "no-background",
+            f"{name}: {share}; what chance alone would give is not known.",
+            f"95 % interval {_span(copies.generated)}. No unseen real pictures were given, so there is nothing to subtract: "
+            "training pictures that resemble each other make chance hits. Give pictures of the same kind that the model "
+            "never saw with --heldout.",
+        )
     kind = "copies" if copies.excess.low > 0 else "no-copies"
     verb = "copies training pictures" if kind == "copies" else "shows no copying beyond chance"
-    sentence = (
-        f"The {run.name} run {verb}: {show(copies.generated)} of {copies.generated.n} samples, "
-        f"{show(copies.heldout)} of unseen real pictures."
-    )
-    return Finding(
-        kind, sentence, f"Excess {show(copies.excess, signed=True)} ({_span(copies.excess)}), 95 % interval."
-    )
+    sentence = f"{name} {verb}: {share}, against {show(copies.heldout)} of unseen real pictures."
+    detail = f"Excess {show(copies.excess, signed=True)} (95 % interval {_span(copies.excess)})."
+    if any(row.name == quality for row in run.figures):
+        row = run.row(quality)
+        assert row.heldout is not None and row.excess is not None
+        worse = "its pictures are far from real ones" if row.excess.low > 0 else "its pictures are about as near to real ones as these to each other"  # fmt: skip
+        detail += f" Quality: {worse} ({_label(quality)} {show(row.generated)}, real against real {show(row.heldout)})."
+        if kind == "no-copies" and row.excess.low > 0:
+            detail += " Broken pictures copy nothing: look at them before trusting a share of copies that is low."
+    return Finding(kind, sentence, detail)
 
 
 def _is_share(name: str) -> bool:
@@ -280,14 +350,21 @@ def _table(report: Report) -> str:
     base = report.runs[0]
     heads = [run.name for run in report.runs]
     compared = [f"{run.name} − {base.name}" for run in report.runs[1:]]
+    if alone := len(report.runs) == 1 and any(row.excess is not None for row in base.figures):
+        compared = ["above held-out"]
     heads += [*compared, "held-out", "training, itself left out"]
     body = []
     for row in base.figures:
         cells = []
         for i, run in enumerate(report.runs):
             cells.append(_figure_cell(run.row(row.name).generated, run.name, f' class="run{i}"'))
-        for run, head in zip(report.runs[1:], compared, strict=True):
-            gap = difference(run.row(row.name).generated, row.generated)
+        gaps = (
+            [row.excess] if alone else [difference(r.row(row.name).generated, row.generated) for r in report.runs[1:]]
+        )
+        for gap, head in zip(gaps, compared, strict=True):
+            if gap is None:
+                cells.append(_figure_cell(None, head))
+                continue
             cells.append(
                 f'<td data-head="{escaped(head)}"><b>{escaped(show(gap, signed=True))}</b>'
                 f"<small>{escaped(_span(gap))}<br>{escaped(gap.detail)}</small></td>"
@@ -305,8 +382,8 @@ def _table(report: Report) -> str:
         f"<tbody>{''.join(body)}</tbody></table></div>"
         f'<p class="note">95 % intervals; whole prompts are resampled, seed {escaped(", ".join(map(str, seeds)))}. '
         "Held-out: the same measure on real pictures that no run has seen; for distances between sets it is the floor, "
-        "one half of the held-out pictures against the other at equal n. Less is better in every row but the signs of "
-        "differences.</p>"
+        "one half of the held-out pictures against the other at equal n. Less is better in every row that does not say otherwise."
+        "</p>"
     )
 
 
@@ -350,56 +427,99 @@ def _ticks(low: float, high: float) -> list[float]:
     return [k * step for k in range(first, max(math.ceil(high / step - 1e-9), first + 1) + 1)]
 
 
-def _histogram(name: str, tone: str, ratios: Sequence[float], top: float, bins: int = 24) -> str:
-    counts = _bin(ratios, bins)
+def _histogram(of: Histogram, name: str, tone: str, values: Sequence[float], top: float, bins: int) -> str:
+    counts = _bin(of, values, bins)
     width = 380 / bins
-    cut = 10 + 380 * MEMORIZED_RATIO
-    inside = sum(r < MEMORIZED_RATIO for r in ratios)
-    parts = [f'<svg viewBox="0 0 400 96" role="img" aria-label="{escaped(name)}: histogram of d1/d2">']
+    cut = 10 + 380 * (of.cut - of.low) / (of.high - of.low)
+    inside = of.copies(values)
+    parts = [f'<svg viewBox="0 0 400 96" role="img" aria-label="{escaped(name)}: histogram of {escaped(of.title)}">']
     for i, count in enumerate(counts):
-        h = 58 * count / len(ratios) / top
+        h = 58 * count / len(values) / top
         if count:
             parts.append(
                 f'<rect class="{tone} box" x="{10 + i * width + 0.5:.1f}" y="{78 - h:.1f}" width="{width - 1:.1f}" '
                 f'height="{h:.1f}"/>'
             )
+    side = "left" if of.below else "right"
     parts.append('<line class="axis" x1="10" x2="390" y1="78" y2="78"/>')
-    parts.append(f'<line class="cut" x1="{cut}" x2="{cut}" y1="16" y2="78"/>')
+    parts.append(f'<line class="cut" x1="{cut:.1f}" x2="{cut:.1f}" y1="16" y2="78"/>')
     parts.append(
-        '<text class="tick" x="10" y="92">0</text><text class="tick" x="390" y="92" text-anchor="end">1</text>'
-        f'<text class="tick" x="{cut}" y="92" text-anchor="middle">1/3</text>'
+        f'<text class="tick" x="10" y="92">{of.low:g}</text>'
+        f'<text class="tick" x="390" y="92" text-anchor="end">{of.high:g}</text>'
+        f'<text class="tick" x="{cut:.1f}" y="92" text-anchor="middle">{escaped(of.cut_label, 8)}</text>'
         f'<text x="10" y="11">{escaped(name, 40)}</text>'
-        f'<text class="tick" x="390" y="11" text-anchor="end">{inside} of {len(ratios)} left of the line</text></svg>'
+        f'<text class="tick" x="390" y="11" text-anchor="end">{inside} of {len(values)} {side} of the line</text></svg>'
     )
     return "".join(parts)
 
 
-def _bin(ratios: Sequence[float], bins: int) -> list[int]:
+def _bin(of: Histogram, values: Sequence[float], bins: int) -> list[int]:
     counts = [0] * bins
-    for ratio in ratios:
-        counts[min(int(ratio * bins), bins - 1)] += 1
+    for value in values:
+        counts[min(max(int((value - of.low) / (of.high - of.low) * bins), 0), bins - 1)] += 1
     return counts
 
 
+def ratio_histogram(rows: Sequence[tuple[str, str, Sequence[float]]], features: str = "") -> Histogram:
+    """Describe the histogram of d1 / d2 of several sets of pictures."""
+    note = "d1/d2: distance to the nearest over the second nearest training picture, share of pictures; copies lie left of 1/3."
+    return Histogram(
+        "How near is the nearest?" + (f" ({features})" if features else ""), note, rows, MEMORIZED_RATIO, "1/3"
+    )
+
+
 def _histograms(report: Report, bins: int = 24) -> str:
-    rows = [(run.name, f"run{i}", [s.ratio for s in run.samples]) for i, run in enumerate(report.runs)]
-    if report.heldout_ratios:
-        rows.append(("held-out", "held", list(report.heldout_ratios)))
-    rows = [row for row in rows if row[2]]
-    if not rows:
+    shown = list(report.histograms)
+    if not shown:
+        rows = [(run.name, f"run{i}", [s.ratio for s in run.samples]) for i, run in enumerate(report.runs)]
+        shown = [ratio_histogram([*rows, ("held-out", "held", list(report.heldout_ratios))])]
+    parts = []
+    for of in shown:
+        filled = [row for row in of.rows if row[2]]
+        if not filled:
+            continue
+        top = max(max(_bin(of, values, bins)) / len(values) for _, _, values in filled)
+        parts.append(
+            f'<figure class="card wide"><figcaption>{escaped(of.title)}<small>{escaped(of.note)}</small></figcaption>'
+            f'<div class="hists">{"".join(_histogram(of, *row, top, bins) for row in filled)}</div></figure>'
+        )
+    return "".join(parts)
+
+
+def _tokens(report: Report) -> str:
+    """Show prompts with their tokens tinted by their pull."""
+    if not report.tokens:
         return ""
-    top = max(max(_bin(ratios, bins)) / len(ratios) for _, _, ratios in rows)
+    cards = []
+    for pull in report.tokens:
+        most = max([*pull.scores, pull.padding or 0.0]) or 1.0
+        pairs = [*zip(pull.tokens, pull.scores, strict=True)]
+        if pull.padding is not None:
+            pairs.append(("(padding, mean)", pull.padding))
+        chips = "".join(
+            f'<span style="background:rgb(200 60 40 / {0.75 * score / most:.2f})">{escaped(text, 24) or "(space)"}'
+            f"<small>{score:.3g}</small></span>"
+            for text, score in pairs
+        )
+        cards.append(
+            f'<article class="card"><h3 dir="auto">{escaped(pull.prompt, 120)}</h3><p class="tokens">{chips}</p>'
+            f'<p class="note">{escaped(pull.note)}</p></article>'
+        )
     return (
-        '<figure class="card wide"><figcaption>How near is the nearest?<small>d1/d2: distance to the nearest over the '
-        "second nearest training picture, share of samples; copies lie left of 1/3.</small></figcaption>"
-        f'<div class="hists">{"".join(_histogram(*row, top) for row in rows)}</div></figure>'
+        '<section><h2>Which words pull</h2><p class="note">The most copied prompts, token by token: the gradient of the guard&#x27;s '
+        "score with respect to each token (Wen et al. 2024). The darkest pull most; changing those is what gives a copy up. "
+        "A first-order statement, no proof that one word alone brings a picture back.</p>"
+        f'<div class="duos">{"".join(cards)}</div></section>'
     )
 
 
 def _caption(sample: Sample) -> str:
     badge = '<span class="badge copy">copy</span>' if sample.memorized else '<span class="badge">no copy</span>'
     score = "" if sample.score is None else f"<span>guard {sample.score:.3g}</span>"
-    numbers = f"<span>d1/d2 {sample.ratio:.2f}</span><span>d1 {sample.distance:.3g}</span>"
+    if sample.similarity is None:
+        numbers = f"<span>d1/d2 {sample.ratio:.2f}</span><span>d1 {sample.distance:.3g}</span>"
+    else:
+        numbers = f"<span>similarity {sample.similarity:.2f}</span>"
     return f'<div class="facts">{badge}{numbers}{score}</div>'
 
 
@@ -425,13 +545,13 @@ def _more(shown: str, rest: str, label: str, kind: str) -> str:
 
 
 def _gallery(run: RunSection, i: int, shown: int) -> str:
-    ordered = sorted(run.samples, key=lambda s: (s.ratio, s.prompt))
-    copies = sum(s.memorized for s in ordered)
+    ordered = sorted(run.samples, key=lambda s: (s.rank, s.prompt))
+    copies, total = run.counted or (sum(s.memorized for s in ordered), len(ordered))
     first, rest = ordered[:shown], ordered[shown : 3 * shown]
-    hidden = len(ordered) - len(first) - len(rest)
+    hidden = total - len(first) - len(rest)
     tail = f"; {hidden} less copied samples are not on this page" if hidden else ""
     inside = f", distances in {run.features}" if run.features else ""
-    marked = f"{run.objective}. {copies} of {len(ordered)} samples are marked as copies{inside}."
+    marked = f"{run.objective}{'. ' if run.objective else ''}{copies} of {total} samples are marked as copies{inside}."
     return (
         f'<section><h2><i class="swatch run{i}"></i>{escaped(run.name)}: most copied first</h2>'
         f'<p class="note">{escaped(marked)} These are the extremes, not typical samples{tail}.</p>'
@@ -486,10 +606,16 @@ def _made(report: Report) -> str:
     return (
         f"<section><h2>How this page was made</h2><pre><code>{escaped(report.command, 600)}</code></pre>"
         f"{_facts(report.made)}{runs}{f'<h3>Notes</h3><ul>{notes}</ul>' if notes else ''}"
-        '<p class="note">A copy: the nearest training picture is less than a third as far away as the second nearest. '
+        f'<p class="note">{escaped(_copy_rule(report.copies))} '
         "Few copies among these samples do not prove that a model never copies, and broken pictures copy nothing: read "
         "copies and quality together.</p></section>"
     )
+
+
+def _copy_rule(name: str) -> str:
+    if name.startswith("memorized"):
+        return "A copy: the nearest training picture is less than a third as far away as the second nearest."
+    return f"A copy: the similarity to the nearest training picture is {name.split(' ', 1)[-1]} ({name.split(' ', maxsplit=1)[0]})."
 
 
 def render(report: Report) -> str:
@@ -501,11 +627,18 @@ def render(report: Report) -> str:
         (report.quality, "to unseen real pictures; less is better"),
     ):
         if any(row.name == name for row in report.runs[0].figures):
+            first = report.runs[0].row(name)
             rows = [(run.name, f"run{i}", run.row(name).generated) for i, run in enumerate(report.runs)]
-            real = "held-out real pictures" if _is_share(name) else "floor: real against real"
-            charts.append(_whiskers(_label(name), [*rows, (real, "held", report.runs[0].row(name).heldout)], note))
+            if first.heldout is not None:
+                real = "held-out real pictures" if _is_share(name) else "floor: real against real"
+                rows.append((real, "held", first.heldout))
+            if len(report.runs) == 1 and first.background is not None:
+                rows.append(("training pictures among themselves", "train", first.background))
+            charts.append(_whiskers(_label(name), rows, note))
     galleries = "".join(_gallery(run, i, report.shown) for i, run in enumerate(report.runs))
-    samples = ", ".join(f"{len(run.samples)} samples from {run.name}" for run in report.runs)
+    samples = ", ".join(
+        f"{run.counted[1] if run.counted else len(run.samples)} samples from {run.name}" for run in report.runs
+    )
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -528,6 +661,7 @@ def render(report: Report) -> str:
 <section><h2>Figures</h2>{_table(report)}</section>
 {_side_by_side(report)}
 {galleries}
+{_tokens(report)}
 {_made(report)}
 </main>
 </body>
@@ -579,9 +713,9 @@ def contact_sheet(
 
 _STYLE = """
 :root{--bg:#faf9f6;--card:#fff;--ink:#1b1c20;--soft:#5d626d;--line:#e2dfd7;--run0:#c2410c;--run1:#0b6e69;--run2:#5b4bb5;
---held:#7a7f8a;--copy:#a31621;--copybg:#fdecec;--tag:#efede7}
+--held:#7a7f8a;--train:#9a7b2f;--copy:#a31621;--copybg:#fdecec;--tag:#efede7}
 @media (prefers-color-scheme:dark){:root{--bg:#121316;--card:#1b1d22;--ink:#ecebe7;--soft:#a0a5b0;--line:#2e3138;
---run0:#f08a52;--run1:#4fc3b8;--run2:#a99cf2;--held:#8d93a0;--copy:#ff9d9d;--copybg:#3c1d20;--tag:#2a2d34}}
+--run0:#f08a52;--run1:#4fc3b8;--run2:#a99cf2;--held:#8d93a0;--train:#d1b25e;--copy:#ff9d9d;--copybg:#3c1d20;--tag:#2a2d34}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,
 "Helvetica Neue",Arial,sans-serif}
@@ -611,6 +745,7 @@ svg .tick{font-size:10.5px;fill:var(--soft);font-weight:400}
 svg .grid,svg .axis{stroke:var(--line)}
 svg .cut{stroke:var(--copy);stroke-dasharray:3 3}
 .run0{--tone:var(--run0)}.run1{--tone:var(--run1)}.run2{--tone:var(--run2)}.held{--tone:var(--held)}
+.train{--tone:var(--train)}
 svg .bar{stroke:var(--tone);stroke-width:4;stroke-linecap:round;opacity:.45}
 svg .dot,svg .box{fill:var(--tone)}
 .hists{display:grid;grid-template-columns:repeat(auto-fit,minmax(260px,1fr));gap:8px 24px}
@@ -639,6 +774,9 @@ border-radius:6px}
 .prompt{margin:8px 0 6px;font-size:.9rem;line-height:1.35;overflow-wrap:anywhere}
 .facts{display:flex;flex-wrap:wrap;gap:3px 10px;align-items:center;font-size:.78rem;color:var(--soft);
 font-variant-numeric:tabular-nums;margin-top:6px}
+.tokens{display:flex;flex-wrap:wrap;gap:6px;margin:0 0 6px}
+.tokens span{border:1px solid var(--line);border-radius:5px;padding:2px 7px;overflow-wrap:anywhere}
+.tokens small{display:block;font-size:.7rem;color:inherit;opacity:.75}
 .badge{background:var(--tag);border-radius:4px;padding:1px 6px;color:var(--soft)}
 .badge.copy{background:var(--copybg);color:var(--copy);font-weight:650}
 .is-copy{border-color:var(--copy)}

@@ -226,6 +226,7 @@ def load_rows(
     cache_dir: str | None = None,
     local: bool = False,
     several_captions: bool = False,
+    need_captions: bool = True,
     faults: list[Fault] | None = None,
 ) -> PictureSet:
     """Open a source of pictures and captions.
@@ -242,6 +243,7 @@ def load_rows(
         config_name: configuration of a hub dataset.
         cache_dir: where hub downloads are kept.
         local: `source` is a path, whatever it looks like: a mistyped folder is then not looked for on the hub.
+        need_captions: without, a row that has none gets an empty one, and a folder without a list is all pictures in it.
         several_captions: a row's caption may be a list of texts too; its first one is the caption where one is asked for.
         faults: receives the faults of single rows, which are then left out (a row without caption stays, with an empty
             one); without it the first fault raises.
@@ -253,18 +255,19 @@ def load_rows(
         UserError: the source does not exist, has no pictures, lacks a column or a file, or no row is left.
     """
     path = Path(source).expanduser()
+    needed = caption_column if need_captions else None
     looks_local = str(source).startswith((".", "/", "~")) or path.suffix == ".parquet"
     # os.path: pathlib raises where a path is longer than the system takes.
     if names_shards(path):
-        table = _from_shards(path, caption_column, faults)
+        table = _from_shards(path, needed, faults)
     elif os.path.isdir(path):
-        table = (_from_shards if _holds_shards(path) else _from_folder)(path, caption_column, faults)
+        table = (_from_shards if _holds_shards(path) else _from_folder)(path, needed, faults)
     elif os.path.isfile(path):
-        table = _from_parquet(path, image_column, caption_column)
+        table = _from_parquet(path, image_column, needed)
     elif local or looks_local or str(source).count("/") > 1:
         raise UserError(f"there is no file or folder {source}", remedy="check the path; a hub dataset reads owner/name")
     else:
-        table = _from_hub(str(source), image_column, caption_column, split or "train", config_name, cache_dir)
+        table = _from_hub(str(source), image_column, needed, split or "train", config_name, cache_dir)
         split = None
     conditions = ([("split", "=", split)] if split is not None else []) + list(row_filter)
     kept = [i for i in range(len(table.rows)) if _meets(table, i, conditions)]
@@ -276,7 +279,11 @@ def load_rows(
     if max_samples is not None and max_samples < len(kept):
         chosen = kept[:max_samples] if seed is None else random.Random(seed).sample(kept, max_samples)
         kept = sorted(chosen)
-    captions = [_captions(table, i, caption_column, faults, several_captions) for i in kept]
+    if need_captions:
+        captions = [_captions(table, i, caption_column, faults, several_captions) for i in kept]
+    else:
+        given = [table.rows[i].get(caption_column) for i in kept]
+        captions = [[text if isinstance(text, str) else ""] for text in given]
     return PictureSet(
         _Picked(table.image, kept), [c[0] for c in captions], [table.name(i) for i in kept], str(source),
         [c[1:] for c in captions],
@@ -370,9 +377,9 @@ def _holds_shards(folder: Path) -> bool:
     return True
 
 
-def _from_shards(path: Path, caption_column: str, faults: list[Fault] | None) -> _Table:
+def _from_shards(path: Path, caption_column: str | None, faults: list[Fault] | None) -> _Table:
     found: list[tuple[str, str]] | None = None if faults is None else []
-    rows = index_shards(find_shards(path), caption_column, found)
+    rows = index_shards(find_shards(path), caption_column or "text", found)
     if faults is None:
         _need_columns(str(path), [caption_column], list(rows[0]))
     else:
@@ -380,12 +387,14 @@ def _from_shards(path: Path, caption_column: str, faults: list[Fault] | None) ->
     return _Table(str(path), rows, _ShardPictures(rows), rows.names.__getitem__)
 
 
-def _from_folder(folder: Path, caption_column: str, faults: list[Fault] | None) -> _Table:
+def _from_folder(folder: Path, caption_column: str | None, faults: list[Fault] | None) -> _Table:
     listings = [folder / name for name in METADATA if (folder / name).is_file()]
     if not listings:
         pictures = sum(1 for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
         if not pictures:
             raise UserError(f"folder {folder} has no pictures", rule=f"it must hold pictures and {METADATA[0]}")
+        if caption_column is None:
+            return _all_in(folder)
         deeper = next((p.parent for name in METADATA for p in folder.rglob(name)), None)
         line = f'{{"file_name": "a.png", "{caption_column}": "a red apple"}}'
         raise UserError(
@@ -428,6 +437,15 @@ def _from_folder(folder: Path, caption_column: str, faults: list[Fault] | None) 
     _need_columns(str(folder), [caption_column], sorted({k for r in rows for k in r}))
     names = [str(r["file_name"]) for r in rows]
     return _Table(str(folder), rows, _Files(folder, names), lambda i: names[i])
+
+
+def _all_in(folder: Path) -> _Table:
+    """Take every picture below a folder that has no list; hidden files and folders are not part of it."""
+    found = (p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
+    names = sorted(p.as_posix() for p in found if not any(part.startswith(".") for part in p.parts))
+    if not names:
+        raise UserError(f"folder {folder} has no pictures", rule="those of hidden files and folders do not count")
+    return _Table(str(folder), [{"file_name": name} for name in names], _Files(folder, names), names.__getitem__)
 
 
 def _bad_name(row: Any, number: int, listing: Path) -> UserError | None:
@@ -487,7 +505,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _from_parquet(path: Path, image_column: str, caption_column: str) -> _Table:
+def _from_parquet(path: Path, image_column: str, caption_column: str | None) -> _Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -511,7 +529,7 @@ def _from_parquet(path: Path, image_column: str, caption_column: str) -> _Table:
 
 
 def _from_hub(
-    name: str, image_column: str, caption_column: str, split: str, config_name: str | None, cache_dir: str | None
+    name: str, image_column: str, caption_column: str | None, split: str, config_name: str | None, cache_dir: str | None
 ) -> _Table:
     import datasets
 
@@ -555,9 +573,9 @@ def _text_lines(path: Path) -> list[str]:
         raise UserError(f"{path} cannot be read", rule=str(error), remedy="it must be a UTF-8 text file") from None
 
 
-def _need_columns(source: str, needed: Sequence[str], columns: Sequence[str]) -> None:
+def _need_columns(source: str, needed: Sequence[str | None], columns: Sequence[str]) -> None:
     for column in needed:
-        if column not in columns:
+        if column is not None and column not in columns:
             raise UserError(
                 f"{source} has no column {column!r}",
                 rule=f"its columns are {', '.join(map(str, columns)) or 'none'}",

@@ -64,7 +64,8 @@ def main() -> None:
         result["figures"][feature.name] = figures
         if feature.quality:
             for row in quality_rows(vectors["generated"], vectors["heldout"], name=feature.name, seed=args.seed):
-                result["figures"][row.name] = {"generated": row.generated.as_dict(), "heldout": row.heldout.as_dict()}
+                sides = {"generated": row.generated, "heldout": row.heldout}
+                result["figures"][row.name] = {side: f.as_dict() for side, f in sides.items() if f is not None}
     (args.docs / "base-figures.json").write_text(json.dumps(result, indent=1) + "\n")
     for name, figures in result["figures"].items():
         print(name, {side: f"{f['value']:.3f} [{f['low']:.3f}, {f['high']:.3f}]" for side, f in figures.items()})

@@ -287,7 +287,7 @@ def table(report: Report) -> str:
     lines = [head]
     for row in report.runs[0].figures:
         cells = [_cell(run.row(row.name)) for run in report.runs]
-        lines.append([row.name, *cells, show(row.heldout)])
+        lines.append([row.name, *cells, "" if row.heldout is None else show(row.heldout)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 

@@ -1,0 +1,229 @@
+"""Features of networks whose weights the user brings: DINOv2, CLIP, Inception; and the choice of features by name.
+
+    Dinov2      the pooled class token of DINOv2 (Oquab et al. 2023, arXiv 2304.07193), cosine: a copy at S > 0.9, the published
+                threshold of the paper's small-data tables with ViT-g/14 and the largest similarity over the training set; 0.875 beside it
+    ClipScore   cos(image embedding, text embedding) (Hessel et al., EMNLP 2021, arXiv 2104.08718, without its factor 2.5
+                and without clipping at 0: what the tables of Somepalli et al. print as 0.30)
+    Inception   the pooled features of a TorchScript Inception-v3, Euclidean: Frechet distances on them
+
+Weights are folders or hub ids of transformers, in safetensors, or one TorchScript file; nothing is downloaded that was not named. A
+network with weights that the file lacks is refused: transformers would fill them at random. The whole picture is used, squeezed.
+
+A Frechet distance carries the name of its network. It is FID only where the network is the one that FID is defined with, which
+nothing here can tell of a file: figures on `Inception` are called FD-Inception, and say which file by its digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ambient_sd.audit.features import (
+    Batched,
+    Distance,
+    EffLite0,
+    Features,
+    Pixels,
+    Sscd,
+    batches,
+    imagenet,
+    square,
+)
+from ambient_sd.errors import UserError, one_line
+
+NAMES = ("pixels", "toned", "efflite0", "sscd", "dinov2", "inception")
+_CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
+_CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+
+
+def _pretrained(kind: str, name: str, wanted: Sequence[str]) -> Any:
+    """Load a transformers model of one of the `wanted` types, whole."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        if config.model_type not in wanted:
+            raise UserError(f"{name} is a {config.model_type}", rule=f"it must be a {' or '.join(wanted)}")
+        model, loading = getattr(transformers, kind).from_pretrained(
+            name, use_safetensors=True, output_loading_info=True
+        )
+    except UserError:
+        raise
+    except Exception as error:  # no such folder or id, no connection, unreadable files: a dozen kinds
+        raise UserError(f"{name} cannot be loaded", rule=one_line(f"{type(error).__name__}: {error}", 200),
+                        remedy=f"give a folder or hub id of a {kind} with safetensors weights") from None  # fmt: skip
+    # A mask token serves the training of DINOv2 only.
+    missing = sorted(key for key in loading["missing_keys"] if "mask_token" not in key)
+    if missing or loading.get("mismatched_keys"):
+        raise UserError(
+            f"{name} lacks weights, such as {missing[0] if missing else next(iter(loading['mismatched_keys']))}",
+            rule="they would be random",
+        )
+    return model.eval().requires_grad_(False)
+
+
+class Dinov2(Batched):
+    """Describe pictures by the pooled class token of DINOv2; cosine similarity.
+
+    Args:
+        model: folder or hub id of a transformers `Dinov2Model`.
+        size: side in pixels; brought down to a multiple of the patch size.
+
+    Raises:
+        UserError: it cannot be loaded whole, or is another model.
+    """
+
+    distance: Distance = "cosine"
+    thresholds: tuple[float, ...] = (0.9, 0.875)
+    quality = True
+
+    def __init__(self, model: str, size: int = 224, batch_size: int = 16, device: str | torch.device = "cpu") -> None:
+        self.network = _pretrained("Dinov2Model", model, ("dinov2",)).to(device)
+        self.device = torch.device(device)
+        patch = self.network.config.patch_size
+        self.name, self.batch_size, self.dim = "DINOv2", batch_size, self.network.config.hidden_size
+        self.size = max(patch, size // patch * patch)
+
+    def _embed(self, batch: np.ndarray) -> Tensor:
+        x = torch.from_numpy(imagenet(batch)).to(self.device)
+        return self.network(pixel_values=x).pooler_output
+
+
+class ClipScore:
+    """Measure how near a picture is to its prompt in CLIP: the cosine of both embeddings.
+
+    Args:
+        model: folder or hub id of a transformers `CLIPModel` with its tokenizer.
+
+    Raises:
+        UserError: it cannot be loaded whole, or is another model.
+    """
+
+    name = "CLIP score"
+
+    def __init__(self, model: str, batch_size: int = 16, device: str | torch.device = "cpu") -> None:
+        from transformers import AutoTokenizer
+
+        self.network = _pretrained("CLIPModel", model, ("clip",)).to(device)
+        self.device, self.batch_size = torch.device(device), batch_size
+        self.size = self.network.config.vision_config.image_size
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(model)
+        except Exception as error:
+            raise UserError(
+                f"{model} has no tokenizer", rule=one_line(f"{type(error).__name__}: {error}", 200)
+            ) from None
+        tokens, known = len(self.tokenizer), self.network.config.text_config.vocab_size
+        # Of a folder without tokenizer files transformers makes one of three tokens, without a word.
+        if not 0.9 * known <= tokens <= known:
+            raise UserError(f"the tokenizer of {model} does not fit its model",
+                            rule=f"it has {tokens} tokens, the model {known} embeddings")  # fmt: skip
+
+    def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str], progress: bool = False) -> Tensor:
+        """Return the cosine of each picture with its own prompt (cut to the model's length), float64 `(N,)`.
+
+        Raises:
+            UserError: another number of prompts than of pictures.
+        """
+        if len(pictures) != len(prompts):
+            raise UserError(f"{len(pictures)} pictures and {len(prompts)} prompts", rule="one prompt per picture")
+        rows: list[Tensor] = []
+        left = iter(prompts)
+        with torch.inference_mode(), tqdm(total=len(pictures), desc=self.name, unit="img", disable=not progress) as bar:
+            for batch in batches(pictures, self.batch_size):
+                texts = list(islice(left, len(batch)))
+                scaled = (square(batch, self.size).astype(np.float32) / 255 - _CLIP_MEAN) / _CLIP_STD
+                x = torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))).to(self.device)
+                ids = self.tokenizer(
+                    texts, padding=True, truncation=True, return_tensors="pt",
+                    max_length=self.network.config.text_config.max_position_embeddings,
+                ).to(self.device)  # fmt: skip
+                out = self.network(input_ids=ids.input_ids, attention_mask=ids.attention_mask, pixel_values=x)
+                image, text = out.image_embeds.double(), out.text_embeds.double()
+                rows.append(torch.nn.functional.cosine_similarity(image, text, dim=1).cpu())
+                bar.update(len(batch))
+        return torch.cat(rows).clone() if rows else torch.zeros(0, dtype=torch.float64)
+
+
+class Inception(Batched):
+    """Pool the features of an Inception-v3 in one TorchScript file that takes uint8 `(B, 3, 299, 299)` in [0, 255].
+
+    The files of the common FID implementations are such; those with an argument `return_features` are called with it.
+
+    Raises:
+        UserError: the file is not there, is no TorchScript, or gives no features `(B, D)`.
+    """
+
+    quality = True
+
+    def __init__(self, path: str | Path, batch_size: int = 16, device: str | torch.device = "cpu") -> None:
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"Inception model {path}", rule="the file does not exist")
+        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        try:
+            self.network = torch.jit.load(str(path), map_location=device).eval()
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"Inception model {path.name}", rule="must be a TorchScript file",
+                            remedy=one_line(error, 160)) from None  # fmt: skip
+        self.device = torch.device(device)
+        self.name, self.size, self.batch_size = "Inception", 299, batch_size
+        names = [a.name for a in self.network.forward.schema.arguments]
+        self.options: dict[str, bool] = {"return_features": True} if "return_features" in names else {}
+        try:
+            with torch.inference_mode():
+                out = self._embed(np.zeros((1, self.size, self.size, 3), dtype=np.uint8))
+            if out.dim() != 2 or len(out) != 1:
+                raise ValueError(f"it gives {tuple(out.shape)} for one picture")
+        except Exception as error:
+            raise UserError(f"Inception model {path.name} does not take uint8 (1, 3, 299, 299)",
+                            rule=one_line(str(error).strip().splitlines()[-1] if str(error).strip() else error, 160)) from None  # fmt: skip
+        self.dim = out.shape[1]
+
+    def _embed(self, batch: np.ndarray) -> Tensor:
+        x = torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2))).to(self.device)
+        out = self.network(x, **self.options)
+        return out[0] if isinstance(out, (tuple, list)) else out
+
+
+def choose(names: Sequence[str], files: Mapping[str, str | None], device: str | torch.device = "cpu") -> list[Features]:
+    """Load the features called `names`.
+
+    Args:
+        names: of `NAMES`, no name twice; the first one decides what counts as a copy.
+        files: name -> weights, for those that need them; SSCD is also found without (`Sscd`).
+
+    Raises:
+        UserError: a name is unknown or twice there, or weights are missing.
+    """
+    if unknown := [name for name in names if name not in NAMES]:
+        raise UserError(f"feature {unknown[0]!r}", rule=f"there are {', '.join(NAMES)}")
+    if len(set(names)) < len(names) or not names:
+        raise UserError(f"features {','.join(names)!r}", rule="at least one, and no name twice")
+    for name in ("dinov2", "inception"):
+        if name in names and not files.get(name):
+            raise UserError(f"feature {name} without weights", remedy=f"give --{name}")
+    made: list[Features] = []
+    for name in names:
+        if name == "pixels":
+            made.append(Pixels())
+        elif name == "toned":
+            made.append(Pixels(toned=True))
+        elif name == "efflite0":
+            made.append(EffLite0(device=device))
+        elif name == "sscd":
+            made.append(Sscd(files.get("sscd")))
+        elif name == "dinov2":
+            made.append(Dinov2(str(files["dinov2"]), device=device))
+        else:
+            made.append(Inception(str(files["inception"]), device=device))
+    return made

@@ -1,0 +1,105 @@
+"""The original that a picture may be a copy of, and the nearest OTHER one: neighbours among pictures that differ.
+
+    d1   distance to the nearest training picture
+    d2   distance to the nearest training picture that is no duplicate of that one
+
+With duplicates in the training set the second nearest picture is another copy of the nearest: d1 / d2 is about 1 for the very
+pictures that are memorized first. So training pictures carry labels, equal for copies of one picture, and d2 is taken over other
+labels. Which pictures are duplicates is the caller's to say (`ambient_sd.data.duplicates`).
+
+A mirrored copy is far away in pixels. Given the vectors of the mirror images of the queries as well, every distance is the smaller
+one of the two orientations, d2 too: what is searched twice must not halve d1 alone.
+
+The one place of the measures that searches: `search` is `neighbours.nearest`, or anything that answers like it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from ambient_sd.audit.features import Distance
+from ambient_sd.audit.neighbours import Neighbours, nearest
+from ambient_sd.errors import UserError
+
+Search = Callable[..., Neighbours]
+
+
+def originals(
+    views: Sequence[Tensor],
+    training: Tensor,
+    *,
+    distance: Distance = "euclidean",
+    duplicates: Sequence[Hashable] | None = None,
+    leave_out: bool = False,
+    search: Search = nearest,
+) -> Neighbours:
+    """Find for every query the nearest training picture and the nearest one that is no duplicate of it.
+
+    Args:
+        views: the queries, `(N, D)`, one tensor an orientation, in one order.
+        training: `(M, D)`.
+        distance: as in `nearest`.
+        duplicates: one label per training row; None: all differ.
+        leave_out: the queries are the training rows; one of each label is asked for, and its label is not found.
+        search: `(queries, training, k, distance=...) -> Neighbours`.
+
+    Returns:
+        Neighbours with k = 2; with `leave_out` one row a label, in the order of the labels' first rows.
+
+    Raises:
+        UserError: another number of labels than of training rows, or fewer than two different pictures to find.
+    """
+    labels = list(range(len(training)) if duplicates is None else duplicates)
+    if len(labels) != len(training):
+        raise UserError(f"{len(labels)} labels of duplicates for {len(training)} training pictures", rule="one each")
+    numbers: dict[Hashable, int] = {}
+    label = torch.tensor([numbers.setdefault(name, len(numbers)) for name in labels])
+    if len(numbers) - int(leave_out) < 2:
+        raise UserError(
+            f"{len(numbers)} different training pictures", rule="the nearest is held against the second nearest",
+            remedy="give more of them",
+        )  # fmt: skip
+    own = torch.full((len(views[0]),), -1)
+    if leave_out:
+        first = {name: row for row, name in reversed(list(enumerate(labels)))}
+        rows = torch.tensor(sorted(first.values()))
+        views, own = [view[rows] for view in views], label[rows]
+    values = torch.full((len(views[0]), 2), torch.inf, dtype=torch.float64)
+    index = torch.full((len(views[0]), 2), -1)
+    pending, k = torch.arange(len(views[0])), 2 + int(leave_out)
+    while len(pending):
+        k = min(k, len(training))
+        found = [search(view[pending], training, k, distance=distance) for view in views]
+        v, i = _two_labels(found, label, own[pending])
+        done = torch.isfinite(v[:, 1])
+        values[pending[done]], index[pending[done]] = v[done], i[done]
+        # The k nearest were all copies of one picture: look further.
+        pending, k = pending[~done], 4 * k
+    return Neighbours(values, index, distance)
+
+
+def _two_labels(found: Sequence[Neighbours], label: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nearest row and the nearest one of another label, inf where an orientation shows fewer than two labels."""
+    values, index = [], []
+    complete = torch.ones(len(own), dtype=torch.bool)
+    for one in found:
+        labels = label[one.index]
+        d = one.distance.masked_fill(labels == own[:, None], torch.inf)
+        first = d.argmin(1, keepdim=True)
+        other = d.masked_fill(labels == labels.gather(1, first), torch.inf)
+        second = other.argmin(1, keepdim=True)
+        # Only with two labels in sight is it certain that no nearer row of another label was left out.
+        complete &= torch.isfinite(other.gather(1, second)).flatten()
+        values += [d.gather(1, first), other.gather(1, second)]
+        index += [one.index.gather(1, first), one.index.gather(1, second)]
+    all_values, all_index = torch.cat(values, 1), torch.cat(index, 1)
+    first = all_values.argmin(1, keepdim=True)
+    labels = label[all_index]
+    other = all_values.masked_fill(labels == labels.gather(1, first), torch.inf)
+    second = other.argmin(1, keepdim=True)
+    value = torch.cat([all_values.gather(1, first), other.gather(1, second)], 1)
+    value[~complete, 1] = torch.inf
+    return value, torch.cat([all_index.gather(1, first), all_index.gather(1, second)], 1)

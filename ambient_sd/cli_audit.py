@@ -1,0 +1,140 @@
+"""The verb `audit` of the command `ambient-sd`: its flags. Nothing heavy is imported before it runs."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from ambient_sd.cli_guard import add_drawing
+from ambient_sd.errors import UserError
+
+
+def add_audit(verbs: Any) -> None:
+    """Add `audit` to the command's verbs."""
+    audit = verbs.add_parser(
+        "audit",
+        help="measure how much a model copies its training pictures, and how good its pictures are",
+        description="Draw pictures for the training captions (or take a folder of pictures), search each one's nearest training "
+        "picture, and write figures, the most copied pictures beside their originals, and a page to OUT. Exit status: 0; 1 if the share "
+        "of copies exceeds --fail-over; 2 for a mistake. A run that was cut goes on where it stopped.",
+        usage="ambient-sd audit MODEL DATA --out OUT [options]\n       ambient-sd audit --generated FOLDER DATA --out OUT [options]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    audit.add_argument("places", nargs="+", metavar="MODEL DATA",
+                       help="pipeline folder or hub id, and the pictures that it was trained on: folder, parquet file, tar shards or "
+                       "hub dataset; with --generated only the pictures")  # fmt: skip
+    audit.add_argument("--generated", type=Path, default=None, metavar="FOLDER",
+                       help="pictures made elsewhere instead of a model; prompts from its samples.jsonl or metadata.jsonl, if any")  # fmt: skip
+    audit.add_argument("--heldout", default=None, metavar="DATA",
+                       help="real pictures of the same kind that the model never saw: what is hit by chance, and how good pictures can be")  # fmt: skip
+    audit.add_argument("--out", type=Path, required=True, help="folder for everything")
+    audit.add_argument("--prompts", default=None, metavar="FILE", help=".jsonl with prompt rows, or text, one a line (default: the training captions)")  # fmt: skip
+    audit.add_argument("--samples_per_prompt", type=int, default=4, help="pictures of each prompt")
+    audit.add_argument("--max_prompts", type=int, default=0, help="prompts at most, drawn by the seed; 0: all")
+    audit.add_argument("--features", default=None, metavar="NAME,...",
+                       help="of pixels, efflite0, sscd, dinov2, inception; the first decides what is a copy (default: pixels, efflite0, "
+                       "and those whose weights are given)")  # fmt: skip
+    audit.add_argument("--sscd", default=None, metavar="FILE", help="SSCD as TorchScript or ONNX")
+    audit.add_argument(
+        "--dinov2", default=None, metavar="MODEL", help="DINOv2, folder or hub id, for example facebook/dinov2-giant"
+    )
+    audit.add_argument("--inception", default=None, metavar="FILE", help="Inception-v3 as TorchScript")
+    audit.add_argument(
+        "--clip",
+        default=None,
+        metavar="MODEL",
+        help="CLIP, folder or hub id: measures how well pictures show their prompts",
+    )
+    audit.add_argument(
+        "--judge",
+        default=None,
+        metavar="MODEL",
+        help="Stable Diffusion that judges the same; best one that has not seen the pictures, such as the base",
+    )
+    audit.add_argument("--no_mirrored", dest="mirrored", action="store_false", help="do not search for mirror images")
+    audit.add_argument(
+        "--attribution", type=int, default=4, metavar="N", help="most copied prompts whose tokens are examined; 0: none"
+    )
+    audit.add_argument("--fail-over", "--fail_over", type=float, default=None, metavar="SHARE",
+                       help="exit with status 1 if the share of copies exceeds this")  # fmt: skip
+    audit.add_argument("--image_column", default="image", help="column of the pictures")
+    audit.add_argument("--caption_column", default="text", help="column of the captions")
+    audit.add_argument("--dataset_split", default=None, help="split of the training pictures")
+    audit.add_argument("--row_filter", nargs="+", default=[], metavar="CONDITION", help="training rows where all of these hold: column=value, column<=number, column>=number")  # fmt: skip
+    audit.add_argument("--heldout_split", default=None, help="split of the held-out pictures")
+    audit.add_argument(
+        "--heldout_row_filter", nargs="+", default=[], metavar="CONDITION", help="the same for held-out rows"
+    )
+    add_drawing(audit)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `audit` and return the exit status."""
+    wanted = 1 if args.generated is not None else 2
+    if len(args.places) != wanted:
+        said = "DATA alone, for --generated takes the model's place" if wanted == 1 else "MODEL and DATA"
+        raise UserError(
+            f"{len(args.places)} places are given", rule=f"there must be {said}", remedy="see ambient-sd audit --help"
+        )
+    from ambient_sd.auditing import AuditSettings, Source, audit
+    from ambient_sd.drawing import DrawSettings
+    from ambient_sd.quiet import quiet
+    from ambient_sd.training.config import split_condition
+
+    quiet()
+    names = ("adapter", "scheduler", "num_inference_steps", "guidance_scale", "resolution", "seed", "dtype", "device",
+             "batch_size")  # fmt: skip
+    drawing = None
+    if args.generated is None:
+        drawing = DrawSettings(model=args.places[0], **{name: getattr(args, name) for name in names})
+    files = {name: getattr(args, name) for name in ("sscd", "dinov2", "inception")}
+    features = ["pixels", "efflite0", *(name for name, file in files.items() if file)]
+    if args.features is not None:
+        features = args.features.split(",")
+        if unused := [name for name, file in files.items() if file and name not in features]:
+            raise UserError(
+                f"--{unused[0]} without {unused[0]} among the features",
+                remedy=f"add it: --features {args.features},{unused[0]}",
+            )
+
+    def source(place: str, split: str | None, conditions: list[str]) -> Source:
+        return Source(
+            place, split, tuple(split_condition(c) for c in conditions), args.image_column, args.caption_column
+        )
+
+    settings = AuditSettings(
+        training=source(args.places[-1], args.dataset_split, args.row_filter),
+        out=args.out,
+        drawing=drawing,
+        generated=args.generated,
+        heldout=None if args.heldout is None else source(args.heldout, args.heldout_split, args.heldout_row_filter),
+        prompts=args.prompts,
+        samples_per_prompt=args.samples_per_prompt,
+        max_prompts=args.max_prompts,
+        features=tuple(features),
+        files=files,
+        clip=args.clip,
+        judge=args.judge,
+        mirrored=args.mirrored,
+        attribution=args.attribution,
+        limit=args.fail_over,
+        seed=args.seed,
+    )  # fmt: skip
+    result = audit(settings, _command(sys.argv[1:]))
+    finding, verdict = result.found["finding"], result.found["verdict"]
+    print(f"\n{finding['sentence']}\n{finding['detail']}", flush=True)
+    if verdict["limit"] is not None:
+        said = "exceeds" if verdict["exceeded"] else "does not exceed"
+        print(f"{verdict['measure']} {verdict['value']:.4f} {said} {verdict['limit']:g}", flush=True)
+    print(f"\nLook at it: {args.out / 'audit.html'}", flush=True)
+    return int(result.exceeded)
+
+
+def _command(words: list[str]) -> str:
+    """Return the command as it may be published: of local places the last part of their name only."""
+    return "ambient-sd " + shlex.join(
+        Path(word).name if "/" in word and Path(word).exists() else word for word in words
+    )

@@ -1,0 +1,86 @@
+"""The table of changed copies: what must be found, what must not, and that mirror images cost no false alarms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance
+
+from ambient_sd.audit.features import Pixels, embed
+from ambient_sd.audit.transformations import TRANSFORMATIONS, detection, embed_all, table, transformed
+
+
+def picture(seed: int) -> Image.Image:
+    patches = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(patches).resize((40, 40), Image.Resampling.BICUBIC)
+
+
+def test_every_change_keeps_size_and_mode_and_is_a_function_of_the_seed() -> None:
+    for name, change in TRANSFORMATIONS.items():
+        a, b = (transformed([picture(0), picture(1)], change, 3) for _ in range(2))
+        assert [p.size for p in a] == [(40, 40)] * 2 and {p.mode for p in a} == {"RGB"}
+        assert all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True)), name
+        assert (a[0].tobytes() == picture(0).tobytes()) == (name == "none"), name
+    other = transformed([picture(0)], TRANSFORMATIONS["noise, 16 of 255"], 4)[0]
+    assert other.tobytes() != transformed([picture(0)], TRANSFORMATIONS["noise, 16 of 255"], 3)[0].tobytes()
+
+
+@pytest.fixture(scope="module")
+def cells() -> dict[tuple[str, bool], tuple[float, float]]:
+    features, names = [Pixels(16)], ["none", "mirrored", "noise, 16 of 255", "middle 75 % cut out"]
+    training = [picture(i) for i in range(30)]
+    found = {}
+    for mirrored in (False, True):
+        for cell in detection(
+            embed_all(training[:10], features, names=names), list(range(10)),
+            embed_all([picture(100 + i) for i in range(20)], features, names=names), embed(training, features), features,
+            duplicates=list(range(30)), mirrored=mirrored,
+        ):  # fmt: skip
+            found[cell.transformation, mirrored] = (cell.detected[0], cell.false_alarms[0])
+    return found
+
+
+def test_exact_and_noisy_copies_are_found_and_no_held_out_picture_is(
+    cells: dict[tuple[str, bool], tuple[float, float]],
+) -> None:
+    for mirrored in (False, True):
+        assert cells["none", mirrored] == (1.0, 0.0) and cells["noise, 16 of 255", mirrored] == (1.0, 0.0)
+    assert cells["middle 75 % cut out", True] == (0.0, 0.0)  # what pixels cannot see
+
+
+def test_mirrored_copies_are_found_only_by_their_mirror_image(
+    cells: dict[tuple[str, bool], tuple[float, float]],
+) -> None:
+    assert cells["mirrored", False][0] == 0.0 and cells["mirrored", True] == (1.0, 0.0)
+
+
+def test_a_copy_that_is_nearest_to_another_picture_is_not_detected() -> None:
+    features = [Pixels(16)]
+    queries = embed_all([picture(0)], features, names=["none"])
+    heldout = embed_all([picture(9), picture(8)], features, names=["none"])
+    training = embed([picture(i) for i in range(3)], features)
+    (cell,) = detection(queries, [1], heldout, training, features, duplicates=[0, 1, 2], mirrored=False)
+    assert cell.detected[0] == 0.0
+
+
+def test_toned_pixels_do_not_see_brightness_and_contrast_but_see_what_differs() -> None:
+    toned, plain = Pixels(16, toned=True), Pixels(16)
+    a = picture(1).point(lambda v: 60 + v // 4)  # away from black and white, where a change is lost
+    lighter = a.point(lambda v: v + 40)
+    assert float((toned([a]) - toned([lighter])).norm()) < 0.01 < float((plain([a]) - plain([lighter])).norm())
+    assert float((toned([a]) - toned([picture(2)])).norm()) > 10
+    flat = toned([Image.new("RGB", (8, 8), "white")])
+    assert torch.isfinite(flat).all() and float(flat.abs().max()) == 0.0
+    darker = ImageEnhance.Brightness(a).enhance(0.7)
+    assert float((toned([a]) - toned([darker])).norm()) < 2
+
+
+def test_the_table_is_markdown_with_intervals(cells: dict[tuple[str, bool], tuple[float, float]]) -> None:
+    features = [Pixels(16)]
+    sets = [embed_all([picture(i) for i in (0, 1)], features, names=["none"]) for _ in range(2)]
+    training = embed([picture(i) for i in range(3)], features)
+    text = table(detection(sets[0], [0, 1], sets[1], training, features, duplicates=[0, 1, 2], mirrored=True))
+    assert (
+        text.splitlines()[0] == "| | pixels16, mirror searched |" and text.splitlines()[2] == "| none | 100 [34, 100] |"
+    )

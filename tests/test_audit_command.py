@@ -1,0 +1,342 @@
+"""`ambient-sd audit`: what it says of copies and of fresh pictures, what it writes, what it refuses, and that it goes on after a cut."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from ambient_sd.auditing import AuditSettings, Source, audit, read_generated
+from ambient_sd.cli import main
+from ambient_sd.errors import UserError
+
+HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>\u202e'
+
+
+def noise_picture(seed: int, size: int = 24) -> Image.Image:
+    """A picture that resembles no other: large random patches."""
+    patches = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(patches).resize((size, size), Image.Resampling.NEAREST)
+
+
+def folder(path: Path, pictures: list[Image.Image], captions: list[str] | None = None) -> Path:
+    path.mkdir(parents=True)
+    names = [f"{i:03d}.png" for i in range(len(pictures))]
+    for name, picture in zip(names, pictures, strict=True):
+        picture.save(path / name)
+    if captions is not None:
+        rows = [json.dumps({"file_name": n, "text": c}) for n, c in zip(names, captions, strict=True)]
+        (path / "metadata.jsonl").write_text("\n".join(rows))
+    return path
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> dict[str, Path]:
+    """Training pictures with captions, held-out pictures without, and pictures of neither."""
+    training = [noise_picture(i) for i in range(12)]
+    return {
+        "training": folder(tmp_path / "training", training, [f"picture {i}" for i in range(12)]),
+        "heldout": folder(tmp_path / "heldout", [noise_picture(100 + i) for i in range(16)]),
+        "fresh": folder(tmp_path / "fresh", [noise_picture(200 + i) for i in range(10)]),
+        "out": tmp_path / "out",
+    }
+
+
+def settings(sets: dict[str, Path], **changes: Any) -> AuditSettings:
+    values: dict[str, Any] = {
+        "training": Source(str(sets["training"])), "heldout": Source(str(sets["heldout"])), "out": sets["out"],
+        "generated": sets["fresh"], "features": ("pixels",), "resamples": 20,
+    }  # fmt: skip
+    return AuditSettings(**(values | changes))
+
+
+def measures(found: dict[str, Any]) -> dict[str, Any]:
+    return {row["name"]: row for row in found["measures"]}
+
+
+# --- what it says
+
+
+def test_exact_training_pictures_are_all_called_copied_and_held_out_ones_none(sets: dict[str, Path]) -> None:
+    copies = audit(settings(sets, generated=sets["training"], limit=0.01))
+    assert copies.found["verdict"]["value"] == 1.0 and copies.exceeded and copies.found["finding"]["kind"] == "copies"
+    lines = [json.loads(line) for line in (sets["out"] / "pictures.jsonl").read_text().splitlines()]
+    assert all(line["copy"] and line["nearest"]["pixels64"]["name"] == line["name"] for line in lines)
+    fresh = audit(settings(sets, out=sets["out"].with_name("other"), limit=0.01))
+    assert fresh.found["verdict"]["value"] == 0.0 and not fresh.exceeded
+    assert fresh.found["finding"]["kind"] == "no-copies"
+
+
+def test_mirrored_copies_are_found_unless_the_search_is_told_not_to(sets: dict[str, Path], tmp_path: Path) -> None:
+    turned = [noise_picture(i).transpose(Image.Transpose.FLIP_LEFT_RIGHT) for i in range(4)]
+    made = folder(tmp_path / "turned", turned)
+    both = audit(settings(sets, generated=made))
+    assert both.found["verdict"]["value"] == 1.0
+    upright = audit(settings(sets, generated=made, out=tmp_path / "upright", mirrored=False))
+    assert upright.found["verdict"]["value"] == 0.0
+
+
+def test_near_copies_of_a_duplicated_picture_count_as_copies(sets: dict[str, Path], tmp_path: Path) -> None:
+    """With d2 to the duplicate, d1 / d2 would be about 1."""
+    base = noise_picture(0, 48)
+    lighter = base.point(lambda v: min(255, round(v * 1.05)))
+    between = base.point(lambda v: min(255, round(v * 1.02)))
+    training = [base, lighter, *(noise_picture(i, 48) for i in range(1, 8))]
+    data = folder(tmp_path / "doubled", training, [f"p {i}" for i in range(9)])
+    made = folder(tmp_path / "made", [between] * 3)
+    found = audit(settings(sets, training=Source(str(data)), generated=made)).found
+    assert found["pictures"]["training"]["groups_of_duplicates"] == 1 and found["verdict"]["value"] == 1.0
+    (near,) = {
+        json.loads(line)["nearest"]["pixels64"]["ratio"]
+        for line in (sets["out"] / "pictures.jsonl").read_text().splitlines()
+    }
+    assert 0 < near < 1 / 3
+
+
+def test_without_held_out_pictures_no_excess_is_invented_and_the_remedy_is_offered(sets: dict[str, Path]) -> None:
+    found = audit(settings(sets, heldout=None)).found
+    (row,) = found["measures"]
+    assert row["heldout"] is None and row["excess"] is None and row["background"] is not None
+    assert found["finding"]["kind"] == "no-background" and "--heldout" in found["finding"]["detail"]
+    page = (sets["out"] / "audit.html").read_text()
+    assert "--heldout" in page and "No held-out pictures were given" in page
+
+
+def test_pictures_of_every_mode_and_size_are_known_as_copies(sets: dict[str, Path], tmp_path: Path) -> None:
+    made = tmp_path / "modes"
+    made.mkdir()
+    base = noise_picture(3)
+    base.convert("RGBA").save(made / "rgba.png")
+    base.convert("CMYK").save(made / "cmyk.tif")
+    base.resize((200, 200), Image.Resampling.NEAREST).save(made / "large.webp", lossless=True)
+    base.convert("P", palette=Image.Palette.ADAPTIVE).save(made / "palette.gif")
+    grey = np.asarray(base.convert("L")).astype(np.uint16) * 256
+    Image.fromarray(grey).save(made / "grey16.png")
+    found = audit(settings(sets, generated=made)).found
+    rows = [json.loads(line) for line in (sets["out"] / "pictures.jsonl").read_text().splitlines()]
+    assert {row["name"]: row["copy"] for row in rows if row["name"] != "grey16.png"} == dict.fromkeys(
+        ["cmyk.tif", "large.webp", "palette.gif", "rgba.png"], True
+    )
+    assert found["pictures"]["generated"]["n"] == 5
+
+
+# --- what it writes
+
+
+def run(sets: dict[str, Path], base: Path, *more: str) -> int:
+    """Run the command and return its exit status."""
+    words = ["audit", str(base), str(sets["training"]), "--heldout", str(sets["heldout"]), "--out", str(sets["out"]),
+             "--features", "pixels", "--samples_per_prompt", "2", "--max_prompts", "3", "--num_inference_steps", "2",
+             "--attribution", "2", "--device", "cpu", *more]  # fmt: skip
+    try:
+        main(words)
+    except SystemExit as left:
+        return int(left.code or 0)
+    return 0
+
+
+def test_command_draws_measures_and_writes_the_same_bytes_again(sets: dict[str, Path], tiny_base: Path) -> None:
+    assert run(sets, tiny_base) == 0
+    first = {name: (sets["out"] / name).read_bytes() for name in ("audit.json", "audit.html", "pictures.jsonl")}
+    found = json.loads(first["audit.json"])
+    assert found["pictures"]["generated"] | {"fingerprint": ""} == {
+        "n": 6, "fingerprint": "", "prompts": 3, "samples_per_prompt": 2, "source": "training captions",
+        "weights": found["model"]["weights"],
+    }  # fmt: skip
+    assert len(found["model"]["weights"]) == len(found["pictures"]["training"]["fingerprint"]) == 64
+    for row in found["measures"]:
+        for side in ("generated", "heldout"):
+            assert (
+                row[side]["low"] <= row[side]["value"] <= row[side]["high"]
+                and row[side]["n"]
+                and row[side]["seed"] == 0
+            )
+    assert len(found["tokens"]) == 2 and len(found["tokens"][0]["tokens"]) == len(found["tokens"][0]["scores"])
+    lines = [json.loads(line) for line in first["pictures.jsonl"].decode().splitlines()]
+    assert len(lines) == 6 and all(line["score"] > 0 for line in lines)
+    assert str(sets["out"].parent) not in "".join(text.decode() for text in first.values())  # no local places
+    # As if killed: two pictures and everything at the end are missing.
+    for name in ("audit.json", "audit.html", "generated/images/00001-00.png", "generated/images/00002-01.png"):
+        (sets["out"] / name).unlink()
+    drawn = {p.name: p.stat().st_mtime_ns for p in (sets["out"] / "generated/images").iterdir()}
+    assert run(sets, tiny_base) == 0
+    again = json.loads((sets["out"] / "audit.json").read_text())
+    assert {**again, "made": 0, "pictures": 0} == {**found, "made": 0, "pictures": 0}
+    assert all(
+        p.stat().st_mtime_ns == drawn[p.name] for p in (sets["out"] / "generated/images").iterdir() if p.name in drawn
+    )
+
+
+@pytest.mark.parametrize(("limit", "status"), [("0.99", 1), ("1.0", 2), ("x", 2)])
+def test_exit_status_is_one_over_the_limit_and_two_for_a_mistake(
+    sets: dict[str, Path], limit: str, status: int, capsys: Any
+) -> None:
+    words = ["audit", "--generated", str(sets["training"]), str(sets["training"]), "--features", "pixels", "--out",
+             str(sets["out"]), "--fail-over", limit]  # fmt: skip
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == status
+    if status == 1:
+        assert "memorized-pixels64 1.0000 exceeds 0.99" in capsys.readouterr().out
+
+
+def test_exit_status_is_zero_at_the_limit_and_the_other_spelling_is_understood(sets: dict[str, Path]) -> None:
+    main(["audit", "--generated", str(sets["fresh"]), str(sets["training"]), "--features", "pixels", "--out", str(sets["out"]),
+          "--fail_over", "0"])  # fmt: skip
+
+
+def test_hostile_prompts_are_text_on_the_page_and_the_page_loads_nothing(sets: dict[str, Path], tmp_path: Path) -> None:
+    made = folder(tmp_path / "made", [noise_picture(0), noise_picture(1)], [HOSTILE, "{0} %s"])
+    audit(settings(sets, generated=made))
+    page = (sets["out"] / "audit.html").read_text()
+    assert "<script" not in page and "onerror=" not in page.replace("onerror=alert(2)&gt;", "") and "\u202e" not in page
+    assert "&lt;script&gt;" in page and "default-src 'none'" in page
+
+
+# --- features of networks
+
+
+def test_networks_of_the_user_are_used_and_named(sets: dict[str, Path], tmp_path: Path, tiny_base: Path) -> None:
+    from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    Dinov2Model(
+        Dinov2Config(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14, mlp_ratio=2
+        )
+    ).save_pretrained(tmp_path / "dino")
+    tokenizer = tiny.tiny_tokenizer()
+    text = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "max_position_embeddings": 24, "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": tokenizer.bos_token_id}  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
+              "patch_size": 8}  # fmt: skip
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(tmp_path / "clip")
+    tokenizer.save_pretrained(tmp_path / "clip")
+    made = folder(tmp_path / "made", [noise_picture(i) for i in range(8)], [f"picture {i}" for i in range(8)])
+    found = audit(
+        settings(sets, generated=made, features=("dinov2",), files={"dinov2": str(tmp_path / "dino")}, clip=str(tmp_path / "clip"),
+                 judge=str(tiny_base))
+    ).found  # fmt: skip
+    rows = measures(found)
+    assert found["verdict"] == {
+        "measure": "DINOv2 > 0.9",
+        "value": 1.0,
+        "bound": "value",
+        "limit": None,
+        "exceeded": None,
+    }
+    assert rows["DINOv2 mean"]["generated"]["value"] == pytest.approx(1.0, abs=1e-6) and "DINOv2 > 0.875" in rows
+    assert -1 <= rows["CLIP score"]["generated"]["value"] <= 1 and rows["CLIP score"]["heldout"] is None
+    assert rows["alignment x 1000"]["generated"]["n"] == 8
+    page = (sets["out"] / "audit.html").read_text()
+    assert "similarity 1.00" in page and "DINOv2" in page and "CLIP score" in page
+
+
+# --- what it refuses: one line, and nothing left behind
+
+
+def broken(path: Path) -> None:
+    data = (path / "000.png").read_bytes()
+    (path / "000.png").write_bytes(data[: len(data) // 2])
+
+
+CASES: dict[str, tuple[Callable[[dict[str, Path]], dict[str, Any]], str]] = {
+    "broken generated": (lambda s: (broken(s["fresh"]), {})[1], "000.png"),
+    "broken training": (lambda s: (broken(s["training"]), {})[1], "000.png"),
+    "broken heldout": (lambda s: (broken(s["heldout"]), {})[1], "000.png"),
+    "no generated folder": (lambda s: {"generated": s["out"].parent / "none"}, "there is no folder"),
+    "empty generated folder": (lambda s: ((s["out"].parent / "e").mkdir(), {"generated": s["out"].parent / "e"})[1], "no pictures"),
+    "one training picture": (
+        lambda s: {"training": Source(str(folder(s["out"].parent / "one", [noise_picture(1)], ["a"])))}, "1 different training picture",
+    ),
+    "one training picture thrice": (
+        lambda s: {"training": Source(str(folder(s["out"].parent / "one", [noise_picture(1)] * 3, ["a"] * 3)))},
+        "1 different training picture",
+    ),
+    "held-out is training": (lambda s: {"heldout": Source(str(s["training"]))}, "held-out pictures are training pictures"),
+    "unknown feature": (lambda s: {"features": ("pixel",)}, "feature 'pixel'"),
+    "feature twice": (lambda s: {"features": ("pixels", "pixels")}, "no name twice"),
+    "dinov2 without weights": (lambda s: {"features": ("dinov2",)}, "without weights"),
+    "dinov2 that is none": (lambda s: {"features": ("dinov2",), "files": {"dinov2": str(s["fresh"])}}, "cannot be loaded"),
+    "inception that is none": (
+        lambda s: {"features": ("inception",), "files": {"inception": str(s["fresh"] / "000.png")}}, "TorchScript",
+    ),
+    "clip without prompts": (lambda s: {"clip": "x"}, "pictures without prompts"),
+    "model and pictures": (lambda s: {"generated": None}, "neither"),
+    "limit": (lambda s: {"limit": float("nan")}, "fail-over is nan"),
+    "out is a file": (lambda s: {"out": s["fresh"] / "000.png"}, "must be a folder"),
+    "out holds something else": (lambda s: {"out": s["heldout"]}, "a folder of its own"),
+    "list that leaves the folder": (
+        lambda s: ((s["fresh"] / "samples.jsonl").write_text('{"file": "../x.png", "prompt": "a"}\n'), {})[1], "no picture of this folder",
+    ),
+    "list that is damaged": (lambda s: ((s["fresh"] / "samples.jsonl").write_text("{"), {})[1], "cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mistakes_end_in_one_line_and_leave_no_results(sets: dict[str, Path], case: str) -> None:
+    change, words = CASES[case]
+    with pytest.raises(UserError) as error:
+        audit(settings(sets, **change(sets)))
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert not list(sets["out"].parent.rglob("audit.*")) and not list(sets["out"].parent.rglob("*.part"))
+
+
+def test_missing_captions_are_a_mistake_only_where_they_are_the_prompts(sets: dict[str, Path], tiny_base: Path) -> None:
+    bare = sets["heldout"].with_name("bare")
+    shutil.copytree(sets["training"], bare)
+    (bare / "metadata.jsonl").unlink()
+    assert audit(settings(sets, training=Source(str(bare)))).found["pictures"]["training"]["n"] == 12
+    with pytest.raises(SystemExit) as left:
+        main(["audit", str(tiny_base), str(bare), "--out", str(sets["out"].with_name("o")), "--features", "pixels"])
+    assert left.value.code == 2 and not sets["out"].with_name("o").exists()
+
+
+def test_a_folder_of_another_audit_is_refused_but_figures_may_be_made_again(sets: dict[str, Path]) -> None:
+    first = audit(settings(sets)).found
+    again = audit(settings(sets, mirrored=False, resamples=30)).found
+    assert again["mirrored"] is False and first["pictures"] == again["pictures"]
+    before = (sets["out"] / "audit.json").read_bytes()
+    with pytest.raises(UserError, match="belongs to another audit: the generated pictures are others"):
+        audit(settings(sets, generated=sets["training"]))
+    with pytest.raises(UserError, match="the held-out pictures are others"):
+        audit(settings(sets, heldout=None))
+    assert (sets["out"] / "audit.json").read_bytes() == before
+
+
+def test_a_full_disk_ends_in_one_line_with_nothing_half_written(sets: dict[str, Path]) -> None:
+    """A limit on the size of files stands for the disk: the page does not fit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (11_000, hard))
+        with pytest.raises(UserError, match="cannot be written"):
+            audit(settings(sets))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {p.name for p in sets["out"].iterdir()} == {"settings.json", "pictures.jsonl"}
+    assert audit(settings(sets)).found["pictures"]["generated"]["n"] == 10  # and with room it goes on
+
+
+def test_folders_of_samples_keep_prompts_and_scores(sets: dict[str, Path]) -> None:
+    rows = [{"file": f"{i:03d}.png", "prompt": f"p{i // 2}", "score": i / 2, "weights": "w"} for i in range(4)]
+    (sets["fresh"] / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = read_generated(sets["fresh"])
+    assert seen.prompts == ["p0", "p0", "p1", "p1"] and seen.scores == [0, 0.5, 1, 1.5] and seen.weights == "w"
+    found = audit(dataclasses.replace(settings(sets))).found
+    assert found["pictures"]["generated"] | {"fingerprint": ""} == {
+        "n": 4, "fingerprint": "", "prompts": 2, "samples_per_prompt": None, "source": "given", "weights": "w"
+    }  # fmt: skip
