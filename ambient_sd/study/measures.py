@@ -120,7 +120,8 @@ def measure_samples(
         strict=False,
     ):
         out[name] = row.generated
-        out[f"{name} floor"] = row.heldout
+        if row.heldout is not None:
+            out[f"{name} floor"] = row.heldout
     return out, near.ratio.tolist()
 
 
