@@ -29,8 +29,8 @@ from torch import Tensor
 
 from ambient_sd.audit.features import MIRROR, Features, embed
 from ambient_sd.audit.fidelity import EPSILON, NEAREST, copy_distance, coverage, density, inside, mifid, radii
-from ambient_sd.audit.neighbours import Neighbours
-from ambient_sd.audit.originals import originals
+from ambient_sd.audit.neighbours import Neighbours, nearest
+from ambient_sd.audit.originals import Search, originals
 from ambient_sd.errors import UserError
 
 MEMORIZED_RATIO = 1 / 3
@@ -511,6 +511,7 @@ def measure(
     *,
     duplicates: Sequence[Hashable] | None = None,
     mirrored: bool = False,
+    search: Search = nearest,
     resamples: int = 1000,
     quality_resamples: int = 100,
     project: int = PROJECT,
@@ -528,6 +529,7 @@ def measure(
         duplicates: one label per training picture, equal for copies of one picture (`originals`); None: all differ.
         mirrored: a picture's mirror image is searched for too (`originals`); vectors must come from `embed` with the
             same setting.
+        search: what finds neighbours, as in `originals`.
 
     Returns:
         Measurement: `.rows`, and neighbours by feature name.
@@ -546,7 +548,7 @@ def measure(
     for feature in features:
         name = feature.name
         g, t, *h = ([s[name], *([s[name + MIRROR]] if mirrored else [])] for s in sets)
-        found: dict[str, Any] = {"distance": feature.distance, "duplicates": duplicates}
+        found: dict[str, Any] = {"distance": feature.distance, "duplicates": duplicates, "search": search}
         near[name] = originals(g, t[0], **found)
         sampled = copy_figures(feature, near[name], groups=groups, **options)
         real: list[Figure] | list[None] = [None] * len(sampled)
