@@ -124,6 +124,7 @@ MITIGATIONS: dict[str, tuple[Callable[[Levels], policies.Policy | None], str]] =
     "SAIL": (lambda v: policies.SAIL(target=v.first**2 / 10), "target: a tenth of the squared median first norm"),
     "Ren": (lambda v: policies.AttentionRescaling(), "as published"),
     "RT": (lambda v: policies.RandomTokens(), "as published, 2 to 4 tokens"),
+    "RT+STP": (lambda v: policies.Compose(policies.RandomTokens(), policies.StaticTransition()), "each as published"),
     "CWR": (lambda v: policies.CaptionWordRepetition(), "as published, 2 to 4 words"),
     "RNA": (lambda v: policies.RandomNumbers(), "as published, 2 to 4 numbers"),
     "GNI": (lambda v: policies.GaussianEmbeddingNoise(), "as published, std 0.1"),
