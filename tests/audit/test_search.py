@@ -170,7 +170,7 @@ def test_impossible_searches_are_refused(indexed: EmbeddingStore, rows: torch.Te
         (rows[:3, :5], indexed, {"distance": indexed.distance}),
         (rows[:3], indexed, {"distance": wrong}),
         (nan, indexed, {"distance": indexed.distance}),
-        (rows[:3], indexed, {"distance": indexed.distance, "k": 100}),
+        (rows[:3], indexed, {"distance": indexed.distance, "k": 300}),
     ):
         with pytest.raises(UserError):
             search(queries, reference, method="ivfpq", **options)  # type: ignore[arg-type]
