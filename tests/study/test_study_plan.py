@@ -78,7 +78,11 @@ def test_what_is_wrong_in_a_study_is_said_in_one_line(tmp_path: Path, content: A
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "study").glob("*-*0*.yaml")), ids=lambda p: p.stem)
+# sd2-laion10k.yaml is a training of its own, not a study.
+STUDIES = sorted(p for p in (ROOT / "configs" / "study").glob("*.yaml") if not p.stem.startswith("sd2"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
 def test_the_studies_that_come_along_are_studies(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     plan = read_plan(path)
