@@ -114,7 +114,7 @@ class AuditSettings:
     prompts: str | None = None
     samples_per_prompt: int = 4
     max_prompts: int = 0
-    features: tuple[str, ...] = ("pixels", "efflite0")
+    features: tuple[str, ...] = ("pixels", "toned", "efflite0")
     files: Mapping[str, str | None] = field(default_factory=dict)
     clip: str | None = None
     judge: str | None = None
@@ -596,7 +596,7 @@ def _report(
         training_prompts=training.captions,
         threshold=_threshold(deciding) if cosine else None,
     )
-    name = "the pictures" if settings.drawing is None else label(settings.drawing.model)
+    name = "this folder" if settings.drawing is None else label(settings.drawing.model)
     run = RunSection(
         name=name,
         objective="",

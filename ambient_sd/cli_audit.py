@@ -35,7 +35,7 @@ def add_audit(verbs: Any) -> None:
     audit.add_argument("--samples_per_prompt", type=int, default=4, help="pictures of each prompt")
     audit.add_argument("--max_prompts", type=int, default=0, help="prompts at most, drawn by the seed; 0: all")
     audit.add_argument("--features", default=None, metavar="NAME,...",
-                       help="of pixels, efflite0, sscd, dinov2, inception; the first decides what is a copy (default: pixels, efflite0, "
+                       help="of pixels, toned, efflite0, sscd, dinov2, inception; the first decides what is a copy (default: pixels, toned, efflite0, "
                        "and those whose weights are given)")  # fmt: skip
     audit.add_argument("--sscd", default=None, metavar="FILE", help="SSCD as TorchScript or ONNX")
     audit.add_argument(
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     if args.generated is None:
         drawing = DrawSettings(model=args.places[0], **{name: getattr(args, name) for name in names})
     files = {name: getattr(args, name) for name in ("sscd", "dinov2", "inception")}
-    features = ["pixels", "efflite0", *(name for name, file in files.items() if file)]
+    features = ["pixels", "toned", "efflite0", *(name for name, file in files.items() if file)]
     if args.features is not None:
         features = args.features.split(",")
         if unused := [name for name, file in files.items() if file and name not in features]:
