@@ -21,7 +21,10 @@ disk (`ambient_sd.audit.embedding`). An approximate index is not used here (`amb
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +47,7 @@ _HEAVY = 64  # rows of a block that may pass for one query before a sharper test
 _CENTRE_ROWS = 65_536
 _VIEW = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 _TINY = 1e-15
+_WORTH_THREADS = 10**9
 _EPS32 = torch.finfo(torch.float32).eps
 
 
@@ -90,7 +94,7 @@ def nearest(
     distance: Distance = "euclidean",
     exclude_self: bool = False,
     block: int = 4096,
-    query_block: int = 2048,
+    query_block: int = 1024,
     arithmetic: Arithmetic = "auto",
     progress: bool = False,
 ) -> Neighbours:
@@ -120,19 +124,20 @@ def nearest(
     if arithmetic == "auto":
         large = len(queries) * rows * queries.shape[1] > 10**10
         arithmetic = "bfloat16" if large and bfloat16_is_faster() else "float32"
-    search: _Search | None = None
+    blocks = _blocks(reference, block)
+    first = next(blocks)
+    # Rows that lie in memory give a better middle than the first block alone; any middle is right.
+    some = reference[:: max(1, rows // _CENTRE_ROWS)] if isinstance(reference, Tensor) else first
+    dtype = torch.bfloat16 if arithmetic == "bfloat16" else torch.float32
+    search = _Search(queries, some, k, distance == "cosine", exclude_self, dtype)
+    ready = ((part, search.ready(part)) for part in itertools.chain([first], blocks))
     start = 0
-    with _bar(rows, progress) as bar:
-        for part in _blocks(reference, block):
-            if search is None:
-                # Rows that lie in memory give a better middle than the first block alone; any middle is right.
-                some = reference[:: max(1, rows // _CENTRE_ROWS)] if isinstance(reference, Tensor) else part
-                dtype = torch.bfloat16 if arithmetic == "bfloat16" else torch.float32
-                search = _Search(queries, some, k, distance == "cosine", exclude_self, dtype)
-            search.offer(part, start, query_block)
+    with _bar(rows, progress) as bar, _workers(len(queries) * rows * queries.shape[1]) as pool:
+        for part, side in _ahead(ready):
+            search.offer(part, side, start, query_block, pool)
             start += len(part)
             bar.update(len(part))
-    assert search is not None and start == rows
+    assert start == rows
     # For unit vectors |u - v|^2 / 2 = 1 - <u, v>, without the cancellation of the right-hand side.
     return Neighbours(search.value.square() / 2 if distance == "cosine" else search.value, search.index, distance)
 
@@ -210,12 +215,12 @@ def _bar(total: int, progress: bool) -> Any:
 
 
 def _blocks(reference: Tensor | Rows, rows: int) -> Iterator[Tensor]:
-    """Yield the reference in blocks of `rows`; from disk the next one is read while this one is searched."""
+    """Yield the reference in blocks of `rows`."""
     if isinstance(reference, Tensor):
         yield from reference.split(rows)
         return
     held: list[Tensor] = []
-    for part in _ahead(reference.blocks()):
+    for part in reference.blocks():
         held.append(part)
         if sum(map(len, held)) >= rows:
             *whole, rest = torch.cat(held).split(rows) if len(held) > 1 else part.split(rows)
@@ -228,12 +233,32 @@ def _blocks(reference: Tensor | Rows, rows: int) -> Iterator[Tensor]:
         yield torch.cat(held)
 
 
-def _ahead(blocks: Iterator[Tensor]) -> Iterator[Tensor]:
+def _ahead(parts: Iterator[tuple[Tensor, _Side]]) -> Iterator[tuple[Tensor, _Side]]:
+    """Yield `parts`; the next one is read and made ready while this one is searched."""
     with ThreadPoolExecutor(max_workers=1) as pool:
-        coming = pool.submit(next, blocks, None)
+        coming = pool.submit(next, parts, None)
         while (part := coming.result()) is not None:
-            coming = pool.submit(next, blocks, None)
+            coming = pool.submit(next, parts, None)
             yield part
+
+
+@contextlib.contextmanager
+def _workers(products: int) -> Iterator[ThreadPoolExecutor | None]:
+    """Lend one thread per processor that torch may use, for large searches, each of which computes alone.
+
+    Blocks of queries need nothing of one another. Torch's own threads meet after every operation and spin until the last one
+    comes: where other programs run on the processors too, that takes several times what the search does.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or products < _WORTH_THREADS:
+        yield None
+        return
+    try:
+        torch.set_num_threads(1)
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Side:
@@ -309,32 +334,39 @@ class _Search:
         self.side = _Side(queries, self.centre, self.scale, unit, dtype).as_queries()
         self.value = torch.full((len(queries), k), torch.inf, dtype=torch.float64)
         self.index = torch.full((len(queries), k), -1, dtype=torch.int64)
-        self.buffer = torch.empty(0, dtype=dtype)
+        self.own = threading.local()
         self.limit = torch.full((len(queries),), torch.inf, dtype=torch.float64)  # T: no farther row can matter
 
-    def offer(self, rows: Tensor, start: int, query_block: int) -> None:
-        """Take note of `rows`, which are those from `start` on of the reference."""
-        side = _Side(rows, self.centre, self.scale, self.unit, self.dtype).as_rows()
-        sharp: _Side | None = None
-        for first in range(0, len(self.queries), query_block):
-            these = torch.arange(first, min(first + query_block, len(self.queries)))
-            fresh = these[torch.isinf(self.limit[these])]
-            if len(fresh):
-                self._lower_limit(fresh, rows, side, start)
-            pairs = self._passing(these, side)
-            heavy = _crowded(pairs, these)
-            if len(heavy):
-                # A better T first; if that is not enough (long ties), a test in float64.
-                pairs = pairs[:, ~torch.isin(pairs[0], heavy)]
-                self._lower_limit(heavy, rows, side, start)
-                more = self._passing(heavy, side)
-                crowded = _crowded(more, heavy)
-                if len(crowded):
-                    more = more[:, ~torch.isin(more[0], crowded)]
-                    sharp = sharp or _Side(rows, self.centre, self.scale, self.unit, torch.float64).as_rows()
-                    more = torch.cat([more, self._passing(crowded, sharp)], dim=1)
-                pairs = torch.cat([pairs, more], dim=1)
-            self._keep(pairs, rows, start)
+    def ready(self, rows: Tensor) -> _Side:
+        """Return rows as the products take them."""
+        return _Side(rows, self.centre, self.scale, self.unit, self.dtype).as_rows()
+
+    def offer(
+        self, rows: Tensor, side: _Side, start: int, query_block: int, pool: ThreadPoolExecutor | None = None
+    ) -> None:
+        """Take note of `rows`, which are those from `start` on of the reference, `side` being them made ready."""
+        every = torch.arange(len(self.queries)).split(query_block) if len(self.queries) else ()
+        # Threads write to different queries; map raises what one of them raised.
+        list((pool.map if pool else map)(lambda these: self._offer(these, rows, side, start), every))
+
+    def _offer(self, these: Tensor, rows: Tensor, side: _Side, start: int) -> None:
+        fresh = these[torch.isinf(self.limit[these])]
+        if len(fresh):
+            self._lower_limit(fresh, rows, side, start)
+        pairs = self._passing(these, side)
+        heavy = _crowded(pairs, these)
+        if len(heavy):
+            # A better T first; if that is not enough (long ties), a test in float64.
+            pairs = pairs[:, ~torch.isin(pairs[0], heavy)]
+            self._lower_limit(heavy, rows, side, start)
+            more = self._passing(heavy, side)
+            crowded = _crowded(more, heavy)
+            if len(crowded):
+                more = more[:, ~torch.isin(more[0], crowded)]
+                sharp = _Side(rows, self.centre, self.scale, self.unit, torch.float64).as_rows()
+                more = torch.cat([more, self._passing(crowded, sharp)], dim=1)
+            pairs = torch.cat([pairs, more], dim=1)
+        self._keep(pairs, rows, start)
 
     def _passing(self, queries: Tensor, side: _Side) -> Tensor:
         """Return int64 `(2, n)`: query and row of this block, for all pairs that may be within T."""
@@ -365,11 +397,12 @@ class _Search:
         matrix[:, side.dim + 5 : side.dim + _EXTRA] = _pieces(reach - norm.square() / 2 + slack + 1e-30, dtype)
         if dtype != self.dtype:
             return matrix @ side.matrix.T
-        # One buffer for all products: fresh memory of this size costs more than what is done with it.
+        # One buffer per thread for all products: fresh memory of this size costs more than what is done with it.
         needed = len(queries) * len(side.matrix)
-        if len(self.buffer) < needed:
-            self.buffer = torch.empty(needed, dtype=dtype)
-        return torch.mm(matrix, side.matrix.T, out=self.buffer[:needed].view(len(queries), -1))
+        buffer = getattr(self.own, "buffer", matrix)
+        if buffer.dim() != 1 or len(buffer) < needed:
+            buffer = self.own.buffer = torch.empty(needed, dtype=dtype)
+        return torch.mm(matrix, side.matrix.T, out=buffer[:needed].view(len(queries), -1))
 
     def _lower_limit(self, queries: Tensor, rows: Tensor, side: _Side, start: int) -> None:
         """Bring T down to the k-th nearest of the rows of this block that look nearest."""

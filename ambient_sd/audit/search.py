@@ -42,8 +42,8 @@ from ambient_sd.files import write_whole
 
 Method = Literal["auto", "exact", "ivfpq"]
 
-# Rows. Measured (docs/scale.md): with an index at hand the two take equally long at 400,000 rows. There is no reason to miss
-# anything for a factor of two: here it is ten.
+# Rows. Measured (docs/scale.md): with an index at hand the two take equally long at 500,000 rows. There is no reason to miss
+# anything for a factor of two: here it is eight.
 EXACT_UP_TO = 4_000_000
 CANDIDATES, PROBES = 256, 32
 _FOLDER = "index-ivfpq"

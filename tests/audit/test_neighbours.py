@@ -189,9 +189,9 @@ def test_no_more_than_two_blocks_are_taken_before_the_first_is_searched(monkeypa
     disk = OnDisk(reference, [64] * 10 + [60])
     offer, ahead = neighbours._Search.offer, []
 
-    def watched(self: neighbours._Search, rows: torch.Tensor, start: int, query_block: int) -> None:
+    def watched(self: neighbours._Search, rows: torch.Tensor, side: object, start: int, *more: object) -> None:
         ahead.append(disk.out - start // 64)
-        offer(self, rows, start, query_block)
+        offer(self, rows, side, start, *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(neighbours._Search, "offer", watched)
     nearest(queries, disk, block=64)
@@ -216,3 +216,23 @@ def test_values_that_are_not_finite_are_refused_wherever_they_lie() -> None:
     reference[650, 3] = torch.nan
     with pytest.raises(UserError, match="NaN"):
         nearest(draw(4, 37, seed=1), reference, block=64)
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "bfloat16"])
+def test_several_threads_give_the_same_bits_and_leave_torch_as_it_was(
+    arithmetic: Arithmetic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries, reference = draw(200, 48, seed=1), draw(3000, 48, seed=2)
+    alone = nearest(queries, reference, k=3, block=256, query_block=32, arithmetic=arithmetic)
+    monkeypatch.setattr(neighbours, "_WORTH_THREADS", 0)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        found = nearest(queries, reference, k=3, block=256, query_block=32, arithmetic=arithmetic)
+        assert torch.get_num_threads() == 3
+        with pytest.raises(UserError, match="NaN"):
+            nearest(queries, torch.cat([reference, torch.full((1, 48), torch.nan)]), block=256)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found.index, alone.index) and torch.equal(found.distance, alone.distance)
