@@ -40,8 +40,7 @@ from tqdm.auto import tqdm
 
 from ambient_sd.audit.features import Distance, EffLite0, Features, Pixels, Sscd
 from ambient_sd.data.cache import fingerprint
-from ambient_sd.data.shards import has_shards, names_shards
-from ambient_sd.data.sources import METADATA, PICTURE_SUFFIXES, Picture, PictureSet, load_rows
+from ambient_sd.data.sources import Picture, PictureSet, load_rows
 from ambient_sd.errors import UserError, exits_on_user_error
 from ambient_sd.files import write_whole
 
@@ -277,29 +276,12 @@ def _line(key: str, caption: str) -> bytes:
 
 
 def load_set(source: str | Path, **options: Any) -> PictureSet:
-    """Open a set as `load_rows` does, or a plain folder of pictures, which are then taken by name and have no captions.
-
-    Args:
-        source: as for `load_rows`, whose `options` these are.
+    """Open a set as `load_rows` does, whose `options` these are; captions may be missing, and a folder may be pictures alone.
 
     Raises:
         UserError: as for `load_rows`.
     """
-    folder = Path(source).expanduser()
-    plain = (
-        os.path.isdir(folder)
-        and not names_shards(folder)
-        and not has_shards(folder)
-        and not any(next(folder.rglob(name), None) for name in METADATA)
-    )
-    names = sorted(
-        path.relative_to(folder).as_posix()
-        for path in (folder.rglob("*") if plain else ())
-        if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
-    )
-    if not names:
-        return load_rows(source, **options)
-    return PictureSet([folder / name for name in names], [""] * len(names), names, str(source))
+    return load_rows(source, need_captions=False, **options)
 
 
 def extractors(names: Sequence[str], device: str | torch.device = "cpu") -> list[Features]:
