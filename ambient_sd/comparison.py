@@ -270,22 +270,35 @@ def detector_figures(
     return rows
 
 
-def anisotropy_terms(pipe: Any, path: Path, prompts: Sequence[str], settings: Settings) -> torch.Tensor:
-    """Return norm and alignment of each prompt's generations, `(prompts, generations, 2)`; kept in a file."""
+def _of_each_picture(
+    path: Path,
+    prompts: Sequence[str],
+    settings: Settings,
+    ask: Callable[[list[str], dict[str, Any]], list[list[float]]],
+) -> torch.Tensor:
+    """Return what `ask` says of each picture of a call's prompts, `(prompts, generations, numbers)`; kept in a file."""
     k = settings.generations
     if not path.exists():
         rows: list[list[float]] = []
         per_call = max(1, settings.batch_size // k)
         for i in range(0, len(prompts), per_call):
             chunk = list(prompts[i : i + per_call])
-            generators = [keyed_generator(settings.seed, f"comparison {c}", j) for c in chunk for j in range(k)]
-            found = anisotropy(
-                pipe, chunk, num_images_per_prompt=k, num_inference_steps=settings.steps, generator=generators,
-                guidance_scale=settings.guidance_scale, height=settings.resolution, width=settings.resolution,
-            )  # fmt: skip
-            rows += [[a.norm, a.alignment] for a in found]
+            rows += ask(chunk, {
+                "num_images_per_prompt": k, "num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale,
+                "height": settings.resolution, "width": settings.resolution,
+                "generator": [keyed_generator(settings.seed, f"comparison {c}", j) for c in chunk for j in range(k)],
+            })  # fmt: skip
         write_whole(path, json.dumps(rows))
-    return torch.tensor(json.loads(path.read_text(encoding="utf-8")), dtype=torch.float64).view(len(prompts), k, 2)
+    return torch.tensor(json.loads(path.read_text(encoding="utf-8")), dtype=torch.float64).view(len(prompts), k, -1)
+
+
+def anisotropy_terms(pipe: Any, path: Path, prompts: Sequence[str], settings: Settings) -> torch.Tensor:
+    """Return norm and alignment of each prompt's generations, `(prompts, generations, 2)`; kept in a file."""
+
+    def ask(chunk: list[str], options: dict[str, Any]) -> list[list[float]]:
+        return [[found.norm, found.alignment] for found in anisotropy(pipe, chunk, **options)]
+
+    return _of_each_picture(path, prompts, settings, ask)
 
 
 def anisotropy_figures(
@@ -305,22 +318,13 @@ def anisotropy_figures(
 
 def base_norms(pipe: Any, path: Path, prompts: Sequence[str], settings: Settings) -> torch.Tensor:
     """Return the norms of a model that has not seen the pictures, `(prompts, generations, EARLY)`, from the same noise; kept in a file."""
-    k = settings.generations
-    if not path.exists():
-        rows: list[list[float]] = []
-        per_call = max(1, settings.batch_size // k)
-        for i in range(0, len(prompts), per_call):
-            chunk = list(prompts[i : i + per_call])
-            generators = [keyed_generator(settings.seed, f"comparison {c}", j) for c in chunk for j in range(k)]
-            with MemorizationGuard(pipe, stop_after=min(EARLY, settings.steps)) as guard:
-                pipe(
-                    chunk, num_images_per_prompt=k, num_inference_steps=settings.steps, output_type="latent",
-                    guidance_scale=settings.guidance_scale, height=settings.resolution, width=settings.resolution,
-                    generator=generators,
-                )  # fmt: skip
-                rows += [report.curve for report in guard.report]
-        write_whole(path, json.dumps(rows))
-    return torch.tensor(json.loads(path.read_text(encoding="utf-8")), dtype=torch.float64).view(len(prompts), k, -1)
+
+    def ask(chunk: list[str], options: dict[str, Any]) -> list[list[float]]:
+        with MemorizationGuard(pipe, stop_after=min(EARLY, settings.steps)) as guard:
+            pipe(chunk, output_type="latent", **options)
+            return [report.curve for report in guard.report]
+
+    return _of_each_picture(path, prompts, settings, ask)
 
 
 def relative_figures(
