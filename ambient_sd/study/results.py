@@ -280,7 +280,7 @@ def _style(label: str, labels: Sequence[str]) -> dict[str, Any]:
         return {"color": "black", "marker": "o", "ms": 4, "lw": 2}
     swept = [other for other in labels if "level=" in other]
     if label in swept:
-        place = swept.index(label) / max(1, len(swept) - 1)
+        place = swept.index(label) / (len(swept) - 1) if len(swept) > 1 else 0.5
         return {"color": colormaps["viridis"](0.95 * (1 - place)), "marker": "o", "ms": 4, "lw": 1.5}
     others = [other for other in labels if other not in swept and other != BASELINE]
     return {"color": colormaps["tab10"](others.index(label) % 10), "marker": "s", "ms": 4, "lw": 1.2, "ls": "--"}
