@@ -58,7 +58,7 @@ def main() -> None:
             vectors[name] = feature(pictures)
             for view in (vectors[name], feature([ImageOps.mirror(p) for p in pictures])):
                 near = nearest(view, real[feature.name], distance=feature.distance)
-                hit |= near.similarity[:, 0] > 0.5 if feature.distance == "cosine" else memorized(near)
+                hit |= near.similarity > 0.5 if feature.distance == "cosine" else memorized(near)
             figure = bootstrap(hit, torch.mean, name=f"copied-{feature.name}", seed=args.seed, share=True)
             figures[name] = figure.as_dict()
         result["figures"][feature.name] = figures
