@@ -21,7 +21,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-import math
 import platform
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -35,7 +34,16 @@ from torch import Tensor
 
 from ambient_sd import __version__
 from ambient_sd.audit.features import Features, embed
-from ambient_sd.audit.metrics import Figure, Measurement, Row, bootstrap, difference, measure, memorized
+from ambient_sd.audit.metrics import (
+    Figure,
+    Measurement,
+    Row,
+    bootstrap,
+    copied,
+    copy_threshold,
+    difference,
+    measure,
+)
 from ambient_sd.audit.neighbours import Neighbours
 from ambient_sd.audit.networks import ClipScore, choose
 from ambient_sd.audit.report import (
@@ -49,10 +57,10 @@ from ambient_sd.audit.report import (
     write_report,
 )
 from ambient_sd.data.sources import PictureSet, load_rows
-from ambient_sd.data.stream import keyed_generator
+from ambient_sd.data.stream import drawn
 from ambient_sd.drawing import DrawSettings, digest, label, load, read_prompts
 from ambient_sd.errors import UserError, one_line
-from ambient_sd.files import write_whole
+from ambient_sd.files import finite, write_whole
 from ambient_sd.sample import SampleSettings, sample
 
 FORMAT = 1
@@ -300,8 +308,7 @@ def _prompts(settings: AuditSettings, training: PictureSet) -> list[str]:
     given = training.captions if settings.prompts is None else read_prompts(settings.prompts)
     prompts = list(dict.fromkeys(given))
     if settings.max_prompts and settings.max_prompts < len(prompts):
-        order = torch.randperm(len(prompts), generator=keyed_generator(settings.seed, "audit prompts", 0))
-        prompts = [prompts[i] for i in sorted(order[: settings.max_prompts].tolist())]
+        prompts = [prompts[i] for i in drawn(len(prompts), settings.max_prompts, settings.seed, "audit prompts")]
     return prompts
 
 
@@ -421,16 +428,9 @@ def _with_rows(measured: Measurement, rows: Sequence[int]) -> Measurement:
 
 def copies_row(feature: Features) -> str:
     """Return the name of the measure by which a feature says what is a copy."""
-    return f"{feature.name} > {_threshold(feature)}" if feature.distance == "cosine" else f"memorized-{feature.name}"
-
-
-def _threshold(feature: Features) -> float:
-    return float(getattr(feature, "thresholds")[0])  # noqa: B009  (only cosine features have them)
-
-
-def copied(feature: Features, neighbours: Neighbours) -> Tensor:
-    """Mark the pictures that count as copies by a feature, bool `(N,)`."""
-    return neighbours.similarity > _threshold(feature) if feature.distance == "cosine" else memorized(neighbours)
+    return (
+        f"{feature.name} > {copy_threshold(feature)}" if feature.distance == "cosine" else f"memorized-{feature.name}"
+    )
 
 
 def _pulls(settings: AuditSettings, generated: Generated, near: Neighbours) -> list[TokenPull]:
@@ -516,10 +516,10 @@ def _write(
         "made": {**_versions(), "command": command, "device": _device(settings), "seconds": round(time.time() - begun, 1)},
     }  # fmt: skip
     lines = _lines(training, generated, features, measured)
-    write_whole(settings.out / "pictures.jsonl", "".join(json.dumps(_plain(line)) + "\n" for line in lines))
+    write_whole(settings.out / "pictures.jsonl", "".join(json.dumps(finite(line)) + "\n" for line in lines))
     write_report(settings.out / "audit.html", report)
     # Last: where it lies, the others are whole.
-    write_whole(settings.out / "audit.json", json.dumps(_plain(found), indent=1, allow_nan=False) + "\n")
+    write_whole(settings.out / "audit.json", json.dumps(finite(found), indent=1, allow_nan=False) + "\n")
     return Audit(found, bool(verdict["exceeded"]))
 
 
@@ -594,7 +594,7 @@ def _report(
         picked,
         scores=[generated.scores[i] for i in shown],
         training_prompts=training.captions,
-        threshold=_threshold(deciding) if cosine else None,
+        threshold=copy_threshold(deciding) if cosine else None,
     )
     name = "this folder" if settings.drawing is None else label(settings.drawing.model)
     run = RunSection(
@@ -648,7 +648,7 @@ def _histogram(feature: Features, measured: Measurement, name: str) -> Histogram
     ]
     if not cosine:
         return ratio_histogram(rows, feature.name)
-    cut = _threshold(feature)
+    cut = copy_threshold(feature)
     least = min((min(values) for _, _, values in rows if values), default=0.0)
     return Histogram(
         f"How similar is the most similar? ({feature.name})",
@@ -720,12 +720,3 @@ def _versions() -> dict[str, str]:
         "ambient_sd": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__,
         "transformers": transformers.__version__, "python": platform.python_version(),
     }  # fmt: skip
-
-
-def _plain(value: Any) -> Any:
-    """Return what JSON can hold: numbers that are not finite as null."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -41,7 +41,7 @@ from ambient_sd.audit.metrics import MEMORIZED_RATIO, Figure, bootstrap, memoriz
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.report import contact_sheet
 from ambient_sd.data.sources import PictureSet
-from ambient_sd.data.stream import keyed_generator
+from ambient_sd.data.stream import drawn, keyed_generator
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.files import write_whole
 from ambient_sd.guard import policies
@@ -423,8 +423,7 @@ def compare(settings: Settings, training: PictureSet, heldout: PictureSet, comma
     reals = read_reals(training, heldout)
     captions = sorted(set(reals.captions))
     if settings.prompts and settings.prompts < len(captions):
-        order = torch.randperm(len(captions), generator=keyed_generator(settings.seed, "comparison prompts", 0))
-        captions = sorted(captions[i] for i in order[: settings.prompts].tolist())
+        captions = [captions[i] for i in drawn(len(captions), settings.prompts, settings.seed, "comparison prompts")]
     k = settings.generations
     judge_pipe = _load(settings.judge)
     judge = DiffusionAlignment(judge_pipe, resolution=settings.resolution, seed=settings.seed)

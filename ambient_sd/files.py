@@ -5,8 +5,10 @@ Not here: waiting for the disk, which checkpoints need (`ambient_sd.training.dur
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
@@ -19,3 +21,12 @@ def write_whole(path: Path, data: str | bytes) -> None:
     except OSError:  # on a full disk, half a file would keep it full
         part.unlink(missing_ok=True)
         raise
+
+
+def finite(value: Any) -> Any:
+    """Return nested dicts and lists for JSON, which has no NaN and no infinity: such numbers are null there."""
+    if isinstance(value, dict):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

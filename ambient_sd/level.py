@@ -12,13 +12,13 @@ from pathlib import Path
 from ambient_sd.audit.report import escaped
 from ambient_sd.data.latents import ViewRule, encode_all
 from ambient_sd.data.levels import COPY, IDENTIFIED, TARGET, Levels, as_text, marks, measure, representatives
-from ambient_sd.data.sources import load_rows
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.files import write_whole
 from ambient_sd.study.charts import Line, Mark, chart, figure, table
 from ambient_sd.study.charts import page as document
 from ambient_sd.training.base import check_base
-from ambient_sd.training.config import TrainConfig, split_condition
+from ambient_sd.training.config import TrainConfig
+from ambient_sd.training.loop import open_pictures
 
 
 def level(config: TrainConfig, *, progress: bool = False) -> Levels:
@@ -32,10 +32,7 @@ def level(config: TrainConfig, *, progress: bool = False) -> Levels:
         UserError: base or pictures are unusable, or too few.
     """
     base = check_base(config)
-    pictures = load_rows(
-        config.source, config.image_column, config.caption_column, config.dataset_split, config.max_train_samples, config.seed,
-        row_filter=[split_condition(term) for term in config.row_filter or ()], local=config.train_data_dir is not None,
-    ).check(progress, near_duplicates=True)  # fmt: skip
+    pictures = open_pictures(config).check(progress, near_duplicates=True)
     rule = ViewRule(config.resolution, config.center_crop, config.random_flip, True, config.noise_seed)
     rows, total = representatives(pictures)
     vae = base.load("vae").requires_grad_(False).eval()

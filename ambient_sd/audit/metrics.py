@@ -215,6 +215,16 @@ def memorized(neighbours: Neighbours, ratio: float = MEMORIZED_RATIO) -> Tensor:
     return neighbours.ratio < ratio
 
 
+def copy_threshold(feature: Features) -> float:
+    """Return the similarity above which a cosine feature calls a picture a copy."""
+    return float(getattr(feature, "thresholds")[0])  # noqa: B009  (only cosine features have them)
+
+
+def copied(feature: Features, neighbours: Neighbours) -> Tensor:
+    """Mark the pictures that count as copies by a feature, bool `(N,)`."""
+    return neighbours.similarity > copy_threshold(feature) if feature.distance == "cosine" else memorized(neighbours)
+
+
 def memorized_fraction(
     neighbours: Neighbours,
     ratio: float = MEMORIZED_RATIO,
@@ -413,14 +423,14 @@ def quality_rows(
         for side in ("generated", "heldout"):
             value = sum(distance(x, y) for x, y in pairs[side]) / splits
             draws = torch.tensor([distance(x, y) for x, y in again_pairs[side]], dtype=torch.float64)
-            draws = draws - draws.mean() + value
-            low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
             n = len(generated) if side == "generated" else len(heldout)
             note = detail if side == "generated" else f"floor, half against half; {detail}"
-            figures[side] = Figure(measure_name, value, low, high, n, seed, note, draws=draws, pairing=pairing)
+            figures[side] = _figure(measure_name, value, draws, n, seed, note, pairing)
             if distances and distance is frechet_distance:
                 drawn = [pick[0] if side == "generated" else pick[1] for pick in picks]
-                each = torch.tensor([mifid(float(v), distances[side][r]) for v, r in zip(draws, drawn, strict=True)])
+                moved = figures[side].draws
+                assert moved is not None
+                each = torch.tensor([mifid(float(v), distances[side][r]) for v, r in zip(moved, drawn, strict=True)])
                 note = f"mean distance to a training picture {distances[side].mean():.3g}, charged below {EPSILON:g}; {note}"
                 charged[side] = _figure(
                     f"MiFID-{name}-pca{project}", mifid(value, distances[side]), each.double(), n, seed, note, pairing

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ambient_sd.audit.detection import threshold_at
 from ambient_sd.audit.features import MIRROR, Features, as_rgb, embed
-from ambient_sd.audit.metrics import memorized, wilson
+from ambient_sd.audit.metrics import copied, wilson
 from ambient_sd.audit.neighbours import Neighbours
 from ambient_sd.audit.originals import originals
 
@@ -172,16 +172,12 @@ def detection(
             right = torch.tensor([duplicates[i] == o for i, o in zip(near.index[:, 0].tolist(), own, strict=True)])
             cells.append(
                 Cell(
-                    name, feature.name, mirrored, _share(_copied(feature, near) & right),
-                    _share(_copied(feature, other)),
+                    name, feature.name, mirrored, _share(copied(feature, near) & right),
+                    _share(copied(feature, other)),
                     _share((_score(near) >= cut) & right),
                 )
             )  # fmt: skip
     return cells
-
-
-def _copied(feature: Features, near: Neighbours) -> Tensor:
-    return near.similarity > getattr(feature, "thresholds")[0] if feature.distance == "cosine" else memorized(near)  # noqa: B009
 
 
 def _score(near: Neighbours) -> Tensor:

@@ -26,6 +26,11 @@ def keyed_generator(*parts: object) -> torch.Generator:
     return torch.Generator().manual_seed(keyed_seed(*parts))
 
 
+def drawn(count: int, wanted: int, seed: int, purpose: str) -> list[int]:
+    """Return `wanted` of the places 0 to count - 1 in their order, without replacement; all where there are no more."""
+    return sorted(torch.randperm(count, generator=keyed_generator(seed, purpose, 0))[:wanted].tolist())
+
+
 class SampleStream:
     """Order the samples of a run.
 

@@ -30,7 +30,7 @@ import torch
 from ambient_sd.audit.metrics import Figure, bootstrap, difference
 from ambient_sd.audit.report import contact_sheet, escaped
 from ambient_sd.data.cache import fingerprint
-from ambient_sd.data.latents import CaptionEncoder, View, ViewRule, encode
+from ambient_sd.data.latents import CaptionEncoder, ViewRule, encode_all
 from ambient_sd.data.noise import image_noise
 from ambient_sd.data.sources import PictureSet, load_rows
 from ambient_sd.data.stream import keyed_generator
@@ -64,24 +64,34 @@ class Error:
         return {"model": self.model, "level": self.level, **figures}
 
 
-@torch.no_grad()
+def embedded(pipe: Any, captions: Sequence[str]) -> torch.Tensor:
+    """Return the text encoder's hidden states of B captions, (B, L, D) float32 on the CPU."""
+    return CaptionEncoder(pipe.tokenizer, pipe.text_encoder)(captions)["hidden"]
+
+
 def denoise(pipe: Any, y: torch.Tensor, timestep: int, captions: Sequence[str]) -> torch.Tensor:
+    """Return `predicted_x0` for B texts; empty ones for the unconditional branch."""
+    return predicted_x0(pipe, y, timestep, embedded(pipe, captions))
+
+
+@torch.no_grad()
+def predicted_x0(pipe: Any, y: torch.Tensor, timestep: int, hidden: torch.Tensor) -> torch.Tensor:
     """Return a pipeline's x0-prediction of `y = x0 + s z`, s the level of `timestep`, (B, C, h, w) float32 on the CPU.
 
     Args:
         pipe: a StableDiffusionPipeline.
         y: (B, C, h, w) noisy latents at signal 1.
         timestep: of its scheduler.
-        captions: B texts; empty ones for the unconditional branch.
+        hidden: (B, L, D) of the captions, by `embedded`.
     """
     schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
     alpha, sigma = (float(v) for v in schedule.coefficients(torch.tensor(timestep)))
-    encoder, device, found = CaptionEncoder(pipe.tokenizer, pipe.text_encoder), pipe.unet.device, []
+    device, found = pipe.unet.device, []
     for start in range(0, len(y), _BATCH):
         part = slice(start, start + _BATCH)
         x_t = (alpha * y[part].float()).to(device, pipe.unet.dtype)
-        hidden = encoder(captions[part])["hidden"].to(device, pipe.unet.dtype)
-        output = pipe.unet(x_t, timestep, encoder_hidden_states=hidden, return_dict=False)[0]
+        context = hidden[part].to(device, pipe.unet.dtype)
+        output = pipe.unet(x_t, timestep, encoder_hidden_states=context, return_dict=False)[0]
         eps = schedule.predicted_noise(output.float(), sample=x_t.float(), timestep=timestep)
         found.append(((x_t.float() - sigma * eps) / alpha).cpu())
     return torch.cat(found)
@@ -126,20 +136,21 @@ def compare(
         raise UserError(
             f"{len(known)} training and {len(unseen)} held-out pictures", rule="at least two and one are needed"
         )
-    data = _encode(first.vae, known, rule)
+    data = encode_all(first.vae, known, rule, range(len(known)))
     shape = tuple(data.shape[1:])
     y_n = data.double() + nature * image_noise(known.keys, shape, seed=noise_seed).double()
     seen = sorted(range(len(known)), key=lambda i: known.keys[i])[:count]
     fresh = unseen.subset(sorted(range(len(unseen)), key=lambda i: unseen.keys[i])[:count]).check()
-    x0 = torch.cat([data[seen], _encode(first.vae, fresh, rule)])
+    x0 = torch.cat([data[seen], encode_all(first.vae, fresh, rule, range(len(fresh)))])
     keys = [known.keys[i] for i in seen] + fresh.keys
     captions = [""] * len(x0) if unconditional else [known.captions[i] for i in seen] + fresh.captions
+    hidden = {name: embedded(pipe, captions) for name, pipe in pipes.items()}  # once, not at every level
     errors, outputs = [], {}
     for timestep in _timesteps(schedule, levels):
         s = float(schedule.level(timestep))
         z = torch.stack([torch.randn(shape, generator=keyed_generator("denoised", seed, timestep, k)) for k in keys])
         y = x0 + s * z
-        found = {"input": y, **{name: denoise(pipe, y, timestep, captions) for name, pipe in pipes.items()}}
+        found = {"input": y, **{name: predicted_x0(pipe, y, timestep, hidden[name]) for name, pipe in pipes.items()}}
         found[ORACLES[0]] = ideal_denoiser(y, 1.0, s, data)
         # At and below s_n ambient training shows clean pictures.
         above = s > nature
@@ -195,12 +206,6 @@ def _same_space(pipes: Mapping[str, Any]) -> Any:
 
 def _timesteps(schedule: NoiseSchedule, levels: Sequence[float]) -> list[int]:
     return list(dict.fromkeys(round(schedule.timestep(level)) for level in levels))
-
-
-def _encode(vae: Any, pictures: PictureSet, rule: ViewRule) -> torch.Tensor:
-    return torch.cat(
-        [encode(vae, [rule.see(pictures[i], View())], noise_seed=rule.noise_seed) for i in range(len(pictures))]
-    )
 
 
 def write(

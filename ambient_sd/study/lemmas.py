@@ -31,6 +31,7 @@ import torch
 from PIL import Image
 
 from ambient_sd.audit.metrics import MEMORIZED_RATIO
+from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.report import contact_sheet
 from ambient_sd.data.duplicates import shared_noise
 from ambient_sd.data.latents import View, ViewRule, encode
@@ -117,14 +118,14 @@ def leakage(
     """
     found, averages = [], {}
     total = torch.zeros(x0.shape, dtype=torch.float64)
-    size, nearest = x0[0].numel(), _nearest(x0)
+    size, apart = x0[0].numel(), _nearest(x0)
     for k in range(max(copies)):
         # The first is the one that training uses; for the others any independent draws do, and these are faster.
         total += image_noise(keys, tuple(x0.shape[1:]), seed=seed) if k == 0 else _noise(x0.shape, seed, "copy", k)
         if (m := k + 1) in copies:
             average = x0 + s_n * total / m
             d1_squared = s_n**2 * size / m
-            expected = float((d1_squared / (nearest.square() + d1_squared)).sqrt().mean())
+            expected = float((d1_squared / (apart.square() + d1_squared)).sqrt().mean())
             ratio = ratios(average, x0)
             found.append(Leak(m, _mean(_error(average, x0), seed, s_n / math.sqrt(m)), _mean(ratio, seed, expected),
                               float((ratio < MEMORIZED_RATIO).double().mean())))  # fmt: skip
@@ -174,11 +175,7 @@ def ways_to_leak(vae: Any, pictures: PictureSet, s_n: float, seed: int) -> list[
 
 def ratios(found: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
     """Return d1 / d2 of each latent against a set, (B,) float64; an exact copy has 0."""
-    distance = torch.cdist(
-        found.double().flatten(1), data.double().flatten(1), compute_mode="donot_use_mm_for_euclid_dist"
-    )
-    two = distance.topk(2, 1, largest=False).values
-    return two[:, 0] / two[:, 1]
+    return nearest(found.double().flatten(1), data.double().flatten(1)).ratio
 
 
 def _own_weight(y_t: torch.Tensor, y_n: torch.Tensor, fresh: float) -> torch.Tensor:
@@ -191,8 +188,8 @@ def _error(found: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
 
 
 def _nearest(x0: torch.Tensor) -> torch.Tensor:
-    distance = torch.cdist(x0.double().flatten(1), x0.double().flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
-    return distance.fill_diagonal_(math.inf).min(1).values
+    flat = x0.double().flatten(1)
+    return nearest(flat, flat, 1, exclude_self=True).distance[:, 0]
 
 
 def _noise(shape: Sequence[int], seed: int, *purpose: object) -> torch.Tensor:
@@ -275,11 +272,11 @@ def study(
     first, outputs = optima(x0, y_n, level, seed)
     second, averages = leakage(x0, pictures.keys, level, seed)
     ways = ways_to_leak(vae, pictures, level, seed)
-    size, nearest = x0[0].numel(), float(_nearest(x0).median())
+    size, apart = x0[0].numel(), float(_nearest(x0).median())
     result = {
         "version": 1, "pictures": len(pictures), "numbers": size, "level": level, "seed": seed, "resolution": resolution,
-        "model": base.label, "data": Path(data).name if Path(data).exists() else data, "nearest_median": nearest,
-        "copies_needed": (1 / MEMORIZED_RATIO**2 - 1) * level**2 * size / nearest**2,
+        "model": base.label, "data": Path(data).name if Path(data).exists() else data, "nearest_median": apart,
+        "copies_needed": (1 / MEMORIZED_RATIO**2 - 1) * level**2 * size / apart**2,
         "lemma_4_1": [asdict(o) for o in first], "lemma_4_2": [asdict(leak) for leak in second], "ways": ways,
     }  # fmt: skip
     sheets = {

@@ -23,13 +23,13 @@ from ambient_sd.audit.features import EffLite0, Features, Pixels, embed
 from ambient_sd.audit.metrics import Figure, bootstrap, memorized_fraction, quality_rows
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.data.sources import PictureSet
-from ambient_sd.data.stream import keyed_generator
+from ambient_sd.data.stream import drawn, keyed_generator
 from ambient_sd.schedule import NoiseSchedule
+from ambient_sd.study.denoised import embedded, predicted_x0
 from ambient_sd.study.plan import Sampling
 
 LEVELS = (0.2, 0.4, 0.8, 1.6, 3.0, 4.0, 6.0, 8.0)  # of the error curve
 _PICTURES = 64  # of the error curve, at most, of either set
-FIGURES = ("copied", "copied-EffLite0", "similarity", "distance", "kid", "ratio")
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,7 @@ def prompts_of(reals: Reals, sampling: Sampling, seed: int) -> list[str]:
         return [""] * sampling.pictures
     captions = list(reals.captions)
     if len(captions) > sampling.pictures:
-        order = torch.randperm(len(captions), generator=keyed_generator(seed, "study prompts", 0))
-        captions = [captions[i] for i in sorted(order[: sampling.pictures].tolist())]
+        captions = [captions[i] for i in drawn(len(captions), sampling.pictures, seed, "study prompts")]
     return [captions[i % len(captions)] for i in range(sampling.pictures)]
 
 
@@ -144,7 +143,7 @@ def error_curves(
         order = torch.randperm(len(images), generator=keyed_generator(seed, f"study error {name}", 0))[:count].tolist()
         texts = ["" if sampling.captions == "none" else captions[i] for i in order]
         latents = torch.cat([_encode(pipe, [images[i] for i in part], resolution) for part in _parts(order)])
-        embeds = torch.cat([pipe.encode_prompt(part, pipe.device, 1, False)[0] for part in _parts(texts)])
+        hidden = embedded(pipe, texts)
         curve: dict[str, list[float]] = {"level": [], "mean": [], "error": []}
         for level in levels:
             if not float(schedule.level(0)) <= level <= schedule.max_level:
@@ -155,11 +154,9 @@ def error_curves(
                     torch.randn(latents.shape[1:], generator=keyed_generator(seed, f"study error {level}", i))
                     for i in order
                 ]
-            ).to(latents)
-            errors = torch.cat([
-                _x0_error(pipe, schedule, latents[rows], noise[rows], embeds[rows], t)
-                for rows in _parts(torch.arange(count))
-            ])  # fmt: skip
+            )
+            found = predicted_x0(pipe, latents + float(schedule.level(t)) * noise, t, hidden)
+            errors = (found - latents).square().flatten(1).mean(1).double()
             curve["level"].append(float(schedule.level(t)))
             curve["mean"].append(float(errors.mean()))
             curve["error"].append(float(errors.std() / count**0.5) if count > 1 else float("nan"))
@@ -167,20 +164,11 @@ def error_curves(
     return out
 
 
-def _x0_error(pipe: Any, schedule: NoiseSchedule, x0: Tensor, noise: Tensor, embeds: Tensor, t: int) -> Tensor:
-    alpha, sigma = (float(v) for v in schedule.coefficients(torch.tensor(t)))
-    x_t = alpha * x0 + sigma * noise
-    eps = schedule.predicted_noise(
-        pipe.unet(x_t, t, encoder_hidden_states=embeds, return_dict=False)[0].float(), sample=x_t, timestep=t
-    )
-    return ((x_t - sigma * eps) / alpha - x0).square().flatten(1).mean(1).double().cpu()
-
-
 def _encode(pipe: Any, images: Sequence[Image.Image], resolution: int) -> Tensor:
     """Return the means of the VAE, scaled as the U-Net sees them."""
     prepared = pipe.image_processor.preprocess(list(images), height=resolution, width=resolution)
     mean = pipe.vae.encode(prepared.to(pipe.device, pipe.vae.dtype)).latent_dist.mean
-    return (mean * pipe.vae.config.scaling_factor).float()
+    return (mean * pipe.vae.config.scaling_factor).float().cpu()
 
 
 def _parts(values: Any, size: int = 32) -> Iterator[Any]:

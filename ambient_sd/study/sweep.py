@@ -28,7 +28,7 @@ import torch
 from ambient_sd.audit.report import contact_sheet
 from ambient_sd.data.sources import PictureSet, load_rows
 from ambient_sd.errors import UserError
-from ambient_sd.files import write_whole
+from ambient_sd.files import finite, write_whole
 from ambient_sd.quiet import quiet
 from ambient_sd.study.fresh import fresh_base
 from ambient_sd.study.measures import (
@@ -42,7 +42,7 @@ from ambient_sd.study.measures import (
 )
 from ambient_sd.study.plan import Plan, Run, identity
 from ambient_sd.training.config import TrainConfig, split_condition
-from ambient_sd.training.loop import plan_run
+from ambient_sd.training.loop import open_pictures, plan_run
 from ambient_sd.training.loop import run as train
 
 
@@ -65,9 +65,10 @@ def sweep(plan: Plan, out: Path, *, workers: int = 1, only: Sequence[str] = ()) 
     out.mkdir(parents=True, exist_ok=True)
     for run in runs:
         _claim(plan, run, out)
+    todo = [run for run in runs if _steps_left(plan, run, out)]
+    for run in todo:
         plan_run(_config(plan, run, out))
     write_whole(out / "study.yaml", plan.text)
-    todo = [run for run in runs if _steps_left(plan, run, out)]
     threads = max(1, (torch.get_num_threads() if workers == 1 else (os.cpu_count() or 1) // workers))
     print(f"{plan.name}: {len(runs) - len(todo)} of {len(runs)} runs done", flush=True)
     if workers == 1:
@@ -101,7 +102,7 @@ def do_run(plan: Plan, run: Run, out: Path, threads: int, position: int = 0) -> 
             summary = train(config, bar={"desc": run.name, "position": position, "leave": False})
             trained = time.perf_counter() - begin
             if reals is None:
-                reals = read_reals(_training_set(config), _heldout(plan, config))
+                reals = _reals(plan, config)
             _measure(plan, run, config, reals, step, folder, {
                 "seconds_trained": round(trained, 1), "loss": summary["loss"], "clean_loss": summary["clean_loss"],
                 "ambient_loss": summary["ambient_loss"],
@@ -127,10 +128,10 @@ def _measure(
     into.mkdir(exist_ok=True)
     contact_sheet(pictures, 20).save(into / "samples.png")
     record = {
-        "step": step, **_finite(dict(facts)), "seconds_measured": round(time.perf_counter() - begin, 1),
-        "figures": {name: _finite(figure.as_dict()) for name, figure in figures.items()}, "errors": errors, "ratios": ratios,
+        "step": step, **facts, "seconds_measured": round(time.perf_counter() - begin, 1),
+        "figures": {name: figure.as_dict() for name, figure in figures.items()}, "errors": errors, "ratios": ratios,
     }  # fmt: skip
-    write_whole(into / "figures.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_whole(into / "figures.json", json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
 
 
 def gather(plan: Plan, out: Path) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def gather(plan: Plan, out: Path) -> dict[str, Any]:
         if points:
             runs.append({"label": run.label, "seed": run.seed, "differs": dict(run.differs), "points": points})
     results = {
-        "study": plan.name, "plan": plan.text, "training": {}, "runs": runs,
+        "study": plan.name, "plan": plan.text, "runs": runs,
         "missing": [run.name for run in plan.runs if _steps_left(plan, run, out)],
     }  # fmt: skip
     write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
@@ -167,12 +168,17 @@ def _config(plan: Plan, run: Run, out: Path, step: int | None = None) -> TrainCo
     return config
 
 
-def _training_set(config: TrainConfig) -> PictureSet:
-    return load_rows(
-        config.source, config.image_column, config.caption_column, config.dataset_split, config.max_train_samples, config.seed,
-        row_filter=[split_condition(term) for term in config.row_filter or ()], config_name=config.dataset_config_name,
-        cache_dir=config.cache_dir, local=config.train_data_dir is not None,
-    )  # fmt: skip
+_known: dict[tuple[str, str], Reals] = {}
+
+
+def _reals(plan: Plan, config: TrainConfig) -> Reals:
+    """Return the embedded real pictures of a run; the next run on the same ones in this process finds them embedded."""
+    training, heldout = open_pictures(config), _heldout(plan, config)
+    key = training.fingerprint(), heldout.fingerprint()
+    if key not in _known:
+        _known.clear()
+        _known[key] = read_reals(training, heldout)
+    return _known[key]
 
 
 def _heldout(plan: Plan, config: TrainConfig) -> PictureSet:
@@ -223,8 +229,3 @@ def _steps_left(plan: Plan, run: Run, out: Path) -> list[int]:
 
 def _read_step(folder: Path, step: int) -> dict[str, Any]:
     return dict(json.loads((folder / f"step-{step:06d}" / "figures.json").read_text(encoding="utf-8")))
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values with None for what is no finite number: JSON has no NaN."""
-    return {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in values.items()}

@@ -188,7 +188,23 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         adapters.check_targets(base.unet_config, config.lora_target_modules or ())
     prompts = validation.read_prompts(config.validation_prompts)
     checkpoint = _check_output(config)
-    pictures = load_rows(
+    pictures = open_pictures(config)
+    check_wording(config, pictures)
+    pictures.check(progress, near_duplicates=config.near_duplicates == "share" and objective.level > 0)
+    buckets = None
+    if config.aspect_ratio_buckets is not None:
+        sizes = read_buckets(config.aspect_ratio_buckets, config.resolution, base.pixel_step)
+        buckets = assign(pictures.sizes, pictures.noise_keys, sizes)
+    return Plan(config, base, objective, pictures, prompts, checkpoint, buckets)
+
+
+def open_pictures(config: TrainConfig) -> PictureSet:
+    """Open the training pictures that the settings name; nothing is decoded yet.
+
+    Raises:
+        UserError: as `load_rows`.
+    """
+    return load_rows(
         config.source,
         config.image_column,
         config.caption_column,
@@ -201,13 +217,6 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         local=config.train_data_dir is not None,
         several_captions=config.caption_mitigation == "mc",
     )
-    check_wording(config, pictures)
-    pictures.check(progress, near_duplicates=config.near_duplicates == "share" and objective.level > 0)
-    buckets = None
-    if config.aspect_ratio_buckets is not None:
-        sizes = read_buckets(config.aspect_ratio_buckets, config.resolution, base.pixel_step)
-        buckets = assign(pictures.sizes, pictures.noise_keys, sizes)
-    return Plan(config, base, objective, pictures, prompts, checkpoint, buckets)
 
 
 def make_objective(config: TrainConfig, base: Base) -> AmbientObjective:
