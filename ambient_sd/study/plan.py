@@ -12,6 +12,7 @@
     seeds: [0, 1]
     measure_at: [400, 800]      # optimizer steps
     sample: {pictures: 300, guidance_scale: 1.5, num_inference_steps: 15, captions: training}
+    charts: {levels: [plain, ambient]}    # optional: which runs one set of plots shows; without it, one set of all
 
 Levels, seeds and steps stand in the file, hence are fixed before anything is seen.
 """
@@ -33,7 +34,7 @@ import yaml
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.training.config import TrainConfig
 
-_KEYS = ("name", "base", "from_scratch", "heldout", "runs", "seeds", "measure_at", "sample")
+_KEYS = ("name", "base", "from_scratch", "heldout", "runs", "seeds", "measure_at", "sample", "charts")
 _OWNED = {
     "output_dir", "seed", "max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "report_to", "push_to_hub", "hub_token", "hub_model_id", "latent_cache_dir",
@@ -93,6 +94,7 @@ class Plan:
     heldout: Mapping[str, Any]
     from_scratch: Mapping[str, Any] | None
     text: str
+    charts: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     @property
     def labels(self) -> list[str]:
@@ -133,21 +135,22 @@ def read_plan(path: str | Path, changes: Mapping[str, Any] | None = None) -> Pla
         values = raw[key]
         if any(type(v) is not int or v < low for v in values) or len(set(values)) < len(values):
             raise _wrong(key, f"must hold different whole numbers of at least {low}", path)
-    for key in ("heldout", "sample", "from_scratch"):
+    for key in ("heldout", "sample", "from_scratch", "charts"):
         if not isinstance(raw.get(key) or {}, dict):
             raise _wrong(key, "must be a mapping", path)
     sampling = _sampling(raw.get("sample") or {}, path)
     base = dict(raw["base"])
+    entries = {str(name): _expand(str(name), given, path) for name, given in raw["runs"].items()}
     runs = [
         Run(label, seed, {**base, **differs}, differs)
-        for name, given in raw["runs"].items()
-        for label, differs in _expand(str(name), given, path)
+        for entry in entries.values()
+        for label, differs in entry
         for seed in raw["seeds"]
     ]
     _check(runs, path)
     return Plan(
         str(raw.get("name") or Path(path).stem), runs, sorted(raw["measure_at"]), sampling, raw.get("heldout") or {},
-        raw.get("from_scratch"), text,
+        raw.get("from_scratch"), text, _charts(raw.get("charts") or {}, entries, path),
     )  # fmt: skip
 
 
@@ -164,6 +167,25 @@ def _expand(name: str, given: Any, path: str | Path) -> list[tuple[str, dict[str
         chosen = dict(zip(axes, values, strict=True))
         words = [name, *(f"{_SHORT.get(k, k)}={v}" for k, v in chosen.items())]
         out.append((" ".join(words), {**settings, **chosen}))
+    return out
+
+
+def _charts(
+    given: Mapping[Any, Any], entries: Mapping[str, Sequence[tuple[str, Any]]], path: str | Path
+) -> dict[str, list[str]]:
+    """Return the labels of each chart; a chart names entries of `runs`, or labels of their sweeps."""
+    known = {label: [label] for entry in entries.values() for label, _ in entry}
+    known |= {name: [label for label, _ in entry] for name, entry in entries.items()}
+    out: dict[str, list[str]] = {}
+    for name, wanted in given.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+            raise _wrong(f"charts: {name}", "a chart's name is of letters, digits, - and _: it becomes a file's", path)
+        if not isinstance(wanted, list) or not wanted:
+            raise _wrong(f"charts: {name}", "must be a list of runs", path)
+        missing = [str(one) for one in wanted if str(one) not in known]
+        if missing:
+            raise _wrong(f"charts: {name}: {missing[0]}", f"runs are {', '.join(known)}", path)
+        out[name] = list(dict.fromkeys(label for one in wanted for label in known[str(one)]))
     return out
 
 

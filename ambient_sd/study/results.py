@@ -199,31 +199,51 @@ def _span(e: Estimate, digits: int, factor: float = 1) -> str:
 
 
 def write_results(results: Mapping[str, Any], out: Path) -> Path:
-    """Write OUT/results.md and, where matplotlib is installed, OUT/front.png, onset.png and errors.png; return the first."""
+    """Write OUT/results.md and, where matplotlib is installed, three plots for each chart of the plan; return the first."""
     text = f"# {results['study']}\n\n{tables(results)}"
     if results["runs"]:
         try:
-            plot(results, out)
-            text += "\n![](front.png)\n![](onset.png)\n![](errors.png)\n"
+            for name, plots in plot(results, out).items():
+                sheet = [f"samples-{name}.png"] if name else ["samples.png"]
+                text += f"\n## {name}\n" if name else ""
+                text += (
+                    "\n" + "\n".join(f"![]({one})" for one in plots + [s for s in sheet if (out / s).exists()]) + "\n"
+                )
         except ImportError:
             print("no plots: pip install matplotlib (the extra `study`)", flush=True)
     write_whole(out / "results.md", text)
     return out / "results.md"
 
 
-def plot(results: Mapping[str, Any], out: Path) -> None:
-    """Draw the Pareto plane, the onset along training, and the errors by noise level."""
+def plot(results: Mapping[str, Any], out: Path) -> dict[str, list[str]]:
+    """Draw for each chart the Pareto plane, the onset along training, and the errors by noise level.
+
+    Returns:
+        The files' names by chart: front-NAME.png and so on; front.png where the plan names no charts.
+    """
+    found = points(results)
+    measured = list(dict.fromkeys(p.label for p in found))
+    charts = {
+        name: [label for label in labels if label in measured]
+        for name, labels in (results.get("charts") or {"": measured}).items()
+    }
+    return {name: _plot(found, labels, str(results["study"]), name, out) for name, labels in charts.items() if labels}
+
+
+def _plot(found: Sequence[Point], labels: Sequence[str], study: str, chart: str, out: Path) -> list[str]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    found = points(results)
-    labels = list(dict.fromkeys(p.label for p in found))
+    found = [p for p in found if p.label in labels]
     style = {label: _style(label, labels) for label in labels}
+    written: list[str] = []
 
     def save(figure: Any, name: str) -> None:
+        name = f"{name}-{chart}.png" if chart else f"{name}.png"
         FigureCanvasAgg(figure)
         figure.savefig(out / f".{name}.part", dpi=110, format="png", metadata={"Software": None})
         (out / f".{name}.part").replace(out / name)
+        written.append(name)
 
     figure = Figure(figsize=(8.5, 6), layout="constrained")
     axes = figure.subplots()
@@ -239,12 +259,16 @@ def plot(results: Mapping[str, Any], out: Path) -> None:
     edge = front(found)
     axes.plot([100 * p.copied.value for p in edge], [p.distance.value for p in edge], color="black", lw=5, alpha=0.12,
               label="Pareto front", zorder=0)  # fmt: skip
-    axes.set(xlabel="copied pictures, %", ylabel="Frechet distance to held-out pictures", title=str(results["study"]))
+    if BASELINE in labels:
+        limit = best(found, BASELINE).distance.high
+        axes.axhline(limit, color="black", lw=0.8, ls=":", label="equal quality: below")
+    axes.set(xlabel="copied pictures, % (interval at the last step)", ylabel="Frechet distance to held-out pictures",
+             title=f"{study}: {chart}" if chart else study)  # fmt: skip
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
-    save(figure, "front.png")
+    save(figure, "front")
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -257,7 +281,7 @@ def plot(results: Mapping[str, Any], out: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", fontsize=8)
-    save(figure, "onset.png")
+    save(figure, "onset")
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2, sharey=True), ("training", "heldout"), strict=True):
@@ -269,7 +293,8 @@ def plot(results: Mapping[str, Any], out: Path) -> None:
         axes.grid(alpha=0.25)
     figure.axes[0].set_ylabel("error of the denoised picture, per dimension")
     figure.legend(loc="outside right upper", fontsize=8)
-    save(figure, "errors.png")
+    save(figure, "errors")
+    return written
 
 
 def _style(label: str, labels: Sequence[str]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from ambient_sd.study.measures import (
     read_reals,
     sample,
 )
+from ambient_sd.study.pages import COLUMNS, sample_page
 from ambient_sd.study.plan import Plan, Run, identity
 from ambient_sd.training.config import TrainConfig, split_condition
 from ambient_sd.training.loop import open_pictures, plan_run
@@ -126,7 +127,7 @@ def _measure(
     errors = error_curves(pipe, reals, plan.sampling, config.resolution, run.seed)
     into = folder / f"step-{step:06d}"
     into.mkdir(exist_ok=True)
-    contact_sheet(pictures, 20).save(into / "samples.png")
+    contact_sheet(pictures, COLUMNS).save(into / "samples.png")
     record = {
         "step": step, **facts, "seconds_measured": round(time.perf_counter() - begin, 1),
         "figures": {name: figure.as_dict() for name, figure in figures.items()}, "errors": errors, "ratios": ratios,
@@ -145,11 +146,30 @@ def gather(plan: Plan, out: Path) -> dict[str, Any]:
         if points:
             runs.append({"label": run.label, "seed": run.seed, "differs": dict(run.differs), "points": points})
     results = {
-        "study": plan.name, "plan": plan.text, "runs": runs,
+        "study": plan.name, "plan": plan.text, "charts": dict(plan.charts), "runs": runs,
         "missing": [run.name for run in plan.runs if _steps_left(plan, run, out)],
     }  # fmt: skip
     write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     return results
+
+
+def write_pages(plan: Plan, out: Path) -> list[Path]:
+    """Write OUT/samples-CHART.png (samples.png where the plan names no charts) of what is measured, each run at its last step."""
+    written = []
+    for name, labels in (plan.charts or {"": plan.labels}).items():
+        steps, config = [], None
+        for label in labels:
+            for run in (r for r in plan.runs if r.label == label):
+                done = [step for step in plan.measure_at if _is_done(out / "runs" / run.folder, step)]
+                if done:
+                    steps.append((label, out / "runs" / run.folder / f"step-{done[-1]:06d}"))
+                    config = config or _config(plan, run, out)
+                    break
+        if config is not None:
+            path = out / (f"samples-{name}.png" if name else "samples.png")
+            sample_page(steps, open_pictures(config), config.resolution).save(path)
+            written.append(path)
+    return written
 
 
 def _config(plan: Plan, run: Run, out: Path, step: int | None = None) -> TrainConfig:

@@ -39,6 +39,14 @@ def test_a_sweep_is_one_run_for_each_combination_and_seed(tmp_path: Path) -> Non
     assert [run.seed for run in read_plan(written(tmp_path, GOOD), {"seeds": [7]}).runs] == [7] * 5
 
 
+def test_a_chart_names_entries_or_labels_of_the_study(tmp_path: Path) -> None:
+    plan = read_plan(
+        written(tmp_path, GOOD | {"charts": {"levels": ["plain", "ambient"], "one": ["ambient level=0.5 q=0"]}})
+    )
+    assert dict(plan.charts) == {"levels": plan.labels, "one": ["ambient level=0.5 q=0"]}
+    assert not read_plan(written(tmp_path, GOOD)).charts
+
+
 def test_an_identity_tells_settings_and_sampling_apart_but_not_where_results_go(tmp_path: Path) -> None:
     plan = read_plan(written(tmp_path, GOOD))
     one, other = (identity(plan, run) for run in plan.runs[:2])
@@ -55,6 +63,9 @@ def test_an_identity_tells_settings_and_sampling_apart_but_not_where_results_go(
         ("- a list", ["must be a mapping"]),
         ("runs: [", ["cannot be read"]),
         (GOOD | {"sedes": [1]}, ["sedes", "entries are"]),
+        (GOOD | {"charts": {"levels": ["plane"]}}, ["charts: levels: plane", "runs are plain, ambient level=0.5 q=2"]),
+        (GOOD | {"charts": {"levels": "plain"}}, ["charts: levels", "list of runs"]),
+        (GOOD | {"charts": {"../levels": ["plain"]}}, ["charts: ../levels", "a file's"]),
         (GOOD | {"seeds": []}, ["seeds", "something in it"]),
         (GOOD | {"seeds": [0, 0]}, ["seeds", "different"]),
         (GOOD | {"seeds": [True]}, ["seeds", "whole"]),

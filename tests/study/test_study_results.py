@@ -84,4 +84,11 @@ def test_tables_name_what_is_missing_and_plots_are_written(tmp_path: Path) -> No
     first = (tmp_path / "front.png").read_bytes()
     write_results(RESULTS, tmp_path)
     assert (tmp_path / "front.png").read_bytes() == first
+    charted = write_results(
+        {**RESULTS, "charts": {"levels": ["plain", "ambient level=0.8"], "gone": ["gap"]}}, tmp_path
+    ).read_text()
+    assert (
+        "## levels" in charted and "![](front-levels.png)" in charted and "gone" not in charted
+    )  # gap is not measured
+    assert (tmp_path / "front-levels.png").read_bytes() != first  # a level less
     assert tables({**RESULTS, "runs": []}) == "Nothing is measured yet.\n"

@@ -13,14 +13,17 @@ import torch
 import yaml
 from PIL import Image
 
+from ambient_sd.audit.report import contact_sheet
+from ambient_sd.data.sources import load_rows
 from ambient_sd.data.stream import keyed_generator
 from ambient_sd.errors import UserError
 from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.study import sweep as sweeping
 from ambient_sd.study.fresh import fresh_base
 from ambient_sd.study.measures import Reals, error_curves, load_pipeline, prompts_of
+from ambient_sd.study.pages import COLUMNS, sample_page, samples_of
 from ambient_sd.study.plan import Plan, Sampling, read_plan
-from ambient_sd.study.sweep import do_run, sweep
+from ambient_sd.study.sweep import do_run, sweep, write_pages
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +70,7 @@ def test_a_killed_study_ends_with_the_figures_of_one_that_ran_through(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = sweep(plan, tmp_path / "whole")
+    assert [p.name for p in write_pages(plan, tmp_path / "whole")] == ["samples.png"]
     assert [run["label"] for run in whole["runs"]] == ["plain", "ambient"] and not whole["missing"]
     assert not list((tmp_path / "whole").glob("runs/*/model/checkpoint-*"))
 
@@ -98,6 +102,29 @@ def test_a_killed_study_ends_with_the_figures_of_one_that_ran_through(
         sweep(other, out)
     with pytest.raises(UserError, match="'none' is not in the study"):
         sweep(plan, out, only=["none"])
+
+
+def test_a_sample_page_shows_what_was_drawn_over_its_nearest_training_picture_and_frames_copies(
+    tiny_pictures: Path, tmp_path: Path
+) -> None:
+    training = load_rows(tiny_pictures)
+    size, step = tiny.SIZE, tmp_path / "step-000004"
+    step.mkdir()
+    known = [
+        training[i].image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS) for i in range(len(training))
+    ]
+    drawn = [*known, *(Image.new("RGB", (size, size), (9 * i, 0, 255 - 9 * i)) for i in range(25 - len(known)))]
+    contact_sheet(drawn, COLUMNS).save(step / "samples.png")
+    (step / "figures.json").write_text(json.dumps({"ratios": [0.0] * len(known) + [0.9] * (25 - len(known))}))
+    assert [p.tobytes() for p in samples_of(step, size)] == [p.tobytes() for p in drawn]
+
+    page = sample_page([("plain", step)], training, size, shown=25)
+    for i in range(25):
+        x = 130 + i * (size + 4)
+        above, below = (page.crop((x, top, x + size, top + size)).tobytes() for top in (4, 4 + size))
+        framed = page.getpixel((x - 2, 4 + size)) == (217, 45, 32)
+        assert above == drawn[i].tobytes() and framed == (i < len(known))
+        assert (below == above) == (i < len(known))  # an exact copy lies over its original
 
 
 def test_a_run_that_another_process_holds_is_left_alone(plan: Plan, tmp_path: Path) -> None:

@@ -1,0 +1,77 @@
+"""Sample pages of a study: what each run draws for the same prompts, over the training picture that is nearest to it.
+
+A frame marks a copy (d1/d2 < 1/3, pixels), as the tables count them. Made of OUT's own files: `samples.png` and `figures.json` of each
+step; nothing is drawn again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ambient_sd.audit.features import Pixels, embed
+from ambient_sd.audit.metrics import MEMORIZED_RATIO
+from ambient_sd.audit.neighbours import nearest
+from ambient_sd.data.sources import PictureSet
+from ambient_sd.data.stream import drawn
+
+COLUMNS = 20  # of `samples.png`
+_GAP, _LABEL, _FRAME = 4, 130, "#d92d20"
+
+
+def samples_of(step: Path, resolution: int) -> list[Image.Image]:
+    """Return the pictures of a step, cut out of its sheet; their number is that of the step's d1/d2."""
+    sheet = Image.open(step / "samples.png").convert("RGB")
+    count = len(json.loads((step / "figures.json").read_text(encoding="utf-8"))["ratios"])
+    cell = resolution + _GAP
+    boxes = ((_GAP + i % COLUMNS * cell, _GAP + i // COLUMNS * cell) for i in range(count))
+    return [sheet.crop((x, y, x + resolution, y + resolution)) for x, y in boxes]
+
+
+def sample_page(
+    steps: Sequence[tuple[str, Path]], training: PictureSet, resolution: int, *, shown: int = 12
+) -> Image.Image:
+    """Lay out `shown` samples of each step in one row, and under each the nearest training picture.
+
+    The samples are a draw that does not depend on what they look like, and for the same number of samples the same for every run.
+
+    Args:
+        steps: (label, folder of a measured step), from top to bottom.
+        training: what the copies are copies of.
+        resolution: pixels of a sample's side.
+    """
+    training.fingerprint()  # fills in the keys that tell equal pictures
+    images = [training[i].image for i in training.one_of_each()]
+    pixels = Pixels()
+    known = embed(images, [pixels])[pixels.name]
+    width, row = _LABEL + shown * (resolution + _GAP), 2 * resolution + 3 * _GAP
+    sheet = Image.new("RGB", (width, len(steps) * row + _GAP), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    for r, (label, step) in enumerate(steps):
+        pictures = samples_of(step, resolution)
+        ratios = json.loads((step / "figures.json").read_text(encoding="utf-8"))["ratios"]
+        chosen = drawn(len(pictures), min(shown, len(pictures)), 0, "sample page")
+        near = nearest(embed([pictures[i] for i in chosen], [pixels])[pixels.name], known).index[:, 0]
+        top = _GAP + r * row
+        for line, text in enumerate(
+            (
+                label,
+                f"step {int(step.name.removeprefix('step-'))}",
+                "",
+                "below: nearest",
+                "training picture;",
+                "framed: copies",
+            )
+        ):
+            pen.text((_GAP, top + 12 * line), text, fill="black", font=font)
+        for column, (i, j) in enumerate(zip(chosen, near.tolist(), strict=True)):
+            x = _LABEL + column * (resolution + _GAP)
+            if ratios[i] < MEMORIZED_RATIO:
+                pen.rectangle((x - 2, top - 2, x + resolution + 1, top + 2 * resolution + 1), fill=_FRAME)
+            sheet.paste(pictures[i], (x, top))
+            original = images[j].convert("RGB").resize((resolution, resolution), Image.Resampling.LANCZOS)
+            sheet.paste(original, (x, top + resolution))
+    return sheet
