@@ -6,7 +6,8 @@ OUT/runs/NAME/          one run: model/ (the trainer's own folder, at the last m
 OUT/results.json        everything measured, for `ambient_sd.study.results` and for other programs
 
 A killed study goes on where it was: finished steps are kept, a training from its last checkpoint. Two commands on one OUT share
-the work: a run belongs to the process that holds its lock.
+the work: a run belongs to the process that holds its lock. A study with more steps than before goes on as well, for each run keeps
+its last checkpoint.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import fcntl
 import json
 import multiprocessing
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -108,8 +108,6 @@ def do_run(plan: Plan, run: Run, out: Path, threads: int, position: int = 0) -> 
                 "seconds_trained": round(trained, 1), "loss": summary["loss"], "clean_loss": summary["clean_loss"],
                 "ambient_loss": summary["ambient_loss"],
             })  # fmt: skip
-        for checkpoint in (folder / "model").glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)  # the run is whole: they are needed no more
         last = _read_step(folder, plan.measure_at[-1])
         figures = last["figures"]
         return f"{run.name}: copied {figures['copied']['value']:.1%}, distance {figures['distance']['value']:.1f}"
