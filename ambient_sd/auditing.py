@@ -31,12 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ambient_sd import __version__
 from ambient_sd.audit.embedding import EmbeddingStore
-from ambient_sd.audit.features import MIRROR, Features, MirrorImages, embed
+from ambient_sd.audit.features import MIRROR, Features, embed
 from ambient_sd.audit.metrics import (
     Figure,
     Measurement,
@@ -51,6 +51,7 @@ from ambient_sd.audit.neighbours import Neighbours
 from ambient_sd.audit.networks import ClipScore
 from ambient_sd.audit.originals import one_of_each
 from ambient_sd.audit.registry import DEFAULT, choose, labels
+from ambient_sd.audit.registry import label as label_of
 from ambient_sd.audit.report import (
     Histogram,
     Report,
@@ -62,7 +63,7 @@ from ambient_sd.audit.report import (
     write_report,
 )
 from ambient_sd.audit.search import require_feature, search
-from ambient_sd.audit.stored import open_stores, recall
+from ambient_sd.audit.stored import missing_features, recall
 from ambient_sd.data.sources import PictureSet, load_rows
 from ambient_sd.data.stream import drawn
 from ambient_sd.drawing import DrawSettings, digest, label, load, read_prompts
@@ -210,19 +211,7 @@ class MirrorVectors:
 
     def gather(self, rows: Tensor) -> Tensor:
         """Return their vectors, float32 `(n, D)`."""
-        return self.feature(MirrorImages(_Some(self.images, rows.tolist())), progress=True)
-
-
-class _Some(Sequence[Image.Image]):
-    def __init__(self, images: Images, rows: Sequence[int]) -> None:
-        self._images, self._rows = images, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Image.Image:  # type: ignore[override]  # slices have no use here
-        image: Image.Image = self._images[self._rows[index]]
-        return image
+        return self.feature((ImageOps.mirror(self.images[row]) for row in rows.tolist()), progress=True)
 
 
 def audit(settings: AuditSettings, command: str = "ambient-sd audit") -> Audit:
@@ -307,18 +296,8 @@ def _audit(settings: AuditSettings, command: str) -> Audit:
     measured = _with_rows(measured, different)
     measured.rows.extend(row for one in align for row in one(generated, heldout))
     pulls = _pulls(settings, generated, measured.neighbours[features[0].name]) if settings.attribution else []
-    return _write(
-        settings,
-        command,
-        begun,
-        training,
-        heldout,
-        generated,
-        features,
-        measured,
-        pulls,
-        _used(stored, compared, measured),
-    )
+    used = _used(stored, compared, measured)
+    return _write(settings, command, begun, training, heldout, generated, features, measured, pulls, used)
 
 
 # --- what goes in ----------------------------------------------------------------------------------------------------
@@ -328,16 +307,22 @@ def _stored(settings: AuditSettings) -> dict[str, EmbeddingStore]:
     """Open the embeddings of the training pictures, by feature; none where none are given."""
     if settings.training_embeddings is None:
         return {}
-    source = settings.training
+    folder, source = settings.training_embeddings.expanduser(), settings.training
+    names = dict(zip(labels(settings.features), settings.features, strict=True))
+    if not (missing := missing_features(folder, list(names))):
+        return {name: EmbeddingStore.open(folder / name) for name in names}
     words = ["accelerate", "launch", "-m", "ambient_sd.audit.embedding", source.place]
     if source.split is not None:
         words += ["--split", source.split]
     if source.row_filter:
         words += ["--row_filter", *("".join(condition) for condition in source.row_filter)]
-    words += [word for name in ("image_column", "caption_column") if getattr(source, name) != getattr(Source, name)
-              for word in (f"--{name}", getattr(source, name))]  # fmt: skip
-    words += [word for name, file in settings.files.items() if file for word in (f"--{name}", file)]
-    return open_stores(settings.training_embeddings, labels(settings.features), shlex.join(words))
+    options = {"image_column": source.image_column, "caption_column": source.caption_column}
+    given = {name: value for name, value in options.items() if value != getattr(Source, name)}
+    given |= {name: file for name, file in settings.files.items() if file and label_of(name) in missing}
+    given |= {"features": ",".join(names[name] for name in missing), "out": str(folder)}
+    words += [word for name, value in given.items() for word in (f"--{name}", value)]
+    raise UserError(f"{folder} holds no embeddings of {', '.join(missing)}", rule="an audit needs each of its features",
+                    remedy=f"make them: {shlex.join(words)}")  # fmt: skip
 
 
 def _used(stored: Mapping[str, EmbeddingStore], compared: int, measured: Measurement) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ambient_sd.audit import metrics, stored
 from ambient_sd.audit import embedding as embedding_module
+from ambient_sd.audit import metrics, stored
+from ambient_sd.audit import search as search_module
 from ambient_sd.audit.embedding import EmbeddingStore, embed_set, load_set, write_block
 from ambient_sd.audit.registry import choose
 from ambient_sd.auditing import AuditSettings, Source, audit
@@ -258,9 +260,7 @@ def test_the_refusal_of_a_missing_feature_is_mended_by_the_command_that_it_names
     )  # fmt: skip
     with pytest.raises(UserError) as error:
         audit(given)
-    import shlex
-
-    words = shlex.split(str(error.value).split("; ")[-1])
+    words = shlex.split(str(error.value).split("make them: ")[-1])
     assert words[:4] == ["accelerate", "launch", "-m", "ambient_sd.audit.embedding"]
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     embedding_module.main(words[4:])
@@ -290,6 +290,38 @@ def test_half_precision_and_its_note_leave_copies_found(world: Path, tmp_path: P
     found = audit(settings(world, tmp_path / "out", features=("pixels8",), training_embeddings=tmp_path / "s")).found
     assert found["verdict"]["value"] == 0.5 and any("rounded to another precision" in note for note in found["notes"])
     assert found["pictures"]["training"]["embeddings"]["features"]["pixels8"]["dtype"] == "float16"
+
+
+def test_weights_are_named_only_with_the_features_that_are_missing(world: Path, tmp_path: Path) -> None:
+    """The embedding refuses weights of a feature that it does not make."""
+    given = {"training_embeddings": world / "stored", "files": {"inception": "i.pt", "sscd": None}}
+    for features, has in ((("pixels8", "inception"), True), (("pixels8", "pixels16"), False)):
+        with pytest.raises(UserError) as error:
+            audit(
+                settings(
+                    world,
+                    tmp_path / "out",
+                    features=features,
+                    training=Source("nowhere.parquet", "train", (("a", "=", "b c"),)),
+                    **given,
+                )
+            )
+        command = str(error.value).split("make them: ")[-1]
+        assert ("--inception i.pt" in command) == has and f"--features {features[1]} " in command
+        assert "nowhere.parquet --split train --row_filter 'a=b c'" in command
+
+
+def test_a_search_through_an_index_is_told(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss")
+    shutil.copytree(world / "stored" / "pixels8", tmp_path / "s" / "pixels8")
+    search_module.main([str(tmp_path / "s"), "--feature", "pixels8"])
+    given: dict[str, Any] = {"features": ("pixels8",), "training_embeddings": tmp_path / "s"}
+    for most, exact in ((23, True), (22, False)):
+        monkeypatch.setattr(search_module, "EXACT_UP_TO", most)
+        found = audit(settings(world, tmp_path / f"out{most}", **given)).found
+        assert found["pictures"]["training"]["embeddings"]["features"]["pixels8"]["exact"] is exact
+        assert any("went through an index" in note for note in found["notes"]) is not exact
+        assert found["verdict"]["value"] == 0.5  # of so few rows none is missed
 
 
 def test_the_two_commands_work_together(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

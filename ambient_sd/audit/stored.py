@@ -28,22 +28,9 @@ from ambient_sd.errors import UserError
 CHECKED = 1000
 
 
-def open_stores(folder: Path, features: Sequence[str], command: str) -> dict[str, EmbeddingStore]:
-    """Open the embeddings of every feature; no vector is read.
-
-    Args:
-        folder: what was given to the embedding as `--out`.
-        features: their names in folders (`registry.label`).
-        command: the embedding's, up to its `--features`, for messages.
-
-    Raises:
-        UserError: a feature is missing, or what is there is damaged or incomplete.
-    """
-    missing = [name for name in features if not any((folder / name).glob("part-*.parquet"))]
-    if missing:
-        raise UserError(f"{folder} holds no embeddings of {', '.join(missing)}", rule="an audit needs each of its features",
-                        remedy=f"{command} --features {','.join(missing)} --out {folder}")  # fmt: skip
-    return {name: EmbeddingStore.open(folder / name) for name in features}
+def missing_features(folder: Path, features: Sequence[str]) -> list[str]:
+    """Return those of `features` (`registry.labels`) that the folder holds nothing of."""
+    return [name for name in features if not any((folder / name).glob("part-*.parquet"))]
 
 
 def recall(stores: Sequence[EmbeddingStore], pictures: PictureSet, seed: int = 0, progress: bool = False) -> int:
@@ -69,11 +56,11 @@ def recall(stores: Sequence[EmbeddingStore], pictures: PictureSet, seed: int = 0
         if store.about.data != names_digest(pictures):
             raise UserError(f"{store.folder} holds embeddings of other rows", remedy=again,
                             rule=f"names or captions of {pictures.source} differ")  # fmt: skip
-    rows = list(first.rows())
+    content = first.fingerprint() if others else ""
     for store in others:
-        if any(one != other for one, other in zip(rows, store.rows(), strict=True)):
+        if store.fingerprint() != content:
             raise UserError(f"{store.folder} and {first.folder} hold embeddings of different pictures", remedy=again)
-    keys = [key for key, _ in rows]
+    keys = [key for key, _ in first.rows()]
     chosen = drawn(len(keys), CHECKED, seed, "stored embeddings")
     for i in tqdm(chosen, desc="comparing pictures", disable=not progress, leave=False):
         if pictures[i].key != keys[i]:

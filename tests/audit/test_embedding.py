@@ -27,14 +27,15 @@ COUNT, BLOCK = 200, 64
 KILLED = """
 import os, signal, sys
 from ambient_sd.audit import embedding
-seen, pixels = 0, embedding.Pixels._embed
+from ambient_sd.audit.features import Pixels
+seen, pixels = 0, Pixels._embed
 def dies(self, batch):
     global seen
     seen += len(batch)
     if seen > int(os.environ["DIES_AFTER"]):
         os.kill(os.getpid(), signal.SIGKILL)
     return pixels(self, batch)
-embedding.Pixels._embed = dies
+Pixels._embed = dies
 embedding.main(sys.argv[1:])
 """
 
@@ -146,15 +147,23 @@ def test_a_block_cut_short_is_refused_by_readers_and_made_again_by_the_next_run(
     assert contents(copy) == contents(store)
 
 
-def test_one_flipped_bit_in_the_vectors_is_noticed_when_the_block_is_read(copy: Path) -> None:
+def test_one_flipped_bit_is_noticed_when_its_column_is_read(copy: Path) -> None:
     part = copy / "part-00002.parquet"
-    raw = bytearray(part.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    part.write_bytes(raw)
+    whole = part.read_bytes()
     store = EmbeddingStore.open(copy)
-    store.block(1)
-    with pytest.raises(UserError, match=r"part-00002.parquet cannot be read"):
-        store.block(2)
+    for column, read in (("embedding", lambda: store.block(2)), ("thumbnail", store.looks)):
+        read()
+        group = pq.read_metadata(part).row_group(0)
+        (chunk,) = (
+            group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema.startswith(column)
+        )
+        raw = bytearray(whole)
+        raw[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
+        part.write_bytes(raw)
+        store.block(1)
+        with pytest.raises(UserError, match=r"part-00002.parquet cannot be read"):
+            read()
+        part.write_bytes(whole)
 
 
 def test_parts_of_different_features_or_data_are_not_one_store(folder: Path, copy: Path, tmp_path: Path) -> None:
