@@ -22,18 +22,21 @@ import errno
 import hashlib
 import json
 import platform
+import shlex
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ambient_sd import __version__
-from ambient_sd.audit.features import Features, embed
+from ambient_sd.audit.embedding import EmbeddingStore
+from ambient_sd.audit.features import MIRROR, Features, embed
 from ambient_sd.audit.metrics import (
     Figure,
     Measurement,
@@ -45,7 +48,10 @@ from ambient_sd.audit.metrics import (
     measure,
 )
 from ambient_sd.audit.neighbours import Neighbours
-from ambient_sd.audit.networks import ClipScore, choose
+from ambient_sd.audit.networks import ClipScore
+from ambient_sd.audit.originals import one_of_each
+from ambient_sd.audit.registry import DEFAULT, choose, labels
+from ambient_sd.audit.registry import label as label_of
 from ambient_sd.audit.report import (
     Histogram,
     Report,
@@ -56,6 +62,8 @@ from ambient_sd.audit.report import (
     ratio_histogram,
     write_report,
 )
+from ambient_sd.audit.search import require_feature, search
+from ambient_sd.audit.stored import missing_features, recall
 from ambient_sd.data.sources import PictureSet, load_rows
 from ambient_sd.data.stream import drawn
 from ambient_sd.drawing import DrawSettings, digest, label, load, read_prompts
@@ -103,8 +111,9 @@ class AuditSettings:
         prompts: file of prompts; None: the training captions.
         samples_per_prompt: pictures of each prompt.
         max_prompts: that many prompts at most, drawn by the seed; 0: all.
-        features: names of `audit.networks.NAMES`; the first decides what counts as a copy.
+        features: names of `audit.registry`; the first decides what counts as a copy.
         files: weights of features by name.
+        training_embeddings: folder of `audit.embedding` with the training pictures by every feature: they are not embedded again.
         clip: folder or hub id of a CLIP for the CLIP score; None: none.
         judge: pipeline folder or hub id that judges how well pictures show their prompts (`audit.alignment`); None: none.
         mirrored: search for the mirror image of each picture too.
@@ -122,8 +131,9 @@ class AuditSettings:
     prompts: str | None = None
     samples_per_prompt: int = 4
     max_prompts: int = 0
-    features: tuple[str, ...] = ("pixels", "toned", "efflite0")
+    features: tuple[str, ...] = DEFAULT
     files: Mapping[str, str | None] = field(default_factory=dict)
+    training_embeddings: Path | None = None
     clip: str | None = None
     judge: str | None = None
     mirrored: bool = True
@@ -185,7 +195,23 @@ class Images(Sequence[Image.Image]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self._rows[i].image for i in range(*index.indices(len(self)))]
-        return self._rows[index].image
+        picture = self._rows[index]
+        if self._rows.keys and picture.key != self._rows.keys[index]:
+            raise UserError(f"{picture.name} in {self._rows.source} is not the picture that it was",
+                            remedy="leave the pictures alone while they are audited")  # fmt: skip
+        return picture.image
+
+
+@dataclass(frozen=True)
+class MirrorVectors:
+    """Embed the mirror images of the rows that are asked for."""
+
+    images: Images
+    feature: Features
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return their vectors, float32 `(n, D)`."""
+        return self.feature((ImageOps.mirror(self.images[row]) for row in rows.tolist()), progress=True)
 
 
 def audit(settings: AuditSettings, command: str = "ambient-sd audit") -> Audit:
@@ -216,8 +242,20 @@ def _audit(settings: AuditSettings, command: str) -> Audit:
     settings.check()
     _own(settings.out)
     own_prompts = settings.drawing is not None and settings.prompts is None
-    training = settings.training.open(need_captions=own_prompts).check(progress=True, near_duplicates=True)
-    heldout = None if settings.heldout is None else settings.heldout.open(need_captions=False).check(progress=True)
+    device = _device(settings)
+    stored = _stored(settings)
+    training = settings.training.open(need_captions=own_prompts)
+    heldout = None if settings.heldout is None else settings.heldout.open(need_captions=False)
+    features = choose(settings.features, settings.files, device)
+    compared = 0
+    if stored:
+        for feature in features:
+            require_feature(stored[feature.name], feature)
+        compared = recall(list(stored.values()), training, settings.seed, progress=True)
+    else:
+        training.check(progress=True, near_duplicates=True)
+    if heldout is not None:
+        heldout.check(progress=True)
     if len(set(training.noise_keys)) < 2:
         raise UserError(f"{len(set(training.noise_keys))} different training picture in {training.source}",
                         rule="the nearest is held against the second nearest", remedy="give the whole training set")  # fmt: skip
@@ -228,8 +266,6 @@ def _audit(settings: AuditSettings, command: str) -> Audit:
     prompts = None if settings.drawing is None else _prompts(settings, training)
     existing = None if settings.generated is None else read_generated(settings.generated)
     _claim(settings, training, heldout, prompts, existing)
-    device = _device(settings)
-    features = choose(settings.features, settings.files, device)
     known = prompts if existing is None else existing.prompts
     align = _aligners(settings, known, device)
 
@@ -242,25 +278,65 @@ def _audit(settings: AuditSettings, command: str) -> Audit:
         assert existing is not None
         generated = existing
     # Equal pictures have equal vectors: a set that repeats its pictures is embedded and searched once.
-    different = list({key: i for i, key in reversed(list(enumerate(training.keys)))}.values())[::-1]
-    labels = [training.noise_keys[i] for i in different]
-    vectors = [
+    different = list(range(len(training))) if stored else one_of_each(training.keys).tolist()
+    of_training = Images(training if stored else training.subset(different))
+    known_vectors: dict[str, Any] = dict(stored or embed(of_training, features, progress=True))
+    if settings.mirrored:
+        known_vectors |= {feature.name + MIRROR: MirrorVectors(of_training, feature) for feature in features}
+    made, real = (
         None if rows is None else embed(Images(rows), features, progress=True, mirrored=settings.mirrored)
-        for rows in (generated.pictures, training.subset(different), heldout)
-    ]
-    assert vectors[0] is not None and vectors[1] is not None
+        for rows in (generated.pictures, heldout)
+    )
+    assert made is not None
     measured = measure(
-        vectors[0], vectors[1], vectors[2], features, generated.groups, settings.seed,
-        duplicates=labels, mirrored=settings.mirrored, resamples=settings.resamples,
-        quality_resamples=max(settings.resamples // 10, 10),
+        made, known_vectors, real, features, generated.groups, settings.seed,
+        duplicates=[training.noise_keys[i] for i in different], mirrored=settings.mirrored, resamples=settings.resamples,
+        search=partial(search, progress=True), quality_resamples=max(settings.resamples // 10, 10),
     )  # fmt: skip
     measured = _with_rows(measured, different)
     measured.rows.extend(row for one in align for row in one(generated, heldout))
     pulls = _pulls(settings, generated, measured.neighbours[features[0].name]) if settings.attribution else []
-    return _write(settings, command, begun, training, heldout, generated, features, measured, pulls)
+    used = _used(stored, compared, measured)
+    return _write(settings, command, begun, training, heldout, generated, features, measured, pulls, used)
 
 
 # --- what goes in ----------------------------------------------------------------------------------------------------
+
+
+def _stored(settings: AuditSettings) -> dict[str, EmbeddingStore]:
+    """Open the embeddings of the training pictures, by feature; none where none are given."""
+    if settings.training_embeddings is None:
+        return {}
+    folder, source = settings.training_embeddings.expanduser(), settings.training
+    names = dict(zip(labels(settings.features), settings.features, strict=True))
+    if not (missing := missing_features(folder, list(names))):
+        return {name: EmbeddingStore.open(folder / name) for name in names}
+    words = ["accelerate", "launch", "-m", "ambient_sd.audit.embedding", source.place]
+    if source.split is not None:
+        words += ["--split", source.split]
+    if source.row_filter:
+        words += ["--row_filter", *("".join(condition) for condition in source.row_filter)]
+    options = {"image_column": source.image_column, "caption_column": source.caption_column}
+    given = {name: value for name, value in options.items() if value != getattr(Source, name)}
+    given |= {name: file for name, file in settings.files.items() if file and label_of(name) in missing}
+    given |= {"features": ",".join(names[name] for name in missing), "out": str(folder)}
+    words += [word for name, value in given.items() for word in (f"--{name}", value)]
+    raise UserError(f"{folder} holds no embeddings of {', '.join(missing)}", rule="an audit needs each of its features",
+                    remedy=f"make them: {shlex.join(words)}")  # fmt: skip
+
+
+def _used(stored: Mapping[str, EmbeddingStore], compared: int, measured: Measurement) -> dict[str, Any] | None:
+    """Return what audit.json says of stored embeddings; None where there are none."""
+    if not stored:
+        return None
+    return {
+        "compared": compared,
+        "features": {
+            name: {"weights": store.about.weights, "dtype": store.about.dtype, "device": store.about.device,
+                   "digest": store.digest, "exact": measured.neighbours[name].exact}
+            for name, store in stored.items()
+        },
+    }  # fmt: skip
 
 
 def _own(out: Path) -> None:
@@ -476,6 +552,7 @@ def _write(
     features: Sequence[Features],
     measured: Measurement,
     pulls: Sequence[TokenPull],
+    used: Mapping[str, Any] | None,
 ) -> Audit:
     deciding = features[0]
     name = copies_row(deciding)
@@ -484,7 +561,7 @@ def _write(
         "measure": name, "value": share.value, "bound": "value", "limit": settings.limit,
         "exceeded": None if settings.limit is None else share.value > settings.limit,
     }  # fmt: skip
-    report = _report(settings, command, training, heldout, generated, features, measured, pulls, verdict)
+    report = _report(settings, command, training, heldout, generated, features, measured, pulls, verdict, used)
     finding = find(report)
     found = {
         "format": FORMAT,
@@ -501,7 +578,8 @@ def _write(
                 "source": "training captions" if settings.drawing is not None and settings.prompts is None else "given",
                 "weights": generated.weights,
             },
-            "training": {**settings.training.public(), **_counted(training), "groups_of_duplicates": len(training.groups)},
+            "training": {**settings.training.public(), **_counted(training), "groups_of_duplicates": len(training.groups),
+                         "embeddings": used},
             "heldout": None if heldout is None or settings.heldout is None
             else {**settings.heldout.public(), **_counted(heldout)},
         },
@@ -578,6 +656,7 @@ def _report(
     measured: Measurement,
     pulls: Sequence[TokenPull],
     verdict: Mapping[str, Any],
+    used: Mapping[str, Any] | None,
 ) -> Report:
     deciding = features[0]
     near = measured.neighbours[deciding.name]
@@ -585,7 +664,8 @@ def _report(
     rank = -near.similarity if cosine else near.ratio
     shown = rank.argsort(stable=True)[: 3 * _SHOWN].tolist()
     # Only what is shown is decoded again.
-    originals = {row: training[row].image for row in {int(near.index[i, 0]) for i in shown}}
+    decoded = Images(training)
+    originals = {row: decoded[row] for row in {int(near.index[i, 0]) for i in shown}}
     picked = Neighbours(near.distance[shown], near.index[shown], near.metric)
     samples = make_samples(
         [generated.pictures[i].image for i in shown],
@@ -616,7 +696,7 @@ def _report(
         histograms=[_histogram(f, measured, name) for f in features],
         tokens=pulls,
         made=_made(settings, training, heldout, generated),
-        notes=_notes(settings, training, heldout, generated, measured.row(copies_row(deciding)), verdict),
+        notes=_notes(settings, training, heldout, generated, measured.row(copies_row(deciding)), verdict, used),
         shown=_SHOWN,
     )
 
@@ -659,9 +739,9 @@ def _histogram(feature: Features, measured: Measurement, name: str) -> Histogram
 
 def _notes(
     settings: AuditSettings, training: PictureSet, heldout: PictureSet | None, generated: Generated, copies: Row,
-    verdict: Mapping[str, Any],
+    verdict: Mapping[str, Any], used: Mapping[str, Any] | None,
 ) -> list[str]:  # fmt: skip
-    share, n = copies.generated, len(generated.pictures)
+    share, n, device = copies.generated, len(generated.pictures), torch.device(_device(settings)).type
     notes = []
     if settings.limit is not None:
         said = "fails: it exceeds" if verdict["exceeded"] else "passes: it does not exceed"
@@ -688,6 +768,23 @@ def _notes(
         notes.append(
             "The mirror image of every picture was searched for too, also of the held-out and training pictures."
         )
+    if used is not None:
+        notes.append(
+            f"The training pictures were embedded before: vectors, duplicates and fingerprint are those of the stored embeddings. {used['compared']} "
+            f"of the {len(training)} pictures were decoded and compared with them."
+        )
+        if coarse := [
+            name for name, one in used["features"].items() if one["dtype"] != "float32" or one["device"] != device
+        ]:
+            notes.append(
+                f"Stored embeddings of {', '.join(coarse)} were rounded to another precision, or computed on another kind of device than those "
+                "of the generated pictures: distances differ in their last digits, and an exact copy is near 0 instead of at it."
+            )
+        if missed := [name for name, one in used["features"].items() if not one["exact"]]:
+            notes.append(
+                f"The search by {', '.join(missed)} went through an index and can miss a neighbour: no pair is called more alike than it "
+                "is, but a missed nearest picture hides a copy."
+            )
     notes.append(
         f"These are {n} pictures of one model: few copies among them do not prove that it never copies, and prompts that were not "
         "tried were not tried."

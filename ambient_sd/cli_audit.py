@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ambient_sd.audit.registry import add_features, chosen
 from ambient_sd.cli_guard import add_drawing
 from ambient_sd.errors import UserError
 
@@ -34,14 +35,7 @@ def add_audit(verbs: Any) -> None:
     audit.add_argument("--prompts", default=None, metavar="FILE", help=".jsonl with prompt rows, or text, one a line (default: the training captions)")  # fmt: skip
     audit.add_argument("--samples_per_prompt", type=int, default=4, help="pictures of each prompt")
     audit.add_argument("--max_prompts", type=int, default=0, help="prompts at most, drawn by the seed; 0: all")
-    audit.add_argument("--features", default=None, metavar="NAME,...",
-                       help="of pixels, toned, efflite0, sscd, dinov2, inception; the first decides what is a copy (default: pixels, toned, efflite0, "
-                       "and those whose weights are given)")  # fmt: skip
-    audit.add_argument("--sscd", default=None, metavar="FILE", help="SSCD as TorchScript or ONNX")
-    audit.add_argument(
-        "--dinov2", default=None, metavar="MODEL", help="DINOv2, folder or hub id, for example facebook/dinov2-giant"
-    )
-    audit.add_argument("--inception", default=None, metavar="FILE", help="Inception-v3 as TorchScript")
+    add_features(audit, "the first decides what is a copy; ")
     audit.add_argument(
         "--clip",
         default=None,
@@ -60,6 +54,8 @@ def add_audit(verbs: Any) -> None:
     )
     audit.add_argument("--fail-over", "--fail_over", type=float, default=None, metavar="SHARE",
                        help="exit with status 1 if the share of copies exceeds this")  # fmt: skip
+    audit.add_argument("--training_embeddings", type=Path, default=None, metavar="DIR",
+                       help="what python -m ambient_sd.audit.embedding DATA --out DIR has written: the training pictures are not embedded again")  # fmt: skip
     audit.add_argument("--image_column", default="image", help="column of the pictures")
     audit.add_argument("--caption_column", default="text", help="column of the captions")
     audit.add_argument("--dataset_split", default=None, help="split of the training pictures")
@@ -80,9 +76,9 @@ def run(args: argparse.Namespace) -> int:
             f"{len(args.places)} places are given", rule=f"there must be {said}", remedy="see ambient-sd audit --help"
         )
     from ambient_sd.auditing import AuditSettings, Source, audit
+    from ambient_sd.data.conditions import split_condition
     from ambient_sd.drawing import DrawSettings
     from ambient_sd.quiet import quiet
-    from ambient_sd.training.config import split_condition
 
     quiet()
     names = ("adapter", "scheduler", "num_inference_steps", "guidance_scale", "resolution", "seed", "dtype", "device",
@@ -90,15 +86,7 @@ def run(args: argparse.Namespace) -> int:
     drawing = None
     if args.generated is None:
         drawing = DrawSettings(model=args.places[0], **{name: getattr(args, name) for name in names})
-    files = {name: getattr(args, name) for name in ("sscd", "dinov2", "inception")}
-    features = ["pixels", "toned", "efflite0", *(name for name, file in files.items() if file)]
-    if args.features is not None:
-        features = args.features.split(",")
-        if unused := [name for name, file in files.items() if file and name not in features]:
-            raise UserError(
-                f"--{unused[0]} without {unused[0]} among the features",
-                remedy=f"add it: --features {args.features},{unused[0]}",
-            )
+    features, files = chosen(args)
 
     def source(place: str, split: str | None, conditions: list[str]) -> Source:
         return Source(
@@ -116,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
         max_prompts=args.max_prompts,
         features=tuple(features),
         files=files,
+        training_embeddings=args.training_embeddings,
         clip=args.clip,
         judge=args.judge,
         mirrored=args.mirrored,

@@ -30,8 +30,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ambient_sd.audit.embedding import About, EmbeddingStore, embed_set, extractors, load_set, write_block
+from ambient_sd.audit.embedding import About, EmbeddingStore, embed_set, load_set, write_block
 from ambient_sd.audit.neighbours import bfloat16_is_faster, nearest
+from ambient_sd.audit.registry import choose
 from ambient_sd.audit.search import build_index, search
 from ambient_sd.data.stream import keyed_generator
 
@@ -144,7 +145,7 @@ def real(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     pictures = load_set(args.real)
     training = [i for i in range(len(pictures)) if i % 5]
-    for feature in extractors(["pixels64", "EffLite0"]):
+    for feature in choose(["pixels", "efflite0"]):
         (folder,) = embed_set(pictures.subset(training), [feature], args.work / "real", block=BLOCK)
         store = EmbeddingStore.open(folder)
         build_index(store)

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from ambient_sd.audit.features import embed
-from ambient_sd.audit.networks import choose
+from ambient_sd.audit.registry import add_features, choose, chosen
 from ambient_sd.audit.transformations import detection, embed_all, table
+from ambient_sd.data.conditions import split_condition
 from ambient_sd.data.sources import load_rows
 from ambient_sd.demo import PICTURES
 from ambient_sd.errors import exits_on_user_error
 from ambient_sd.files import write_whole
-from ambient_sd.training.config import split_condition
 
 
 @exits_on_user_error
@@ -37,14 +37,12 @@ def main() -> None:
         help="training sets, one a condition",
     )
     parser.add_argument("--heldout_split", default="heldout")
-    parser.add_argument("--features", default="pixels,efflite0")
-    parser.add_argument("--sscd", default=None)
-    parser.add_argument("--dinov2", default=None)
+    add_features(parser)
     parser.add_argument("--queries", type=int, default=150, help="pictures of each kind, drawn by the seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    features = choose(args.features.split(","), {"sscd": args.sscd, "dinov2": args.dinov2})
+    features = choose(*chosen(args))
     sets = [load_rows(args.data, row_filter=[split_condition(c)]).check(near_duplicates=True) for c in args.row_filter]
     heldout = load_rows(args.data, split=args.heldout_split)
     generator = torch.Generator().manual_seed(args.seed)

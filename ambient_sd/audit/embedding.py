@@ -1,8 +1,8 @@
 """Every picture of a set as a row of numbers on disk: sharded over processes, resumable, read back in blocks.
 
-    accelerate launch -m ambient_sd.audit.embedding DATA --features pixels64,EffLite0,SSCD --out DIR
+    accelerate launch -m ambient_sd.audit.embedding DATA --features pixels,efflite0,sscd --out DIR
 
-    DIR/<feature>/part-00007.parquet    rows [7 B, 8 B) of DATA: place, key, caption, embedding (fixed-size list)
+    DIR/<feature>/part-00007.parquet    rows [7 B, 8 B) of DATA: place, key, caption, size, thumbnail, embedding
     schema metadata                     feature, its parameters, digest of its weights, resolution, data, block
 
 Block b is the same pictures, in the same batches, whichever process computes it: one process or eight, straight or after
@@ -11,7 +11,8 @@ whole; what an interrupted run was working on is computed again. Memory is one b
 
 `key` is the SHA-256 of the decoded picture (`ambient_sd.data.sources`); `data` is a digest of names and captions, known
 before anything is decoded, and `rows` of each block one of keys and captions. `EmbeddingStore.fingerprint` is that of the
-whole set, the same as `PictureSet.fingerprint`.
+whole set, the same as `PictureSet.fingerprint`. `size` and `thumbnail` (16 x 16 RGB) are what near-duplicates are found by
+(`ambient_sd.data.duplicates`): with them an audit need not decode the set again (`ambient_sd.audit.stored`).
 
 It does not search (`ambient_sd.audit.search`) and does not resize, crop or merge: near-duplicates stay separate rows.
 """
@@ -38,15 +39,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ambient_sd.audit.features import Distance, EffLite0, Features, Pixels, Sscd
+from ambient_sd.audit.features import Distance, Features
+from ambient_sd.audit.registry import add_features, choose, chosen
 from ambient_sd.data.cache import fingerprint
+from ambient_sd.data.conditions import split_condition
+from ambient_sd.data.duplicates import SIDE, Thumbnails
 from ambient_sd.data.sources import Picture, PictureSet, load_rows
 from ambient_sd.errors import UserError, exits_on_user_error
 from ambient_sd.files import write_whole
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # of what turns a picture into a row; a change must raise it
+VERSION = 2  # of what turns a picture into a row; a change must raise it
 _ABOUT, _ROWS = b"ambient_sd.embedding", b"ambient_sd.rows"
 _BATCH = 64  # pictures decoded at once: a multiple of every extractor's own batch, so that blocks do not cut batches
 _PART = re.compile(r"part-(\d{5,})\.parquet")
@@ -81,7 +85,7 @@ class About:
     data: str
     count: int
     block: int
-    version: int = _VERSION
+    version: int = VERSION
 
     @property
     def parts(self) -> int:
@@ -191,6 +195,21 @@ class EmbeddingStore:
             found[here] = self.block(number)[rows[here] - number * self.about.block]
         return found
 
+    def looks(self) -> Thumbnails:
+        """Return the sizes and thumbnails of all pictures, in order.
+
+        Raises:
+            UserError: the store was written without.
+        """
+        found = Thumbnails()
+        for part in range(self.about.parts):
+            if "thumbnail" not in pq.read_schema(self.path(part)).names:
+                raise UserError(f"{self.folder} holds no thumbnails", remedy="embed the set again into an empty folder")
+            table = self._read(part, ["width", "height", "thumbnail"])
+            sizes = zip(table.column("width").to_pylist(), table.column("height").to_pylist(), strict=True)
+            found.extend(b"".join(table.column("thumbnail").to_pylist()), sizes)
+        return found
+
     def rows(self) -> Iterator[tuple[str, str]]:
         """Yield key and caption of every picture, in order."""
         for part in range(self.about.parts):
@@ -284,29 +303,10 @@ def load_set(source: str | Path, **options: Any) -> PictureSet:
     return load_rows(source, need_captions=False, **options)
 
 
-def extractors(names: Sequence[str], device: str | torch.device = "cpu") -> list[Features]:
-    """Make extractors by name: pixels and a side such as `pixels64`, `EffLite0`, `SSCD`.
-
-    Raises:
-        UserError: a name is unknown or given twice, or its packages or weights are not there.
-    """
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"features {','.join(names) or '(none)'}", rule="one or more, each once")
-    made: list[Features] = []
-    for name in names:
-        if match := re.fullmatch(r"pixels([1-9]\d{0,3})", name):
-            made.append(Pixels(int(match[1])))
-        elif name == "EffLite0":
-            made.append(EffLite0(device=device))
-        elif name == "SSCD":
-            made.append(Sscd())
-        else:
-            raise UserError(f"feature {name}", rule="must be pixels64 (or another side), EffLite0 or SSCD")
-    return made
-
-
 def weights_digest(feature: Any) -> str:
     """Return a SHA-256 over an extractor's weights, of its network or model file; empty if it has none."""
+    if (known := getattr(feature, "digest", None)) is not None:  # a script is more than its weights
+        return str(known)
     if isinstance(getattr(feature, "network", None), torch.nn.Module):
         return fingerprint(feature.network)
     if isinstance(getattr(feature, "path", None), Path):
@@ -317,13 +317,18 @@ def weights_digest(feature: Any) -> str:
 
 def describe(feature: Any, pictures: PictureSet, *, dtype: Dtype, block: int, device: str) -> About:
     """Return what the rows of `feature` on `pictures` depend on; no picture is decoded."""
+    return About(
+        feature.name, feature.distance, feature.dim, dtype, feature.size, weights_digest(feature), device, names_digest(pictures),
+        len(pictures), block,
+    )  # fmt: skip
+
+
+def names_digest(pictures: PictureSet) -> str:
+    """Return the SHA-256 over names and captions that `About.data` is; no picture is decoded."""
     digest = hashlib.sha256()
     for name, caption in zip(pictures.names, pictures.captions, strict=True):
         digest.update(_line(name, caption))
-    return About(
-        feature.name, feature.distance, feature.dim, dtype, feature.size, weights_digest(feature), device, digest.hexdigest(),
-        len(pictures), block,
-    )  # fmt: skip
+    return digest.hexdigest()
 
 
 def embed_set(
@@ -440,6 +445,7 @@ def _embed_block(
 ) -> None:
     """Decode the pictures of a block batch by batch, run every extractor over each batch, write a file per feature."""
     keys: list[str] = []
+    looks = Thumbnails()
     vectors: list[list[np.ndarray]] = [[] for _ in features]
     # A batch is decoded while the one before it is embedded.
     starts = list(range(rows.start, rows.stop, _BATCH))
@@ -451,6 +457,8 @@ def _embed_block(
         ]
         keys += [picture.key for picture in batch]
         images = [picture.image for picture in batch]
+        for image in images:
+            looks.add(image)
         for (feature, about, _), held in zip(features, vectors, strict=True):
             found = feature(images)
             if not torch.isfinite(found).all():
@@ -459,11 +467,17 @@ def _embed_block(
     captions = [pictures.captions[i] for i in rows]
     for (_, about, folder), held in zip(features, vectors, strict=True):
         path = folder / f"part-{rows.start // about.block:05d}.parquet"
-        write_block(path, about, rows, keys, captions, np.concatenate(held))
+        write_block(path, about, rows, keys, captions, np.concatenate(held), looks)
 
 
 def write_block(
-    path: Path, about: About, rows: range, keys: Sequence[str], captions: Sequence[str], vectors: np.ndarray
+    path: Path,
+    about: About,
+    rows: range,
+    keys: Sequence[str],
+    captions: Sequence[str],
+    vectors: np.ndarray,
+    looks: Thumbnails | None = None,
 ) -> None:
     """Write the block of a store.
 
@@ -474,6 +488,7 @@ def write_block(
         keys: their content keys.
         captions: their captions.
         vectors: `(B, dim)`, of the store's dtype.
+        looks: their sizes and thumbnails; without, no audit takes the store for its training pictures.
 
     Raises:
         UserError: vectors are not finite, or the folder cannot be written.
@@ -483,17 +498,20 @@ def write_block(
     digest = hashlib.sha256(b"".join(_line(k, c) for k, c in zip(keys, captions, strict=True))).hexdigest()
     metadata = {_ABOUT: json.dumps(asdict(about), sort_keys=True).encode(), _ROWS: digest.encode()}
     item = pa.field("element", pa.from_numpy_dtype(vectors.dtype), nullable=False)
-    schema = pa.schema(
-        [
-            pa.field("place", pa.int64(), nullable=False),
-            pa.field("key", pa.string(), nullable=False),
-            pa.field("caption", pa.string(), nullable=False),
-            pa.field("embedding", pa.list_(item, about.dim), nullable=False),
-        ],
-        metadata=metadata,
-    )
-    flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=schema.field("embedding").type)
-    table = pa.table([pa.array(rows, pa.int64()), pa.array(keys), pa.array(captions), flat], schema=schema)
+    columns = [
+        ("place", pa.int64(), pa.array(rows, pa.int64())),
+        ("key", pa.string(), pa.array(keys, pa.string())),
+        ("caption", pa.string(), pa.array(captions, pa.string())),
+    ]
+    if looks is not None:
+        pixels = pa.binary(3 * SIDE * SIDE)
+        for name, values in zip(("width", "height"), zip(*looks.sizes, strict=True), strict=True):
+            columns.append((name, pa.int32(), pa.array(values, pa.int32())))
+        columns.append(("thumbnail", pixels, pa.array([look.tobytes() for look in looks.array()], pixels)))
+    kind = pa.list_(item, about.dim)
+    columns.append(("embedding", kind, pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=kind)))
+    schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind, _ in columns], metadata=metadata)
+    table = pa.table([values for *_, values in columns], schema=schema)
     buffer = io.BytesIO()
     # Vectors do not compress, and text is small beside them.
     pq.write_table(table, buffer, compression="none", use_dictionary=False, write_page_checksum=True)
@@ -521,28 +539,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", required=True, type=Path, help="folder for the embeddings; an interrupted run goes on there"
     )
-    parser.add_argument(
-        "--features",
-        default="EffLite0",
-        help="names with commas between: pixels64, EffLite0, SSCD (default %(default)s)",
-    )
+    add_features(parser)
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16"])
     parser.add_argument("--block", default=2048, type=int, help="pictures per file (default %(default)s)")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--caption_column", default="text")
     parser.add_argument("--split", help="of a hub dataset, or value of the column split")
+    parser.add_argument("--row_filter", nargs="+", default=[], metavar="CONDITION", help="rows where all of these hold: column=value, column<=number, column>=number")  # fmt: skip
     parser.add_argument("--max_samples", type=int, help="the first that many rows")
     args = parser.parse_args(argv)
 
+    names, files = chosen(args)
     pictures = load_set(
-        args.data, image_column=args.image_column, caption_column=args.caption_column, split=args.split,
+        args.data, row_filter=[split_condition(term) for term in args.row_filter], image_column=args.image_column, caption_column=args.caption_column, split=args.split,
         max_samples=args.max_samples,
     )  # fmt: skip
     from accelerate import PartialState
 
     state = PartialState()
-    names = [name.strip() for name in args.features.split(",") if name.strip()]
-    features = extractors(names, state.device)
+    features = choose(names, files, state.device)
     folders = embed_set(pictures, features, args.out, dtype=args.dtype, block=args.block, state=state, progress=True)
     if state.is_main_process:
         for folder in folders:

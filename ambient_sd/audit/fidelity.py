@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ambient_sd.audit.neighbours import Rows, blocks_of
 from ambient_sd.errors import UserError
 
 NEAREST = 5
@@ -52,14 +53,14 @@ def coverage(hits: Tensor) -> float:
     return float(hits.any(0).double().mean())
 
 
-def copy_distance(generated: Tensor, training: Tensor) -> Tensor:
+def copy_distance(generated: Tensor, training: Tensor | Rows) -> Tensor:
     """Return min over t of 1 - |cos(x, t)| for every generated picture, float64 `(M,)`."""
-    if not len(training):
+    if not training.shape[0]:
         raise UserError("0 training pictures", rule="at least one is needed")
     x = torch.nn.functional.normalize(generated.double(), dim=1)
     least = torch.full((len(x),), torch.inf, dtype=torch.float64)
-    for start in range(0, len(training), 8192):
-        t = torch.nn.functional.normalize(training[start : start + 8192].double(), dim=1)
+    for block in blocks_of(training, 8192):
+        t = torch.nn.functional.normalize(block.double(), dim=1)
         least = torch.minimum(least, (1 - (x @ t.T).abs()).amin(1))
     return least.clamp_min(0)
 

@@ -21,7 +21,7 @@ import math
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from PIL import Image
@@ -29,14 +29,17 @@ from torch import Tensor
 
 from ambient_sd.audit.features import MIRROR, Features, embed
 from ambient_sd.audit.fidelity import EPSILON, NEAREST, copy_distance, coverage, density, inside, mifid, radii
-from ambient_sd.audit.neighbours import Neighbours, nearest
-from ambient_sd.audit.originals import Search, originals
+from ambient_sd.audit.neighbours import Neighbours, Rows, nearest
+from ambient_sd.audit.originals import Search, one_of_each, originals
 from ambient_sd.errors import UserError
 
 MEMORIZED_RATIO = 1 / 3
 SSCD_THRESHOLDS = (0.5, 0.75)
 PERCENTILES = (75, 90, 95)
 PROJECT = 64
+BACKGROUND = (
+    2000  # training pictures at most whose own neighbours are looked for: all against all grows with the square
+)
 _MOST = 2000  # pictures a side for density and coverage, whose cost grows with the square
 _Z95 = 1.959963984540054
 
@@ -73,7 +76,7 @@ class Row:
         heldout: None where there are no held-out pictures; the measure with held-out real pictures in the place of generated ones; for distances between
             distributions the floor: one half of the held-out pictures against the other.
         excess: generated minus held-out; None without.
-        background: training picture to training picture, each leaving itself out; None where that means nothing.
+        background: training picture to training picture, each leaving itself out, of at most `BACKGROUND` drawn ones; None where that means nothing.
     """
 
     name: str
@@ -357,7 +360,7 @@ def quality_rows(
     resamples: int = 100,
     splits: int = 10,
     project: int = PROJECT,
-    training: Tensor | None = None,
+    training: Tensor | Rows | None = None,
 ) -> list[Row]:
     """Estimate how far generated pictures are from held-out ones, beside the floor, at equal n: Frechet distance and KID; given
     the training pictures also MiFID, density and coverage (`fidelity`).
@@ -375,7 +378,7 @@ def quality_rows(
     Args:
         generated: `(N, D)`. heldout: `(M, D)`.
         groups: one label per generated row.
-        training: `(T, D)`.
+        training: `(T, D)`, or rows on disk.
 
     Returns:
         One Row per measure; empty when there are fewer than 4 pictures a side to compare.
@@ -508,12 +511,28 @@ def _density_rows(
 
 # --- everything ------------------------------------------------------------------------------------------------------
 
+
+class Some(Protocol):
+    """Give the vectors of some training pictures by their rows."""
+
+    def gather(self, rows: Tensor) -> Tensor: ...
+
+
+class Stored(Some, Rows, Protocol):
+    """Give training vectors that do not fit memory: in blocks, and some by their rows."""
+
+
 Pictures = Sequence[Image.Image] | Mapping[str, Tensor]
+Training = Sequence[Image.Image] | Mapping[str, Tensor | Stored | Some]
+
+
+def _some(vectors: Tensor | Some, rows: Tensor) -> Tensor:
+    return vectors[rows] if isinstance(vectors, Tensor) else vectors.gather(rows)
 
 
 def measure(
     generated: Pictures,
-    training: Pictures,
+    training: Training,
     heldout: Pictures | None,
     features: Sequence[Features],
     groups: Sequence[Hashable] | None = None,
@@ -529,7 +548,8 @@ def measure(
     """Measure one run: copying and quality, every figure beside the same figure for held-out real pictures.
 
     Args:
-        generated, training, heldout: pictures, or what `embed` made of them (embed the real sets once for many runs).
+        generated, training, heldout: pictures, or what `embed` made of them (embed the real sets once for many runs); of
+            training pictures also `Stored` ones, and of their mirror images `Some`: at most `BACKGROUND` rows are asked for.
             `heldout` must come from the same source as `training` and share nothing with it; None: there are none, and
             no excess and no quality is given.
         features: extractors; Euclidean ones give memorized fractions, cosine ones similarities, those with `quality`
@@ -539,7 +559,7 @@ def measure(
         duplicates: one label per training picture, equal for copies of one picture (`originals`); None: all differ.
         mirrored: a picture's mirror image is searched for too (`originals`); vectors must come from `embed` with the
             same setting.
-        search: what finds neighbours, as in `originals`.
+        search: what finds neighbours, as in `originals`; one that takes `Stored` where training vectors are.
 
     Returns:
         Measurement: `.rows`, and neighbours by feature name.
@@ -547,8 +567,9 @@ def measure(
     Raises:
         UserError: a set is too small, or the groups do not match.
     """
-    given: list[Pictures] = [generated, training, *([] if heldout is None else [heldout])]
+    given: list[Pictures] = [generated, *([] if heldout is None else [heldout])]
     sets = [s if isinstance(s, Mapping) else embed(s, features, mirrored=mirrored) for s in given]
+    known = training if isinstance(training, Mapping) else embed(training, features, mirrored=mirrored)
     rows: list[Row] = []
     near: dict[str, Neighbours] = {}
     held: dict[str, Neighbours] = {}
@@ -557,24 +578,27 @@ def measure(
     options: dict[str, Any] = {"seed": seed, "resamples": resamples}
     for feature in features:
         name = feature.name
-        g, t, *h = ([s[name], *([s[name + MIRROR]] if mirrored else [])] for s in sets)
+        views = [name, *([name + MIRROR] if mirrored else [])]
+        g, *h = ([s[view] for view in views] for s in sets)
+        t = cast("Tensor | Stored", known[name])
         found: dict[str, Any] = {"distance": feature.distance, "duplicates": duplicates, "search": search}
-        near[name] = originals(g, t[0], **found)
+        near[name] = originals(g, t, **found)
         sampled = copy_figures(feature, near[name], groups=groups, **options)
         real: list[Figure] | list[None] = [None] * len(sampled)
         if h:
-            held[name] = originals(h[0], t[0], **found)
+            held[name] = originals(h[0], t, **found)
             real = copy_figures(feature, held[name], **options)
         background: list[Figure] | list[None] = [None] * len(sampled)
         # Leave-one-out needs three different pictures to offer two neighbours.
-        if len(t[0] if duplicates is None else set(duplicates)) > 2:
-            within[name] = originals(t, t[0], leave_out=True, **found)
+        own = one_of_each(range(t.shape[0]) if duplicates is None else duplicates, BACKGROUND, seed)
+        if len(own) > 2:
+            within[name] = originals([_some(known[view], own) for view in views], t, own=own, **found)
             background = copy_figures(feature, within[name], **options)
         for a, b, c in zip(sampled, real, background, strict=True):
             rows.append(Row(a.name, a, b, None if b is None else difference(a, b), c))
         if feature.quality and h:
             quality += quality_rows(
                 g[0], h[0][0], name=name, groups=groups, seed=seed, resamples=quality_resamples, project=project,
-                training=t[0],
+                training=t,
             )  # fmt: skip
     return Measurement(rows + quality, near, held, within)

@@ -124,7 +124,7 @@ def nearest(
     if arithmetic == "auto":
         large = len(queries) * rows * queries.shape[1] > 10**10
         arithmetic = "bfloat16" if large and bfloat16_is_faster() else "float32"
-    blocks = _blocks(reference, block)
+    blocks = blocks_of(reference, block)
     first = next(blocks)
     # Rows that lie in memory give a better middle than the first block alone; any middle is right.
     some = reference[:: max(1, rows // _CENTRE_ROWS)] if isinstance(reference, Tensor) else first
@@ -214,7 +214,7 @@ def _bar(total: int, progress: bool) -> Any:
     return tqdm(total=total, desc="searching", unit="row", unit_scale=True, disable=not progress, leave=False)
 
 
-def _blocks(reference: Tensor | Rows, rows: int) -> Iterator[Tensor]:
+def blocks_of(reference: Tensor | Rows, rows: int) -> Iterator[Tensor]:
     """Yield the reference in blocks of `rows`."""
     if isinstance(reference, Tensor):
         yield from reference.split(rows)

@@ -1,4 +1,4 @@
-"""Features of networks whose weights the user brings: DINOv2, CLIP, Inception; and the choice of features by name.
+"""Features of networks whose weights the user brings: DINOv2, CLIP, Inception.
 
     Dinov2      the pooled class token of DINOv2 (Oquab et al. 2023, arXiv 2304.07193), cosine: a copy at S > 0.9, the published
                 threshold of the paper's small-data tables with ViT-g/14 and the largest similarity over the training set; 0.875 beside it
@@ -16,7 +16,7 @@ nothing here can tell of a file: figures on `Inception` are called FD-Inception,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,20 +27,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ambient_sd.audit.features import (
-    Batched,
-    Distance,
-    EffLite0,
-    Features,
-    Pixels,
-    Sscd,
-    batches,
-    imagenet,
-    square,
-)
+from ambient_sd.audit.features import Batched, Distance, batches, imagenet, square
 from ambient_sd.errors import UserError, one_line
 
-NAMES = ("pixels", "toned", "efflite0", "sscd", "dinov2", "inception")
 _CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 _CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
@@ -193,37 +182,3 @@ class Inception(Batched):
         x = torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2))).to(self.device)
         out = self.network(x, **self.options)
         return out[0] if isinstance(out, (tuple, list)) else out
-
-
-def choose(names: Sequence[str], files: Mapping[str, str | None], device: str | torch.device = "cpu") -> list[Features]:
-    """Load the features called `names`.
-
-    Args:
-        names: of `NAMES`, no name twice; the first one decides what counts as a copy.
-        files: name -> weights, for those that need them; SSCD is also found without (`Sscd`).
-
-    Raises:
-        UserError: a name is unknown or twice there, or weights are missing.
-    """
-    if unknown := [name for name in names if name not in NAMES]:
-        raise UserError(f"feature {unknown[0]!r}", rule=f"there are {', '.join(NAMES)}")
-    if len(set(names)) < len(names) or not names:
-        raise UserError(f"features {','.join(names)!r}", rule="at least one, and no name twice")
-    for name in ("dinov2", "inception"):
-        if name in names and not files.get(name):
-            raise UserError(f"feature {name} without weights", remedy=f"give --{name}")
-    made: list[Features] = []
-    for name in names:
-        if name == "pixels":
-            made.append(Pixels())
-        elif name == "toned":
-            made.append(Pixels(toned=True))
-        elif name == "efflite0":
-            made.append(EffLite0(device=device))
-        elif name == "sscd":
-            made.append(Sscd(files.get("sscd")))
-        elif name == "dinov2":
-            made.append(Dinov2(str(files["dinov2"]), device=device))
-        else:
-            made.append(Inception(str(files["inception"]), device=device))
-    return made

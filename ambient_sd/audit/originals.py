@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ambient_sd.audit.features import Distance
-from ambient_sd.audit.neighbours import Neighbours, nearest
+from ambient_sd.audit.neighbours import Neighbours, Rows, nearest
 from ambient_sd.errors import UserError
 
 Search = Callable[..., Neighbours]
@@ -29,56 +29,65 @@ Search = Callable[..., Neighbours]
 
 def originals(
     views: Sequence[Tensor],
-    training: Tensor,
+    training: Tensor | Rows,
     *,
     distance: Distance = "euclidean",
     duplicates: Sequence[Hashable] | None = None,
-    leave_out: bool = False,
+    own: Tensor | None = None,
     search: Search = nearest,
 ) -> Neighbours:
     """Find for every query the nearest training picture and the nearest one that is no duplicate of it.
 
     Args:
         views: the queries, `(N, D)`, one tensor an orientation, in one order.
-        training: `(M, D)`.
+        training: `(M, D)`, or rows on disk.
         distance: as in `nearest`.
         duplicates: one label per training row; None: all differ.
-        leave_out: the queries are the training rows; one of each label is asked for, and its label is not found.
+        own: the queries are these training rows, int64 `(N,)` (`one_of_each`): they and what has their label are not found.
         search: `(queries, training, k, distance=...) -> Neighbours`.
 
     Returns:
-        Neighbours with k = 2; with `leave_out` one row a label, in the order of the labels' first rows.
+        Neighbours with k = 2.
 
     Raises:
         UserError: another number of labels than of training rows, or fewer than two different pictures to find.
     """
-    labels = list(range(len(training)) if duplicates is None else duplicates)
-    if len(labels) != len(training):
-        raise UserError(f"{len(labels)} labels of duplicates for {len(training)} training pictures", rule="one each")
+    total = training.shape[0]
+    labels = range(total) if duplicates is None else duplicates
+    if len(labels) != total:
+        raise UserError(f"{len(labels)} labels of duplicates for {total} training pictures", rule="one each")
     numbers: dict[Hashable, int] = {}
     label = torch.tensor([numbers.setdefault(name, len(numbers)) for name in labels])
-    if len(numbers) - int(leave_out) < 2:
+    if len(numbers) - int(own is not None) < 2:
         raise UserError(
             f"{len(numbers)} different training pictures", rule="the nearest is held against the second nearest",
             remedy="give more of them",
         )  # fmt: skip
-    own = torch.full((len(views[0]),), -1)
-    if leave_out:
-        first = {name: row for row, name in reversed(list(enumerate(labels)))}
-        rows = torch.tensor(sorted(first.values()))
-        views, own = [view[rows] for view in views], label[rows]
+    not_found = torch.full((len(views[0]),), -1) if own is None else label[own]
     values = torch.full((len(views[0]), 2), torch.inf, dtype=torch.float64)
     index = torch.full((len(views[0]), 2), -1)
-    pending, k = torch.arange(len(views[0])), 2 + int(leave_out)
+    pending, k = torch.arange(len(views[0])), 2 + int(own is not None)
+    exact = True
     while len(pending):
-        k = min(k, len(training))
+        k = min(k, total)
         found = [search(view[pending], training, k, distance=distance) for view in views]
-        v, i = _two_labels(found, label, own[pending])
+        v, i = _two_labels(found, label, not_found[pending])
+        exact &= all(one.exact for one in found)
         done = torch.isfinite(v[:, 1])
         values[pending[done]], index[pending[done]] = v[done], i[done]
         # The k nearest were all copies of one picture: look further.
         pending, k = pending[~done], 4 * k
-    return Neighbours(values, index, distance)
+    return Neighbours(values, index, distance, exact)
+
+
+def one_of_each(labels: Sequence[Hashable], most: int | None = None, seed: int = 0) -> Tensor:
+    """Return the first row of every label, int64, ascending; with more than `most` labels, of that many drawn by the seed."""
+    first = {name: row for row, name in reversed(list(enumerate(labels)))}
+    rows = torch.tensor(sorted(first.values()))
+    if most is not None and len(rows) > most:
+        drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:most]
+        rows = rows[drawn.sort().values]
+    return rows
 
 
 def _two_labels(found: Sequence[Neighbours], label: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:

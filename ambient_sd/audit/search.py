@@ -13,7 +13,7 @@ missed second nearest makes d1/d2 too small, and a missed nearest hides a copy. 
 Building an index costs more than one exact search of 10,000 pictures (docs/scale.md): it pays where one training set is
 asked again and again. So nothing here builds one unasked:
 
-    python -m ambient_sd.audit.search DIR --feature SSCD       builds it beside the embeddings
+    python -m ambient_sd.audit.search DIR --feature sscd       builds it beside the embeddings
 
 An index is refused where the embeddings are not those that it was made of. It needs the extra `faiss`.
 """
@@ -34,9 +34,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ambient_sd.audit.embedding import EmbeddingStore, weights_digest
+from ambient_sd.audit.embedding import VERSION, EmbeddingStore, weights_digest
 from ambient_sd.audit.features import Distance, Features
 from ambient_sd.audit.neighbours import Neighbours, Rows, check_sizes, exact_distances, nearest
+from ambient_sd.audit.registry import label
 from ambient_sd.errors import UserError, exits_on_user_error
 from ambient_sd.files import write_whole
 
@@ -120,16 +121,31 @@ def neighbours_in_store(
     Raises:
         UserError: the store is of another feature, resolution, or other weights.
     """
-    have, about = (feature.name, getattr(feature, "size", None), weights_digest(feature)), training.about
-    if have != (about.feature, about.resolution, about.weights):
-        raise UserError(
-            f"embeddings in {training.folder} are of {about.feature} at {about.resolution} px, weights {about.weights[:12] or 'none'}",
-            rule=f"pictures would be embedded by {have[0]} at {have[1]} px, weights {have[2][:12] or 'none'}",
-            remedy="embed the training pictures again",
-        )  # fmt: skip
+    require_feature(training, feature)
+    distance = training.about.distance
     return search(
-        feature(pictures, progress=progress), training, k, distance=about.distance, method=method, progress=progress
+        feature(pictures, progress=progress), training, k, distance=distance, method=method, progress=progress
     )
+
+
+def require_feature(training: EmbeddingStore, feature: Features) -> None:
+    """Refuse an extractor that these embeddings were not made by.
+
+    Raises:
+        UserError: the store is of another feature, resolution, other weights or another version of the code.
+    """
+    have = (feature.name, getattr(feature, "size", None), weights_digest(feature), VERSION)
+    about = training.about
+    if have == (about.feature, about.resolution, about.weights, about.version):
+        return
+    if about.version != VERSION:
+        raise UserError(f"embeddings in {training.folder} are of version {about.version}", rule=f"this is version {VERSION}",
+                        remedy="embed the training pictures again into an empty folder")  # fmt: skip
+    raise UserError(
+        f"embeddings in {training.folder} are of {about.feature} at {about.resolution} px, weights {about.weights[:12] or 'none'}",
+        rule=f"pictures would be embedded by {have[0]} at {have[1]} px, weights {have[2][:12] or 'none'}",
+        remedy="embed the training pictures again into an empty folder, or give those weights",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -308,9 +324,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Build the index of a store."""
     parser = argparse.ArgumentParser(prog="python -m ambient_sd.audit.search", description="Build a faiss index beside embeddings.", allow_abbrev=False)  # fmt: skip
     parser.add_argument("store", type=Path, help="folder that ambient_sd.audit.embedding has written")
-    parser.add_argument("--feature", help="which one, where there are several")
+    parser.add_argument("--feature", help="which one, where there are several, such as efflite0")
     args = parser.parse_args(argv)
-    store = EmbeddingStore.open(args.store, args.feature)
+    store = EmbeddingStore.open(args.store, None if args.feature is None else label(args.feature))
     print(f"{len(store)} x {store.dim} {store.about.feature}: index in {build_index(store, progress=True)}", flush=True)
 
 

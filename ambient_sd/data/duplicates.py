@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import IO
 
@@ -70,23 +70,33 @@ class Group:
 
 
 class Thumbnails:
-    """Collect the thumbnails and aspect ratios of pictures, in an unnamed file that the system may keep in memory."""
+    """Collect the thumbnails and sizes of pictures, in an unnamed file that the system may keep in memory."""
 
     def __init__(self) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as this object)
-        self.aspects: list[float] = []
+        self.sizes: list[tuple[int, int]] = []
 
     def add(self, image: Image.Image) -> None:
         """Append one RGB picture."""
         # A mean over areas: symmetric, hence exact for mirror images, and about the same whatever the picture's size.
         self._file.write(image.resize((SIDE, SIDE), Image.Resampling.BOX).tobytes())
-        self.aspects.append(image.width / image.height)
+        self.sizes.append(image.size)
+
+    def extend(self, thumbnails: bytes, sizes: Iterable[tuple[int, int]]) -> None:
+        """Append pictures by their thumbnails, as `array` has them, one after the other, and sizes."""
+        self._file.write(thumbnails)
+        self.sizes += sizes
+
+    @property
+    def aspects(self) -> list[float]:
+        """Return width / height of every picture."""
+        return [width / height for width, height in self.sizes]
 
     def array(self) -> Array:
         """Return all thumbnails, (n, 16, 16, 3) uint8, mapped from the file."""
         self._file.flush()
-        shape = (len(self.aspects), SIDE, SIDE, 3)
-        return np.memmap(self._file, np.uint8, "r", shape=shape) if self.aspects else np.empty(shape, np.uint8)
+        shape = (len(self.sizes), SIDE, SIDE, 3)
+        return np.memmap(self._file, np.uint8, "r", shape=shape) if self.sizes else np.empty(shape, np.uint8)
 
 
 def find_groups(keys: Sequence[str], thumbnails: Thumbnails) -> list[Group]:

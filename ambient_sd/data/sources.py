@@ -155,9 +155,12 @@ class PictureSet(Sequence[Picture]):
                 rule="every picture must decode",
                 remedy="replace the files or remove their rows",
             )
-        self.keys, self.sizes = keys, sizes
-        self.groups = find_groups(keys, thumbnails) if near_duplicates else []
-        self.noise_keys, self.mirrored = noise_keys(keys, self.groups)
+        return self.known(keys, sizes, find_groups(keys, thumbnails) if near_duplicates else [])
+
+    def known(self, keys: Sequence[str], sizes: Sequence[tuple[int, int]], groups: Sequence[Group]) -> PictureSet:
+        """Record what `check` finds, found elsewhere: keys and sizes per row, groups of duplicates; return self."""
+        self.keys, self.sizes, self.groups = list(keys), list(sizes), list(groups)
+        self.noise_keys, self.mirrored = noise_keys(self.keys, self.groups)
         return self
 
     def fingerprint(self) -> str:

@@ -269,8 +269,8 @@ def _named(text: str) -> tuple[str, str]:
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
+    from ambient_sd.data.conditions import split_condition
     from ambient_sd.demo import PICTURES
-    from ambient_sd.training.config import split_condition
 
     parser = argparse.ArgumentParser(
         prog="python -m ambient_sd.study.denoised", description="The same noisy pictures through several models and the oracles.",

@@ -411,9 +411,9 @@ def _show(value: Value) -> str:
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
+    from ambient_sd.data.conditions import split_condition
     from ambient_sd.demo import BASE, PICTURES
     from ambient_sd.quiet import quiet
-    from ambient_sd.training.config import split_condition
 
     parser = argparse.ArgumentParser(
         prog="python -m ambient_sd.study.lemmas", description="Lemmas 4.1 and 4.2 on real latents, as a page.",

@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from ambient_sd.data.conditions import split_condition
 from ambient_sd.errors import UserError
 from ambient_sd.training import durable
 
@@ -445,20 +446,6 @@ def make_parser() -> argparse.ArgumentParser:
                 extra["nargs"] = "+"
         groups[meta["group"]].add_argument(*flags, **extra)
     return parser
-
-
-def split_condition(term: str) -> tuple[str, str, str]:
-    """Split a row condition `column=value`, `column<=number` or `column>=number` into (column, operator, value).
-
-    Raises:
-        UserError: `term` has another form.
-    """
-    for operator in ("<=", ">=", "="):
-        column, found, value = term.partition(operator)
-        if found and column and value:
-            return column, operator, value
-    raise UserError(f"row_filter is {term!r}", rule="it must read column=value, column<=number or column>=number",
-                    remedy="for example split=train")  # fmt: skip
 
 
 class _Loader(yaml.SafeLoader):

@@ -38,6 +38,7 @@ from tqdm.auto import tqdm
 from ambient_sd.data import conditioning
 from ambient_sd.data import latents as data
 from ambient_sd.data.buckets import BucketStream, assign, read_buckets
+from ambient_sd.data.conditions import split_condition
 from ambient_sd.data.duplicates import noise_fingerprint, shared_noise
 from ambient_sd.data.sources import PictureSet, load_rows
 from ambient_sd.data.stream import SampleStream, process_batches
@@ -57,7 +58,7 @@ from ambient_sd.training import (
     validation,
 )
 from ambient_sd.training.base import Base, check_base
-from ambient_sd.training.config import AUTO, TrainConfig, split_condition
+from ambient_sd.training.config import AUTO, TrainConfig
 from ambient_sd.training.dropout import AddressedDropout
 from ambient_sd.training.dropping import Dropping, check_scheduler
 from ambient_sd.training.hub import describe_run, write_card

@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ambient_sd.audit.embedding import EmbeddingStore, embed_set, extractors, load_set, main
+from ambient_sd.audit.embedding import EmbeddingStore, embed_set, load_set, main
 from ambient_sd.audit.features import EffLite0, Pixels
+from ambient_sd.audit.registry import choose
 from ambient_sd.data.sources import content_key
 from ambient_sd.errors import UserError
 
@@ -26,14 +27,15 @@ COUNT, BLOCK = 200, 64
 KILLED = """
 import os, signal, sys
 from ambient_sd.audit import embedding
-seen, pixels = 0, embedding.Pixels._embed
+from ambient_sd.audit.features import Pixels
+seen, pixels = 0, Pixels._embed
 def dies(self, batch):
     global seen
     seen += len(batch)
     if seen > int(os.environ["DIES_AFTER"]):
         os.kill(os.getpid(), signal.SIGKILL)
     return pixels(self, batch)
-embedding.Pixels._embed = dies
+Pixels._embed = dies
 embedding.main(sys.argv[1:])
 """
 
@@ -104,7 +106,7 @@ def test_two_processes_write_the_bytes_of_one(tmp_path: Path) -> None:
     (tmp_path / "few").mkdir()
     few = made(tmp_path / "few", 66)
     embed_set(load_set(few), [Pixels(8), EffLite0()], tmp_path / "one", block=BLOCK)
-    done = launch(2, str(few), "--features", "pixels8,EffLite0", "--block", str(BLOCK), "--out", str(tmp_path / "two"))
+    done = launch(2, str(few), "--features", "pixels8,efflite0", "--block", str(BLOCK), "--out", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "EffLite0: 66 x 1280 float32" in done.stdout
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -145,15 +147,23 @@ def test_a_block_cut_short_is_refused_by_readers_and_made_again_by_the_next_run(
     assert contents(copy) == contents(store)
 
 
-def test_one_flipped_bit_in_the_vectors_is_noticed_when_the_block_is_read(copy: Path) -> None:
+def test_one_flipped_bit_is_noticed_when_its_column_is_read(copy: Path) -> None:
     part = copy / "part-00002.parquet"
-    raw = bytearray(part.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    part.write_bytes(raw)
+    whole = part.read_bytes()
     store = EmbeddingStore.open(copy)
-    store.block(1)
-    with pytest.raises(UserError, match=r"part-00002.parquet cannot be read"):
-        store.block(2)
+    for column, read in (("embedding", lambda: store.block(2)), ("thumbnail", store.looks)):
+        read()
+        group = pq.read_metadata(part).row_group(0)
+        (chunk,) = (
+            group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema.startswith(column)
+        )
+        raw = bytearray(whole)
+        raw[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
+        part.write_bytes(raw)
+        store.block(1)
+        with pytest.raises(UserError, match=r"part-00002.parquet cannot be read"):
+            read()
+        part.write_bytes(whole)
 
 
 def test_parts_of_different_features_or_data_are_not_one_store(folder: Path, copy: Path, tmp_path: Path) -> None:
@@ -186,7 +196,7 @@ def test_a_store_knows_the_set_that_it_was_made_from(folder: Path, store: Path, 
 
 
 def test_one_of_several_features_is_opened_by_its_name(folder: Path, tmp_path: Path) -> None:
-    embed_set(load_set(folder, max_samples=5), extractors(["pixels8", "pixels4"]), tmp_path, block=BLOCK)
+    embed_set(load_set(folder, max_samples=5), choose(["pixels8", "pixels4"]), tmp_path, block=BLOCK)
     assert EmbeddingStore.open(tmp_path, "pixels4").dim == 48
     assert EmbeddingStore.open(tmp_path / "pixels4", "pixels4").dim == 48
     for where, name in ((tmp_path, None), (tmp_path, "SSCD"), (tmp_path / "pixels4", "SSCD"), (tmp_path / "x", None)):
@@ -208,8 +218,8 @@ def test_a_plain_folder_of_pictures_is_embedded_by_name(tmp_path: Path) -> None:
     ("arguments", "says"),
     [
         (["nowhere/at/all"], "no file or folder"),
-        (["SET", "--features", "pixels8,pixels8"], "each once"),
-        (["SET", "--features", "dino"], "feature dino"),
+        (["SET", "--features", "pixels8,pixels8"], "no name twice"),
+        (["SET", "--features", "dino"], "feature 'dino'"),
         (["SET", "--features", "pixels8", "--block", "100"], "multiple of 64"),
         (["SET", "--features", "pixels8", "--out", "/proc/x"], "cannot be written"),
     ],

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
-from ambient_sd.audit.networks import ClipScore, Dinov2, Inception, choose
+from ambient_sd.audit.networks import ClipScore, Dinov2, Inception
+from ambient_sd.audit.registry import choose
 from ambient_sd.errors import UserError
 
 

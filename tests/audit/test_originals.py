@@ -10,7 +10,7 @@ from torch import Tensor
 from ambient_sd.audit.features import MIRROR, Pixels, embed
 from ambient_sd.audit.metrics import measure, memorized
 from ambient_sd.audit.neighbours import Neighbours, nearest
-from ambient_sd.audit.originals import originals
+from ambient_sd.audit.originals import one_of_each, originals
 from ambient_sd.errors import UserError
 
 
@@ -53,8 +53,10 @@ def test_background_leaves_out_a_picture_with_all_its_duplicates_and_asks_for_on
     training = torch.randn(12, 3, generator=g)
     labels = [0, 1, 2, 3, 0, 5, 6, 7, 0, 9, 10, 10]
     training[4], training[8] = training[0] + 1e-3, training[0] - 1e-3
-    found = originals([training], training, duplicates=labels, leave_out=True)
     first = [i for i, name in enumerate(labels) if name not in labels[:i]]
+    rows = one_of_each(labels)
+    assert rows.tolist() == first
+    found = originals([training[rows]], training, duplicates=labels, own=rows)
     values, names = brute([training[first]], training, labels, [labels[i] for i in first])
     torch.testing.assert_close(found.distance, values)
     assert [labels[i] for i in found.index[:, 0].tolist()] == names and len(found.distance) == len(first)
@@ -68,7 +70,7 @@ def test_without_duplicates_the_answer_is_that_of_the_plain_search() -> None:
         assert torch.equal(found.distance, plain.distance) and torch.equal(found.index, plain.index)
         assert found.metric == distance
     alone = nearest(training, training, exclude_self=True)
-    torch.testing.assert_close(originals([training], training, leave_out=True).distance, alone.distance)
+    torch.testing.assert_close(originals([training], training, own=torch.arange(30)).distance, alone.distance)
 
 
 def test_near_copy_of_a_duplicated_picture_is_a_copy_only_with_labels() -> None:
@@ -113,7 +115,7 @@ def test_too_few_different_pictures_and_missing_labels_are_refused() -> None:
     with pytest.raises(UserError, match="1 different training picture"):
         originals([training], training, duplicates=[0, 0, 0, 0])
     with pytest.raises(UserError, match="2 different"):
-        originals([training], training, duplicates=[0, 0, 1, 1], leave_out=True)
+        originals([training], training, duplicates=[0, 0, 1, 1], own=torch.arange(4))
     with pytest.raises(UserError, match="3 labels"):
         originals([training], training, duplicates=[0, 1, 2])
 

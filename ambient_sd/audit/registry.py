@@ -1,0 +1,126 @@
+"""Features by the names that users give them: one list for every command, benchmark and test.
+
+    pixels      RGB at 64 x 64; another side as pixels32             no weights
+    toned       the same without brightness and contrast             no weights
+    efflite0    EfficientNet-Lite0                                   inside two packages
+    sscd        SSCD                                                 --sscd FILE, or found (`features.Sscd`)
+    dinov2      DINOv2                                               --dinov2 MODEL
+    inception   an Inception-v3                                      --inception FILE
+
+What figures, folders of embeddings and audit.json call a feature (`pixels64`, `pixels64-toned`, `EffLite0`, `SSCD`, ...) is a name of
+it too, in any case. Nothing heavy is imported before a feature is made, so that commands can show their flags at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ambient_sd.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ambient_sd.audit.features import Features
+
+NAMES = ("pixels", "toned", "efflite0", "sscd", "dinov2", "inception")
+DEFAULT = ("pixels", "toned", "efflite0")  # not what happens to be installed: one command, one verdict everywhere
+WEIGHTS = {
+    "sscd": ("FILE", "SSCD as TorchScript or ONNX"),
+    "dinov2": ("MODEL", "DINOv2, folder or hub id, for example facebook/dinov2-giant"),
+    "inception": ("FILE", "Inception-v3 as TorchScript"),
+}
+_LABELS = {"efflite0": "EffLite0", "sscd": "SSCD", "dinov2": "DINOv2", "inception": "Inception"}
+_NEEDED = ("dinov2", "inception")
+_PIXELS = re.compile(r"pixels([1-9]\d{0,3})?(-toned)?|toned")
+
+
+def label(name: str) -> str:
+    """Return the name of a feature in figures, folders and files; nothing is loaded.
+
+    Raises:
+        UserError: there is no such feature.
+    """
+    low = name.lower()
+    if (match := _PIXELS.fullmatch(low)) is not None:
+        return f"pixels{match[1] or 64}" + ("-toned" if match[2] or low == "toned" else "")
+    if low not in _LABELS:
+        raise UserError(f"feature {name!r}", rule=f"there are {', '.join(NAMES)}, and pixels32 for another side")
+    return _LABELS[low]
+
+
+def labels(names: Sequence[str]) -> list[str]:
+    """Return the `label` of each name.
+
+    Raises:
+        UserError: there are none, one is unknown, or two mean one feature.
+    """
+    found = [label(name) for name in names]
+    if not found or len(set(found)) < len(found):
+        raise UserError(f"features {','.join(names)!r}", rule="at least one, and no name twice")
+    return found
+
+
+def add_features(parser: argparse.ArgumentParser, note: str = "") -> None:
+    """Give a command the flag `--features` and those of weights; `chosen` reads them."""
+    parser.add_argument("--features", default=None, metavar="NAME,...",
+                        help=f"of {', '.join(NAMES)}; {note}(default: {', '.join(DEFAULT)}, and those whose weights are given)")  # fmt: skip
+    for name, (metavar, text) in WEIGHTS.items():
+        parser.add_argument(f"--{name}", default=None, metavar=metavar, help=text)
+
+
+def chosen(args: argparse.Namespace) -> tuple[list[str], dict[str, str | None]]:
+    """Return names and weights as `choose` takes them.
+
+    Raises:
+        UserError: a name is unknown or there twice, or weights are given for a feature that is not asked for.
+    """
+    files: dict[str, str | None] = {name: getattr(args, name) for name in WEIGHTS}
+    given = [name for name, file in files.items() if file]
+    if args.features is None:
+        return [*DEFAULT, *given], files
+    names = [name.strip() for name in args.features.split(",") if name.strip()]
+    known = labels(names)
+    if unused := [name for name in given if _LABELS[name] not in known]:
+        raise UserError(f"--{unused[0]} without {unused[0]} among the features",
+                        remedy=f"add it: --features {args.features},{unused[0]}")  # fmt: skip
+    return names, files
+
+
+def choose(
+    names: Sequence[str], files: Mapping[str, str | None] | None = None, device: str | torch.device = "cpu"
+) -> list[Features]:
+    """Load the features called `names`.
+
+    Args:
+        names: no feature twice; the first one decides what counts as a copy.
+        files: name -> weights, for those that need them.
+        device: where networks run; SSCD runs on the CPU.
+
+    Raises:
+        UserError: a name is unknown or there twice, or weights are missing or cannot be used.
+    """
+    from ambient_sd.audit.features import EffLite0, Pixels, Sscd
+    from ambient_sd.audit.networks import Dinov2, Inception
+
+    files = files or {}
+    known = labels(names)
+    for name in _NEEDED:
+        if _LABELS[name] in known and not files.get(name):
+            raise UserError(f"feature {name} without weights", remedy=f"give --{name}")
+    makers: dict[str, Any] = {
+        "EffLite0": lambda: EffLite0(device=device),
+        "SSCD": lambda: Sscd(files.get("sscd")),
+        "DINOv2": lambda: Dinov2(str(files["dinov2"]), device=device),
+        "Inception": lambda: Inception(str(files["inception"]), device=device),
+    }
+
+    def make(name: str) -> Features:
+        if name in makers:
+            made: Features = makers[name]()
+            return made
+        return Pixels(int(name.removeprefix("pixels").removesuffix("-toned")), toned=name.endswith("-toned"))
+
+    return [make(name) for name in known]
