@@ -5,7 +5,8 @@ independent runs, `half = sqrt(sum_i half_i^2) / k`, and the values of single se
 spread, and no interval is made of it.
 
 *Equal quality*: of the points whose Frechet distance is at most the upper end of the interval of the baseline's best, the one with the
-fewest copies. The baseline has the same right: stopped early it copies less too.
+fewest copies. The baseline has the same right: stopped early it copies less too. That compares single points; `at_distance` compares whole
+curves: the copies of each run where it first is as good as the baseline was at some step.
 """
 
 from __future__ import annotations
@@ -96,6 +97,25 @@ def at_equal_quality(found: Sequence[Point], label: str, baseline: str = BASELIN
     return min(good, key=lambda p: (p.copied.value, p.distance.value)) if good else None
 
 
+def at_distance(found: Sequence[Point], label: str, distance: float) -> tuple[float, float, float] | None:
+    """Return the copied share with which the label's run first comes down to a Frechet distance, or None if it never does.
+
+    Between two measured steps share and ends of its interval are interpolated linearly in the distance. A run that is better than that from its
+    first step on has the share of its first step.
+    """
+    line = sorted((p for p in found if p.label == label), key=lambda p: p.step)
+    for i, p in enumerate(line):
+        if p.distance.value <= distance:
+            now = (p.copied.value, p.copied.low, p.copied.high)
+            if i == 0:
+                return now
+            q = line[i - 1]
+            w = (q.distance.value - distance) / (q.distance.value - p.distance.value)
+            before = (q.copied.value, q.copied.low, q.copied.high)
+            return tuple((1 - w) * b + w * n for b, n in zip(before, now, strict=True))  # type: ignore[return-value]
+    return None
+
+
 def at_least_error(found: Sequence[Point], label: str, above: float = HIGH) -> Point:
     """Return the label's point of the least error on held-out pictures at noise levels from `above` on: an early stop that
     a trainer can make, for it looks at no sample."""
@@ -154,6 +174,21 @@ def tables(results: Mapping[str, Any]) -> str:
                 else f"{_share(equal.copied)} ({equal.step}) | {_span(equal.distance, 1)}"
             )
             lines.append(f"| {label} | {_span(top.distance, 1)} ({top.step}) | {_share(top.copied)} | {there} |")
+        lines.append("")
+    if BASELINE in labels and len(labels) > 1:
+        line = [p for p in found if p.label == BASELINE]
+        lines += [
+            f"### Copies where a run first is as good as {BASELINE} at its steps", "",
+            "Copied share by linear interpolation between a run's steps; an empty cell: it never is as good.", "",
+            "| run | " + " | ".join(f"{p.distance.value:.1f} (step {p.step})" for p in line) + " |", "|---" * (1 + len(line)) + "|",
+        ]  # fmt: skip
+        for label in labels:
+            there = [at_distance(found, label, p.distance.value) for p in line]
+            cells = [
+                "" if share is None else "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * part for part in share))
+                for share in there
+            ]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
         lines.append("")
     lines += ["### Stopped at the least error on held-out pictures", "",
               f"Mean error at noise levels from {HIGH} on, at that step and at the last; training pictures beside.", "",

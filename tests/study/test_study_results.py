@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from ambient_sd.study.results import at_equal_quality, at_least_error, best, front, points, tables, write_results
+from ambient_sd.study.results import (
+    at_distance,
+    at_equal_quality,
+    at_least_error,
+    best,
+    front,
+    points,
+    tables,
+    write_results,
+)
 
 
 def run(label: str, seed: int, *steps: tuple[int, float, float], half: float = 1.0) -> dict[str, Any]:
@@ -57,6 +66,26 @@ def test_equal_quality_is_within_the_interval_of_the_best_baseline_and_the_basel
     near = points({**RESULTS, "runs": [run("plain", 0, (200, 0.5, 30.0), half=3.5), *RESULTS["runs"][2:]]})
     equal = at_equal_quality(near, "ambient level=0.8")
     assert equal is not None and equal.step == 200
+
+
+def test_copies_at_a_distance_are_interpolated_along_training() -> None:
+    runs = [
+        run("plain", 0, (100, 0.1, 40.0), (200, 0.5, 30.0)),
+        run("ambient level=0.8", 0, (100, 0.0, 41.0), (200, 0.04, 33.0), (300, 0.2, 36.0)),
+    ]
+    found = points({**RESULTS, "runs": runs})
+    assert at_distance(found, "plain", 35.0) == pytest.approx((0.3, 0.27, 0.33))  # half way
+    assert at_distance(found, "plain", 50.0) == pytest.approx((0.1, 0.07, 0.13))  # better from the first step on
+    assert at_distance(found, "ambient level=0.8", 37.0) == pytest.approx(
+        (0.02, -0.01, 0.05)
+    )  # the first time, not step 300
+    assert at_distance(found, "ambient level=0.8", 32.9) is None
+    text = tables({**RESULTS, "runs": runs})
+    assert "| run | 40.0 (step 100) | 30.0 (step 200) |" in text
+    assert (
+        "| plain | 10.0 % [7.0, 13.0] | 50.0 % [47.0, 53.0] |" in text
+        and "| ambient level=0.8 | 0.5 % [-2.5, 3.5] |  |" in text
+    )
 
 
 def test_an_early_stop_is_the_step_of_the_least_heldout_error_at_high_noise() -> None:
