@@ -183,10 +183,10 @@ def tables(results: Mapping[str, Any]) -> str:
             "| run | " + " | ".join(f"{p.distance.value:.1f} (step {p.step})" for p in line) + " |", "|---" * (1 + len(line)) + "|",
         ]  # fmt: skip
         for label in labels:
-            there = [at_distance(found, label, p.distance.value) for p in line]
+            shares = [at_distance(found, label, p.distance.value) for p in line]
             cells = [
                 "" if share is None else "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * part for part in share))
-                for share in there
+                for share in shares
             ]
             lines.append(f"| {label} | {' | '.join(cells)} |")
         lines.append("")
