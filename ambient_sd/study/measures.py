@@ -1,6 +1,7 @@
 """What is measured of a run at one step: copies, quality, and the denoiser's error by noise level on seen and unseen pictures.
 
     copied        share of samples with d1 / d2 < 1/3, pixels at 64 x 64             ambient_sd.audit.metrics
+    coarsely      the same at 16 x 16: copies whose fine detail is worse than the original's count too
     distance      Frechet distance to the held-out pictures, EfficientNet-Lite0, at equal n; KID beside it
     error(s)      mean over pictures of |x0 - E[x0 | x_t]|^2 / dim at noise level s, x_t made of the CLEAN picture
 
@@ -49,7 +50,7 @@ def read_reals(training: PictureSet, heldout: PictureSet) -> Reals:
     """Embed both sets."""
     training.fingerprint()  # fills in the keys that tell equal pictures
     rows = training.one_of_each()
-    features: list[Features] = [Pixels(), EffLite0()]
+    features: list[Features] = [Pixels(), EffLite0(), Pixels(16)]
     images, unseen = [training[i].image for i in rows], [row.image for row in heldout]
     return Reals(
         embed(images, features), embed(unseen, features), images, [training.captions[i] for i in rows], unseen,
@@ -100,13 +101,16 @@ def measure_samples(
     groups = prompts if any(prompts) else None
     drawn = embed(pictures, reals.features)
     options: dict[str, Any] = {"groups": groups, "seed": seed, "resamples": resamples}
-    pixels, deep = reals.features[0].name, reals.features[1].name
+    pixels, deep, coarse = (feature.name for feature in reals.features)
     near = nearest(drawn[pixels], reals.training[pixels])
     cosine = nearest(drawn[deep], reals.training[deep], distance="cosine").similarity
     out = {
         "copied": memorized_fraction(near, name="copied", **options),
         "copied-EffLite0": memorized_fraction(
             nearest(drawn[deep], reals.training[deep]), name="copied-EffLite0", **options
+        ),
+        "copied-coarsely": memorized_fraction(
+            nearest(drawn[coarse], reals.training[coarse]), name="copied-coarsely", **options
         ),
         "ratio": bootstrap(near.ratio, torch.median, name="median d1/d2", **options),
         "similarity": bootstrap(

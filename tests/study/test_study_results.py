@@ -28,7 +28,7 @@ def run(label: str, seed: int, *steps: tuple[int, float, float], half: float = 1
         "label": label, "seed": seed, "differs": {},
         "points": [
             {"step": step, "errors": {"training": curve, "heldout": curve},
-             "figures": {"copied": figure("copied", copied, 0.03), "distance": figure("distance", distance, half),
+             "figures": {"copied": figure("copied", copied, 0.03), "copied-coarsely": figure("copied", copied, 0.03), "distance": figure("distance", distance, half),
                          "distance floor": figure("distance", 10.0, 1.0), "kid": figure("kid", 0.1, 0.01),
                          "ratio": figure("ratio", 0.5, 0.1)}}
             for step, copied, distance in steps
