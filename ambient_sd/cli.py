@@ -165,12 +165,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_guard(args)
     elif args.verb == "sweep":
         from ambient_sd.quiet import quiet
+
+        quiet()  # before the imports below, which load what speaks
         from ambient_sd.study.plan import read_plan
         from ambient_sd.study.results import write_results
         from ambient_sd.study.sweep import gather, write_pages
         from ambient_sd.study.sweep import sweep as run_sweep
 
-        quiet()
         plan = read_plan(args.study, {} if args.seeds is None else {"seeds": args.seeds})
         results = gather(plan, args.out) if args.results_only else run_sweep(
             plan, args.out, workers=args.workers, only=args.only

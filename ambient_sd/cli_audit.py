@@ -75,12 +75,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"{len(args.places)} places are given", rule=f"there must be {said}", remedy="see ambient-sd audit --help"
         )
+    from ambient_sd.quiet import quiet
+
+    quiet()  # before the imports below, which load what speaks
     from ambient_sd.auditing import AuditSettings, Source, audit
     from ambient_sd.data.conditions import split_condition
     from ambient_sd.drawing import DrawSettings
-    from ambient_sd.quiet import quiet
 
-    quiet()
     names = ("adapter", "scheduler", "num_inference_steps", "guidance_scale", "resolution", "seed", "dtype", "device",
              "batch_size")  # fmt: skip
     drawing = None
