@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from tiny import noise_picture, picture_folder
 
 from ambient_sd.auditing import AuditSettings, Source, audit, read_generated
 from ambient_sd.cli import main
@@ -24,31 +25,14 @@ from ambient_sd.errors import UserError
 HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>\u202e'
 
 
-def noise_picture(seed: int, size: int = 24) -> Image.Image:
-    """A picture that resembles no other: large random patches."""
-    patches = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    return Image.fromarray(patches).resize((size, size), Image.Resampling.NEAREST)
-
-
-def folder(path: Path, pictures: list[Image.Image], captions: list[str] | None = None) -> Path:
-    path.mkdir(parents=True)
-    names = [f"{i:03d}.png" for i in range(len(pictures))]
-    for name, picture in zip(names, pictures, strict=True):
-        picture.save(path / name)
-    if captions is not None:
-        rows = [json.dumps({"file_name": n, "text": c}) for n, c in zip(names, captions, strict=True)]
-        (path / "metadata.jsonl").write_text("\n".join(rows))
-    return path
-
-
 @pytest.fixture
 def sets(tmp_path: Path) -> dict[str, Path]:
     """Training pictures with captions, held-out pictures without, and pictures of neither."""
     training = [noise_picture(i) for i in range(12)]
     return {
-        "training": folder(tmp_path / "training", training, [f"picture {i}" for i in range(12)]),
-        "heldout": folder(tmp_path / "heldout", [noise_picture(100 + i) for i in range(16)]),
-        "fresh": folder(tmp_path / "fresh", [noise_picture(200 + i) for i in range(10)]),
+        "training": picture_folder(tmp_path / "training", training, [f"picture {i}" for i in range(12)]),
+        "heldout": picture_folder(tmp_path / "heldout", [noise_picture(100 + i) for i in range(16)]),
+        "fresh": picture_folder(tmp_path / "fresh", [noise_picture(200 + i) for i in range(10)]),
         "out": tmp_path / "out",
     }
 
@@ -80,7 +64,7 @@ def test_exact_training_pictures_are_all_called_copied_and_held_out_ones_none(se
 
 def test_mirrored_copies_are_found_unless_the_search_is_told_not_to(sets: dict[str, Path], tmp_path: Path) -> None:
     turned = [noise_picture(i).transpose(Image.Transpose.FLIP_LEFT_RIGHT) for i in range(4)]
-    made = folder(tmp_path / "turned", turned)
+    made = picture_folder(tmp_path / "turned", turned)
     both = audit(settings(sets, generated=made))
     assert both.found["verdict"]["value"] == 1.0
     upright = audit(settings(sets, generated=made, out=tmp_path / "upright", mirrored=False))
@@ -93,8 +77,8 @@ def test_near_copies_of_a_duplicated_picture_count_as_copies(sets: dict[str, Pat
     lighter = base.point(lambda v: min(255, round(v * 1.05)))
     between = base.point(lambda v: min(255, round(v * 1.02)))
     training = [base, lighter, *(noise_picture(i, 48) for i in range(1, 8))]
-    data = folder(tmp_path / "doubled", training, [f"p {i}" for i in range(9)])
-    made = folder(tmp_path / "made", [between] * 3)
+    data = picture_folder(tmp_path / "doubled", training, [f"p {i}" for i in range(9)])
+    made = picture_folder(tmp_path / "made", [between] * 3)
     found = audit(settings(sets, training=Source(str(data)), generated=made)).found
     assert found["pictures"]["training"]["groups_of_duplicates"] == 1 and found["verdict"]["value"] == 1.0
     (near,) = {
@@ -197,7 +181,7 @@ def test_exit_status_is_zero_at_the_limit_and_the_other_spelling_is_understood(s
 
 
 def test_hostile_prompts_are_text_on_the_page_and_the_page_loads_nothing(sets: dict[str, Path], tmp_path: Path) -> None:
-    made = folder(tmp_path / "made", [noise_picture(0), noise_picture(1)], [HOSTILE, "{0} %s"])
+    made = picture_folder(tmp_path / "made", [noise_picture(0), noise_picture(1)], [HOSTILE, "{0} %s"])
     audit(settings(sets, generated=made))
     page = (sets["out"] / "audit.html").read_text()
     assert "<script" not in page and "onerror=" not in page.replace("onerror=alert(2)&gt;", "") and "\u202e" not in page
@@ -224,7 +208,7 @@ def test_networks_of_the_user_are_used_and_named(sets: dict[str, Path], tmp_path
               "patch_size": 8}  # fmt: skip
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(tmp_path / "clip")
     tokenizer.save_pretrained(tmp_path / "clip")
-    made = folder(tmp_path / "made", [noise_picture(i) for i in range(8)], [f"picture {i}" for i in range(8)])
+    made = picture_folder(tmp_path / "made", [noise_picture(i) for i in range(8)], [f"picture {i}" for i in range(8)])
     found = audit(
         settings(sets, generated=made, features=("dinov2",), files={"dinov2": str(tmp_path / "dino")}, clip=str(tmp_path / "clip"),
                  judge=str(tiny_base))
@@ -259,10 +243,10 @@ CASES: dict[str, tuple[Callable[[dict[str, Path]], dict[str, Any]], str]] = {
     "no generated folder": (lambda s: {"generated": s["out"].parent / "none"}, "there is no folder"),
     "empty generated folder": (lambda s: ((s["out"].parent / "e").mkdir(), {"generated": s["out"].parent / "e"})[1], "no pictures"),
     "one training picture": (
-        lambda s: {"training": Source(str(folder(s["out"].parent / "one", [noise_picture(1)], ["a"])))}, "1 different training picture",
+        lambda s: {"training": Source(str(picture_folder(s["out"].parent / "one", [noise_picture(1)], ["a"])))}, "1 different training picture",
     ),
     "one training picture thrice": (
-        lambda s: {"training": Source(str(folder(s["out"].parent / "one", [noise_picture(1)] * 3, ["a"] * 3)))},
+        lambda s: {"training": Source(str(picture_folder(s["out"].parent / "one", [noise_picture(1)] * 3, ["a"] * 3)))},
         "1 different training picture",
     ),
     "held-out is training": (lambda s: {"heldout": Source(str(s["training"]))}, "held-out pictures are training pictures"),

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from tiny import noise_picture, picture_folder
 
 from ambient_sd.audit import embedding as embedding_module
 from ambient_sd.audit import metrics, stored
@@ -29,34 +29,18 @@ from ambient_sd.errors import UserError
 FEATURES = ("pixels8", "toned", "efflite0")
 
 
-def noise_picture(seed: int, size: int = 24) -> Image.Image:
-    patches = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    return Image.fromarray(patches).resize((size, size), Image.Resampling.NEAREST)
-
-
-def folder(path: Path, pictures: list[Image.Image], captions: list[str] | None = None) -> Path:
-    path.mkdir(parents=True)
-    names = [f"{i:03d}.png" for i in range(len(pictures))]
-    for name, picture in zip(names, pictures, strict=True):
-        picture.save(path / name)
-    if captions is not None:
-        rows = [json.dumps({"file_name": n, "text": c}) for n, c in zip(names, captions, strict=True)]
-        (path / "metadata.jsonl").write_text("\n".join(rows))
-    return path
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Training pictures, two of them twice and one a little brighter; held-out ones; copies, mirrored copies and fresh ones."""
     root = tmp_path_factory.mktemp("world")
     training = [noise_picture(i) for i in range(20)]
     training += [training[3], training[0], training[5].point(lambda v: min(255, round(v * 1.05)))]
-    folder(root / "training", training, [f"picture {i}" for i in range(len(training))])
-    folder(root / "heldout", [noise_picture(100 + i) for i in range(12)])
+    picture_folder(root / "training", training, [f"picture {i}" for i in range(len(training))])
+    picture_folder(root / "heldout", [noise_picture(100 + i) for i in range(12)])
     mirrored = noise_picture(5).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     between = training[5].point(lambda v: min(255, round(v * 1.02)))
     made = [training[0], training[3], training[7], between, mirrored, *(noise_picture(200 + i) for i in range(5))]
-    folder(root / "made", made, ["a", "a", "b", "b", "c", "c", "d", "d", "e", "e"])
+    picture_folder(root / "made", made, ["a", "a", "b", "b", "c", "c", "d", "d", "e", "e"])
     embed_set(load_set(root / "training"), choose(FEATURES), root / "stored", block=64)
     return root
 
@@ -119,7 +103,7 @@ def test_vectors_come_from_the_store(world: Path, tmp_path: Path) -> None:
 def test_few_training_pictures_are_decoded_and_only_mirror_images_embedded(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder(tmp_path / "many", [noise_picture(i) for i in range(80)], [str(i) for i in range(80)])
+    picture_folder(tmp_path / "many", [noise_picture(i) for i in range(80)], [str(i) for i in range(80)])
     embed_set(load_set(tmp_path / "many"), choose(["pixels8"]), tmp_path / "stored", block=64)
     monkeypatch.setattr(stored, "CHECKED", 4)
     monkeypatch.setattr(metrics, "BACKGROUND", 6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -138,4 +139,22 @@ def tiny_folder(path: Path, count: int = 8, size: int = 48) -> Path:
             (draw.ellipse if shape == "disc" else draw.rectangle)(box, fill=colour)
             picture.save(path / f"{i:03d}.png")
             rows.write(json.dumps({"file_name": f"{i:03d}.png", "text": f"a {colour} {shape} {i}"}) + "\n")
+    return path
+
+
+def noise_picture(seed: int, size: int = 24) -> Image.Image:
+    """A picture that resembles no other: large random patches."""
+    patches = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(patches).resize((size, size), Image.Resampling.NEAREST)
+
+
+def picture_folder(path: Path, pictures: list[Image.Image], captions: list[str] | None = None) -> Path:
+    """A folder of these pictures, with metadata.jsonl where captions are given."""
+    path.mkdir(parents=True)
+    names = [f"{i:03d}.png" for i in range(len(pictures))]
+    for name, picture in zip(names, pictures, strict=True):
+        picture.save(path / name)
+    if captions is not None:
+        rows = [json.dumps({"file_name": n, "text": c}) for n, c in zip(names, captions, strict=True)]
+        (path / "metadata.jsonl").write_text("\n".join(rows))
     return path
