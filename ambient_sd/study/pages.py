@@ -22,13 +22,13 @@ COLUMNS = 20  # of `samples.png`
 _GAP, _LABEL, _FRAME = 4, 130, "#d92d20"
 
 
-def samples_of(step: Path, resolution: int) -> list[Image.Image]:
-    """Return the pictures of a step, cut out of its sheet; their number is that of the step's d1/d2."""
+def samples_of(step: Path, resolution: int) -> tuple[list[Image.Image], list[float]]:
+    """Return the pictures of a step, cut out of its sheet, and d1/d2 of each."""
     sheet = Image.open(step / "samples.png").convert("RGB")
-    count = len(json.loads((step / "figures.json").read_text(encoding="utf-8"))["ratios"])
+    ratios = json.loads((step / "figures.json").read_text(encoding="utf-8"))["ratios"]
     cell = resolution + _GAP
-    boxes = ((_GAP + i % COLUMNS * cell, _GAP + i // COLUMNS * cell) for i in range(count))
-    return [sheet.crop((x, y, x + resolution, y + resolution)) for x, y in boxes]
+    boxes = ((_GAP + i % COLUMNS * cell, _GAP + i // COLUMNS * cell) for i in range(len(ratios)))
+    return [sheet.crop((x, y, x + resolution, y + resolution)) for x, y in boxes], ratios
 
 
 def sample_page(
@@ -51,22 +51,14 @@ def sample_page(
     sheet = Image.new("RGB", (width, len(steps) * row + _GAP), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     for r, (label, step) in enumerate(steps):
-        pictures = samples_of(step, resolution)
-        ratios = json.loads((step / "figures.json").read_text(encoding="utf-8"))["ratios"]
+        pictures, ratios = samples_of(step, resolution)
         chosen = drawn(len(pictures), min(shown, len(pictures)), 0, "sample page")
         near = nearest(embed([pictures[i] for i in chosen], [pixels])[pixels.name], known).index[:, 0]
         top = _GAP + r * row
-        for line, text in enumerate(
-            (
-                label,
-                f"step {int(step.name.removeprefix('step-'))}",
-                "",
-                "below: nearest",
-                "training picture;",
-                "framed: copies",
-            )
-        ):
-            pen.text((_GAP, top + 12 * line), text, fill="black", font=font)
+        number = int(step.name.removeprefix("step-"))
+        text = f"{label}\nstep {number}\n\nbelow: nearest\ntraining picture;\nframed: copies"
+        for line, words in enumerate(text.splitlines()):
+            pen.text((_GAP, top + 12 * line), words, fill="black", font=font)
         for column, (i, j) in enumerate(zip(chosen, near.tolist(), strict=True)):
             x = _LABEL + column * (resolution + _GAP)
             if ratios[i] < MEMORIZED_RATIO:

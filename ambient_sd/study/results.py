@@ -97,7 +97,7 @@ def at_equal_quality(found: Sequence[Point], label: str, baseline: str = BASELIN
     return min(good, key=lambda p: (p.copied.value, p.distance.value)) if good else None
 
 
-def at_distance(found: Sequence[Point], label: str, distance: float) -> tuple[float, float, float] | None:
+def at_distance(found: Sequence[Point], label: str, distance: float) -> Estimate | None:
     """Return the copied share with which the label's run first comes down to a Frechet distance, or None if it never does.
 
     Between two measured steps share and ends of its interval are interpolated linearly in the distance. A run that is better than that from its
@@ -106,13 +106,15 @@ def at_distance(found: Sequence[Point], label: str, distance: float) -> tuple[fl
     line = sorted((p for p in found if p.label == label), key=lambda p: p.step)
     for i, p in enumerate(line):
         if p.distance.value <= distance:
-            now = (p.copied.value, p.copied.low, p.copied.high)
             if i == 0:
-                return now
+                return Estimate(p.copied.value, p.copied.low, p.copied.high, ())
             q = line[i - 1]
             w = (q.distance.value - distance) / (q.distance.value - p.distance.value)
-            before = (q.copied.value, q.copied.low, q.copied.high)
-            return tuple((1 - w) * b + w * n for b, n in zip(before, now, strict=True))  # type: ignore[return-value]
+            before, now = q.copied, p.copied
+            value, low, high = (
+                (1 - w) * getattr(before, end) + w * getattr(now, end) for end in ("value", "low", "high")
+            )
+            return Estimate(value, low, high, ())
     return None
 
 
@@ -184,10 +186,7 @@ def tables(results: Mapping[str, Any]) -> str:
         ]  # fmt: skip
         for label in labels:
             shares = [at_distance(found, label, p.distance.value) for p in line]
-            cells = [
-                "" if share is None else "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * part for part in share))
-                for share in shares
-            ]
+            cells = ["" if share is None else _share(share) for share in shares]
             lines.append(f"| {label} | {' | '.join(cells)} |")
         lines.append("")
     lines += ["### Stopped at the least error on held-out pictures", "",
@@ -239,15 +238,18 @@ def write_results(results: Mapping[str, Any], out: Path) -> Path:
     if results["runs"]:
         try:
             for name, plots in plot(results, out).items():
-                sheet = [f"samples-{name}.png"] if name else ["samples.png"]
+                files = [*plots, chart_file("samples", name)]
                 text += f"\n## {name}\n" if name else ""
-                text += (
-                    "\n" + "\n".join(f"![]({one})" for one in plots + [s for s in sheet if (out / s).exists()]) + "\n"
-                )
+                text += "\n" + "".join(f"![]({file})\n" for file in files if (out / file).exists())
         except ImportError:
             print("no plots: pip install matplotlib (the extra `study`)", flush=True)
     write_whole(out / "results.md", text)
     return out / "results.md"
+
+
+def chart_file(kind: str, chart: str) -> str:
+    """Return the name of a chart's picture in OUT; a plan without charts has one of no name."""
+    return f"{kind}-{chart}.png" if chart else f"{kind}.png"
 
 
 def plot(results: Mapping[str, Any], out: Path) -> dict[str, list[str]]:
@@ -274,7 +276,7 @@ def _plot(found: Sequence[Point], labels: Sequence[str], study: str, chart: str,
     written: list[str] = []
 
     def save(figure: Any, name: str) -> None:
-        name = f"{name}-{chart}.png" if chart else f"{name}.png"
+        name = chart_file(name, chart)
         FigureCanvasAgg(figure)
         figure.savefig(out / f".{name}.part", dpi=110, format="png", metadata={"Software": None})
         (out / f".{name}.part").replace(out / name)

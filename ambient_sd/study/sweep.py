@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from ambient_sd.audit.report import contact_sheet
+from ambient_sd.data.conditions import split_condition
 from ambient_sd.data.sources import PictureSet, load_rows
 from ambient_sd.errors import UserError
 from ambient_sd.files import finite, write_whole
@@ -42,7 +43,8 @@ from ambient_sd.study.measures import (
 )
 from ambient_sd.study.pages import COLUMNS, sample_page
 from ambient_sd.study.plan import Plan, Run, identity
-from ambient_sd.training.config import TrainConfig, split_condition
+from ambient_sd.study.results import chart_file
+from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import open_pictures, plan_run
 from ambient_sd.training.loop import run as train
 
@@ -164,7 +166,7 @@ def write_pages(plan: Plan, out: Path) -> list[Path]:
                     config = config or _config(plan, run, out)
                     break
         if config is not None:
-            path = out / (f"samples-{name}.png" if name else "samples.png")
+            path = out / chart_file("samples", name)
             sample_page(steps, open_pictures(config), config.resolution).save(path)
             written.append(path)
     return written

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ambient_sd.study.results import (
+    Estimate,
     at_distance,
     at_equal_quality,
     at_least_error,
@@ -68,15 +69,20 @@ def test_equal_quality_is_within_the_interval_of_the_best_baseline_and_the_basel
     assert equal is not None and equal.step == 200
 
 
+def share(found: Estimate | None) -> tuple[float, float, float]:
+    assert found is not None
+    return found.value, found.low, found.high
+
+
 def test_copies_at_a_distance_are_interpolated_along_training() -> None:
     runs = [
         run("plain", 0, (100, 0.1, 40.0), (200, 0.5, 30.0)),
         run("ambient level=0.8", 0, (100, 0.0, 41.0), (200, 0.04, 33.0), (300, 0.2, 36.0)),
     ]
     found = points({**RESULTS, "runs": runs})
-    assert at_distance(found, "plain", 35.0) == pytest.approx((0.3, 0.27, 0.33))  # half way
-    assert at_distance(found, "plain", 50.0) == pytest.approx((0.1, 0.07, 0.13))  # better from the first step on
-    assert at_distance(found, "ambient level=0.8", 37.0) == pytest.approx(
+    assert share(at_distance(found, "plain", 35.0)) == pytest.approx((0.3, 0.27, 0.33))  # half way
+    assert share(at_distance(found, "plain", 50.0)) == pytest.approx((0.1, 0.07, 0.13))  # better from the first step on
+    assert share(at_distance(found, "ambient level=0.8", 37.0)) == pytest.approx(
         (0.02, -0.01, 0.05)
     )  # the first time, not step 300
     assert at_distance(found, "ambient level=0.8", 32.9) is None
