@@ -104,6 +104,8 @@ def make_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--workers", type=_positive, default=1, help="runs side by side; on a CPU one a core is fastest")
     sweep.add_argument("--only", nargs="+", default=[], metavar="LABEL", help="labels of the runs to do now")
     sweep.add_argument("--seeds", nargs="+", type=int, default=None, help="seeds in place of the file's")
+    sweep.add_argument("--merge", nargs="+", type=Path, default=[], metavar="RESULTS", help="results.json of the same study in "
+                       "other folders, of other machines or published: their steps count as done")  # fmt: skip
     sweep.add_argument("--results_only", action="store_true", help="train nothing; write results of what is measured")
     add_audit(verbs)
     push = verbs.add_parser("push", help="upload the results of a training to the hub", description="Upload weights, "
@@ -169,10 +171,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         quiet()  # before the imports below, which load what speaks
         from ambient_sd.study.plan import read_plan
         from ambient_sd.study.results import write_results
-        from ambient_sd.study.sweep import gather, write_pages
+        from ambient_sd.study.sweep import gather, merge, write_pages
         from ambient_sd.study.sweep import sweep as run_sweep
 
         plan = read_plan(args.study, {} if args.seeds is None else {"seeds": args.seeds})
+        for path in args.merge:
+            print(f"{path}: {merge(plan, args.out, path)} steps taken in", flush=True)
         results = gather(plan, args.out) if args.results_only else run_sweep(
             plan, args.out, workers=args.workers, only=args.only
         )  # fmt: skip

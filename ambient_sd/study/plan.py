@@ -118,8 +118,16 @@ def read_plan(path: str | Path, changes: Mapping[str, Any] | None = None) -> Pla
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"study {path} cannot be read", rule=one_line(str(error), 200)) from None
+    return parse_plan(text, path, changes)
+
+
+def parse_plan(text: str, path: str | Path, changes: Mapping[str, Any] | None = None) -> Plan:
+    """Read a study as `read_plan` does, from the text of the file `path`."""
+    try:
         raw = yaml.safe_load(text)
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
+    except yaml.YAMLError as error:
         raise UserError(f"study {path} cannot be read", rule=one_line(str(error), 200)) from None
     if not isinstance(raw, dict):
         raise _wrong("", "must be a mapping", path)

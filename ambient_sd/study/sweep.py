@@ -3,7 +3,7 @@
 OUT/study.yaml          the plan as it was read
 OUT/runs/NAME/          one run: model/ (the trainer's own folder, at the last measured step), identity.json,
     step-000400/        figures.json (written last: the step is done), samples.png
-OUT/results.json        everything measured, for `ambient_sd.study.results` and for other programs
+OUT/results.json        everything measured, for `ambient_sd.study.results`, for `merge` and for other programs
 
 A killed study goes on where it was: finished steps are kept, a training from its last checkpoint. Two commands on one OUT share
 the work: a run belongs to the process that holds its lock. A study with more steps than before goes on as well, for each run keeps
@@ -42,7 +42,7 @@ from ambient_sd.study.measures import (
     sample,
 )
 from ambient_sd.study.pages import COLUMNS, sample_page
-from ambient_sd.study.plan import Plan, Run, identity
+from ambient_sd.study.plan import Plan, Run, identity, parse_plan
 from ambient_sd.study.results import chart_file
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import open_pictures, plan_run
@@ -142,7 +142,7 @@ def gather(plan: Plan, out: Path) -> dict[str, Any]:
         folder = out / "runs" / run.folder
         points = [_read_step(folder, step) for step in plan.measure_at if _is_done(folder, step)]
         for point in points:
-            del point["ratios"]
+            point.pop("ratios", None)  # a merged step has none
         if points:
             runs.append({"label": run.label, "seed": run.seed, "differs": dict(run.differs), "points": points})
     results = {
@@ -153,16 +153,59 @@ def gather(plan: Plan, out: Path) -> dict[str, Any]:
     return results
 
 
+def merge(plan: Plan, out: Path, path: Path) -> int:
+    """Take in the steps of another folder's results.json, which then count as done here; return how many were new.
+
+    So one study is shared by machines that share no disk, and a published one is gone on with. Figures come along, samples and models do not:
+    a merged run that is made longer is trained from its beginning.
+
+    Raises:
+        UserError: `path` is no results.json, or holds a run of this plan's name with other settings; nothing is taken in then.
+    """
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+        theirs = {(run["label"], run["seed"]): run["points"] for run in given["runs"]}
+        seeds = sorted({seed for _, seed in theirs})
+        text = given["plan"]
+        for step in (step for points in theirs.values() for step in points):
+            step["figures"]["copied"]["value"], step["errors"]["heldout"]["mean"], int(step["step"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} cannot be merged", rule=f"must be the results.json of a study ({type(error).__name__})"
+        ) from None
+    known = {(run.label, run.seed): identity(plan, run) for run in plan.runs}
+    other = parse_plan(text, path, {"seeds": seeds}) if seeds else plan
+    for run in other.runs:
+        key = run.label, run.seed
+        if key in theirs and key in known and identity(other, run) != known[key]:
+            raise UserError(
+                f"{path}: run {run.name!r} has other settings than this study's", rule="only equal runs can be merged"
+            )
+    for run in plan.runs:
+        if (run.label, run.seed) in theirs:
+            _claim(plan, run, out)
+    taken = 0
+    for run in plan.runs:
+        for step in theirs.get((run.label, run.seed), []):
+            into = out / "runs" / run.folder / f"step-{step['step']:06d}"
+            if not (into / "figures.json").exists():
+                into.mkdir(exist_ok=True)
+                write_whole(into / "figures.json", json.dumps(step, indent=1, allow_nan=False) + "\n")
+                taken += 1
+    return taken
+
+
 def write_pages(plan: Plan, out: Path) -> list[Path]:
-    """Write OUT/samples-CHART.png (samples.png where the plan names no charts) of what is measured, each run at its last step."""
+    """Write OUT/samples-CHART.png (samples.png where the plan names no charts), each run at the last step whose samples are here."""
     written = []
     for name, labels in (plan.charts or {"": plan.labels}).items():
         steps, config = [], None
         for label in labels:
             for run in (r for r in plan.runs if r.label == label):
-                done = [step for step in plan.measure_at if _is_done(out / "runs" / run.folder, step)]
+                folders = [out / "runs" / run.folder / f"step-{step:06d}" for step in plan.measure_at]
+                done = [f for f in folders if (f / "figures.json").exists() and (f / "samples.png").exists()]
                 if done:
-                    steps.append((label, out / "runs" / run.folder / f"step-{done[-1]:06d}"))
+                    steps.append((label, done[-1]))
                     config = config or _config(plan, run, out)
                     break
         if config is not None:

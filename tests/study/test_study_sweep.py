@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -23,7 +24,7 @@ from ambient_sd.study.fresh import fresh_base
 from ambient_sd.study.measures import Reals, error_curves, load_pipeline, prompts_of
 from ambient_sd.study.pages import COLUMNS, sample_page, samples_of
 from ambient_sd.study.plan import Plan, Sampling, read_plan
-from ambient_sd.study.sweep import do_run, sweep, write_pages
+from ambient_sd.study.sweep import do_run, gather, merge, sweep, write_pages
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,12 @@ def measured(out: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def timeless(results: dict[str, Any]) -> dict[str, Any]:
+    for step in (step for run in results["runs"] for step in run["points"]):
+        del step["seconds_trained"], step["seconds_measured"]
+    return results
+
+
 def test_a_killed_study_ends_with_the_figures_of_one_that_ran_through(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +110,21 @@ def test_a_killed_study_ends_with_the_figures_of_one_that_ran_through(
         sweep(other, out)
     with pytest.raises(UserError, match="'none' is not in the study"):
         sweep(plan, out, only=["none"])
+
+    # Another machine takes in what this one measured, and has only the rest to do.
+    elsewhere = tmp_path / "elsewhere"
+    sweep(dataclasses.replace(plan, measure_at=[2]), tmp_path / "half", only=["ambient"])
+    assert merge(plan, elsewhere, tmp_path / "half" / "results.json") == 1
+    assert gather(plan, elsewhere)["missing"] == ["plain seed=0", "ambient seed=0"]
+    assert merge(plan, elsewhere, out / "results.json") == 3
+    assert timeless(gather(plan, elsewhere)) == timeless(gather(plan, out)) and not gather(plan, elsewhere)["missing"]
+    assert not write_pages(plan, elsewhere)  # samples stay where they were drawn
+    with pytest.raises(UserError, match="'plain seed=0' has other settings"):
+        merge(other, tmp_path / "new", out / "results.json")
+    (tmp_path / "broken.json").write_text('{"runs": [{"label": "plain"}]}')
+    with pytest.raises(UserError, match=r"must be the results\.json of a study"):
+        merge(plan, tmp_path / "new", tmp_path / "broken.json")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_sample_page_shows_what_was_drawn_over_its_nearest_training_picture_and_frames_copies(
