@@ -514,7 +514,7 @@ def _pulls(settings: AuditSettings, generated: Generated, near: Neighbours) -> l
     from ambient_sd.guard.attribution import attribute
 
     drawing = settings.drawing
-    if drawing is None or generated.prompts is None:
+    if drawing is None or generated.prompts is None or drawing.guidance_scale <= 1:  # without guidance no prompt pulls
         return []
     rank = -near.similarity if near.metric == "cosine" else near.ratio
     ranks: dict[str, list[float]] = {}

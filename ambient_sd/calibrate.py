@@ -28,7 +28,7 @@ from ambient_sd import __version__
 from ambient_sd.audit.detection import detection_figures, threshold_at
 from ambient_sd.audit.metrics import bootstrap
 from ambient_sd.drawing import DrawSettings, check_prompts, digest, draw, home, load, read_prompts, start_noise
-from ambient_sd.errors import UserError, one_line
+from ambient_sd.errors import UserError, one_line, require_guidance
 from ambient_sd.guard.anisotropy import anisotropy, fitted
 from ambient_sd.guard.calibration import AnisotropyTerms, Calibration, Detector, Entry, ModelPrint
 from ambient_sd.guard.recorder import MemorizationGuard
@@ -73,6 +73,7 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path]:
 
     drawing, detector = settings.drawing, settings.detector
     drawing.check()
+    require_guidance(drawing.guidance_scale)
     if detector not in SCORES_NAMES:
         raise UserError(f"detector is {detector!r}", rule=f"it must be one of {', '.join(SCORES_NAMES)}")
     check_prompts([*settings.ordinary, *settings.memorized])
@@ -120,7 +121,8 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path]:
             if guard is None:
                 measured = _terms(pipe, drawing, texts, chunk)
             else:
-                measured = [one.report.curve for one in draw(pipe, guard, drawing, texts, chunk, pictures=False)]
+                draw(pipe, guard, drawing, texts, chunk, pictures=False)
+                measured = [report.curve for report in guard.report]
             for (kind, i, _), curve in zip(chunk, measured, strict=True):
                 rows = waiting.setdefault((kind, i), [])
                 rows.append(curve)

@@ -117,7 +117,8 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
         "--scheduler", choices=["ddim", "dpm++", "euler", "pndm"], default=None, help="sampler (default: the model's)"
     )
     parser.add_argument("--num_inference_steps", type=int, default=50, help="steps of the sampler")
-    parser.add_argument("--guidance_scale", type=float, default=7.5, help="classifier-free guidance, above 1")
+    parser.add_argument("--guidance_scale", type=float, default=7.5, help="classifier-free guidance; 1 or less is none, and then "
+                        "there are no scores")  # fmt: skip
     parser.add_argument("--resolution", type=int, default=None, help="side in pixels (default: the model's)")
     parser.add_argument("--seed", type=int, default=0, help="of the start noise")
     parser.add_argument("--batch_size", type=int, default=4, help="pictures that go through the network together")
@@ -160,10 +161,10 @@ def _sample(args: argparse.Namespace, drawing: Any) -> None:
                        args.when, threshold, args.attribution)
     )  # fmt: skip
     flagged = sum(bool(record["flagged"]) for record in records)
-    scores = sorted(record["score"] for record in records)
-    said = "none is flagged: no threshold" if records[0]["threshold"] is None else f"{flagged} flagged"
-    print(f"\n{len(records)} pictures, median score {scores[len(scores) // 2]:.4g}, highest {scores[-1]:.4g}; {said}\n"
-          f"Look at them: {args.out / 'index.html'}", flush=True)  # fmt: skip
+    scores = sorted(record["score"] for record in records if record["score"] is not None)
+    flags = "none is flagged: no threshold" if records[0]["threshold"] is None else f"{flagged} flagged"
+    said = f"median score {scores[len(scores) // 2]:.4g}, highest {scores[-1]:.4g}; {flags}" if scores else "no scores"
+    print(f"\n{len(records)} pictures, {said}\nLook at them: {args.out / 'index.html'}", flush=True)
 
 
 def _compare(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 
 from ambient_sd.data.stream import keyed_generator
-from ambient_sd.errors import UserError, one_line, require_guidance
+from ambient_sd.errors import UserError, one_line
 from ambient_sd.guard.calibration import Sampling
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard
 from ambient_sd.hub_ids import resolve_model_id
@@ -43,7 +44,8 @@ class DrawSettings:
         model: folder or hub id of a pipeline.
         adapter: LoRA on its U-Net: folder, .safetensors file or hub id; None: none.
         scheduler: a key of `SCHEDULERS`; None: the model's own.
-        num_inference_steps, guidance_scale: as diffusers takes them; the scale is above 1, for the guard measures guidance.
+        num_inference_steps, guidance_scale: as diffusers takes them. A scale of 1 or less is none, and the guard, which measures
+            guidance, then measures nothing.
         resolution: side in pixels, a multiple of 8; None: the model's own.
         seed: of the start noise.
         dtype: precision of the weights, one of `DTYPES`.
@@ -64,7 +66,8 @@ class DrawSettings:
 
     def check(self) -> None:
         """Raise a `UserError` for what can be seen to be wrong without loading anything."""
-        require_guidance(self.guidance_scale)
+        if not 0 <= self.guidance_scale < math.inf:
+            raise UserError(f"guidance_scale is {self.guidance_scale}", rule="it must be a finite number of at least 0")
         for name in ("num_inference_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}", rule="it must be at least 1")
@@ -196,10 +199,10 @@ def load(settings: DrawSettings) -> Any:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Hold one picture, what the guard saw, and whether the pipeline's own safety checker blanked it (None: it has none)."""
+    """Hold one picture, what the guard saw (None: it was off), and whether the pipeline's own safety checker blanked it (None: it has none)."""
 
     image: Image.Image | None
-    report: ImageReport
+    report: ImageReport | None
     nsfw: bool | None
 
 
@@ -213,18 +216,18 @@ def start_noise(pipe: Any, settings: DrawSettings, places: Sequence[tuple[object
 
 def draw(
     pipe: Any,
-    guard: MemorizationGuard,
+    guard: MemorizationGuard | None,
     settings: DrawSettings,
     prompts: Sequence[str],
     places: Sequence[tuple[object, ...]],
     *,
     pictures: bool = True,
 ) -> list[Drawn]:
-    """Sample one batch under an enabled guard.
+    """Sample one batch, under an enabled guard if one is given.
 
     Args:
         pipe: from `load`.
-        guard: of this pipeline, on.
+        guard: of this pipeline, on; None: nothing watches.
         prompts: one per picture.
         places: address of each picture; with the seed it gives its noise.
         pictures: decode the latents; without, only the guard's reports are made.
@@ -245,7 +248,7 @@ def draw(
     blanked = getattr(out, "nsfw_content_detected", None) if pictures else None
     return [
         Drawn(image, report, None if blanked is None else bool(blanked[i]))
-        for i, (image, report) in enumerate(zip(images, guard.report, strict=True))
+        for i, (image, report) in enumerate(zip(images, guard.report if guard else [None] * len(prompts), strict=True))
     ]
 
 

@@ -8,6 +8,9 @@
 
 Names of files hold numbers only, whatever the prompts hold. A picture's file appears whole or not at all.
 
+Without guidance (a scale of 1 or less, or a model that is distilled to need none) the guard has nothing to measure: the pictures
+are drawn all the same, and what it would have said is null.
+
 Pictures that are flagged are sampled once more, from the same noise and without the policy, to see which words pull
 (`guard.attribution`): a record holds it as data, the page as coloured words.
 """
@@ -15,6 +18,7 @@ Pictures that are flagged are sampled once more, from the same noise and without
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import io
 import json
@@ -34,8 +38,9 @@ from ambient_sd.errors import UserError, one_line
 from ambient_sd.files import write_whole
 from ambient_sd.guard.attribution import TokenGradients
 from ambient_sd.guard.calibration import FILE_NAME, Calibration, ModelPrint
+from ambient_sd.guard.layouts import distilled
 from ambient_sd.guard.policies.by_name import make
-from ambient_sd.guard.recorder import MemorizationGuard
+from ambient_sd.guard.recorder import ImageReport, MemorizationGuard
 
 TEXT_KEY = "ambient_sd"
 _SHOWN = 600  # pictures on sheet and page
@@ -74,7 +79,8 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
     """Draw what is missing in `settings.out`, write list, sheet and page, and return the records of all pictures.
 
     Raises:
-        UserError: settings are out of range, `out` holds something else, or the guard cannot measure this model.
+        UserError: settings are out of range, `out` holds something else, or a policy, a threshold or an attribution is asked
+            for where the guard cannot measure.
     """
     from tqdm.auto import tqdm
 
@@ -89,6 +95,8 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
     if settings.when == "flagged" and settings.policy is None:
         raise UserError("when is flagged without a policy", rule="it says on which pictures a policy acts")
     policy = None if settings.policy is None else make(settings.policy)
+    if drawing.guidance_scale <= 1:
+        _need_no_guard(settings, f"guidance_scale is {drawing.guidance_scale:g}", "give a scale above 1")
     calibration = _calibration(settings)
     given = {
         **drawing.public(), "prompts": digest(settings.prompts), "num_images_per_prompt": settings.num_images_per_prompt,
@@ -97,6 +105,12 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
     _open(out, given)
 
     pipe = load(drawing)
+    if (why := distilled(pipe)) is not None:
+        _need_no_guard(settings, why, "leave it out")
+    watched = drawing.guidance_scale > 1 and why is None
+    if not watched:
+        print("ambient-sd: pictures without scores: the guard measures guidance, and there is none", flush=True)
+        calibration = None
     if calibration is not None:
         why = calibration.misfit(pipe, drawing.sampling(pipe))
         if why is not None:
@@ -107,7 +121,7 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
         raise UserError("when is flagged, and there is no threshold", rule="it is what flags a picture",
                         remedy="give --threshold X, or calibrate: ambient-sd calibrate --help")  # fmt: skip
     options: dict[str, Any] = {} if settings.when == "always" else {"when": settings.when}
-    guard = MemorizationGuard(pipe, policy, threshold, **options)
+    guard = MemorizationGuard(pipe, policy, threshold, **options) if watched else None
     used = {
         "weights": _weights(pipe), "sampler": type(pipe.scheduler).__name__,
         "threshold": threshold if isinstance(threshold, (float, int, type(None))) else dataclasses.asdict(threshold)["entries"],
@@ -123,7 +137,10 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
     listing = out / "samples.jsonl"
     _write_list(listing, [records[place] for place in places if place in records])
     missing = [place for place in places if place not in records]
-    with guard, tqdm(total=len(places), initial=len(records), desc="sample", unit="picture") as bar:
+    with (
+        guard or contextlib.nullcontext(),
+        tqdm(total=len(places), initial=len(records), desc="sample", unit="picture") as bar,
+    ):
         for first in range(0, len(missing), drawing.batch_size):
             chunk = missing[first : first + drawing.batch_size]
             drawn = draw(pipe, guard, drawing, [settings.prompts[p] for p, _ in chunk], chunk)
@@ -138,6 +155,17 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
     ordered = [records[place] for place in places]
     _show(out, ordered, settings)
     return ordered
+
+
+def _need_no_guard(settings: SampleSettings, why: str, remedy: str) -> None:
+    """Refuse what only the guard can do."""
+    asked = {
+        "policy": settings.policy is not None, "threshold": settings.threshold != "auto", "attribution": settings.attribution == "all",
+    }  # fmt: skip
+    name = next((name for name, wanted in asked.items() if wanted), None)
+    if name is not None:
+        raise UserError(f"{name} is {getattr(settings, name)!r}, and there is no guidance: {why}",
+                        rule="the guard measures guidance", remedy=remedy)  # fmt: skip
 
 
 def _explain(pipe: Any, out: Path, settings: SampleSettings, records: dict[tuple[int, int], dict[str, Any]]) -> bool:
@@ -271,10 +299,11 @@ def _finished(out: Path, place: tuple[int, int]) -> dict[str, Any] | None:
 def _keep(out: Path, place: tuple[int, int], drawn: Drawn, prompt: str, common: dict[str, Any]) -> dict[str, Any]:
     """Write a picture with its record and return the record."""
     assert drawn.image is not None
-    seen = {name: value for name, value in vars(drawn.report).items() if name not in ("prompt", "prompt_index")}
+    names = [f.name for f in dataclasses.fields(ImageReport) if f.name not in ("prompt", "prompt_index")]
+    seen = {name: getattr(drawn.report, name, None) for name in names}  # of no report: null
     record = {
         "file": _file(place), "prompt": prompt, "prompt_index": place[0], "image_index": place[1], **common,
-        "width": drawn.image.width, "height": drawn.image.height, **_plain(seen), "nsfw": drawn.nsfw, "attribution": None,
+        **_plain(seen), "guidance_scale": common["guidance_scale"], "width": drawn.image.width, "height": drawn.image.height, "nsfw": drawn.nsfw, "attribution": None,
     }  # fmt: skip
     _write_picture(out / _file(place), record, drawn.image)
     return record
@@ -348,7 +377,7 @@ def _show(out: Path, records: Sequence[dict[str, Any]], settings: SampleSettings
 
 
 def _caption(record: dict[str, Any]) -> str:
-    return f"{record['score']:.4g}" + (" flagged" if record["flagged"] else "")
+    return "" if record["score"] is None else f"{record['score']:.4g}" + (" flagged" if record["flagged"] else "")
 
 
 def _page(records: Sequence[dict[str, Any]], small: Sequence[Image.Image], settings: SampleSettings, total: int) -> str:
@@ -393,14 +422,20 @@ def _page(records: Sequence[dict[str, Any]], small: Sequence[Image.Image], setti
             f"{_pull(record.get('attribution'))}"
             f"{''.join(f'<small>{escaped(note)}</small>' for note in notes)}</figcaption></figure>"
         )
+    scored = first["score"] is not None
+    heading = f"{total} pictures" + (" under the guard" if scored else "")
+    said = (
+        "Below each picture its score: the mean norm of what the prompt adds to the predicted noise. It compares within this model, "
+        "size and number of steps."
+        if scored
+        else "No scores: the guard measures guidance, and these pictures are drawn without."
+    )
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-        f"<title>{total} pictures under the guard</title><style>{_STYLE}</style><h1>{total} pictures under the guard</h1>"
+        f"<title>{heading}</title><style>{_STYLE}</style><h1>{heading}</h1>"
         f"{''.join(f'<p>{escaped(fact)}.</p>' for fact in facts)}"
-        "<p>Below each picture its score: the mean norm of what the prompt adds to the predicted noise. It compares within "
-        "this model, size and number of steps.</p>"
-        f"{''.join(parts)}</div></html>\n"
+        f"<p>{said}</p>{''.join(parts)}</div></html>\n"
     )
 
 

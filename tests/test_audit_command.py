@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import resource
 import shutil
 import signal
@@ -160,6 +161,15 @@ def test_command_draws_measures_and_writes_the_same_bytes_again(sets: dict[str, 
     assert all(
         p.stat().st_mtime_ns == drawn[p.name] for p in (sets["out"] / "generated/images").iterdir() if p.name in drawn
     )
+
+
+def test_a_model_is_audited_without_guidance_too(sets: dict[str, Path], tiny_base: Path) -> None:
+    assert run(sets, tiny_base, "--guidance_scale", "0") == 0
+    found = json.loads((sets["out"] / "audit.json").read_text())
+    lines = [json.loads(line) for line in (sets["out"] / "pictures.jsonl").read_text().splitlines()]
+    assert found["model"]["guidance_scale"] == 0 and not found["tokens"] and found["pictures"]["generated"]["n"] == 6
+    assert [line["score"] for line in lines] == [None] * 6  # the guard measures guidance; copies are counted all the same
+    assert found["measures"][0]["generated"]["n"] == 6 and not re.search(r"[ >]nan\b", (sets["out"] / "audit.html").read_text())
 
 
 @pytest.mark.parametrize(("limit", "status"), [("0.99", 1), ("1.0", 2), ("x", 2)])

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ambient_sd import MemorizationGuard, sample
 from ambient_sd.cli import main
-from ambient_sd.drawing import DrawSettings, draw, load
+from ambient_sd.drawing import DrawSettings, draw, load, start_noise
 from ambient_sd.errors import UserError
 from ambient_sd.sample import SampleSettings, read_record
 
@@ -178,6 +178,42 @@ def test_a_run_that_was_cut_goes_on_and_ends_as_if_it_had_not_been(
     assert len(calls) == 5
 
 
+@pytest.mark.parametrize("why", ["scale", "distilled"])
+def test_without_guidance_pictures_are_the_stock_pipelines_and_have_no_scores(
+    tiny_base: Path, tmp_path: Path, capsys: Any, why: str
+) -> None:
+    base, scale = tiny_base, 1.0
+    if why == "distilled":  # as LCM: the scale is an input of the network, at any value there is no second branch
+        base, scale = tmp_path / "lcm", 7.5
+        pipe = tiny.tiny_pipeline()
+        unet = type(pipe.unet).from_config(pipe.unet.config, time_cond_proj_dim=8)
+        pipe.register_modules(unet=unet)
+        pipe.save_pretrained(base)
+    out = tmp_path / "out"
+    given = settings(base, out, ["a cat", "<b>dog"], guidance_scale=scale)
+    records = sample.sample(given)
+    assert [r["score"] for r in records] == [None, None] and [r["guidance_scale"] for r in records] == [scale] * 2
+    assert "no guidance" not in capsys.readouterr().err
+    pipe = load(given.drawing)
+    noise = start_noise(pipe, given.drawing, [(0, 0), (1, 0)])
+    size = given.drawing.sampling(pipe).height
+    stock = pipe(
+        ["a cat", "<b>dog"], latents=noise, num_inference_steps=2, guidance_scale=scale, height=size, width=size
+    )
+    assert [near(data, image.tobytes()) for data, image in zip(pixels(out).values(), stock.images, strict=True)] == [
+        True
+    ] * 2
+    page = (out / "index.html").read_text()
+    assert "No scores" in page and "under the guard" not in page and "<b>dog" not in page
+    # Control: with guidance there are scores, and other pictures.
+    if why == "scale":
+        guided = sample.sample(settings(base, tmp_path / "guided", ["a cat", "<b>dog"], guidance_scale=7.5))
+        assert all(r["score"] > 0 for r in guided) and pixels(tmp_path / "guided") != pixels(out)
+    with pytest.raises(UserError, match="guard measures guidance"):
+        sample.sample(settings(base, tmp_path / "policy", ["a cat"], guidance_scale=scale, policy="random_tokens"))
+    sample.sample(given)  # goes on: nothing left to draw
+
+
 def test_other_settings_in_the_same_folder_are_one_line(tiny_base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     sample.sample(settings(tiny_base, out, ["a cat"]))
@@ -202,7 +238,10 @@ def test_other_settings_in_the_same_folder_are_one_line(tiny_base: Path, tmp_pat
 @pytest.mark.parametrize(
     ("words", "named"),
     [(["--prompt", "a", "--prompts", "b"], "twice"), ([], "nowhere"), (["--prompt", "a", "--threshold", "high"], "threshold is 'high'"),
-     (["--prompt", "a", "--threshold", "-1"], "threshold is -1"), (["--prompt", "a", "--guidance_scale", "1"], "measures guidance"),
+     (["--prompt", "a", "--threshold", "-1"], "threshold is -1"), (["--prompt", "a", "--guidance_scale", "-1"], "guidance_scale is -1"),
+     (["--prompt", "a", "--guidance_scale", "1", "--threshold", "3"], "guard measures guidance"),
+     (["--prompt", "a", "--guidance_scale", "0", "--attribution", "all"], "attribution is 'all'"),
+     (["--prompt", "a", "--guidance_scale", "inf"], "must be a finite number"),
      (["--prompt", "a", "--resolution", "30"], "multiple of 8"), (["--prompt", "a", "--policy", "nothing"], "it must be one of"),
      (["--prompt", "a", "--policy", "prompt_optimization"], "needs target"), (["--prompt", "a", "--when", "flagged"], "without a policy"),
      (["--prompt", "a", "--adapter", "./none"], "adapter is ./none"), (["--prompt", "a", "--device", "toaster"], "device is"),
