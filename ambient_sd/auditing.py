@@ -179,8 +179,8 @@ class Generated:
 
     @property
     def groups(self) -> Sequence[Hashable] | None:
-        """Return the label by which pictures are resampled: their prompt."""
-        return self.prompts
+        """Return the label by which pictures are resampled: their prompt; None, each by itself, where one prompt is all that is asked."""
+        return None if self.prompts is None or len(set(self.prompts)) == 1 else self.prompts
 
 
 class Images(Sequence[Image.Image]):

@@ -163,13 +163,29 @@ def test_command_draws_measures_and_writes_the_same_bytes_again(sets: dict[str, 
     )
 
 
+def test_pictures_of_one_prompt_are_resampled_one_by_one(sets: dict[str, Path], tiny_base: Path) -> None:
+    (sets["out"].parent / "empty.jsonl").write_text('{"prompt": ""}\n')
+    prompts = ["--prompts", str(sets["out"].parent / "empty.jsonl"), "--guidance_scale", "1"]
+    assert run(sets, tiny_base, *prompts, "--samples_per_prompt", "8") == 0
+    found = json.loads((sets["out"] / "audit.json").read_text())
+    assert found["pictures"]["generated"]["n"] == 8 and found["pictures"]["generated"]["prompts"] == 1
+    share = found["measures"][0]["generated"]
+    assert share["value"] == 0 and share["high"] == pytest.approx(
+        0.324, abs=1e-3
+    )  # Wilson of 0 in 8; of 0 in 1 it is 0.79
+
+
 def test_a_model_is_audited_without_guidance_too(sets: dict[str, Path], tiny_base: Path) -> None:
     assert run(sets, tiny_base, "--guidance_scale", "0") == 0
     found = json.loads((sets["out"] / "audit.json").read_text())
     lines = [json.loads(line) for line in (sets["out"] / "pictures.jsonl").read_text().splitlines()]
     assert found["model"]["guidance_scale"] == 0 and not found["tokens"] and found["pictures"]["generated"]["n"] == 6
-    assert [line["score"] for line in lines] == [None] * 6  # the guard measures guidance; copies are counted all the same
-    assert found["measures"][0]["generated"]["n"] == 6 and not re.search(r"[ >]nan\b", (sets["out"] / "audit.html").read_text())
+    assert [line["score"] for line in lines] == [
+        None
+    ] * 6  # the guard measures guidance; copies are counted all the same
+    assert found["measures"][0]["generated"]["n"] == 6 and not re.search(
+        r"[ >]nan\b", (sets["out"] / "audit.html").read_text()
+    )
 
 
 @pytest.mark.parametrize(("limit", "status"), [("0.99", 1), ("1.0", 2), ("x", 2)])
