@@ -2,6 +2,7 @@
 
     pixels      RGB at 64 x 64; another side as pixels32             no weights
     toned       the same without brightness and contrast             no weights
+    edges       contours in any colour; another side as edges32      no weights
     efflite0    EfficientNet-Lite0                                   inside two packages
     sscd        SSCD                                                 --sscd FILE, or found (`features.Sscd`)
     dinov2      DINOv2                                               --dinov2 MODEL
@@ -25,8 +26,13 @@ if TYPE_CHECKING:
 
     from ambient_sd.audit.features import Features
 
-NAMES = ("pixels", "toned", "efflite0", "sscd", "dinov2", "inception")
-DEFAULT = ("pixels", "toned", "efflite0")  # not what happens to be installed: one command, one verdict everywhere
+NAMES = ("pixels", "toned", "edges", "efflite0", "sscd", "dinov2", "inception")
+DEFAULT = (
+    "pixels",
+    "toned",
+    "edges",
+    "efflite0",
+)  # not what happens to be installed: one command, one verdict everywhere
 WEIGHTS = {
     "sscd": ("FILE", "SSCD as TorchScript or ONNX"),
     "dinov2": ("MODEL", "DINOv2, folder or hub id, for example facebook/dinov2-giant"),
@@ -35,6 +41,7 @@ WEIGHTS = {
 _LABELS = {"efflite0": "EffLite0", "sscd": "SSCD", "dinov2": "DINOv2", "inception": "Inception"}
 _NEEDED = ("dinov2", "inception")
 _PIXELS = re.compile(r"pixels([1-9]\d{0,3})?(-toned)?|toned")
+_EDGES = re.compile(r"edges(1|2|4|8|16|32|64)?")
 
 
 def label(name: str) -> str:
@@ -46,8 +53,12 @@ def label(name: str) -> str:
     low = name.lower()
     if (match := _PIXELS.fullmatch(low)) is not None:
         return f"pixels{match[1] or 64}" + ("-toned" if match[2] or low == "toned" else "")
+    if (match := _EDGES.fullmatch(low)) is not None:
+        return f"edges{match[1] or 16}"
     if low not in _LABELS:
-        raise UserError(f"feature {name!r}", rule=f"there are {', '.join(NAMES)}, and pixels32 for another side")
+        raise UserError(
+            f"feature {name!r}", rule=f"there are {', '.join(NAMES)}, and pixels32 or edges32 for another side"
+        )
     return _LABELS[low]
 
 
@@ -102,7 +113,7 @@ def choose(
     Raises:
         UserError: a name is unknown or there twice, or weights are missing or cannot be used.
     """
-    from ambient_sd.audit.features import EffLite0, Pixels, Sscd
+    from ambient_sd.audit.features import Edges, EffLite0, Pixels, Sscd
     from ambient_sd.audit.networks import Dinov2, Inception
 
     files = files or {}
@@ -121,6 +132,8 @@ def choose(
         if name in makers:
             made: Features = makers[name]()
             return made
+        if name.startswith("edges"):
+            return Edges(int(name.removeprefix("edges")))
         return Pixels(int(name.removeprefix("pixels").removesuffix("-toned")), toned=name.endswith("-toned"))
 
     return [make(name) for name in known]

@@ -2,6 +2,7 @@
 
     copied        share of samples with d1 / d2 < 1/3, pixels at 64 x 64             ambient_sd.audit.metrics
     coarsely      the same at 16 x 16: copies whose fine detail is worse than the original's count too
+    recoloured    the same by contours alone (`ambient_sd.audit.features.Edges`): copies in other colours count too
     distance      Frechet distance to the held-out pictures, EfficientNet-Lite0, at equal n; KID beside it
     error(s)      mean over pictures of |x0 - E[x0 | x_t]|^2 / dim at noise level s, x_t made of the CLEAN picture
 
@@ -20,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ambient_sd.audit.features import EffLite0, Features, Pixels, embed
+from ambient_sd.audit.features import Edges, EffLite0, Features, Pixels, embed
 from ambient_sd.audit.metrics import Figure, bootstrap, memorized_fraction, quality_rows
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.data.sources import PictureSet
@@ -50,7 +51,7 @@ def read_reals(training: PictureSet, heldout: PictureSet) -> Reals:
     """Embed both sets."""
     training.fingerprint()  # fills in the keys that tell equal pictures
     rows = training.one_of_each()
-    features: list[Features] = [Pixels(), EffLite0(), Pixels(16)]
+    features: list[Features] = [Pixels(), EffLite0(), Pixels(16), Edges()]
     images, unseen = [training[i].image for i in rows], [row.image for row in heldout]
     return Reals(
         embed(images, features), embed(unseen, features), images, [training.captions[i] for i in rows], unseen,
@@ -101,7 +102,7 @@ def measure_samples(
     groups = prompts if any(prompts) else None
     drawn = embed(pictures, reals.features)
     options: dict[str, Any] = {"groups": groups, "seed": seed, "resamples": resamples}
-    pixels, deep, coarse = (feature.name for feature in reals.features)
+    pixels, deep, coarse, edges = (feature.name for feature in reals.features)
     near = nearest(drawn[pixels], reals.training[pixels])
     cosine = nearest(drawn[deep], reals.training[deep], distance="cosine").similarity
     out = {
@@ -111,6 +112,9 @@ def measure_samples(
         ),
         "copied-coarsely": memorized_fraction(
             nearest(drawn[coarse], reals.training[coarse]), name="copied-coarsely", **options
+        ),
+        "copied-recoloured": memorized_fraction(
+            nearest(drawn[edges], reals.training[edges]), name="copied-recoloured", **options
         ),
         "ratio": bootstrap(near.ratio, torch.median, name="median d1/d2", **options),
         "similarity": bootstrap(

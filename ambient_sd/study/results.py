@@ -146,12 +146,12 @@ def tables(results: Mapping[str, Any]) -> str:
         return "Nothing is measured yet.\n"
     labels = list(dict.fromkeys(p.label for p in found))
     seeds = {label: sorted({r["seed"] for r in results["runs"] if r["label"] == label}) for label in labels}
-    lines = ["### At the last step", "", "| run | seeds | step | n | copied | at 16 px | median d1/d2 | Frechet distance | KID x 1000 |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["### At the last step", "", "| run | seeds | step | n | copied | at 16 px | in any colour | median d1/d2 | Frechet distance | KID x 1000 |",
+             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for label in labels:
         p = max((p for p in found if p.label == label), key=lambda p: p.step)
         lines.append(
-            f"| {label} | {_numbers(seeds[label])} | {p.step} | {p.n} | {_share(p.copied)} | {_share(p.figures['copied-coarsely'])} | {_span(p.figures['ratio'], 2)} | "
+            f"| {label} | {_numbers(seeds[label])} | {p.step} | {p.n} | {_share(p.copied)} | {_share(p.figures['copied-coarsely'])} | {_recoloured(p)} | {_span(p.figures['ratio'], 2)} | "
             f"{_span(p.distance, 1)} | {_span(p.figures['kid'], 1, 1000)} |"
         )
     floor = found[0].figures["distance floor"]
@@ -211,6 +211,11 @@ def tables(results: Mapping[str, Any]) -> str:
     if results["missing"]:
         lines += [f"Not whole yet: {', '.join(results['missing'])}.", ""]
     return "\n".join(lines)
+
+
+def _recoloured(p: Point) -> str:
+    """Studies that were measured before this figure existed do not have it."""
+    return _share(p.figures["copied-recoloured"]) if "copied-recoloured" in p.figures else ""
 
 
 def _high_error(p: Point, name: str, above: float = HIGH) -> float:

@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
-from ambient_sd.audit.features import Pixels, embed
+from ambient_sd.audit.features import Edges, Pixels, embed
+from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.transformations import TRANSFORMATIONS, detection, embed_all, table, transformed
+from ambient_sd.errors import UserError
 
 
 def picture(seed: int) -> Image.Image:
@@ -74,6 +76,37 @@ def test_toned_pixels_do_not_see_brightness_and_contrast_but_see_what_differs() 
     assert torch.isfinite(flat).all() and float(flat.abs().max()) == 0.0
     darker = ImageEnhance.Brightness(a).enhance(0.7)
     assert float((toned([a]) - toned([darker])).norm()) < 2
+
+
+def test_edges_see_copies_in_other_colours_where_pixels_do_not_and_know_other_pictures() -> None:
+    training = [picture(i) for i in range(20)]
+    swapped = [Image.merge("RGB", [p.getchannel(c) for c in "BRG"]) for p in training]
+    edges = Edges()
+    assert torch.allclose(edges(swapped), edges(training), atol=1e-4)
+    found = nearest(
+        edges([TRANSFORMATIONS["hue turned by 120 degrees"](p, np.random.default_rng(0)) for p in training]),
+        edges(training),
+    )
+    assert found.index[:, 0].tolist() == list(range(20)) and float((found.ratio < 1 / 3).float().mean()) > 0.9
+    by_pixels = nearest(Pixels()(swapped), Pixels()(training))
+    assert float((by_pixels.ratio < 1 / 3).float().mean()) == 0  # control
+    others = nearest(edges([picture(100 + i) for i in range(20)]), edges(training))
+    assert float(others.ratio.min()) > 1 / 3  # control: other pictures are no copies in any colour
+    with pytest.raises(UserError, match="divisor of 64"):
+        Edges(5)
+
+
+def test_edges_are_the_gradient_of_all_channels() -> None:
+    """Held against a loop over pixels, on a ramp whose gradient is known, and on a flat picture, which has none."""
+    rows = np.zeros((64, 64, 3), np.uint8)
+    rows[:, 32:, 0], rows[:, 32:, 1] = 200, 100  # one upright contour in two channels
+    found = Edges(64)._embed(rows[None])[0].reshape(64, 64)
+    strength = torch.zeros(64, 64)
+    # Sobel / 8 spreads a step of height h over two columns, h / 2 each.
+    strength[:, 31:33] = ((200 / 255) ** 2 + (100 / 255) ** 2) ** 0.5 / 2
+    expected = (strength - strength.mean()) / strength.std(correction=0)
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert float(Edges()._embed(np.full((1, 64, 64, 3), 7, np.uint8)).abs().max()) == 0.0
 
 
 def test_the_table_is_markdown_with_intervals(cells: dict[tuple[str, bool], tuple[float, float]]) -> None:
