@@ -105,7 +105,7 @@ def do_run(plan: Plan, run: Run, out: Path, threads: int, position: int = 0) -> 
             summary = train(config, bar={"desc": run.name, "position": position, "leave": False})
             trained = time.perf_counter() - begin
             if reals is None:
-                reals = _reals(plan, config)
+                reals = open_reals(plan, config)
             _measure(plan, run, config, reals, step, folder, {
                 "seconds_trained": round(trained, 1), "loss": summary["loss"], "clean_loss": summary["clean_loss"],
                 "ambient_loss": summary["ambient_loss"],
@@ -234,7 +234,7 @@ def _config(plan: Plan, run: Run, out: Path, step: int | None = None) -> TrainCo
 _known: dict[tuple[str, str], Reals] = {}
 
 
-def _reals(plan: Plan, config: TrainConfig) -> Reals:
+def open_reals(plan: Plan, config: TrainConfig) -> Reals:
     """Return the embedded real pictures of a run; the next run on the same ones in this process finds them embedded."""
     training, heldout = open_pictures(config), _heldout(plan, config)
     key = training.fingerprint(), heldout.fingerprint()

@@ -1,0 +1,144 @@
+"""Two networks in one sampling: one above a noise level, another below. Where in the noise levels does memorization sit?
+
+    python benchmarks/by_noise_level.py configs/study/text-60.yaml --out build/by-noise-level
+
+The study's plain run is trained once and its U-Net kept at each of --steps. Every pair "HIGH above LEVEL, last below" is then sampled and
+measured as the study measures its runs; HIGH is the base or an earlier step. Goes on where it was cut.
+
+Beside the study's figures:
+    shaped    d1 / d2 < 1/2 of pixels without brightness and contrast: copies in other tones; its value for the held-out pictures stands beside
+    own       share of samples whose nearest training picture, by contours, is that of their own prompt
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ambient_sd.audit.features import Edges, Pixels, embed
+from ambient_sd.audit.metrics import bootstrap
+from ambient_sd.audit.neighbours import nearest
+from ambient_sd.audit.report import contact_sheet
+from ambient_sd.errors import UserError, exits_on_user_error
+from ambient_sd.files import write_whole
+from ambient_sd.quiet import quiet
+from ambient_sd.schedule import NoiseSchedule
+from ambient_sd.study.measures import Reals, load_pipeline, measure_samples, prompts_of, sample
+from ambient_sd.study.plan import Plan, read_plan
+from ambient_sd.study.sweep import open_reals
+from ambient_sd.training.loop import run as train
+
+COLUMNS = {
+    "copied": "copied", "copied-coarsely": "at 16 px", "copied-recoloured": "in any colour", "shaped": "toned, d1/d2 < 1/2",
+    "own": "own original nearest",
+}  # fmt: skip
+
+
+@exits_on_user_error
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--steps", type=int, nargs="+", default=[200, 400, 1000], help="the last is the network below")
+    parser.add_argument("--levels", type=float, nargs="+", default=[0.4, 0.8, 1.6, 3.0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    quiet()
+    plan = read_plan(args.study, {"seeds": [args.seed], "measure_at": args.steps})
+    networks, pipe, reals, resolution = _networks(plan, args.out)
+    last = f"step {plan.measure_at[-1]}"
+    pairs: list[tuple[str, str, float]] = [("base", "base", 0.0), (last, last, 0.0)]
+    pairs += [(high, last, level) for high in networks if high != last for level in args.levels]
+    rows = []
+    for high, low, level in pairs:
+        rows.append(_measured(args.out, pipe, networks, (high, low, level), plan, reals, resolution, args.seed))
+        print(rows[-1]["name"], {k: round(v["value"], 3) for k, v in rows[-1]["figures"].items()}, flush=True)
+    write_whole(args.out / "results.json", json.dumps(rows, indent=1) + "\n")
+    print(table(rows))
+
+
+def _networks(plan: Plan, out: Path) -> tuple[dict[str, Any], Any, Reals, int]:
+    """Train what is missing; return the U-Nets by name, a pipeline to put them into, and the real pictures."""
+    run = next((run for run in plan.runs if run.label == "plain"), None)
+    if run is None or plan.from_scratch is not None:
+        raise UserError(f"study {plan.name}", rule="needs a run called plain that starts from a base")
+    config = run.config(out / "model")
+    for step in plan.measure_at:
+        config = run.config(
+            out / "model", max_train_steps=step, checkpointing_steps=plan.checkpointing_steps, checkpoints_total_limit=1,
+            resume_from_checkpoint="latest", report_to="none", latent_cache_dir=str(out / "latents"),
+        )  # fmt: skip
+        kept = out / f"unet-{step}"
+        if not kept.exists():
+            train(config)
+            shutil.copytree(out / "model" / "unet", out / f".unet-{step}.part", dirs_exist_ok=True)
+            (out / f".unet-{step}.part").rename(kept)
+    base = str(config.pretrained_model_name_or_path)
+    pipe = load_pipeline(base, out / "model", False)
+    load = type(pipe.unet).from_pretrained
+    networks = {"base": load(base, subfolder="unet").to(pipe.device)}
+    networks |= {f"step {step}": load(out / f"unet-{step}").to(pipe.device) for step in plan.measure_at}
+    return networks, pipe, open_reals(plan, config), config.resolution
+
+
+def _measured(
+    out: Path, pipe: Any, networks: dict[str, Any], pair: tuple[str, str, float], plan: Plan, reals: Reals, resolution: int, seed: int
+) -> dict[str, Any]:  # fmt: skip
+    high, low, level = pair
+    name = low if high == low else f"{high} above {level:g}, {low} below"
+    path = out / f"{name.replace(' ', '-').replace(',', '')}.json"
+    if path.exists():
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    switch = NoiseSchedule.from_scheduler(pipe.scheduler).timestep(level) if level else -1.0
+    pipe.unet = switched(networks[high], networks[low], switch)
+    prompts = prompts_of(reals, plan.sampling, seed)
+    pictures = sample(pipe, prompts, plan.sampling, resolution, seed)
+    figures, _ = measure_samples(pictures, prompts, reals, seed)
+    toned, edges = Pixels(toned=True), Edges()
+    found, known = embed(pictures, [toned, edges]), embed(reals.images, [toned, edges])
+    ratio = nearest(found[toned.name], known[toned.name]).ratio
+    mine = torch.tensor([list(reals.captions).index(prompt) for prompt in prompts])
+    own = nearest(found[edges.name], known[edges.name]).index[:, 0] == mine
+    options: dict[str, Any] = {"groups": prompts, "seed": seed, "share": True}
+    figures["shaped"] = bootstrap((ratio < 0.5).double(), torch.mean, name="shaped", **options)
+    figures["own"] = bootstrap(own.double(), torch.mean, name="own", **options)
+    contact_sheet(pictures, 20).save(path.with_suffix(".png"))
+    record = {"name": name, "figures": {key: figure.as_dict() for key, figure in figures.items()}}
+    write_whole(path, json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def switched(high: Any, low: Any, switch: float) -> Any:
+    """Return a U-Net that is `high` at timesteps above `switch` and `low` at others."""
+    both = copy.deepcopy(low)
+
+    def forward(sample: torch.Tensor, timestep: Any, *args: Any, **options: Any) -> Any:
+        t = float(torch.as_tensor(timestep).flatten()[0])
+        return (high if t > switch else low)(sample, timestep, *args, **options)
+
+    both.forward = forward
+    return both
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the figures as Markdown."""
+    lines = [f"| network | {' | '.join(COLUMNS.values())} | Frechet distance |", "|---" * (2 + len(COLUMNS)) + "|"]
+    for row in rows:
+        cells = [_cell(row["figures"][key], 100, " %") for key in COLUMNS]
+        lines.append(f"| {row['name']} | {' | '.join(cells)} | {_cell(row['figures']['distance'], 1, '')} |")
+    return "\n".join(lines)
+
+
+def _cell(figure: dict[str, Any], factor: float, unit: str) -> str:
+    return f"{factor * figure['value']:.1f}{unit} [{factor * figure['low']:.1f}, {factor * figure['high']:.1f}]"
+
+
+if __name__ == "__main__":
+    main()
