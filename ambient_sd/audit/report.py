@@ -262,6 +262,18 @@ def _find_alone(run: RunSection, copies: Row, quality: str) -> Finding:
     verb = "copies training pictures" if kind == "copies" else "shows no copying beyond chance"
     sentence = f"{name} {verb}: {share}, against {show(copies.heldout)} of unseen real pictures."
     detail = f"Excess {show(copies.excess, signed=True)} (95 % interval {_span(copies.excess)})."
+    more = [
+        (row.excess.value, row, row.heldout)
+        for row in run.figures
+        if row.name.startswith("memorized-")
+        and row.excess
+        and row.heldout
+        and row.excess.low > max(0.0, copies.excess.value)
+    ]
+    if more:
+        _, most, held = max(more, key=lambda found: found[0])
+        name = most.name.removeprefix("memorized-")
+        detail += f" By {name} there are more: {show(most.generated)}, against {show(held)}. Look at those too."
     if any(row.name == quality for row in run.figures):
         row = run.row(quality)
         assert row.heldout is not None and row.excess is not None

@@ -28,7 +28,7 @@ def read(*words: str) -> tuple[list[str], dict[str, str | None]]:
 
 def test_every_label_is_the_name_of_the_feature_that_is_made_and_names_it_too(tmp_path: Path) -> None:
     torch.jit.script(Mean()).save(str(tmp_path / "inception.pt"))
-    names = [name for name in (*NAMES, "pixels8", "pixels8-toned") if name != "dinov2"]
+    names = [name for name in (*NAMES, "pixels8", "pixels8-toned", "edges32") if name != "dinov2"]
     if not Sscd.available():
         names.remove("sscd")
     made = choose(names, {"inception": str(tmp_path / "inception.pt")})
@@ -46,8 +46,10 @@ def test_sides_and_tones_of_pixels_are_read() -> None:
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        (["pixel"], "there are pixels, toned, efflite0, sscd, dinov2, inception"),
+        (["pixel"], "there are pixels, toned, edges, efflite0, sscd, dinov2, inception"),
         (["pixels0"], "feature 'pixels0'"),
+        (["edges5"], "feature 'edges5'"),
+        (["edges", "EDGES16"], "no name twice"),
         (["pixels", "pixels64"], "no name twice"),
         (["toned", "pixels64-TONED"], "no name twice"),
         (["efflite0", "EffLite0"], "no name twice"),
