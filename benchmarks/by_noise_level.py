@@ -2,8 +2,9 @@
 
     python benchmarks/by_noise_level.py configs/study/text-60.yaml --out build/by-noise-level
 
-The study's plain run is trained once and its U-Net kept at each of --steps. Every pair "HIGH above LEVEL, last below" is then sampled and
-measured as the study measures its runs; HIGH is the base or an earlier step. Goes on where it was cut.
+The study's plain run is trained once and its U-Net kept at each of --steps. Each of these networks is sampled and measured alone, as the study measures
+its runs, then in pairs: base and each of --high above a level with the last step below it, and the last step above with the base below. Goes on where
+it was cut.
 
 Beside the study's figures:
     shaped    d1 / d2 < 1/2 of pixels without brightness and contrast: copies in other tones; its value for the held-out pictures stands beside
@@ -45,17 +46,25 @@ COLUMNS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path)
-    parser.add_argument("--steps", type=int, nargs="+", default=[200, 400, 1000], help="the last is the network below")
-    parser.add_argument("--levels", type=float, nargs="+", default=[0.4, 0.8, 1.6, 3.0])
+    parser.add_argument("--steps", type=int, nargs="+", default=[200, 400, 600, 800, 1000])
+    parser.add_argument(
+        "--high", type=int, nargs="*", default=[200], help="those of the steps that come above, beside the base"
+    )
+    parser.add_argument("--levels", type=float, nargs="+", default=[0.8, 1.6, 3.0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if missing := sorted(set(args.high) - set(args.steps)):
+        raise UserError(f"high {missing[0]}", rule="it must be one of --steps")
     quiet()
     plan = read_plan(args.study, {"seeds": [args.seed], "measure_at": args.steps})
     networks, pipe, reals, resolution = _networks(plan, args.out)
     last = f"step {plan.measure_at[-1]}"
-    pairs: list[tuple[str, str, float]] = [("base", "base", 0.0), (last, last, 0.0)]
-    pairs += [(high, last, level) for high in networks if high != last for level in args.levels]
+    pairs = [(name, name, 0.0) for name in networks]
+    pairs += [
+        (high, last, level) for high in ("base", *(f"step {step}" for step in args.high)) for level in args.levels
+    ]
+    pairs += [(last, "base", level) for level in args.levels]
     rows = []
     for high, low, level in pairs:
         rows.append(_measured(args.out, pipe, networks, (high, low, level), plan, reals, resolution, args.seed))
