@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ambient_sd.data.noise import image_noise as image_noise
     from ambient_sd.guard import policies as policies
+    from ambient_sd.guard.base_above import BaseAbove as BaseAbove
     from ambient_sd.guard.pipeline import AmbientSDPipeline as AmbientSDPipeline
     from ambient_sd.guard.recorder import MemorizationGuard as MemorizationGuard
     from ambient_sd.objective import AmbientObjective as AmbientObjective
@@ -22,10 +23,19 @@ _HOME = {
     "NoiseSchedule": "ambient_sd.schedule",
     "AmbientObjective": "ambient_sd.objective",
     "image_noise": "ambient_sd.data.noise",
+    "BaseAbove": "ambient_sd.guard.base_above",
     "MemorizationGuard": "ambient_sd.guard.recorder",
     "AmbientSDPipeline": "ambient_sd.guard.pipeline",
 }
-__all__ = ["AmbientObjective", "AmbientSDPipeline", "MemorizationGuard", "NoiseSchedule", "image_noise", "policies"]
+__all__ = [
+    "AmbientObjective",
+    "AmbientSDPipeline",
+    "BaseAbove",
+    "MemorizationGuard",
+    "NoiseSchedule",
+    "image_noise",
+    "policies",
+]
 
 
 def __getattr__(name: str) -> Any:

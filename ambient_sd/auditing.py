@@ -448,7 +448,13 @@ def _aligners(settings: AuditSettings, prompts: Sequence[str] | None, device: st
 
         pipe = load(
             dataclasses.replace(
-                settings.drawing or DrawSettings(""), model=settings.judge, adapter=None, scheduler=None, device=device
+                settings.drawing or DrawSettings(""),
+                model=settings.judge,
+                adapter=None,
+                base_above=None,
+                base=None,
+                scheduler=None,
+                device=device,
             )
         )
         factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
@@ -799,7 +805,8 @@ def _made(
     made: dict[str, object] = {**_versions(), "seed": settings.seed}
     if drawing is not None:
         steps = f"{drawing.scheduler or 'its own sampler'}, {drawing.num_inference_steps} steps, guidance {drawing.guidance_scale:g}"
-        made["model"] = label(drawing.model) + (f" with {label(drawing.adapter)}" if drawing.adapter else "")
+        above = "" if drawing.base_above is None else f", its base above noise level {drawing.base_above:g}"
+        made["model"] = label(drawing.model) + (f" with {label(drawing.adapter)}" if drawing.adapter else "") + above
         made["sampling"] = f"{steps}, seed {drawing.seed}, {settings.samples_per_prompt} pictures a prompt"
     made["weights of the U-Net (sha256)"] = generated.weights or "not known"
     made["training pictures (sha256)"] = training.fingerprint()

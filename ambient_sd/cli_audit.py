@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ambient_sd.audit.registry import add_features, chosen
-from ambient_sd.cli_guard import add_drawing
+from ambient_sd.cli_guard import add_base, add_drawing
 from ambient_sd.errors import UserError
 
 
@@ -65,6 +65,7 @@ def add_audit(verbs: Any) -> None:
         "--heldout_row_filter", nargs="+", default=[], metavar="CONDITION", help="the same for held-out rows"
     )
     add_drawing(audit)
+    add_base(audit)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     from ambient_sd.drawing import DrawSettings
 
     names = ("adapter", "scheduler", "num_inference_steps", "guidance_scale", "resolution", "seed", "dtype", "device",
-             "batch_size")  # fmt: skip
+             "batch_size", "base_above", "base")  # fmt: skip
     drawing = None
     if args.generated is None:
         drawing = DrawSettings(model=args.places[0], **{name: getattr(args, name) for name in names})

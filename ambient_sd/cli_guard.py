@@ -60,6 +60,7 @@ def add_verbs(verbs: Any) -> None:
     sample.add_argument("--num_images_per_prompt", type=int, default=1, help="pictures of each prompt")
     sample.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     add_drawing(sample)
+    add_base(sample)
     calibrate = verbs.add_parser(
         "calibrate",
         help="find the score above which a picture is flagged, for one model and sampler",
@@ -111,6 +112,14 @@ def add_verbs(verbs: Any) -> None:
     compare.add_argument("--out", type=Path, required=True, help="folder for everything")
 
 
+def add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base_above", type=float, default=None, metavar="LEVEL", help="noise level (sigma / alpha) above which the base stands in "
+                        "for the fine-tuned network: fewer copies, nothing to train; try 1.6")  # fmt: skip
+    parser.add_argument(
+        "--base", default=None, metavar="MODEL", help="the base of --base_above (default: MODEL without its --adapter)"
+    )
+
+
 def add_drawing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="LORA", default=None, help="LoRA: folder, .safetensors file or hub id")
     parser.add_argument(
@@ -133,8 +142,8 @@ def run(args: argparse.Namespace) -> None:
         return
     from ambient_sd.drawing import DrawSettings
 
-    names = ("model", "adapter", "scheduler", "num_inference_steps", "guidance_scale", "resolution", "seed", "dtype",
-             "device", "batch_size")  # fmt: skip
+    names = ["model", "adapter", "scheduler", "num_inference_steps", "guidance_scale", "resolution", "seed", "dtype",
+             "device", "batch_size", *(["base_above", "base"] if args.verb == "sample" else [])]  # fmt: skip
     drawing = DrawSettings(**{name: getattr(args, name) for name in names})
     if args.verb == "sample":
         _sample(args, drawing)

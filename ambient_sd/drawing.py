@@ -21,6 +21,7 @@ from PIL import Image
 
 from ambient_sd.data.stream import keyed_generator
 from ambient_sd.errors import UserError, one_line
+from ambient_sd.guard.base_above import BaseAbove
 from ambient_sd.guard.calibration import Sampling
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard
 from ambient_sd.hub_ids import resolve_model_id
@@ -50,6 +51,8 @@ class DrawSettings:
         seed: of the start noise.
         dtype: precision of the weights, one of `DTYPES`.
         device: torch device; None: a GPU if there is one.
+        base_above: noise level above which the base's U-Net stands in for the model's (`guard.base_above`); None: nowhere.
+        base: folder or hub id of the base that `base_above` takes; None: the model without its adapter.
         batch_size: pictures that go through the network together; changes rounding and nothing else.
     """
 
@@ -63,6 +66,8 @@ class DrawSettings:
     dtype: str = "float32"
     device: str | None = None
     batch_size: int = 4
+    base_above: float | None = None
+    base: str | None = None
 
     def check(self) -> None:
         """Raise a `UserError` for what can be seen to be wrong without loading anything."""
@@ -78,11 +83,23 @@ class DrawSettings:
                 raise UserError(
                     f"{name} is {getattr(self, name)!r}", rule=f"it must be one of {', '.join(filter(None, known))}"
                 )
+        if self.base_above is not None and not 0 <= self.base_above < math.inf:
+            raise UserError(
+                f"base_above is {self.base_above}", rule="it must be a noise level, a finite number of at least 0"
+            )
+        if self.base is not None and self.base_above is None:
+            raise UserError("base without base_above", rule="it says above which noise level the base is used")
+        if self.base_above is not None and self.base is None and self.adapter is None:
+            raise UserError(
+                "base_above without a base", rule="a model without adapter holds none", remedy="give --base MODEL"
+            )
         try:
             torch.device(self.device or "cpu")
         except RuntimeError:
             raise UserError(f"device is {self.device!r}", remedy="for example cpu, cuda or cuda:1") from None
         _check_model(resolve_model_id(self.model))
+        if self.base is not None:
+            _check_model(resolve_model_id(self.base))
         if self.adapter is not None:
             _adapter_place(self.adapter)
 
@@ -92,6 +109,7 @@ class DrawSettings:
             "model": label(self.model), "adapter": None if self.adapter is None else label(self.adapter),
             "scheduler": self.scheduler, "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale, "resolution": self.resolution, "seed": self.seed, "dtype": self.dtype,
+            **({} if self.base_above is None else {"base_above": self.base_above, "base": None if self.base is None else label(self.base)}),
         }  # fmt: skip
 
     def sampling(self, pipe: Any) -> Sampling:
@@ -191,10 +209,25 @@ def load(settings: DrawSettings) -> Any:
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **extra)
     pipe.set_progress_bar_config(disable=True)
     try:
-        return pipe.to(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        pipe = pipe.to(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, AssertionError) as error:  # no such device, or not enough memory on it
         raise UserError(f"the model does not go to {settings.device or 'the GPU'}", rule=one_line(error, 240),
                         remedy="give another --device") from None  # fmt: skip
+    if settings.base_above is not None:
+        BaseAbove(pipe, settings.base_above, None if settings.base is None else _unet_of(settings.base, dtype))
+    return pipe
+
+
+def _unet_of(model: str, dtype: torch.dtype) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    try:
+        return UNet2DConditionModel.from_pretrained(
+            resolve_model_id(model), subfolder="unet", dtype=dtype, use_safetensors=True
+        )
+    except Exception as error:
+        raise UserError(f"the U-Net of {model} cannot be loaded", rule=one_line(f"{type(error).__name__}: {error}", 240),
+                        remedy="give the base that the model was fine-tuned from") from None  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,9 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
         if why is not None:
             print(f"ambient-sd: the calibrated threshold is not used: {one_line(why, 300)}", flush=True)
             calibration = None
+    if calibration is not None and drawing.base_above is not None:
+        print("ambient-sd: the calibrated threshold is not used: it was calibrated without base_above", flush=True)
+        calibration = None
     threshold: Any = calibration if settings.threshold == "auto" else settings.threshold
     if settings.when == "flagged" and threshold is None:
         raise UserError("when is flagged, and there is no threshold", rule="it is what flags a picture",
@@ -384,6 +387,11 @@ def _page(records: Sequence[dict[str, Any]], small: Sequence[Image.Image], setti
     first = records[0]
     facts = [
         f"Model {first['model']}" + (f" with {first['adapter']}" if first["adapter"] else ""),
+        *(
+            [f"Above noise level {first['base_above']:g} the base, {first['base'] or 'without the adapter'}"]
+            if "base_above" in first
+            else []
+        ),
         f"{first['sampler']}, {first['num_inference_steps']} steps, guidance {first['guidance_scale']:g}, seed {first['seed']}",
         f"Policy {first['policy']}" + (", on flagged pictures only" if first["when"] == "flagged" else "")
         if first["policy"]

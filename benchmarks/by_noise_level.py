@@ -14,7 +14,7 @@ Beside the study's figures:
 from __future__ import annotations
 
 import argparse
-import copy
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -29,8 +29,8 @@ from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.report import contact_sheet
 from ambient_sd.errors import UserError, exits_on_user_error
 from ambient_sd.files import write_whole
+from ambient_sd.guard.base_above import BaseAbove
 from ambient_sd.quiet import quiet
-from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.study.measures import Reals, load_pipeline, measure_samples, prompts_of, sample
 from ambient_sd.study.plan import Plan, read_plan
 from ambient_sd.study.sweep import open_reals
@@ -105,10 +105,10 @@ def _measured(
     path = out / f"{name.replace(' ', '-').replace(',', '')}.json"
     if path.exists():
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    switch = NoiseSchedule.from_scheduler(pipe.scheduler).timestep(level) if level else -1.0
-    pipe.unet = switched(networks[high], networks[low], switch)
+    pipe.unet = networks[low]
     prompts = prompts_of(reals, plan.sampling, seed)
-    pictures = sample(pipe, prompts, plan.sampling, resolution, seed)
+    with BaseAbove(pipe, level, networks[high]) if level else contextlib.nullcontext():
+        pictures = sample(pipe, prompts, plan.sampling, resolution, seed)
     figures, _ = measure_samples(pictures, prompts, reals, seed)
     toned, edges = Pixels(toned=True), Edges()
     found, known = embed(pictures, [toned, edges]), embed(reals.images, [toned, edges])
@@ -122,18 +122,6 @@ def _measured(
     record = {"name": name, "figures": {key: figure.as_dict() for key, figure in figures.items()}}
     write_whole(path, json.dumps(record, indent=1) + "\n")
     return record
-
-
-def switched(high: Any, low: Any, switch: float) -> Any:
-    """Return a U-Net that is `high` at timesteps above `switch` and `low` at others."""
-    both = copy.deepcopy(low)
-
-    def forward(sample: torch.Tensor, timestep: Any, *args: Any, **options: Any) -> Any:
-        t = float(torch.as_tensor(timestep).flatten()[0])
-        return (high if t > switch else low)(sample, timestep, *args, **options)
-
-    both.forward = forward
-    return both
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -190,6 +190,14 @@ def test_pictures_of_one_prompt_are_resampled_one_by_one(sets: dict[str, Path], 
     )  # Wilson of 0 in 8; of 0 in 1 it is 0.79
 
 
+def test_a_model_is_audited_with_its_base_above_a_level(sets: dict[str, Path], tiny_base: Path, tmp_path: Path) -> None:
+    tiny.tiny_pipeline(seed=1).save_pretrained(tmp_path / "tuned")
+    assert run(sets, tmp_path / "tuned", "--base_above", "1.5", "--base", str(tiny_base)) == 0
+    found = json.loads((sets["out"] / "audit.json").read_text())
+    assert found["model"]["base_above"] == 1.5 and found["model"]["base"] == tiny_base.name
+    assert "its base above noise level 1.5" in (sets["out"] / "audit.html").read_text()
+
+
 def test_a_model_is_audited_without_guidance_too(sets: dict[str, Path], tiny_base: Path) -> None:
     assert run(sets, tiny_base, "--guidance_scale", "0") == 0
     found = json.loads((sets["out"] / "audit.json").read_text())

@@ -35,8 +35,8 @@ HOSTILE = [
 ]
 
 
-def settings(base: Path, out: Path, prompts: list[str], **changes: Any) -> SampleSettings:
-    drawing = {"model": str(base), "num_inference_steps": 2, "batch_size": 3, "device": "cpu"}
+def settings(model: Path, out: Path, prompts: list[str], **changes: Any) -> SampleSettings:
+    drawing = {"model": str(model), "num_inference_steps": 2, "batch_size": 3, "device": "cpu"}
     drawing |= {name: changes.pop(name) for name in list(changes) if name in DrawSettings.__dataclass_fields__}
     return SampleSettings(DrawSettings(**drawing), out, prompts, **changes)
 
@@ -242,6 +242,9 @@ def test_other_settings_in_the_same_folder_are_one_line(tiny_base: Path, tmp_pat
      (["--prompt", "a", "--guidance_scale", "1", "--threshold", "3"], "guard measures guidance"),
      (["--prompt", "a", "--guidance_scale", "0", "--attribution", "all"], "attribution is 'all'"),
      (["--prompt", "a", "--guidance_scale", "inf"], "must be a finite number"),
+     (["--prompt", "a", "--base_above", "1"], "give --base MODEL"), (["--prompt", "a", "--base", "x"], "base without base_above"),
+     (["--prompt", "a", "--base_above", "nan", "--base", "x"], "base_above is nan"),
+     (["--prompt", "a", "--base_above", "1", "--base", "./none"], "there is no folder './none'"),
      (["--prompt", "a", "--resolution", "30"], "multiple of 8"), (["--prompt", "a", "--policy", "nothing"], "it must be one of"),
      (["--prompt", "a", "--policy", "prompt_optimization"], "needs target"), (["--prompt", "a", "--when", "flagged"], "without a policy"),
      (["--prompt", "a", "--adapter", "./none"], "adapter is ./none"), (["--prompt", "a", "--device", "toaster"], "device is"),
@@ -285,6 +288,19 @@ def test_an_adapter_changes_the_pictures_and_is_named(tiny_base: Path, tmp_path:
     adapted = sample.sample(settings(tiny_base, tmp_path / "adapted", ["a cat"], adapter=str(folder)))
     assert adapted[0]["adapter"] == "my-lora" and plain[0]["adapter"] is None
     assert abs(adapted[0]["score"] / plain[0]["score"] - 1) > 1e-4
+    # Above a level the base: at the ends these very pictures.
+    for level, same in ((0.0, "plain"), (1.0, None), (1e6, "adapted")):
+        out = tmp_path / f"above-{level}"
+        both = sample.sample(settings(tiny_base, out, ["a cat"], adapter=str(folder), base_above=level))
+        assert both[0]["base_above"] == level and both[0]["base"] is None
+        assert [n for n in ("plain", "adapted") if pixels(tmp_path / n) == pixels(out)] == ([same] if same else [])
+        assert f"Above noise level {level:g} the base, without the adapter" in (out / "index.html").read_text()
+    given = settings(folder.parent / "tuned", tmp_path / "whole", ["a cat"], base_above=0.0, base=str(tiny_base))
+    tiny.tiny_pipeline(seed=1).save_pretrained(folder.parent / "tuned")
+    assert (
+        sample.sample(given)[0]["base"] == tiny_base.name
+    )  # a whole fine-tune, here another model, over its base's U-Net
+    assert pixels(tmp_path / "whole") != pixels(tmp_path / "plain")  # text encoder and VAE are the fine-tune's
     (folder / "pytorch_lora_weights.safetensors").write_bytes(b"none")
     with pytest.raises(UserError, match="cannot be loaded"):
         sample.sample(settings(tiny_base, tmp_path / "broken", ["a cat"], adapter=str(folder)))

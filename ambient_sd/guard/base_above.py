@@ -1,0 +1,118 @@
+"""Sample with the base at high noise and with the fine-tuned network below a noise level: copies fall without training anything.
+
+    s_t > level:  the base's prediction          composition, which the base has from elsewhere
+    s_t <= level: the fine-tuned network's       style and detail, which it has from the training pictures
+
+What a fine-tuned network has memorized of a picture's composition and colours acts at high noise; a base that was trained on much data
+composes without it. Shah et al. (ICML 2025) argue that memorization is needed at low noise only; here nothing else of it is used. Contours
+that the low levels know come through: docs/results.md has the figures, by several measures.
+"""
+
+from __future__ import annotations
+
+import math
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from ambient_sd.errors import UserError, one_line
+from ambient_sd.schedule import NoiseSchedule
+
+_SAME = (
+    "in_channels",
+    "out_channels",
+    "cross_attention_dim",
+    "addition_embed_type",
+    "class_embed_type",
+    "time_cond_proj_dim",
+)
+
+
+class BaseAbove:
+    """Let a pipeline's fine-tuned U-Net act at noise levels up to `level` only, and its base above.
+
+    It acts from construction to `remove()`, or as a context manager. Everything that calls the U-Net goes through it, the guard included:
+    scores are then those of the two networks. The U-Net's weights are not touched, and it answers `state_dict` and the rest as before.
+
+    Args:
+        pipe: Stable Diffusion 1, 2 or XL, any pipeline with a U-Net.
+        level: `s = sigma / alpha`, at least 0; from the model's largest level on the base is never used.
+        base: the U-Net to use above, of the same kind (twice the memory); None: `pipe`'s own without its LoRA, which must be loaded
+            and not fused.
+
+    Raises:
+        UserError: there is no U-Net or no adapter, the two U-Nets take other inputs, the level is no number, or one acts already.
+    """
+
+    def __init__(self, pipe: Any, level: float, base: Any = None) -> None:
+        found = getattr(pipe, "unet", None)
+        if not isinstance(found, torch.nn.Module):
+            raise UserError(
+                f"{type(pipe).__name__} has no U-Net",
+                rule="Stable Diffusion 1, 2 and XL can be sampled with two networks",
+            )
+        unet: Any = found
+        if not level >= 0 or isinstance(level, bool):
+            raise UserError(f"level is {level}", rule="it must be a number of at least 0")
+        if isinstance(unet.__dict__.get("forward"), _Switched):
+            raise UserError("a base acts above a level already", remedy="call remove() first")
+        if base is None:
+            if not getattr(unet, "peft_config", None):
+                raise UserError("the pipeline has no LoRA", rule="the base is the model without it",
+                                remedy="load one and do not fuse it, or give the base's U-Net")  # fmt: skip
+            if getattr(pipe, "num_fused_loras", 0):
+                raise UserError(
+                    "the LoRA is fused", rule="the base is the model without it", remedy="call unfuse_lora() first"
+                )
+        else:
+            other = [name for name in _SAME if base.config.get(name) != unet.config.get(name)]
+            if other:
+                raise UserError(f"the base's U-Net has another {other[0]}: {one_line(base.config.get(other[0]), 60)}",
+                                rule=f"it must be the fine-tuned one's, {one_line(unet.config.get(other[0]), 60)}")  # fmt: skip
+            base = base.to(unet.device).eval()
+            base = base if base.dtype == unet.dtype else base.to(unet.dtype)
+        schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+        lowest = float(schedule.level(0))
+        switch = -1.0 if level < lowest else math.inf if level >= schedule.max_level else schedule.timestep(level)
+        self._unet, self._before = unet, unet.__dict__.get("forward")  # some libraries put their own there
+        unet.forward = _Switched(unet, base, switch)
+
+    def remove(self) -> None:
+        """Give the pipeline its U-Net back as it was."""
+        if isinstance(self._unet.__dict__.get("forward"), _Switched):
+            if self._before is None:
+                del self._unet.forward
+            else:
+                self._unet.forward = self._before
+
+    def __enter__(self) -> BaseAbove:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+class _Switched:
+    """Stand in for a U-Net's `forward`: that of the base at timesteps above the switch."""
+
+    def __init__(self, unet: Any, base: Any, switch: float) -> None:
+        self._unet, self._tuned, self._base, self._switch = unet, unet.forward, base, switch
+
+    def __call__(self, sample: torch.Tensor, timestep: Any, *args: Any, **options: Any) -> Any:
+        above = torch.as_tensor(timestep).flatten() > self._switch
+        if not bool(above.any()):
+            return self._tuned(sample, timestep, *args, **options)
+        if not bool(above.all()):
+            raise UserError(
+                "timesteps of one call lie on both sides of the level", rule="pictures of a batch are denoised together"
+            )
+        if self._base is not None:
+            return self._base(sample, timestep, *args, **options)
+        self._unet.disable_adapters()
+        try:
+            return self._tuned(sample, timestep, *args, **options)
+        finally:
+            self._unet.enable_adapters()
