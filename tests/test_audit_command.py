@@ -95,13 +95,16 @@ def test_copies_in_other_colours_are_said_where_the_deciding_measure_sees_none(
     swapped = [Image.merge("RGB", [noise_picture(i).convert("RGB").getchannel(c) for c in "BRG"]) for i in range(12)]
     made = picture_folder(tmp_path / "swapped", swapped)
     found = audit(settings(sets, generated=made, features=("pixels", "edges"))).found
-    assert measures(found)["memorized-pixels64"]["generated"]["value"] == 0 and found["finding"]["kind"] == "no-copies"
+    assert (
+        measures(found)["memorized-pixels64"]["generated"]["value"] == 0
+        and found["finding"]["kind"] == "copies-otherwise"
+    )
     assert measures(found)["memorized-edges16"]["generated"]["value"] == 1
-    assert "By edges16 there are more: 100.0 %" in found["finding"]["detail"]
+    assert "100.0 % of 12 pictures are copies by edges16" in found["finding"]["sentence"]
     unseen = audit(
         settings(sets, out=tmp_path / "other", features=("pixels", "edges"))
     ).found  # control: pictures of neither set
-    assert "there are more" not in unseen["finding"]["detail"]
+    assert unseen["finding"]["kind"] == "no-copies"
 
 
 def test_without_held_out_pictures_no_excess_is_invented_and_the_remedy_is_offered(sets: dict[str, Path]) -> None:

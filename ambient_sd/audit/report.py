@@ -192,7 +192,8 @@ class Finding:
     """Hold the outcome in one word, the sentence for people, and the differences that it rests on.
 
     `kind` is one of "better" (fewer copies, quality not measurably worse), "trade" (fewer copies, worse quality),
-    "unclear" (no clear difference in copies), "worse" (more copies); for a single run "copies", "no-copies", or "no-background"
+    "unclear" (no clear difference in copies), "worse" (more copies); for a single run "copies", "copies-otherwise"
+    (by another measure than the deciding one), "no-copies", or "no-background"
     where no unseen pictures tell what chance alone would give.
     """
 
@@ -258,10 +259,6 @@ def _find_alone(run: RunSection, copies: Row, quality: str) -> Finding:
             "training pictures that resemble each other make chance hits. Give pictures of the same kind that the model "
             "never saw with --heldout.",
         )
-    kind = "copies" if copies.excess.low > 0 else "no-copies"
-    verb = "copies training pictures" if kind == "copies" else "shows no copying beyond chance"
-    sentence = f"{name} {verb}: {share}, against {show(copies.heldout)} of unseen real pictures."
-    detail = f"Excess {show(copies.excess, signed=True)} (95 % interval {_span(copies.excess)})."
     more = [
         (row.excess.value, row, row.heldout)
         for row in run.figures
@@ -270,10 +267,22 @@ def _find_alone(run: RunSection, copies: Row, quality: str) -> Finding:
         and row.heldout
         and row.excess.low > max(0.0, copies.excess.value)
     ]
+    kind = "copies" if copies.excess.low > 0 else "copies-otherwise" if more else "no-copies"
+    verb = "copies training pictures" if kind == "copies" else "shows no copying beyond chance"
+    sentence = f"{name} {verb}: {share}, against {show(copies.heldout)} of unseen real pictures."
+    detail = f"Excess {show(copies.excess, signed=True)} (95 % interval {_span(copies.excess)})."
     if more:
         _, most, held = max(more, key=lambda found: found[0])
-        name = most.name.removeprefix("memorized-")
-        detail += f" By {name} there are more: {show(most.generated)}, against {show(held)}. Look at those too."
+        by = most.name.removeprefix("memorized-")
+        if kind == "copies":
+            detail += f" By {by} there are more: {show(most.generated)}, against {show(held)}. Look at those too."
+        else:
+            deciding = copies.name.removeprefix("memorized-")
+            sentence = (
+                f"{name} copies training pictures, which {deciding} does not see: {show(most.generated)} of {most.generated.n} pictures are "
+                f"copies by {by}, against {show(held)} of unseen real pictures; by {deciding} {show(copies.generated)}."
+            )
+            detail = f"By {deciding}, which decides here: excess {show(copies.excess, signed=True)} (95 % interval {_span(copies.excess)})."
     if any(row.name == quality for row in run.figures):
         row = run.row(quality)
         assert row.heldout is not None and row.excess is not None
