@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ambient_sd.audit.features import Edges, Pixels, embed
 from ambient_sd.audit.metrics import bootstrap
@@ -70,6 +71,8 @@ def main() -> None:
         rows.append(_measured(args.out, pipe, networks, (high, low, level), plan, reals, resolution, args.seed))
         print(rows[-1]["name"], {k: round(v["value"], 3) for k, v in rows[-1]["figures"].items()}, flush=True)
     write_whole(args.out / "results.json", json.dumps(rows, indent=1) + "\n")
+    shown = [_name(high, last, level) for high, low, level in pairs if high == "base" and low == last]
+    page(args.out, [last, *reversed(shown), "base"], reals, resolution).save(args.out / "page.png")
     print(table(rows))
 
 
@@ -101,8 +104,8 @@ def _measured(
     out: Path, pipe: Any, networks: dict[str, Any], pair: tuple[str, str, float], plan: Plan, reals: Reals, resolution: int, seed: int
 ) -> dict[str, Any]:  # fmt: skip
     high, low, level = pair
-    name = low if high == low else f"{high} above {level:g}, {low} below"
-    path = out / f"{name.replace(' ', '-').replace(',', '')}.json"
+    name = _name(*pair)
+    path = _file(out, name)
     if path.exists():
         return dict(json.loads(path.read_text(encoding="utf-8")))
     pipe.unet = networks[low]
@@ -122,6 +125,26 @@ def _measured(
     record = {"name": name, "figures": {key: figure.as_dict() for key, figure in figures.items()}}
     write_whole(path, json.dumps(record, indent=1) + "\n")
     return record
+
+
+def _name(high: str, low: str, level: float) -> str:
+    return low if high == low else f"{high} above {level:g}, {low} below"
+
+
+def _file(out: Path, name: str) -> Path:
+    return out / f"{name.replace(' ', '-').replace(',', '')}.json"
+
+
+def page(out: Path, names: Sequence[str], reals: Reals, resolution: int, shown: int = 16) -> Image.Image:
+    """Lay out the training pictures of the first prompts, and under them what each network draws for these."""
+    pictures = [image.convert("RGB").resize((resolution, resolution)) for image in reals.images[:shown]]
+    for name in names:
+        sheet, cell = (
+            Image.open(_file(out, name).with_suffix(".png")).convert("RGB"),
+            resolution + 4,
+        )  # contact_sheet's gap
+        pictures += [sheet.crop((4 + i * cell, 4, 4 + i * cell + resolution, 4 + resolution)) for i in range(shown)]
+    return contact_sheet(pictures, shown)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
