@@ -60,11 +60,16 @@ def points(results: Mapping[str, Any]) -> list[Point]:
             found.setdefault((run["label"], point["step"]), []).append(point)
     return [
         Point(
-            label, step, {name: _mean([p["figures"][name] for p in group]) for name in group[0]["figures"]},
+            label, step, {name: _mean([p["figures"][name] for p in group]) for name in _shared(group)},
             _mean_errors([p["errors"] for p in group]), sum(p["figures"]["copied"]["n"] for p in group),
         )
         for (label, step), group in found.items()
     ]  # fmt: skip
+
+
+def _shared(group: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the figures that every seed has: one that was measured by an older version lacks the newer ones."""
+    return [name for name in group[0]["figures"] if all(name in other["figures"] for other in group)]
 
 
 def _mean(figures: Sequence[Mapping[str, Any]]) -> Estimate:

@@ -57,6 +57,17 @@ def test_a_point_is_the_mean_of_its_seeds_with_the_interval_of_independent_runs(
     assert single.distance.high - single.distance.value == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("newer", [0, 1])
+def test_a_figure_that_only_one_seed_was_measured_by_is_left_out(newer: int) -> None:
+    seeds = [run("plain", 0, (100, 0.1, 40.0)), run("plain", 1, (100, 0.2, 42.0))]
+    figures = seeds[newer]["points"][0]["figures"]
+    figures["copied-recoloured"] = dict(figures["copied"])
+    (point,) = points({"runs": seeds})
+    assert "copied-recoloured" not in point.figures and point.copied.seeds == (0.1, 0.2)
+    (alone,) = points({"runs": [seeds[newer]]})
+    assert alone.figures["copied-recoloured"].value == alone.copied.value
+
+
 def test_equal_quality_is_within_the_interval_of_the_best_baseline_and_the_baseline_may_stop_early_too() -> None:
     found = points(RESULTS)
     assert best(found, "plain").step == 200  # 32.0, up to 32.7
