@@ -820,18 +820,28 @@ class _Trainer:
         if self.accelerator.is_main_process:
             self._show("probe", seen.sheet, step)
             self._track(
-                {f"probe/{k}": v for k, v in seen.record().items() if k in ("copied", "ratio", "guard_score")}, step
+                {
+                    f"probe/{k}": v
+                    for k, v in seen.record().items()
+                    if k in ("copied", "recoloured", "ratio", "guard_score")
+                },
+                step,
             )
             add_look(self.output / "probe.jsonl", seen.record())
         self.accelerator.wait_for_everyone()
 
     def _copies_too_much(self) -> bool:
-        """Say whether the last look is above the limit, in a warning too."""
+        """Say whether the last look is above the limit, by pixels or by contours, in a warning too."""
         limit = self.config.stop_on_memorization
-        if limit is None or not self.looks or self.looks[-1]["copied"] <= limit:
+        if limit is None or not self.looks:
             return False
-        copied, step = self.looks[-1]["copied"], self.looks[-1]["step"]
-        logger.warning("stopped after step %d: %.0f %% of the probe are copies, above %g", step, 100 * copied, limit)
+        last = self.looks[-1]
+        copied, how = max((last["copied"], "copies"), (last["recoloured"], "copies in other colours"))
+        if copied <= limit:
+            return False
+        logger.warning(
+            "stopped after step %d: %.0f %% of the probe are %s, above %g", last["step"], 100 * copied, how, limit
+        )
         return True
 
     def _show(self, name: str, sheet: Image.Image, step: int) -> None:

@@ -1,10 +1,11 @@
 """The onset of memorization while a run trains: pictures drawn for a fixed probe of captions, held against the training set.
 
-    copied share = share of the probe's pictures with d1 / d2 < 1/3        distances in pixels, at most 64 x 64
+    copied       share of the probe's pictures with d1 / d2 < 1/3          distances in pixels, at most 64 x 64
+    recoloured   the same by contours alone: copies in other colours       `ambient_sd.audit.features.Edges`
 
 d1, d2 are the distances to the nearest and second nearest training picture (Yoon et al. 2023; `ambient_sd.audit`). Captions
-of the training set are the prompts for which copies come first. The probe is small and looks at pixels only: it shows when
-copying begins, and an audit says how much there is. It is the one place where training looks through guard and audit.
+of the training set are the prompts for which copies come first. The probe is small: it shows when copying begins, and an audit
+says how much there is. It is the one place where training looks through guard and audit.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from ambient_sd.audit.features import Pixels
+from ambient_sd.audit.features import Edges, Pixels
 from ambient_sd.audit.metrics import memorized, wilson
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.data.sources import PictureSet
@@ -35,12 +36,13 @@ _SIDE, _PER_ROW = 64, 8
 
 @dataclass(frozen=True)
 class Probed:
-    """Hold one look: the copied share with its 95 % Wilson interval, medians of d1/d2 and of the guard's score, pictures."""
+    """Hold one look: the copied share with its 95 % Wilson interval, that in any colour, medians of d1/d2 and of the guard's score, pictures."""
 
     step: int
     share: float
     low: float
     high: float
+    recoloured: float
     median_ratio: float
     score: float
     n: int
@@ -49,7 +51,7 @@ class Probed:
     def record(self) -> dict[str, float]:
         """Return the numbers, for curves and files."""
         return {"step": self.step, "copied": self.share, "copied_low": self.low, "copied_high": self.high,
-                "ratio": self.median_ratio, "guard_score": self.score, "n": self.n}  # fmt: skip
+                "recoloured": self.recoloured, "ratio": self.median_ratio, "guard_score": self.score, "n": self.n}  # fmt: skip
 
 
 class Probe:
@@ -74,7 +76,8 @@ class Probe:
         searched = pictures.one_of_each(searched)
         self.features = Pixels(_SIDE)
         self.originals = [_centre(pictures[i].image) for i in searched]
-        self.real = self.features(self.originals)
+        self.edges = Edges()
+        self.real, self.contours = self.features(self.originals), self.edges(self.originals)
 
     def look(self, pipe: Any, accelerator: Accelerator, step: int) -> Probed:
         """Draw the probe's pictures and measure them; to be called by every process."""
@@ -87,13 +90,15 @@ class Probe:
     def measure(self, images: Sequence[Image.Image], scores: Sequence[float], step: int) -> Probed:
         """Measure given pictures."""
         found = nearest(self.features(images), self.real)
-        share = float(memorized(found).double().mean())
+        share, recoloured = (
+            float(memorized(near).double().mean()) for near in (found, nearest(self.edges(images), self.contours))
+        )
         low, high = wilson(share, len(images))
         originals = [self.originals[i].resize(images[0].size) for i in found.index[:, 0].tolist()]
         # A row of drawn pictures, below it a row of their nearest training pictures.
         rows = [part[i : i + _PER_ROW] for i in range(0, len(images), _PER_ROW) for part in (list(images), originals)]
         return Probed(
-            step, share, low, high, float(found.ratio.median()), float(torch.tensor(scores).median()), len(images),
+            step, share, low, high, recoloured, float(found.ratio.median()), float(torch.tensor(scores).median()), len(images),
             validation.grid(rows),
         )  # fmt: skip
 

@@ -58,6 +58,10 @@ def test_copies_are_counted_and_pictures_between_the_originals_are_not(pictures:
     assert seen.low < 0.5 < seen.high
     assert probe.measure(copies, [1.0] * 4, 1).share == 1
     assert probe.measure(halves, [1.0] * 4, 1).share == 0
+    # Red for blue: no pixel copy, and the same contours. Those in between have contours of two pictures.
+    swapped = [Image.merge("RGB", pictures[i].image.convert("RGB").split()[::-1]) for i in range(4)]
+    assert (probe.measure(copies, [1.0] * 4, 1).recoloured, probe.measure(swapped, [1.0] * 4, 1).recoloured) == (1, 1)
+    assert probe.measure(halves, [1.0] * 4, 1).recoloured == 0
     # Two rows of four: what was drawn, above what it is nearest to.
     sheet, size = probe.measure(copies, [1.0] * 4, 1).sheet, 48
     below = sheet.crop((0, size + 2, size, 2 * size + 2))
@@ -103,14 +107,17 @@ def test_looking_leaves_training_untouched_and_a_resumed_run_repeats_its_looks(s
     assert (out / "probe.jsonl").read_text() == looks
 
 
-def test_a_run_ends_at_the_first_look_above_the_limit(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("measure_of", ["share", "recoloured"])
+def test_a_run_ends_at_the_first_look_above_the_limit(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, measure_of: str
+) -> None:
     # An untrained network of this size copies nothing; only the share is replaced, all else is as in earnest.
     measure = Probe.measure
     shares = iter([0.0, 0.5, 0.5])
 
     def planted(self: Probe, *args: Any) -> Any:
         found = measure(self, *args)
-        return type(found)(**{**vars(found), "share": next(shares)})
+        return type(found)(**{**vars(found), "share": 0.0, "recoloured": 0.0, measure_of: next(shares)})
 
     monkeypatch.setattr(Probe, "measure", planted)
     limit = {"probe_steps": 2, "probe_pictures": 2, "max_train_steps": 8, "stop_on_memorization": 0.2}
