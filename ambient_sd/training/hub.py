@@ -42,6 +42,9 @@ _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}")
 _LINK = re.compile(r"https?://[\w./~%#?=&+-]{1,300}", re.ASCII)
 _UNKNOWN = {"license": "other", "license_name": "unknown-see-the-base"}
 _SHOWN_PROMPTS = 12
+# Settings that change what the loss is or sees; a card names those that are not at their defaults.
+_LOSS = ("snr_gamma", "weighting_scheme", "logit_mean", "logit_std", "noise_offset", "input_perturbation", "memorization_threshold", "agc",
+         "caption_mitigation", "caption_mitigation_p", "caption_noise_std", "caption_dropout", "random_flip")  # fmt: skip
 _STAMP = re.compile(r"\n*<!-- ambient_sd card ([0-9a-f]{64})[^\n]*-->\s*$")
 
 
@@ -63,6 +66,7 @@ class Facts:
         prompts: of the validation pictures, one row of the sheet each.
         finished: seconds since 1970; an older audit was of other weights.
         level_proposed: `level` was measured on the pictures, not given.
+        also: other settings of the loss that are not at their defaults, by flag.
     """
 
     base: str
@@ -95,6 +99,7 @@ class Facts:
     finished: float
     fresh_copies: bool = False  # absent from the files of earlier versions, as what follows
     level_proposed: bool = False
+    also: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Facts | None:
@@ -131,6 +136,7 @@ class Facts:
             (str, type(None)): "base_id dataset vae",
             bool: "xl averaged fresh_copies level_proposed",
             (dict, type(None)): "lora",
+            dict: "also",
             list: "prompts",
         }
         for kind, names in kinds.items():
@@ -200,6 +206,7 @@ def describe_run(
         averaged=config.use_ema,
         fresh_copies=config.fresh_copies,
         level_proposed=level_proposed,
+        also=given_settings(config),
         steps=steps,
         batch=batch,
         learning_rate=config.learning_rate * (batch if config.scale_lr else 1),
@@ -215,6 +222,15 @@ def describe_run(
         prompts=list(prompts),
         finished=time.time(),
     )  # fmt: skip
+
+
+def given_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings of the loss besides its objective that are not at their defaults, by flag."""
+    return {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if f.name in _LOSS and getattr(config, f.name) not in (None, f.default)
+    }
 
 
 def _public(name: str | None) -> str | None:
@@ -339,6 +355,9 @@ def _what(facts: Facts) -> str:
         lines.append(
             "Above the nature level training never shows the network a clean picture, only one fixed noisy version of each."
         )
+    if facts.also:
+        given = ", ".join(f"`--{flag}` {inline(value)}" for flag, value in facts.also.items() if flag in _LOSS)
+        lines.append(f"Also: {given}.")
     lines.append(
         f"{facts.steps} steps of {facts.batch} samples at {facts.resolution} px, learning rate {facts.learning_rate:g} "
         f"({inline(facts.lr_scheduler)})."

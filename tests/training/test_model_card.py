@@ -18,7 +18,8 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from ambient_sd.errors import UserError
-from ambient_sd.training.hub import Facts, inline, is_ours, make_card, read_licence, write_card
+from ambient_sd.training.config import TrainConfig
+from ambient_sd.training.hub import Facts, given_settings, inline, is_ours, make_card, read_licence, write_card
 
 UNKNOWN = {"license": "other", "license_name": "unknown-see-the-base"}
 HOSTILE = {
@@ -83,6 +84,30 @@ def test_card_says_what_was_trained_on_what_and_how(tmp_path: Path) -> None:
                  "20 steps of 4 samples at 32 px, learning rate 0.0001", "of which 1 are exact copies", "75%", "1, 3 pictures in all",
                  "ab" * 32, "measured, not proven: no privacy guarantee", "has not been measured here", "licence: openrail++"):  # fmt: skip
         assert said in page, said
+
+
+def test_card_names_what_else_changes_the_loss(tmp_path: Path) -> None:
+    config = TrainConfig(
+        pretrained_model_name_or_path="base", train_data_dir="pictures", output_dir=str(tmp_path), objective="plain", snr_gamma=5.0,
+        weighting_scheme="logit_normal", logit_mean=-0.5, caption_mitigation="rc", caption_dropout=0.0,
+    )  # fmt: skip
+    also = given_settings(config)
+    assert set(also) == {
+        "snr_gamma",
+        "weighting_scheme",
+        "logit_mean",
+        "logit_std",
+        "caption_mitigation",
+        "caption_mitigation_p",
+        "caption_dropout",
+    }
+    page = rendered_text(render(make_card(facts(also=also), tmp_path)))
+    assert "Also: --caption_dropout 0.0, --snr_gamma 5.0, --weighting_scheme logit_normal, --logit_mean -0.5" in page
+    assert "Also" not in rendered_text(render(make_card(facts(), tmp_path)))
+    hostile = {"snr_gamma": "![](http://evil)\n\n# head", "unknown": 1}
+    assert structure(render(make_card(facts(also=hostile), tmp_path))) == structure(
+        render(make_card(facts(also={"snr_gamma": 1}), tmp_path))
+    )
 
 
 def test_card_of_a_local_base_of_unknown_licence_names_no_base_and_no_licence(tmp_path: Path) -> None:
