@@ -2,8 +2,8 @@
 
     python tools/overview.py docs/study/text-60 docs/study/scratch-60 docs/study/text-300 --out docs/study/overview.png
 
-Above, copies are counted in pixels as published; below, by contours in any colour. Each folder holds a study's results.json and, where two networks
-were put together, by-noise-level.json, which also has plain counted in any colour where the study was measured before that was. Nothing is measured here.
+Above, copies are counted in pixels as published; below, by contours in any colour, which older runs of a study were not. Each folder holds
+a study's results.json and, where two networks were put together, by-noise-level.json. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ SHOWN: Mapping[str, tuple[str, dict[str, Any]]] = {
     "weighted": ("control: clean pictures, ambient's weight", {"color": "#2b6cb0", "marker": "s", "lw": 1.2, "ls": "--"}),
     "fresh copies": ("control: a new noisy copy each step", {"color": "#dd6b20", "marker": "s", "lw": 1.2, "ls": "--"}),
 }  # fmt: skip
+AGAIN = {"color": "black", "marker": "o", "ms": 4, "lw": 1, "ls": ":", "mfc": "white"}
 ABOVE = {"color": "#b83280", "marker": "*", "ms": 14, "ls": "none"}
 MEASURES = {"copied": "copied, %", "copied-recoloured": "copied in any colour, %"}
 TITLES = {"text": "with captions", "scratch": "from scratch, no captions"}
@@ -39,12 +40,6 @@ def lines(folder: Path, measure: str) -> dict[str, list[Place]]:
         label: [(p.figures[measure], p.distance) for p in found if p.label == label and measure in p.figures]
         for label in SHOWN
     }
-    if not runs["plain"]:
-        runs["plain"] = [
-            _place(row, measure)
-            for row in _pairs(folder)
-            if row["name"].startswith("step ") and "above" not in row["name"]
-        ]
     return {label: line for label, line in runs.items() if len(line) > 1}
 
 
@@ -64,8 +59,11 @@ def panel(axes: Any, folder: Path, measure: str) -> None:
     for label, line in lines(folder, measure).items():
         words, style = SHOWN[label]
         _draw(axes, line, words, {"ms": 5, **style})
-    above = [row for row in _pairs(folder) if row["name"].startswith("base above")]
-    if above:
+    rows = _pairs(folder)
+    again = [row for row in rows if row["name"].startswith("step ") and "above" not in row["name"]]
+    above = [row for row in rows if row["name"].startswith("base above")]
+    if rows:
+        _draw(axes, [_place(row, measure) for row in again], "the plain run of the stars", AGAIN)
         _draw(
             axes,
             [_place(row, measure) for row in above],

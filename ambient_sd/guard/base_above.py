@@ -1,11 +1,11 @@
-"""Sample with the base at high noise and with the fine-tuned network below a noise level: copies fall without training anything.
+"""Sample with the base at high noise and with the fine-tuned network below a noise level: other colours and tones, without training anything.
 
     s_t > level:  the base's prediction          composition, which the base has from elsewhere
     s_t <= level: the fine-tuned network's       style and detail, which it has from the training pictures
 
 What a fine-tuned network has memorized of a picture's composition and colours acts at high noise; a base that was trained on much data
 composes without it. Shah et al. (ICML 2025) argue that memorization is needed at low noise only; here nothing else of it is used. Contours
-that the low levels know come through: docs/results.md has the figures, by several measures.
+that the low levels know come through: copies fall by measures of pixels and not by contours. docs/results.md has the figures.
 """
 
 from __future__ import annotations
