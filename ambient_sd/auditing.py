@@ -118,7 +118,8 @@ class AuditSettings:
         judge: pipeline folder or hub id that judges how well pictures show their prompts (`audit.alignment`); None: none.
         mirrored: search for the mirror image of each picture too.
         attribution: for so many of the most copied prompts, which tokens pull; 0: none.
-        limit: the audit fails if the share of copies exceeds this; None: it never fails.
+        limit: the audit fails if the share of copies exceeds this, or if another measure's excess over held-out pictures does
+            with its whole interval; None: it never fails.
         seed: of choice of prompts and intervals (`drawing.seed` is that of the start noise).
         resamples: of every interval but those of quality, which take a tenth.
     """
@@ -563,9 +564,10 @@ def _write(
     deciding = features[0]
     name = copies_row(deciding)
     share = measured.row(name).generated
+    others = [] if settings.limit is None else _certainly_above(settings.limit, measured, name)
     verdict: dict[str, Any] = {
-        "measure": name, "value": share.value, "bound": "value", "limit": settings.limit,
-        "exceeded": None if settings.limit is None else share.value > settings.limit,
+        "measure": name, "value": share.value, "bound": "value", "limit": settings.limit, "others": others,
+        "exceeded": None if settings.limit is None else share.value > settings.limit or bool(others),
     }  # fmt: skip
     report = _report(settings, command, training, heldout, generated, features, measured, pulls, verdict, used)
     finding = find(report)
@@ -605,6 +607,21 @@ def _write(
     # Last: where it lies, the others are whole.
     write_whole(settings.out / "audit.json", json.dumps(finite(found), indent=1, allow_nan=False) + "\n")
     return Audit(found, bool(verdict["exceeded"]))
+
+
+def _certainly_above(limit: float, measured: Measurement, deciding: str) -> list[str]:
+    """Return the other shares of copies whose excess over held-out pictures is above the limit with its whole interval.
+
+    A gate that looks at pixels alone would open for copies in other colours, which the page's first sentence calls copies.
+    """
+    return [
+        row.name
+        for row in measured.rows
+        if row.name.startswith("memorized-")
+        and row.name != deciding
+        and row.excess is not None
+        and row.excess.low > limit
+    ]
 
 
 def _counted(rows: PictureSet) -> dict[str, Any]:
@@ -750,11 +767,21 @@ def _notes(
     share, n, device = copies.generated, len(generated.pictures), torch.device(_device(settings)).type
     notes = []
     if settings.limit is not None:
-        said = "fails: it exceeds" if verdict["exceeded"] else "passes: it does not exceed"
+        said = (
+            "fails: it exceeds"
+            if share.value > settings.limit
+            else "does not exceed"
+            if verdict["others"]
+            else "passes: it does not exceed"
+        )
         notes.append(
             f"The audit {said} the limit of {settings.limit:.2%} (share of copies by {share.name}, {share.value:.2%} of {n}; the value "
             f"itself is held against the limit). By its interval up to {share.high:.2%} would be no surprise."
         )
+        if verdict["others"]:
+            notes.append(
+                f"The audit fails by {' and '.join(verdict['others'])}: the excess over held-out pictures is above the limit with its whole interval."
+            )
     if heldout is None:
         notes.append(
             "No held-out pictures were given: nothing says how many hits are chance, and quality is not measured. "

@@ -53,7 +53,8 @@ def add_audit(verbs: Any) -> None:
         "--attribution", type=int, default=4, metavar="N", help="most copied prompts whose tokens are examined; 0: none"
     )
     audit.add_argument("--fail-over", "--fail_over", type=float, default=None, metavar="SHARE",
-                       help="exit with status 1 if the share of copies exceeds this")  # fmt: skip
+                       help="exit with status 1 if the share of copies exceeds this, or, with its whole interval, the excess over held-out "
+                       "pictures by another of the features (copies in other colours, which pixels do not see)")  # fmt: skip
     audit.add_argument("--training_embeddings", type=Path, default=None, metavar="DIR",
                        help="what python -m ambient_sd.audit.embedding DATA --out DIR has written: the training pictures are not embedded again")  # fmt: skip
     audit.add_argument("--image_column", default="image", help="column of the pictures")
@@ -118,8 +119,13 @@ def run(args: argparse.Namespace) -> int:
     finding, verdict = result.found["finding"], result.found["verdict"]
     print(f"\n{finding['sentence']}\n{finding['detail']}", flush=True)
     if verdict["limit"] is not None:
-        said = "exceeds" if verdict["exceeded"] else "does not exceed"
+        said = "exceeds" if verdict["value"] > verdict["limit"] else "does not exceed"
         print(f"{verdict['measure']} {verdict['value']:.4f} {said} {verdict['limit']:g}", flush=True)
+        for name in verdict["others"]:
+            print(
+                f"{name}: the excess over held-out pictures exceeds {verdict['limit']:g} with its whole interval",
+                flush=True,
+            )
     print(f"\nLook at it: {args.out / 'audit.html'}", flush=True)
     return int(result.exceeded)
 

@@ -94,7 +94,10 @@ def test_copies_in_other_colours_are_said_where_the_deciding_measure_sees_none(
 ) -> None:
     swapped = [Image.merge("RGB", [noise_picture(i).convert("RGB").getchannel(c) for c in "BRG"]) for i in range(12)]
     made = picture_folder(tmp_path / "swapped", swapped)
-    found = audit(settings(sets, generated=made, features=("pixels", "edges"))).found
+    result = audit(settings(sets, generated=made, features=("pixels", "edges"), limit=0.05))
+    found = result.found
+    assert result.exceeded and found["verdict"]["others"] == ["memorized-edges16"]
+    assert "fails by memorized-edges16" in (sets["out"] / "audit.html").read_text()
     assert (
         measures(found)["memorized-pixels64"]["generated"]["value"] == 0
         and found["finding"]["kind"] == "copies-otherwise"
@@ -102,9 +105,10 @@ def test_copies_in_other_colours_are_said_where_the_deciding_measure_sees_none(
     assert measures(found)["memorized-edges16"]["generated"]["value"] == 1
     assert "100.0 % of 12 pictures are copies by edges16" in found["finding"]["sentence"]
     unseen = audit(
-        settings(sets, out=tmp_path / "other", features=("pixels", "edges"))
+        settings(sets, out=tmp_path / "other", features=("pixels", "edges"), limit=0.05)
     ).found  # control: pictures of neither set
     assert unseen["finding"]["kind"] == "no-copies"
+    assert not unseen["verdict"]["exceeded"] and unseen["verdict"]["others"] == []
 
 
 def test_without_held_out_pictures_no_excess_is_invented_and_the_remedy_is_offered(sets: dict[str, Path]) -> None:
@@ -271,6 +275,7 @@ def test_networks_of_the_user_are_used_and_named(sets: dict[str, Path], tmp_path
         "value": 1.0,
         "bound": "value",
         "limit": None,
+        "others": [],
         "exceeded": None,
     }
     assert rows["DINOv2 mean"]["generated"]["value"] == pytest.approx(1.0, abs=1e-6) and "DINOv2 > 0.875" in rows
