@@ -173,7 +173,10 @@ def _sample(args: argparse.Namespace, drawing: Any) -> None:
     scores = sorted(record["score"] for record in records if record["score"] is not None)
     flags = "none is flagged: no threshold" if records[0]["threshold"] is None else f"{flagged} flagged"
     said = f"median score {scores[len(scores) // 2]:.4g}, highest {scores[-1]:.4g}; {flags}" if scores else "no scores"
-    print(f"\n{len(records)} pictures, {said}\nLook at them: {args.out / 'index.html'}", flush=True)
+    print(
+        f"\n{len(records)} picture{'s' * (len(records) != 1)}, {said}\nLook at them: {args.out / 'index.html'}",
+        flush=True,
+    )
 
 
 def _compare(args: argparse.Namespace) -> None:

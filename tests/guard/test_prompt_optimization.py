@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import guard_tools as tools
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -207,8 +208,20 @@ def test_zero_terminal_snr_is_refused_because_its_first_step_has_no_score() -> N
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"target": 0}, {"target": float("nan")}, {"target": 1, "lr": -1}, {"target": 1, "max_steps": 0}]
+    "arguments",
+    [
+        {"target": 0},
+        {"target": float("nan")},
+        {"target": 1, "lr": -1},
+        {"target": 1, "max_steps": 0},
+        {"target": 1, "max_steps": 2.5},
+    ],
 )
 def test_arguments_out_of_range_are_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=list(arguments)[-1]):
         PromptOptimization(**arguments)
+
+
+def test_numbers_that_come_out_of_arrays_are_numbers() -> None:
+    policy = PromptOptimization(np.float32(3.0), max_steps=np.int64(4))
+    assert (policy.target, policy.max_steps) == (3.0, 4) and type(policy.max_steps) is int

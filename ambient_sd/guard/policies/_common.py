@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real  # numpy's scalars are of these kinds as well
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ def number(name: str, value: Any, *, least: float | None = None, above: float | 
     """Return `value` as a finite float that is `>= least` and `> above`, or raise a `UserError` naming the rule."""
     bounds = [f"at least {least:g}"] if least is not None else []
     bounds += [f"above {above:g}"] if above is not None else []
-    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    valid = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     valid = valid and (least is None or value >= least) and (above is None or value > above)
     if not valid:
         raise UserError(f"{name} {value!r}", rule=", ".join(["it must be a finite number", *bounds]))
@@ -26,17 +27,10 @@ def number(name: str, value: Any, *, least: float | None = None, above: float | 
 
 def whole(name: str, value: Any, *, least: int | None = None) -> int:
     """Return `value` as an int that is `>= least`, or raise a `UserError` naming the rule."""
-    if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
+    if not isinstance(value, Integral) or isinstance(value, bool) or (least is not None and value < least):
         bound = "" if least is None else f", at least {least}"
         raise UserError(f"{name} {value!r}", rule=f"it must be a whole number{bound}")
-    return value
-
-
-def step_limit(max_steps: int) -> int:
-    """Return the most optimizer steps as an int, or raise a `UserError` unless it is a whole number, at least 1."""
-    if int(max_steps) != max_steps or max_steps < 1:
-        raise UserError(f"max_steps {max_steps}", rule="it must be a whole number, at least 1")
-    return int(max_steps)
+    return int(value)
 
 
 def require_signal(halves: Halves, what: str = "prompt") -> None:

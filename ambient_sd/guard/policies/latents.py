@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from ambient_sd.guard.policies._common import number, require_signal, step_limit
+from ambient_sd.guard.policies._common import number, require_signal, whole
 from ambient_sd.guard.policies.base import Change, Halves, Policy, SamplingStart
 from ambient_sd.guard.scores import guidance_norm
 
@@ -35,7 +35,7 @@ class LatentPolicy(Policy, abc.ABC):
 
     def __init__(self, target: float, lr: float, max_steps: int, gradient_checkpointing: bool) -> None:
         self.target, self.lr = number("target", target, above=0), number("lr", lr, above=0)
-        self.max_steps = step_limit(max_steps)
+        self.max_steps = whole("max_steps", max_steps, least=1)
         self.gradient_checkpointing = gradient_checkpointing
 
     @abc.abstractmethod

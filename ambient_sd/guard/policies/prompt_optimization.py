@@ -16,7 +16,7 @@ import math
 
 import torch
 
-from ambient_sd.guard.policies._common import number, require_signal, step_limit
+from ambient_sd.guard.policies._common import number, require_signal, whole
 from ambient_sd.guard.policies.base import Change, Policy, SamplingStart
 from ambient_sd.guard.scores import guidance_norm
 
@@ -41,7 +41,7 @@ class PromptOptimization(Policy):
         self, target: float, lr: float = 0.05, max_steps: int = 10, gradient_checkpointing: bool = False
     ) -> None:
         self.target, self.lr = number("target", target, above=0), number("lr", lr, above=0)
-        self.max_steps = step_limit(max_steps)
+        self.max_steps = whole("max_steps", max_steps, least=1)
         self.gradient_checkpointing = gradient_checkpointing
 
     def begin(self, start: SamplingStart) -> Change:
