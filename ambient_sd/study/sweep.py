@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import multiprocessing
 import os
 import time
@@ -168,7 +169,7 @@ def merge(plan: Plan, out: Path, path: Path) -> int:
         seeds = sorted({seed for _, seed in theirs})
         text = given["plan"]
         for step in (step for points in theirs.values() for step in points):
-            step["figures"]["copied"]["value"], step["errors"]["heldout"]["mean"], int(step["step"])
+            _check_step(step)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} cannot be merged", rule=f"must be the results.json of a study ({type(error).__name__})"
@@ -193,6 +194,26 @@ def merge(plan: Plan, out: Path, path: Path) -> int:
                 write_whole(into / "figures.json", json.dumps(step, indent=1, allow_nan=False) + "\n")
                 taken += 1
     return taken
+
+
+def _check_step(step: Any) -> None:
+    """Raise one of the errors that reading a damaged file raises unless this is a measured step as `_measure` writes it."""
+    if type(step["step"]) is not int or step["step"] < 1:
+        raise TypeError("step")
+    for figure in step["figures"].values():
+        if not all(
+            isinstance(figure[key], (int, float)) and math.isfinite(figure[key])
+            for key in ("value", "low", "high", "n")
+        ):
+            raise TypeError("figure")
+    missing = {"copied", "copied-coarsely", "ratio", "distance", "distance floor", "kid"} - set(step["figures"])
+    curves = [step["errors"][name][key] for name in ("training", "heldout") for key in ("level", "mean")]
+    if (
+        missing
+        or len({len(curve) for curve in curves}) != 1
+        or not all(math.isfinite(v) for curve in curves for v in curve)
+    ):
+        raise TypeError("step")
 
 
 def write_pages(plan: Plan, out: Path) -> list[Path]:

@@ -121,9 +121,26 @@ def test_a_killed_study_ends_with_the_figures_of_one_that_ran_through(
     assert not write_pages(plan, elsewhere)  # samples stay where they were drawn
     with pytest.raises(UserError, match="'plain seed=0' has other settings"):
         merge(other, tmp_path / "new", out / "results.json")
-    (tmp_path / "broken.json").write_text('{"runs": [{"label": "plain"}]}')
-    with pytest.raises(UserError, match=r"must be the results\.json of a study"):
-        merge(plan, tmp_path / "new", tmp_path / "broken.json")
+    for break_it in (
+        lambda given: given["runs"][0].pop("points"),
+        lambda given: given["runs"][0]["points"][0].update(step="2"),
+        lambda given: given["runs"][0]["points"][0].update(step=-2),
+        lambda given: given["runs"][0]["points"][0]["figures"].pop("distance"),
+        lambda given: given["runs"][0]["points"][0]["figures"]["copied"].update(value="many"),
+        lambda given: given["runs"][0]["points"][0]["figures"]["copied"].update(low=float("nan")),
+        lambda given: given["runs"][0]["points"][0]["errors"]["heldout"]["mean"].pop(),
+        lambda given: given["runs"][0]["points"][0]["errors"].update(training=3),
+        lambda given: given.update(runs={"plain": 1}),
+    ):
+        given = json.loads((out / "results.json").read_text())
+        break_it(given)
+        (tmp_path / "broken.json").write_text(json.dumps(given))
+        with pytest.raises(UserError, match=r"must be the results\.json of a study"):
+            merge(plan, tmp_path / "new", tmp_path / "broken.json")
+    for text in ("", "[]", '{"runs": []}', "\x00"):
+        (tmp_path / "broken.json").write_text(text)
+        with pytest.raises(UserError, match=r"must be the results\.json of a study"):
+            merge(plan, tmp_path / "new", tmp_path / "broken.json")
     assert not (tmp_path / "new").exists()
 
 
