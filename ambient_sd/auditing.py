@@ -150,6 +150,8 @@ class AuditSettings:
                             rule="an audit is of one of them")  # fmt: skip
         if self.samples_per_prompt < 1:
             raise UserError(f"samples_per_prompt is {self.samples_per_prompt}", rule="it must be at least 1")
+        if abs(self.seed) >= 2**63:
+            raise UserError(f"seed is {self.seed}", rule="it must be a whole number of at most 63 bits")
         for name in ("max_prompts", "attribution"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}", rule="it must be at least 0")
@@ -177,6 +179,7 @@ class Generated:
     prompts: list[str] | None
     scores: list[float | None]
     weights: str | None = None
+    base_weights: str | None = None
 
     @property
     def groups(self) -> Sequence[Hashable] | None:
@@ -415,15 +418,19 @@ def read_generated(folder: Path) -> Generated:
                 name, prompt, score = record["file"], record["prompt"], record.get("score")
                 if Path(name).is_absolute() or ".." in Path(name).parts or not isinstance(prompt, str):
                     raise ValueError(f"{one_line(name, 60)!r} is no picture of this folder")
-                records.append((str(name), prompt, None if score is None else float(score), record.get("weights")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                of, above = record.get("weights"), record.get("base_weights")
+                if not all(value is None or isinstance(value, str) for value in (of, above)):
+                    raise ValueError("weights are no text")
+                records.append((str(name), prompt, None if score is None else float(score), (of, above)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{listing} cannot be read", rule=one_line(f"{type(error).__name__}: {error}", 160)) from None
     if not records:
         raise UserError(f"{listing} names no picture", rule="at least one is needed")
     names = [name for name, *_ in records]
     rows = PictureSet([folder / name for name in names], [r[1] for r in records], names, str(folder)).check(True)
-    weights = {r[3] for r in records}
-    return Generated(rows, rows.captions, [r[2] for r in records], weights.pop() if len(weights) == 1 else None)
+    drawn_by = {r[3] for r in records}
+    weights, base_weights = drawn_by.pop() if len(drawn_by) == 1 else (None, None)
+    return Generated(rows, rows.captions, [r[2] for r in records], weights, base_weights)
 
 
 Aligner = Callable[[Generated, PictureSet | None], list[Row]]
@@ -577,7 +584,7 @@ def _write(
         "verdict": verdict,
         "model": None
         if settings.drawing is None
-        else {**settings.drawing.public(), "weights": generated.weights},
+        else {**settings.drawing.public(), "weights": generated.weights, **_of_base(generated)},
         "pictures": {
             "generated": {
                 "n": len(generated.pictures), "fingerprint": generated.pictures.fingerprint(),
@@ -607,6 +614,10 @@ def _write(
     # Last: where it lies, the others are whole.
     write_whole(settings.out / "audit.json", json.dumps(finite(found), indent=1, allow_nan=False) + "\n")
     return Audit(found, bool(verdict["exceeded"]))
+
+
+def _of_base(generated: Generated) -> dict[str, str]:
+    return {} if generated.base_weights is None else {"base_weights": generated.base_weights}
 
 
 def _certainly_above(limit: float, measured: Measurement, deciding: str) -> list[str]:
@@ -699,7 +710,7 @@ def _report(
         training_prompts=training.captions,
         threshold=copy_threshold(deciding) if cosine else None,
     )
-    name = "this folder" if settings.drawing is None else label(settings.drawing.model)
+    name = "this folder" if settings.drawing is None else _model_name(settings.drawing)
     run = RunSection(
         name=name,
         objective="",
@@ -722,6 +733,10 @@ def _report(
         notes=_notes(settings, training, heldout, generated, measured.row(copies_row(deciding)), verdict, used),
         shown=_SHOWN,
     )
+
+
+def _model_name(drawing: DrawSettings) -> str:
+    return label(drawing.model) + (f" with {label(drawing.adapter)}" if drawing.adapter else "")
 
 
 class _Sparse(Sequence[Image.Image]):
@@ -833,9 +848,11 @@ def _made(
     if drawing is not None:
         steps = f"{drawing.scheduler or 'its own sampler'}, {drawing.num_inference_steps} steps, guidance {drawing.guidance_scale:g}"
         above = "" if drawing.base_above is None else f", its base above noise level {drawing.base_above:g}"
-        made["model"] = label(drawing.model) + (f" with {label(drawing.adapter)}" if drawing.adapter else "") + above
+        made["model"] = _model_name(drawing) + above
         made["sampling"] = f"{steps}, seed {drawing.seed}, {settings.samples_per_prompt} pictures a prompt"
     made["weights of the U-Net (sha256)"] = generated.weights or "not known"
+    if generated.base_weights is not None:
+        made["weights of the base's U-Net (sha256)"] = generated.base_weights
     made["training pictures (sha256)"] = training.fingerprint()
     if heldout is not None:
         made["held-out pictures (sha256)"] = heldout.fingerprint()

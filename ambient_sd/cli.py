@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_pages(plan, args.out)
         print(f"Look at it: {write_results(results, args.out)}", flush=True)
     elif args.verb == "audit":
-        if status := run_audit(args):
+        if status := run_audit(args, sys.argv[1:] if argv is None else argv):
             sys.exit(status)
     elif args.verb == "push":
         from ambient_sd.training.push import push

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ambient_sd.audit.registry import add_features, chosen
 from ambient_sd.cli_guard import add_base, add_drawing
 from ambient_sd.errors import UserError
+
+_CONDITION = re.compile(r"\w+\s*(=|<=|>=)")  # of a row: its value may hold a slash
 
 
 def add_audit(verbs: Any) -> None:
@@ -69,8 +72,8 @@ def add_audit(verbs: Any) -> None:
     add_base(audit)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run `audit` and return the exit status."""
+def run(args: argparse.Namespace, words: Sequence[str]) -> int:
+    """Run `audit` and return the exit status; `words` is the command line that gave `args`."""
     wanted = 1 if args.generated is not None else 2
     if len(args.places) != wanted:
         said = "DATA alone, for --generated takes the model's place" if wanted == 1 else "MODEL and DATA"
@@ -115,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         limit=args.fail_over,
         seed=args.seed,
     )  # fmt: skip
-    result = audit(settings, _command(sys.argv[1:]))
+    result = audit(settings, _command(words))
     finding, verdict = result.found["finding"], result.found["verdict"]
     print(f"\n{finding['sentence']}\n{finding['detail']}", flush=True)
     if verdict["limit"] is not None:
@@ -130,8 +133,16 @@ def run(args: argparse.Namespace) -> int:
     return int(result.exceeded)
 
 
-def _command(words: list[str]) -> str:
-    """Return the command as it may be published: of local places the last part of their name only."""
-    return "ambient-sd " + shlex.join(
-        Path(word).name if "/" in word and Path(word).exists() else word for word in words
-    )
+def _command(words: Sequence[str]) -> str:
+    """Return the command as it may be published: of local places the last part of their name only, whether they are there yet or not."""
+    from ambient_sd.drawing import label
+
+    def public(value: str) -> str:
+        is_place = "/" in value and not _CONDITION.match(value)
+        return label(value) if is_place or value.startswith("~") else value
+
+    shown = []
+    for word in words:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        shown.append(flag + equals + public(value))
+    return "ambient-sd " + shlex.join(shown)

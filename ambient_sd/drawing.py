@@ -33,7 +33,7 @@ SCHEDULERS = {
 }  # fmt: skip
 DTYPES = ("float32", "float16", "bfloat16")
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-_HUB_ID = r"[\w.-]+/[\w.-]+"
+_HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 _ADAPTER_NAME = "pytorch_lora_weights.safetensors"
 
 
@@ -100,6 +100,7 @@ class DrawSettings:
         _check_model(resolve_model_id(self.model))
         if self.base is not None:
             _check_model(resolve_model_id(self.base))
+            _check_base(resolve_model_id(self.model), resolve_model_id(self.base))
         if self.adapter is not None:
             _adapter_place(self.adapter)
 
@@ -309,6 +310,40 @@ def _check_model(name: str) -> str:
     if kind not in _PIPELINES:
         raise UserError(f"{name!r} is a {kind}", rule=f"it must be one of {', '.join(_PIPELINES)}", remedy=remedy)
     return str(kind)
+
+
+# What two networks that share one sampling must agree in, and what a file that does not say so means.
+_SHARED: dict[str, dict[str, Any]] = {
+    "scheduler/scheduler_config.json": {
+        "prediction_type": "epsilon", "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
+        "trained_betas": None, "rescale_betas_zero_snr": False,
+    },
+    "vae/config.json": {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None, "block_out_channels": [64]},
+}  # fmt: skip
+
+
+def _check_base(model: str, base: str) -> None:
+    """Refuse a base that predicts something else, at other noise levels, or of other latents: its share would be noise."""
+    for name, shared in _SHARED.items():
+        ours, theirs = (_config(place, name) for place in (model, base))
+        for key, default in shared.items():
+            mine, its = (found.get(key, default) for found in (ours, theirs))
+            if mine != its:
+                raise UserError(f"the base's {name} has another {key}: {one_line(its, 60)}", rule=f"it must be the model's, {one_line(mine, 60)}",
+                                remedy="give the base that the model was fine-tuned from")  # fmt: skip
+
+
+def _config(place: str, name: str) -> dict[str, Any]:
+    try:
+        path = Path(place) / name
+        if not Path(place).is_dir():
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(place, name))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except Exception as error:
+        raise UserError(f"{name} of {place!r} cannot be read", rule=one_line(f"{type(error).__name__}: {error}", 240),
+                        remedy="give a whole Stable Diffusion folder or hub id") from None  # fmt: skip
 
 
 def _adapter_place(adapter: str) -> tuple[str, dict[str, str]]:

@@ -37,6 +37,7 @@ from ambient_sd.drawing import Drawn, DrawSettings, check_prompts, digest, draw,
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.files import write_whole
 from ambient_sd.guard.attribution import TokenGradients
+from ambient_sd.guard.base_above import acting_base
 from ambient_sd.guard.calibration import FILE_NAME, Calibration, ModelPrint
 from ambient_sd.guard.layouts import distilled
 from ambient_sd.guard.policies.by_name import make
@@ -126,15 +127,18 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
     options: dict[str, Any] = {} if settings.when == "always" else {"when": settings.when}
     guard = MemorizationGuard(pipe, policy, threshold, **options) if watched else None
     used = {
-        "weights": _weights(pipe), "sampler": type(pipe.scheduler).__name__,
+        "weights": _weights(pipe.unet), "sampler": type(pipe.scheduler).__name__,
         "threshold": threshold if isinstance(threshold, (float, int, type(None))) else dataclasses.asdict(threshold)["entries"],
     }  # fmt: skip
+    if (base := acting_base(pipe.unet)) is not None:
+        used["base_weights"] = _weights(base)
     _settle(out, given, used)
 
     places = [(p, k) for p in range(len(settings.prompts)) for k in range(settings.num_images_per_prompt)]
     records = {place: record for place in places if (record := _finished(out, place)) is not None}
     common = {
-        **drawing.public(), "sampler": used["sampler"], "weights": used["weights"], "policy": settings.policy,
+        **drawing.public(), "sampler": used["sampler"], "weights": used["weights"],
+        **{name: value for name, value in used.items() if name == "base_weights"}, "policy": settings.policy,
         "when": settings.when, "ambient_sd": __version__,
     }  # fmt: skip
     listing = out / "samples.jsonl"
@@ -238,8 +242,8 @@ def _calibration(settings: SampleSettings) -> Calibration | None:
     return Calibration.load(folder) if folder is not None and (folder / FILE_NAME).is_file() else None
 
 
-def _weights(pipe: Any) -> str | None:
-    found = ModelPrint.of(pipe.unet)
+def _weights(unet: Any) -> str | None:
+    found = ModelPrint.of(unet)
     return found.weights or found.structure
 
 
@@ -267,7 +271,7 @@ def _open(out: Path, given: dict[str, Any]) -> None:
 
 
 def _differs(out: Path, name: str, before: object, now: object) -> UserError:
-    shown = {"prompts": "the prompts", "weights": "the model's weights"}.get(name)
+    shown = {"prompts": "the prompts", "weights": "the model's weights", "base_weights": "the base's weights"}.get(name)
     what = f"{shown} are others" if shown else f"{name} was {one_line(before, 60)} and is {one_line(now, 60)}"
     return UserError(f"{out} was begun with other settings: {what}", rule="a folder holds one run",
                      remedy="name another with --out, or sample as before")  # fmt: skip

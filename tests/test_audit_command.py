@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import resource
+import shlex
 import shutil
 import signal
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import torch
 from PIL import Image
 from tiny import noise_picture, picture_folder
 
+from ambient_sd import cli_audit
 from ambient_sd.auditing import AuditSettings, Source, audit, read_generated
 from ambient_sd.cli import main
 from ambient_sd.errors import UserError
@@ -185,6 +187,18 @@ def test_command_draws_measures_and_writes_the_same_bytes_again(sets: dict[str, 
     )
 
 
+def test_the_published_command_names_no_local_place(tmp_path: Path) -> None:
+    (tmp_path / "owner").mkdir()
+    words = ["audit", f"--generated={tmp_path}/made", f"{tmp_path}/train", "--out", f"{tmp_path}/not/there/yet", "~me/pictures",
+             f"{tmp_path}/part-{{000..010}}.tar", f"--sscd={tmp_path}/sscd.pt", "../beside", "owner/model", "--fail-over", "0.01",
+             "--row_filter", "category=Food/Drink", "width>=64", "--features", "pixels,edges"]  # fmt: skip
+    shown = shlex.split(cli_audit._command(words))
+    assert shown == [
+        "ambient-sd", "audit", "--generated=made", "train", "--out", "yet", "pictures", "part-{000..010}.tar", "--sscd=sscd.pt",
+        "beside", "owner/model", "--fail-over", "0.01", "--row_filter", "category=Food/Drink", "width>=64", "--features", "pixels,edges",
+    ]  # fmt: skip
+
+
 def test_pictures_of_one_prompt_are_resampled_one_by_one(sets: dict[str, Path], tiny_base: Path) -> None:
     (sets["out"].parent / "empty.jsonl").write_text('{"prompt": ""}\n')
     prompts = ["--prompts", str(sets["out"].parent / "empty.jsonl"), "--guidance_scale", "1"]
@@ -197,12 +211,33 @@ def test_pictures_of_one_prompt_are_resampled_one_by_one(sets: dict[str, Path], 
     )  # Wilson of 0 in 8; of 0 in 1 it is 0.79
 
 
-def test_a_model_is_audited_with_its_base_above_a_level(sets: dict[str, Path], tiny_base: Path, tmp_path: Path) -> None:
+def test_a_model_is_audited_with_its_base_above_a_level(
+    sets: dict[str, Path], tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(base: Path) -> str:
+        assert run(sets, tmp_path / "tuned", "--base_above", "1.5", "--base", str(base)) == 2
+        return capsys.readouterr().err
+
     tiny.tiny_pipeline(seed=1).save_pretrained(tmp_path / "tuned")
     assert run(sets, tmp_path / "tuned", "--base_above", "1.5", "--base", str(tiny_base)) == 0
     found = json.loads((sets["out"] / "audit.json").read_text())
     assert found["model"]["base_above"] == 1.5 and found["model"]["base"] == tiny_base.name
     assert "its base above noise level 1.5" in (sets["out"] / "audit.html").read_text()
+    assert len(found["model"]["base_weights"]) == 64 != found["model"]["weights"]
+    # Another base of the same name is another model; one that predicts something else would draw noise above the level.
+    tiny.tiny_pipeline(seed=2).save_pretrained(tmp_path / tiny_base.name)
+    assert "the base's weights are others" in refused(tmp_path / tiny_base.name)
+    (tmp_path / "b").mkdir()
+    for name, key, value in (
+        ("scheduler/scheduler_config.json", "prediction_type", "epsilon"), ("scheduler/scheduler_config.json", "beta_end", 0.02),
+        ("vae/config.json", "scaling_factor", 0.5),
+    ):  # fmt: skip
+        other = tmp_path / "b" / key
+        shutil.copytree(tiny_base, other)
+        config = json.loads((other / name).read_text())
+        assert config.get(key) != value
+        (other / name).write_text(json.dumps({**config, key: value}))
+        assert f"the base's {name} has another {key}" in refused(other)
 
 
 def test_a_model_is_audited_without_guidance_too(sets: dict[str, Path], tiny_base: Path) -> None:

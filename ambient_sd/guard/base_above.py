@@ -11,6 +11,7 @@ that the low levels know come through: copies fall by measures of pixels and not
 from __future__ import annotations
 
 import math
+from numbers import Real
 from types import TracebackType
 from typing import Any
 
@@ -53,34 +54,52 @@ class BaseAbove:
                 rule="Stable Diffusion 1, 2 and XL can be sampled with two networks",
             )
         unet: Any = found
-        if not level >= 0 or isinstance(level, bool):
-            raise UserError(f"level is {level}", rule="it must be a number of at least 0")
+        if not isinstance(level, Real) or isinstance(level, bool) or not level >= 0:
+            raise UserError(f"level is {level!r}", rule="it must be a number of at least 0")
         if isinstance(unet.__dict__.get("forward"), _Switched):
             raise UserError("a base acts above a level already", remedy="call remove() first")
         if base is None:
             if not getattr(unet, "peft_config", None):
                 raise UserError("the pipeline has no LoRA", rule="the base is the model without it",
                                 remedy="load one and do not fuse it, or give the base's U-Net")  # fmt: skip
+            if any(layer.disable_adapters for layer in _adapted(unet)):
+                raise UserError(
+                    "the LoRA is disabled", rule="it acts below the level", remedy="call enable_lora() first"
+                )
             if getattr(pipe, "num_fused_loras", 0):
                 raise UserError(
                     "the LoRA is fused", rule="the base is the model without it", remedy="call unfuse_lora() first"
                 )
+        elif not isinstance(base, torch.nn.Module) or not hasattr(base, "config"):
+            raise UserError(
+                f"base is {one_line(repr(base), 60)}",
+                rule="it must be a U-Net",
+                remedy="for example pipe.unet of the base's pipeline",
+            )
+        elif base is unet:
+            raise UserError("the base is the pipeline's own U-Net", rule="above the level another one acts",
+                            remedy="load the base's a second time, or leave base out for a LoRA")  # fmt: skip
         else:
             other = [name for name in _SAME if base.config.get(name) != unet.config.get(name)]
             if other:
                 raise UserError(f"the base's U-Net has another {other[0]}: {one_line(base.config.get(other[0]), 60)}",
                                 rule=f"it must be the fine-tuned one's, {one_line(unet.config.get(other[0]), 60)}")  # fmt: skip
+            if base.dtype != unet.dtype:  # cast in place, it would no longer be what its owner has
+                raise UserError(f"the base's U-Net is {base.dtype}", rule=f"it must be the fine-tuned one's, {unet.dtype}",
+                                remedy="load both with the same dtype")  # fmt: skip
             base = base.to(unet.device).eval()
-            base = base if base.dtype == unet.dtype else base.to(unet.dtype)
         schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
         lowest = float(schedule.level(0))
         switch = -1.0 if level < lowest else math.inf if level >= schedule.max_level else schedule.timestep(level)
-        self._unet, self._before = unet, unet.__dict__.get("forward")  # some libraries put their own there
-        unet.forward = _Switched(unet, base, switch)
+        self._unet: Any = unet
+        self._before: Any = unet.__dict__.get("forward")  # some libraries put their own there
+        self._own: _Switched = _Switched(unet, base, switch)
+        unet.forward = self._own
 
     def remove(self) -> None:
-        """Give the pipeline its U-Net back as it was."""
-        if isinstance(self._unet.__dict__.get("forward"), _Switched):
+        """Give the pipeline its U-Net back as it was; what others have put around it since stays, and the base acts no more."""
+        self._own.off = True
+        if self._unet.__dict__.get("forward") is self._own:
             if self._before is None:
                 del self._unet.forward
             else:
@@ -95,13 +114,22 @@ class BaseAbove:
         self.remove()
 
 
+def acting_base(unet: Any) -> torch.nn.Module | None:
+    """Return the U-Net that stands in above a level, or None where none does (or it is the same one without its LoRA)."""
+    forward = unet.__dict__.get("forward")
+    return forward.base if isinstance(forward, _Switched) and not forward.off else None
+
+
 class _Switched:
     """Stand in for a U-Net's `forward`: that of the base at timesteps above the switch."""
 
     def __init__(self, unet: Any, base: Any, switch: float) -> None:
-        self._unet, self._tuned, self._base, self._switch = unet, unet.forward, base, switch
+        self._unet, self._tuned, self.base, self._switch = unet, unet.forward, base, switch
+        self.off = False
 
     def __call__(self, sample: torch.Tensor, timestep: Any, *args: Any, **options: Any) -> Any:
+        if self.off:
+            return self._tuned(sample, timestep, *args, **options)
         above = torch.as_tensor(timestep).flatten() > self._switch
         if not bool(above.any()):
             return self._tuned(sample, timestep, *args, **options)
@@ -109,10 +137,20 @@ class _Switched:
             raise UserError(
                 "timesteps of one call lie on both sides of the level", rule="pictures of a batch are denoised together"
             )
-        if self._base is not None:
-            return self._base(sample, timestep, *args, **options)
-        self._unet.disable_adapters()
+        if self.base is not None:
+            return self.base(sample, timestep, *args, **options)
+        # By hand: peft's switch turns gradients on as well, and all adapters, also of layers that were off.
+        layers = [layer for layer in _adapted(self._unet) if not layer.disable_adapters]
+        for layer in layers:
+            layer._disable_adapters = True
         try:
             return self._tuned(sample, timestep, *args, **options)
         finally:
-            self._unet.enable_adapters()
+            for layer in layers:
+                layer._disable_adapters = False
+
+
+def _adapted(unet: Any) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [layer for layer in unet.modules() if isinstance(layer, BaseTunerLayer)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,11 @@ import tiny
 import torch
 from diffusers import EulerDiscreteScheduler
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ambient_sd import BaseAbove, MemorizationGuard, NoiseSchedule, policies
 from ambient_sd.errors import UserError
+from ambient_sd.guard.base_above import acting_base
 
 STEPS = 6
 
@@ -110,7 +113,9 @@ def test_mistakes_are_one_line_and_leave_the_pipeline_as_it_was() -> None:
     pipe = tiny.tiny_pipeline()
     for level, base, says in (
         (1.0, None, "has no LoRA"), (float("nan"), None, "level is nan"), (-1, None, "level is -1"),
-        (1.0, tiny.tiny_sdxl_pipeline().unet, "the base's U-Net has another"),
+        ("1.6", None, "level is '1.6'"), (None, None, "level is None"), (True, None, "level is True"),
+        (1.0, tiny.tiny_sdxl_pipeline().unet, "the base's U-Net has another"), (1.0, pipe.unet, "the pipeline's own U-Net"),
+        (1.0, "owner/base", "must be a U-Net"), (1.0, tiny.tiny_pipeline(seed=1).unet.to(torch.bfloat16), "is torch.bfloat16"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=says):
             BaseAbove(pipe, level, base)
@@ -122,3 +127,46 @@ def test_mistakes_are_one_line_and_leave_the_pipeline_as_it_was() -> None:
         BaseAbove(adapted, 2.0)
     with BaseAbove(adapted, 1.0), pytest.raises(UserError, match="both sides of the level"):
         adapted.unet(torch.zeros(2, 4, 8, 8), torch.tensor([999, 0]), encoder_hidden_states=torch.zeros(2, 24, 16))
+    adapted.unet.disable_adapters()
+    with pytest.raises(UserError, match="the LoRA is disabled"):
+        BaseAbove(adapted, 1.0)
+
+
+def test_it_leaves_gradients_and_the_states_of_adapters_alone() -> None:
+    pipe = with_lora()
+    pipe.unet.requires_grad_(False)
+    layers = [m for m in pipe.unet.modules() if isinstance(m, BaseTunerLayer)]
+    layers[0].enable_adapters(False)
+    tuned = drawn(pipe)
+    with pytest.raises(UserError, match="the LoRA is disabled"):  # in one layer: below the level is not the whole LoRA
+        BaseAbove(pipe, 1.0)
+    layers[0].enable_adapters(True)
+    pipe.unet.requires_grad_(False)
+    assert not torch.equal(drawn(pipe), tuned)
+    with BaseAbove(pipe, 1.0):
+        drawn(pipe)
+        with pytest.raises(RuntimeError, match="out of steps"):
+            drawn(pipe, callback_on_step_end=out_of_steps)
+    assert not any(p.requires_grad for p in pipe.unet.parameters()) and not any(m.disable_adapters for m in layers)
+
+
+def out_of_steps(*_: Any) -> dict[str, Any]:
+    raise RuntimeError("out of steps")
+
+
+def test_removing_is_of_ones_own_and_works_under_what_others_put_around_the_network() -> None:
+    pipe, other = tiny.tiny_pipeline(), tiny.tiny_pipeline(seed=1)
+    tuned = drawn(pipe)
+    stale = BaseAbove(pipe, 1.0, other.unet)
+    stale.remove()
+    with BaseAbove(pipe, 0, other.unet):
+        base = drawn(pipe)
+        stale.remove()
+        assert torch.equal(drawn(pipe), base) and acting_base(pipe.unet) is other.unet
+    assert torch.equal(drawn(pipe), tuned) and acting_base(pipe.unet) is None
+
+    acting = BaseAbove(pipe, 0, other.unet)
+    pipe.unet.forward = functools.partial(pipe.unet.forward)  # as a hook of accelerate puts another around it
+    assert torch.equal(drawn(pipe), base)
+    acting.remove()
+    assert torch.equal(drawn(pipe), tuned)
