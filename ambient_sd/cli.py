@@ -171,10 +171,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         quiet()  # before the imports below, which load what speaks
         from ambient_sd.study.plan import read_plan
         from ambient_sd.study.results import write_results
-        from ambient_sd.study.sweep import gather, merge, write_pages
+        from ambient_sd.study.sweep import check_labels, gather, merge, write_pages
         from ambient_sd.study.sweep import sweep as run_sweep
 
         plan = read_plan(args.study, {} if args.seeds is None else {"seeds": args.seeds})
+        check_labels(plan, args.only)
+        if args.results_only and args.only:
+            raise UserError("only with results_only", rule="it says what is trained", remedy="leave one of them out")
+        if args.results_only and not args.merge and not (args.out / "runs").is_dir():
+            raise UserError(f"{args.out} holds no runs", rule="results are written of what is measured",
+                            remedy="name the study's folder with --out")  # fmt: skip
         for path in args.merge:
             print(f"{path}: {merge(plan, args.out, path)} steps taken in", flush=True)
         results = gather(plan, args.out) if args.results_only else run_sweep(

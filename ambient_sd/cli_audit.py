@@ -80,6 +80,12 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
         raise UserError(
             f"{len(args.places)} places are given", rule=f"there must be {said}", remedy="see ambient-sd audit --help"
         )
+    if args.generated is not None:
+        for name in ("adapter", "base", "base_above"):
+            if getattr(args, name) is not None:
+                raise UserError(
+                    f"{name} with generated pictures", rule="no model is drawn from", remedy="leave one of them out"
+                )
     from ambient_sd.quiet import quiet
 
     quiet()  # before the imports below, which load what speaks

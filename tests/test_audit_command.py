@@ -113,6 +113,13 @@ def test_copies_in_other_colours_are_said_where_the_deciding_measure_sees_none(
     assert not unseen["verdict"]["exceeded"] and unseen["verdict"]["others"] == []
 
 
+def test_without_held_out_pictures_copies_in_other_colours_are_said_too(sets: dict[str, Path], tmp_path: Path) -> None:
+    swapped = [Image.merge("RGB", [noise_picture(i).convert("RGB").getchannel(c) for c in "BRG"]) for i in range(12)]
+    made = picture_folder(tmp_path / "swapped", swapped)
+    found = audit(settings(sets, generated=made, heldout=None, features=("pixels", "edges"))).found
+    assert "0.0 % of 12 pictures are copies (by pixels64); by edges16 100.0 %" in found["finding"]["sentence"]
+
+
 def test_without_held_out_pictures_no_excess_is_invented_and_the_remedy_is_offered(sets: dict[str, Path]) -> None:
     found = audit(settings(sets, heldout=None)).found
     (row,) = found["measures"]

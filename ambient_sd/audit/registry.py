@@ -38,10 +38,11 @@ WEIGHTS = {
     "dinov2": ("MODEL", "DINOv2, folder or hub id, for example facebook/dinov2-giant"),
     "inception": ("FILE", "Inception-v3 as TorchScript"),
 }
+MAX_PIXELS = 256
 _LABELS = {"efflite0": "EffLite0", "sscd": "SSCD", "dinov2": "DINOv2", "inception": "Inception"}
 _NEEDED = ("dinov2", "inception")
 _PIXELS = re.compile(r"pixels([1-9]\d{0,3})?(-toned)?|toned")
-_EDGES = re.compile(r"edges(1|2|4|8|16|32|64)?")
+_EDGES = re.compile(r"edges(4|8|16|32|64)?")
 
 
 def label(name: str) -> str:
@@ -52,6 +53,11 @@ def label(name: str) -> str:
     """
     low = name.lower()
     if (match := _PIXELS.fullmatch(low)) is not None:
+        if int(match[1] or 64) > MAX_PIXELS:
+            raise UserError(
+                f"feature {name!r}",
+                rule=f"a side of at most {MAX_PIXELS}: three numbers a pixel are kept of every picture",
+            )
         return f"pixels{match[1] or 64}" + ("-toned" if match[2] or low == "toned" else "")
     if (match := _EDGES.fullmatch(low)) is not None:
         return f"edges{match[1] or 16}"

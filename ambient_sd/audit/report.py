@@ -252,9 +252,16 @@ def _find_alone(run: RunSection, copies: Row, quality: str) -> Finding:
     share = f"{show(copies.generated)} of {copies.generated.n} pictures are copies (by {copies.name.removeprefix('memorized-')})"
     name = run.name[:1].upper() + run.name[1:]
     if copies.heldout is None or copies.excess is None:
+        others = [
+            row
+            for row in run.figures
+            if row.name.startswith("memorized-") and row.generated.value > copies.generated.value
+        ]
+        most = max(others, key=lambda row: row.generated.value, default=None)
+        by = "" if most is None else f"; by {most.name.removeprefix('memorized-')} {show(most.generated)}"
         return Finding(
             "no-background",
-            f"{name}: {share}; what chance alone would give is not known.",
+            f"{name}: {share}{by}; what chance alone would give is not known.",
             f"95 % interval {_span(copies.generated)}. No unseen real pictures were given, so there is nothing to subtract: "
             "training pictures that resemble each other make chance hits. Give pictures of the same kind that the model "
             "never saw with --heldout.",

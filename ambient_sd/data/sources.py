@@ -29,7 +29,24 @@ from ambient_sd.data.shards import ShardRows, find_shards, has_shards, index_sha
 from ambient_sd.errors import UserError, one_line
 
 METADATA = ("metadata.jsonl", "metadata.csv")
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+PICTURE_SUFFIXES = {
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".jp2",
+    ".webp",
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".pnm",
+}
+UNREAD_SUFFIXES = {".heic", ".heif", ".jxl", ".psd", ".svg", ".tga", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"}
 _SHOWN = 3  # names listed in an error line before "and N more"
 
 
@@ -446,6 +463,10 @@ def _all_in(folder: Path) -> _Table:
     """Take every picture below a folder that has no list; hidden files and folders are not part of it."""
     found = (p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
     names = sorted(p.as_posix() for p in found if not any(part.startswith(".") for part in p.parts))
+    unread = sorted(p.name for p in folder.rglob("*") if p.suffix.lower() in UNREAD_SUFFIXES and p.is_file())
+    if unread:  # left out, they would count as looked at
+        raise UserError(f"folder {folder} holds {len(unread)} pictures of kinds that are not read, {one_line(unread[0], 60)} among them",
+                        rule="every picture of a folder is looked at", remedy="convert them to PNG or JPEG, or move them away")  # fmt: skip
     if not names:
         raise UserError(f"folder {folder} has no pictures", rule="those of hidden files and folders do not count")
     return _Table(str(folder), [{"file_name": name} for name in names], _Files(folder, names), names.__getitem__)

@@ -35,6 +35,7 @@ class BaseAbove:
 
     It acts from construction to `remove()`, or as a context manager. Everything that calls the U-Net goes through it, the guard included:
     scores are then those of the two networks. The U-Net's weights are not touched, and it answers `state_dict` and the rest as before.
+    Text encoder and VAE are the pipeline's own at all levels: what a fine-tune has changed there acts above the level too.
 
     Args:
         pipe: Stable Diffusion 1, 2 or XL, any pipeline with a U-Net.

@@ -17,6 +17,7 @@ from ambient_sd.audit.metrics import MEMORIZED_RATIO
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.data.sources import PictureSet
 from ambient_sd.data.stream import drawn
+from ambient_sd.errors import UserError, one_line
 
 COLUMNS = 20  # of `samples.png`
 _GAP, _LABEL, _FRAME = 4, 130, "#d92d20"
@@ -24,8 +25,12 @@ _GAP, _LABEL, _FRAME = 4, 130, "#d92d20"
 
 def samples_of(step: Path, resolution: int) -> tuple[list[Image.Image], list[float]]:
     """Return the pictures of a step, cut out of its sheet, and d1/d2 of each."""
-    sheet = Image.open(step / "samples.png").convert("RGB")
-    ratios = json.loads((step / "figures.json").read_text(encoding="utf-8"))["ratios"]
+    try:
+        sheet = Image.open(step / "samples.png").convert("RGB")
+        ratios = json.loads((step / "figures.json").read_text(encoding="utf-8"))["ratios"]
+    except (OSError, ValueError, KeyError, SyntaxError) as error:
+        raise UserError(f"the samples in {step} cannot be shown", rule=one_line(f"{type(error).__name__}: {error}", 160),
+                        remedy="remove the folder; the step is then measured again") from None  # fmt: skip
     cell = resolution + _GAP
     boxes = ((_GAP + i % COLUMNS * cell, _GAP + i // COLUMNS * cell) for i in range(len(ratios)))
     return [sheet.crop((x, y, x + resolution, y + resolution)) for x, y in boxes], ratios

@@ -39,6 +39,7 @@ _OWNED = {
     "output_dir", "seed", "max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "report_to", "push_to_hub", "hub_token", "hub_model_id", "latent_cache_dir",
 }  # fmt: skip
+_LONGEST = 100
 _SHORT = {"ambient_level": "level", "ambient_timestep": "timestep", "reweight": "q", "learning_rate": "lr",
           "adam_weight_decay": "decay"}  # fmt: skip
 
@@ -155,9 +156,11 @@ def parse_plan(text: str, path: str | Path, changes: Mapping[str, Any] | None = 
         for label, differs in entry
         for seed in raw["seeds"]
     ]
+    name = str(raw.get("name") or Path(path).stem)
+    _check_name(name, "name", path)
     _check(runs, path)
     return Plan(
-        str(raw.get("name") or Path(path).stem), runs, sorted(raw["measure_at"]), sampling, raw.get("heldout") or {},
+        name, runs, sorted(raw["measure_at"]), sampling, raw.get("heldout") or {},
         raw.get("from_scratch"), text, _charts(raw.get("charts") or {}, entries, path),
     )  # fmt: skip
 
@@ -197,10 +200,21 @@ def _charts(
     return out
 
 
+def _check_name(name: str, where: str, path: str | Path) -> None:
+    """A name stands in tables, plots and a folder's name: found wrong there, it would be after all training."""
+    if not name.isprintable() or not 0 < len(name) <= _LONGEST or set(name) & set("$|<>\\`"):
+        raise _wrong(
+            f"{where}: {one_line(name, 60)}",
+            f"a name is of at most {_LONGEST} printable characters, without $ | < > \\ and `",
+            path,
+        )
+
+
 def _check(runs: Sequence[Run], path: str | Path) -> None:
     if len({run.folder for run in runs}) < len(runs):
         raise _wrong("runs", "two of them have one name", path)
     for run in runs:
+        _check_name(run.label, "runs", path)
         owned = sorted(set(run.settings) & _OWNED)
         if owned:
             raise _wrong(f"runs: {run.label}: {owned[0]}", "the study sets it", path)

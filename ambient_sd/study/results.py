@@ -226,7 +226,7 @@ def _recoloured(p: Point) -> str:
 def _high_error(p: Point, name: str, above: float = HIGH) -> float:
     curve = p.errors[name]
     chosen = [m for s, m in zip(curve["level"], curve["mean"], strict=True) if s >= above]
-    return sum(chosen) / len(chosen)
+    return sum(chosen) / len(chosen) if chosen else math.nan  # a schedule may end below
 
 
 def _numbers(values: Sequence[int]) -> str:

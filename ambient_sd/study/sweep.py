@@ -13,6 +13,7 @@ its last checkpoint.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import math
@@ -29,7 +30,7 @@ import torch
 from ambient_sd.audit.report import contact_sheet
 from ambient_sd.data.conditions import split_condition
 from ambient_sd.data.sources import PictureSet, load_rows
-from ambient_sd.errors import UserError
+from ambient_sd.errors import UserError, one_line
 from ambient_sd.files import finite, write_whole
 from ambient_sd.quiet import quiet
 from ambient_sd.study.fresh import fresh_base
@@ -62,16 +63,18 @@ def sweep(plan: Plan, out: Path, *, workers: int = 1, only: Sequence[str] = ()) 
     Raises:
         UserError: a run's settings or pictures are wrong, or `out` holds another study. Found before the first training.
     """
-    wrong = sorted(set(only) - set(plan.labels))
-    if wrong:
-        raise UserError(f"run {wrong[0]!r} is not in the study", rule=f"its runs: {', '.join(plan.labels)}")
+    check_labels(plan, only)
     runs = [run for run in plan.runs if not only or run.label in only]
-    out.mkdir(parents=True, exist_ok=True)
-    for run in runs:
-        _claim(plan, run, out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out is {out}", rule="it must be a folder")
+    _check_folders(plan, out)
     todo = [run for run in runs if _steps_left(plan, run, out)]
+    _check_reals(plan, todo)
+    out.mkdir(parents=True, exist_ok=True)
     for run in todo:
         plan_run(_config(plan, run, out))
+    for run in runs:
+        _claim(plan, run, out)
     write_whole(out / "study.yaml", plan.text)
     threads = max(1, (torch.get_num_threads() if workers == 1 else (os.cpu_count() or 1) // workers))
     print(f"{plan.name}: {len(runs) - len(todo)} of {len(runs)} runs done", flush=True)
@@ -89,6 +92,12 @@ def sweep(plan: Plan, out: Path, *, workers: int = 1, only: Sequence[str] = ()) 
                     other.cancel()
                 raise
     return gather(plan, out)
+
+
+def check_labels(plan: Plan, only: Sequence[str]) -> None:
+    """Raise a `UserError` unless all of `only` are runs of the study."""
+    if wrong := sorted(set(only) - set(plan.labels)):
+        raise UserError(f"run {wrong[0]!r} is not in the study", rule=f"its runs: {', '.join(plan.labels)}")
 
 
 def do_run(plan: Plan, run: Run, out: Path, threads: int, position: int = 0) -> str:
@@ -137,7 +146,12 @@ def _measure(
 
 
 def gather(plan: Plan, out: Path) -> dict[str, Any]:
-    """Read what is measured so far, write OUT/results.json and return it; runs without a measured step are left out."""
+    """Read what is measured so far, write OUT/results.json and return it; runs without a measured step are left out.
+
+    Raises:
+        UserError: a run in `out` has other settings than the plan's, or a file of its is damaged.
+    """
+    _check_folders(plan, out)
     runs = []
     for run in plan.runs:
         folder = out / "runs" / run.folder
@@ -161,23 +175,32 @@ def merge(plan: Plan, out: Path, path: Path) -> int:
     a merged run that is made longer is trained from its beginning.
 
     Raises:
-        UserError: `path` is no results.json, or holds a run of this plan's name with other settings; nothing is taken in then.
+        UserError: `path` is no results.json, or of no run of this plan, or holds one with other settings; nothing is taken in then.
     """
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        given = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
         theirs = {(run["label"], run["seed"]): run["points"] for run in given["runs"]}
         seeds = sorted({seed for _, seed in theirs})
         text = given["plan"]
+        if not isinstance(text, str):
+            raise TypeError("plan")
         for step in (step for points in theirs.values() for step in points):
             _check_step(step)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} cannot be merged", rule=f"must be the results.json of a study ({type(error).__name__})"
         ) from None
     known = {(run.label, run.seed): identity(plan, run) for run in plan.runs}
     other = parse_plan(text, path, {"seeds": seeds}) if seeds else plan
-    for run in other.runs:
-        key = run.label, run.seed
+    planned = {(run.label, run.seed): run for run in other.runs}
+    if (strange := sorted(set(theirs) - set(planned))) or not set(theirs) & set(known):
+        raise UserError(
+            f"{path} cannot be merged",
+            rule=f"its own plan has no run {one_line(strange[0][0], 60)!r}"
+            if strange
+            else "it holds no run of this study",
+        )
+    for key, run in planned.items():
         if key in theirs and key in known and identity(other, run) != known[key]:
             raise UserError(
                 f"{path}: run {run.name!r} has other settings than this study's", rule="only equal runs can be merged"
@@ -188,12 +211,18 @@ def merge(plan: Plan, out: Path, path: Path) -> int:
     taken = 0
     for run in plan.runs:
         for step in theirs.get((run.label, run.seed), []):
+            if step["step"] not in plan.measure_at:
+                continue
             into = out / "runs" / run.folder / f"step-{step['step']:06d}"
             if not (into / "figures.json").exists():
                 into.mkdir(exist_ok=True)
                 write_whole(into / "figures.json", json.dumps(step, indent=1, allow_nan=False) + "\n")
                 taken += 1
     return taken
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
 
 
 def _check_step(step: Any) -> None:
@@ -224,7 +253,14 @@ def write_pages(plan: Plan, out: Path) -> list[Path]:
         for label in labels:
             for run in (r for r in plan.runs if r.label == label):
                 folders = [out / "runs" / run.folder / f"step-{step:06d}" for step in plan.measure_at]
-                done = [f for f in folders if (f / "figures.json").exists() and (f / "samples.png").exists()]
+                # A merged step has figures of elsewhere, also where a cut measurement left its samples here.
+                done = [
+                    f
+                    for f in folders
+                    if (f / "samples.png").exists()
+                    and (f / "figures.json").exists()
+                    and "ratios" in _read_json(f / "figures.json")
+                ]
                 if done:
                     steps.append((label, done[-1]))
                     config = config or _config(plan, run, out)
@@ -275,12 +311,38 @@ def _heldout(plan: Plan, config: TrainConfig) -> PictureSet:
     return load_rows(source, config.image_column, config.caption_column, split, row_filter=terms)
 
 
+def _check_folders(plan: Plan, out: Path) -> None:
+    """Refuse runs of other settings that lie where the plan's would: their figures would pass for the plan's."""
+    for run in plan.runs:
+        if (out / "runs" / run.folder / "identity.json").exists():
+            _claim(plan, run, out)
+
+
+def _check_reals(plan: Plan, runs: Sequence[Run]) -> None:
+    """Open the pictures that runs will be measured by, before anything is trained: a mistake here is found after hours otherwise."""
+    seen: set[str] = set()
+    for run in runs:
+        config = run.config("study")
+        data = json.dumps(
+            [getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata.get("group") == "data"],
+            default=str,
+        )
+        if data in seen:
+            continue
+        seen.add(data)
+        training, heldout = open_pictures(config), _heldout(plan, config)
+        training.fingerprint(), heldout.fingerprint()  # fill in the keys, and find pictures that cannot be read
+        if shared := len(set(training.keys) & set(heldout.keys)):
+            raise UserError(f"study {plan.name}: heldout: {shared} of {len(heldout)} pictures are training pictures of {run.label!r}",
+                            rule="held-out pictures are ones that no run has seen", remedy="give others, for example dataset_split: heldout")  # fmt: skip
+
+
 def _claim(plan: Plan, run: Run, out: Path) -> None:
     """Let a run's folder belong to one identity."""
     path = out / "runs" / run.folder / "identity.json"
     own = identity(plan, run)
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = _read_json(path)
         if before != own:
             other = [k for k in own if before.get(k) != own[k]]
             named = [k for k in own["settings"] if before.get("settings", {}).get(k) != own["settings"][k]]
@@ -312,4 +374,25 @@ def _steps_left(plan: Plan, run: Run, out: Path) -> list[int]:
 
 
 def _read_step(folder: Path, step: int) -> dict[str, Any]:
-    return dict(json.loads((folder / f"step-{step:06d}" / "figures.json").read_text(encoding="utf-8")))
+    path = folder / f"step-{step:06d}" / "figures.json"
+    record = _read_json(path)
+    try:
+        _check_step(record)
+    except (KeyError, TypeError, AttributeError):
+        raise _damaged(path) from None
+    return record
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        raise _damaged(path) from None
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(
+        f"{path} is damaged",
+        rule="a study reads what it has measured",
+        remedy=f"remove {path.parent}, which is then made again",
+    )

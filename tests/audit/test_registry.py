@@ -49,6 +49,8 @@ def test_sides_and_tones_of_pixels_are_read() -> None:
         (["pixel"], "there are pixels, toned, edges, efflite0, sscd, dinov2, inception"),
         (["pixels0"], "feature 'pixels0'"),
         (["edges5"], "feature 'edges5'"),
+        (["edges2"], "feature 'edges2'"),
+        (["pixels9999"], "a side of at most 256"),
         (["edges", "EDGES16"], "no name twice"),
         (["pixels", "pixels64"], "no name twice"),
         (["toned", "pixels64-TONED"], "no name twice"),

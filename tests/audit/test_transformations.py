@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
-from ambient_sd.audit.features import Edges, Pixels, embed
+from ambient_sd.audit.features import Edges, Features, Pixels, embed
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.transformations import TRANSFORMATIONS, detection, embed_all, table, transformed
 from ambient_sd.errors import UserError
@@ -73,7 +73,7 @@ def test_toned_pixels_do_not_see_brightness_and_contrast_but_see_what_differs() 
     assert float((toned([a]) - toned([lighter])).norm()) < 0.01 < float((plain([a]) - plain([lighter])).norm())
     assert float((toned([a]) - toned([picture(2)])).norm()) > 10
     flat = toned([Image.new("RGB", (8, 8), "white")])
-    assert torch.isfinite(flat).all() and float(flat.abs().max()) == 0.0
+    assert torch.isfinite(flat).all() and torch.equal(flat, toned([Image.new("RGB", (9, 9), "white")]))
     darker = ImageEnhance.Brightness(a).enhance(0.7)
     assert float((toned([a]) - toned([darker])).norm()) < 2
 
@@ -92,8 +92,33 @@ def test_edges_see_copies_in_other_colours_where_pixels_do_not_and_know_other_pi
     assert float((by_pixels.ratio < 1 / 3).float().mean()) == 0  # control
     others = nearest(edges([picture(100 + i) for i in range(20)]), edges(training))
     assert float(others.ratio.min()) > 1 / 3  # control: other pictures are no copies in any colour
-    with pytest.raises(UserError, match="divisor of 64"):
-        Edges(5)
+    for side in (1, 2, 5, 128):
+        with pytest.raises(UserError, match="divisor of 64, at least 4"):
+            Edges(side)
+
+
+def ramp(low: tuple[int, int, int], high: tuple[int, int, int]) -> Image.Image:
+    across = np.linspace(0, 1, 64)[None, :, None]
+    return Image.fromarray((np.array(low) * (1 - across) + np.array(high) * across).repeat(64, 0).astype(np.uint8))
+
+
+@pytest.mark.parametrize("feature", [Edges(), Pixels(toned=True)], ids=["edges", "toned"])
+def test_plain_pictures_are_no_copies_of_a_blank_one_and_copies_of_plain_ones_are_found(feature: Features) -> None:
+    blank = Image.new("RGB", (64, 64), "white")
+    known = feature([*(picture(i) for i in range(20)), blank, Image.new("RGB", (64, 64), "black")])
+    colours = [(40, 90, 200), (250, 250, 250), (128, 128, 128), (3, 3, 3)]
+    plain = [Image.new("RGB", (64, 64), colour) for colour in colours]
+    if feature.name == "edges16":  # of one slope everywhere, so without a contour; toned they are not plain
+        plain += [ramp((10, 60, 200), (30, 200, 20)), ramp((0, 0, 0), (90, 80, 70))]
+    assert float(nearest(feature(plain), known).ratio.min()) > 1 / 3
+    # Control: equal pictures are copies still, and so is a changed one of a drawing that is hardly there.
+    found = nearest(feature([blank.resize((128, 128))]), known)
+    assert found.index[0, 0] == 20 and float(found.ratio[0]) == 0
+    faint = Image.blend(Image.new("RGB", (64, 64), (128, 128, 128)), picture(3).resize((64, 64)), 0.2)
+    changed = faint.copy()
+    changed.putpixel((10, 10), (120, 120, 120))
+    near = nearest(feature([changed]), torch.cat([known[4:], feature([faint])]))
+    assert near.index[0, 0] == 18 and float(near.ratio[0]) < 1 / 3
 
 
 def test_edges_are_the_gradient_of_all_channels() -> None:
@@ -106,7 +131,7 @@ def test_edges_are_the_gradient_of_all_channels() -> None:
     strength[:, 31:33] = ((200 / 255) ** 2 + (100 / 255) ** 2) ** 0.5 / 2
     expected = (strength - strength.mean()) / strength.std(correction=0)
     assert torch.allclose(found, expected, atol=1e-4)
-    assert float(Edges()._embed(np.full((1, 64, 64, 3), 7, np.uint8)).abs().max()) == 0.0
+    assert set(Edges()._embed(np.full((1, 64, 64, 3), 7, np.uint8)).flatten().tolist()) == {-1.0, 1.0}
 
 
 def test_the_table_is_markdown_with_intervals(cells: dict[tuple[str, bool], tuple[float, float]]) -> None:

@@ -81,6 +81,10 @@ def test_an_identity_tells_settings_and_sampling_apart_but_not_where_results_go(
         (GOOD | {"runs": {"a": {"objective": "plain", "output_dir": "x"}}}, ["output_dir", "the study sets it"]),
         (GOOD | {"runs": {"a": {"objective": "plain", "lr_scheduler": "cosine"}}}, ["lr_scheduler", "constant"]),
         (GOOD | {"runs": {"a b": {"objective": "plain"}, "a_b": {"objective": "gap", "gap_upper": 2.0, "ambient_level": 1}}}, ["one name"]),
+        (GOOD | {"runs": {"x" * 101: {"objective": "plain"}}}, ["runs: xxx", "at most 100"]),
+        (GOOD | {"runs": {"$x_{$": {"objective": "plain"}}}, ["$x_{$", "without $"]),
+        (GOOD | {"runs": {"a\nb": {"objective": "plain"}}}, ["printable"]),
+        (GOOD | {"name": "<script>alert(1)</script>"}, ["name:", "without $ | <"]),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_a_study_is_said_in_one_line(tmp_path: Path, content: Any, words: list[str]) -> None:

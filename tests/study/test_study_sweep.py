@@ -131,17 +131,61 @@ def test_a_killed_study_ends_with_the_figures_of_one_that_ran_through(
         lambda given: given["runs"][0]["points"][0]["errors"]["heldout"]["mean"].pop(),
         lambda given: given["runs"][0]["points"][0]["errors"].update(training=3),
         lambda given: given.update(runs={"plain": 1}),
+        lambda given: given.update(plan=5),
+        lambda given: given["runs"][1]["points"][1].update(loss=float("nan")),
+        lambda given: given["runs"][0].update(label="another"),
+        lambda given: given.update(runs=[]),
     ):
         given = json.loads((out / "results.json").read_text())
         break_it(given)
         (tmp_path / "broken.json").write_text(json.dumps(given))
-        with pytest.raises(UserError, match=r"must be the results\.json of a study"):
+        with pytest.raises(UserError, match="cannot be merged"):
             merge(plan, tmp_path / "new", tmp_path / "broken.json")
-    for text in ("", "[]", '{"runs": []}', "\x00"):
+    for text in ("", "[]", '{"runs": []}', "\x00", "[" * 200_000):
         (tmp_path / "broken.json").write_text(text)
         with pytest.raises(UserError, match=r"must be the results\.json of a study"):
             merge(plan, tmp_path / "new", tmp_path / "broken.json")
     assert not (tmp_path / "new").exists()
+    given = json.loads((out / "results.json").read_text())
+    given["runs"][0]["points"][0]["step"] = 10**300  # a step that this study does not measure is left alone
+    (tmp_path / "broken.json").write_text(json.dumps(given))
+    assert merge(plan, tmp_path / "new", tmp_path / "broken.json") == 3
+
+    # A cut measurement's samples do not belong to figures of elsewhere.
+    shutil.copy(
+        out / "runs/plain_seed=0/step-000004/samples.png", elsewhere / "runs/plain_seed=0/step-000004/samples.png"
+    )
+    assert not write_pages(plan, elsewhere)
+    # Figures of other settings do not pass for this plan's, nor do damaged ones.
+    with pytest.raises(UserError, match="with other sample"):
+        gather(other, out)
+    for name, text in (
+        ("step-000002/figures.json", '{"step": 2'),
+        ("step-000002/figures.json", "[]"),
+        ("identity.json", ""),
+    ):
+        path = elsewhere / "runs/plain_seed=0" / name
+        whole_text = path.read_text()
+        path.write_text(text)
+        with pytest.raises(UserError, match="is damaged"):
+            gather(plan, elsewhere)
+        path.write_text(whole_text)
+    (out / "runs/plain_seed=0/step-000004/samples.png").write_bytes(b"none")
+    with pytest.raises(UserError, match="cannot be shown"):
+        write_pages(plan, out)
+
+
+def test_wrong_held_out_pictures_are_found_before_anything_is_trained_or_claimed(plan: Plan, tmp_path: Path) -> None:
+    for heldout, says in (
+        ({}, "are training pictures of 'plain'"), ({"dataset_split": "none"}, "no column 'split'"), ({"colour": "red"}, "entries are"),
+        ({"train_data_dir": str(tmp_path / "none")}, "none"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=says):
+            sweep(dataclasses.replace(plan, heldout=heldout), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="it must be a folder"):
+        sweep(plan, tmp_path / "file")
 
 
 def test_a_sample_page_shows_what_was_drawn_over_its_nearest_training_picture_and_frames_copies(
