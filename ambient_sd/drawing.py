@@ -288,18 +288,13 @@ def draw(
 
 def _check_model(name: str) -> str:
     """Return the class of a pipeline, read from its model_index.json."""
-    path = Path(name) / "model_index.json"
     remedy = "give a Stable Diffusion folder or hub id"
     try:
-        if Path(name).is_dir():
-            index = json.loads(path.read_text(encoding="utf-8"))
-        elif Path(name).exists() or Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        if not Path(name).is_dir() and (
+            Path(name).exists() or Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+        ):
             raise UserError(f"there is no folder {name!r}", remedy=remedy)
-        else:
-            from huggingface_hub import hf_hub_download
-
-            index = json.loads(Path(hf_hub_download(name, "model_index.json")).read_text(encoding="utf-8"))
-        kind = index["_class_name"]
+        kind = _read_json(name, "model_index.json")["_class_name"]
     except UserError:
         raise
     except FileNotFoundError as error:
@@ -333,14 +328,19 @@ def _check_base(model: str, base: str) -> None:
                                 remedy="give the base that the model was fine-tuned from")  # fmt: skip
 
 
+def _read_json(place: str, name: str) -> Any:
+    """Read a file of a model's folder, or of its repository on the hub; what goes wrong is the caller's to word."""
+    path = Path(place) / name
+    if not Path(place).is_dir():
+        from huggingface_hub import hf_hub_download
+
+        path = Path(hf_hub_download(place, name))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def _config(place: str, name: str) -> dict[str, Any]:
     try:
-        path = Path(place) / name
-        if not Path(place).is_dir():
-            from huggingface_hub import hf_hub_download
-
-            path = Path(hf_hub_download(place, name))
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(_read_json(place, name))
     except Exception as error:
         raise UserError(f"{name} of {place!r} cannot be read", rule=one_line(f"{type(error).__name__}: {error}", 240),
                         remedy="give a whole Stable Diffusion folder or hub id") from None  # fmt: skip

@@ -126,20 +126,20 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
                         remedy="give --threshold X, or calibrate: ambient-sd calibrate --help")  # fmt: skip
     options: dict[str, Any] = {} if settings.when == "always" else {"when": settings.when}
     guard = MemorizationGuard(pipe, policy, threshold, **options) if watched else None
+    weights = {"weights": _weights(pipe.unet)}
+    if (base := acting_base(pipe.unet)) is not None:
+        weights["base_weights"] = _weights(base)
     used = {
-        "weights": _weights(pipe.unet), "sampler": type(pipe.scheduler).__name__,
+        **weights, "sampler": type(pipe.scheduler).__name__,
         "threshold": threshold if isinstance(threshold, (float, int, type(None))) else dataclasses.asdict(threshold)["entries"],
     }  # fmt: skip
-    if (base := acting_base(pipe.unet)) is not None:
-        used["base_weights"] = _weights(base)
     _settle(out, given, used)
 
     places = [(p, k) for p in range(len(settings.prompts)) for k in range(settings.num_images_per_prompt)]
     records = {place: record for place in places if (record := _finished(out, place)) is not None}
     common = {
-        **drawing.public(), "sampler": used["sampler"], "weights": used["weights"],
-        **{name: value for name, value in used.items() if name == "base_weights"}, "policy": settings.policy,
-        "when": settings.when, "ambient_sd": __version__,
+        **drawing.public(), "sampler": used["sampler"], **weights, "policy": settings.policy, "when": settings.when,
+        "ambient_sd": __version__,
     }  # fmt: skip
     listing = out / "samples.jsonl"
     _write_list(listing, [records[place] for place in places if place in records])

@@ -91,11 +91,16 @@ def test_near_copies_of_a_duplicated_picture_count_as_copies(sets: dict[str, Pat
     assert 0 < near < 1 / 3
 
 
+def in_other_colours(folder: Path) -> Path:
+    """The twelve training pictures with their channels swapped."""
+    swapped = [Image.merge("RGB", [noise_picture(i).convert("RGB").getchannel(c) for c in "BRG"]) for i in range(12)]
+    return picture_folder(folder, swapped)
+
+
 def test_copies_in_other_colours_are_said_where_the_deciding_measure_sees_none(
     sets: dict[str, Path], tmp_path: Path
 ) -> None:
-    swapped = [Image.merge("RGB", [noise_picture(i).convert("RGB").getchannel(c) for c in "BRG"]) for i in range(12)]
-    made = picture_folder(tmp_path / "swapped", swapped)
+    made = in_other_colours(tmp_path / "swapped")
     result = audit(settings(sets, generated=made, features=("pixels", "edges"), limit=0.05))
     found = result.found
     assert result.exceeded and found["verdict"]["others"] == ["memorized-edges16"]
@@ -114,8 +119,7 @@ def test_copies_in_other_colours_are_said_where_the_deciding_measure_sees_none(
 
 
 def test_without_held_out_pictures_copies_in_other_colours_are_said_too(sets: dict[str, Path], tmp_path: Path) -> None:
-    swapped = [Image.merge("RGB", [noise_picture(i).convert("RGB").getchannel(c) for c in "BRG"]) for i in range(12)]
-    made = picture_folder(tmp_path / "swapped", swapped)
+    made = in_other_colours(tmp_path / "swapped")
     found = audit(settings(sets, generated=made, heldout=None, features=("pixels", "edges"))).found
     assert "0.0 % of 12 pictures are copies (by pixels64); by edges16 100.0 %" in found["finding"]["sentence"]
 

@@ -17,7 +17,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ambient_sd.study.results import Estimate, points
+from ambient_sd.study.results import Estimate, points, sides
 
 SHOWN: Mapping[str, tuple[str, dict[str, Any]]] = {
     "plain": ("plain", {"color": "black", "marker": "o", "lw": 2.2}),
@@ -83,16 +83,12 @@ def panel(axes: Any, folder: Path, measure: str) -> None:
 
 
 def _draw(axes: Any, line: Sequence[Place], words: str, style: Mapping[str, Any]) -> None:
-    x, y = [100 * copies.value for copies, _ in line], [distance.value for _, distance in line]
+    copies, distances = [copied for copied, _ in line], [distance for _, distance in line]
+    x, y = [100 * e.value for e in copies], [e.value for e in distances]
     axes.plot(x, y, label=words, **style)
-    sides = [
-        [
-            [max(0.0, factor * e.value - factor * e.low) for e in ends],
-            [max(0.0, factor * e.high - factor * e.value) for e in ends],
-        ]
-        for factor, ends in ((100, [copies for copies, _ in line]), (1, [distance for _, distance in line]))
-    ]
-    axes.errorbar(x, y, xerr=sides[0], yerr=sides[1], fmt="none", color=style["color"], alpha=0.2, lw=1)
+    axes.errorbar(
+        x, y, xerr=sides(copies, 100), yerr=sides(distances), fmt="none", color=style["color"], alpha=0.2, lw=1
+    )
 
 
 def main() -> None:

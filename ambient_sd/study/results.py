@@ -300,8 +300,7 @@ def _plot(found: Sequence[Point], labels: Sequence[str], study: str, chart: str,
         last = line[-1]
         axes.errorbar(
             100 * last.copied.value, last.distance.value, color=style[label]["color"], alpha=0.6, lw=1,
-            xerr=[[100 * max(0.0, last.copied.value - last.copied.low)], [100 * max(0.0, last.copied.high - last.copied.value)]],
-            yerr=[[max(0.0, last.distance.value - last.distance.low)], [max(0.0, last.distance.high - last.distance.value)]],
+            xerr=sides([last.copied], 100), yerr=sides([last.distance]),
         )  # fmt: skip
     edge = front(found)
     axes.plot([100 * p.copied.value for p in edge], [p.distance.value for p in edge], color="black", lw=5, alpha=0.12,
@@ -342,6 +341,14 @@ def _plot(found: Sequence[Point], labels: Sequence[str], study: str, chart: str,
     figure.legend(loc="outside right upper", fontsize=8)
     save(figure, "errors")
     return written
+
+
+def sides(estimates: Sequence[Estimate], factor: float = 1) -> list[list[float]]:
+    """Return how far each interval reaches below and above its value, as matplotlib takes error bars; never less than nothing."""
+    return [
+        [factor * max(0.0, e.value - e.low) for e in estimates],
+        [factor * max(0.0, e.high - e.value) for e in estimates],
+    ]
 
 
 def _style(label: str, labels: Sequence[str]) -> dict[str, Any]:
