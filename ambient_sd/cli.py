@@ -102,7 +102,8 @@ def make_parser() -> argparse.ArgumentParser:
     sweep.add_argument("study", type=Path, metavar="STUDY", help="YAML file of the study")
     sweep.add_argument("--out", type=Path, required=True, help="folder for everything")
     sweep.add_argument("--workers", type=_positive, default=1, help="runs side by side; on a CPU one a core is fastest")
-    sweep.add_argument("--only", nargs="+", default=[], metavar="LABEL", help="labels of the runs to do now")
+    sweep.add_argument("--only", nargs="+", default=[], metavar="RUN",
+                       help="runs to do now: labels, or entries of the study's runs with all of their sweep")  # fmt: skip
     sweep.add_argument("--seeds", nargs="+", type=int, default=None, help="seeds in place of the file's")
     sweep.add_argument("--merge", nargs="+", type=Path, default=[], metavar="RESULTS", help="results.json of the same study in "
                        "other folders, of other machines or published: their steps count as done")  # fmt: skip
@@ -171,11 +172,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         quiet()  # before the imports below, which load what speaks
         from ambient_sd.study.plan import read_plan
         from ambient_sd.study.results import write_results
-        from ambient_sd.study.sweep import check_labels, gather, merge, write_pages
+        from ambient_sd.study.sweep import gather, merge, write_pages
         from ambient_sd.study.sweep import sweep as run_sweep
 
         plan = read_plan(args.study, {} if args.seeds is None else {"seeds": args.seeds})
-        check_labels(plan, args.only)
+        plan.chosen(args.only)  # a wrong name is found before anything is taken in
         if args.results_only and args.only:
             raise UserError("only with results_only", rule="it says what is trained", remedy="leave one of them out")
         if args.results_only and not args.merge and not (args.out / "runs").is_dir():

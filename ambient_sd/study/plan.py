@@ -96,11 +96,27 @@ class Plan:
     from_scratch: Mapping[str, Any] | None
     text: str
     charts: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    entries: Mapping[str, Sequence[str]] = dataclasses.field(
+        default_factory=dict
+    )  # an entry of `runs`: the labels of its sweep
 
     @property
     def labels(self) -> list[str]:
         """Return the labels in the file's order."""
         return list(dict.fromkeys(run.label for run in self.runs))
+
+    def chosen(self, names: Sequence[str]) -> list[str]:
+        """Return the labels of runs that `names` name, as labels or as entries of `runs` with all of their sweep; of all for none.
+
+        Raises:
+            UserError: a name is neither.
+        """
+        if not names:
+            return self.labels
+        known = {**{label: [label] for label in self.labels}, **self.entries}
+        if wrong := sorted(set(names) - set(known)):
+            raise UserError(f"run {wrong[0]!r} is not in the study", rule=f"its runs: {', '.join(known)}")
+        return list(dict.fromkeys(label for name in names for label in known[name]))
 
     @property
     def checkpointing_steps(self) -> int:
@@ -159,10 +175,11 @@ def parse_plan(text: str, path: str | Path, changes: Mapping[str, Any] | None = 
     name = str(raw.get("name") or Path(path).stem)
     _check_name(name, "name", path)
     _check(runs, path)
-    return Plan(
-        name, runs, sorted(raw["measure_at"]), sampling, raw.get("heldout") or {},
-        raw.get("from_scratch"), text, _charts(raw.get("charts") or {}, entries, path),
+    plan = Plan(
+        name, runs, sorted(raw["measure_at"]), sampling, raw.get("heldout") or {}, raw.get("from_scratch"), text,
+        entries={entry: [label for label, _ in expanded] for entry, expanded in entries.items()},
     )  # fmt: skip
+    return dataclasses.replace(plan, charts=_charts(raw.get("charts") or {}, plan, path))
 
 
 def _expand(name: str, given: Any, path: str | Path) -> list[tuple[str, dict[str, Any]]]:
@@ -181,22 +198,18 @@ def _expand(name: str, given: Any, path: str | Path) -> list[tuple[str, dict[str
     return out
 
 
-def _charts(
-    given: Mapping[Any, Any], entries: Mapping[str, Sequence[tuple[str, Any]]], path: str | Path
-) -> dict[str, list[str]]:
+def _charts(given: Mapping[Any, Any], plan: Plan, path: str | Path) -> dict[str, list[str]]:
     """Return the labels of each chart; a chart names entries of `runs`, or labels of their sweeps."""
-    known = {label: [label] for entry in entries.values() for label, _ in entry}
-    known |= {name: [label for label, _ in entry] for name, entry in entries.items()}
     out: dict[str, list[str]] = {}
     for name, wanted in given.items():
         if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
             raise _wrong(f"charts: {name}", "a chart's name is of letters, digits, - and _: it becomes a file's", path)
         if not isinstance(wanted, list) or not wanted:
             raise _wrong(f"charts: {name}", "must be a list of runs", path)
-        missing = [str(one) for one in wanted if str(one) not in known]
-        if missing:
-            raise _wrong(f"charts: {name}: {missing[0]}", f"runs are {', '.join(known)}", path)
-        out[name] = list(dict.fromkeys(label for one in wanted for label in known[str(one)]))
+        try:
+            out[name] = plan.chosen([str(one) for one in wanted])
+        except UserError as error:
+            raise _wrong(f"charts: {name}", str(error), path) from None
     return out
 
 

@@ -58,13 +58,13 @@ def sweep(plan: Plan, out: Path, *, workers: int = 1, only: Sequence[str] = ()) 
         plan: the study.
         out: folder of the study.
         workers: runs that go on side by side, one thread each where there are several.
-        only: labels of runs; others are left for later. None: all.
+        only: labels of runs, or entries of the study's `runs` with all of their sweep; others are left for later. None: all.
 
     Raises:
         UserError: a run's settings or pictures are wrong, or `out` holds another study. Found before the first training.
     """
-    check_labels(plan, only)
-    runs = [run for run in plan.runs if not only or run.label in only]
+    chosen = plan.chosen(only)
+    runs = [run for run in plan.runs if run.label in chosen]
     if out.exists() and not out.is_dir():
         raise UserError(f"out is {out}", rule="it must be a folder")
     _check_folders(plan, out)
@@ -92,12 +92,6 @@ def sweep(plan: Plan, out: Path, *, workers: int = 1, only: Sequence[str] = ()) 
                     other.cancel()
                 raise
     return gather(plan, out)
-
-
-def check_labels(plan: Plan, only: Sequence[str]) -> None:
-    """Raise a `UserError` unless all of `only` are runs of the study."""
-    if wrong := sorted(set(only) - set(plan.labels)):
-        raise UserError(f"run {wrong[0]!r} is not in the study", rule=f"its runs: {', '.join(plan.labels)}")
 
 
 def do_run(plan: Plan, run: Run, out: Path, threads: int, position: int = 0) -> str:

@@ -45,6 +45,12 @@ def test_a_chart_names_entries_or_labels_of_the_study(tmp_path: Path) -> None:
     )
     assert dict(plan.charts) == {"levels": plan.labels, "one": ["ambient level=0.5 q=0"]}
     assert not read_plan(written(tmp_path, GOOD)).charts
+    # The names that a chart takes are those that `--only` takes.
+    assert plan.chosen(["ambient"]) == [label for label in plan.labels if label.startswith("ambient ")]
+    assert plan.chosen(["ambient level=0.5 q=0", "plain", "plain"]) == ["ambient level=0.5 q=0", "plain"]
+    assert plan.chosen([]) == plan.labels
+    with pytest.raises(UserError, match="'plane' is not in the study"):
+        plan.chosen(["plain", "plane"])
 
 
 def test_an_identity_tells_settings_and_sampling_apart_but_not_where_results_go(tmp_path: Path) -> None:
@@ -63,7 +69,7 @@ def test_an_identity_tells_settings_and_sampling_apart_but_not_where_results_go(
         ("- a list", ["must be a mapping"]),
         ("runs: [", ["cannot be read"]),
         (GOOD | {"sedes": [1]}, ["sedes", "entries are"]),
-        (GOOD | {"charts": {"levels": ["plane"]}}, ["charts: levels: plane", "runs are plain, ambient level=0.5 q=2"]),
+        (GOOD | {"charts": {"levels": ["plane"]}}, ["charts: levels; run 'plane'", "runs: plain, ambient level=0.5 q=2"]),
         (GOOD | {"charts": {"levels": "plain"}}, ["charts: levels", "list of runs"]),
         (GOOD | {"charts": {"../levels": ["plain"]}}, ["charts: ../levels", "a file's"]),
         (GOOD | {"seeds": []}, ["seeds", "something in it"]),
