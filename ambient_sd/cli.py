@@ -189,6 +189,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )  # fmt: skip
         write_pages(plan, args.out)
         print(f"Look at it: {write_results(results, args.out)}", flush=True)
+        if failed := results.get("failed"):
+            name, why = next(iter(failed.items()))
+            raise UserError(f"{len(failed)} runs could not be finished, {name} among them", rule=why,
+                            remedy="the others are done: change the study's settings, or leave it")  # fmt: skip
     elif args.verb == "audit":
         if status := run_audit(args, sys.argv[1:] if argv is None else argv):
             sys.exit(status)

@@ -15,12 +15,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import math
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ from ambient_sd.training.loop import run as train
 
 
 def sweep(plan: Plan, out: Path, *, workers: int = 1, only: Sequence[str] = ()) -> dict[str, Any]:
-    """Do what is left of a study and return its results.
+    """Do what is left of a study and return its results, and under `failed` which runs could not be finished, and why.
 
     Args:
         plan: the study.
@@ -78,20 +79,29 @@ def sweep(plan: Plan, out: Path, *, workers: int = 1, only: Sequence[str] = ()) 
     write_whole(out / "study.yaml", plan.text)
     threads = max(1, (torch.get_num_threads() if workers == 1 else (os.cpu_count() or 1) // workers))
     print(f"{plan.name}: {len(runs) - len(todo)} of {len(runs)} runs done", flush=True)
+    failed: dict[str, str] = {}
+
+    def finish(run: Run, line: Callable[[], str]) -> None:
+        try:
+            print(line(), flush=True)
+        except UserError as error:  # one run that went out of bounds must not cost a night's others
+            failed[run.name] = str(error)
+            print(f"{run.name} cannot be finished: {error}", flush=True)
+
     if workers == 1:
         for run in todo:
-            print(do_run(plan, run, out, threads), flush=True)
+            finish(run, functools.partial(do_run, plan, run, out, threads))
     elif todo:
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            waiting = [pool.submit(do_run, plan, run, out, threads, i % workers) for i, run in enumerate(todo)]
+            waiting = {pool.submit(do_run, plan, run, out, threads, i % workers): run for i, run in enumerate(todo)}
             try:
                 for done in as_completed(waiting):
-                    print(done.result(), flush=True)
+                    finish(waiting[done], done.result)
             except BaseException:
                 for other in waiting:
                     other.cancel()
                 raise
-    return gather(plan, out)
+    return {**gather(plan, out), "failed": failed}
 
 
 def do_run(plan: Plan, run: Run, out: Path, threads: int, position: int = 0) -> str:

@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 from ambient_sd.audit.report import contact_sheet
+from ambient_sd.cli import main
 from ambient_sd.data.sources import load_rows
 from ambient_sd.data.stream import keyed_generator
 from ambient_sd.errors import UserError
@@ -173,6 +174,29 @@ def test_a_killed_study_ends_with_the_figures_of_one_that_ran_through(
     (out / "runs/plain_seed=0/step-000004/samples.png").write_bytes(b"none")
     with pytest.raises(UserError, match="cannot be shown"):
         write_pages(plan, out)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_that_goes_out_of_bounds_costs_no_other_run(
+    plan: Plan, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = yaml.safe_load(plan.text) | {"runs": {
+        "wild": {"objective": "plain", "learning_rate": 1e30, "max_grad_norm": 1e30}, "plain": {"objective": "plain"},
+    }}  # fmt: skip
+    study, out = tmp_path / "wild.yaml", tmp_path / "out"
+    study.write_text(yaml.safe_dump(text, sort_keys=False))
+    if workers == 1:
+        with pytest.raises(SystemExit) as stopped:
+            main(["sweep", str(study), "--out", str(out)])
+        said = capsys.readouterr()
+        assert stopped.value.code == 2 and "wild seed=0 among them; the loss is no finite number" in said.err
+        assert "plain seed=0: copied" in said.out and (out / "results.md").exists()
+        results = json.loads((out / "results.json").read_text())
+        assert "failed" not in results  # a message may hold a local path
+    else:
+        results = sweep(read_plan(study), out, workers=2)
+        assert list(results["failed"]) == ["wild seed=0"]
+    assert [run["label"] for run in results["runs"]] == ["plain"] and results["missing"] == ["wild seed=0"]
 
 
 def test_wrong_held_out_pictures_are_found_before_anything_is_trained_or_claimed(plan: Plan, tmp_path: Path) -> None:
