@@ -462,9 +462,10 @@ def _from_folder(folder: Path, caption_column: str | None, faults: list[Fault] |
 def _all_in(folder: Path) -> _Table:
     """Take every picture below a folder that has no list; hidden files and folders are not part of it."""
     kinds = PICTURE_SUFFIXES | UNREAD_SUFFIXES
-    found = [p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in kinds and p.is_file()]
+    pictures = [p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in kinds and p.is_file()]
+    found = [p for p in pictures if not any(part.startswith(".") for part in p.parts)]
     unread = sorted(p.name for p in found if p.suffix.lower() in UNREAD_SUFFIXES)
-    names = sorted(p.as_posix() for p in found if not any(part.startswith(".") for part in p.parts))
+    names = sorted(p.as_posix() for p in found)
     if unread:  # left out, they would count as looked at
         raise UserError(f"folder {folder} holds {len(unread)} pictures of kinds that are not read, {one_line(unread[0], 60)} among them",
                         rule="every picture of a folder is looked at", remedy="convert them to PNG or JPEG, or move them away")  # fmt: skip

@@ -231,3 +231,20 @@ def test_pictures_reach_worker_processes_that_do_not_fork(folder: Path, tmp_path
 def test_a_folder_on_the_way_to_a_parquet_file_is_no_column(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text=7").mkdir()
     assert load_rows(as_parquet(folder, tmp_path / "text=7" / "p.parquet")).captions == load_rows(folder).captions
+
+
+def test_a_folder_without_a_list_is_all_its_pictures_or_says_which_kinds_it_cannot_read(folder: Path) -> None:
+    (folder / "metadata.jsonl").unlink()
+    seen = len(load_rows(folder, need_captions=False))
+    assert seen == len(list(folder.glob("*.png"))) > 0
+
+    # What a Mac leaves beside each picture, and a viewer's folder, are no pictures: of a kind that is read or not.
+    (folder / ".thumbnails").mkdir()
+    for name in ("._1.png", "._1.HEIC", ".thumbnails/1.heic", "notes.txt"):
+        (folder / name).write_bytes(b"nothing")
+    assert len(load_rows(folder, need_captions=False)) == seen
+
+    (folder / "IMG_1.HEIC").write_bytes(b"a phone's picture")
+    with pytest.raises(UserError, match=r"1 pictures of kinds that are not read, IMG_1.HEIC among them") as caught:
+        load_rows(folder, need_captions=False)
+    assert "convert them" in str(caught.value) and "\n" not in str(caught.value)
