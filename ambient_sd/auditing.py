@@ -35,6 +35,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ambient_sd import __version__
+from ambient_sd.audit.clip_score import ClipScore
 from ambient_sd.audit.embedding import EmbeddingStore
 from ambient_sd.audit.features import MIRROR, Features, embed
 from ambient_sd.audit.metrics import (
@@ -48,7 +49,6 @@ from ambient_sd.audit.metrics import (
     measure,
 )
 from ambient_sd.audit.neighbours import Neighbours
-from ambient_sd.audit.networks import ClipScore
 from ambient_sd.audit.originals import one_of_each
 from ambient_sd.audit.registry import DEFAULT, choose, labels
 from ambient_sd.audit.registry import label as label_of
@@ -114,7 +114,7 @@ class AuditSettings:
         features: names of `audit.registry`; the first decides what counts as a copy.
         files: weights of features by name.
         training_embeddings: folder of `audit.embedding` with the training pictures by every feature: they are not embedded again.
-        clip: folder or hub id of a CLIP for the CLIP score; None: none.
+        clip: folder or hub id of a CLIP for the CLIP score, of transformers or, after `open_clip:`, of open_clip; None: none.
         judge: pipeline folder or hub id that judges how well pictures show their prompts (`audit.alignment`); None: none.
         mirrored: search for the mirror image of each picture too.
         attribution: for so many of the most copied prompts, which tokens pull; 0: none.

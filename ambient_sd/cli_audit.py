@@ -43,7 +43,8 @@ def add_audit(verbs: Any) -> None:
         "--clip",
         default=None,
         metavar="MODEL",
-        help="CLIP, folder or hub id: measures how well pictures show their prompts",
+        help="CLIP, folder or hub id: measures how well pictures show their prompts; after open_clip:, one of open_clip (the extra clip), "
+        "as open_clip:ViT-g-14/laion2b_s12b_b42k",
     )
     audit.add_argument(
         "--judge",

@@ -122,7 +122,9 @@ class DrawSettings:
 
 
 def label(name: str) -> str:
-    """Return a name that may be published: a hub id, or of a local place its last part."""
+    """Return a name that may be published: a hub id, or of a local place its last part; after `open_clip:`, if it begins so."""
+    if name.startswith("open_clip:"):
+        return "open_clip:" + label(name.removeprefix("open_clip:"))
     if Path(name).exists():
         name = Path(name).resolve().name
     elif not re.fullmatch(_HUB_ID, name):

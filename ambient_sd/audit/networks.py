@@ -1,9 +1,7 @@
-"""Features of networks whose weights the user brings: DINOv2, CLIP, Inception.
+"""Features of networks whose weights the user brings: DINOv2, Inception.
 
     Dinov2      the pooled class token of DINOv2 (Oquab et al. 2023, arXiv 2304.07193), cosine: a copy at S > 0.9, the published
                 threshold of the paper's small-data tables with ViT-g/14 and the largest similarity over the training set; 0.875 beside it
-    ClipScore   cos(image embedding, text embedding) (Hessel et al., EMNLP 2021, arXiv 2104.08718, without its factor 2.5
-                and without clipping at 0: what the tables of Somepalli et al. print as 0.30)
     Inception   the pooled features of a TorchScript Inception-v3, Euclidean: Frechet distances on them
 
 Weights are folders or hub ids of transformers, in safetensors, or one TorchScript file; nothing is downloaded that was not named. A
@@ -17,25 +15,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from ambient_sd.audit.features import Batched, Distance, batches, imagenet, square
+from ambient_sd.audit.features import Batched, Distance, imagenet
 from ambient_sd.errors import UserError, one_line
 
-_CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
-_CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
-
-def _pretrained(kind: str, name: str, wanted: Sequence[str]) -> Any:
-    """Load a transformers model of one of the `wanted` types, whole."""
+def pretrained(kind: str, name: str, wanted: Sequence[str]) -> Any:
+    """Load a transformers model of one of the `wanted` types, whole; raise a `UserError` where that cannot be."""
     import transformers
 
     try:
@@ -76,7 +68,7 @@ class Dinov2(Batched):
     quality = True
 
     def __init__(self, model: str, size: int = 224, batch_size: int = 16, device: str | torch.device = "cpu") -> None:
-        self.network = _pretrained("Dinov2Model", model, ("dinov2",)).to(device)
+        self.network = pretrained("Dinov2Model", model, ("dinov2",)).to(device)
         self.device = torch.device(device)
         patch = self.network.config.patch_size
         self.name, self.batch_size, self.dim = "DINOv2", batch_size, self.network.config.hidden_size
@@ -85,62 +77,6 @@ class Dinov2(Batched):
     def _embed(self, batch: np.ndarray) -> Tensor:
         x = torch.from_numpy(imagenet(batch)).to(self.device)
         return self.network(pixel_values=x).pooler_output
-
-
-class ClipScore:
-    """Measure how near a picture is to its prompt in CLIP: the cosine of both embeddings.
-
-    Args:
-        model: folder or hub id of a transformers `CLIPModel` with its tokenizer.
-
-    Raises:
-        UserError: it cannot be loaded whole, or is another model.
-    """
-
-    name = "CLIP score"
-
-    def __init__(self, model: str, batch_size: int = 16, device: str | torch.device = "cpu") -> None:
-        from transformers import AutoTokenizer
-
-        self.network = _pretrained("CLIPModel", model, ("clip",)).to(device)
-        self.device, self.batch_size = torch.device(device), batch_size
-        self.size = self.network.config.vision_config.image_size
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(model)
-        except Exception as error:
-            raise UserError(
-                f"{model} has no tokenizer", rule=one_line(f"{type(error).__name__}: {error}", 200)
-            ) from None
-        tokens, known = len(self.tokenizer), self.network.config.text_config.vocab_size
-        # Of a folder without tokenizer files transformers makes one of three tokens, without a word.
-        if not 0.9 * known <= tokens <= known:
-            raise UserError(f"the tokenizer of {model} does not fit its model",
-                            rule=f"it has {tokens} tokens, the model {known} embeddings")  # fmt: skip
-
-    def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str], progress: bool = False) -> Tensor:
-        """Return the cosine of each picture with its own prompt (cut to the model's length), float64 `(N,)`.
-
-        Raises:
-            UserError: another number of prompts than of pictures.
-        """
-        if len(pictures) != len(prompts):
-            raise UserError(f"{len(pictures)} pictures and {len(prompts)} prompts", rule="one prompt per picture")
-        rows: list[Tensor] = []
-        left = iter(prompts)
-        with torch.inference_mode(), tqdm(total=len(pictures), desc=self.name, unit="img", disable=not progress) as bar:
-            for batch in batches(pictures, self.batch_size):
-                texts = list(islice(left, len(batch)))
-                scaled = (square(batch, self.size).astype(np.float32) / 255 - _CLIP_MEAN) / _CLIP_STD
-                x = torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))).to(self.device)
-                ids = self.tokenizer(
-                    texts, padding=True, truncation=True, return_tensors="pt",
-                    max_length=self.network.config.text_config.max_position_embeddings,
-                ).to(self.device)  # fmt: skip
-                out = self.network(input_ids=ids.input_ids, attention_mask=ids.attention_mask, pixel_values=x)
-                image, text = out.image_embeds.double(), out.text_embeds.double()
-                rows.append(torch.nn.functional.cosine_similarity(image, text, dim=1).cpu())
-                bar.update(len(batch))
-        return torch.cat(rows).clone() if rows else torch.zeros(0, dtype=torch.float64)
 
 
 class Inception(Batched):

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
-from ambient_sd.audit.networks import ClipScore, Dinov2, Inception
+from ambient_sd.audit.clip_score import ClipScore
+from ambient_sd.audit.networks import Dinov2, Inception
 from ambient_sd.audit.registry import choose
 from ambient_sd.errors import UserError
 
@@ -70,10 +71,10 @@ def test_clip_score_is_the_cosine_of_transformers_also_for_prompts_beyond_the_le
     score = ClipScore(str(clip), batch_size=2)
     prompts = ["a", "red dog", "", "x" * 500, "a blue house"]
     found = score(pictures, prompts)
-    model = CLIPModel.from_pretrained(clip).eval()
+    model, tokenizer = CLIPModel.from_pretrained(clip).eval(), AutoTokenizer.from_pretrained(clip)
     x = scaled(pictures, [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
     for i, prompt in enumerate(prompts):  # one at a time: no padding that could leak in
-        ids = score.tokenizer([prompt], return_tensors="pt", truncation=True, max_length=24)
+        ids = tokenizer([prompt], return_tensors="pt", truncation=True, max_length=24)
         with torch.no_grad():
             out = model(**ids, pixel_values=x[i : i + 1])
         assert float(found[i]) == pytest.approx(
