@@ -36,7 +36,7 @@ from PIL import Image
 
 from ambient_sd.audit.alignment import DiffusionAlignment
 from ambient_sd.audit.detection import detection_figures
-from ambient_sd.audit.features import EffLite0, Features, Pixels, Sscd, embed
+from ambient_sd.audit.features import Edges, EffLite0, Features, Pixels, Sscd, embed
 from ambient_sd.audit.metrics import MEMORIZED_RATIO, Figure, bootstrap, memorized, quality_rows
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.report import contact_sheet
@@ -229,7 +229,7 @@ def read_reals(training: PictureSet, heldout: PictureSet) -> Reals:
     """Embed both sets; of equal pictures one, so that the second nearest is another picture."""
     training.fingerprint()  # fills in the keys that tell equal pictures, if nothing has
     once = training.one_of_each()
-    features: list[Features] = [Pixels(), EffLite0(), *([Sscd()] if Sscd.available() else [])]
+    features: list[Features] = [Pixels(), Edges(), EffLite0(), *([Sscd()] if Sscd.available() else [])]
     images = [training[i].image for i in once]
     real = embed(images, features, progress=True)
     unseen = embed([row.image for row in heldout], features, progress=True)
@@ -389,7 +389,7 @@ def cell_figures(
     """Measure one model under one mitigation; intervals resample prompts."""
     groups = [c for c in prompts for _ in range(settings.generations)]
     made = embed(cell.pictures, reals.features)
-    pixels = nearest(made["pixels64"], reals.training["pixels64"])
+    pixels, edges = (nearest(made[name], reals.training[name]) for name in ("pixels64", "edges16"))
     similar = reals.similar
     close = nearest(made[similar.name], reals.training[similar.name], distance="cosine").similarity
     aligned = judge(cell.pictures, groups, captions)
@@ -400,6 +400,9 @@ def cell_figures(
     seconds = torch.tensor(cell.column("processor_seconds"), dtype=torch.float64)
     return {
         "copied": bootstrap(memorized(pixels, settings.copy_ratio), torch.mean, name="copied", share=True, **options),
+        "recoloured": bootstrap(
+            memorized(edges, settings.copy_ratio), torch.mean, name="copied, in any colour", share=True, **options
+        ),
         "similarity": bootstrap(close, lambda v: torch.quantile(v, 0.95), name=f"{similar.name} 95th percentile", **options),
         "alignment": bootstrap(aligned.value * 1000, torch.mean, name="alignment x 1000", **options),
         "hits": bootstrap(aligned.hit, torch.mean, name=f"own prompt first of {judge.others + 1}", share=True, **options),
@@ -563,7 +566,7 @@ def _file_name(name: str) -> str:
 
 # --- what people read ------------------------------------------------------------------------------------------------
 
-_COLUMNS = (("copied", "copied", 100, ".1f", " %"), ("similarity", "similarity, 95th pct.", 1, ".3f", ""),
+_COLUMNS = (("copied", "copied", 100, ".1f", " %"), ("recoloured", "in any colour", 100, ".1f", " %"), ("similarity", "similarity, 95th pct.", 1, ".3f", ""),
             ("alignment", "alignment x 1000", 1, ".2f", ""), ("hits", "own prompt first of 5", 100, ".0f", " %"),
             ("distance", "Frechet distance", 1, ".1f", ""), ("seconds", "processor s a picture", 1, ".2f", ""))  # fmt: skip
 
@@ -571,7 +574,9 @@ _COLUMNS = (("copied", "copied", 100, ".1f", " %"), ("similarity", "similarity, 
 _MEMORY = "peak memory MB"
 
 
-def _cell(figure: Mapping[str, Any], factor: float, form: str, unit: str) -> str:
+def _cell(figure: Mapping[str, Any] | None, factor: float, form: str, unit: str) -> str:
+    if figure is None:  # of a cell that an earlier version measured
+        return "-"
     value, low, high = (format(figure[key] * factor, form) for key in ("value", "low", "high"))
     return f"{value}{unit} [{low}, {high}]"
 
@@ -594,7 +599,7 @@ def tables(result: Mapping[str, Any]) -> str:
         lines += ["", f"### {model}: mitigations", "", "| | " + " | ".join(head for _, head, *_ in _COLUMNS) + f" | {_MEMORY} |",
                   "|---" * (len(_COLUMNS) + 2) + "|"]  # fmt: skip
         for name, row in found["mitigations"].items():
-            cells = [_cell(row["figures"][key], factor, form, unit) for key, _, factor, form, unit in _COLUMNS]
+            cells = [_cell(row["figures"].get(key), factor, form, unit) for key, _, factor, form, unit in _COLUMNS]
             lines.append(f"| {name} | {' | '.join([*cells, _memory(row)])} |")
         lines.append("")
     return "\n".join(lines)
@@ -617,7 +622,7 @@ def page(
         body = "".join(
             f"<tr><th title='{html.escape(row['rule'], quote=True)}'>{html.escape(name)}</th>"
             + "".join(
-                f"<td>{html.escape(_cell(row['figures'][key], f, form, unit))}</td>"
+                f"<td>{html.escape(_cell(row['figures'].get(key), f, form, unit))}</td>"
                 for key, _, f, form, unit in _COLUMNS
             )
             + f"<td>{_memory(row)}</td></tr>"

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ def main() -> None:
         raise UserError(f"high {missing[0]}", rule="it must be one of --steps")
     quiet()
     plan = read_plan(args.study, {"seeds": [args.seed], "measure_at": args.steps})
-    networks, pipe, reals, resolution = _networks(plan, args.out)
+    networks, pipe, reals, resolution = networks_of(plan, args.out)
     last = f"step {plan.measure_at[-1]}"
     pairs = [(name, name, 0.0) for name in networks]
     pairs += [
@@ -68,7 +70,9 @@ def main() -> None:
     pairs += [(last, "base", level) for level in args.levels]
     rows = []
     for high, low, level in pairs:
-        rows.append(_measured(args.out, pipe, networks, (high, low, level), plan, reals, resolution, args.seed))
+        pipe.unet = networks[low]
+        around = functools.partial(BaseAbove, pipe, level, networks[high]) if level else contextlib.nullcontext
+        rows.append(measured(args.out, _name(high, low, level), pipe, around, plan, reals, resolution, args.seed))
         print(rows[-1]["name"], {k: round(v["value"], 3) for k, v in rows[-1]["figures"].items()}, flush=True)
     write_whole(args.out / "results.json", json.dumps(rows, indent=1) + "\n")
     shown = [_name(high, last, level) for high, low, level in pairs if high == "base" and low == last]
@@ -77,7 +81,7 @@ def main() -> None:
     print(f"Held-out pictures, toned, d1/d2 < 1/2: {_by_chance(reals)} of {len(reals.heldout_images)}")
 
 
-def _networks(plan: Plan, out: Path) -> tuple[dict[str, Any], Any, Reals, int]:
+def networks_of(plan: Plan, out: Path) -> tuple[dict[str, Any], Any, Reals, int]:
     """Train what is missing; return the U-Nets by name, a pipeline to put them into, and the real pictures."""
     run = next((run for run in plan.runs if run.label == "plain"), None)
     if run is None or plan.from_scratch is not None:
@@ -101,17 +105,15 @@ def _networks(plan: Plan, out: Path) -> tuple[dict[str, Any], Any, Reals, int]:
     return networks, pipe, open_reals(plan, config), config.resolution
 
 
-def _measured(
-    out: Path, pipe: Any, networks: dict[str, Any], pair: tuple[str, str, float], plan: Plan, reals: Reals, resolution: int, seed: int
+def measured(
+    out: Path, name: str, pipe: Any, around: Callable[[], AbstractContextManager[Any]], plan: Plan, reals: Reals, resolution: int, seed: int
 ) -> dict[str, Any]:  # fmt: skip
-    high, low, level = pair
-    name = _name(*pair)
+    """Sample a pipeline in `around()`, measure, and keep figures and pictures under `name`; return what is kept if it is there."""
     path = _file(out, name)
     if path.exists():
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    pipe.unet = networks[low]
     prompts = prompts_of(reals, plan.sampling, seed)
-    with BaseAbove(pipe, level, networks[high]) if level else contextlib.nullcontext():
+    with around():
         pictures = sample(pipe, prompts, plan.sampling, resolution, seed)
     figures, _ = measure_samples(pictures, prompts, reals, seed)
     toned, edges = Pixels(toned=True), Edges()

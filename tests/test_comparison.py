@@ -7,6 +7,7 @@ import html
 import json
 import shlex
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import huggingface_hub
 import pytest
 import tiny
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ambient_sd import comparison
 from ambient_sd.cli import main, make_parser
@@ -86,7 +87,9 @@ def test_a_run_writes_tables_sheets_and_page_and_goes_on_where_it_was_cut(
     first = json.loads((out / "comparison.json").read_text())
     rows = first["models"]["a"]["mitigations"]
     assert list(rows) == ["none", "STP", "RT"]
-    assert {"copied", "similarity", "alignment", "hits", "distance", "seconds"} == set(rows["STP"]["figures"])
+    assert {"copied", "recoloured", "similarity", "alignment", "hits", "distance", "seconds"} == set(
+        rows["STP"]["figures"]
+    )
     assert (out / "a-STP.png").exists()
     text = (out / "comparison.html").read_text()
     assert "https://" not in text and "src='data:" in text
@@ -193,7 +196,32 @@ def test_hostile_prompts_are_text_on_the_page() -> None:
     text = page(result, [Image.new("RGB", (4, 4))], {"a": {"none": [Image.new("RGB", (4, 4))]}})
     assert "<script>" not in text
     assert "&lt;script&gt;" in text
-    assert "50.0 % [40.0, 60.0]" in tables(result)
+    # "In any colour" was not measured here: an earlier version's figures have an empty cell, not a number.
+    assert "| none | 50.0 % [40.0, 60.0] | - | 0.500" in tables(result)
+
+
+def test_copies_in_other_colours_are_counted_beside_those_in_pixels(tmp_path: Path) -> None:
+    rows = load_rows(PICTURES, split="finetune").subset(range(0, 1000, 25))
+    reals = comparison.read_reals(rows, load_rows(PICTURES, split="heldout"))
+    settings = comparison.Settings({"a": str(BASE)}, str(BASE), tmp_path, 64, generations=1)
+
+    def judge(pictures: Any, own: Any, captions: Any) -> Any:
+        return types.SimpleNamespace(value=torch.zeros(len(own)), hit=torch.zeros(len(own)))
+
+    judge.others = 4  # type: ignore[attr-defined]
+
+    def shares(pictures: list[Image.Image]) -> tuple[float, float]:
+        cell = comparison.Cell(pictures, [{"processor_seconds": 1.0} for _ in pictures])
+        made: Any = comparison.cell_figures(cell, reals, reals.captions, reals.captions, judge, settings)  # type: ignore[arg-type]
+        return made["copied"].value, made["recoloured"].value
+
+    assert shares(reals.images) == (1, 1)
+    negative = [ImageOps.invert(image) for image in reals.images]
+    pixels, contours = shares(negative)
+    assert pixels == 0 and contours > 0.95
+    # Control: pictures of other things are copies by neither.
+    unseen = [row.image for row in load_rows(PICTURES, split="heldout")][: len(reals.images)]
+    assert max(shares(unseen)) <= 0.05
 
 
 def test_a_model_that_has_memorized_nothing_is_said(

@@ -1,0 +1,86 @@
+"""Mitigations at sampling time beside an earlier stop of the same training: fewer copies at equal quality, or other pictures of them?
+
+    python benchmarks/mitigated.py configs/study/text-60.yaml --out build/by-noise-level
+
+The networks are those of `by_noise_level.py`, whose folder may be given: the study's plain run, kept at each of --steps. Each is sampled
+alone, then the last one under each of --policies, names of `ambient-sd compare`, and measured as there. What a policy needs of ordinary prompts
+(Wen's target) comes from the held-out captions. Goes on where it was cut.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from by_noise_level import measured, networks_of, page, table
+
+from ambient_sd.comparison import MITIGATIONS, Levels, levels_of
+from ambient_sd.errors import UserError, exits_on_user_error
+from ambient_sd.files import write_whole
+from ambient_sd.guard.recorder import MemorizationGuard
+from ambient_sd.quiet import quiet
+from ambient_sd.study.measures import Reals, sample
+from ambient_sd.study.plan import Sampling, read_plan
+
+
+@exits_on_user_error
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--steps", type=int, nargs="+", default=[200, 400, 600, 800, 1000])
+    parser.add_argument(
+        "--policies", nargs="+", default=["Wen", "STP", "STP until 400", "STP until 300", "OG", "OG+STP", "RT", "CWR"]
+    )
+    parser.add_argument("--guidance_scale", type=float, default=None, help="in place of the study's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    if wrong := sorted(set(args.policies) - set(MITIGATIONS)):
+        raise UserError(f"policy {wrong[0]!r}", rule=f"it must be one of {', '.join(MITIGATIONS)}")
+    quiet()
+    plan = read_plan(args.study, {"seeds": [args.seed], "measure_at": args.steps})
+    networks, pipe, reals, resolution = networks_of(plan, args.out)
+    at = ""
+    if args.guidance_scale is not None and args.guidance_scale != plan.sampling.guidance_scale:
+        plan = dataclasses.replace(
+            plan, sampling=dataclasses.replace(plan.sampling, guidance_scale=args.guidance_scale)
+        )
+        at = f" at guidance {args.guidance_scale:g}"
+    rows = []
+    for step in args.steps:
+        pipe.unet = networks[f"step {step}"]
+        rows.append(
+            measured(args.out, f"step {step}{at}", pipe, contextlib.nullcontext, plan, reals, resolution, args.seed)
+        )
+    levels = _levels(pipe, plan.sampling, reals, resolution, args.seed)
+    for name in args.policies:
+        around = functools.partial(MemorizationGuard, pipe, MITIGATIONS[name][0](levels))
+        rows.append(
+            measured(args.out, f"{name}, step {args.steps[-1]}{at}", pipe, around, plan, reals, resolution, args.seed)
+        )
+        print(rows[-1]["name"], {k: round(v["value"], 3) for k, v in rows[-1]["figures"].items()}, flush=True)
+    write_whole(args.out / f"mitigated{at.replace(' ', '-')}.json", json.dumps(rows, indent=1) + "\n")
+    shown = [row["name"] for row in rows[len(args.steps) - 1 :]]
+    page(args.out, shown, reals, resolution).save(args.out / f"mitigated{at.replace(' ', '-')}.png")
+    print(table(rows))
+
+
+def _levels(pipe: Any, sampling: Sampling, reals: Reals, resolution: int, seed: int) -> Levels:
+    """Return what the norms of captions are like that the network never saw."""
+    curves: list[list[float]] = []
+    captions = list(dict.fromkeys(reals.heldout_captions))[:96]
+    for first in range(0, len(captions), sampling.batch_size):
+        with MemorizationGuard(pipe) as guard:
+            sample(pipe, captions[first : first + sampling.batch_size], sampling, resolution, seed + first)
+            curves += [report.curve for report in guard.report]
+    return levels_of(torch.tensor(curves)[:, None], range(len(curves)), sampling.guidance_scale)
+
+
+if __name__ == "__main__":
+    main()
