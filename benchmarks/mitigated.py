@@ -14,11 +14,12 @@ import contextlib
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from by_noise_level import measured, networks_of, page, table
+from by_noise_level import COLUMNS, measured, networks_of, page, table
 
 from ambient_sd.comparison import MITIGATIONS, Levels, levels_of
 from ambient_sd.errors import UserError, exits_on_user_error
@@ -27,6 +28,7 @@ from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.quiet import quiet
 from ambient_sd.study.measures import Reals, sample
 from ambient_sd.study.plan import Sampling, read_plan
+from ambient_sd.study.results import Estimate, where_as_good
 
 
 @exits_on_user_error
@@ -69,6 +71,32 @@ def main() -> None:
     shown = [row["name"] for row in rows[len(args.steps) - 1 :]]
     page(args.out, shown, reals, resolution).save(args.out / f"mitigated{at.replace(' ', '-')}.png")
     print(table(rows))
+    print(beside_plain(rows[: len(args.steps)], rows[len(args.steps) :]))
+
+
+def beside_plain(plain: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> str:
+    """Return as Markdown what each row copies, and what plain copied where, on its way, it first was as good."""
+    shown = ("copied", "copied-coarsely", "copied-recoloured")
+    lines = [
+        f"| sampled with | Frechet distance | {' | '.join(f'{COLUMNS[m]} | plain there' for m in shown)} |",
+        "|---" * 8 + "|",
+    ]
+    for row in rows:
+        figures, cells = row["figures"], []
+        for measure in shown:
+            line = [(_estimate(p["figures"][measure]), _estimate(p["figures"]["distance"])) for p in plain]
+            there = where_as_good(line, figures["distance"]["value"])
+            cells += [_percent(_estimate(figures[measure])), "" if there is None else _percent(there)]
+        lines.append(f"| {row['name']} | {figures['distance']['value']:.1f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _estimate(figure: dict[str, Any]) -> Estimate:
+    return Estimate(figure["value"], figure["low"], figure["high"], ())
+
+
+def _percent(e: Estimate) -> str:
+    return f"{100 * e.value:.1f} % [{100 * e.low:.1f}, {100 * e.high:.1f}]"
 
 
 def _levels(pipe: Any, sampling: Sampling, reals: Reals, resolution: int, seed: int) -> Levels:

@@ -103,19 +103,23 @@ def at_equal_quality(found: Sequence[Point], label: str, baseline: str = BASELIN
 
 
 def at_distance(found: Sequence[Point], label: str, distance: float) -> Estimate | None:
-    """Return the copied share with which the label's run first comes down to a Frechet distance, or None if it never does.
+    """Return the copied share with which the label's run first comes down to a Frechet distance, or None if it never does."""
+    line = sorted((p for p in found if p.label == label), key=lambda p: p.step)
+    return where_as_good([(p.copied, p.distance) for p in line], distance)
 
-    Between two measured steps share and ends of its interval are interpolated linearly in the distance. A run that is better than that from its
+
+def where_as_good(line: Sequence[tuple[Estimate, Estimate]], distance: float) -> Estimate | None:
+    """Return the copies with which a line of (copies, distance), in the order of its steps, first comes down to a distance, or None.
+
+    Between two steps share and ends of its interval are interpolated linearly in the distance. A line that is better than that from its
     first step on has the share of its first step.
     """
-    line = sorted((p for p in found if p.label == label), key=lambda p: p.step)
-    for i, p in enumerate(line):
-        if p.distance.value <= distance:
+    for i, (now, reached) in enumerate(line):
+        if reached.value <= distance:
             if i == 0:
-                return Estimate(p.copied.value, p.copied.low, p.copied.high, ())
-            q = line[i - 1]
-            w = (q.distance.value - distance) / (q.distance.value - p.distance.value)
-            before, now = q.copied, p.copied
+                return Estimate(now.value, now.low, now.high, ())
+            before, last = line[i - 1]
+            w = (last.value - distance) / (last.value - reached.value)
             value, low, high = (
                 (1 - w) * getattr(before, end) + w * getattr(now, end) for end in ("value", "low", "high")
             )
