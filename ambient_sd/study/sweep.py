@@ -146,7 +146,13 @@ def _measure(
         "step": step, **facts, "seconds_measured": round(time.perf_counter() - begin, 1),
         "figures": {name: figure.as_dict() for name, figure in figures.items()}, "errors": errors, "ratios": ratios,
     }  # fmt: skip
-    write_whole(into / "figures.json", json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
+    record = finite(record)
+    try:
+        _check_step(record)
+    except (KeyError, TypeError):  # kept, it would read as a damaged file, and the whole study with it
+        raise UserError(f"{run.name} has figures at step {step} that are no finite numbers", rule="its network has gone out of bounds",
+                        remedy="lower its learning_rate") from None  # fmt: skip
+    write_whole(into / "figures.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def gather(plan: Plan, out: Path) -> dict[str, Any]:

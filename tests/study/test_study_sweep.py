@@ -199,6 +199,18 @@ def test_a_run_that_goes_out_of_bounds_costs_no_other_run(
     assert [run["label"] for run in results["runs"]] == ["plain"] and results["missing"] == ["wild seed=0"]
 
 
+def test_figures_that_are_no_numbers_end_their_run_and_no_other(plan: Plan, tmp_path: Path) -> None:
+    # The loss of the only step is that of the base, which is finite; what the step leaves behind is not.
+    text = yaml.safe_load(plan.text) | {"measure_at": [1], "runs": {
+        "wild": {"objective": "plain", "learning_rate": 1e30}, "plain": {"objective": "plain"},
+    }}  # fmt: skip
+    (study := tmp_path / "wild.yaml").write_text(yaml.safe_dump(text, sort_keys=False))
+    results = sweep(read_plan(study), tmp_path / "out")
+    assert "figures at step 1 that are no finite numbers" in results["failed"]["wild seed=0"]
+    assert [run["label"] for run in results["runs"]] == ["plain"] and results["missing"] == ["wild seed=0"]
+    assert not list((tmp_path / "out").glob("runs/wild*/step-*/figures.json"))
+
+
 def test_wrong_held_out_pictures_are_found_before_anything_is_trained_or_claimed(plan: Plan, tmp_path: Path) -> None:
     for heldout, says in (
         ({}, "are training pictures of 'plain'"), ({"dataset_split": "none"}, "no column 'split'"), ({"colour": "red"}, "entries are"),
