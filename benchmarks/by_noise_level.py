@@ -29,7 +29,7 @@ from PIL import Image
 from ambient_sd.audit.features import Edges, Pixels, embed
 from ambient_sd.audit.metrics import bootstrap
 from ambient_sd.audit.neighbours import nearest
-from ambient_sd.audit.report import contact_sheet
+from ambient_sd.audit.report import contact_sheet, cut_sheet
 from ambient_sd.errors import UserError, exits_on_user_error
 from ambient_sd.files import write_whole
 from ambient_sd.guard.base_above import BaseAbove
@@ -149,11 +149,8 @@ def page(out: Path, names: Sequence[str], reals: Reals, resolution: int, shown: 
     """Lay out the training pictures of the first prompts, and under them what each network draws for these."""
     pictures = [image.convert("RGB").resize((resolution, resolution)) for image in reals.images[:shown]]
     for name in names:
-        sheet, cell = (
-            Image.open(_file(out, name).with_suffix(".png")).convert("RGB"),
-            resolution + 4,
-        )  # contact_sheet's gap
-        pictures += [sheet.crop((4 + i * cell, 4, 4 + i * cell + resolution, 4 + resolution)) for i in range(shown)]
+        sheet = Image.open(_file(out, name).with_suffix(".png")).convert("RGB")
+        pictures += cut_sheet(sheet, shown, resolution, 20)
     return contact_sheet(pictures, shown)
 
 

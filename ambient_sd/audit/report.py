@@ -705,8 +705,17 @@ def write_report(path: str | Path, report: Report) -> Path:
     return path
 
 
+GAP = 4  # pixels between the pictures of a sheet
+
+
+def cut_sheet(sheet: Image.Image, number: int, side: int, columns: int, gap: int = GAP) -> list[Image.Image]:
+    """Return the first `number` square pictures of a `contact_sheet` without captions."""
+    corners = ((gap + i % columns * (side + gap), gap + i // columns * (side + gap)) for i in range(number))
+    return [sheet.crop((x, y, x + side, y + side)) for x, y in corners]
+
+
 def contact_sheet(
-    images: Sequence[Image.Image], columns: int = 8, captions: Sequence[Hashable] | None = None, gap: int = 4
+    images: Sequence[Image.Image], columns: int = 8, captions: Sequence[Hashable] | None = None, gap: int = GAP
 ) -> Image.Image:
     """Lay pictures out on one white sheet, row by row, each cell as large as the largest picture.
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ambient_sd.audit.features import Pixels, embed
 from ambient_sd.audit.metrics import MEMORIZED_RATIO
 from ambient_sd.audit.neighbours import nearest
+from ambient_sd.audit.report import cut_sheet
 from ambient_sd.data.sources import PictureSet
 from ambient_sd.data.stream import drawn
 from ambient_sd.errors import UserError, one_line
@@ -31,9 +32,7 @@ def samples_of(step: Path, resolution: int) -> tuple[list[Image.Image], list[flo
     except (OSError, ValueError, KeyError, SyntaxError) as error:
         raise UserError(f"the samples in {step} cannot be shown", rule=one_line(f"{type(error).__name__}: {error}", 160),
                         remedy="remove the folder; the step is then measured again") from None  # fmt: skip
-    cell = resolution + _GAP
-    boxes = ((_GAP + i % COLUMNS * cell, _GAP + i // COLUMNS * cell) for i in range(len(ratios)))
-    return [sheet.crop((x, y, x + resolution, y + resolution)) for x, y in boxes], ratios
+    return cut_sheet(sheet, len(ratios), resolution, COLUMNS), ratios
 
 
 def sample_page(

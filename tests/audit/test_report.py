@@ -12,7 +12,17 @@ from PIL import Image
 
 from ambient_sd.audit.metrics import Figure, Row, difference
 from ambient_sd.audit.neighbours import Neighbours, nearest
-from ambient_sd.audit.report import Report, RunSection, Sample, contact_sheet, find, make_samples, render, write_report
+from ambient_sd.audit.report import (
+    Report,
+    RunSection,
+    Sample,
+    contact_sheet,
+    cut_sheet,
+    find,
+    make_samples,
+    render,
+    write_report,
+)
 from ambient_sd.errors import UserError
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=http://evil.example/x onerror=alert(2)>\u202e&amp;"
@@ -189,6 +199,7 @@ def test_contact_sheet_places_every_picture_and_caption() -> None:
     sheet = contact_sheet([picture(10 * i) for i in range(5)], columns=3, gap=2)
     assert sheet.size == (3 * 18 + 2, 2 * 18 + 2)
     assert [sheet.getpixel((2 + 18 * (i % 3), 2 + 18 * (i // 3)))[0] for i in range(5)] == [0, 10, 20, 30, 40]
+    assert [p.tobytes() for p in cut_sheet(sheet, 5, 16, 3, gap=2)] == [picture(10 * i).tobytes() for i in range(5)]
     assert contact_sheet([picture(0)], columns=3, captions=["日本 red"]).height > 16 + 14
     for wrong in (
         {"images": []},
