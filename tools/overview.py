@@ -2,7 +2,7 @@
 
     python tools/overview.py docs/study/text-60 docs/study/scratch-60 docs/study/text-300 --out docs/study/overview.png
 
-Above, copies are counted in pixels as published; below, by contours in any colour, which older runs of a study were not. Each folder holds
+Above, copies are counted in pixels as published; below, by contours in any colour, for the seeds that were counted so. Each folder holds
 a study's results.json and, where two networks were put together, by-noise-level.json. Nothing is measured here.
 """
 
@@ -34,8 +34,10 @@ Place = tuple[Estimate, Estimate]  # copies, distance
 
 
 def lines(folder: Path, measure: str) -> dict[str, list[Place]]:
-    """Return the runs of a study that have this measure, each in the order of its steps."""
-    found = sorted(points(json.loads((folder / "results.json").read_text(encoding="utf-8"))), key=lambda p: p.step)
+    """Return the runs of a study that have this measure, each in the order of its steps; the mean of the seeds that have it at every step."""
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    kept = [run for run in results["runs"] if all(measure in point["figures"] for point in run["points"])]
+    found = sorted(points({**results, "runs": kept}), key=lambda p: p.step)
     runs = {
         label: [(p.figures[measure], p.distance) for p in found if p.label == label and measure in p.figures]
         for label in SHOWN
