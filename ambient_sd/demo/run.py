@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ambient_sd.audit.features import EffLite0, Features, Pixels, Sscd, embed
+from ambient_sd.audit.features import Edges, EffLite0, Features, Pixels, Sscd, embed
 from ambient_sd.audit.metrics import Measurement, Row, measure, memorized
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.report import Report, RunSection, contact_sheet, find, make_samples, show, write_report
@@ -200,7 +200,7 @@ def run_demo(settings: DemoSettings) -> Report:
     heldout = load_rows(PICTURES, split="heldout")
     training_images = [row.image for row in training]
     captions = [row.caption for row in training]
-    features: list[Features] = [Pixels(), EffLite0(), *([Sscd()] if Sscd.available() else [])]
+    features: list[Features] = [Pixels(), Edges(), EffLite0(), *([Sscd()] if Sscd.available() else [])]
     step = "of 4"
     print(f"1 {step}: looking at {len(training)} training and {len(heldout)} held-out pictures", flush=True)
     real = embed(training_images, features, progress=True)
