@@ -566,8 +566,8 @@ def _file_name(name: str) -> str:
 
 # --- what people read ------------------------------------------------------------------------------------------------
 
-_COLUMNS = (("copied", "copied", 100, ".1f", " %"), ("recoloured", "in any colour", 100, ".1f", " %"), ("similarity", "similarity, 95th pct.", 1, ".3f", ""),
-            ("alignment", "alignment x 1000", 1, ".2f", ""), ("hits", "own prompt first of 5", 100, ".0f", " %"),
+_COLUMNS = (("copied", "copied", 100, ".1f", " %"), ("recoloured", "in any colour", 100, ".1f", " %"),
+            ("similarity", "similarity, 95th pct.", 1, ".3f", ""), ("alignment", "alignment x 1000", 1, ".2f", ""), ("hits", "own prompt first of 5", 100, ".0f", " %"),
             ("distance", "Frechet distance", 1, ".1f", ""), ("seconds", "processor s a picture", 1, ".2f", ""))  # fmt: skip
 
 

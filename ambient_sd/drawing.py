@@ -24,7 +24,7 @@ from ambient_sd.errors import UserError, one_line
 from ambient_sd.guard.base_above import BaseAbove
 from ambient_sd.guard.calibration import Sampling
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard
-from ambient_sd.hub_ids import resolve_model_id
+from ambient_sd.hub_ids import OPEN_CLIP, resolve_model_id
 from ambient_sd.quiet import quiet
 
 SCHEDULERS = {
@@ -123,8 +123,8 @@ class DrawSettings:
 
 def label(name: str) -> str:
     """Return a name that may be published: a hub id, or of a local place its last part; after `open_clip:`, if it begins so."""
-    if name.startswith("open_clip:"):
-        return "open_clip:" + label(name.removeprefix("open_clip:"))
+    if name.startswith(OPEN_CLIP):
+        return OPEN_CLIP + label(name.removeprefix(OPEN_CLIP))
     if Path(name).exists():
         name = Path(name).resolve().name
     elif not re.fullmatch(_HUB_ID, name):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import os
 
+OPEN_CLIP = "open_clip:"  # what a name begins with that is of open_clip, and not of transformers
+
 logger = logging.getLogger(__name__)
 
 # Only mirrors that others are seen to load from; a name that is not listed passes through unchanged.

@@ -47,15 +47,11 @@ COLUMNS = {
 
 @exits_on_user_error
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", type=Path)
-    parser.add_argument("--steps", type=int, nargs="+", default=[200, 400, 600, 800, 1000])
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--high", type=int, nargs="*", default=[200], help="those of the steps that come above, beside the base"
     )
     parser.add_argument("--levels", type=float, nargs="+", default=[0.8, 1.6, 3.0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if missing := sorted(set(args.high) - set(args.steps)):
         raise UserError(f"high {missing[0]}", rule="it must be one of --steps")
@@ -79,6 +75,16 @@ def main() -> None:
     page(args.out, [last, *reversed(shown), "base"], reals, resolution).save(args.out / "page.png")
     print(table(rows))
     print(f"Held-out pictures, toned, d1/d2 < 1/2: {_by_chance(reals)} of {len(reals.heldout_images)}")
+
+
+def make_parser(about: str) -> argparse.ArgumentParser:
+    """Return a parser of what every benchmark of these networks takes."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--steps", type=int, nargs="+", default=[200, 400, 600, 800, 1000])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser
 
 
 def networks_of(plan: Plan, out: Path) -> tuple[dict[str, Any], Any, Reals, int]:

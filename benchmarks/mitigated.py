@@ -9,17 +9,16 @@ alone, then the last one under each of --policies, names of `ambient-sd compare`
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from by_noise_level import COLUMNS, measured, networks_of, page, table
+from by_noise_level import COLUMNS, make_parser, measured, networks_of, page, table
 
 from ambient_sd.comparison import MITIGATIONS, Levels, levels_of
 from ambient_sd.errors import UserError, exits_on_user_error
@@ -28,20 +27,16 @@ from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.quiet import quiet
 from ambient_sd.study.measures import Reals, sample
 from ambient_sd.study.plan import Sampling, read_plan
-from ambient_sd.study.results import Estimate, where_as_good
+from ambient_sd.study.results import Estimate, share, where_as_good
 
 
 @exits_on_user_error
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", type=Path)
-    parser.add_argument("--steps", type=int, nargs="+", default=[200, 400, 600, 800, 1000])
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--policies", nargs="+", default=["Wen", "STP", "STP until 400", "STP until 300", "OG", "OG+STP", "RT", "CWR"]
     )
     parser.add_argument("--guidance_scale", type=float, default=None, help="in place of the study's")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if wrong := sorted(set(args.policies) - set(MITIGATIONS)):
         raise UserError(f"policy {wrong[0]!r}", rule=f"it must be one of {', '.join(MITIGATIONS)}")
@@ -54,22 +49,23 @@ def main() -> None:
             plan, sampling=dataclasses.replace(plan.sampling, guidance_scale=args.guidance_scale)
         )
         at = f" at guidance {args.guidance_scale:g}"
+
+    def row(name: str, around: Callable[[], AbstractContextManager[Any]]) -> dict[str, Any]:
+        return measured(args.out, name + at, pipe, around, plan, reals, resolution, args.seed)
+
     rows = []
     for step in args.steps:
         pipe.unet = networks[f"step {step}"]
-        rows.append(
-            measured(args.out, f"step {step}{at}", pipe, contextlib.nullcontext, plan, reals, resolution, args.seed)
-        )
+        rows.append(row(f"step {step}", contextlib.nullcontext))
     levels = _levels(pipe, plan.sampling, reals, resolution, args.seed)
     for name in args.policies:
         around = functools.partial(MemorizationGuard, pipe, MITIGATIONS[name][0](levels))
-        rows.append(
-            measured(args.out, f"{name}, step {args.steps[-1]}{at}", pipe, around, plan, reals, resolution, args.seed)
-        )
+        rows.append(row(f"{name}, step {args.steps[-1]}", around))
         print(rows[-1]["name"], {k: round(v["value"], 3) for k, v in rows[-1]["figures"].items()}, flush=True)
-    write_whole(args.out / f"mitigated{at.replace(' ', '-')}.json", json.dumps(rows, indent=1) + "\n")
-    shown = [row["name"] for row in rows[len(args.steps) - 1 :]]
-    page(args.out, shown, reals, resolution).save(args.out / f"mitigated{at.replace(' ', '-')}.png")
+    stem = f"mitigated{at.replace(' ', '-')}"
+    write_whole(args.out / f"{stem}.json", json.dumps(rows, indent=1) + "\n")
+    shown = [done["name"] for done in rows[len(args.steps) - 1 :]]
+    page(args.out, shown, reals, resolution).save(args.out / f"{stem}.png")
     print(table(rows))
     print(beside_plain(rows[: len(args.steps)], rows[len(args.steps) :]))
 
@@ -84,19 +80,11 @@ def beside_plain(plain: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]
     for row in rows:
         figures, cells = row["figures"], []
         for measure in shown:
-            line = [(_estimate(p["figures"][measure]), _estimate(p["figures"]["distance"])) for p in plain]
+            line = [(Estimate.of(p["figures"][measure]), Estimate.of(p["figures"]["distance"])) for p in plain]
             there = where_as_good(line, figures["distance"]["value"])
-            cells += [_percent(_estimate(figures[measure])), "" if there is None else _percent(there)]
+            cells += [share(Estimate.of(figures[measure])), "" if there is None else share(there)]
         lines.append(f"| {row['name']} | {figures['distance']['value']:.1f} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _estimate(figure: dict[str, Any]) -> Estimate:
-    return Estimate(figure["value"], figure["low"], figure["high"], ())
-
-
-def _percent(e: Estimate) -> str:
-    return f"{100 * e.value:.1f} % [{100 * e.low:.1f}, {100 * e.high:.1f}]"
 
 
 def _levels(pipe: Any, sampling: Sampling, reals: Reals, resolution: int, seed: int) -> Levels:

@@ -38,10 +38,7 @@ def lines(folder: Path, measure: str) -> dict[str, list[Place]]:
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     kept = [run for run in results["runs"] if all(measure in point["figures"] for point in run["points"])]
     found = sorted(points({**results, "runs": kept}), key=lambda p: p.step)
-    runs = {
-        label: [(p.figures[measure], p.distance) for p in found if p.label == label and measure in p.figures]
-        for label in SHOWN
-    }
+    runs = {label: [(p.figures[measure], p.distance) for p in found if p.label == label] for label in SHOWN}
     return {label: line for label, line in runs.items() if len(line) > 1}
 
 
@@ -52,8 +49,7 @@ def _pairs(folder: Path) -> list[dict[str, Any]]:
 
 def _place(row: Mapping[str, Any], measure: str) -> Place:
     figures = row["figures"]
-    copies, distance = (Estimate(f["value"], f["low"], f["high"], ()) for f in (figures[measure], figures["distance"]))
-    return copies, distance
+    return Estimate.of(figures[measure]), Estimate.of(figures["distance"])
 
 
 def panel(axes: Any, folder: Path, measure: str) -> None:

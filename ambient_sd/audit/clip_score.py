@@ -23,11 +23,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ambient_sd.audit.features import batches, square
+from ambient_sd.audit.features import batches, scaled, square
 from ambient_sd.audit.networks import pretrained
 from ambient_sd.errors import UserError, one_line
+from ambient_sd.hub_ids import OPEN_CLIP
 
-OPEN_CLIP = "open_clip:"
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _CONFIG = "open_clip_config.json"
 # open_clip takes these before any pickle that lies beside them.
@@ -74,8 +74,7 @@ class ClipScore:
         left = iter(prompts)
         with torch.inference_mode(), tqdm(total=len(pictures), desc=self.name, unit="img", disable=not progress) as bar:
             for batch in batches(pictures, self.batch_size):
-                scaled = (square(batch, self.clip.size).astype(np.float32) / 255 - mean) / std
-                x = torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))).to(self.device)
+                x = torch.from_numpy(scaled(square(batch, self.clip.size), mean, std)).to(self.device)
                 image, text = self.clip.embed(x, list(islice(left, len(batch))))
                 rows.append(torch.nn.functional.cosine_similarity(image.double(), text.double(), dim=1).cpu())
                 bar.update(len(batch))
@@ -127,9 +126,8 @@ def _of_open_clip(model: str, device: torch.device) -> _Clip:
             return network.encode_image(x), network.encode_text(tokenizer(texts).to(device))
 
         clip = _Clip(sides.pop(), network.visual.image_mean, network.visual.image_std, embed)
-        with (
-            torch.inference_mode()
-        ):  # a tokenizer that does not fit its network is found here, not after the pictures are drawn
+        # A tokenizer that does not fit its network is found here, not after the pictures are drawn.
+        with torch.inference_mode():
             image, text = embed(torch.zeros(1, 3, clip.size, clip.size, device=device), ["a picture"])
         if image.shape != text.shape:
             raise ValueError(f"it embeds a picture as {tuple(image.shape)}, a text as {tuple(text.shape)}")

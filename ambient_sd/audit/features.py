@@ -277,8 +277,12 @@ _IMAGENET_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
 
 def imagenet(batch: np.ndarray) -> np.ndarray:
     """uint8 NHWC to float32 NCHW, ImageNet mean and deviation."""
-    scaled = (batch.astype(np.float32) / 255 - _IMAGENET_MEAN) / _IMAGENET_STD
-    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+    return scaled(batch, _IMAGENET_MEAN, _IMAGENET_STD)
+
+
+def scaled(batch: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """uint8 NHWC to float32 NCHW, a mean and deviation per channel of values in [0, 1]."""
+    return np.ascontiguousarray(((batch.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2))
 
 
 def _torchscript(path: Path) -> Callable[[np.ndarray], Tensor]:

@@ -96,9 +96,8 @@ class Plan:
     from_scratch: Mapping[str, Any] | None
     text: str
     charts: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
-    entries: Mapping[str, Sequence[str]] = dataclasses.field(
-        default_factory=dict
-    )  # an entry of `runs`: the labels of its sweep
+    # An entry of the file's `runs`: the labels of its sweep.
+    entries: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     @property
     def labels(self) -> list[str]:

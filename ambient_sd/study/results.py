@@ -32,6 +32,11 @@ class Estimate:
     high: float
     seeds: tuple[float, ...]
 
+    @classmethod
+    def of(cls, figure: Mapping[str, Any]) -> Estimate:
+        """Return a figure of one run, as it stands in a file."""
+        return cls(figure["value"], figure["low"], figure["high"], ())
+
 
 @dataclass(frozen=True)
 class Point:
@@ -160,7 +165,7 @@ def tables(results: Mapping[str, Any]) -> str:
     for label in labels:
         p = max((p for p in found if p.label == label), key=lambda p: p.step)
         lines.append(
-            f"| {label} | {_numbers(seeds[label])} | {p.step} | {p.n} | {_share(p.copied)} | {_share(p.figures['copied-coarsely'])} | {_recoloured(p)} | {_span(p.figures['ratio'], 2)} | "
+            f"| {label} | {_numbers(seeds[label])} | {p.step} | {p.n} | {share(p.copied)} | {share(p.figures['copied-coarsely'])} | {_recoloured(p)} | {_span(p.figures['ratio'], 2)} | "
             f"{_span(p.distance, 1)} | {_span(p.figures['kid'], 1, 1000)} |"
         )
     floor = found[0].figures["distance floor"]
@@ -182,9 +187,9 @@ def tables(results: Mapping[str, Any]) -> str:
             there = (
                 "none is as good | "
                 if equal is None
-                else f"{_share(equal.copied)} ({equal.step}) | {_span(equal.distance, 1)}"
+                else f"{share(equal.copied)} ({equal.step}) | {_span(equal.distance, 1)}"
             )
-            lines.append(f"| {label} | {_span(top.distance, 1)} ({top.step}) | {_share(top.copied)} | {there} |")
+            lines.append(f"| {label} | {_span(top.distance, 1)} ({top.step}) | {share(top.copied)} | {there} |")
         lines.append("")
     if BASELINE in labels and len(labels) > 1:
         line = [p for p in found if p.label == BASELINE]
@@ -195,7 +200,7 @@ def tables(results: Mapping[str, Any]) -> str:
         ]  # fmt: skip
         for label in labels:
             shares = [at_distance(found, label, p.distance.value) for p in line]
-            cells = ["" if share is None else _share(share) for share in shares]
+            cells = ["" if there is None else share(there) for there in shares]
             lines.append(f"| {label} | {' | '.join(cells)} |")
         lines.append("")
     lines += ["### Stopped at the least error on held-out pictures", "",
@@ -205,7 +210,7 @@ def tables(results: Mapping[str, Any]) -> str:
         stop, end = at_least_error(found, label), max((p for p in found if p.label == label), key=lambda p: p.step)
         cells = [f"{_high_error(stop, name):.3f} ({_high_error(end, name):.3f})" for name in ("heldout", "training")]
         lines.append(
-            f"| {label} | {stop.step} | {' | '.join(cells)} | {_share(stop.copied)} | {_span(stop.distance, 1)} |"
+            f"| {label} | {stop.step} | {' | '.join(cells)} | {share(stop.copied)} | {_span(stop.distance, 1)} |"
         )
     lines.append("")
     lines += ["### Along training", "", "| run | " + " | ".join(str(s) for s in sorted({p.step for p in found})) + " |",
@@ -224,7 +229,7 @@ def tables(results: Mapping[str, Any]) -> str:
 
 def _recoloured(p: Point) -> str:
     """Studies that were measured before this figure existed do not have it."""
-    return _share(p.figures["copied-recoloured"]) if "copied-recoloured" in p.figures else ""
+    return share(p.figures["copied-recoloured"]) if "copied-recoloured" in p.figures else ""
 
 
 def _high_error(p: Point, name: str, above: float = HIGH) -> float:
@@ -237,7 +242,8 @@ def _numbers(values: Sequence[int]) -> str:
     return ", ".join(map(str, values))
 
 
-def _share(e: Estimate) -> str:
+def share(e: Estimate) -> str:
+    """Return a share in per cent with its interval, and the value of each seed where there are several."""
     single = f"; {', '.join(f'{100 * v:.1f}' for v in e.seeds)}" if len(e.seeds) > 1 else ""
     return f"{100 * e.value:.1f} % [{100 * e.low:.1f}, {100 * e.high:.1f}{single}]"
 
