@@ -1,0 +1,272 @@
+"""The one definition of a copy: nearer to a training image than images that cannot be copies come.
+
+    D(x)  residual of x beside the training image t that explains it best                    `ambient_sd.audit.registration`
+    r(x)  D(x) / D(t), D(t) the same of t beside the other training images: t's own surroundings, so that members of a series do not shield one another
+    p(x)  share of images that cannot be copies with r at least as small; 2 min over both blurs (Bonferroni), the largest over the nulls given
+
+    copy  p <= 1 % and among the smallest p so that at most 5 % of what is called a copy is none (Benjamini & Hochberg 1995),
+          or D <= 0.1: no eye tells the two apart but by colour, blur or pose
+
+Images that cannot be copies, the null: real images that the model never saw (held-out), images of the base model for the same captions. Without
+either the training images beside each other, each leaving itself out. p is the conformal one, (1 + number at least as near) / (n + 1) (Vovk et al.
+2005). Nearer than the whole null it is carried on as 5 % (r / q)^k from the 5 % quantile q: distances to nearest neighbours have a power law for a
+tail (Amsaleg et al., KDD 2015); k from the 5 % and the 20 % quantile, at most `STEEPEST`. Images of the null with D <= 0.1 are twins of training images and
+leave it; how many there were is said.
+
+d1 / d2 < 1/3 stays beside it as the published measure (`metrics.memorized`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ambient_sd.audit.registration import SCALES, Poses, Registered, prepare, register
+from ambient_sd.errors import UserError
+
+RATE = 0.05  # of false discoveries among the copies
+EACH = 0.01  # of images that are no copies
+SAME = 0.1  # residual of two images that differ by colour, blur and pose alone
+LEAST = 20  # images in a null
+MOST = 512  # images in a null, training images that stand for it included
+STEEPEST = 8.0
+_ANCHOR, _SECOND = 0.05, 0.2
+_SMALLEST = 1e-4
+
+
+@dataclass(frozen=True)
+class Null:
+    """Hold r of images that cannot be copies, by blur, ascending, and how many twins of training images left it."""
+
+    name: str
+    ratios: Mapping[float, Tensor]
+    twins: int = 0
+
+    @property
+    def n(self) -> int:
+        return len(self.ratios[SCALES[0]])
+
+
+@dataclass(frozen=True)
+class Decided:
+    """Hold what was decided of images.
+
+    Attributes:
+        copy: bool `(N,)`. p: float64 `(N,)`.
+        row: int64 `(N,)`, the training image that explains each best.
+        residual, ratio: D and r at the finest blur, float64 `(N,)`.
+    """
+
+    copy: Tensor
+    p: Tensor
+    row: Tensor
+    residual: Tensor
+    ratio: Tensor
+
+    def __len__(self) -> int:
+        return len(self.copy)
+
+
+@dataclass
+class CopyDecision:
+    """Decide which images are copies of a training set.
+
+    Args:
+        training: one of each training image (no two equal ones).
+        labels: one per training image, equal for near-duplicates; None: all differ.
+        unseen: name -> images that cannot be copies ("held-out", "base model"); at most `MOST` of each are used, the first ones.
+        renditions: the training images once more in their order, changed as a generated copy would be: through the model's autoencoder.
+        progress: show a bar.
+
+    Raises:
+        UserError: fewer than two different training images.
+
+    Example:
+        >>> from PIL import Image
+        >>> import numpy as np
+        >>> draw = lambda seed: Image.fromarray(np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)).resize((64, 64))
+        >>> decide = CopyDecision([draw(i) for i in range(24)], unseen={"held-out": [draw(100 + i) for i in range(24)]})
+        >>> decide([draw(3).rotate(4), draw(200)]).copy.tolist()
+        [True, False]
+    """
+
+    training: Sequence[Image.Image]
+    labels: Sequence[Hashable] | None = None
+    unseen: Mapping[str, Sequence[Image.Image]] = field(default_factory=dict)
+    renditions: Sequence[Sequence[Image.Image]] = ()
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        count = len(self.training)
+        given = list(range(count)) if self.labels is None else list(self.labels)
+        if len(given) != count:
+            raise UserError(f"{len(given)} labels for {count} training images", rule="one each")
+        numbers: dict[Hashable, int] = {}
+        self._label = torch.tensor([numbers.setdefault(name, len(numbers)) for name in given], dtype=torch.int64)
+        if len(numbers) < 2:
+            raise UserError(
+                f"{len(numbers)} different training image", rule="an image is held against the others of its set"
+            )
+        self._images = prepare(self.training)
+        self._versions = [prepare(version) for version in self.renditions]
+        self._poses = Poses(self._images)
+        self._raw: dict[str, dict[float, Tensor]] = {}
+        self._own: dict[int, tuple[Tensor, dict[float, Tensor]]] = {}
+        self.nulls = [self._null(name, list(images[:MOST])) for name, images in self.unseen.items() if len(images)]
+        self.nulls = [null for null in self.nulls if null.n >= LEAST]
+        if not self.nulls and (own := self._leave_one_out()).n >= LEAST:
+            self.nulls = [own]
+
+    def __call__(self, images: Sequence[Image.Image]) -> Decided:
+        """Decide for images that were drawn together: the rate of false discoveries is that among them."""
+        found = self._find(prepare(images), "copies")
+        row, residual, ratio = self._best(found)
+        p = torch.ones(len(images), dtype=torch.float64)
+        if self.nulls and len(images):
+            p = torch.stack([combined(null, ratio) for null in self.nulls]).amax(0)
+        same = residual[SCALES[0]] <= SAME
+        return Decided(discoveries(p) | same, p, row, residual[SCALES[0]], ratio[SCALES[0]])
+
+    def background(self, name: str) -> Tensor | None:
+        """Return which images of a null would be called copies, each judged without itself; None where there is no such null."""
+        null = next((null for null in self.nulls if null.name == name), None)
+        if null is None:
+            return None
+        unsorted = self._raw[name]
+        p = [
+            combined(Null(name, {s: torch.cat([v[:i], v[i + 1 :]]).sort().values for s, v in unsorted.items()}), {
+                s: v[i : i + 1] for s, v in unsorted.items()
+            })
+            for i in range(null.n)
+        ]  # fmt: skip
+        marks = discoveries(torch.cat(p))
+        return torch.cat([marks, torch.ones(null.twins, dtype=torch.bool)])
+
+    # --- the surroundings of training images -----------------------------------------------------------------------------
+
+    def _find(self, x: Tensor, what: str, barred: Tensor | None = None) -> Registered:
+        parts, step = [], 16
+        for start in tqdm(
+            range(0, len(x), step), desc=what, unit_scale=step, unit="img", disable=not self.progress, leave=False
+        ):
+            no = None if barred is None else barred[start : start + step]
+            parts.append(
+                register(
+                    x[start : start + step], self._images, not_allowed=no, renditions=self._versions, poses=self._poses
+                )
+            )
+        if not parts:
+            return register(x, self._images)
+        return Registered(
+            torch.cat([p.index for p in parts]), {s: torch.cat([p.residual[s] for p in parts]) for s in SCALES}
+        )
+
+    def _look(self, rows: Sequence[int]) -> None:
+        """Register training images beside the others, once each."""
+        new = sorted(set(rows) - self._own.keys())
+        if not new:
+            return
+        barred = self._label[new][:, None] == self._label[None, :]
+        found = self._find(self._images[new], "training images", barred)
+        for place, row in enumerate(new):
+            self._own[row] = (found.index[place], {s: found.residual[s][place] for s in SCALES})
+
+    def _scale(self, row: int, without: int | None = None) -> dict[float, float]:
+        """Return how near the nearest OTHER training image comes to one; what cannot be told from it is no other."""
+        index, residual = self._own[row]
+        usable = residual[SCALES[0]] > SAME
+        if without is not None:
+            usable &= self._label[index] != self._label[without]
+        return {s: float(residual[s][usable].min()) if bool(usable.any()) else math.inf for s in SCALES}
+
+    def _best(
+        self, found: Registered, own: Sequence[int] | None = None
+    ) -> tuple[Tensor, dict[float, Tensor], dict[float, Tensor]]:
+        """Return per query the row that explains it best, and D and r by blur; `own`: the queries are these training images."""
+        best = found.residual[SCALES[0]].argmin(1, keepdim=True)
+        rows = found.index.gather(1, best)[:, 0]
+        self._look(rows.tolist())
+        residual: dict[float, Tensor] = {}
+        ratio: dict[float, Tensor] = {}
+        scales = [self._scale(row, None if own is None else own[i]) for i, row in enumerate(rows.tolist())]
+        for s in SCALES:
+            residual[s] = found.residual[s].gather(1, best)[:, 0].double()
+            around = torch.tensor([one[s] for one in scales], dtype=torch.float64).clamp(_SMALLEST, 1.0)
+            ratio[s] = residual[s] / around
+        return rows, residual, ratio
+
+    # --- images that cannot be copies ------------------------------------------------------------------------------------
+
+    def _null(self, name: str, images: Sequence[Image.Image]) -> Null:
+        _, residual, ratio = self._best(self._find(prepare(images), name))
+        return self._kept(name, residual, ratio)
+
+    def _leave_one_out(self) -> Null:
+        """Return the null of training images, one of each label, beside the others."""
+        first = list({int(label): row for row, label in reversed(list(enumerate(self._label.tolist())))}.values())
+        rows = sorted(first)[:: max(1, -(-len(first) // MOST))]
+        self._look(rows)
+        found = Registered(
+            torch.stack([self._own[row][0] for row in rows]),
+            {s: torch.stack([self._own[row][1][s] for row in rows]) for s in SCALES},
+        )
+        _, residual, ratio = self._best(found, rows)
+        return self._kept("training images among themselves", residual, ratio)
+
+    def _kept(self, name: str, residual: Mapping[float, Tensor], ratio: Mapping[float, Tensor]) -> Null:
+        twin = residual[SCALES[0]] <= SAME
+        self._raw[name] = {s: ratio[s][~twin] for s in SCALES}
+        return Null(name, {s: v.sort().values for s, v in self._raw[name].items()}, int(twin.sum()))
+
+
+def combined(null: Null, ratio: Mapping[float, Tensor]) -> Tensor:
+    """Return p over both blurs, float64 `(N,)`: `min(1, 2 min_s p_s)` (Bonferroni)."""
+    each = torch.stack([tail(null.ratios[s], ratio[s]) for s in SCALES])
+    return (len(SCALES) * each.amin(0)).clamp(max=1)
+
+
+def tail(null: Tensor, values: Tensor) -> Tensor:
+    """Return the share of a null with values at least as small, float64 `(N,)`; a power law below the null's 5 % quantile.
+
+    Args:
+        null: ascending, `(n,)`. values: `(N,)`, at least 0.
+
+    Example:
+        >>> null = torch.linspace(0.5, 1.5, 99, dtype=torch.float64)
+        >>> [round(float(v), 3) for v in tail(null, torch.tensor([1.0, 0.1], dtype=torch.float64))]
+        [0.5, 0.0]
+    """
+    n = len(null)
+    nearer = torch.searchsorted(null, values, right=True)
+    p = (1 + nearer.double()) / (n + 1)
+    finite = null[torch.isfinite(null)].clamp_min(_SMALLEST)
+    if len(finite) < LEAST - 1:
+        return p
+    low, high = torch.quantile(finite, torch.tensor([_ANCHOR, _SECOND], dtype=torch.float64)).tolist()
+    steep = min(STEEPEST, math.log(_SECOND / _ANCHOR) / max(math.log(high / low), 1e-9))
+    carried = _ANCHOR * (values / low).clamp(max=1).pow(steep)
+    return torch.where(nearer == 0, torch.minimum(p, carried), p)
+
+
+def discoveries(p: Tensor, rate: float = RATE, each: float = EACH) -> Tensor:
+    """Mark the discoveries of Benjamini & Hochberg (1995) among those with p at most `each`, bool `(N,)`.
+
+    The largest k with p_(k) <= rate k / N: the k smallest are discoveries.
+
+    Example:
+        >>> discoveries(torch.tensor([0.0001, 0.8, 0.009, 0.03])).tolist()
+        [True, False, True, False]
+    """
+    if not len(p):
+        return torch.zeros(0, dtype=torch.bool)
+    order = p.sort().values
+    passed = torch.nonzero(order <= rate * torch.arange(1, len(p) + 1) / len(p)).flatten()
+    if not len(passed):
+        return torch.zeros(len(p), dtype=torch.bool)
+    return (p <= order[passed[-1]]) & (p <= each)
