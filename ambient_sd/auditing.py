@@ -69,6 +69,7 @@ from ambient_sd.data.stream import drawn
 from ambient_sd.drawing import DrawSettings, digest, label, load, read_prompts
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.files import finite, write_whole
+from ambient_sd.json_schema import load_json
 from ambient_sd.sample import SampleSettings, sample
 from ambient_sd.weight_files import adapter_files, unet_files
 
@@ -376,9 +377,9 @@ def _claim(
     path = settings.out / "settings.json"
     if path.is_file():
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))["given"]
+            before = load_json(path, 2**20)["given"]
             other = next((name for name in given if before[name] != given[name]), None)
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{path} is not an audit's", remedy="name another folder with --out") from None
         if other is not None:
             shown = {"training": "the training pictures are others", "heldout": "the held-out pictures are others",

@@ -30,6 +30,7 @@ from ambient_sd.audit.report import show
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.guard.calibration import FILE_NAME as THRESHOLD_NAME
 from ambient_sd.guard.calibration import Calibration
+from ambient_sd.json_schema import load_json
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.weight_files import adapter_files, unet_files
 
@@ -49,6 +50,7 @@ _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}")
 _LINK = re.compile(r"https?://[\w./~%#?=&+-]{1,300}", re.ASCII)
 _UNKNOWN = {"license": "other", "license_name": "unknown-see-the-base"}
 _SHOWN_PROMPTS = 12
+_LARGEST = 16 * 2**20  # bytes of card.json
 # Settings that change what the loss is or sees; a card names those that are not at their defaults.
 _LOSS = ("snr_gamma", "weighting_scheme", "logit_mean", "logit_std", "noise_offset", "input_perturbation", "memorization_threshold", "agc",
          "caption_mitigation", "caption_mitigation_p", "caption_noise_std", "caption_dropout", "random_flip")  # fmt: skip
@@ -121,7 +123,7 @@ class Facts:
         if not path.is_file():
             return None
         try:
-            facts = cls(**json.loads(path.read_text(encoding="utf-8")), finished=path.stat().st_mtime)
+            facts = cls(**load_json(path, _LARGEST), finished=path.stat().st_mtime)
             facts._check()
         except (OSError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise UserError(f"{path} cannot be read", rule=f"{type(error).__name__}: {error}"[:300],
@@ -161,6 +163,8 @@ class Facts:
                 to(self.lora[name])
         if self.licence != _clean_licence(self.licence, None):
             raise ValueError("licence is none")
+        if any(not isinstance(digest, str) for digest in self.base_files.values()):
+            raise TypeError("base_files")
 
 
 def describe_run(
