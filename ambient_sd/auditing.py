@@ -429,7 +429,7 @@ def read_generated(folder: Path) -> Generated:
                 if not all(value is None or isinstance(value, str) for value in (of, above)):
                     raise ValueError("weights are no text")
                 records.append((str(name), prompt, None if score is None else float(score), (of, above)))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise UserError(f"{listing} cannot be read", rule=one_line(f"{type(error).__name__}: {error}", 160)) from None
     if not records:
         raise UserError(f"{listing} names no picture", rule="at least one is needed")

@@ -368,6 +368,10 @@ CASES: dict[str, tuple[Callable[[dict[str, Path]], dict[str, Any]], str]] = {
     "list that leaves the folder": (
         lambda s: ((s["fresh"] / "samples.jsonl").write_text('{"file": "../x.png", "prompt": "a"}\n'), {})[1], "no picture of this folder",
     ),
+    "list with a score without end": (
+        lambda s: ((s["fresh"] / "samples.jsonl").write_text('{"file": "000.png", "prompt": "a", "score": 1' + "0" * 400 + "}\n"), {})[1],
+        "cannot be read",
+    ),
     "list that is damaged": (lambda s: ((s["fresh"] / "samples.jsonl").write_text("{"), {})[1], "cannot be read"),
 }  # fmt: skip
 

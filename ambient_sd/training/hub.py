@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import re
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ class Facts:
         try:
             facts = cls(**load_json(path, _LARGEST), finished=path.stat().st_mtime)
             facts._check()
-        except (OSError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise UserError(f"{path} cannot be read", rule=f"{type(error).__name__}: {error}"[:300],
                             remedy=f"remove it: {CARD_NAME} then goes as it is") from None  # fmt: skip
         return facts
@@ -154,6 +155,9 @@ class Facts:
             for name in names.split():
                 if not isinstance(getattr(self, name), kind):
                     raise TypeError(f"{name} is {one_line(repr(getattr(self, name)), 40)}")
+        numbers = [value for value in vars(self).values() if isinstance(value, (int, float))]
+        if not all(abs(number) <= sys.float_info.max for number in numbers) or self.pictures < 1:
+            raise ValueError("a number is out of range")
         if any(not isinstance(p, str) for p in self.prompts) or any(
             name is not None and not HUB_ID.fullmatch(name) for name in (self.base_id, self.dataset)
         ):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import configparser
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ambient_sd.audit import record
 from ambient_sd.audit.record import _LARGEST, AuditRecord, schema
 from ambient_sd.errors import UserError
 from ambient_sd.json_schema import shortened, violation
@@ -44,18 +48,25 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def test_what_the_command_writes_is_read_back_and_written_the_same(tiny_audit: Path, tmp_path: Path) -> None:
-    record = AuditRecord.read(tiny_audit)
-    assert record.write(tmp_path).read_bytes() == (tiny_audit / "audit.json").read_bytes()
-    copies = record.row(record.verdict["measure"])
-    assert copies.generated.value == record.verdict["value"] and copies.generated.n == 4 and copies.heldout is not None
-    assert {row.name: row.generated.as_dict() for row in record.rows} == {
-        m["name"]: m["generated"] for m in record.measures
+    found = AuditRecord.read(tiny_audit)
+    assert found.write(tmp_path).read_bytes() == (tiny_audit / "audit.json").read_bytes()
+    copies = found.row(found.verdict["measure"])
+    assert copies.generated.value == found.verdict["value"] and copies.generated.n == 4 and copies.heldout is not None
+    assert {row.name: row.generated.as_dict() for row in found.rows} == {
+        m["name"]: m["generated"] for m in found.measures
     }
 
 
 def test_schema_names_every_key_and_no_other() -> None:
     names = ["format", *(f.name for f in dataclasses.fields(AuditRecord))]
     assert list(schema()["properties"]) == schema()["required"] == names
+
+
+def test_the_schema_file_is_part_of_the_package() -> None:
+    settings = configparser.ConfigParser()
+    settings.read(Path(__file__).parents[2] / "setup.cfg")
+    pattern = settings["options.package_data"]["ambient_sd.audit"]
+    assert fnmatch(record._SCHEMA.name, pattern) and record._SCHEMA.parent.name == "audit"
 
 
 def test_every_value_of_another_kind_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
@@ -171,9 +182,9 @@ def test_long_captions_are_cut_and_unknown_numbers_are_null(values: dict[str, An
     values["tokens"][0]["prompt"] = "\ud800" * 20_000
     values["tokens"][0]["scores"][0] = float("nan")
     values["measures"][1]["generated"]["high"] = float("inf")
-    record = AuditRecord.of(values)
-    assert len(record.tokens[0]["prompt"]) == 10_000 and record.tokens[0]["scores"][0] is None
-    assert record.rows[1].generated.high != record.rows[1].generated.high  # NaN
+    found = AuditRecord.of(values)
+    assert len(found.tokens[0]["prompt"]) == 10_000 and found.tokens[0]["scores"][0] is None
+    assert math.isnan(found.rows[1].generated.high)
 
 
 def test_keywords_that_the_reader_does_not_know_are_refused() -> None:

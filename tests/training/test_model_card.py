@@ -252,7 +252,8 @@ def test_damaged_facts_are_one_line(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize(("key", "value"), [("steps", "</b>"), ("base_id", "../x"), ("dataset", "a b"), ("level", None),
                                             ("licence", {"license": "x\n---"}), ("prompts", [3]), ("lora", {}), ("base_files", []), ("base_files", {"a": 1}),
-                                            ("level", float("nan"))])  # fmt: skip
+                                            ("level", float("nan")), ("pictures", 0), ("steps", 10**400),
+                                            ("lora", {**LORA, "alpha": 10**400})])  # fmt: skip
 def test_facts_of_other_kinds_are_refused_before_they_reach_a_card(tmp_path: Path, key: str, value: Any) -> None:
     facts().write(tmp_path)
     read = Facts.read(tmp_path)
