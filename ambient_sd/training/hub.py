@@ -33,6 +33,7 @@ from ambient_sd.guard.calibration import FILE_NAME as THRESHOLD_NAME
 from ambient_sd.guard.calibration import Calibration
 from ambient_sd.json_schema import load_json
 from ambient_sd.training.config import TrainConfig
+from ambient_sd.training.validation import read_scores
 from ambient_sd.weight_files import adapter_files, unet_files
 
 if TYPE_CHECKING:
@@ -302,6 +303,7 @@ def make_card(
         *(_unaudited(left_out) if audit is None else _audited(audit)),
         *(_threshold(facts, folder) if measured else []),
         *([] if sheet is None else _samples(facts, sheet)),
+        *([] if sheet is None or not measured else _guard(sheet, folder)),
         *_limits(facts),
     ]
     text = f"---\n{_head(facts, audit, repo)}\n---\n\n" + "\n\n".join(parts) + "\n"
@@ -613,6 +615,16 @@ def _samples(facts: Facts, sheet: str) -> list[str]:
         shown.append(f"- and {len(facts.prompts) - _SHOWN_PROMPTS} more")
     step = Path(sheet).stem.removeprefix("step-")
     return ["## Samples", f"![validation pictures]({sheet})", f"Drawn at step {step}, one row for each prompt:", "\n".join(shown)]  # fmt: skip
+
+
+def _guard(sheet: str, folder: Path) -> list[str]:
+    scores = read_scores(folder / "validation", int(Path(sheet).stem.removeprefix("step-")))
+    if not scores:
+        return []
+    return [
+        f"Score of the memorization guard on them: mean {sum(scores) / len(scores):.3g}, highest {max(scores):.3g} "
+        f"(n = {len(scores)}). It compares within one model, size and number of steps."
+    ]
 
 
 def _limits(facts: Facts) -> list[str]:

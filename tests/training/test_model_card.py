@@ -23,6 +23,7 @@ from ambient_sd.audit.report import show
 from ambient_sd.errors import UserError
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.hub import Facts, given_settings, inline, is_ours, make_card, read_licence, write_card
+from ambient_sd.training.validation import write_scores
 from ambient_sd.weight_files import ADAPTER_NAME, adapter_files
 
 UNKNOWN = {"license": "other", "license_name": "unknown-see-the-base"}
@@ -265,7 +266,7 @@ def test_facts_of_other_kinds_are_refused_before_they_reach_a_card(tmp_path: Pat
         Facts.read(tmp_path)
 
 
-def test_samples_are_those_of_this_run(tmp_path: Path) -> None:
+def test_samples_and_the_guards_score_are_those_of_this_run(tmp_path: Path) -> None:
     folder = tmp_path / "validation"
     folder.mkdir()
     for step in (10, 20, 500):
@@ -274,6 +275,21 @@ def test_samples_are_those_of_this_run(tmp_path: Path) -> None:
     text = make_card(facts(prompts=["a red disc"]), tmp_path)
     assert "(validation/step-20.png)" in text
     assert "a red disc" in text
+    assert "guard on them" not in text
+    write_scores(folder, 20, [1.0, 3.0, float("nan")])
+    assert "mean 2, highest 3 (n = 2)" in rendered_text(render(make_card(facts(prompts=["a red disc"]), tmp_path)))
+    write_scores(folder, 10, [1.0, 3.0])  # of another sheet
+    assert "guard on them" not in make_card(facts(prompts=["a red disc"]), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"step": 20}', '{"step": 20, "scores": ["x"]}', '{"step": 20, "scores": [NaN]}',
+                                  '{"step": 20, "scores": [-1]}', '{"step": "20", "scores": []}'])  # fmt: skip
+def test_damaged_scores_are_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "validation").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "validation" / "step-20.png")
+    (tmp_path / "validation" / "scores.json").write_text(text)
+    with pytest.raises(UserError, match=r"scores\.json cannot be read"):
+        make_card(facts(prompts=["a red disc"]), tmp_path)
 
 
 def test_a_page_edited_by_a_person_stays_and_an_untouched_one_is_replaced(tmp_path: Path) -> None:
