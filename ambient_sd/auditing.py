@@ -39,7 +39,6 @@ from ambient_sd.audit.clip_score import ClipScore
 from ambient_sd.audit.embedding import EmbeddingStore
 from ambient_sd.audit.features import MIRROR, Features, embed
 from ambient_sd.audit.metrics import (
-    Figure,
     Measurement,
     Row,
     bootstrap,
@@ -50,6 +49,7 @@ from ambient_sd.audit.metrics import (
 )
 from ambient_sd.audit.neighbours import Neighbours
 from ambient_sd.audit.originals import one_of_each
+from ambient_sd.audit.record import AuditRecord, measures
 from ambient_sd.audit.registry import DEFAULT, choose, labels
 from ambient_sd.audit.registry import label as label_of
 from ambient_sd.audit.report import (
@@ -69,9 +69,10 @@ from ambient_sd.data.stream import drawn
 from ambient_sd.drawing import DrawSettings, digest, label, load, read_prompts
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.files import finite, write_whole
+from ambient_sd.json_schema import load_json
 from ambient_sd.sample import SampleSettings, sample
+from ambient_sd.weight_files import adapter_files, unet_files
 
-FORMAT = 1
 _FILES = {"generated", "pictures.jsonl", "audit.json", "audit.html", "settings.json"}
 _SHOWN = 24
 _LIST = "samples.jsonl"  # of `ambient-sd sample`
@@ -273,10 +274,16 @@ def _audit(settings: AuditSettings, command: str) -> Audit:
     known = prompts if existing is None else existing.prompts
     align = _aligners(settings, known, device)
 
+    files: dict[str, Any] = {}
     if settings.drawing is not None:
         assert prompts is not None
-        folder = settings.out / "generated"
+        folder, before = settings.out / "generated", _weight_files(settings.drawing)
         sample(SampleSettings(settings.drawing, folder, prompts, settings.samples_per_prompt))
+        files = _weight_files(settings.drawing)
+        # Files of the hub may have come only now; what was here must be what was sampled.
+        if changed := [name for name, digests in before.items() if digests and digests != files[name]]:
+            raise UserError(f"the weight files of the {changed[0]} changed while they were audited",
+                            rule="figures are of one model", remedy="audit again, into another folder with --out")  # fmt: skip
         generated = read_generated(folder)
     else:
         assert existing is not None
@@ -301,7 +308,7 @@ def _audit(settings: AuditSettings, command: str) -> Audit:
     measured.rows.extend(row for one in align for row in one(generated, heldout))
     pulls = _pulls(settings, generated, measured.neighbours[features[0].name]) if settings.attribution else []
     used = _used(stored, compared, measured)
-    return _write(settings, command, begun, training, heldout, generated, features, measured, pulls, used)
+    return _write(settings, command, begun, training, heldout, generated, features, measured, pulls, used, files)
 
 
 # --- what goes in ----------------------------------------------------------------------------------------------------
@@ -370,9 +377,9 @@ def _claim(
     path = settings.out / "settings.json"
     if path.is_file():
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))["given"]
+            before = load_json(path, 2**20)["given"]
             other = next((name for name in given if before[name] != given[name]), None)
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{path} is not an audit's", remedy="name another folder with --out") from None
         if other is not None:
             shown = {"training": "the training pictures are others", "heldout": "the held-out pictures are others",
@@ -422,7 +429,7 @@ def read_generated(folder: Path) -> Generated:
                 if not all(value is None or isinstance(value, str) for value in (of, above)):
                     raise ValueError("weights are no text")
                 records.append((str(name), prompt, None if score is None else float(score), (of, above)))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise UserError(f"{listing} cannot be read", rule=one_line(f"{type(error).__name__}: {error}", 160)) from None
     if not records:
         raise UserError(f"{listing} names no picture", rule="at least one is needed")
@@ -567,6 +574,7 @@ def _write(
     measured: Measurement,
     pulls: Sequence[TokenPull],
     used: Mapping[str, Any] | None,
+    files: Mapping[str, Any],
 ) -> Audit:
     deciding = features[0]
     name = copies_row(deciding)
@@ -579,12 +587,11 @@ def _write(
     report = _report(settings, command, training, heldout, generated, features, measured, pulls, verdict, used)
     finding = find(report)
     found = {
-        "format": FORMAT,
         "finding": dataclasses.asdict(finding),
         "verdict": verdict,
         "model": None
         if settings.drawing is None
-        else {**settings.drawing.public(), "weights": generated.weights, **_of_base(generated)},
+        else {**settings.drawing.public(), "weights": generated.weights, **_of_base(generated), "files": files},
         "pictures": {
             "generated": {
                 "n": len(generated.pictures), "fingerprint": generated.pictures.fingerprint(),
@@ -603,7 +610,7 @@ def _write(
         "duplicates_of_one_picture_count_once": True,
         "seed": settings.seed,
         "resamples": settings.resamples,
-        "measures": [_row(row) for row in measured.rows],
+        "measures": measures(measured.rows),
         "tokens": [dataclasses.asdict(pull) for pull in pulls],
         "notes": list(report.notes),
         "made": {**_versions(), "command": command, "device": _device(settings), "seconds": round(time.time() - begun, 1)},
@@ -612,8 +619,17 @@ def _write(
     write_whole(settings.out / "pictures.jsonl", "".join(json.dumps(finite(line)) + "\n" for line in lines))
     write_report(settings.out / "audit.html", report)
     # Last: where it lies, the others are whole.
-    write_whole(settings.out / "audit.json", json.dumps(finite(found), indent=1, allow_nan=False) + "\n")
-    return Audit(found, bool(verdict["exceeded"]))
+    record = AuditRecord.of(found)
+    record.write(settings.out)
+    return Audit(record.as_dict(), bool(verdict["exceeded"]))
+
+
+def _weight_files(drawing: DrawSettings) -> dict[str, Any]:
+    """Return the digests of the files that are sampled: the U-Net's and the adapter's, None without one."""
+    return {
+        "unet": unet_files(drawing.model),
+        "adapter": None if drawing.adapter is None else adapter_files(drawing.adapter),
+    }
 
 
 def _of_base(generated: Generated) -> dict[str, str]:
@@ -646,13 +662,6 @@ def _file(feature: Features) -> dict[str, str]:
         hashlib.sha256(Path(path).read_bytes()).hexdigest() if path is not None else None
     )
     return {} if known is None else {"weights": str(known)}
-
-
-def _row(row: Row) -> dict[str, Any]:
-    parts: dict[str, Figure | None] = {
-        "generated": row.generated, "heldout": row.heldout, "excess": row.excess, "background": row.background,
-    }  # fmt: skip
-    return {"name": row.name, **{side: None if f is None else f.as_dict() for side, f in parts.items()}}
 
 
 def _lines(

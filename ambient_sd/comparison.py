@@ -167,7 +167,7 @@ def draw_cell(
         done = folder / f"{number:05d}.json"
         if not done.exists():
             _draw_chunk(pipe, folder, number, list(chunk), settings, policy)
-        rows = json.loads(done.read_text(encoding="utf-8"))
+        rows = _read_kept(done)
         if [row["prompt"] for row in rows] != [c for c in chunk for _ in range(k)]:
             raise UserError(f"{folder} holds pictures of other prompts", rule="a comparison goes on with what it began",
                             remedy="give another --out, or remove the folder")  # fmt: skip
@@ -289,7 +289,7 @@ def _of_each_picture(
                 "generator": [keyed_generator(settings.seed, f"comparison {c}", j) for c in chunk for j in range(k)],
             })  # fmt: skip
         write_whole(path, json.dumps(rows))
-    return torch.tensor(json.loads(path.read_text(encoding="utf-8")), dtype=torch.float64).view(len(prompts), k, -1)
+    return torch.tensor(_read_kept(path), dtype=torch.float64).view(len(prompts), k, -1)
 
 
 def anisotropy_terms(pipe: Any, path: Path, prompts: Sequence[str], settings: Settings) -> torch.Tensor:
@@ -492,12 +492,20 @@ def compare(settings: Settings, training: PictureSet, heldout: PictureSet, comma
     return result
 
 
+def _read_kept(path: Path, remedy: str = "remove it, which is then made again") -> Any:
+    """Read what an earlier, interrupted command left in the folder."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read", rule=one_line(error, 200), remedy=remedy) from None
+
+
 def _kept_figures(
     path: Path, prompts: Sequence[str], measure: Callable[[], dict[str, Figure]]
 ) -> dict[str, dict[str, Any]]:
     """Return a cell's figures, measured once: the judge takes longer than the sampler."""
     if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = _read_kept(path)
         if kept["prompts"] == list(prompts):
             return dict(kept["figures"])
     figures = {name: figure.as_dict() for name, figure in measure().items()}
@@ -529,7 +537,7 @@ def _claim(settings: Settings, training: PictureSet) -> None:
     own |= {"models": models, "training": training.fingerprint()}
     path = settings.out / "claim.json"
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = _read_kept(path, "give another --out")
         before["models"], shared = {n: m for n, m in before["models"].items() if n in models}, before["models"]
         own["models"] = {n: m for n, m in models.items() if n in shared}
         if before != json.loads(json.dumps(own)):

@@ -42,11 +42,13 @@ from ambient_sd.guard.calibration import FILE_NAME, Calibration, ModelPrint
 from ambient_sd.guard.layouts import distilled
 from ambient_sd.guard.policies.by_name import make
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard
+from ambient_sd.json_schema import load_json
 
 TEXT_KEY = "ambient_sd"
 _SHOWN = 600  # pictures on sheet and page
 _THUMBNAIL = 256
 _STRONGEST = 3  # words whose scores stand on the page as numbers
+_LARGEST = 16 * 2**20  # bytes of settings.json
 _FILES = {"images", "samples.jsonl", "contact_sheet.png", "index.html", "settings.json"}
 
 
@@ -262,7 +264,10 @@ def _open(out: Path, given: dict[str, Any]) -> None:
                             remedy="name another with --out")  # fmt: skip
         return
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))["given"]
+        kept = load_json(path, _LARGEST)
+        before = kept["given"]
+        if not isinstance(kept.get("used", {}), dict):
+            raise TypeError
         other = next((name for name in {**before, **given} if before.get(name) != given.get(name)), None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} cannot be read", remedy="name another folder with --out") from None
@@ -281,7 +286,7 @@ def _settle(out: Path, given: dict[str, Any], used: dict[str, Any]) -> None:
     """Write the settings of a new run; of one that goes on, check what only the loaded model tells."""
     path = out / "settings.json"
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8")).get("used", {})
+        before = load_json(path, _LARGEST).get("used", {})
         for name, now in used.items():
             if before.get(name) != json.loads(json.dumps(now)):
                 raise _differs(out, name, before.get(name), now)

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from tiny import noise_picture, picture_folder
 
-from ambient_sd import cli_audit
+from ambient_sd import auditing, cli_audit
 from ambient_sd.auditing import AuditSettings, Source, audit, read_generated
 from ambient_sd.cli import main
 from ambient_sd.errors import UserError
@@ -368,6 +368,10 @@ CASES: dict[str, tuple[Callable[[dict[str, Path]], dict[str, Any]], str]] = {
     "list that leaves the folder": (
         lambda s: ((s["fresh"] / "samples.jsonl").write_text('{"file": "../x.png", "prompt": "a"}\n'), {})[1], "no picture of this folder",
     ),
+    "list with a score without end": (
+        lambda s: ((s["fresh"] / "samples.jsonl").write_text('{"file": "000.png", "prompt": "a", "score": 1' + "0" * 400 + "}\n"), {})[1],
+        "cannot be read",
+    ),
     "list that is damaged": (lambda s: ((s["fresh"] / "samples.jsonl").write_text("{"), {})[1], "cannot be read"),
 }  # fmt: skip
 
@@ -401,6 +405,33 @@ def test_a_folder_of_another_audit_is_refused_but_figures_may_be_made_again(sets
     with pytest.raises(UserError, match="the held-out pictures are others"):
         audit(settings(sets, heldout=None))
     assert (sets["out"] / "audit.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"given": 3}', '{"given": {}}', "[" * 10**5, '{"given": NaN}'])
+def test_a_folder_whose_settings_are_damaged_is_refused(sets: dict[str, Path], text: str) -> None:
+    sets["out"].mkdir()
+    (sets["out"] / "settings.json").write_text(text)
+    with pytest.raises(UserError, match="not an audit's; name another folder"):
+        audit(settings(sets))
+    assert {path.name for path in sets["out"].iterdir()} == {"settings.json"}
+
+
+def test_weights_that_change_while_they_are_audited_are_refused(
+    sets: dict[str, Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    model = Path(shutil.copytree(tiny_base, tmp_path / "model"))
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    real = auditing.sample
+
+    def trained_meanwhile(*given: Any) -> None:
+        real(*given)
+        data = weights.read_bytes()
+        weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+    monkeypatch.setattr(auditing, "sample", trained_meanwhile)
+    assert run(sets, model) == 2
+    assert "the weight files of the unet changed while they were audited" in capsys.readouterr().err
+    assert not (sets["out"] / "audit.json").exists()
 
 
 def test_a_full_disk_ends_in_one_line_with_nothing_half_written(sets: dict[str, Path]) -> None:

@@ -120,6 +120,13 @@ def test_a_run_writes_tables_sheets_and_page_and_goes_on_where_it_was_cut(
         if isinstance(values, list) and isinstance(values[0], dict):
             cell.write_text(json.dumps([{k: v for k, v in row.items() if k != "memory_mb"} for row in values]))
     kept = {p: p.stat().st_mtime_ns for p in cells[1:]}
+    for damaged, text in ((cells[0], "{"), (out / "claim.json", "[" * 10**5)):
+        whole = damaged.read_bytes()
+        damaged.write_text(text)
+        with pytest.raises(SystemExit):
+            main([*command, "--out", str(out)])
+        assert f"{damaged} cannot be read" in capsys.readouterr().err
+        damaged.write_bytes(whole)
     cells[0].unlink()  # cut between a call's pictures and the file that says they are whole
     main([*command, "--out", str(out)])
     assert kept == {p: p.stat().st_mtime_ns for p in kept}

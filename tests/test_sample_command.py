@@ -214,6 +214,13 @@ def test_without_guidance_pictures_are_the_stock_pipelines_and_have_no_scores(
     sample.sample(given)  # goes on: nothing left to draw
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"given": 3}', '{"given": {}, "used": 3}', "[" * 10**5])
+def test_a_folder_whose_settings_are_damaged_is_one_line(tiny_base: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(UserError, match=r"settings\.json cannot be read; name another folder"):
+        sample.sample(settings(tiny_base, tmp_path, ["a cat"]))
+
+
 def test_other_settings_in_the_same_folder_are_one_line(tiny_base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     sample.sample(settings(tiny_base, out, ["a cat"]))

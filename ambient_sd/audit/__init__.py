@@ -3,6 +3,7 @@
     features    pictures -> vectors: pixels, EfficientNet-Lite0, SSCD
     neighbours  the nearest training pictures, exact
     metrics     memorized fraction, similarity, Frechet distance, KID: with intervals, beside held-out pictures
+    record      audit.json: one schema, written and read by the same code
     report      one self-contained HTML file
 
 Uses no other wing of the package; it needs pictures, not models.

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ambient_sd.audit.features import as_rgb
 from ambient_sd.audit.metrics import MEMORIZED_RATIO, Figure, Row, difference, memorized
 from ambient_sd.audit.neighbours import Neighbours
+from ambient_sd.audit.record import is_share
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.files import write_whole
 
@@ -300,13 +301,9 @@ def _find_alone(run: RunSection, copies: Row, quality: str) -> Finding:
     return Finding(kind, sentence, detail)
 
 
-def _is_share(name: str) -> bool:
-    return name.startswith("memorized") or " > " in name
-
-
 def _unit(name: str) -> tuple[float, str]:
     """Return the factor and the sign of a measure's unit; a difference of two shares is in percentage points."""
-    if _is_share(name):
+    if is_share(name):
         return 100, " points" if name.endswith(": difference") else " %"
     return (1000, " × 10⁻³") if name.startswith("KID") else (1, "")
 
@@ -316,8 +313,8 @@ def _number(value: float, name: str, signed: bool = False) -> str:
         return "–"
     value *= _unit(name)[0]
     sign = "+" if signed else ""
-    text = f"{value:{sign}.1f}" if _is_share(name) or 100 > abs(value) >= 10 else f"{value:{sign}.2f}"
-    if not _is_share(name) and abs(value) >= 100:
+    text = f"{value:{sign}.1f}" if is_share(name) or 100 > abs(value) >= 10 else f"{value:{sign}.2f}"
+    if not is_share(name) and abs(value) >= 100:
         text = f"{value:{sign}.0f}"
     return text.replace("-", "−")
 
@@ -658,7 +655,7 @@ def render(report: Report) -> str:
             first = report.runs[0].row(name)
             rows = [(run.name, f"run{i}", run.row(name).generated) for i, run in enumerate(report.runs)]
             if first.heldout is not None:
-                real = "held-out real pictures" if _is_share(name) else "floor: real against real"
+                real = "held-out real pictures" if is_share(name) else "floor: real against real"
                 rows.append((real, "held", first.heldout))
             if len(report.runs) == 1 and first.background is not None:
                 rows.append(("training pictures among themselves", "train", first.background))

@@ -33,11 +33,13 @@ import torch
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.files import write_whole
 from ambient_sd.guard.scores import require_supported
+from ambient_sd.json_schema import load_json
 
 Detector = Literal["norm", "anisotropy"]
 FILE_NAME = "memorization_threshold.json"
 FILE_NAMES: dict[Detector, str] = {"norm": FILE_NAME, "anisotropy": "memorization_threshold_anisotropy.json"}
 _FORMAT = 1
+_LARGEST = 16 * 2**20  # bytes
 _PROBES = 128
 _ROUNDING = {"float16": 2.0**-10, "bfloat16": 2.0**-8}  # a whole unit in the last place: two roundings of half of one
 _ALL: Literal["all"] = "all"
@@ -311,7 +313,7 @@ class Calibration:
         """
         path = _path(place, detector)
         try:
-            found = cls._from(json.loads(path.read_text(encoding="utf-8")))
+            found = cls._from(load_json(path, _LARGEST))
         except FileNotFoundError:
             raise UserError(f"there is no {path}", rule="no threshold was calibrated there", remedy=_REMEDY) from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -344,6 +346,8 @@ class Calibration:
             if entry.steps != _ALL and not _whole(entry.steps, least):
                 raise ValueError(f"steps {entry.steps}")
             figures = [v for k, v in dataclasses.asdict(entry).items() if k not in ("steps", "images_per_prompt")]
+            if not all(map(_finite, (entry.rate, entry.rate_low, entry.rate_high))):
+                raise ValueError("an entry without a rate")
             if not _whole(entry.images_per_prompt) or not all(_finite(v) for v in figures if v is not None):
                 raise ValueError("an entry holds no finite numbers")
             if not _finite(entry.value) or (entry.value < 0 and found.anisotropy is None):
@@ -353,6 +357,14 @@ class Calibration:
         numbers = (found.ordinary, found.evaluations, found.sampling.num_inference_steps)
         if not found.entries or not all(map(_whole, numbers)) or not _finite(found.rate_asked):
             raise ValueError("entries, ordinary, evaluations or rate_asked")
+        how = found.sampling
+        if not (
+            all(isinstance(text, str) for text in (how.sampler, how.prediction_type))
+            and isinstance(how.sampler_settings, dict)
+            and all(map(_whole, (how.height, how.width)))
+            and _finite(how.guidance_scale)
+        ):
+            raise ValueError("sampling")
         if not isinstance(found.model.structure, str) or not all(map(_finite, found.model.probe)):
             raise ValueError("model")
         return found

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import re
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,13 +21,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from huggingface_hub import ModelCardData, hf_hub_download
+from huggingface_hub import EvalResult, ModelCardData, hf_hub_download
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from ambient_sd.audit.metrics import Figure
+from ambient_sd.audit.record import FILE_NAME as AUDIT_NAME
+from ambient_sd.audit.record import AuditRecord
+from ambient_sd.audit.report import show
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.guard.calibration import FILE_NAME as THRESHOLD_NAME
 from ambient_sd.guard.calibration import Calibration
+from ambient_sd.json_schema import load_json
 from ambient_sd.training.config import TrainConfig
+from ambient_sd.training.validation import read_scores
+from ambient_sd.weight_files import adapter_files, unet_files
 
 if TYPE_CHECKING:
     from ambient_sd.data.sources import PictureSet
@@ -36,12 +44,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CARD_NAME, FACTS_NAME = "README.md", "card.json"
+# `--out MODEL/audit`, and a copy of its audit.json beside the weights.
+AUDIT_PLACES = (f"audit/{AUDIT_NAME}", AUDIT_NAME)
 PLACEHOLDER = "THIS_FOLDER"  # the snippet's name of the weights until a repository has one
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?", re.ASCII)
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}")
 _LINK = re.compile(r"https?://[\w./~%#?=&+-]{1,300}", re.ASCII)
 _UNKNOWN = {"license": "other", "license_name": "unknown-see-the-base"}
 _SHOWN_PROMPTS = 12
+_LARGEST = 16 * 2**20  # bytes of card.json
 # Settings that change what the loss is or sees; a card names those that are not at their defaults.
 _LOSS = ("snr_gamma", "weighting_scheme", "logit_mean", "logit_std", "noise_offset", "input_perturbation", "memorization_threshold", "agc",
          "caption_mitigation", "caption_mitigation_p", "caption_noise_std", "caption_dropout", "random_flip")  # fmt: skip
@@ -64,9 +75,10 @@ class Facts:
             grouped: pictures in them; captioned: those with a caption; fingerprint: SHA-256 over pictures and captions.
         dataset: hub id of the pictures, None if they are local.
         prompts: of the validation pictures, one row of the sheet each.
-        finished: seconds since 1970; an older audit was of other weights.
+        finished: seconds since 1970; a threshold that is older was of other weights.
         level_proposed: `level` was measured on the pictures, not given.
         also: other settings of the loss that are not at their defaults, by flag.
+        base_files: SHA-256 of the base's U-Net by file, for a LoRA: an audit of it on another base says nothing of this one.
     """
 
     base: str
@@ -100,6 +112,7 @@ class Facts:
     fresh_copies: bool = False  # absent from the files of earlier versions, as what follows
     level_proposed: bool = False
     also: dict[str, Any] = dataclasses.field(default_factory=dict)
+    base_files: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Facts | None:
@@ -112,9 +125,9 @@ class Facts:
         if not path.is_file():
             return None
         try:
-            facts = cls(**json.loads(path.read_text(encoding="utf-8")), finished=path.stat().st_mtime)
+            facts = cls(**load_json(path, _LARGEST), finished=path.stat().st_mtime)
             facts._check()
-        except (OSError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise UserError(f"{path} cannot be read", rule=f"{type(error).__name__}: {error}"[:300],
                             remedy=f"remove it: {CARD_NAME} then goes as it is") from None  # fmt: skip
         return facts
@@ -136,13 +149,16 @@ class Facts:
             (str, type(None)): "base_id dataset vae",
             bool: "xl averaged fresh_copies level_proposed",
             (dict, type(None)): "lora",
-            dict: "also",
+            dict: "also base_files",
             list: "prompts",
         }
         for kind, names in kinds.items():
             for name in names.split():
                 if not isinstance(getattr(self, name), kind):
                     raise TypeError(f"{name} is {one_line(repr(getattr(self, name)), 40)}")
+        numbers = [value for value in vars(self).values() if isinstance(value, (int, float))]
+        if not all(abs(number) <= sys.float_info.max for number in numbers) or self.pictures < 1:
+            raise ValueError("a number is out of range")
         if any(not isinstance(p, str) for p in self.prompts) or any(
             name is not None and not HUB_ID.fullmatch(name) for name in (self.base_id, self.dataset)
         ):
@@ -152,6 +168,8 @@ class Facts:
                 to(self.lora[name])
         if self.licence != _clean_licence(self.licence, None):
             raise ValueError("licence is none")
+        if any(not isinstance(digest, str) for digest in self.base_files.values()):
+            raise TypeError("base_files")
 
 
 def describe_run(
@@ -207,6 +225,7 @@ def describe_run(
         fresh_copies=config.fresh_copies,
         level_proposed=level_proposed,
         also=given_settings(config),
+        base_files=unet_files(base.name, revision=base.revision, cache_dir=base.cache_dir) if config.lora else {},
         steps=steps,
         batch=batch,
         learning_rate=config.learning_rate * (batch if config.scale_lr else 1),
@@ -245,7 +264,12 @@ def write_card(folder: Path, facts: Facts) -> None:
     if path.exists() and not is_ours(path.read_text(encoding="utf-8", errors="replace")):
         logger.warning("%s was written or edited by hand and stays as it is; remove it for a card of this run", path)
         return
-    path.write_text(make_card(facts, folder), encoding="utf-8")
+    try:
+        text = make_card(facts, folder)
+    except UserError as error:  # what lies here from earlier must not end a training that is done
+        logger.warning("left out of %s: %s", path, error)
+        text = make_card(facts, folder, measured=False)
+    path.write_text(text, encoding="utf-8")
 
 
 def is_ours(text: str) -> bool:
@@ -254,29 +278,35 @@ def is_ours(text: str) -> bool:
     return found is not None and found[1] == _digest(text)
 
 
-def make_card(facts: Facts, folder: Path, *, repo: str | None = None, revision: str | None = None) -> str:
+def make_card(
+    facts: Facts, folder: Path, *, repo: str | None = None, revision: str | None = None, measured: bool = True
+) -> str:
     """Return the text of a card.
 
     Args:
         facts: of the run.
-        folder: holds the results; validation pictures and an audit are looked for there.
+        folder: holds the results; validation pictures, an audit and a threshold are looked for there.
         repo: owner/name that the card will lie in, checked; None: on this machine.
         revision: branch of it.
+        measured: say what an audit and the guard measured here.
 
     Raises:
         UserError: an audit or the guard's scores are there and cannot be read.
     """
     sheet = _sheet(facts, folder)
+    audit, left_out = _find_audit(facts, folder) if measured else (None, [])
     parts = [
         f"# {inline(facts.base, 100)}, fine-tuned on {facts.pictures} pictures",
         _what(facts),
         *_usage(facts, repo, revision),
         *_data(facts),
-        *_memorization(facts, folder),
-        *([] if sheet is None else _samples(facts, sheet, folder)),
+        *(_unaudited(left_out) if audit is None else _audited(audit)),
+        *(_threshold(facts, folder) if measured else []),
+        *([] if sheet is None else _samples(facts, sheet)),
+        *([] if sheet is None or not measured else _guard(sheet, folder)),
         *_limits(facts),
     ]
-    text = f"---\n{_head(facts)}\n---\n\n" + "\n\n".join(parts) + "\n"
+    text = f"---\n{_head(facts, audit, repo)}\n---\n\n" + "\n\n".join(parts) + "\n"
     return _stamped(text)
 
 
@@ -315,7 +345,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(body.encode("utf-8", errors="replace")).hexdigest()
 
 
-def _head(facts: Facts) -> str:
+def _head(facts: Facts, audit: AuditRecord | None, repo: str | None) -> str:
     tags = ["stable-diffusion", "text-to-image", "diffusers", "ambient-sd", *(["lora"] if facts.lora else [])]
     data = ModelCardData(
         license=facts.licence.get("license"),
@@ -327,8 +357,22 @@ def _head(facts: Facts) -> str:
         base_model_relation=None if facts.base_id is None else "adapter" if facts.lora else "finetune",
         datasets=None if facts.dataset is None else [facts.dataset],
         tags=tags,
+        model_name=None if audit is None else repo or PLACEHOLDER,
+        eval_results=None if audit is None else _results(facts, audit),
     )
     return data.to_yaml()
+
+
+def _results(facts: Facts, audit: AuditRecord) -> list[EvalResult]:
+    """Return an audit's figures as the hub's `model-index` holds them."""
+    return [
+        EvalResult(
+            task_type="text-to-image", dataset_type=facts.dataset or "images", dataset_name=facts.dataset or "the training images",
+            metric_type=row.name, metric_name=row.name, metric_value=row.generated.value,
+            metric_args={"low": row.generated.low, "high": row.generated.high, "n": row.generated.n, "seed": row.generated.seed},
+        )
+        for row in audit.rows if math.isfinite(row.generated.value)
+    ]  # fmt: skip
 
 
 def _what(facts: Facts) -> str:
@@ -438,17 +482,102 @@ def _data(facts: Facts) -> list[str]:
     return ["## Training data", _table(["", ""], rows)]
 
 
-def _memorization(facts: Facts, folder: Path) -> list[str]:
-    rows, threshold = _audit(facts, folder), _threshold(facts, folder)
-    if not rows:
-        return [
-            "## Memorization",
-            "How much of the training pictures it hands back has not been measured here.",
-            *threshold,
-        ]
-    table = _table(["measure", "this model, 95 % interval", "n", "held-out pictures, 95 % interval", "n"], rows)
-    return ["## Memorization", table,
-            "Held-out: the same measure on real pictures that training has not seen. Less is better.", *threshold]  # fmt: skip
+def _unaudited(left_out: Sequence[str]) -> list[str]:
+    said = "How much of the training images it hands back has not been measured here."
+    return [
+        "## Memorization",
+        " ".join([said, *(f"An audit lies here and is left out: {inline(why)}." for why in left_out)]),
+    ]
+
+
+def _audited(audit: AuditRecord) -> list[str]:
+    """Show an audit of these weights: the outcome, what was sampled and compared, every figure, and what it cannot tell."""
+    model, made, of = audit.model or {}, audit.pictures["generated"], audit.pictures
+    (name, digest), *more = _own_files(audit).items()
+    prompts = f"{made['prompts']} {'training captions' if made['source'] == 'training captions' else 'prompts of the auditor, not the training captions'}"
+    lora = f" with {inline(model['adapter'], 100)}" if model["adapter"] is not None else ""
+    sampler = inline(model["scheduler"]) if model["scheduler"] is not None else "its own sampler"
+    heldout = "no held-out images" if of["heldout"] is None else f"{of['heldout']['n']} held-out images"
+    facts = (
+        f"Audited were {made['n']} images for {prompts}: {inline(model['model'], 100)}{lora}, {sampler}, {model['num_inference_steps']} steps, "
+        f"guidance {model['guidance_scale']:g}, seed {model['seed']}; against {of['training']['n']} training images and {heldout}, "
+        f"mirror images {'searched for too' if audit.mirrored else 'not searched for'}. Intervals: seed {audit.seed}, {audit.resamples} resamples. "
+        f"Weights: {inline(name)}, SHA-256 {digest}" + (f", and {len(more)} more files." if more else ".")
+    )
+    head = ["measure", "this model, 95 % interval", "n", "held-out images, 95 % interval", "n", "excess, 95 % interval"]
+    rows = [
+        (inline(row.name), *_cells(row.generated), *_cells(row.heldout), _cells(row.excess, signed=True)[0]) for row in audit.rows
+    ]  # fmt: skip
+    return [
+        "## Memorization", f"**{inline(audit.finding['sentence'], 600)}** {inline(audit.finding['detail'], 1000)}", _verdict(audit), facts,
+        _table(head, rows), "Held-out: the same measure on real images that training has not seen. Excess: what is left without those.",
+        "What the audit says of itself:", "\n".join(f"- {inline(note, 600)}" for note in audit.notes),
+    ]  # fmt: skip
+
+
+def _verdict(audit: AuditRecord) -> str:
+    verdict = audit.verdict
+    measured = f"{inline(verdict['measure'])} is {verdict['value']:.2%}"
+    if verdict["limit"] is None:
+        return f"Verdict: none, for no limit was set; {measured}."
+    over = verdict["value"] > verdict["limit"]
+    said = f"Verdict: {'failed' if verdict['exceeded'] else 'passed'}. {measured} and {'exceeds' if over else 'does not exceed'} the limit of {verdict['limit']:.2%}"
+    if verdict["others"]:
+        said += f"; the excess of {', '.join(map(inline, verdict['others']))} is above it with its whole interval"
+    return f"{said}."
+
+
+def _cells(figure: Figure | None, signed: bool = False) -> tuple[str, str]:
+    """Return a figure with its interval, and its n, for a table."""
+    if figure is None:
+        return "not measured", ""
+    value, low, high = (
+        show(dataclasses.replace(figure, value=v), signed) if math.isfinite(v) else "not known"
+        for v in (figure.value, figure.low, figure.high)
+    )
+    return inline(f"{value} ({low} to {high})"), str(figure.n)
+
+
+def _find_audit(facts: Facts, folder: Path) -> tuple[AuditRecord | None, list[str]]:
+    """Return the first audit that is of the weights in `folder`, and why others that lie there are not shown.
+
+    Raises:
+        UserError: one is damaged.
+    """
+    left_out = []
+    for place in AUDIT_PLACES:
+        if not (folder / place).is_file():
+            continue
+        audit = AuditRecord.read(folder / place)
+        if (why := _misfit(audit, facts, folder)) is None:
+            return audit, []
+        logger.warning("%s is left out of the card: %s", folder / place, why)
+        left_out.append(why)
+    return None, left_out
+
+
+def _misfit(audit: AuditRecord, facts: Facts, folder: Path) -> str | None:
+    """Say why an audit's figures are not those of the weights in `folder`, sampled as the card says; None if they are."""
+    model = audit.model
+    if model is None:
+        return "it is of images that were made elsewhere, and nothing ties them to these weights"
+    files = adapter_files(str(folder)) if facts.lora else unet_files(str(folder))
+    if not files or set(_own_files(audit).values()) != set(files.values()):
+        return "it is of other weights"
+    if facts.lora and (not facts.base_files or set(model["files"]["unet"].values()) != set(facts.base_files.values())):
+        return "it is of this LoRA on another base than the one that it was trained on"
+    if "base_above" in model:
+        return f"the base stood in for these weights above noise level {model['base_above']:g}"
+    if audit.pictures["training"]["fingerprint"] != facts.fingerprint:
+        return "it is against other images or captions than those of the training"
+    return None
+
+
+def _own_files(audit: AuditRecord) -> dict[str, str]:
+    """Return the digests of what was trained: the adapter's file, or without one the U-Net's."""
+    files = (audit.model or {})["files"]
+    found: dict[str, str] = files["unet"] if files["adapter"] is None else files["adapter"]
+    return found
 
 
 def _threshold(facts: Facts, folder: Path) -> list[str]:
@@ -469,45 +598,6 @@ def _threshold(facts: Facts, folder: Path) -> list[str]:
     ]
 
 
-def _audit(facts: Facts, folder: Path) -> list[tuple[str, ...]]:
-    """Return the table of the first audit that is of these weights: beside them, or a demo's one folder up."""
-    for path in (folder / "audit.json", folder / "figures.json", folder.resolve().parent / "figures.json"):
-        if not path.is_file():
-            continue
-        beside = path.parent == folder
-        try:
-            if path.stat().st_mtime < facts.finished:
-                if beside:
-                    logger.warning("%s is older than the weights, and left out of the card", path)
-                continue
-            audit = json.loads(path.read_text(encoding="utf-8"))
-            of = audit.get("made", {}).get("training pictures (sha256)")
-            runs = audit["runs"]
-            figures = runs.get(folder.resolve().name) or (
-                next(iter(runs.values())) if beside and len(runs) == 1 else None
-            )
-            # Up there lies another's audit as likely as ours: it must name our pictures.
-            if figures is None or (of is None and not beside) or of not in (None, facts.fingerprint):
-                continue
-            return [
-                (inline(name), *_figure(name, row["generated"]), *_figure(name, row["heldout"]))
-                for name, row in figures.items()
-            ]
-        except (OSError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{path} cannot be read", rule=f"{type(error).__name__}: {error}"[:300],
-                            remedy="measure anew, or remove it") from None  # fmt: skip
-    return []
-
-
-def _figure(name: str, figure: dict[str, Any]) -> tuple[str, str]:
-    value, low, high = (float(figure[key]) for key in ("value", "low", "high"))
-    if not all(map(math.isfinite, (value, low, high))):
-        raise ValueError(f"{name} is no finite number")
-    share = name.startswith("memorized")
-    shown = [f"{v:.1%}" if share else f"{v:.4g}" for v in (value, low, high)]
-    return f"{shown[0]} ({shown[1]} to {shown[2]})", str(int(figure["n"]))
-
-
 def _sheet(facts: Facts, folder: Path) -> str | None:
     """Return the name of the last sheet of validation pictures of this run."""
     steps = [
@@ -519,25 +609,18 @@ def _sheet(facts: Facts, folder: Path) -> str | None:
     return f"validation/step-{last}.png" if facts.prompts and last is not None else None
 
 
-def _samples(facts: Facts, sheet: str, folder: Path) -> list[str]:
+def _samples(facts: Facts, sheet: str) -> list[str]:
     shown = [f"- {inline(prompt) or '(empty)'}" for prompt in facts.prompts[:_SHOWN_PROMPTS]]
     if len(facts.prompts) > _SHOWN_PROMPTS:
         shown.append(f"- and {len(facts.prompts) - _SHOWN_PROMPTS} more")
     step = Path(sheet).stem.removeprefix("step-")
-    return ["## Samples", f"![validation pictures]({sheet})", f"Drawn at step {step}, one row for each prompt:", "\n".join(shown),
-            *_guard(folder)]  # fmt: skip
+    return ["## Samples", f"![validation pictures]({sheet})", f"Drawn at step {step}, one row for each prompt:", "\n".join(shown)]  # fmt: skip
 
 
-def _guard(folder: Path) -> list[str]:
-    path = folder / "validation" / "scores.json"
-    if not path.is_file():
+def _guard(sheet: str, folder: Path) -> list[str]:
+    scores = read_scores(folder / "validation", int(Path(sheet).stem.removeprefix("step-")))
+    if not scores:
         return []
-    try:
-        scores = [float(score) for score in json.loads(path.read_text(encoding="utf-8"))["scores"]]
-        if not scores or not all(map(math.isfinite, scores)):
-            raise ValueError("no finite scores")
-    except (OSError, TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{path} cannot be read", rule=f"{type(error).__name__}: {error}"[:300], remedy="remove it") from None  # fmt: skip
     return [
         f"Score of the memorization guard on them: mean {sum(scores) / len(scores):.3g}, highest {max(scores):.3g} "
         f"(n = {len(scores)}). It compares within one model, size and number of steps."

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -809,7 +808,7 @@ class _Trainer:
             self._show("validation", validation.grid(drawn.rows), step)
             scores = [score for row in drawn.scores for score in row]
             self._track({"guard/validation_score": sum(scores) / len(scores)}, step)
-            (self.output / "validation" / "scores.json").write_text(json.dumps({"step": step, "scores": scores}) + "\n")
+            validation.write_scores(self.output / "validation", step, scores)
         self.accelerator.wait_for_everyone()
 
     def _look(self, probe: Probe, step: int) -> None:

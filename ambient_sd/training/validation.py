@@ -18,11 +18,23 @@ from accelerate import Accelerator
 from PIL import Image
 
 from ambient_sd.data.stream import keyed_generator
-from ambient_sd.errors import UserError
+from ambient_sd.errors import UserError, one_line
+from ambient_sd.files import finite, write_whole
 from ambient_sd.guard.recorder import MemorizationGuard
+from ambient_sd.json_schema import load_json, violation
 
 INFERENCE_STEPS = 25
 GUIDANCE_SCALE = 7.5
+SCORES_NAME = "scores.json"
+_SCORES = {
+    "type": "object",
+    "required": ["step", "scores"],
+    "properties": {
+        "step": {"type": "integer", "minimum": 0},
+        "scores": {"type": "array", "items": {"type": ["number", "null"], "minimum": 0}},
+    },
+    "additionalProperties": False,
+}
 
 
 class Drawn(NamedTuple):
@@ -129,3 +141,26 @@ def grid(rows: Sequence[Sequence[Image.Image]], gap: int = 2) -> Image.Image:
         for x, picture in enumerate(row):
             sheet.paste(picture, (x * (width + gap), y * (height + gap)))
     return sheet
+
+
+def write_scores(folder: Path, step: int, scores: Sequence[float]) -> None:
+    """Write the guard's scores of the images drawn at a step into `folder`, in the sheet's order; one that is not finite is null."""
+    write_whole(folder / SCORES_NAME, json.dumps(finite({"step": step, "scores": list(scores)})) + "\n")
+
+
+def read_scores(folder: Path, step: int) -> list[float]:
+    """Return the finite ones of the scores that `write_scores` left for a step; none if it left none, or those of another step.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / SCORES_NAME
+    if not path.is_file():
+        return []
+    try:
+        given = load_json(path, 16 * 2**20)
+        if wrong := violation(given, _SCORES):
+            raise ValueError(wrong)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read", rule=one_line(error, 200), remedy="remove it") from None
+    return [float(score) for score in given["scores"] if score is not None] if given["step"] == step else []

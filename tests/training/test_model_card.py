@@ -7,6 +7,7 @@ import html
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +18,13 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from PIL import Image
 
+from ambient_sd.audit.record import AuditRecord
+from ambient_sd.audit.report import show
 from ambient_sd.errors import UserError
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.hub import Facts, given_settings, inline, is_ours, make_card, read_licence, write_card
+from ambient_sd.training.validation import write_scores
+from ambient_sd.weight_files import ADAPTER_NAME, adapter_files
 
 UNKNOWN = {"license": "other", "license_name": "unknown-see-the-base"}
 HOSTILE = {
@@ -49,7 +54,15 @@ def facts(**changes: Any) -> Facts:
 
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "dora": False, "targets": ["to_q", "to_k"]}
-ROW = {"generated": {"value": 0.25, "low": 0.15, "high": 0.36, "n": 240}, "heldout": {"value": 0.0, "low": 0.0, "high": 0.0118, "n": 320}}  # fmt: skip
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def audited(folder: Path, base: Path, audit: Path, **changes: Any) -> Facts:
+    """Lay weights and their audit, as the command wrote it, into a folder, and return facts of the same images."""
+    (folder / "unet").mkdir(exist_ok=True)
+    shutil.copy(base / UNET, folder / UNET)
+    shutil.copy(audit / "audit.json", folder)
+    return facts(fingerprint=AuditRecord.read(audit).pictures["training"]["fingerprint"], **changes)
 
 
 def head(text: str) -> dict[str, Any]:
@@ -141,18 +154,32 @@ def test_licence_is_what_the_base_states_or_unknown(tmp_path: Path, text: str | 
     assert head(make_card(facts(licence=licence), tmp_path))["license"] == licence["license"]
 
 
+@pytest.mark.parametrize("shown", [True, False])
 @pytest.mark.parametrize("name", sorted(HOSTILE))
-def test_hostile_words_change_no_structure_and_no_front_matter(tmp_path: Path, name: str) -> None:
+def test_hostile_words_change_no_structure_and_no_front_matter(
+    tmp_path: Path, tiny_base: Path, tiny_audit: Path, name: str, shown: bool
+) -> None:
+    """Where the audit is shown, and where it is left out."""
     words = HOSTILE[name]
     (tmp_path / "validation").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "validation" / "step-20.png")
+    of = audited(tmp_path, tiny_base, tiny_audit)
+    (tmp_path / ADAPTER_NAME).write_bytes(b"a LoRA")
+    values = AuditRecord.read(tmp_path).as_dict()
+    del values["format"]
+    files = {**values["model"]["files"], "adapter": adapter_files(str(tmp_path))}
 
     def card(given: str) -> str:
-        audit = tmp_path / "audit.json"
-        audit.write_text(json.dumps({"runs": {"x": {given: ROW}}}))
-        target = {**LORA, "targets": [given]}
-        said = facts(base=given, objective=given, prediction_type=given, lr_scheduler=given, fingerprint=given, lora=target, prompts=[given])  # fmt: skip
-        return make_card(said, tmp_path, repo="owner/name", revision=given.replace("\n", "") or None)
+        model = {**values["model"], "model": given, "adapter": given, "scheduler": given, "files": files}
+        finding = {**values["finding"], "sentence": given, "detail": given}
+        AuditRecord.of({**values, "model": model, "finding": finding, "notes": [given]}).write(tmp_path)
+        said = dataclasses.replace(
+            of, base=given, objective=given, prediction_type=given, lr_scheduler=given, prompts=[given], lora={**LORA, "targets": [given]},
+            base_files=files["unet"], fingerprint=of.fingerprint if shown else given,
+        )  # fmt: skip
+        text = make_card(said, tmp_path, repo="owner/name", revision=given.replace("\n", "") or None)
+        assert ("Verdict: passed" in rendered_text(render(text))) == shown
+        return text
 
     plain, hostile = card("words"), card(words)
     assert head(hostile) == head(plain)
@@ -179,51 +206,45 @@ def test_the_check_of_structure_sees_words_that_are_not_escaped() -> None:
     assert inline("-a- _b_ -- __") == "&#45;a&#45; &#95;b&#95; &#45;&#45; &#95;&#95;"
 
 
-def test_an_audit_of_these_weights_is_in_the_card_with_interval_count_and_held_out(tmp_path: Path) -> None:
-    (tmp_path / "audit.json").write_text(json.dumps({"runs": {"x": {"memorized-pixels64": ROW}}}))
-    page = rendered_text(render(make_card(facts(), tmp_path)))
-    for said in ("25.0% (15.0% to 36.0%)", "240", "0.0% (0.0% to 1.2%)", "320", "held-out pictures"):
-        assert said in page, said
+def test_an_audit_of_these_weights_is_in_the_card_with_interval_count_and_held_out(
+    tmp_path: Path, tiny_base: Path, tiny_audit: Path
+) -> None:
+    of = audited(tmp_path, tiny_base, tiny_audit)
+    page = rendered_text(render(make_card(of, tmp_path)))
+    record = AuditRecord.read(tiny_audit)
+    for row in record.rows:
+        assert row.heldout is not None and show(row.generated) in page and show(row.heldout) in page
+    assert (
+        "4 images for 2 training captions" in page
+        and "6 held-out images" in page
+        and record.finding["sentence"] in page
+    )
     assert "has not been measured" not in page
+    (tmp_path / UNET).write_bytes((tmp_path / UNET).read_bytes()[:-1] + b"x")  # negative control: other weights
+    assert "it is of other weights" in rendered_text(render(make_card(of, tmp_path)))
 
 
-def test_a_demos_figures_are_taken_for_the_run_of_their_name_and_pictures_only(tmp_path: Path) -> None:
-    folder = tmp_path / "ambient"
-    folder.mkdir()
-
-    def measured(made: dict[str, str], runs: list[str]) -> bool:
-        text = json.dumps({"made": made, "runs": {name: {"memorized-pixels64": ROW} for name in runs}})
-        (tmp_path / "figures.json").write_text(text)
-        return "25.0%" in rendered_text(render(make_card(facts(), folder)))
-
-    of = "training pictures (sha256)"
-    assert measured({of: "ab" * 32}, ["plain", "ambient"])
-    assert not measured({of: "cd" * 32}, ["plain", "ambient"])
-    assert not measured({}, ["plain", "ambient"])
-    assert not measured({of: "ab" * 32}, ["plain"])
+def test_an_audit_is_known_by_the_weights_and_not_by_its_time(
+    tmp_path: Path, tiny_base: Path, tiny_audit: Path
+) -> None:
+    """A copy of a folder has other times, in any order."""
+    of = audited(tmp_path, tiny_base, tiny_audit, finished=2000.0)
+    os.utime(tmp_path / "audit.json", (1000, 1000))
+    assert "Verdict: passed" in rendered_text(render(make_card(of, tmp_path)))
 
 
-def test_an_audit_older_than_the_weights_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "audit.json"
-    path.write_text(json.dumps({"runs": {"x": {"memorized-pixels64": ROW}}}))
-    os.utime(path, (1000, 1000))
-    assert "25.0%" not in rendered_text(render(make_card(facts(finished=2000.0), tmp_path)))
-    assert "25.0%" in rendered_text(render(make_card(facts(finished=500.0), tmp_path)))
-    # So a file left from earlier, even a damaged one, cannot end a training that has just finished.
-    path.write_text("{")
-    os.utime(path, (1000, 1000))
-    assert "not been measured" in make_card(facts(finished=2000.0), tmp_path)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"runs": 3}', '{"runs": {"x": {"m": {}}}}',
-                                  '{"runs": {"x": {"m": {"generated": {"value": NaN, "low": 0, "high": 0, "n": 1}}}}}'])  # fmt: skip
-def test_a_damaged_audit_is_one_line(tmp_path: Path, text: str) -> None:
-    (tmp_path / "audit.json").write_text(text)
+def test_a_damaged_audit_is_one_line_and_does_not_end_a_training(
+    tmp_path: Path, tiny_base: Path, tiny_audit: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    of = audited(tmp_path, tiny_base, tiny_audit)
+    (tmp_path / "audit.json").write_text("{")
     with pytest.raises(UserError, match=r"audit\.json cannot be read"):
-        make_card(facts(), tmp_path)
+        make_card(of, tmp_path)
+    write_card(tmp_path, of)
+    assert "not been measured" in (tmp_path / "README.md").read_text() and "audit.json cannot be read" in caplog.text
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", "null"])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "null", "[" * 10**5, '{"level": NaN}'])
 def test_damaged_facts_are_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "card.json").write_text(text)
     with pytest.raises(UserError, match=r"card\.json cannot be read"):
@@ -231,7 +252,9 @@ def test_damaged_facts_are_one_line(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(("key", "value"), [("steps", "</b>"), ("base_id", "../x"), ("dataset", "a b"), ("level", None),
-                                            ("licence", {"license": "x\n---"}), ("prompts", [3]), ("lora", {})])  # fmt: skip
+                                            ("licence", {"license": "x\n---"}), ("prompts", [3]), ("lora", {}), ("base_files", []), ("base_files", {"a": 1}),
+                                            ("level", float("nan")), ("pictures", 0), ("steps", 10**400),
+                                            ("lora", {**LORA, "alpha": 10**400})])  # fmt: skip
 def test_facts_of_other_kinds_are_refused_before_they_reach_a_card(tmp_path: Path, key: str, value: Any) -> None:
     facts().write(tmp_path)
     read = Facts.read(tmp_path)
@@ -253,8 +276,20 @@ def test_samples_and_the_guards_score_are_those_of_this_run(tmp_path: Path) -> N
     assert "(validation/step-20.png)" in text
     assert "a red disc" in text
     assert "guard on them" not in text
-    (folder / "scores.json").write_text(json.dumps({"step": 20, "scores": [1.0, 3.0]}))
+    write_scores(folder, 20, [1.0, 3.0, float("nan")])
     assert "mean 2, highest 3 (n = 2)" in rendered_text(render(make_card(facts(prompts=["a red disc"]), tmp_path)))
+    write_scores(folder, 10, [1.0, 3.0])  # of another sheet
+    assert "guard on them" not in make_card(facts(prompts=["a red disc"]), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"step": 20}', '{"step": 20, "scores": ["x"]}', '{"step": 20, "scores": [NaN]}',
+                                  '{"step": 20, "scores": [-1]}', '{"step": "20", "scores": []}'])  # fmt: skip
+def test_damaged_scores_are_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "validation").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "validation" / "step-20.png")
+    (tmp_path / "validation" / "scores.json").write_text(text)
+    with pytest.raises(UserError, match=r"scores\.json cannot be read"):
+        make_card(facts(prompts=["a red disc"]), tmp_path)
 
 
 def test_a_page_edited_by_a_person_stays_and_an_untouched_one_is_replaced(tmp_path: Path) -> None:

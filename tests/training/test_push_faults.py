@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import logging
+import shutil
 import time
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from hub_server import TOKEN, HubServer
 from PIL import Image, PngImagePlugin
 from safetensors.numpy import save_file
 
+from ambient_sd.audit.record import AuditRecord
 from ambient_sd.cli import main
 from ambient_sd.training.hub import Facts, is_ours, write_card
 
@@ -198,20 +201,25 @@ def test_a_hostile_repository_name_is_one_line_and_nothing_is_created(
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_card_on_the_hub_has_its_name_and_follows_what_is_new(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_card_on_the_hub_has_its_name_and_follows_what_is_new(
+    results: Path, tiny_base: Path, tiny_audit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    shutil.copy(tiny_base / weights, results / weights)
+    audit = AuditRecord.read(tiny_audit)
+    write_card(results, dataclasses.replace(FACTS, fingerprint=audit.pictures["training"]["fingerprint"]))
     with HubServer() as hub:
         assert push(hub, monkeypatch, results, "--revision", "a/b") == 0
         first = hub.branches["a/b"]["README.md"].decode()
         assert "from_pretrained(\"owner/name\", revision='a/b')" in first
         assert "THIS_FOLDER" not in first
         assert is_ours(first)
-        row = {"value": 0.25, "low": 0.1, "high": 0.4, "n": 24}
-        (results / "audit.json").write_text(
-            json.dumps({"runs": {"x": {"memorized-pixels64": {"generated": row, "heldout": row}}}})
-        )
+        assert "has not been measured" in first
+        shutil.copytree(tiny_audit, results / "audit")
         assert push(hub, monkeypatch, results, "--revision", "a/b") == 0
-        assert "25.0%" in hub.branches["a/b"]["README.md"].decode()
-        assert "audit.json" not in hub.branches["a/b"]
+        second = hub.branches["a/b"]["README.md"].decode()
+        assert "Verdict: passed" in second and str(audit.row(audit.verdict["measure"]).generated.value) in second
+        assert set(hub.branches["a/b"]) == SENT  # nothing of the audit's folder, which holds training images
 
 
 def test_a_page_edited_on_the_hub_stays_and_one_edited_here_goes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -59,6 +60,23 @@ def test_card_names_the_threshold_and_leaves_out_one_of_earlier_weights(folder: 
     assert "from a score" not in make_card(facts(finished=later), folder)
     (folder / FILE_NAME).unlink()
     assert "from a score" not in make_card(facts(), folder)
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "value"),
+    [("sampling", "guidance_scale", "x"), ("sampling", "guidance_scale", None), ("sampling", "height", 3.5), ("sampling", "sampler", 7),
+     ("sampling", "sampler_settings", []), ("entry", "rate", None), ("entry", "rate_low", "x"), ("entry", "value", float("nan"))],
+)  # fmt: skip
+def test_a_damaged_threshold_is_one_line_and_not_half_a_card(folder: Path, place: str, key: str, value: Any) -> None:
+    given = json.loads((folder / FILE_NAME).read_text())
+    for part in given["entries"] if place == "entry" else [given["sampling"]]:
+        part[key] = value
+    (folder / FILE_NAME).write_text(json.dumps(given))
+    with pytest.raises(UserError, match="cannot be read"):
+        make_card(facts(), folder)
+    (folder / FILE_NAME).write_text("[" * 10**5)
+    with pytest.raises(UserError, match="nested too deeply"):
+        make_card(facts(), folder)
 
 
 def test_the_pipeline_finds_a_threshold_on_the_hub_and_takes_a_model_without_one(folder: Path, tmp_path: Path) -> None:

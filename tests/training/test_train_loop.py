@@ -274,6 +274,9 @@ def test_validation_draws_and_leaves_training_untouched(settings: Settings) -> N
     assert equal(weights(without), weights(drawn))
     pages = sorted(p.name for p in (Path(drawn.output_dir) / "validation").iterdir())
     assert pages == ["scores.json", "step-2.png", "step-4.png"]
+    scores = validation.read_scores(Path(drawn.output_dir) / "validation", 4)
+    card = (Path(drawn.output_dir) / "README.md").read_text()
+    assert len(scores) == 4 and f"highest {max(scores):.3g} (n = 4)" in card
     events = [p for p in (Path(drawn.output_dir) / "logs").rglob("events*")]
     assert events
     assert b"validation" in events[0].read_bytes()
