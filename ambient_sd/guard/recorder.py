@@ -118,6 +118,7 @@ class _Call:
     latents: torch.Tensor | None = None  # the very tensor that the loop starts from, until the first evaluation
     guidance_scale: float = 0.0
     norms: list[torch.Tensor] = field(default_factory=list)
+    output_norms: list[torch.Tensor] = field(default_factory=list)
     timesteps: list[torch.Tensor] = field(default_factory=list)
     active: list[bool] | None = None  # None: only the device knows (`mask`), or will
     mask: torch.Tensor | None = None
@@ -466,7 +467,8 @@ class MemorizationGuard:
             cond, uncond = call.outputs["cond"], call.outputs["uncond"]
         inputs, call.inputs, call.outputs = call.inputs, {}, {}
         factor = call.factor(call.timesteps[-1])
-        call.norms.append(scores.guidance_norm(cond=cond, uncond=uncond).detach() * factor)
+        call.output_norms.append(scores.guidance_norm(cond=cond, uncond=uncond).detach())
+        call.norms.append(call.output_norms[-1] * factor)
         if self.stop_after is not None and len(call.norms) >= self.stop_after:
             self.pipe._interrupt = call.stopped = True  # the loop of every diffusers pipeline looks at it
         if self.policy is None or type(self.policy).step is Policy.step:
@@ -479,6 +481,7 @@ class MemorizationGuard:
         step = Step(
             index=len(call.norms) - 1, timestep=call.timesteps[-1][0], cond=cond, uncond=uncond, norms=list(call.norms),
             guidance_scale=scale, halves=self._halves(call, inputs, call.timesteps[-1], factor, call.weights),
+            output_norms=list(call.output_norms), total=getattr(self.pipe, "_num_timesteps", None),
         )  # fmt: skip
         replaced = self.policy.step(step)
         if replaced is None:

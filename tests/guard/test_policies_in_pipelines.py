@@ -157,7 +157,7 @@ def test_guidance_by_score_equals_a_loop_written_by_hand(looped: Any) -> None:
 
 
 def test_re_anchoring_is_the_softer_prompt_with_the_original_as_negative_prompt(pipe: Any) -> None:
-    found, guard = guarded(pipe, Reanchoring(0.0, {"a cat": "pet", "the red dog": ["it"]}))
+    found, guard = guarded(pipe, Reanchoring(0.0, {"a cat": "pet", "the red dog": ["it"]}, rule="all"))
     stock = latents(pipe, ["pet", "it"], negative_prompt=tools.PROMPTS)
     assert torch.allclose(found, stock, atol=1e-4)
     assert not torch.allclose(found, latents(pipe, ["pet", "it"]), atol=1e-2)  # control: the anchor matters

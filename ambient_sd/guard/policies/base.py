@@ -150,6 +150,8 @@ class Step:
             They are of what the network said, before any policy replaced it.
         guidance_scale: the pipeline's scale: it goes on to compute `uncond + guidance_scale (cond - uncond)`.
         halves: the network at this evaluation, to be asked again, with what `begin` changed in place.
+        output_norms: as `norms`, of the outputs as the network gives them: `|| o_c - o_u ||`, the same for epsilon.
+        total: how many evaluations the whole run has (the sampler's timesteps); None if unknown.
     """
 
     index: int
@@ -159,6 +161,8 @@ class Step:
     norms: list[torch.Tensor] = field(repr=False)
     guidance_scale: float
     halves: Halves
+    output_norms: list[torch.Tensor] = field(default_factory=list, repr=False)
+    total: int | None = None
 
 
 class Policy:
