@@ -43,7 +43,7 @@ _LINK = re.compile(r"https?://[\w./~%#?=&+-]{1,300}", re.ASCII)
 _UNKNOWN = {"license": "other", "license_name": "unknown-see-the-base"}
 _SHOWN_PROMPTS = 12
 # Settings that change what the loss is or sees; a card names those that are not at their defaults.
-_LOSS = ("snr_gamma", "weighting_scheme", "logit_mean", "logit_std", "noise_offset", "input_perturbation", "memorization_threshold", "agc",
+_LOSS = ("snr_gamma", "weighting_scheme", "logit_mean", "logit_std", "noise_offset", "input_perturbation", "memorization_threshold", "agc", "dropped_mean",
          "caption_mitigation", "caption_mitigation_p", "caption_noise_std", "caption_dropout", "random_flip")  # fmt: skip
 _STAMP = re.compile(r"\n*<!-- ambient_sd card ([0-9a-f]{64})[^\n]*-->\s*$")
 

@@ -113,7 +113,7 @@ def test_guards_repulsion_falls_along_a_cosine() -> None:
             uncond_ + G * (cond_ - uncond_), uncond + (G - r) * (cond - uncond), rtol=1e-9, atol=1e-12
         )
     assert AttentionGuard(repulsion=0).threshold == 0.01 and AttentionGuard().threshold == 0.1  # as in its README
-    with pytest.raises(UserError, match='number of steps is unknown.*decay="none"'):
+    with pytest.raises(UserError, match=r'number of steps is unknown.*decay="none"'):
         policy.step(tools.step_of(halves, G, 0, None))
 
 
