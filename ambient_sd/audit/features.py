@@ -63,10 +63,7 @@ def square(
     pictures: Sequence[Image.Image], size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
 ) -> np.ndarray:
     """Return uint8 `(B, size, size, 3)`; PIL's bicubic and bilinear filters are antialiased when they shrink."""
-    resized = [
-        rgb if rgb.size == (size, size) else rgb.resize((size, size), resample)
-        for rgb in map(as_rgb, pictures)
-    ]
+    resized = [rgb if rgb.size == (size, size) else rgb.resize((size, size), resample) for rgb in map(as_rgb, pictures)]
     return np.stack([np.asarray(picture, dtype=np.uint8) for picture in resized])
 
 
@@ -228,7 +225,9 @@ def cropped(pictures: Sequence[Image.Image], side: int, size: int) -> np.ndarray
         (w, h), short = rgb.size, min(rgb.size)
         w, h = (side * w // short, side * h // short)
         left, top = round((w - size) / 2), round((h - size) / 2)
-        rows.append(np.asarray(rgb.resize((w, h), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))))
+        rows.append(
+            np.asarray(rgb.resize((w, h), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size)))
+        )
     return np.stack(rows).astype(np.uint8)
 
 

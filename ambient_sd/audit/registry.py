@@ -38,7 +38,10 @@ DEFAULT = (
 )  # not what happens to be installed: one command, one verdict everywhere
 WEIGHTS = {
     "sscd": ("FILE", "SSCD as TorchScript or ONNX, for sscd, sscd-wen and sscd-han"),
-    "dinov2": ("MODEL", "DINOv2, folder or hub id, for example facebook/dinov2-giant, for dinov2 and dinov2-paper (whose thresholds are the published ones)"),
+    "dinov2": (
+        "MODEL",
+        "DINOv2, folder or hub id, for example facebook/dinov2-giant, for dinov2 and dinov2-paper (whose thresholds are the published ones)",
+    ),
     "inception": ("FILE", "Inception-v3 as TorchScript"),
 }
 MAX_PIXELS = 256

@@ -53,7 +53,7 @@ def test_wens_preprocessing_is_resize_256_centre_crop_224_and_half(file: Path, w
     short = min(w, h)
     size = (int(256 * w / short), int(256 * h / short))
     array = np.asarray(image.resize(size, Image.Resampling.BILINEAR), dtype=np.float64) / 255
-    top, left = int(round((size[1] - 224) / 2.0)), int(round((size[0] - 224) / 2.0))
+    top, left = round((size[1] - 224) / 2.0), round((size[0] - 224) / 2.0)
     expected = pooled((array[top : top + 224, left : left + 224] - 0.5) / 0.5)
     wen = Sscd(file, preprocessing="wen")
     torch.testing.assert_close(wen([image])[0], expected, rtol=1e-4, atol=1e-5)
@@ -83,7 +83,10 @@ def test_sscd_takes_the_number_of_dimensions_from_the_file(file: Path, tmp_path:
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [({"preprocessing": "dcr"}, "there are squeeze288, wen, han"), ({"preprocessing": "wen", "size": 288}, "part of it")],
+    [
+        ({"preprocessing": "dcr"}, "there are squeeze288, wen, han"),
+        ({"preprocessing": "wen", "size": 288}, "part of it"),
+    ],
 )
 def test_a_preprocessing_that_is_none_is_refused(file: Path, given: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -95,7 +98,7 @@ def test_names_of_the_command_line_choose_the_preprocessing(file: Path) -> None:
     assert [feature.name for feature in made] == ["SSCD", "SSCD-wen", "SSCD-han"]
     assert [label(feature.name) for feature in made] == ["SSCD", "SSCD-wen", "SSCD-han"]
     assert label("dinov2-paper") == "DINOv2-paper"
-    with pytest.raises(UserError, match="feature dinov2-paper without weights.*give --dinov2"):
+    with pytest.raises(UserError, match=r"feature dinov2-paper without weights.*give --dinov2"):
         choose(["dinov2-paper"])
 
 
@@ -112,7 +115,9 @@ def test_weights_of_a_variant_are_given_by_the_flag_of_its_network() -> None:
         chosen(parser.parse_args(["--features", "sscd-wen", "--sscd", "x", "--dinov2", "y"]))
 
 
-@pytest.mark.skipif(not Sscd.available() or Sscd._find() is None or Sscd._find().suffix != ".onnx", reason="no ONNX file")  # type: ignore[union-attr]
+@pytest.mark.skipif(
+    not Sscd.available() or Sscd._find() is None or Sscd._find().suffix != ".onnx", reason="no ONNX file"
+)  # type: ignore[union-attr]
 def test_a_file_with_imagenets_normalisation_inside_is_refused_for_wens() -> None:
     with pytest.raises(UserError, match="has ImageNet's mean and deviation inside"):
         Sscd(preprocessing="wen")
@@ -156,7 +161,7 @@ def test_the_papers_dinov2_pads_by_reflection_at_the_pictures_own_size(dino: Pat
 
 
 def test_a_picture_too_small_to_be_reflected_is_refused_in_one_line(dino: Path) -> None:
-    with pytest.raises(UserError, match="5 x 5 pixels for DINOv2-paper.*multiple of 14") as error:
+    with pytest.raises(UserError, match=r"5 x 5 pixels for DINOv2-paper.*multiple of 14") as error:
         Dinov2(str(dino), preprocessing="paper")([picture(5, 5)])
     assert "\n" not in str(error.value)
     for given in ({"preprocessing": "paper", "size": 224}, {"preprocessing": "none"}):

@@ -28,7 +28,9 @@ def read(*words: str) -> tuple[list[str], dict[str, str | None]]:
 
 def test_every_label_is_the_name_of_the_feature_that_is_made_and_names_it_too(tmp_path: Path) -> None:
     torch.jit.script(Mean()).save(str(tmp_path / "inception.pt"))
-    names = [name for name in (*NAMES, "pixels8", "pixels8-toned", "edges32") if "dinov2" not in name and name != "sscd-wen"]
+    names = [
+        name for name in (*NAMES, "pixels8", "pixels8-toned", "edges32") if "dinov2" not in name and name != "sscd-wen"
+    ]
     if not Sscd.available():
         names = [name for name in names if "sscd" not in name]
     made = choose(names, {"inception": str(tmp_path / "inception.pt")})
@@ -46,7 +48,10 @@ def test_sides_and_tones_of_pixels_are_read() -> None:
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        (["pixel"], "there are pixels, toned, edges, efflite0, sscd, sscd-wen, sscd-han, dinov2, dinov2-paper, inception"),
+        (
+            ["pixel"],
+            "there are pixels, toned, edges, efflite0, sscd, sscd-wen, sscd-han, dinov2, dinov2-paper, inception",
+        ),
         (["pixels0"], "feature 'pixels0'"),
         (["edges5"], "feature 'edges5'"),
         (["edges2"], "feature 'edges2'"),

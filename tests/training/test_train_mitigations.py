@@ -186,7 +186,9 @@ def test_dropped_samples_are_those_of_the_score_and_leave_their_place_in_the_mea
     assert got != pytest.approx(float(error.mean()), rel=1e-2), "negative control: the loss without the rule"
 
 
-def by_hand(config: TrainConfig, batches: list[TrainingBatch], base: Path, tau: float) -> tuple[float, dict[str, torch.Tensor]]:
+def by_hand(
+    config: TrainConfig, batches: list[TrainingBatch], base: Path, tau: float
+) -> tuple[float, dict[str, torch.Tensor]]:
     """The loss over all samples kept, and the U-Net after one step of plain SGD on it, which is linear in the gradient."""
     pipe = StableDiffusionPipeline.from_pretrained(base)
     total, kept = 0.0, 0
