@@ -32,6 +32,7 @@ from ambient_sd.errors import UserError, one_line, require_guidance
 from ambient_sd.guard.anisotropy import anisotropy, fitted
 from ambient_sd.guard.calibration import AnisotropyTerms, Calibration, Detector, Entry, ModelPrint
 from ambient_sd.guard.recorder import MemorizationGuard
+from ambient_sd.guard.scores import SPACES, Space
 
 SCORES_NAME = "memorization_scores.jsonl"
 SCORES_NAMES: dict[Detector, str] = {"norm": SCORES_NAME, "anisotropy": "memorization_scores_anisotropy.jsonl"}
@@ -52,6 +53,7 @@ class CalibrateSettings:
         generations: pictures per prompt; thresholds are found for one and for the mean over so many.
         out: folder or .json file for the result; None: the folder of the adapter or model.
         detector: whose thresholds are found: the guard's norm, or anisotropy, which samples nothing.
+        score_space: of the norm: "noise", or the network's "output" as it is, as published scores of v-prediction models are.
     """
 
     drawing: DrawSettings
@@ -61,6 +63,7 @@ class CalibrateSettings:
     generations: int = 4
     out: Path | None = None
     detector: Detector = "norm"
+    score_space: Space = "noise"
 
 
 def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path]:
@@ -76,6 +79,9 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path]:
     require_guidance(drawing.guidance_scale)
     if detector not in SCORES_NAMES:
         raise UserError(f"detector is {detector!r}", rule=f"it must be one of {', '.join(SCORES_NAMES)}")
+    if settings.score_space not in SPACES or (settings.score_space != "noise" and detector != "norm"):
+        raise UserError(f"score_space is {settings.score_space!r} with the detector {detector}",
+                        rule=f"it must be one of {', '.join(SPACES)}; anisotropy has the space noise alone")  # fmt: skip
     check_prompts([*settings.ordinary, *settings.memorized])
     if not 0 < settings.fpr < 1:
         raise UserError(f"fpr is {settings.fpr}", rule="it must lie between 0 and 1", remedy="for example 0.01")
@@ -90,7 +96,7 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path]:
         raise UserError(f"out is {out}", rule="it must be a folder or a .json file")
     prompts: dict[Kind, list[str]] = {"ordinary": settings.ordinary, "memorized": settings.memorized}
     given = {
-        **drawing.public(), "generations": settings.generations,
+        **drawing.public(), **({} if settings.score_space == "noise" else {"score_space": settings.score_space}), "generations": settings.generations,
         "prompts": {kind: digest(texts) if texts else None for kind, texts in prompts.items()},
     }  # fmt: skip
     path = (out.parent if out.suffix == ".json" else out) / SCORES_NAMES[detector]
@@ -112,7 +118,9 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path]:
     ]
     waiting: dict[tuple[Kind, int], list[list[float]]] = {}
     with (
-        contextlib.nullcontext() if detector == "anisotropy" else MemorizationGuard(pipe) as guard,
+        contextlib.nullcontext()
+        if detector == "anisotropy"
+        else MemorizationGuard(pipe, score_space=settings.score_space) as guard,
         tqdm(total=sum(map(len, prompts.values())), initial=len(curves), desc="calibrate", unit="prompt") as bar,
     ):
         for first in range(0, len(wanted), drawing.batch_size):
@@ -149,6 +157,7 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path]:
         versions={"ambient_sd": __version__}
         | {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
         anisotropy=terms,
+        score_space=settings.score_space,
     )
     return result, result.save(out)
 

@@ -54,6 +54,9 @@ def add_verbs(verbs: Any) -> None:
     )
     sample.add_argument("--threshold", default="auto", metavar="X|auto",
                         help="score that flags a picture; auto: as calibrated, where the model has a threshold that fits")  # fmt: skip
+    sample.add_argument("--score_space", choices=["noise", "output"], default=argparse.SUPPRESS,
+                        help="what scores, thresholds and targets are of: predicted noise, or outputs as they are, as published figures of v-prediction "
+                        "models (SD2) are (default: that of a calibrated threshold, else noise)")  # fmt: skip
     sample.add_argument("--attribution", choices=["flagged", "all", "none"], default="flagged",
                         help="pictures of which the page shows how far the score hangs on each word; each is sampled once more, with a "
                         "backward pass at every step: about 2.6 times the price of drawing it")  # fmt: skip
@@ -77,6 +80,9 @@ def add_verbs(verbs: Any) -> None:
     calibrate.add_argument("--detector", choices=["norm", "anisotropy"], default="norm",
                            help="norm: what the guard sees while it samples; anisotropy: asked of pure noise before sampling, which the "
                            "guard cannot use while it samples (ambient_sd.guard.anisotropy.screen)")  # fmt: skip
+    calibrate.add_argument("--score_space", choices=["noise", "output"], default="noise",
+                           help="norm: of the difference of predicted noise, or of the outputs as they are, as published scores of v-prediction "
+                           "models (SD2) are; the file remembers which, and the guard follows it")  # fmt: skip
     calibrate.add_argument("--fpr", type=float, default=0.01, help="share of ordinary prompts that may be flagged")
     calibrate.add_argument("--generations", type=int, default=4, help="pictures per prompt")
     calibrate.add_argument("--out", type=Path, default=None,
@@ -152,7 +158,7 @@ def run(args: argparse.Namespace) -> None:
 
         ordinary, memorized = read_both(args.ordinary, args.memorized)
         found, path = calibrate(CalibrateSettings(drawing, ordinary, memorized, args.fpr, args.generations, args.out,
-                                                  args.detector))  # fmt: skip
+                                                  args.detector, args.score_space))  # fmt: skip
         print(f"\n{table(found)}\n\n{found.origin}; written to {path}", flush=True)
 
 
@@ -167,7 +173,7 @@ def _sample(args: argparse.Namespace, drawing: Any) -> None:
             raise UserError(f"threshold is {threshold!r}", rule="it must be a number or auto") from None
     records = sample(
         SampleSettings(drawing, args.out, prompts_of(args.prompt, args.prompts), args.num_images_per_prompt, args.policy,
-                       args.when, threshold, args.attribution)
+                       args.when, threshold, args.attribution, getattr(args, "score_space", None))
     )  # fmt: skip
     flagged = sum(bool(record["flagged"]) for record in records)
     scores = sorted(record["score"] for record in records if record["score"] is not None)

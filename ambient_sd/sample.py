@@ -42,6 +42,7 @@ from ambient_sd.guard.calibration import FILE_NAME, Calibration, ModelPrint
 from ambient_sd.guard.layouts import distilled
 from ambient_sd.guard.policies.by_name import make
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard
+from ambient_sd.guard.scores import Space
 
 TEXT_KEY = "ambient_sd"
 _SHOWN = 600  # pictures on sheet and page
@@ -64,6 +65,7 @@ class SampleSettings:
         threshold: a number, or "auto": the model's calibrated one where it has one that fits.
         attribution: whose words are looked at: of flagged pictures (with `when` those that the policy acted on, too), of
             all, or of none. It changes no picture and may differ from run to run in one folder.
+        score_space: as `MemorizationGuard` takes it; None: that of a calibrated threshold, else "noise".
     """
 
     drawing: DrawSettings
@@ -74,6 +76,7 @@ class SampleSettings:
     when: Literal["always", "flagged"] = "always"
     threshold: float | Literal["auto"] = "auto"
     attribution: Literal["flagged", "all", "none"] = "flagged"
+    score_space: Space | None = None
 
 
 def sample(settings: SampleSettings) -> list[dict[str, Any]]:
@@ -102,6 +105,7 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
     given = {
         **drawing.public(), "prompts": digest(settings.prompts), "num_images_per_prompt": settings.num_images_per_prompt,
         "policy": settings.policy, "when": settings.when, "threshold": settings.threshold,
+        **({} if settings.score_space is None else {"score_space": settings.score_space}),
     }  # fmt: skip
     _open(out, given)
 
@@ -125,6 +129,7 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
         raise UserError("when is flagged, and there is no threshold", rule="it is what flags a picture",
                         remedy="give --threshold X, or calibrate: ambient-sd calibrate --help")  # fmt: skip
     options: dict[str, Any] = {} if settings.when == "always" else {"when": settings.when}
+    options |= {} if settings.score_space is None else {"score_space": settings.score_space}
     guard = MemorizationGuard(pipe, policy, threshold, **options) if watched else None
     weights = {"weights": _weights(pipe.unet)}
     if (base := acting_base(pipe.unet)) is not None:
@@ -132,6 +137,7 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
     used = {
         **weights, "sampler": type(pipe.scheduler).__name__,
         "threshold": threshold if isinstance(threshold, (float, int, type(None))) else dataclasses.asdict(threshold)["entries"],
+        **({} if guard is None or guard.score_space == "noise" else {"quantity": guard.score_space}),
     }  # fmt: skip
     _settle(out, given, used)
 
@@ -168,6 +174,7 @@ def _need_no_guard(settings: SampleSettings, why: str, remedy: str) -> None:
     """Refuse what only the guard can do."""
     asked = {
         "policy": settings.policy is not None, "threshold": settings.threshold != "auto", "attribution": settings.attribution == "all",
+        "score_space": settings.score_space is not None,
     }  # fmt: skip
     name = next((name for name, wanted in asked.items() if wanted), None)
     if name is not None:

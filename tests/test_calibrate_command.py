@@ -273,3 +273,17 @@ def test_scores_lie_beside_an_adapter_where_one_is_calibrated(base: Path, tmp_pa
     with pytest.raises(UserError, match="cannot be loaded"):
         calibrate.calibrate(settings(base, adapter=str(lora)))
     assert json.dumps([p.name for p in lora.iterdir()]) == '["pytorch_lora_weights.safetensors"]'
+
+
+def test_scores_of_raw_outputs_are_calibrated_apart_and_do_not_mix(base: Path) -> None:
+    raw, path = calibrate(settings(base, score_space="output"))
+    assert raw.score_space == "output" and json.loads(path.read_text())["score_space"] == "output"
+    with pytest.raises(UserError, match="scores of other settings \\(score_space"):
+        calibrate(settings(base))
+    (base / SCORES_NAME).unlink()
+    noise, _ = calibrate(settings(base))
+    assert noise.score_space == "noise"
+    first = [next(e.value for e in found.entries if e.steps == 1) for found in (raw, noise)]
+    assert first[0] > 2 * first[1]  # a v-prediction model: alpha_t is far below 1 at the first step
+    with pytest.raises(UserError, match="score_space is 'output' with the detector anisotropy"):
+        calibrate(settings(base, score_space="output", detector="anisotropy"))

@@ -32,7 +32,7 @@ import torch
 
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.files import write_whole
-from ambient_sd.guard.scores import require_supported
+from ambient_sd.guard.scores import SPACES, Space, require_supported
 
 Detector = Literal["norm", "anisotropy"]
 FILE_NAME = "memorization_threshold.json"
@@ -214,6 +214,7 @@ class Calibration:
         seed: of the start noise and of the intervals.
         versions: of the libraries.
         anisotropy: how its terms add up; None: the thresholds are of the norm.
+        score_space: what the norm is of: "noise", or the network's "output" as it is (`scores`). The two do not mix.
     """
 
     entries: list[Entry]
@@ -227,6 +228,7 @@ class Calibration:
     seed: int
     versions: dict[str, str]
     anisotropy: AnisotropyTerms | None = None
+    score_space: Space = "noise"
 
     @property
     def detector(self) -> Detector:
@@ -348,6 +350,8 @@ class Calibration:
                 raise ValueError("an entry holds no finite numbers")
             if not _finite(entry.value) or (entry.value < 0 and found.anisotropy is None):
                 raise ValueError(f"threshold {entry.value}")
+        if found.score_space not in SPACES:
+            raise ValueError("score_space")
         if found.anisotropy is not None and not all(map(_finite, dataclasses.astuple(found.anisotropy))):
             raise ValueError("anisotropy")
         numbers = (found.ordinary, found.evaluations, found.sampling.num_inference_steps)

@@ -69,7 +69,7 @@ class ImageReport:
         first_score_before: the norm at the first step with the pipeline's own inputs, if a policy measured it.
         first_score_after: the same with the replaced inputs.
         iterations: optimizer steps that the policy took for this picture.
-        quantity: what the norm is of: "noise", or "velocity" (flow matching; it does not compare with one of noise).
+        quantity: what the norm is of: "noise", "velocity" (flow matching), or "output" (`score_space`); they do not compare.
         active: whether the policy was allowed to act on this picture: False without a policy, and with `when="flagged"`
             where the first step's norm was under its threshold.
     """
@@ -89,7 +89,7 @@ class ImageReport:
     first_score_before: float | None = None
     first_score_after: float | None = None
     iterations: int = 0
-    quantity: Literal["noise", "velocity"] = "noise"
+    quantity: Literal["noise", "velocity", "output"] = "noise"
     active: bool = False
 
 
@@ -155,6 +155,9 @@ class MemorizationGuard:
             bit. A policy that acts before the first step then costs one evaluation more.
         stop_after: stop sampling after so many evaluations, >= 1. The report is complete for them; the pictures are
             unfinished, so call the pipeline with output_type="latent", or use `decide`.
+        score_space: "noise" scores by `|| eps_c - eps_u ||`; "output" by the norm of the outputs as they are, as published, which
+            on v-prediction models (SD2) is another number, and what published targets for them are of. Scores, thresholds and
+            the targets of policies are all in it. None: that of calibrated thresholds, else "noise".
 
     Raises:
         UserError: the pipeline, its scheduler or an argument cannot be used.
@@ -170,6 +173,7 @@ class MemorizationGuard:
         *,
         when: Literal["always", "flagged"] = "always",
         stop_after: int | None = None,
+        score_space: scores.Space | None = None,
     ) -> None:
         self._layout = layout_of(pipe)
         if policy is not None and not isinstance(policy, Policy):
@@ -204,7 +208,23 @@ class MemorizationGuard:
             raise UserError(f"stop_after {stop_after!r}", rule="it must be a whole number, at least 1")
         if stop_after is not None and not isinstance(getattr(type(pipe), "interrupt", None), property):
             raise UserError(f"{type(pipe).__name__} cannot be interrupted", remedy="leave stop_after out")
-        scores.StepFactor(pipe.scheduler)
+        known: scores.Space = getattr(threshold, "score_space", "noise")
+        self.score_space: scores.Space = known if score_space is None else score_space
+        if self.score_space not in scores.SPACES:
+            raise UserError(f"score_space {score_space!r}", rule=f"it must be one of {', '.join(scores.SPACES)}")
+        if isinstance(threshold, Thresholds) and known != self.score_space:
+            raise UserError(
+                f"the threshold was calibrated in the score space {known}",
+                rule=f"scores of the space {self.score_space} do not compare with it",
+                remedy="leave score_space out, or calibrate in the other",
+            )
+        if self.score_space == "output" and policy is not None and policy.noise_only:
+            raise UserError(
+                f"{type(policy).__name__} with score_space output",
+                rule="it is defined by the difference of predicted noise",
+                remedy="leave score_space out",
+            )
+        scores.StepFactor(pipe.scheduler, self.score_space)
         self.pipe = pipe
         self.policy = policy
         self.threshold = threshold
@@ -372,7 +392,7 @@ class MemorizationGuard:
             negative, unconditional = negative or given.get("negative_prompt_2"), "empty prompt"
         negatives = _texts(negative, images // per_prompt)
         self._call = _Call(
-            images, per_prompt, prompts, negatives, unconditional, scores.StepFactor(self.pipe.scheduler),
+            images, per_prompt, prompts, negatives, unconditional, scores.StepFactor(self.pipe.scheduler, self.score_space),
             self._encoder(original, given), {"cond": result},
         )  # fmt: skip
         return result

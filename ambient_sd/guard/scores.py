@@ -8,6 +8,10 @@ noise need a factor. With `x_t = alpha_t x0 + sigma_t eps` both halves of guidan
     v:        eps_c - eps_u = alpha_t             (o_c - o_u)      eps = alpha_t v + sigma_t x_t
     sample:   eps_c - eps_u = -(alpha_t / sigma_t) (o_c - o_u)     eps = (x_t - alpha_t x0) / sigma_t
 
+The published code takes the norm of the outputs themselves whatever they are, so that its figures and targets for v-prediction models
+(SD2.0, 2.1) are of `|| v_c - v_u ||`: the score space "output" is that, with the factor 1 at every step. Ours, "noise", is the default:
+alpha_t is 0.07 at the first step and 1 at the last, and a raw score is mostly the first steps'.
+
 This module knows no pipeline, no threshold and no average over steps.
 """
 
@@ -20,6 +24,8 @@ import torch
 from ambient_sd.errors import UserError
 from ambient_sd.schedule import NoiseSchedule
 
+Space = Literal["noise", "output"]
+SPACES: tuple[Space, ...] = ("noise", "output")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
@@ -65,23 +71,24 @@ class StepFactor:
 
     Args:
         scheduler: a diffusers scheduler, variance preserving or flow matching.
+        space: "noise", or "output": the outputs as they are, factor 1 at every step.
 
     Attributes:
-        quantity: "noise" or "velocity".
+        quantity: "noise", "velocity" or "output".
 
     Raises:
         UserError: the score is not defined for this scheduler.
     """
 
-    def __init__(self, scheduler: Any) -> None:
-        self.quantity: Literal["noise", "velocity"] = "noise"
+    def __init__(self, scheduler: Any, space: Space = "noise") -> None:
+        self.quantity: Literal["noise", "velocity", "output"] = space
         self._levels: torch.Tensor | None = None
         schedule = NoiseSchedule.from_scheduler(scheduler)
         if schedule.is_flow:
             self.quantity = "velocity"
             return
         self._prediction_type = require_supported(scheduler).prediction_type
-        if self._prediction_type != "epsilon":
+        if self._prediction_type != "epsilon" and space == "noise":
             self._levels = schedule.level(torch.arange(schedule.num_train_timesteps))
 
     def __call__(self, timesteps: torch.Tensor) -> torch.Tensor:

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 import guard_tools
 import latent_tools as tools
 import pytest
 import torch
+from guard_calibration import calibration
 from linear_network import LinearNetwork, encoded, guided, started, step_of
 
 from ambient_sd.errors import UserError
 from ambient_sd.guard.attribution import TokenGradients
+from ambient_sd.guard.calibration import Calibration
 from ambient_sd.guard.policies import (
     SAIL,
     AttentionGuard,
+    Compose,
     DynamicTransition,
     GaussianEmbeddingNoise,
     Policy,
     PromptOptimization,
     Reanchoring,
+    StaticTransition,
     Step,
 )
 from ambient_sd.guard.policies.guard_attenuation import _parallel_part
@@ -343,3 +349,76 @@ def test_token_scores_of_a_batch_do_not_mix_prompts() -> None:
     single.step(tools.step_of(alone))
     assert watch.total is not None and single.total is not None
     torch.testing.assert_close(watch.total[1:], single.total, rtol=1e-9, atol=1e-12)
+
+
+# -- raw scores ----------------------------------------------------------------------------------------------------
+
+
+def raw_norms(pipe: Any, steps: int) -> list[list[float]]:
+    """|| v_c - v_u || of every step and picture, counted from the network's own outputs."""
+    seen: list[list[float]] = []
+
+    def count(module: Any, args: Any, output: Any) -> None:
+        uncond, cond = output[0].double().chunk(2)
+        seen.append([float((c - u).square().sum().sqrt()) for c, u in zip(cond, uncond, strict=True)])
+
+    handle = pipe.unet.register_forward_hook(count)
+    guard_tools.sample(pipe, guard_tools.PROMPTS, steps=steps)
+    handle.remove()
+    return seen
+
+
+def test_raw_scores_are_those_of_the_outputs_and_so_are_targets_and_flags() -> None:
+    pipe = guard_tools.pipeline("v_prediction")
+    raw = raw_norms(pipe, 4)
+    with MemorizationGuard(pipe, score_space="output") as guard:
+        guard_tools.sample(pipe, guard_tools.PROMPTS, steps=4)
+    for i, image in enumerate(guard.report):
+        assert image.curve == pytest.approx([row[i] for row in raw], rel=1e-5) and image.quantity == "output"
+    target = 0.8 * min(raw[0])
+    with MemorizationGuard(pipe, PromptOptimization(target, max_steps=40), score_space="output") as guard:
+        guard_tools.sample(pipe, guard_tools.PROMPTS, steps=1)
+    for i, image in enumerate(guard.report):
+        assert image.first_score_before == pytest.approx(raw[0][i], rel=1e-4)
+        assert image.first_score_after is not None and image.first_score_after <= target
+        assert image.curve[0] == pytest.approx(image.first_score_after, rel=1e-4)
+    with MemorizationGuard(
+        pipe, PromptOptimization(target, max_steps=40)
+    ) as guard:  # control: alpha_t times less is under it
+        guard_tools.sample(pipe, guard_tools.PROMPTS, steps=1)
+    assert not any(image.mitigated for image in guard.report)
+
+
+@pytest.mark.parametrize("space", ["noise", "output"])
+def test_calibrated_thresholds_say_which_score_they_are_of_and_do_not_mix(tmp_path: Path, space: str) -> None:
+    pipe = guard_tools.pipeline("v_prediction")
+    calibration(pipe, score_space=space).save(tmp_path)
+    found = Calibration.load(tmp_path, pipe)
+    assert found.score_space == space
+    assert MemorizationGuard(pipe, threshold=found).score_space == space  # it follows
+    other: Any = "output" if space == "noise" else "noise"
+    with pytest.raises(UserError, match=f"calibrated in the score space {space}") as error:
+        MemorizationGuard(pipe, threshold=found, score_space=other)
+    assert "\n" not in str(error.value)
+    assert MemorizationGuard(pipe, threshold=3.0, score_space=other).score_space == other  # a number is the caller's
+
+
+def test_files_from_before_are_of_noise_and_damaged_ones_are_refused(tmp_path: Path) -> None:
+    pipe = guard_tools.pipeline()
+    path = calibration(pipe).save(tmp_path)
+    values = json.loads(path.read_text())
+    del values["score_space"]
+    path.write_text(json.dumps(values))
+    assert Calibration.load(tmp_path, pipe).score_space == "noise"
+    path.write_text(json.dumps(values | {"score_space": "velocity"}))
+    with pytest.raises(UserError, match="score_space"):
+        Calibration.load(tmp_path, pipe)
+
+
+def test_raw_scores_are_refused_where_they_mean_nothing() -> None:
+    pipe = guard_tools.pipeline("v_prediction")
+    for policy in (SAIL(1.0), Compose(StaticTransition(), SAIL(1.0))):
+        with pytest.raises(UserError, match=r"with score_space output.*predicted noise"):
+            MemorizationGuard(pipe, policy, score_space="output")
+    with pytest.raises(UserError, match=r"score_space 'v'.*noise, output"):
+        MemorizationGuard(pipe, score_space="v")  # type: ignore[arg-type]

@@ -34,7 +34,8 @@ class Halves(abc.ABC):
         cond: conditional embeddings, `n` rows.
         uncond: what stands in the unconditional slot, `n` rows.
         timestep: `()` tensor on the device, in the scheduler's units: reading it with `.item()` costs a synchronisation.
-        noise_factor: `()` tensor on the device: what turns a norm of output differences into one of noise (`scores`).
+        noise_factor: `()` tensor on the device: what turns a norm of output differences into the score's: one of noise (`scores`), or 1
+            with `score_space="output"`.
     """
 
     sample: torch.Tensor
@@ -171,11 +172,13 @@ class Policy:
     Attributes:
         begins_first: `begin` words the prompt anew; in a `Compose` it must stand before all others that begin.
         begins_alone: `begin` leaves others no score to read; in a `Compose` it must be the only one that begins.
+        noise_only: it is defined by predicted noise, not by outputs as they are (`MemorizationGuard(score_space="output")`).
         gradient_checkpointing: under `Halves.enable_grad` activations are recomputed; the guard, which owns the network, reads it.
     """
 
     begins_first = False
     begins_alone = False
+    noise_only = False
     gradient_checkpointing = False
 
     @property

@@ -54,6 +54,7 @@ class Compose(Policy):
         self.policies = tuple(parts)
         self._beginners = [policy for policy in parts if policy.begins]
         # One network for all of them: it recomputes where one of them asks for it.
+        self.noise_only = any(policy.noise_only for policy in parts)
         self.gradient_checkpointing = any(policy.gradient_checkpointing for policy in parts)
         for place, policy in enumerate(self._beginners):
             name = type(policy).__name__

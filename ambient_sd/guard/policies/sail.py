@@ -63,6 +63,8 @@ class SAIL(LatentPolicy):
     Source: Jeon, Kim, No, ICML 2025.
     """
 
+    noise_only = True
+
     def __init__(
         self,
         target: float,
