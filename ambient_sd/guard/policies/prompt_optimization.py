@@ -37,6 +37,8 @@ class PromptOptimization(Policy):
     Source: Wen, Liu, Chen, Lyu, ICLR 2024.
     """
 
+    begins_at_signal = True
+
     def __init__(
         self, target: float, lr: float = 0.05, max_steps: int = 10, gradient_checkpointing: bool = False
     ) -> None:

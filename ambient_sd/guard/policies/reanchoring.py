@@ -66,6 +66,7 @@ class Reanchoring(Policy):
     Source: Chen, Liu, Shah, Xu, CVPR 2025.
     """
 
+    begins_at_signal = True
     begins_alone = True  # `Compose`: later ones would read the distance between two prompts as a score
 
     def __init__(
