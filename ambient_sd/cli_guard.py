@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
-from ambient_sd.errors import UserError, require_guidance
+from ambient_sd.errors import UserError, one_line, require_guidance
 
 
 class _HelpWithPolicies(argparse.Action):
@@ -154,11 +155,15 @@ def run(args: argparse.Namespace) -> None:
     if args.verb == "sample":
         _sample(args, drawing)
     else:
-        from ambient_sd.calibrate import CalibrateSettings, calibrate, read_both, table
+        from ambient_sd.calibrate import CalibrateSettings, calibrate, read_both, table, useless
 
         ordinary, memorized = read_both(args.ordinary, args.memorized)
         found, path = calibrate(CalibrateSettings(drawing, ordinary, memorized, args.fpr, args.generations, args.out,
                                                   args.detector, args.score_space))  # fmt: skip
+        if path is None:
+            print(f"\n{table(found)}\n", flush=True)
+            print(f"ambient-sd: {useless(found)}; no threshold is written", file=sys.stderr, flush=True)
+            sys.exit(1)
         print(f"\n{table(found)}\n\n{found.origin}; written to {path}", flush=True)
 
 
@@ -177,7 +182,14 @@ def _sample(args: argparse.Namespace, drawing: Any) -> None:
     )  # fmt: skip
     flagged = sum(bool(record["flagged"]) for record in records)
     scores = sorted(record["score"] for record in records if record["score"] is not None)
-    flags = "none is flagged: no threshold" if records[0]["threshold"] is None else f"{flagged} flagged"
+    undecided = [record for record in records if record["undecided"]]
+    flags = (
+        f"{flagged} flagged"
+        if any(record["threshold"] is not None for record in records)
+        else "none is flagged: no threshold"
+    )
+    if undecided:
+        flags = f"{flagged} flagged, of {len(undecided)} it is not known: {one_line(undecided[0]['undecided'], 300)}"
     said = f"median score {scores[len(scores) // 2]:.4g}, highest {scores[-1]:.4g}; {flags}" if scores else "no scores"
     print(
         f"\n{len(records)} picture{'s' * (len(records) != 1)}, {said}\nLook at them: {args.out / 'index.html'}",

@@ -443,6 +443,9 @@ def compare(settings: Settings, training: PictureSet, heldout: PictureSet, comma
         known, ordinary = truth(memorized(near, settings.copy_ratio), k)
         clear = clear_of_copying(near.ratio, k, ordinary, (1 + settings.copy_ratio) / 2)
         curves = torch.tensor(base.column("curve"), dtype=torch.float64).view(len(captions), k, -1)
+        if not bool(curves.isfinite().all()):
+            raise UserError(f"a score of {model} is no finite number", rule="detectors cannot be held side by side on it",
+                            remedy="load the model in float32 or bfloat16")  # fmt: skip
         found: dict[str, Any] = {"memorized_prompts": len(known), "ordinary_prompts": len(ordinary),
                                  "clear_prompts": len(clear), "between": len(captions) - len(known) - len(clear), "detectors": []}  # fmt: skip
         if known and clear:

@@ -117,6 +117,8 @@ class TokenGradients(Policy):
         UserError: when sampling, it is unknown which token each embedding belongs to.
     """
 
+    mitigates = False
+
     def __init__(self, gradient_checkpointing: bool = False, norm: Literal["image", "batch"] = "image") -> None:
         if norm not in ("image", "batch"):
             raise UserError(f"norm {norm!r}", rule='it must be "image" or "batch"')
@@ -137,6 +139,8 @@ class TokenGradients(Policy):
         self.token_ids, self.token_mask = start.token_ids, start.token_mask
 
     def step(self, step: Step) -> None:
+        if step.silent:  # no score, no slope
+            return
         halves = step.halves
         rows, norms = [], []
         with halves.enable_grad():
@@ -235,7 +239,7 @@ def attribute(
         num_inference_steps: of the sampler, >= 1.
         num_images: over how many pictures the mean is taken, >= 1.
         seed: of the pictures' noise, drawn on the CPU.
-        stop_after: look at the first so many evaluations of the network only, and leave the pictures unfinished; None: all.
+        stop_after: look at the first so many evaluations of the network that carry a signal only, and leave the pictures unfinished; None: all.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         norm: "image", or "batch" as in the published code (`TokenGradients`): half as large for one picture.
         call: further arguments of the pipeline (`guidance_scale`, `negative_prompt`, `height`, `generator`, ...).

@@ -12,6 +12,9 @@ The published code takes the norm of the outputs themselves whatever they are, s
 (SD2.0, 2.1) are of `|| v_c - v_u ||`: the score space "output" is that, with the factor 1 at every step. Ours, "noise", is the default:
 alpha_t is 0.07 at the first step and 1 at the last, and a raw score is mostly the first steps'.
 
+Where alpha_t is 0 (the last timestep at zero terminal SNR, the first that trailing steps sample) `x_t` holds no image and the
+score of every prompt is 0: such a step carries no signal (`NO_SIGNAL`) and takes no part in curve, score or decision.
+
 This module knows no pipeline, no threshold and no average over steps.
 """
 
@@ -27,6 +30,9 @@ from ambient_sd.schedule import NoiseSchedule
 Space = Literal["noise", "output"]
 SPACES: tuple[Space, ...] = ("noise", "output")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+# alpha_t below this: the step carries no signal. Stable Diffusion's own schedules start at 0.068; zero terminal SNR is 0, which
+# some samplers of diffusers write as 2**-12.
+NO_SIGNAL = 1e-3
 
 
 def guidance_norm(*, cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
@@ -75,6 +81,7 @@ class StepFactor:
 
     Attributes:
         quantity: "noise", "velocity" or "output".
+        epsilon: whether the network predicts the noise itself.
 
     Raises:
         UserError: the score is not defined for this scheduler.
@@ -82,14 +89,31 @@ class StepFactor:
 
     def __init__(self, scheduler: Any, space: Space = "noise") -> None:
         self.quantity: Literal["noise", "velocity", "output"] = space
+        self.epsilon = False
+        self._last_signal: float | None = None
         self._levels: torch.Tensor | None = None
         schedule = NoiseSchedule.from_scheduler(scheduler)
         if schedule.is_flow:
             self.quantity = "velocity"
             return
         self._prediction_type = require_supported(scheduler).prediction_type
-        if self._prediction_type != "epsilon" and space == "noise":
+        self.epsilon = self._prediction_type == "epsilon"
+        if space == "output":  # whatever a step holds, the outputs differ or do not
+            return
+        # alpha falls with t: the timesteps without a signal are the last ones.
+        silent = int((schedule.alpha(torch.arange(schedule.num_train_timesteps)) < NO_SIGNAL).sum())
+        self._last_signal = float(schedule.num_train_timesteps - silent - 1) if silent else None
+        if self._prediction_type != "epsilon":
             self._levels = schedule.level(torch.arange(schedule.num_train_timesteps))
+
+    @property
+    def may_be_silent(self) -> bool:
+        """Say whether any timestep of the schedule carries no signal."""
+        return self._last_signal is not None
+
+    def silent(self, timestep: float) -> bool:
+        """Say whether a timestep, in the scheduler's units, carries no signal: `alpha_t < NO_SIGNAL`."""
+        return self._last_signal is not None and timestep > self._last_signal
 
     def __call__(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Return the factor at timesteps `(S,)` in the scheduler's units: `(S,)` float32 on their device."""

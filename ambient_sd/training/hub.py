@@ -460,7 +460,11 @@ def _threshold(facts: Facts, folder: Path) -> list[str]:
     if path.stat().st_mtime < facts.finished:
         logger.warning("%s is older than the weights, and left out of the card", path)
         return []
-    how, single = found.sampling, found.entry(found.evaluations, 1)
+    try:
+        how, single = found.sampling, found.entry(found.evaluations, 1)
+    except UserError as error:  # calibrated, and useless over the whole run
+        logger.warning("%s is left out of the card: %s", path, error)
+        return []
     return [
         f"The memorization guard flags a picture from a score of {single.value:.4g} over the whole run ({inline(found.origin)}; "
         f"of them it flags {single.rate:.1%}, 95 % interval {single.rate_low:.1%} to {single.rate_high:.1%}): "

@@ -67,7 +67,7 @@ def test_prss_decides_at_every_step_by_the_softer_prompts_norm(pooled: bool) -> 
     seen = set()
     for low, high in ((d * 1.01, d * 2), (d * 0.5, d * 1.5), (d * 0.25, d * 0.75)):  # below L, between, above M
         policy.least, policy.full = low, high
-        step = Step(3, torch.tensor(500.0), soft, uncond, [magnitude], G, network, [magnitude], 20)
+        step = Step(3, torch.tensor(500.0), soft, uncond, [magnitude], G, network)
         found = guided(policy.step(step), G)
         for i in range(3):
             expected = (
@@ -97,7 +97,7 @@ def test_prss_search_may_return_the_original() -> None:
     change = policy.begin(start)
     assert change.embeds is not None and torch.equal(change.embeds, network.cond.embeds)
     assert change.first_score_after == pytest.approx([norm])
-    step = Step(0, torch.tensor(999.0), own, uncond, [torch.tensor([norm])], G, network, [torch.tensor([norm])], 20)
+    step = Step(0, torch.tensor(999.0), own, uncond, [torch.tensor([norm])], G, network)
     # Above M with the original as its own softer prompt nothing is left but the original's prediction.
     torch.testing.assert_close(guided(policy.step(step), G), own, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(own[0], prss(own[0], own[0], uncond[0], norm / 4, norm / 2), rtol=1e-4, atol=1e-4)
@@ -375,11 +375,12 @@ def test_raw_scores_are_those_of_the_outputs_and_so_are_targets_and_flags() -> N
         guard_tools.sample(pipe, guard_tools.PROMPTS, steps=4)
     for i, image in enumerate(guard.report):
         assert image.curve == pytest.approx([row[i] for row in raw], rel=1e-5) and image.quantity == "output"
-    target = 0.8 * min(raw[0])
+    (first,) = raw_norms(pipe, 1)  # of its own timestep
+    target = 0.8 * min(first)
     with MemorizationGuard(pipe, PromptOptimization(target, max_steps=40), score_space="output") as guard:
         guard_tools.sample(pipe, guard_tools.PROMPTS, steps=1)
     for i, image in enumerate(guard.report):
-        assert image.first_score_before == pytest.approx(raw[0][i], rel=1e-4)
+        assert image.first_score_before == pytest.approx(first[i], rel=1e-4)
         assert image.first_score_after is not None and image.first_score_after <= target
         assert image.curve[0] == pytest.approx(image.first_score_after, rel=1e-4)
     with MemorizationGuard(

@@ -47,6 +47,8 @@ class PromptOptimization(Policy):
     Source: Wen, Liu, Chen, Lyu, ICLR 2024.
     """
 
+    begins_at_signal = True
+
     def __init__(
         self,
         target: float,

@@ -80,6 +80,7 @@ class Reanchoring(Policy):
     Source: Chen, Liu, Shah, Xu, CVPR 2025.
     """
 
+    begins_at_signal = True
     begins_alone = True  # `Compose`: later ones would read the distance between two prompts as a score
 
     def __init__(
@@ -162,7 +163,7 @@ class Reanchoring(Policy):
 
     def step(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return outputs that the pipeline's guidance turns into the published sum; None where no picture has a softer prompt."""
-        if self._rows is None or self._anchor is None:
+        if step.silent or self._rows is None or self._anchor is None:  # before `begin`: what is kept is of another run
             return None
         g = number("guidance_scale", step.guidance_scale, above=0)
         rows, soft, uncond = self._rows, step.cond[self._rows], step.uncond[self._rows]
