@@ -1,8 +1,10 @@
 """`ambient-sd calibrate`: find the thresholds at which a model's ordinary prompts are flagged no more often than asked.
 
 Ordinary prompts (that the model cannot have memorized) are sampled under the guard; the threshold for the mean over the first k
-evaluations and g pictures is the lowest that at most `floor(rate * n)` of the n ordinary scores reach (`audit.detection`). With
-memorized prompts AUC and TPR at 1 % FPR are measured too; they do not move the threshold. Pictures are not decoded.
+evaluations (that carry a signal: `guard.scores`) and g pictures is the lowest that at most `floor(rate * n)` of the n ordinary scores
+reach (`audit.detection`). With memorized prompts AUC and TPR at 1 % FPR are measured too; they do not move the threshold, but decide
+whether there is one: where the AUC's 95 % interval reaches 0.5 at every number of evaluations, the detector is useless on this model
+and nothing is written. Without memorized prompts nobody knows, and the file says so. Pictures are not decoded.
 
 With the detector anisotropy nothing is sampled: its two terms are asked for from the same start noise, added with the weights
 that `guard.anisotropy.fitted` finds on the ordinary prompts, and their thresholds found likewise, for 0 evaluations.
@@ -17,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,16 +29,18 @@ import torch
 
 from ambient_sd import __version__
 from ambient_sd.audit.detection import detection_figures, threshold_at
-from ambient_sd.audit.metrics import bootstrap
+from ambient_sd.audit.metrics import bootstrap, wilson
 from ambient_sd.drawing import DrawSettings, check_prompts, digest, draw, home, load, read_prompts, start_noise
 from ambient_sd.errors import UserError, one_line, require_guidance
 from ambient_sd.guard.anisotropy import anisotropy, fitted
-from ambient_sd.guard.calibration import AnisotropyTerms, Calibration, Detector, Entry, ModelPrint
+from ambient_sd.guard.calibration import FILE_NAMES, AnisotropyTerms, Calibration, Detector, Entry, ModelPrint
 from ambient_sd.guard.recorder import MemorizationGuard
+from ambient_sd.guard.scores import SPACES, Space
 
 SCORES_NAME = "memorization_scores.jsonl"
 SCORES_NAMES: dict[Detector, str] = {"norm": SCORES_NAME, "anisotropy": "memorization_scores_anisotropy.jsonl"}
 EARLY = (1, 5)
+_FEW = 10  # prompts of a kind below which Wilson's interval bounds the one by resampling
 _TPR_RATE = 0.01  # as published, whatever rate is asked for
 Kind = Literal["ordinary", "memorized"]
 
@@ -52,6 +57,7 @@ class CalibrateSettings:
         generations: pictures per prompt; thresholds are found for one and for the mean over so many.
         out: folder or .json file for the result; None: the folder of the adapter or model.
         detector: whose thresholds are found: the guard's norm, or anisotropy, which samples nothing.
+        score_space: of the norm: "noise", or the network's "output" as it is, as published scores of v-prediction models are.
     """
 
     drawing: DrawSettings
@@ -61,13 +67,18 @@ class CalibrateSettings:
     generations: int = 4
     out: Path | None = None
     detector: Detector = "norm"
+    score_space: Space = "noise"
 
 
-def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path]:
+def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path | None]:
     """Sample what is not sampled yet, find the thresholds, write them, and return them with the path of the file.
 
+    Where memorized prompts show that no threshold tells them from ordinary ones the path is None: nothing is written, and thresholds of
+    an earlier run in its place, which a good run would have overwritten, are removed.
+
     Raises:
-        UserError: settings are out of range, or scores of other settings lie where the result goes.
+        UserError: settings are out of range, scores of other settings lie where the result goes, a score is no finite number, or
+            every score is 0.
     """
     from tqdm.auto import tqdm
 
@@ -76,6 +87,9 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path]:
     require_guidance(drawing.guidance_scale)
     if detector not in SCORES_NAMES:
         raise UserError(f"detector is {detector!r}", rule=f"it must be one of {', '.join(SCORES_NAMES)}")
+    if settings.score_space not in SPACES or (settings.score_space != "noise" and detector != "norm"):
+        raise UserError(f"score_space is {settings.score_space!r} with the detector {detector}",
+                        rule=f"it must be one of {', '.join(SPACES)}; anisotropy has the space noise alone")  # fmt: skip
     check_prompts([*settings.ordinary, *settings.memorized])
     if not 0 < settings.fpr < 1:
         raise UserError(f"fpr is {settings.fpr}", rule="it must lie between 0 and 1", remedy="for example 0.01")
@@ -90,7 +104,7 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path]:
         raise UserError(f"out is {out}", rule="it must be a folder or a .json file")
     prompts: dict[Kind, list[str]] = {"ordinary": settings.ordinary, "memorized": settings.memorized}
     given = {
-        **drawing.public(), "generations": settings.generations,
+        **drawing.public(), **({} if settings.score_space == "noise" else {"score_space": settings.score_space}), "generations": settings.generations,
         "prompts": {kind: digest(texts) if texts else None for kind, texts in prompts.items()},
     }  # fmt: skip
     path = (out.parent if out.suffix == ".json" else out) / SCORES_NAMES[detector]
@@ -112,7 +126,9 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path]:
     ]
     waiting: dict[tuple[Kind, int], list[list[float]]] = {}
     with (
-        contextlib.nullcontext() if detector == "anisotropy" else MemorizationGuard(pipe) as guard,
+        contextlib.nullcontext()
+        if detector == "anisotropy"
+        else MemorizationGuard(pipe, score_space=settings.score_space) as guard,
         tqdm(total=sum(map(len, prompts.values())), initial=len(curves), desc="calibrate", unit="prompt") as bar,
     ):
         for first in range(0, len(wanted), drawing.batch_size):
@@ -124,18 +140,29 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path]:
                 draw(pipe, guard, drawing, texts, chunk, pictures=False)
                 measured = [report.curve for report in guard.report]
             for (kind, i, _), curve in zip(chunk, measured, strict=True):
+                if not all(map(math.isfinite, curve)):
+                    raise UserError(f"the score of {kind} prompt {i + 1} is no finite number",
+                                    rule=f"the network overflows in {drawing.dtype}", remedy="give --dtype float32 or bfloat16")  # fmt: skip
                 rows = waiting.setdefault((kind, i), [])
                 rows.append(curve)
                 if len(rows) == settings.generations:
                     curves[kind, i] = waiting.pop((kind, i))
                     _append(path, {"kind": kind, "prompt": i, "curves": curves[kind, i]})
                     bar.update()
+    lengths = {len(curve) for rows in curves.values() for curve in rows}
+    if len(lengths) > 1 or not all(math.isfinite(x) for rows in curves.values() for curve in rows for x in curve):
+        raise UserError(f"{path} holds curves of other lengths, or numbers that are not finite", rule="they do not mix",
+                        remedy="remove it to begin anew")  # fmt: skip
     found = {kind: torch.tensor([curves[kind, i] for i in range(len(texts))]) for kind, texts in prompts.items()}
     evaluations, terms = int(found["ordinary"].shape[2]), None
     if detector == "anisotropy":
         terms, evaluations = fitted(found["ordinary"]), 2  # of the network, for both halves
         found = {kind: _weighted(values, terms) for kind, values in found.items()}
     entries = thresholds(found["ordinary"], found["memorized"], settings.fpr, seed=drawing.seed)
+    for entry in entries:
+        if not (math.isfinite(entry.value) and (terms is not None or entry.value > 0)):
+            raise UserError(f"the threshold of {entry.steps} evaluations is {entry.value:g}", rule="every ordinary score is 0, and all would be flagged",
+                            remedy="give prompts that are not empty, to a model trained with captions dropped")  # fmt: skip
     result = Calibration(
         entries=entries if terms is None else [replace(entry, steps=0) for entry in entries],
         model=model,
@@ -149,8 +176,30 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path]:
         versions={"ambient_sd": __version__}
         | {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
         anisotropy=terms,
+        score_space=settings.score_space,
     )
-    return result, result.save(out)
+    if useless(result) is None:
+        return result, result.save(out)
+    (out if out.suffix == ".json" else out / FILE_NAMES[detector]).unlink(missing_ok=True)
+    return result, None
+
+
+def useless(calibration: Calibration) -> str | None:
+    """Say why none of the thresholds may be used, or return None if one may (or nobody knows: there were no memorized prompts)."""
+    if any(entry.tells is not False for entry in calibration.entries):
+        return None
+    fewest = min(calibration.ordinary, calibration.memorized)
+    if wilson(1.0, fewest)[0] <= 0.5:
+        kind = "memorized" if fewest == calibration.memorized else "ordinary"
+        return (
+            f"useless: {fewest} {kind} prompt{'s' * (fewest != 1)} cannot show that the detector tells the two kinds apart: not even a "
+            "perfect AUC of so few has a 95 % interval above 0.5. Give more, a few dozen in earnest"
+        )
+    best = max(calibration.entries, key=lambda e: e.auc_low or 0.0)
+    return (
+        f"useless: the detector does not tell memorized prompts from ordinary ones on this model: its best AUC is {best.auc:.3f}, 95 % "
+        f"interval [{best.auc_low:.3f}, {best.auc_high:.3f}], which reaches 0.5. A threshold would flag by chance"
+    )
 
 
 def _terms(
@@ -197,6 +246,10 @@ def thresholds(ordinary: torch.Tensor, memorized: torch.Tensor, fpr: float, *, s
                 )
                 for name, figure in zip(("auc", "tpr"), figures, strict=True):
                     detection |= {name: figure.value, f"{name}_low": figure.low, f"{name}_high": figure.high}
+                # Resampling two or three prompts gives an interval that is far too narrow.
+                few = wilson(detection["auc"], min(len(memorized), len(ordinary)))[0]
+                if min(len(memorized), len(ordinary)) < _FEW:
+                    detection["auc_low"] = min(detection["auc_low"], few)
             known: Any = steps
             entries.append(Entry(known, images, value, rate.value, rate.low, rate.high, **detection))
     return entries
@@ -217,7 +270,7 @@ def table(calibration: Calibration) -> str:
         steps = f"all {calibration.evaluations}" if e.steps == "all" else str(e.steps)
         lines.append([
             steps, str(e.images_per_prompt), f"{e.value:.5g}", _percent(e.rate, e.rate_low, e.rate_high),
-            "-" if e.auc is None else f"{e.auc:.3f} [{e.auc_low:.3f}, {e.auc_high:.3f}]",
+            "unknown" if e.auc is None else f"{e.auc:.3f} [{e.auc_low:.3f}, {e.auc_high:.3f}]" + " useless" * (e.tells is False),
             "-" if e.tpr is None else f"{e.tpr:.3f} [{e.tpr_low:.3f}, {e.tpr_high:.3f}]",
         ])  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -228,6 +281,10 @@ def table(calibration: Calibration) -> str:
             f"\nscore = {terms.norm_weight:.5g} norm + {terms.alignment_weight:.5g} alignment, of pure noise, before sampling. "
             "The guard cannot use this threshold while sampling: ask ambient_sd.guard.anisotropy.screen."
         )
+    if not calibration.memorized:
+        text += "\nAUC unknown: without memorized prompts nothing shows that the detector works on this model. Give some with --memorized."
+    elif any(e.tells is False for e in calibration.entries) and useless(calibration) is None:
+        text += "\nuseless: the AUC's interval reaches 0.5. The guard refuses these thresholds."
     if calibration.ordinary * calibration.rate_asked < 1:
         text += (
             f"\n{calibration.ordinary} ordinary prompts cannot show a rate of {calibration.rate_asked * 100:g} % per prompt: "

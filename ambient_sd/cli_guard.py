@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
-from ambient_sd.errors import UserError, require_guidance
+from ambient_sd.errors import UserError, one_line, require_guidance
 
 
 class _HelpWithPolicies(argparse.Action):
@@ -54,6 +55,9 @@ def add_verbs(verbs: Any) -> None:
     )
     sample.add_argument("--threshold", default="auto", metavar="X|auto",
                         help="score that flags a picture; auto: as calibrated, where the model has a threshold that fits")  # fmt: skip
+    sample.add_argument("--score_space", choices=["noise", "output"], default=argparse.SUPPRESS,
+                        help="what scores, thresholds and targets are of: predicted noise, or outputs as they are, as published figures of v-prediction "
+                        "models (SD2) are (default: that of a calibrated threshold, else noise)")  # fmt: skip
     sample.add_argument("--attribution", choices=["flagged", "all", "none"], default="flagged",
                         help="pictures of which the page shows how far the score hangs on each word; each is sampled once more, with a "
                         "backward pass at every step: about 2.6 times the price of drawing it")  # fmt: skip
@@ -77,6 +81,9 @@ def add_verbs(verbs: Any) -> None:
     calibrate.add_argument("--detector", choices=["norm", "anisotropy"], default="norm",
                            help="norm: what the guard sees while it samples; anisotropy: asked of pure noise before sampling, which the "
                            "guard cannot use while it samples (ambient_sd.guard.anisotropy.screen)")  # fmt: skip
+    calibrate.add_argument("--score_space", choices=["noise", "output"], default="noise",
+                           help="norm: of the difference of predicted noise, or of the outputs as they are, as published scores of v-prediction "
+                           "models (SD2) are; the file remembers which, and the guard follows it")  # fmt: skip
     calibrate.add_argument("--fpr", type=float, default=0.01, help="share of ordinary prompts that may be flagged")
     calibrate.add_argument("--generations", type=int, default=4, help="pictures per prompt")
     calibrate.add_argument("--out", type=Path, default=None,
@@ -148,11 +155,15 @@ def run(args: argparse.Namespace) -> None:
     if args.verb == "sample":
         _sample(args, drawing)
     else:
-        from ambient_sd.calibrate import CalibrateSettings, calibrate, read_both, table
+        from ambient_sd.calibrate import CalibrateSettings, calibrate, read_both, table, useless
 
         ordinary, memorized = read_both(args.ordinary, args.memorized)
         found, path = calibrate(CalibrateSettings(drawing, ordinary, memorized, args.fpr, args.generations, args.out,
-                                                  args.detector))  # fmt: skip
+                                                  args.detector, args.score_space))  # fmt: skip
+        if path is None:
+            print(f"\n{table(found)}\n", flush=True)
+            print(f"ambient-sd: {useless(found)}; no threshold is written", file=sys.stderr, flush=True)
+            sys.exit(1)
         print(f"\n{table(found)}\n\n{found.origin}; written to {path}", flush=True)
 
 
@@ -167,11 +178,18 @@ def _sample(args: argparse.Namespace, drawing: Any) -> None:
             raise UserError(f"threshold is {threshold!r}", rule="it must be a number or auto") from None
     records = sample(
         SampleSettings(drawing, args.out, prompts_of(args.prompt, args.prompts), args.num_images_per_prompt, args.policy,
-                       args.when, threshold, args.attribution)
+                       args.when, threshold, args.attribution, getattr(args, "score_space", None))
     )  # fmt: skip
     flagged = sum(bool(record["flagged"]) for record in records)
     scores = sorted(record["score"] for record in records if record["score"] is not None)
-    flags = "none is flagged: no threshold" if records[0]["threshold"] is None else f"{flagged} flagged"
+    undecided = [record for record in records if record["undecided"]]
+    flags = (
+        f"{flagged} flagged"
+        if any(record["threshold"] is not None for record in records)
+        else "none is flagged: no threshold"
+    )
+    if undecided:
+        flags = f"{flagged} flagged, of {len(undecided)} it is not known: {one_line(undecided[0]['undecided'], 300)}"
     said = f"median score {scores[len(scores) // 2]:.4g}, highest {scores[-1]:.4g}; {flags}" if scores else "no scores"
     print(
         f"\n{len(records)} picture{'s' * (len(records) != 1)}, {said}\nLook at them: {args.out / 'index.html'}",

@@ -112,13 +112,13 @@ MITIGATIONS: dict[str, tuple[Callable[[Levels], policies.Policy | None], str]] =
     "STP": (lambda v: policies.StaticTransition(), "as published, until 500"),
     "STP until 400": (lambda v: policies.StaticTransition(until=400), "later than published"),
     "STP until 300": (lambda v: policies.StaticTransition(until=300), "later than published"),
-    "DTP": (lambda v: policies.DynamicTransition(), ""),
+    "DTP": (lambda v: policies.DynamicTransition(), "as published, of the raw outputs"),
     "OG": (lambda v: policies.OppositeGuidance(), "as published for SD2.1, -2 until 650"),
     "OG+STP": (lambda v: policies.Compose(policies.OppositeGuidance(), policies.StaticTransition()), "as published"),
     "cap": (lambda v: policies.ScaleCap(cap=v.norm_high), "cap: 95th percentile of ordinary norms"),
     "G_spe": (lambda v: policies.Despecification(strength=v.guidance_scale / (2 * v.norm_high), threshold=v.norm_high),
               "threshold: 95th percentile of ordinary norms; half the scale is lost at it"),
-    "PRSS": (lambda v: policies.Reanchoring(threshold=v.first_high), "threshold: 99th percentile of ordinary first norms"),
+    "PRSS": (lambda v: policies.Reanchoring(threshold=v.first_high), "threshold: 99th percentile of ordinary first norms; steps from 3 to 5 times it, as published"),
     "GUARD": (lambda v: policies.AttentionGuard(), "as published"),
     "Han": (lambda v: policies.LatentOptimization(target=v.first, max_steps=10), "target and most steps as Wen's"),
     "SAIL": (lambda v: policies.SAIL(target=v.first**2 / 10), "target: a tenth of the squared median first norm"),
@@ -127,7 +127,7 @@ MITIGATIONS: dict[str, tuple[Callable[[Levels], policies.Policy | None], str]] =
     "RT+STP": (lambda v: policies.Compose(policies.RandomTokens(), policies.StaticTransition()), "each as published"),
     "CWR": (lambda v: policies.CaptionWordRepetition(), "as published, 2 to 4 words"),
     "RNA": (lambda v: policies.RandomNumbers(), "as published, 2 to 4 numbers"),
-    "GNI": (lambda v: policies.GaussianEmbeddingNoise(), "as published, std 0.1"),
+    "GNI": (lambda v: policies.GaussianEmbeddingNoise(), "as published, std 0.1 on both halves"),
 }  # fmt: skip
 
 
@@ -443,6 +443,9 @@ def compare(settings: Settings, training: PictureSet, heldout: PictureSet, comma
         known, ordinary = truth(memorized(near, settings.copy_ratio), k)
         clear = clear_of_copying(near.ratio, k, ordinary, (1 + settings.copy_ratio) / 2)
         curves = torch.tensor(base.column("curve"), dtype=torch.float64).view(len(captions), k, -1)
+        if not bool(curves.isfinite().all()):
+            raise UserError(f"a score of {model} is no finite number", rule="detectors cannot be held side by side on it",
+                            remedy="load the model in float32 or bfloat16")  # fmt: skip
         found: dict[str, Any] = {"memorized_prompts": len(known), "ordinary_prompts": len(ordinary),
                                  "clear_prompts": len(clear), "between": len(captions) - len(known) - len(clear), "detectors": []}  # fmt: skip
         if known and clear:

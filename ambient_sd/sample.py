@@ -42,6 +42,7 @@ from ambient_sd.guard.calibration import FILE_NAME, Calibration, ModelPrint
 from ambient_sd.guard.layouts import distilled
 from ambient_sd.guard.policies.by_name import make
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard
+from ambient_sd.guard.scores import Space
 from ambient_sd.json_schema import load_json
 
 TEXT_KEY = "ambient_sd"
@@ -63,9 +64,11 @@ class SampleSettings:
         num_images_per_prompt: pictures of each.
         policy: NAME[:key=value,...] of a mitigation; None: watch only.
         when: the policy acts on every picture, or on those that reach the threshold at the first step.
-        threshold: a number, or "auto": the model's calibrated one where it has one that fits.
+        threshold: a number above 0, or "auto": the model's calibrated one where it has one that fits. Under a policy the first step
+            decides, before the policy acts: a number then flags only with `when` flagged, as one of the first step.
         attribution: whose words are looked at: of flagged pictures (with `when` those that the policy acted on, too), of
             all, or of none. It changes no picture and may differ from run to run in one folder.
+        score_space: as `MemorizationGuard` takes it; None: that of a calibrated threshold, else "noise".
     """
 
     drawing: DrawSettings
@@ -76,6 +79,7 @@ class SampleSettings:
     when: Literal["always", "flagged"] = "always"
     threshold: float | Literal["auto"] = "auto"
     attribution: Literal["flagged", "all", "none"] = "flagged"
+    score_space: Space | None = None
 
 
 def sample(settings: SampleSettings) -> list[dict[str, Any]]:
@@ -104,6 +108,7 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
     given = {
         **drawing.public(), "prompts": digest(settings.prompts), "num_images_per_prompt": settings.num_images_per_prompt,
         "policy": settings.policy, "when": settings.when, "threshold": settings.threshold,
+        **({} if settings.score_space is None else {"score_space": settings.score_space}),
     }  # fmt: skip
     _open(out, given)
 
@@ -119,14 +124,18 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
         if why is not None:
             print(f"ambient-sd: the calibrated threshold is not used: {one_line(why, 300)}", flush=True)
             calibration = None
-    if calibration is not None and drawing.base_above is not None:
-        print("ambient-sd: the calibrated threshold is not used: it was calibrated without base_above", flush=True)
-        calibration = None
+    if calibration is not None:
+        try:
+            calibration.threshold(drawing.num_inference_steps if policy is None else 1, 1)
+        except UserError as error:
+            print(f"ambient-sd: the calibrated threshold is not used: {one_line(error, 300)}", flush=True)
+            calibration = None
     threshold: Any = calibration if settings.threshold == "auto" else settings.threshold
     if settings.when == "flagged" and threshold is None:
         raise UserError("when is flagged, and there is no threshold", rule="it is what flags a picture",
                         remedy="give --threshold X, or calibrate: ambient-sd calibrate --help")  # fmt: skip
     options: dict[str, Any] = {} if settings.when == "always" else {"when": settings.when}
+    options |= {} if settings.score_space is None else {"score_space": settings.score_space}
     guard = MemorizationGuard(pipe, policy, threshold, **options) if watched else None
     weights = {"weights": _weights(pipe.unet)}
     if (base := acting_base(pipe.unet)) is not None:
@@ -134,6 +143,7 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
     used = {
         **weights, "sampler": type(pipe.scheduler).__name__,
         "threshold": threshold if isinstance(threshold, (float, int, type(None))) else dataclasses.asdict(threshold)["entries"],
+        **({} if guard is None or guard.score_space == "noise" else {"quantity": guard.score_space}),
     }  # fmt: skip
     _settle(out, given, used)
 
@@ -170,6 +180,7 @@ def _need_no_guard(settings: SampleSettings, why: str, remedy: str) -> None:
     """Refuse what only the guard can do."""
     asked = {
         "policy": settings.policy is not None, "threshold": settings.threshold != "auto", "attribution": settings.attribution == "all",
+        "score_space": settings.score_space is not None,
     }  # fmt: skip
     name = next((name for name, wanted in asked.items() if wanted), None)
     if name is not None:
@@ -235,10 +246,8 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 def _calibration(settings: SampleSettings) -> Calibration | None:
     if settings.threshold != "auto":
-        if not (math.isfinite(settings.threshold) and settings.threshold >= 0):
-            raise UserError(
-                f"threshold is {settings.threshold}", rule="it must be a finite number, at least 0, or auto"
-            )
+        if not (math.isfinite(settings.threshold) and settings.threshold > 0):
+            raise UserError(f"threshold is {settings.threshold}", rule="it must be a finite number above 0, or auto")
         return None
     folder = home(settings.drawing)
     return Calibration.load(folder) if folder is not None and (folder / FILE_NAME).is_file() else None
@@ -305,7 +314,9 @@ def _finished(out: Path, place: tuple[int, int]) -> dict[str, Any] | None:
         record = read_record(out / _file(place))
     except UserError:
         return None
-    return record if (record.get("prompt_index"), record.get("image_index")) == place else None
+    # Pictures of versions that flagged by mitigated scores are drawn again.
+    whole = (record.get("prompt_index"), record.get("image_index")) == place and "undecided" in record
+    return record if whole else None
 
 
 def _keep(out: Path, place: tuple[int, int], drawn: Drawn, prompt: str, common: dict[str, Any]) -> dict[str, Any]:
@@ -389,7 +400,9 @@ def _show(out: Path, records: Sequence[dict[str, Any]], settings: SampleSettings
 
 
 def _caption(record: dict[str, Any]) -> str:
-    return "" if record["score"] is None else f"{record['score']:.4g}" + (" flagged" if record["flagged"] else "")
+    if record["score"] is None:
+        return "" if record["curve"] is None else "no finite score"
+    return f"{record['score']:.4g}" + (" flagged" if record["flagged"] else "")
 
 
 def _page(records: Sequence[dict[str, Any]], small: Sequence[Image.Image], settings: SampleSettings, total: int) -> str:
@@ -405,9 +418,7 @@ def _page(records: Sequence[dict[str, Any]], small: Sequence[Image.Image], setti
         f"Policy {first['policy']}" + (", on flagged pictures only" if first["when"] == "flagged" else "")
         if first["policy"]
         else "No policy",
-        f"Flagged from a score of {first['threshold']:.4g} on ({first['threshold_origin']})"
-        if first["threshold"] is not None
-        else "No threshold: nothing is flagged",
+        _flags(records),
         *([f"The first {len(records)} of {total} pictures"] if total > len(records) else []),
         *(
             [
@@ -430,6 +441,11 @@ def _page(records: Sequence[dict[str, Any]], small: Sequence[Image.Image], setti
             notes.append("changed by the policy")
         if record["first_score_before"] is not None and record["first_score_after"] is not None:
             notes.append(f"first step {record['first_score_before']:.3g} to {record['first_score_after']:.3g}")
+        if record["policy"] and record["decision_score"] is not None:
+            notes.append(f"flagged by the unmitigated first step: {record['decision_score']:.4g}" if record["flagged"]
+                         else f"unmitigated first step {record['decision_score']:.4g}")  # fmt: skip
+        if record["undecided"]:
+            notes.append(f"flagged or not: not known: {one_line(record['undecided'], 160)}")
         if record["nsfw"]:
             notes.append("blanked by the model's safety checker")
         parts.append(
@@ -439,7 +455,7 @@ def _page(records: Sequence[dict[str, Any]], small: Sequence[Image.Image], setti
             f"{_pull(record.get('attribution'))}"
             f"{''.join(f'<small>{escaped(note)}</small>' for note in notes)}</figcaption></figure>"
         )
-    scored = first["score"] is not None
+    scored = any(record["curve"] is not None for record in records)
     heading = f"{total} pictures" + (" under the guard" if scored else "")
     said = (
         "Below each picture its score: the mean norm of what the prompt adds to the predicted noise. It compares within this model, "
@@ -454,6 +470,16 @@ def _page(records: Sequence[dict[str, Any]], small: Sequence[Image.Image], setti
         f"{''.join(f'<p>{escaped(fact)}.</p>' for fact in facts)}"
         f"<p>{said}</p>{''.join(parts)}</div></html>\n"
     )
+
+
+def _flags(records: Sequence[dict[str, Any]]) -> str:
+    """Say from which score of what pictures are flagged."""
+    compared = next((record for record in records if record["threshold"] is not None), None)
+    if compared is None:
+        why = next((record["undecided"] for record in records if record["undecided"]), None)
+        return "No threshold: nothing is flagged" if why is None else f"Flagged or not: not known: {why}"
+    of = "an unmitigated first step" if compared["policy"] else "a score"
+    return f"Flagged from {of} of {compared['threshold']:.4g} on ({compared['threshold_origin']})"
 
 
 def _pull(found: dict[str, Any] | None) -> str:

@@ -20,6 +20,8 @@ from ambient_sd.guard.anisotropy import anisotropy, screen
 from ambient_sd.guard.calibration import FILE_NAME, FILE_NAMES, Calibration
 
 ORDINARY = [f"a cat {i}" for i in range(6)]
+# Prompts by which the tiny network's guidance is longest: what it would have memorized.
+PULLING = ["w w w w w w", "xxxxxxxxxxxxxxxxxxxx", "0123456789", "Z Z Z Z", "a square of light"]
 
 
 @pytest.fixture
@@ -71,7 +73,7 @@ def test_memorized_prompts_do_not_move_the_threshold() -> None:
 
 def test_command_writes_a_file_that_says_what_it_was_measured_on(base: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "ordinary.txt").write_text("\n".join(ORDINARY))
-    (tmp_path / "memorized.jsonl").write_text('{"prompt": "the red dog"}\n{"prompt": "a square"}\n')
+    (tmp_path / "memorized.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PULLING))
     main(["calibrate", str(base), "--ordinary", str(tmp_path / "ordinary.txt"), "--memorized", str(tmp_path / "memorized.jsonl"),
           "--num_inference_steps", "7", "--generations", "2", "--fpr", "0.2", "--scheduler", "dpm++", "--seed", "3",
           "--device", "cpu"])  # fmt: skip
@@ -79,7 +81,8 @@ def test_command_writes_a_file_that_says_what_it_was_measured_on(base: Path, tmp
     assert "calibrated: FPR 20 % on 6 ordinary prompts" in said and "all 7" in said and "[" in said
     found = Calibration.load(base)
     assert found.sampling.sampler == "DPMSolverMultistepScheduler" and found.sampling.num_inference_steps == 7
-    assert (found.ordinary, found.memorized, found.seed, found.rate_asked) == (6, 2, 3, 0.2)
+    assert (found.ordinary, found.memorized, found.seed, found.rate_asked) == (6, 5, 3, 0.2)
+    assert "AUC 1.00 [0.57, 1.00] on 5 memorized ones" in said and all(e.tells for e in found.entries)
     assert found.versions["torch"] == torch.__version__ and found.sampling.prediction_type == "v_prediction"
     assert len(found.entries) == 6 and all(e.auc is not None for e in found.entries)
     for path in (base / FILE_NAME, base / SCORES_NAME):
@@ -153,6 +156,106 @@ def test_too_few_prompts_for_the_rate_are_said(base: Path) -> None:
     assert found.entries[0].rate_high > 0.5  # two prompts say next to nothing
 
 
+def command(base: Path, tmp_path: Path, memorized: list[str], *words: str) -> None:
+    (tmp_path / "o.txt").write_text("\n".join(ORDINARY))
+    given = []
+    if memorized:
+        (tmp_path / "m.txt").write_text("\n".join(memorized))
+        given = ["--memorized", str(tmp_path / "m.txt")]
+    main(["calibrate", str(base), "--ordinary", str(tmp_path / "o.txt"), *given, "--num_inference_steps", "2", "--generations", "1",
+          "--fpr", "0.2", "--device", "cpu", *words])  # fmt: skip
+
+
+@pytest.mark.parametrize("detector", ["norm", "anisotropy"])
+def test_a_detector_that_cannot_tell_is_useless_and_leaves_no_threshold(
+    base: Path, tmp_path: Path, capsys: Any, detector: Any
+) -> None:
+    """Prompts like the ordinary ones, and prompts that score lower: neither shows that memorized ones score higher."""
+    path = base / FILE_NAMES[detector]
+    for number, memorized in enumerate(([f"a cat {i}" for i in "678943210abc"][:5], ["a", "b", "c", "d", "e"])):
+        memorized = [text for text in memorized if text not in ORDINARY]
+        memorized += [f"a dog {i}" for i in range(5 - len(memorized))]
+        path.write_text("thresholds of an earlier run")
+        with pytest.raises(SystemExit) as stopped:
+            command(base, tmp_path, memorized, "--detector", detector, "--seed", str(number))
+        said = capsys.readouterr()
+        assert stopped.value.code == 1 and said.err.splitlines()[-1].startswith(
+            "ambient-sd: useless: the detector does not tell"
+        )
+        assert "reaches 0.5" in said.err and "no threshold is written" in said.err and not path.exists()
+        (base / calibrate.SCORES_NAMES[detector]).unlink()
+    # Control: prompts that pull.
+    command(base, tmp_path, PULLING, "--detector", detector)
+    assert path.exists() and "useless" not in capsys.readouterr().out
+
+
+def test_too_few_memorized_prompts_to_tell_are_said(base: Path, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command(base, tmp_path, PULLING[:3])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and "3 memorized prompts cannot show" in said and not (base / FILE_NAME).exists()
+
+
+def test_without_memorized_prompts_nothing_shows_that_it_works(base: Path, tmp_path: Path, capsys: Any) -> None:
+    command(base, tmp_path, [])
+    said = capsys.readouterr().out
+    assert (
+        "AUC unknown: without memorized prompts nothing shows" in said
+        and "AUC unknown: nothing shows that it works" in said
+    )
+    assert all(entry["auc"] is None for entry in json.loads((base / FILE_NAME).read_text())["entries"])
+    drawing = settings(base, num_inference_steps=2).drawing
+    sample.sample(sample.SampleSettings(drawing, tmp_path / "out", ["a cat"]))
+    assert "AUC unknown: nothing shows that it works" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_a_threshold_of_zero_or_of_no_number_is_never_written(base: Path, monkeypatch: Any) -> None:
+    with pytest.raises(UserError, match="every ordinary score is 0"):
+        calibrate.calibrate(settings(base, ["", " "], num_inference_steps=2))
+    (base / SCORES_NAME).unlink()
+    pipe = load(settings(base).drawing)
+    torch.nn.init.constant_(pipe.unet.conv_out.bias, float("inf"))
+    monkeypatch.setattr(calibrate, "load", lambda _: pipe)
+    with pytest.raises(UserError, match="score of ordinary prompt 1 is no finite number"):
+        calibrate.calibrate(settings(base, num_inference_steps=2))
+    assert not (base / FILE_NAME).exists() and len((base / SCORES_NAME).read_text().splitlines()) == 1
+
+
+def test_zero_terminal_snr_is_calibrated_on_the_steps_with_a_signal(base: Path, tmp_path: Path) -> None:
+    pipe = load(settings(base).drawing)
+    pipe.scheduler = type(pipe.scheduler).from_config(
+        pipe.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    pipe.save_pretrained(base)
+    made = calibrate.CalibrateSettings(settings(base).drawing, ORDINARY, PULLING, 0.2, 1)
+    found, path = calibrate.calibrate(made)
+    assert path is not None and found.evaluations == 6 and found.entries[0].steps == 1
+    assert all(entry.value > 0.01 and entry.rate <= 0.2 for entry in found.entries)
+    pipe = AmbientSDPipeline.from_pretrained(base)
+    pipe.set_progress_bar_config(disable=True)
+    flags = [pipe(text, num_inference_steps=7, output_type="latent", generator=torch.Generator().manual_seed(0)).memorization[0]
+             for text in ("w w w w w w", "a")]  # fmt: skip
+    assert [image.flagged for image in flags] == [True, False] and flags[0].threshold == found.threshold(7, 1)
+    with MemorizationGuard(pipe, threshold=found, stop_after=1) as guard:
+        early = [guard.decide(text, num_inference_steps=7)[0] for text in ("w w w w w w", "a")]
+    assert [image.flagged for image in early] == [True, False] and early[0].threshold == found.threshold(1, 1)
+
+
+def test_ordinary_prompts_are_not_flagged_because_of_a_policy(base: Path, tmp_path: Path) -> None:
+    drawing = settings(base, num_inference_steps=7).drawing
+    calibrate.calibrate(calibrate.CalibrateSettings(drawing, ORDINARY, [], 0.01, 1))
+    for policy in ("static_transition", "opposite_guidance", "gaussian_embedding_noise:std=5"):
+        rows = sample.sample(sample.SampleSettings(drawing, tmp_path / policy[:6], ORDINARY, policy=policy))
+        assert [row["flagged"] for row in rows] == [False] * 6 and {row["decision_steps"] for row in rows} == {1}
+        assert all(row["decision_score"] != pytest.approx(row["score"]) for row in rows)
+    assert "unmitigated first step" in (tmp_path / policy[:6] / "index.html").read_text()
+    # A number is one of a whole run, which there is not.
+    (row,) = sample.sample(
+        sample.SampleSettings(drawing, tmp_path / "n", ["a cat"], policy="static_transition", threshold=1e-9)
+    )
+    assert row["flagged"] is None and "not known" in (tmp_path / "n" / "index.html").read_text()
+
+
 def call(pipe: Any, **changes: Any) -> Any:
     options = {"num_inference_steps": 7, "generator": torch.Generator().manual_seed(0), "output_type": "pt"} | changes
     return pipe("a cat", **options).memorization
@@ -205,7 +308,7 @@ def test_anisotropy_is_calibrated_from_the_same_noise_without_sampling_and_asked
     base: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     (tmp_path / "o.txt").write_text("\n".join(ORDINARY))
-    (tmp_path / "m.txt").write_text("the red dog\na square\n")
+    (tmp_path / "m.txt").write_text("\n".join(PULLING))
     monkeypatch.setattr(calibrate, "draw", None)  # nothing is sampled
     main(["calibrate", str(base), "--detector", "anisotropy", "--ordinary", str(tmp_path / "o.txt"), "--memorized", str(tmp_path / "m.txt"),
           "--num_inference_steps", "7", "--generations", "2", "--fpr", "0.2", "--device", "cpu"])  # fmt: skip
@@ -217,7 +320,7 @@ def test_anisotropy_is_calibrated_from_the_same_noise_without_sampling_and_asked
     found = Calibration.load(base, pipe, detector="anisotropy")
     terms = found.anisotropy
     assert terms is not None and [(e.steps, e.images_per_prompt) for e in found.entries] == [(0, 1), (0, 2)]
-    assert found.entries[0].auc is not None and (found.ordinary, found.memorized) == (6, 2)
+    assert found.entries[0].auc is not None and (found.ordinary, found.memorized) == (6, 5)
     # The terms again, from the noise of the same addresses, and the weights: each term over its spread.
     places: list[tuple[object, ...]] = [("ordinary", i, k) for i in range(6) for k in range(2)]
     texts = [ORDINARY[i] for i in range(6) for _ in range(2)]
@@ -273,3 +376,17 @@ def test_scores_lie_beside_an_adapter_where_one_is_calibrated(base: Path, tmp_pa
     with pytest.raises(UserError, match="cannot be loaded"):
         calibrate.calibrate(settings(base, adapter=str(lora)))
     assert json.dumps([p.name for p in lora.iterdir()]) == '["pytorch_lora_weights.safetensors"]'
+
+
+def test_scores_of_raw_outputs_are_calibrated_apart_and_do_not_mix(base: Path) -> None:
+    raw, path = calibrate.calibrate(settings(base, score_space="output"))
+    assert raw.score_space == "output" and json.loads(path.read_text())["score_space"] == "output"
+    with pytest.raises(UserError, match="scores of other settings \\(score_space"):
+        calibrate.calibrate(settings(base))
+    (base / SCORES_NAME).unlink()
+    noise, _ = calibrate.calibrate(settings(base))
+    assert noise.score_space == "noise"
+    first = [next(e.value for e in found.entries if e.steps == 1) for found in (raw, noise)]
+    assert first[0] > 2 * first[1]  # a v-prediction model: alpha_t is far below 1 at the first step
+    with pytest.raises(UserError, match="score_space is 'output' with the detector anisotropy"):
+        calibrate.calibrate(settings(base, score_space="output", detector="anisotropy"))

@@ -245,7 +245,7 @@ def test_other_settings_in_the_same_folder_are_one_line(tiny_base: Path, tmp_pat
 @pytest.mark.parametrize(
     ("words", "named"),
     [(["--prompt", "a", "--prompts", "b"], "twice"), ([], "nowhere"), (["--prompt", "a", "--threshold", "high"], "threshold is 'high'"),
-     (["--prompt", "a", "--threshold", "-1"], "threshold is -1"), (["--prompt", "a", "--guidance_scale", "-1"], "guidance_scale is -1"),
+     (["--prompt", "a", "--threshold", "-1"], "threshold is -1"), (["--prompt", "a", "--threshold", "0"], "threshold is 0"), (["--prompt", "a", "--guidance_scale", "-1"], "guidance_scale is -1"),
      (["--prompt", "a", "--guidance_scale", "1", "--threshold", "3"], "guard measures guidance"),
      (["--prompt", "a", "--guidance_scale", "0", "--attribution", "all"], "attribution is 'all'"),
      (["--prompt", "a", "--guidance_scale", "inf"], "must be a finite number"),
@@ -394,8 +394,8 @@ def test_the_pages_commands_and_code_run_as_written(
     page = (Path(__file__).parents[1] / "docs" / "sampling.md").read_text()
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_base, "my-model")
-    Path("ordinary.txt").write_text("a cat\nthe red dog\n")
-    Path("memorized.txt").write_text("a square\n")
+    Path("ordinary.txt").write_text("a cat\na dog\na bird\na fish\n")
+    Path("memorized.txt").write_text("w w w w w w\nxxxxxxxxxxxxxxxxxxxx\n0123456789\nZ Z Z Z\n")
     Path("prompts.jsonl").write_text('{"prompt": "a cat"}\n')
     (commands,) = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
     lines = commands.splitlines()

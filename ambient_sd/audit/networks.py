@@ -1,11 +1,12 @@
 """Features of networks whose weights the user brings: DINOv2, Inception.
 
-    Dinov2      the pooled class token of DINOv2 (Oquab et al. 2023, arXiv 2304.07193), cosine: a copy at S > 0.9, the published
-                threshold of the paper's small-data tables with ViT-g/14 and the largest similarity over the training set; 0.875 beside it
+    Dinov2      the pooled class token of DINOv2 (Oquab et al. 2023, arXiv 2304.07193), cosine. The paper's small-data tables call
+                S > 0.9 a copy, and give 0.875 beside it, with ViT-g/14 and the largest similarity over the training set. Those thresholds
+                belong to its preprocessing (`preprocessing="paper"`); with ours they are carried over, not calibrated
     Inception   the pooled features of a TorchScript Inception-v3, Euclidean: Frechet distances on them
 
 Weights are folders or hub ids of transformers, in safetensors, or one TorchScript file; nothing is downloaded that was not named. A
-network with weights that the file lacks is refused: transformers would fill them at random. The whole picture is used, squeezed.
+network with weights that the file lacks is refused: transformers would fill them at random. The whole picture is used.
 
 A Frechet distance carries the name of its network. It is FID only where the network is the one that FID is defined with, which
 nothing here can tell of a file: figures on `Inception` are called FD-Inception, and say which file by its digest.
@@ -16,13 +17,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
-from ambient_sd.audit.features import Batched, Distance, imagenet
+from ambient_sd.audit.features import Batched, Distance, as_rgb, imagenet
 from ambient_sd.errors import UserError, one_line
 
 
@@ -55,24 +58,70 @@ def pretrained(kind: str, name: str, wanted: Sequence[str]) -> Any:
 class Dinov2(Batched):
     """Describe pictures by the pooled class token of DINOv2; cosine similarity.
 
+        imagenet   squeezed to 224 x 224, bicubic; ImageNet mean and deviation: as DINOv2 was trained
+        paper      each picture at its own size, padded by reflection to multiples of the patch size (the larger half to the right and
+                   below), in [0, 1] without normalisation: as the authors of *Does Generation Require Memorization?* (ICML 2025) do.
+                   Pictures of one size only go through the network together
+
+    The name of the feature says which: DINOv2, DINOv2-paper. The published thresholds 0.9 and 0.875 belong to "paper" and ViT-g/14. transformers
+    stretches the position embeddings to other sizes a little differently than the authors' torch.hub model.
+
     Args:
         model: folder or hub id of a transformers `Dinov2Model`.
-        size: side in pixels; brought down to a multiple of the patch size.
+        size: side in pixels; brought down to a multiple of the patch size; of "imagenet" only. None: 224.
+        preprocessing: how pictures are brought to the network.
 
     Raises:
-        UserError: it cannot be loaded whole, or is another model.
+        UserError: it cannot be loaded whole, or is another model; with "paper", a picture is too small to be padded.
     """
 
     distance: Distance = "cosine"
     thresholds: tuple[float, ...] = (0.9, 0.875)
     quality = True
 
-    def __init__(self, model: str, size: int = 224, batch_size: int = 16, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        model: str,
+        size: int | None = None,
+        batch_size: int = 16,
+        device: str | torch.device = "cpu",
+        preprocessing: Literal["imagenet", "paper"] = "imagenet",
+    ) -> None:
+        if preprocessing not in ("imagenet", "paper"):
+            raise UserError(f"Dinov2 preprocessing={preprocessing!r}", rule="there are imagenet, paper")
+        if size is not None and preprocessing == "paper":
+            raise UserError(f"Dinov2 size={size} with preprocessing paper", rule="every picture keeps its own size")
         self.network = pretrained("Dinov2Model", model, ("dinov2",)).to(device)
         self.device = torch.device(device)
         patch = self.network.config.patch_size
-        self.name, self.batch_size, self.dim = "DINOv2", batch_size, self.network.config.hidden_size
-        self.size = max(patch, size // patch * patch)
+        self.name = "DINOv2" if preprocessing == "imagenet" else "DINOv2-paper"
+        self.batch_size, self.dim, self.preprocessing = batch_size, self.network.config.hidden_size, preprocessing
+        self.size = max(patch, (224 if size is None else size) // patch * patch)
+
+    def _rows(self, pictures: Sequence[Image.Image]) -> Tensor:
+        if self.preprocessing == "imagenet":
+            return super()._rows(pictures)
+        rgb = [as_rgb(picture) for picture in pictures]
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for place, picture in enumerate(rgb):
+            by_size.setdefault(picture.size, []).append(place)
+        rows = torch.empty(len(rgb), self.dim)
+        for places in by_size.values():
+            batch = np.stack([np.asarray(rgb[place], dtype=np.uint8) for place in places])
+            rows[places] = self.network(pixel_values=self._padded(batch)).pooler_output.float().cpu()
+        return rows
+
+    def _padded(self, batch: np.ndarray) -> Tensor:
+        x = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2).to(torch.float32) / 255
+        patch = self.network.config.patch_size
+        down, right = (-x.shape[2] % patch, -x.shape[3] % patch)
+        if (down + 1) // 2 >= x.shape[2] or (right + 1) // 2 >= x.shape[3]:
+            raise UserError(
+                f"a picture of {x.shape[3]} x {x.shape[2]} pixels for {self.name}",
+                rule=f"it is padded by reflection to a multiple of {patch}, which takes more pixels than it has",
+                remedy="use dinov2, which enlarges pictures",
+            )
+        return functional.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2), mode="reflect")
 
     def _embed(self, batch: np.ndarray) -> Tensor:
         x = torch.from_numpy(imagenet(batch)).to(self.device)

@@ -5,7 +5,10 @@
     edges       contours in any colour; another side as edges32      no weights
     efflite0    EfficientNet-Lite0                                   inside two packages
     sscd        SSCD                                                 --sscd FILE, or found (`features.Sscd`)
+    sscd-wen    the same, prepared as by Wen et al. and DCR          --sscd FILE (sscd_disc_large)
+    sscd-han    the same, prepared as by Han et al.                  --sscd FILE, or found
     dinov2      DINOv2                                               --dinov2 MODEL
+    dinov2-paper  the same, prepared as by the paper's authors       --dinov2 MODEL
     inception   an Inception-v3                                      --inception FILE
 
 What figures, folders of embeddings and audit.json call a feature (`pixels64`, `pixels64-toned`, `EffLite0`, `SSCD`, ...) is a name of
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 
     from ambient_sd.audit.features import Features
 
-NAMES = ("pixels", "toned", "edges", "efflite0", "sscd", "dinov2", "inception")
+NAMES = ("pixels", "toned", "edges", "efflite0", "sscd", "sscd-wen", "sscd-han", "dinov2", "dinov2-paper", "inception")
 DEFAULT = (
     "pixels",
     "toned",
@@ -34,13 +37,19 @@ DEFAULT = (
     "efflite0",
 )  # not what happens to be installed: one command, one verdict everywhere
 WEIGHTS = {
-    "sscd": ("FILE", "SSCD as TorchScript or ONNX"),
-    "dinov2": ("MODEL", "DINOv2, folder or hub id, for example facebook/dinov2-giant"),
+    "sscd": ("FILE", "SSCD as TorchScript or ONNX, for sscd, sscd-wen and sscd-han"),
+    "dinov2": (
+        "MODEL",
+        "DINOv2, folder or hub id, for example facebook/dinov2-giant, for dinov2 and dinov2-paper (whose thresholds are the published ones)",
+    ),
     "inception": ("FILE", "Inception-v3 as TorchScript"),
 }
 MAX_PIXELS = 256
-_LABELS = {"efflite0": "EffLite0", "sscd": "SSCD", "dinov2": "DINOv2", "inception": "Inception"}
-_NEEDED = ("dinov2", "inception")
+_LABELS = {
+    "efflite0": "EffLite0", "sscd": "SSCD", "sscd-wen": "SSCD-wen", "sscd-han": "SSCD-han", "dinov2": "DINOv2",
+    "dinov2-paper": "DINOv2-paper", "inception": "Inception",
+}  # fmt: skip
+_NEEDED = ("dinov2", "dinov2-paper", "inception")
 _PIXELS = re.compile(r"pixels([1-9]\d{0,3})?(-toned)?|toned")
 _EDGES = re.compile(r"edges(4|8|16|32|64)?")
 
@@ -80,6 +89,11 @@ def labels(names: Sequence[str]) -> list[str]:
     return found
 
 
+def _weights(label: str) -> str:
+    """Return the flag of the weights that the feature called `label` takes: SSCD-wen has those of sscd."""
+    return label.lower().partition("-")[0]
+
+
 def add_features(parser: argparse.ArgumentParser, note: str = "") -> None:
     """Give a command the flag `--features` and those of weights; `chosen` reads them."""
     parser.add_argument("--features", default=None, metavar="NAME,...",
@@ -99,8 +113,8 @@ def chosen(args: argparse.Namespace) -> tuple[list[str], dict[str, str | None]]:
     if args.features is None:
         return [*DEFAULT, *given], files
     names = [name.strip() for name in args.features.split(",") if name.strip()]
-    known = labels(names)
-    if unused := [name for name in given if _LABELS[name] not in known]:
+    weighed = {_weights(name) for name in labels(names)}
+    if unused := [name for name in given if name not in weighed]:
         raise UserError(f"--{unused[0]} without {unused[0]} among the features",
                         remedy=f"add it: --features {args.features},{unused[0]}")  # fmt: skip
     return names, files
@@ -125,12 +139,15 @@ def choose(
     files = files or {}
     known = labels(names)
     for name in _NEEDED:
-        if _LABELS[name] in known and not files.get(name):
-            raise UserError(f"feature {name} without weights", remedy=f"give --{name}")
+        if _LABELS[name] in known and not files.get(_weights(name)):
+            raise UserError(f"feature {name} without weights", remedy=f"give --{_weights(name)}")
     makers: dict[str, Any] = {
         "EffLite0": lambda: EffLite0(device=device),
         "SSCD": lambda: Sscd(files.get("sscd")),
+        "SSCD-wen": lambda: Sscd(files.get("sscd"), preprocessing="wen"),
+        "SSCD-han": lambda: Sscd(files.get("sscd"), preprocessing="han"),
         "DINOv2": lambda: Dinov2(str(files["dinov2"]), device=device),
+        "DINOv2-paper": lambda: Dinov2(str(files["dinov2"]), device=device, preprocessing="paper"),
         "Inception": lambda: Inception(str(files["inception"]), device=device),
     }
 

@@ -14,12 +14,14 @@ taken over channels at each latent pixel and then averaged, t0 is the third last
 on Stable Diffusion 1.4 and (1, 0.1) on 2.0 (weights are fitted per model). Ours differs where it says so: noise and score
 differ by a negative factor, which neither norm (up to 1 / sigma_T, nearly 1) nor cosine needs; for v-prediction the score is
 computed from v, while the authors' code takes the cosine of v itself, the same up to sigma_t0 (0.2); norms are per picture, and the
-mean over pictures of a prompt is the caller's.
+mean over pictures of a prompt is the caller's. Where the sampler's first timestep carries no signal (zero terminal SNR: the norm is 0
+there), the norm is taken at the first one that does, of the same pure noise.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,13 +64,18 @@ def fitted(terms: torch.Tensor, low_timestep: int = LOW_TIMESTEP) -> AnisotropyT
         low_timestep: at which the alignment was taken.
 
     Raises:
-        UserError: there are fewer than two pictures.
+        UserError: there are fewer than two pictures, or a term is the same for all of them.
     """
     flat = terms.double().reshape(-1, 2)
     if len(flat) < 2:
         raise UserError("one ordinary picture has no spread", rule="anisotropy weighs its terms by it",
                         remedy="give more ordinary prompts, or more --generations")  # fmt: skip
-    norm, angle = (1 / flat.std(0).clamp_min(1e-12)).tolist()
+    spread = flat.std(0)
+    if not bool((spread > 1e-9).all()):  # NaN as well
+        name = ("norm", "alignment")[int((~(spread > 1e-9)).nonzero()[0])]
+        raise UserError(f"the {name} of the ordinary pictures has no spread", rule="anisotropy weighs its terms by it",
+                        remedy="give prompts that differ, and that are not empty")  # fmt: skip
+    norm, angle = (1 / spread).tolist()
     return AnisotropyTerms(norm, angle, low_timestep)
 
 
@@ -162,18 +169,22 @@ def anisotropy(
         One per picture, in the pipeline's order.
 
     Raises:
-        UserError: the guard cannot be used here, or there is no such timestep.
+        UserError: the guard cannot be used here, there is no such timestep, none of the sampler's carries a signal, or a term is no
+            finite number.
     """
     schedule = scores.require_supported(pipe.scheduler)
     if not 0 <= low_timestep < schedule.num_train_timesteps:
         raise UserError(
             f"low_timestep is {low_timestep}", rule=f"the schedule runs from 0 to {schedule.num_train_timesteps - 1}"
         )
-    watcher = _Watcher(schedule, low_timestep)
+    watcher = _Watcher(pipe.scheduler, low_timestep)
     with MemorizationGuard(pipe, watcher), contextlib.suppress(_Seen):
         pipe(prompt if isinstance(prompt, str) else list(prompt), **options)
     per_prompt = int(options.get("num_images_per_prompt") or 1)
-    rows = zip(watcher.norms.tolist(), watcher.alignments.tolist(), strict=True)
+    rows = list(zip(watcher.norms.tolist(), watcher.alignments.tolist(), strict=True))
+    if not all(math.isfinite(value) for row in rows for value in row):
+        raise UserError("anisotropy is no finite number", rule="the network overflows in this precision",
+                        remedy="load the pipeline in float32 or bfloat16")  # fmt: skip
     return [Anisotropy(norm, angle, i // per_prompt) for i, (norm, angle) in enumerate(rows)]
 
 
@@ -182,20 +193,30 @@ class _Seen(Exception):
 
 
 class _Watcher(Policy):
-    def __init__(self, schedule: NoiseSchedule, low_timestep: int) -> None:
-        self.schedule, self.low_timestep = schedule, low_timestep
+    mitigates = False
+
+    def __init__(self, scheduler: Any, low_timestep: int) -> None:
+        self.scheduler, self.low_timestep = scheduler, low_timestep
+        self.schedule, self.factor = NoiseSchedule.from_scheduler(scheduler), scores.StepFactor(scheduler)
         self.norms, self.alignments = torch.empty(0), torch.empty(0)
 
     def begin(self, start: SamplingStart) -> Change | None:
         halves = start.halves
-        first = [halves.predict(half) for half in ("cond", "uncond")]
         low = torch.as_tensor(self.low_timestep, device=halves.timestep.device, dtype=halves.timestep.dtype)
+        high, factor = None, halves.noise_factor
+        if self.factor.may_be_silent:
+            telling = [
+                t for t in self.scheduler.timesteps.tolist() if not self.factor.silent(t)
+            ]  # the guard has seen that there are some
+            high = torch.as_tensor(telling[0], device=low.device, dtype=low.dtype)
+            factor = self.factor(high.reshape(1))[0]
+        first = [halves.predict(half, timestep=high) for half in ("cond", "uncond")]
         noises = [
             self.schedule.predicted_noise(
                 halves.predict(half, timestep=low), sample=halves.sample, timestep=self.low_timestep
             )
             for half in ("cond", "uncond")
         ]  # fmt: skip
-        self.norms = scores.guidance_norm(cond=first[0], uncond=first[1]) * halves.noise_factor
+        self.norms = scores.guidance_norm(cond=first[0], uncond=first[1]) * factor
         self.alignments = alignment(cond=noises[0], uncond=noises[1])
         raise _Seen

@@ -8,7 +8,8 @@ A memorized prompt has a few tokens far above the others; changing those gives t
 
 The gradient is taken by a policy that only watches: the pictures are the stock pipeline's, bit for bit. Later tokens know
 the earlier ones (the text encoder is causal), so that the end of text and the padding, which summarise the prompt, can have
-the largest pull; the mean over the padding is kept apart. A gradient is a first-order statement, no proof that a word alone
+the largest pull; the mean over the padding is kept apart. The published code takes the gradient of one norm over the batch and divides
+by the rows of both halves, 2n: with one picture half of ours (`norm="batch"`). A gradient is a first-order statement, no proof that a word alone
 brings the picture back. Not here: SDXL's pooled embedding, which has no tokens.
 
 A word of several tokens has the length of its tokens' scores taken together, `sqrt(sum of squares)`.
@@ -21,7 +22,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -103,6 +104,8 @@ class TokenGradients(Policy):
 
     Args:
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+        norm: of each "image", or as the published code has it of the "batch": for the n pictures of one prompt together,
+            `|| d (sum_k d_k^2)^(1/2) / d e_i || / (2 n)` with d_k the norm of picture k. With one picture that is half of ours.
 
     Attributes:
         total: `(n, L)` float32 or wider, on the device: the sum over the evaluations so far.
@@ -114,8 +117,12 @@ class TokenGradients(Policy):
         UserError: when sampling, it is unknown which token each embedding belongs to.
     """
 
-    def __init__(self, gradient_checkpointing: bool = False) -> None:
-        self.gradient_checkpointing = gradient_checkpointing
+    mitigates = False
+
+    def __init__(self, gradient_checkpointing: bool = False, norm: Literal["image", "batch"] = "image") -> None:
+        if norm not in ("image", "batch"):
+            raise UserError(f"norm {norm!r}", rule='it must be "image" or "batch"')
+        self.gradient_checkpointing, self.norm = gradient_checkpointing, norm
         self.total: torch.Tensor | None = None
         self.steps = 0
         self.token_ids: torch.Tensor | None = None
@@ -132,8 +139,10 @@ class TokenGradients(Policy):
         self.token_ids, self.token_mask = start.token_ids, start.token_mask
 
     def step(self, step: Step) -> None:
+        if step.silent:  # no score, no slope
+            return
         halves = step.halves
-        rows = []
+        rows, norms = [], []
         with halves.enable_grad():
             for i in range(len(step.cond)):  # one by one: the memory of one backward pass
                 row = torch.tensor([i], device=step.cond.device)
@@ -143,10 +152,21 @@ class TokenGradients(Policy):
                 # loop's may have been made under torch.inference_mode.
                 norm = guidance_norm(cond=cond, uncond=step.uncond[i : i + 1].clone()) * halves.noise_factor
                 (gradient,) = torch.autograd.grad(norm.sum(), [embeds])
-                rows.append(gradient.to(norm.dtype).norm(dim=-1))
-            scores = torch.cat(rows)
+                rows.append(gradient.to(norm.dtype) if self.norm == "batch" else gradient.to(norm.dtype).norm(dim=-1))
+                norms.append(norm.detach())
+            scores = self._of_batches(torch.cat(rows), torch.cat(norms)) if self.norm == "batch" else torch.cat(rows)
             self.total = scores if self.total is None else self.total + scores
         self.steps += 1
+
+    def _of_batches(self, gradients: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+        """Return the published score from `d d_k / d e`, `(n, L, D)`, and d_k, `(n,)`: pictures of one prompt share it, `(n, L)`."""
+        assert self.token_ids is not None
+        _, prompt = torch.unique(self.token_ids, dim=0, return_inverse=True)
+        same = (prompt[:, None] == prompt[None]).to(norms)
+        # d (sum_k d_k^2)^(1/2) = sum_k d_k d(d_k) / (sum_k d_k^2)^(1/2); without any norm there is no gradient either.
+        whole = (same @ norms.square()).sqrt().clamp_min(torch.finfo(norms.dtype).tiny)
+        weighed = torch.einsum("ij,j,jld->ild", same, norms, gradients) / whole.view(-1, 1, 1)
+        return weighed.norm(dim=-1) / (2 * same.sum(1, keepdim=True))
 
     def result(self, prompt: str, tokenizer: Any, pictures: Sequence[int] | None = None) -> TokenAttribution:
         """Return the mean over the pictures of one prompt of the last run.
@@ -208,6 +228,7 @@ def attribute(
     seed: int = 0,
     stop_after: int | None = None,
     gradient_checkpointing: bool = False,
+    norm: Literal["image", "batch"] = "image",
     **call: Any,
 ) -> TokenAttribution:
     """Sample a prompt and return the pull of each of its tokens on `|| eps_c - eps_u ||`.
@@ -218,8 +239,9 @@ def attribute(
         num_inference_steps: of the sampler, >= 1.
         num_images: over how many pictures the mean is taken, >= 1.
         seed: of the pictures' noise, drawn on the CPU.
-        stop_after: look at the first so many evaluations of the network only, and leave the pictures unfinished; None: all.
+        stop_after: look at the first so many evaluations of the network that carry a signal only, and leave the pictures unfinished; None: all.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+        norm: "image", or "batch" as in the published code (`TokenGradients`): half as large for one picture.
         call: further arguments of the pipeline (`guidance_scale`, `negative_prompt`, `height`, `generator`, ...).
 
     Raises:
@@ -233,7 +255,7 @@ def attribute(
     for name, value in counts.items():
         if value is not None and (int(value) != value or value < 1):
             raise UserError(f"{name} {value}", rule="it must be a whole number, at least 1")
-    watch = TokenGradients(gradient_checkpointing)
+    watch = TokenGradients(gradient_checkpointing, norm)
     given = {"generator": torch.Generator().manual_seed(seed), "output_type": "latent"} | call
     with MemorizationGuard(pipe, watch, stop_after=stop_after):
         pipe(prompt, num_inference_steps=num_inference_steps, num_images_per_prompt=num_images, **given)

@@ -7,7 +7,11 @@ each number of evaluations seen (an early decision after 1 or 5, or all of them)
 
 Weights are compared by their SHA-256 where they were loaded in the same precision. In another precision no hash can agree:
 then one weight out of each of up to 128 tensors must, within the rounding of the coarser one. That finds another model and an
-ordinary fine-tune, not a change of less than half a percent in all of them.
+ordinary fine-tune, not a change of less than half a percent in all of them. Such a model is the same, and its threshold is refused
+all the same: half-precision outputs round the difference of two nearly equal predictions, and move single scores by up to 9 %.
+
+A threshold tells only what its figures show. Where memorized prompts were given and the AUC's 95 % interval reaches 0.5, the entry is
+useless and refused; where none were, `auc` is null and `origin` says that nothing shows that the detector works.
 
 Two detectors have a file of their own each: the guard's norm, and anisotropy, which is asked before sampling
 (`anisotropy.screen`) and cannot flag while sampling.
@@ -32,7 +36,8 @@ import torch
 
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.files import write_whole
-from ambient_sd.guard.scores import require_supported
+from ambient_sd.guard.base_above import acting_base
+from ambient_sd.guard.scores import SPACES, Space, require_supported
 from ambient_sd.json_schema import load_json
 
 Detector = Literal["norm", "anisotropy"]
@@ -51,7 +56,7 @@ class Entry:
     """Hold one threshold and how well it was seen to do. Intervals are 95 %.
 
     Attributes:
-        steps: evaluations of the network whose norms are averaged, the first ones; "all": the whole run; 0: no step is
+        steps: evaluations of the network whose norms are averaged, the first ones that carry a signal (`scores`); "all": the whole run; 0: no step is
             taken (anisotropy).
         images_per_prompt: pictures of one prompt whose scores are averaged before they are compared.
         value: a score of at least this is flagged.
@@ -72,6 +77,11 @@ class Entry:
     tpr: float | None = None
     tpr_low: float | None = None
     tpr_high: float | None = None
+
+    @property
+    def tells(self) -> bool | None:
+        """Say whether memorized prompts score higher: the AUC's interval lies above 0.5. None: nobody tried."""
+        return None if self.auc is None else self.auc_low is not None and self.auc_low > 0.5
 
 
 @dataclass(frozen=True)
@@ -112,8 +122,15 @@ class ModelPrint:
         config = {k: v for k, v in dict(getattr(unet, "config", {})).items() if not k.startswith("_")}
         # LoRA keeps its strength outside the weights.
         scales = {n: dict(m.scaling) for n, m in unet.named_modules() if isinstance(getattr(m, "scaling", None), dict)}
+        # So it does whether one acts at all.
+        off = {
+            n: [bool(m.disable_adapters), list(m.active_adapters)]
+            for n, m in unet.named_modules()
+            if n in scales and (m.disable_adapters or set(m.active_adapters) != set(m.scaling))
+        }
         shapes = [[name, list(tensor.shape)] for name, tensor in named]
-        structure = hashlib.sha256(_canonical([config, shapes, scales]).encode()).hexdigest()
+        facts = [config, shapes, scales, *([off] if off else [])]
+        structure = hashlib.sha256(_canonical(facts).encode()).hexdigest()
         dtype = str(named[0][1].dtype).removeprefix("torch.") if named else "float32"
         if any(tensor.is_meta for _, tensor in named):
             return cls(structure, None, dtype, [])
@@ -209,13 +226,14 @@ class Calibration:
         entries: the thresholds.
         model: which U-Net.
         sampling: how it was sampled.
-        evaluations: of the network in a whole run, where "all" stops.
+        evaluations: of the network in a whole run that carry a signal, where "all" stops.
         rate_asked: the false-positive rate that was asked for.
         ordinary, memorized: number of prompts of each kind.
         prompts: SHA-256 of the ordinary and of the memorized prompts; None where there were none.
         seed: of the start noise and of the intervals.
         versions: of the libraries.
         anisotropy: how its terms add up; None: the thresholds are of the norm.
+        score_space: what the norm is of: "noise", or the network's "output" as it is (`scores`). The two do not mix.
     """
 
     entries: list[Entry]
@@ -229,6 +247,7 @@ class Calibration:
     seed: int
     versions: dict[str, str]
     anisotropy: AnisotropyTerms | None = None
+    score_space: Space = "noise"
 
     @property
     def detector(self) -> Detector:
@@ -238,22 +257,36 @@ class Calibration:
     @property
     def origin(self) -> str:
         """Say in a few words where the thresholds come from."""
-        return f"calibrated: FPR {self.rate_asked * 100:g} % on {self.ordinary} ordinary prompts"
+        said = f"calibrated: FPR {self.rate_asked * 100:g} % on {self.ordinary} ordinary prompts"
+        known = [entry for entry in self.entries if entry.auc is not None]
+        if not known:
+            return f"{said}; AUC unknown: nothing shows that it works on this model"
+        last = next((e for e in reversed(known) if e.images_per_prompt == 1), known[-1])
+        return (
+            f"{said}, AUC {last.auc:.2f} [{last.auc_low:.2f}, {last.auc_high:.2f}] on {self.memorized} memorized ones"
+        )
 
-    def entry(self, steps: int, images_per_prompt: int) -> Entry:
+    def entry(self, steps: int, images_per_prompt: int, *, stopped: bool = False) -> Entry:
         """Return the entry for the mean over `steps` evaluations and `images_per_prompt` pictures.
 
         Args:
-            steps: evaluations seen, from the first on; those of a whole run, or its number of steps, mean all.
+            steps: evaluations seen, from the first that carries a signal on; those of a whole run, or its number of steps, mean all.
             images_per_prompt: pictures whose scores were averaged.
+            stopped: the run ended early: its number of steps is then no whole run where a sampler evaluates twice a step.
 
         Raises:
-            UserError: that was not calibrated; the message says what was.
+            UserError: that was not calibrated (the message says what was), or does not tell memorized prompts from ordinary ones.
         """
-        whole = steps in (self.evaluations, self.sampling.num_inference_steps)
+        whole = steps == self.evaluations or (not stopped and steps == self.sampling.num_inference_steps)
         for wanted in (_ALL, steps) if whole else (steps,):
             for entry in self.entries:
                 if entry.steps == wanted and entry.images_per_prompt == images_per_prompt:
+                    if entry.tells is False:
+                        raise UserError(
+                            f"the threshold for {steps} steps is useless: AUC {entry.auc:.3f}, 95 % interval from {entry.auc_low:.3f}",
+                            rule="an interval that reaches 0.5 does not show that memorized prompts score higher",
+                            remedy=_REMEDY,
+                        )
                     return entry
         steps_known = ", ".join(
             dict.fromkeys(str(self.evaluations if e.steps == _ALL else e.steps) for e in self.entries)
@@ -265,9 +298,9 @@ class Calibration:
             remedy=_REMEDY,
         )
 
-    def threshold(self, steps: int, images_per_prompt: int) -> float:
+    def threshold(self, steps: int, images_per_prompt: int, *, stopped: bool = False) -> float:
         """Return the score from which a picture or prompt is flagged (see `entry`)."""
-        return self.entry(steps, images_per_prompt).value
+        return self.entry(steps, images_per_prompt, stopped=stopped).value
 
     def misfit(self, pipe: Any, sampling: Sampling | None = None, *, whole: bool = True) -> str | None:
         """Say why the thresholds do not hold for a pipeline, or return None if they do.
@@ -279,9 +312,14 @@ class Calibration:
         """
         if getattr(pipe, "unet", None) is None:
             return f"{type(pipe).__name__} has no U-Net, and thresholds are kept for U-Nets"
-        model = self.model.differs(ModelPrint.of(pipe.unet, whole=whole))
+        now = ModelPrint.of(pipe.unet, whole=whole)
+        model = self.model.differs(now)
         if model is not None:
             return f"another U-Net was calibrated: {model}"
+        if now.dtype != self.model.dtype:
+            return f"it was calibrated in {self.model.dtype}, not {now.dtype}, whose rounding moves scores"
+        if acting_base(getattr(pipe.unet, "_orig_mod", pipe.unet)) is not None:
+            return "it was calibrated without base_above"
         return None if sampling is None else self.sampling.differs(sampling)
 
     def check(self, pipe: Any, sampling: Sampling | None = None) -> None:
@@ -350,8 +388,10 @@ class Calibration:
                 raise ValueError("an entry without a rate")
             if not _whole(entry.images_per_prompt) or not all(_finite(v) for v in figures if v is not None):
                 raise ValueError("an entry holds no finite numbers")
-            if not _finite(entry.value) or (entry.value < 0 and found.anisotropy is None):
+            if not _finite(entry.value) or (entry.value <= 0 and found.anisotropy is None):
                 raise ValueError(f"threshold {entry.value}")
+        if found.score_space not in SPACES:
+            raise ValueError("score_space")
         if found.anisotropy is not None and not all(map(_finite, dataclasses.astuple(found.anisotropy))):
             raise ValueError("anisotropy")
         numbers = (found.ordinary, found.evaluations, found.sampling.num_inference_steps)

@@ -23,7 +23,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from ambient_sd.errors import UserError
-from ambient_sd.guard.calibration import FILE_NAME, Calibration, Sampling
+from ambient_sd.guard.calibration import FILE_NAME, Calibration
 from ambient_sd.guard.layouts import distilled
 from ambient_sd.guard.policies.base import Policy
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard, active_guard
@@ -91,7 +91,8 @@ class AmbientSDPipeline(StableDiffusionPipeline):
             *args: as in `StableDiffusionPipeline.__call__`.
             guard: None scores the pictures where guidance is on; True does so and raises where it is off; False leaves
                 the guard off; a policy also mitigates; a `MemorizationGuard` of this pipeline is used as it is. But for the
-                last, pictures are flagged by `calibration`, if there is one that fits this call.
+                last, pictures are flagged by `calibration`, if there is one that fits this call; where it does not a warning
+                says why, and so does each report (`undecided`).
             **kwargs: as in `StableDiffusionPipeline.__call__`.
 
         Returns:
@@ -118,15 +119,15 @@ class AmbientSDPipeline(StableDiffusionPipeline):
                 )
             return guard
         if isinstance(guard, Policy):
-            return MemorizationGuard(self, policy=guard, threshold=self._threshold(args, kwargs))
+            return self._own_guard(guard)
         if guard is True:
-            return active or MemorizationGuard(self, threshold=self._threshold(args, kwargs))
+            return active or self._own_guard()
         if guard is None:
             # The same rule as the pipeline's do_classifier_free_guidance, which is known only once sampling has begun.
             guided = self._given(args, kwargs)["guidance_scale"] > 1 and distilled(self) is None
             if active is not None or not guided:
                 return active
-            return MemorizationGuard(self, threshold=self._threshold(args, kwargs))
+            return self._own_guard()
         if guard is False:
             return None
         raise UserError(
@@ -141,23 +142,11 @@ class AmbientSDPipeline(StableDiffusionPipeline):
         given.apply_defaults()
         return given.arguments
 
-    def _threshold(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the calibrated thresholds if they hold for this call; if not, say why and return None."""
-        if self.calibration is None:
-            return None
-        given = self._given(args, kwargs)
-        if given["negative_prompt"] or given["negative_prompt_embeds"] is not None:
-            why: str | None = "it was calibrated without a negative prompt"
-        elif given["timesteps"] is not None or given["sigmas"] is not None:
-            why = "it was calibrated on the sampler's own timesteps"
-        else:
-            names = ("num_inference_steps", "guidance_scale", "height", "width")
-            sampling = Sampling.of(self, **{name: given[name] for name in names})
-            why = self.calibration.misfit(self, sampling, whole=False)
-        if why is None:
-            return self.calibration
-        logger.warning("the calibrated threshold is not used, nothing is flagged: %s", why)
-        return None
+    def _own_guard(self, policy: Policy | None = None) -> MemorizationGuard:
+        """Return a guard by the calibrated thresholds; where they do not fit a call it warns and flags nothing."""
+        guard = MemorizationGuard(self, policy, self.calibration)
+        guard._strict = False
+        return guard
 
 
 def _threshold_file(name: str, options: dict[str, Any]) -> Path | None:

@@ -10,6 +10,10 @@ bit-identical to the stock pipeline's, and nothing leaves the device before the 
 Torch's own hooks are used, not `diffusers.hooks.HookRegistry`: the registry rewrites `unet.forward`, and so does
 accelerate's CPU offload, which puts its own version back after every run and would drop ours.
 
+A picture is flagged by what the network said before anything was changed. Without a policy that is the whole run. Under one the path
+is mitigated from the first step on that it acts at, and its norms are not those that a threshold was found on (a path without
+guidance doubles them): then the first step that carries a signal decides, with the pipeline's own inputs and outputs.
+
 Not done here: pipelines with three branches (InstructPix2Pix), and thresholds (`calibration`): one is taken as given.
 """
 
@@ -17,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,9 +34,12 @@ import torch
 from ambient_sd.errors import UserError
 from ambient_sd.guard import scores
 from ambient_sd.guard.attention import require_weighable, weighed
+from ambient_sd.guard.calibration import Calibration, Sampling
 from ambient_sd.guard.halves import NetworkHalves, get, put, rows_of
 from ambient_sd.guard.layouts import SUPPORTED, layout_of, refuse_distilled
 from ambient_sd.guard.policies.base import Change, Encoded, Half, Policy, SamplingStart, Step
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -53,10 +61,11 @@ class ImageReport:
     Attributes:
         score: mean of `curve`: `|| eps_c - eps_u ||_2`, in units of the latent noise's standard deviation times
             `sqrt(C H W)`. It compares within one model, resolution and number of steps only.
-        curve: the norm at each evaluation of the network, first step first (second-order samplers evaluate twice).
+        curve: the norm at each evaluation of the network that carries a signal, first step first (second-order samplers evaluate
+            twice). At zero terminal SNR the first evaluation, where alpha_t is 0, carries none and is left out (`scores`).
         timesteps: the timestep of each entry of `curve`.
-        flagged: `score >= threshold`, or None without a threshold.
-        threshold: the threshold for as many evaluations as `curve` has, or None.
+        flagged: `decision_score >= threshold`, or None without a threshold and where `undecided` says why.
+        threshold: the threshold for `decision_steps` evaluations; None where nothing was compared.
         threshold_origin: where it comes from: "not calibrated", "given by caller", or what a calibration says.
         prompt: the prompt's text; None if the pipeline was called with embeddings.
         negative_prompt: the negative prompt's text, None if there is none. It takes the unconditional slot, so the
@@ -69,9 +78,14 @@ class ImageReport:
         first_score_before: the norm at the first step with the pipeline's own inputs, if a policy measured it.
         first_score_after: the same with the replaced inputs.
         iterations: optimizer steps that the policy took for this picture.
-        quantity: what the norm is of: "noise", or "velocity" (flow matching; it does not compare with one of noise).
+        quantity: what the norm is of: "noise", "velocity" (flow matching), or "output" (`score_space`); they do not compare.
         active: whether the policy was allowed to act on this picture: False without a policy, and with `when="flagged"`
             where the first step's norm was under its threshold.
+        decision_score: what was compared with the threshold, never mitigated: without a policy `score`; under one the norm of the first
+            step that carries a signal, with the pipeline's own inputs.
+        decision_steps: over how many evaluations it is the mean.
+        undecided: why there is a threshold and `flagged` is None all the same: the score is no finite number, the threshold does not
+            fit, or the policy leaves no unmitigated score of its kind.
     """
 
     score: float
@@ -89,8 +103,11 @@ class ImageReport:
     first_score_before: float | None = None
     first_score_after: float | None = None
     iterations: int = 0
-    quantity: Literal["noise", "velocity"] = "noise"
+    quantity: Literal["noise", "velocity", "output"] = "noise"
     active: bool = False
+    decision_score: float | None = None
+    decision_steps: int | None = None
+    undecided: str | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +135,16 @@ class _Call:
     latents: torch.Tensor | None = None  # the very tensor that the loop starts from, until the first evaluation
     guidance_scale: float = 0.0
     norms: list[torch.Tensor] = field(default_factory=list)
+    output_norms: list[torch.Tensor] = field(default_factory=list)
     timesteps: list[torch.Tensor] = field(default_factory=list)
+    threshold: float | Thresholds | None = None  # the guard's, where it fits this run
+    undecided: str | None = None  # of all pictures
+    signal: bool = False  # an evaluation that carries one has begun
+    silent: int = 0  # evaluations before it
+    begun: bool = False  # the policy was asked what to replace
+    before: torch.Tensor | None = None  # norms of the first step with a signal, by the pipeline's own inputs
+    touched: torch.Tensor | None = None  # pictures that a policy changed before the first step with a signal
+    rescaled: float | None = None  # another guidance scale than at first
     active: list[bool] | None = None  # None: only the device knows (`mask`), or will
     mask: torch.Tensor | None = None
     change: Change | None = None
@@ -141,19 +167,34 @@ class _Call:
         )
 
 
+@dataclass(frozen=True)
+class _Decision:
+    """What is compared with what; without a threshold nothing is."""
+
+    score: float = math.nan
+    threshold: float | None = None
+    steps: int = 0
+    undecided: str | None = None
+
+
 class MemorizationGuard:
     """Score every picture that a pipeline samples: `d = mean_t || eps_c - eps_u ||_2`; use as a context manager.
 
     Args:
         pipe: a diffusers pipeline with classifier-free guidance (`SUPPORTED`).
         policy: a mitigation from `ambient_sd.guard.policies`, or None to watch only.
-        threshold: score from which a picture is flagged, finite and not negative, or thresholds with a method
-            `threshold(steps, images_per_prompt)`; None flags nothing.
-        when: "always" lets the policy act on every picture; "flagged" on those only whose norm at the FIRST step reaches the
-            threshold (a number is taken as that of the first step). The other pictures stay the pipeline's own, bit by
-            bit. A policy that acts before the first step then costs one evaluation more.
-        stop_after: stop sampling after so many evaluations, >= 1. The report is complete for them; the pictures are
-            unfinished, so call the pipeline with output_type="latent", or use `decide`.
+        threshold: score from which a picture is flagged, a finite number above 0 for the mean over the run, or thresholds with a
+            method `threshold(steps, images_per_prompt)` (a `Calibration`, which is refused where it does not fit); None flags
+            nothing. Under a policy the first step decides: thresholds are asked for one evaluation, which costs a policy that
+            acts before it one evaluation more; a number flags nothing then, unless it is one of the first step.
+        when: "always" lets the policy act on every picture; "flagged" on those only whose norm at the FIRST step that carries a
+            signal reaches the threshold (a number is taken as that of the first step). The other pictures stay the pipeline's
+            own, bit by bit. A policy that acts before the first step then costs one evaluation more.
+        stop_after: stop sampling after so many evaluations that carry a signal, >= 1. The report is complete for them; the
+            pictures are unfinished, so call the pipeline with output_type="latent", or use `decide`.
+        score_space: "noise" scores by `|| eps_c - eps_u ||`; "output" by the norm of the outputs as they are, as published, which
+            on v-prediction models (SD2) is another number, and what published targets for them are of. Scores, thresholds and
+            the targets of policies are all in it. None: that of calibrated thresholds, else "noise".
 
     Raises:
         UserError: the pipeline, its scheduler or an argument cannot be used.
@@ -169,6 +210,7 @@ class MemorizationGuard:
         *,
         when: Literal["always", "flagged"] = "always",
         stop_after: int | None = None,
+        score_space: scores.Space | None = None,
     ) -> None:
         self._layout = layout_of(pipe)
         if policy is not None and not isinstance(policy, Policy):
@@ -178,8 +220,8 @@ class MemorizationGuard:
                 remedy="for example policies.PromptOptimization(target=3.0)",
             )
         if isinstance(threshold, (int, float)):
-            if not (math.isfinite(threshold) and threshold >= 0):
-                raise UserError(f"threshold {threshold}", rule="it must be a finite number, at least 0")
+            if not (math.isfinite(threshold) and threshold > 0):
+                raise UserError(f"threshold {threshold}", rule="it must be a finite number above 0")
             threshold = float(threshold)
         elif threshold is not None and not isinstance(threshold, Thresholds):
             raise UserError(
@@ -203,7 +245,23 @@ class MemorizationGuard:
             raise UserError(f"stop_after {stop_after!r}", rule="it must be a whole number, at least 1")
         if stop_after is not None and not isinstance(getattr(type(pipe), "interrupt", None), property):
             raise UserError(f"{type(pipe).__name__} cannot be interrupted", remedy="leave stop_after out")
-        scores.StepFactor(pipe.scheduler)
+        known: scores.Space = getattr(threshold, "score_space", "noise")
+        self.score_space: scores.Space = known if score_space is None else score_space
+        if self.score_space not in scores.SPACES:
+            raise UserError(f"score_space {score_space!r}", rule=f"it must be one of {', '.join(scores.SPACES)}")
+        if isinstance(threshold, Thresholds) and known != self.score_space:
+            raise UserError(
+                f"the threshold was calibrated in the score space {known}",
+                rule=f"scores of the space {self.score_space} do not compare with it",
+                remedy="leave score_space out, or calibrate in the other",
+            )
+        if self.score_space == "output" and policy is not None and policy.noise_only:
+            raise UserError(
+                f"{type(policy).__name__} with score_space output",
+                rule="it is defined by the difference of predicted noise",
+                remedy="leave score_space out",
+            )
+        scores.StepFactor(pipe.scheduler, self.score_space)
         self.pipe = pipe
         self.policy = policy
         self.threshold = threshold
@@ -216,6 +274,7 @@ class MemorizationGuard:
         self._enabled = False
         self._expected = False  # with two calls: a run has begun, its texts are to come
         self._call: _Call | None = None
+        self._strict = True  # a calibration that does not fit a run is an error; else a warning, and nothing is flagged
 
     # -- on and off ----------------------------------------------------------------------------------------------
 
@@ -272,7 +331,8 @@ class MemorizationGuard:
     def decide(self, *args: Any, **kwargs: Any) -> list[ImageReport]:
         """Call the pipeline without decoding any picture, and return what the guard saw.
 
-        With `stop_after=1` that is the score of the first step, for the price of one evaluation of the network.
+        With `stop_after=1` that is the score of the first step that carries a signal, for the price of one evaluation of the
+        network (two at zero terminal SNR).
 
         Args:
             *args, **kwargs: as the pipeline takes them; `output_type` is "latent".
@@ -315,6 +375,15 @@ class MemorizationGuard:
     @property
     def _begins(self) -> bool:
         return self.policy is not None and self.policy.begins
+
+    @property
+    def _mitigates(self) -> bool:
+        return self.policy is not None and self.policy.mitigates
+
+    @property
+    def _of_first_step(self) -> bool:
+        """Say whether the threshold can be one of the first step."""
+        return self.when == "flagged" or self.stop_after == 1 or isinstance(self.threshold, Thresholds)
 
     def _abandon(self) -> None:
         """Forget the run under way, and take back what was in place for it."""
@@ -371,7 +440,7 @@ class MemorizationGuard:
             negative, unconditional = negative or given.get("negative_prompt_2"), "empty prompt"
         negatives = _texts(negative, images // per_prompt)
         self._call = _Call(
-            images, per_prompt, prompts, negatives, unconditional, scores.StepFactor(self.pipe.scheduler),
+            images, per_prompt, prompts, negatives, unconditional, scores.StepFactor(self.pipe.scheduler, self.score_space),
             self._encoder(original, given), {"cond": result},
         )  # fmt: skip
         return result
@@ -441,9 +510,17 @@ class MemorizationGuard:
             device, unit = inputs[self._layout.sample].device, self._layout.timesteps
             t = torch.as_tensor(inputs["timestep"]).detach().flatten()[:1].to(device)
             call.timesteps.append(t if unit == 1 else t.float() * unit)
-        # With two calls the first evaluation has two parts: what `begin` decides is decided before either.
-        if not call.norms and not call.inputs:
-            self._begin(call, inputs, half)
+            # Only a schedule with such steps is read off the device, and only until they are over.
+            call.signal = call.signal or not (
+                call.factor.may_be_silent and call.factor.silent(float(call.timesteps[-1]))
+            )
+            call.silent += not call.signal
+            # With two calls the first evaluation has two parts: what is decided here is decided before either.
+            if not call.norms:
+                self._start(call, inputs)
+            later = self.when == "flagged" or (self.policy is not None and self.policy.begins_at_signal)
+            if self._begins and not call.begun and (call.signal or not later):
+                self._begin(call, inputs, half)
         call.asked = half
         changed = self._changed(call, inputs, half)
         call.inputs |= self._split(call, changed, half)
@@ -466,19 +543,27 @@ class MemorizationGuard:
             cond, uncond = call.outputs["cond"], call.outputs["uncond"]
         inputs, call.inputs, call.outputs = call.inputs, {}, {}
         factor = call.factor(call.timesteps[-1])
-        call.norms.append(scores.guidance_norm(cond=cond, uncond=uncond).detach() * factor)
-        if self.stop_after is not None and len(call.norms) >= self.stop_after:
+        call.output_norms.append(scores.guidance_norm(cond=cond, uncond=uncond).detach())
+        call.norms.append(call.output_norms[-1] * factor)
+        scale = call.guidance_scale if half != "both" else float(self.pipe.guidance_scale)
+        if scale != call.guidance_scale:
+            call.rescaled = scale
+        if self.stop_after is not None and len(call.norms) - call.silent >= self.stop_after:
             self.pipe._interrupt = call.stopped = True  # the loop of every diffusers pipeline looks at it
         if self.policy is None or type(self.policy).step is Policy.step:
             return None
         if call.active is None and call.mask is None:
-            call.mask = call.norms[0] >= self._threshold(1)
+            if not call.signal:
+                return None
+            # So that a score that is no number is acted on, too.
+            call.mask = ~(call.norms[-1] < self._threshold(call, 1))
         if call.active is not None and not any(call.active):
             return None
-        scale = call.guidance_scale if half != "both" else float(self.pipe.guidance_scale)
         step = Step(
             index=len(call.norms) - 1, timestep=call.timesteps[-1][0], cond=cond, uncond=uncond, norms=list(call.norms),
             guidance_scale=scale, halves=self._halves(call, inputs, call.timesteps[-1], factor, call.weights),
+            silent=not call.signal,
+            output_norms=list(call.output_norms), total=getattr(self.pipe, "_num_timesteps", None),
         )  # fmt: skip
         replaced = self.policy.step(step)
         if replaced is None:
@@ -486,6 +571,9 @@ class MemorizationGuard:
         new_cond, new_uncond = (
             self._only_active(call, new.to(own), own) for new, own in zip(replaced, (cond, uncond), strict=True)
         )
+        if not call.signal:
+            moved = ((new_cond != cond) | (new_uncond != uncond)).flatten(1).any(1)
+            call.touched = moved if call.touched is None else call.touched | moved
         if half == "both":
             new = torch.cat([new_uncond, new_cond])
         else:
@@ -559,20 +647,102 @@ class MemorizationGuard:
 
     # -- what a policy changes -----------------------------------------------------------------------------------
 
-    def _begin(self, call: _Call, inputs: dict[str, Any], half: Half | Literal["both"]) -> None:
-        """Before the first evaluation: find out whom the policy may act on, and ask it what to replace."""
+    def _start(self, call: _Call, inputs: dict[str, Any]) -> None:
+        """Before the first evaluation: find out whether there is anything to measure, and what it can be compared with."""
         call.guidance_scale = self._guidance_scale()
+        if self.policy is None or self.when == "always":
+            call.active = [self.policy is not None] * call.images
+        if not call.signal:
+            self._require_later_signal(call)
+        call.threshold = self.threshold
+        if self.threshold is None:
+            return
+        why = self._misfit(call, inputs) if isinstance(self.threshold, Calibration) else None
+        if why is not None and self._strict:
+            raise UserError(
+                f"the calibrated threshold does not fit: {why}",
+                remedy="sample as calibrated, or calibrate for this: ambient-sd calibrate --help",
+            )
+        try:  # a number of steps without a threshold is known now, not after the run
+            if why is None and self._mitigates and self._of_first_step:
+                self._threshold(call, 1)
+            elif why is None:
+                steps = int(getattr(self.pipe, "_num_timesteps", 1))
+                seen = min(steps, self.stop_after or steps)
+                self._threshold(call, seen, stopped=seen < steps)
+        except UserError as error:
+            if self._strict:
+                raise
+            why = str(error)
+        if why is not None:
+            call.threshold, call.undecided = None, f"the calibrated threshold is not used: {why}"
+            logger.warning("the calibrated threshold is not used, nothing is flagged: %s", why)
+
+    def _require_later_signal(self, call: _Call) -> None:
+        """The first step carries no score: refuse where that cannot be made good at a later one."""
+        rule = "with zero terminal SNR alpha_t is 0 there, so || eps_c - eps_u || is 0 for every prompt"
+        if call.factor.epsilon:
+            raise UserError(
+                f"the first step (timestep {float(call.timesteps[-1]):g}) carries no score, and the network predicts epsilon",
+                rule="at alpha_t = 0 (zero terminal SNR) predicted noise says nothing about an image",
+                remedy='use a scheduler without rescale_betas_zero_snr, or timestep_spacing="leading"',
+            )
+        if call.factor.silent(float(self.pipe.scheduler.timesteps.min())):
+            raise UserError("no step of this run carries a score", rule=rule, remedy="sample with more steps")
+        if self._begins and self.policy is not None and self.policy.moves_latent:
+            raise UserError(
+                f"the first step (timestep {float(call.timesteps[-1]):g}) carries no score, and the policy moves the initial latent",
+                rule=rule,
+                remedy="use a scheduler without rescale_betas_zero_snr, or another policy",
+            )
+
+    def _misfit(self, call: _Call, inputs: dict[str, Any]) -> str | None:
+        """Say why a calibration does not hold for this run, or return None if it does."""
+        pipe, calibration = self.pipe, self.threshold
+        assert isinstance(calibration, Calibration)
+        scheduler = pipe.scheduler
+        if getattr(pipe, "unet", None) is None:
+            return calibration.misfit(pipe)
+        if "strength" in inspect.signature(type(pipe).__call__).parameters:
+            return f"it was calibrated on text to image, not on {type(pipe).__name__}"
+        if any(call.negative_prompts or ()):
+            return "it was calibrated without a negative prompt"
+        if call.unconditional == "embeddings given by caller":
+            return "it was calibrated against the empty prompt, not against embeddings"
+        given = self._arguments()
+        for name in ("guidance_rescale", "eta", "clip_skip", "ip_adapter_image", "ip_adapter_image_embeds"):
+            if given.get(name) is not None and not (isinstance(given[name], (int, float)) and given[name] == 0):
+                return f"it was calibrated without {name}"
+        if (inputs.get("cross_attention_kwargs") or {}).get("scale", 1) != 1:
+            return "it was calibrated with the adapter at its own strength, not at another scale"
+        steps = getattr(scheduler, "num_inference_steps", None)
+        if steps is not None:
+            fresh = type(scheduler).from_config(scheduler.config)
+            fresh.set_timesteps(steps)
+            own = scheduler.timesteps.cpu()
+            if len(own) != getattr(pipe, "_num_timesteps", len(own)) or not torch.equal(own, fresh.timesteps.cpu()):
+                return "it was calibrated on all of the sampler's own timesteps"
+        height, width = (int(side) * pipe.vae_scale_factor for side in inputs[self._layout.sample].shape[-2:])
+        sampling = Sampling.of(
+            pipe, num_inference_steps=steps or calibration.sampling.num_inference_steps,
+            guidance_scale=call.guidance_scale, height=height, width=width,
+        )  # fmt: skip
+        return calibration.misfit(pipe, sampling, whole=False)
+
+    def _arguments(self) -> dict[str, Any]:
+        """Return what the pipeline was called with, read off its running `__call__`; empty where there is none."""
+        frame = sys._getframe()
+        while frame is not None:
+            if frame.f_code is getattr(inspect.unwrap(_call_of(self.pipe)), "__code__", None):
+                return dict(frame.f_locals)
+            frame = frame.f_back  # type: ignore[assignment]
+        return {}
+
+    def _begin(self, call: _Call, inputs: dict[str, Any], half: Half | Literal["both"]) -> None:
+        """Before the first evaluation at which the policy may act: find out on whom, and ask it what to replace."""
+        assert self.policy is not None
+        call.begun = True
         latents, call.latents = call.latents, None
-        if self.threshold is not None:  # a number of steps without a threshold is known now, not after the run
-            steps = int(getattr(self.pipe, "_num_timesteps", 1))
-            self._threshold(min(steps, self.stop_after or steps))
-        if self.policy is None:
-            call.active = [False] * call.images
-            return
-        if self.when == "always":
-            call.active = [True] * call.images
-        if not self._begins:
-            return
         both = self._split(call, inputs, half)
         if half != "both":  # the other half differs in its texts only
             other: Half = "uncond" if half == "cond" else "cond"
@@ -583,8 +753,13 @@ class MemorizationGuard:
                 both[other] = put(both[other], self._layout.pooled, texts[pooled])
         factor = call.factor(call.timesteps[-1])
         halves = self._halves(call, both, call.timesteps[-1], factor)
+        if call.signal and (
+            self.when == "flagged" or (self._mitigates and self._of_first_step and call.threshold is not None)
+        ):
+            call.before = self._first_norms(inputs, half, halves)
         if call.active is None:
-            call.active = self._flagged_at_first(call, inputs, half, halves)
+            assert call.before is not None
+            call.active = (~(call.before < self._threshold(call, 1))).tolist()
             if not any(call.active):
                 return
         prompts = None
@@ -600,23 +775,28 @@ class MemorizationGuard:
         if not rows:
             return
         call.rows = torch.tensor(rows, device=device)
+        if not call.signal:
+            call.touched = torch.zeros(call.images, dtype=torch.bool, device=device).index_fill(0, call.rows, True)
         if change.token_weights is not None or change.key_scale is not None:
             require_weighable(self._eager, key_scale=change.key_scale is not None)
         if change.sample is not None:
+            if call.norms:
+                raise UserError(
+                    "the policy replaces the initial latent, and sampling has begun",
+                    rule="the first step carries no score (zero terminal SNR), so the policy was asked at a later one",
+                    remedy="use a scheduler without rescale_betas_zero_snr, or another policy",
+                )
             own = inputs[self._layout.sample][: call.images]
             _replace(latents, own, change.sample.to(own)[call.rows], call.rows)
 
-    def _flagged_at_first(
-        self, call: _Call, inputs: dict[str, Any], half: Half | Literal["both"], halves: NetworkHalves
-    ) -> list[bool]:
-        """Evaluate both halves as the loop will, and compare with the threshold of the first step."""
+    def _first_norms(self, inputs: dict[str, Any], half: Half | Literal["both"], halves: NetworkHalves) -> torch.Tensor:
+        """Evaluate both halves as the loop would without the policy; return each picture's norm, `(n,)`."""
         if half == "both":
             # In one batch, as the loop: another batch size may give other last bits.
             uncond, cond = self._eager.forward(**(inputs | {"return_dict": False}))[0].chunk(2)
         else:
             cond, uncond = halves.predict("cond"), halves.predict("uncond")
-        norms = scores.guidance_norm(cond=cond, uncond=uncond).detach() * halves.noise_factor
-        return (norms >= self._threshold(1)).tolist()  # type: ignore[no-any-return]
+        return scores.guidance_norm(cond=cond, uncond=uncond).detach() * halves.noise_factor
 
     def _changed(self, call: _Call, inputs: dict[str, Any], half: Half | Literal["both"]) -> dict[str, Any]:
         """Return the network's inputs with what `begin` decided in place; the very same dict if that is nothing."""
@@ -679,11 +859,17 @@ class MemorizationGuard:
             frame = frame.f_back  # type: ignore[assignment]
         raise UserError(f"{type(self.pipe).__name__} does not say its {name}", remedy="call the pipeline itself")
 
-    def _threshold(self, steps: int) -> float:
-        if isinstance(self.threshold, Thresholds):
-            return float(self.threshold.threshold(steps=steps, images_per_prompt=1))
-        assert self.threshold is not None
-        return self.threshold
+    def _threshold(self, call: _Call, steps: int, *, stopped: bool = False) -> float:
+        given = call.threshold
+        if isinstance(given, Calibration):
+            return given.threshold(steps, 1, stopped=stopped)
+        if not isinstance(given, Thresholds):
+            assert given is not None
+            return given
+        value = float(given.threshold(steps=steps, images_per_prompt=1))
+        if not (math.isfinite(value) and value > 0):
+            raise UserError(f"the threshold for {steps} steps is {value}", rule="it must be a finite number above 0")
+        return value
 
     # -- a run ends ----------------------------------------------------------------------------------------------
 
@@ -707,20 +893,28 @@ class MemorizationGuard:
             self._finish()
 
     def _reports(self, call: _Call) -> list[ImageReport]:
-        rows = [torch.cat([norm, t.to(norm)]) for norm, t in zip(call.norms, call.timesteps, strict=True)]
-        if call.active is None:
-            assert call.mask is not None
-            rows.append(torch.cat([call.mask, call.mask[:1]]).to(rows[0]))
-        table = torch.stack(rows).cpu().double()  # the one transfer: (steps, images + 1)
+        norms, times = call.norms[call.silent :], call.timesteps[call.silent :]
+        if not norms:
+            raise UserError(
+                "no step of this run carried a score",
+                rule="with zero terminal SNR alpha_t is 0 at the first, so || eps_c - eps_u || is 0 for every prompt",
+                remedy="sample with more steps",
+            )
+        rows = [torch.cat([norm, t.to(norm)]) for norm, t in zip(norms, times, strict=True)]
+        marks = {"mask": call.mask if call.active is None else None, "before": call.before, "touched": call.touched}
+        beside = {name: value for name, value in marks.items() if value is not None}
+        rows += [torch.cat([value, value[:1]]).to(rows[0]) for value in beside.values()]
+        table = torch.stack(rows).cpu().double()  # the one transfer: (steps + what is beside, images + 1)
+        found = dict(zip(beside, table[len(norms) :, :-1].tolist(), strict=True))
+        table = table[: len(norms)]
         active = call.active
         if active is None:
-            active = [value > 0 for value in table[-1, :-1].tolist()]
-            table = table[:-1]
+            active = [value > 0 for value in found["mask"]]
+        touched = [value > 0 for value in found.get("touched", [0] * call.images)]
         timesteps, change = table[:, -1].tolist(), call.change
-        threshold = None if self.threshold is None else self._threshold(len(table))
-        origin = "not calibrated" if self.threshold is None else "given by caller"
-        if isinstance(self.threshold, Thresholds):
-            origin = self.threshold.origin
+        origin = "not calibrated" if call.threshold is None else "given by caller"
+        if isinstance(call.threshold, Thresholds):
+            origin = call.threshold.origin
         reports = []
         for i in range(call.images):
             curve = table[:, i].tolist()
@@ -728,14 +922,16 @@ class MemorizationGuard:
             prompt_index = i // call.images_per_prompt
             negative = call.negative_prompts[prompt_index] if call.negative_prompts is not None else None
             seen = change if active[i] else None
+            first = found["before"][i] if "before" in found else curve[0]
+            decision = self._decide(call, curve, first, touched=touched[i])
             reports.append(
                 ImageReport(
                     score=score,
                     curve=curve,
                     timesteps=timesteps,
-                    flagged=None if threshold is None else score >= threshold,
-                    threshold=threshold,
-                    threshold_origin=origin,
+                    flagged=None if decision.threshold is None else decision.score >= decision.threshold,
+                    threshold=decision.threshold,
+                    threshold_origin=_against(origin, negative),
                     prompt=call.prompts[prompt_index] if call.prompts is not None else None,
                     negative_prompt=negative or None,
                     unconditional="negative prompt" if negative else call.unconditional,
@@ -747,9 +943,38 @@ class MemorizationGuard:
                     iterations=0 if seen is None or seen.iterations is None else seen.iterations[i],
                     quantity=call.factor.quantity,
                     active=active[i],
+                    decision_score=None if decision.threshold is None else decision.score,
+                    decision_steps=None if decision.threshold is None else decision.steps,
+                    undecided=decision.undecided,
                 )
             )
         return reports
+
+    def _decide(self, call: _Call, curve: list[float], first: float, *, touched: bool) -> _Decision:
+        """Say what is compared with what for one picture, or why nothing is."""
+        if call.threshold is None:
+            return _Decision(undecided=call.undecided)
+        early = self._mitigates
+        if early and not self._of_first_step:
+            return _Decision(
+                undecided="the threshold is one of the mean over a run, which the policy changes: give calibrated ones, or one of "
+                'the first step with when="flagged"'
+            )
+        if early and touched:
+            return _Decision(undecided="the policy acted before the first step that carries a score")
+        if not early and call.rescaled is not None:
+            return _Decision(
+                undecided=f"guidance_scale changed from {call.guidance_scale:g} to {call.rescaled:g} on the way"
+            )
+        steps = 1 if early or (self.when == "flagged" and not isinstance(call.threshold, Thresholds)) else len(curve)
+        score = first if steps == 1 else sum(curve) / len(curve)
+        if not math.isfinite(score):
+            return _Decision(undecided="the score is no finite number: the network overflows in this precision")
+        try:
+            threshold = self._threshold(call, steps, stopped=call.stopped or steps < len(curve))
+        except UserError as error:  # the run was cut short
+            return _Decision(undecided=str(error))
+        return _Decision(score, threshold, steps)
 
 
 def active_guard(pipe: Any) -> MemorizationGuard | None:
@@ -785,6 +1010,20 @@ def _texts(prompt: str | list[str] | None, count: int) -> list[str] | None:
         return None
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     return texts * count if len(texts) == 1 else texts
+
+
+def _against(origin: str, negative: str | None) -> str:
+    """Say of a number of the caller's what it was compared with where that is not a score against the empty prompt."""
+    return (
+        f"{origin}; the score is one against a negative prompt" if negative and origin == "given by caller" else origin
+    )
+
+
+def _call_of(pipe: Any) -> Callable[..., Any]:
+    """Return the `__call__` that holds the denoising loop: of a subclass that wraps diffusers' own, diffusers'."""
+    owners = [kind for kind in type(pipe).__mro__ if "__call__" in vars(kind)]
+    known = [kind for kind in owners if kind.__module__.startswith("diffusers.")]
+    return vars((known or owners)[0])["__call__"]  # type: ignore[no-any-return]
 
 
 def _measured(values: list[float] | None, i: int) -> float | None:

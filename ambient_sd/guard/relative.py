@@ -32,9 +32,12 @@ class Relation:
             base: `(N,)` of its base.
 
         Raises:
-            UserError: fewer than 3 prompts, or a base whose norms are all alike.
+            UserError: fewer than 3 prompts, norms that are no finite numbers, or a base whose norms are all alike.
         """
         x, y = base.double(), norms.double()
+        if not bool(x.isfinite().all() and y.isfinite().all()):
+            raise UserError("a norm is no finite number", rule="no relation can be fitted to it",
+                            remedy="load both pipelines in float32 or bfloat16")  # fmt: skip
         spread = x - x.mean()
         if len(x) < 3 or float(spread.square().sum()) <= 1e-12 * float(x.square().sum()):
             raise UserError(f"a relation of {len(x)} norms", rule="at least 3, and not all alike in the base",

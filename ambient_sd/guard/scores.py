@@ -8,6 +8,13 @@ noise need a factor. With `x_t = alpha_t x0 + sigma_t eps` both halves of guidan
     v:        eps_c - eps_u = alpha_t             (o_c - o_u)      eps = alpha_t v + sigma_t x_t
     sample:   eps_c - eps_u = -(alpha_t / sigma_t) (o_c - o_u)     eps = (x_t - alpha_t x0) / sigma_t
 
+The published code takes the norm of the outputs themselves whatever they are, so that its figures and targets for v-prediction models
+(SD2.0, 2.1) are of `|| v_c - v_u ||`: the score space "output" is that, with the factor 1 at every step. Ours, "noise", is the default:
+alpha_t is 0.07 at the first step and 1 at the last, and a raw score is mostly the first steps'.
+
+Where alpha_t is 0 (the last timestep at zero terminal SNR, the first that trailing steps sample) `x_t` holds no image and the
+score of every prompt is 0: such a step carries no signal (`NO_SIGNAL`) and takes no part in curve, score or decision.
+
 This module knows no pipeline, no threshold and no average over steps.
 """
 
@@ -20,7 +27,12 @@ import torch
 from ambient_sd.errors import UserError
 from ambient_sd.schedule import NoiseSchedule
 
+Space = Literal["noise", "output"]
+SPACES: tuple[Space, ...] = ("noise", "output")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+# alpha_t below this: the step carries no signal. Stable Diffusion's own schedules start at 0.068; zero terminal SNR is 0, which
+# some samplers of diffusers write as 2**-12.
+NO_SIGNAL = 1e-3
 
 
 def guidance_norm(*, cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
@@ -65,24 +77,43 @@ class StepFactor:
 
     Args:
         scheduler: a diffusers scheduler, variance preserving or flow matching.
+        space: "noise", or "output": the outputs as they are, factor 1 at every step.
 
     Attributes:
-        quantity: "noise" or "velocity".
+        quantity: "noise", "velocity" or "output".
+        epsilon: whether the network predicts the noise itself.
 
     Raises:
         UserError: the score is not defined for this scheduler.
     """
 
-    def __init__(self, scheduler: Any) -> None:
-        self.quantity: Literal["noise", "velocity"] = "noise"
+    def __init__(self, scheduler: Any, space: Space = "noise") -> None:
+        self.quantity: Literal["noise", "velocity", "output"] = space
+        self.epsilon = False
+        self._last_signal: float | None = None
         self._levels: torch.Tensor | None = None
         schedule = NoiseSchedule.from_scheduler(scheduler)
         if schedule.is_flow:
             self.quantity = "velocity"
             return
         self._prediction_type = require_supported(scheduler).prediction_type
+        self.epsilon = self._prediction_type == "epsilon"
+        if space == "output":  # whatever a step holds, the outputs differ or do not
+            return
+        # alpha falls with t: the timesteps without a signal are the last ones.
+        silent = int((schedule.alpha(torch.arange(schedule.num_train_timesteps)) < NO_SIGNAL).sum())
+        self._last_signal = float(schedule.num_train_timesteps - silent - 1) if silent else None
         if self._prediction_type != "epsilon":
             self._levels = schedule.level(torch.arange(schedule.num_train_timesteps))
+
+    @property
+    def may_be_silent(self) -> bool:
+        """Say whether any timestep of the schedule carries no signal."""
+        return self._last_signal is not None
+
+    def silent(self, timestep: float) -> bool:
+        """Say whether a timestep, in the scheduler's units, carries no signal: `alpha_t < NO_SIGNAL`."""
+        return self._last_signal is not None and timestep > self._last_signal
 
     def __call__(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Return the factor at timesteps `(S,)` in the scheduler's units: `(S,)` float32 on their device."""

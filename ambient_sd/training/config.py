@@ -81,13 +81,14 @@ def option(
     alias: str = "",
     secret: bool = False,
     words: Sequence[str] = (),
+    bare: Any = None,
 ) -> Any:
     """Declare a setting: its default, its group in `--help`, its help text and the rule that its value must obey.
 
     `low` and `high` are inclusive bounds, `above` is an exclusive lower bound; `alias` is a second spelling of the flag. A `secret` is never
-    printed nor written. `words` are values besides those of its type.
+    printed nor written. `words` are values besides those of its type. `bare` is the value of the flag without one.
     """
-    meta = {"group": group, "text": text, "choices": tuple(choices), "low": low, "above": above, "high": high, "alias": alias, "secret": secret, "words": tuple(words)}  # fmt: skip
+    meta = {"group": group, "text": text, "choices": tuple(choices), "low": low, "above": above, "high": high, "alias": alias, "secret": secret, "words": tuple(words), "bare": bare}  # fmt: skip
     return field(default=default, metadata=meta, repr=not secret)
 
 
@@ -140,7 +141,8 @@ class TrainConfig:
     input_perturbation: float = option(0.0, "objective", "perturb the noise of the input, not of the target, by that much (plain and gap only; 0.1 in its paper)", low=0.0)
 
     memorization_threshold: float | None = option(None, "mitigation", "a sample with || eps_c - eps_u || of at least this gives no loss (Wen et al. 2024); one more forward pass without gradient per pass. The scale is the model's own", above=0.0)
-    agc: float | None = option(None, "mitigation", "a sample whose error is below this times the running mean of its timestep gives no loss (anti-gradient control, Liu et al. 2024; there 0.5)", above=0.0, high=1.0)
+    agc: float | None = option(None, "mitigation", "a sample whose error is below this times the running mean of its timestep gives no loss (anti-gradient control, Liu et al. 2024; without a value 0.8: the 1/1.25 of its Stable Diffusion release; its CIFAR release has 0.5)", above=0.0, high=1.0, bare=0.8)
+    dropped_mean: str | None = option(None, "mitigation", "with memorization_threshold or agc: all = a dropped sample counts as 0 in the mean of a step (default); kept = the loss is divided by the samples kept, of all processes and passes, as published", choices=("all", "kept"))
     caption_mitigation: str | None = option(None, "mitigation", "change captions in training (Somepalli et al. 2023): mc = one of several captions of the row, gn = noise on embeddings, rc = a random caption, rt = random words put in, cwr = words of the caption repeated", choices=CAPTION_MITIGATIONS)
     caption_mitigation_p: float | None = option(None, "mitigation", "share of samples whose caption is changed (default as published: 0.1 for rc, rt and cwr, 1 for mc and gn)", low=0.0, high=1.0)
     caption_noise_std: float | None = option(None, "mitigation", "gn: standard deviation of the noise, in the embedding's own units (default 0.1)", above=0.0)
@@ -278,6 +280,12 @@ class TrainConfig:
                 if getattr(self, name) is not None:
                     raise _foreign(name, "timesteps are drawn uniformly",
                                    "add --weighting_scheme logit_normal, or leave it out")  # fmt: skip
+        if self.memorization_threshold is not None or self.agc is not None:
+            self.dropped_mean = None if self.dropped_mean == "all" else self.dropped_mean  # one spelling of one run
+        elif self.dropped_mean is not None:
+            raise _foreign(
+                "dropped_mean", "no sample is dropped", "add --memorization_threshold or --agc, or leave it out"
+            )
         if self.caption_mitigation is None:
             if self.caption_mitigation_p is not None:
                 raise _foreign(
@@ -444,6 +452,8 @@ def make_parser() -> argparse.ArgumentParser:
             )
             if _bare(kind) == list[str]:
                 extra["nargs"] = "+"
+            if meta["bare"] is not None:
+                extra |= {"nargs": "?", "const": str(meta["bare"])}
         groups[meta["group"]].add_argument(*flags, **extra)
     return parser
 

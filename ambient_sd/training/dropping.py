@@ -5,15 +5,17 @@
                 mitigation in training. tau is in units of noise (`guard.scores`) and belongs to one model and resolution
     AGC         drop b if l_b < factor * m[t_b];  then m[t] <- 0.8 m[t] + 0.2 l for every sample, dropped or not, m = 0 at first
                 Liu, Guan, Wu, Miao, "Iterative Ensemble Training with Anti-Gradient Control for Mitigating Memorization in
-                Diffusion Models" (ECCV 2024, IET-AGC), with factor 1/2; l is the unweighted error of a sample
+                Diffusion Models" (ECCV 2024, IET-AGC), with factor 1/1.25 = 0.8 in their Stable Diffusion release and 1/2 in
+                that for CIFAR; l is the unweighted error of a sample
 
-Both papers' texts were out of reach: AGC is as the authors' released unconditional training does it (0.8, 1/2, one mean for
-each timestep, means that start at zero, so that nothing is dropped at a timestep until it was met, and little at the first
-few visits), Wen's rule as it is summarized by others. Where ours differs:
+Both papers' texts were out of reach: the rules are those of the authors' releases (AGC: a mean of 0.8 for each timestep, means that
+start at zero, so that nothing is dropped at a timestep until it was met, and little at the first few visits). Where ours differs:
 
-- A dropped sample has weight zero and still counts in the mean over the batch; AGC's release divides by the number of those
-  kept, which no process knows of the others before the backward pass. The step is always taken: ranks must agree on that,
-  and AdamW's decay and momentum act in a step without any loss too.
+- A dropped sample has weight zero and by default still counts in the mean over the batch. Both releases divide by the number of those
+  kept, each process for each of its passes by its own: `dropped_mean="kept"` divides by the samples kept in the whole step, on all
+  processes and in all passes, which is theirs on one process in one pass, and depends on no cut into processes. The step is always
+  taken, where Wen's release skips a pass that keeps none: ranks must agree on it, and AdamW's decay and momentum act in a step without
+  any loss too.
 - The means of AGC are those before the optimizer step, over all its forward passes and processes, and then take in its
   samples in the order of the run. Processes and accumulation do not change the rule.
 - The unconditional half is the empty caption (of SDXL whatever its pipeline samples with). A sample whose own caption was
@@ -97,6 +99,7 @@ class Dropping:
             name for name, on in (("threshold_dropped", threshold is not None), ("agc_dropped", agc is not None)) if on
         ]
         self._counts: list[torch.Tensor] = []
+        self._kept: list[torch.Tensor] = []
         self._errors: list[torch.Tensor] = []
         self._timesteps: list[torch.Tensor] = []
 
@@ -124,7 +127,15 @@ class Dropping:
             self._errors.append(error.detach())
             self._timesteps.append(timesteps)
         self._counts.append(torch.stack([d.sum() for d in dropped]))
-        return (~torch.stack(dropped).any(0)).to(error.dtype)
+        keep = (~torch.stack(dropped).any(0)).to(error.dtype)
+        self._kept.append(keep.sum())
+        return keep
+
+    def kept(self) -> torch.Tensor:
+        """Return how many samples of this process were kept since the last call, and forget them."""
+        found = torch.stack(self._kept).sum()
+        self._kept = []
+        return found
 
     def counts(self) -> torch.Tensor:
         """Return how many samples of this process each rule of `names` has dropped since the last call, and forget them."""

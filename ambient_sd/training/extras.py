@@ -14,7 +14,7 @@ from ambient_sd.training.config import TrainConfig
 
 # They change the samples, the loss or the weights: a checkpoint written with others belongs to another run.
 IDENTITY = ("snr_gamma", "noise_offset", "input_perturbation", "use_ema", "use_8bit_adam", "lora_dropout", "use_dora",
-            "aspect_ratio_buckets", "memorization_threshold", "agc", "caption_mitigation", "caption_mitigation_p",
+            "aspect_ratio_buckets", "memorization_threshold", "agc", "dropped_mean", "caption_mitigation", "caption_mitigation_p",
             "caption_noise_std", "fresh_copies", "logit_mean", "logit_std")  # fmt: skip
 
 

@@ -54,7 +54,7 @@ _UNKNOWN = {"license": "other", "license_name": "unknown-see-the-base"}
 _SHOWN_PROMPTS = 12
 _LARGEST = 16 * 2**20  # bytes of card.json
 # Settings that change what the loss is or sees; a card names those that are not at their defaults.
-_LOSS = ("snr_gamma", "weighting_scheme", "logit_mean", "logit_std", "noise_offset", "input_perturbation", "memorization_threshold", "agc",
+_LOSS = ("snr_gamma", "weighting_scheme", "logit_mean", "logit_std", "noise_offset", "input_perturbation", "memorization_threshold", "agc", "dropped_mean",
          "caption_mitigation", "caption_mitigation_p", "caption_noise_std", "caption_dropout", "random_flip")  # fmt: skip
 _STAMP = re.compile(r"\n*<!-- ambient_sd card ([0-9a-f]{64})[^\n]*-->\s*$")
 
@@ -589,7 +589,11 @@ def _threshold(facts: Facts, folder: Path) -> list[str]:
     if path.stat().st_mtime < facts.finished:
         logger.warning("%s is older than the weights, and left out of the card", path)
         return []
-    how, single = found.sampling, found.entry(found.evaluations, 1)
+    try:
+        how, single = found.sampling, found.entry(found.evaluations, 1)
+    except UserError as error:  # calibrated, and useless over the whole run
+        logger.warning("%s is left out of the card: %s", path, error)
+        return []
     return [
         f"The memorization guard flags a picture from a score of {single.value:.4g} over the whole run ({inline(found.origin)}; "
         f"of them it flags {single.rate:.1%}, 95 % interval {single.rate_low:.1%} to {single.rate_high:.1%}): "

@@ -705,6 +705,13 @@ class _Trainer:
                 inside = [(level >= low) & (level < high) for low, high in _BANDS]
                 pairs = [(each, k) for k in kinds] + [(error, k) for k in inside]
                 sums += torch.stack([s for value, k in pairs for s in ((value * k).sum(), k.sum())]).to(sums.dtype)
+        kept = None
+        if self.dropping is not None and config.dropped_mean == "kept":
+            # So far each gradient is that of the sum of losses over the number of all samples.
+            kept = max(float(accelerator.reduce(self.dropping.kept(), "sum")), 1.0)
+            for parameter in trained:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(config.train_batch_size * parts * accelerator.num_processes / kept)
         accelerator.clip_grad_norm_(trained, config.max_grad_norm)
         rate = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
@@ -721,7 +728,7 @@ class _Trainer:
             for i, (low, high) in enumerate(_BANDS)
         }
         record = {
-            "loss": total / n,
+            "loss": total / (n if kept is None else kept),
             "clean_loss": clean_total / clean_n if clean_n else math.nan,
             "ambient_loss": ambient_total / ambient_n if ambient_n else math.nan,
             "lr": rate,

@@ -28,9 +28,11 @@ def read(*words: str) -> tuple[list[str], dict[str, str | None]]:
 
 def test_every_label_is_the_name_of_the_feature_that_is_made_and_names_it_too(tmp_path: Path) -> None:
     torch.jit.script(Mean()).save(str(tmp_path / "inception.pt"))
-    names = [name for name in (*NAMES, "pixels8", "pixels8-toned", "edges32") if name != "dinov2"]
+    names = [
+        name for name in (*NAMES, "pixels8", "pixels8-toned", "edges32") if "dinov2" not in name and name != "sscd-wen"
+    ]
     if not Sscd.available():
-        names.remove("sscd")
+        names = [name for name in names if "sscd" not in name]
     made = choose(names, {"inception": str(tmp_path / "inception.pt")})
     assert [feature.name for feature in made] == labels(names)
     assert [label(feature.name) for feature in made] == labels(names)  # what audit.json and folders say is a name
@@ -46,7 +48,10 @@ def test_sides_and_tones_of_pixels_are_read() -> None:
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        (["pixel"], "there are pixels, toned, edges, efflite0, sscd, dinov2, inception"),
+        (
+            ["pixel"],
+            "there are pixels, toned, edges, efflite0, sscd, sscd-wen, sscd-han, dinov2, dinov2-paper, inception",
+        ),
         (["pixels0"], "feature 'pixels0'"),
         (["edges5"], "feature 'edges5'"),
         (["edges2"], "feature 'edges2'"),

@@ -77,10 +77,10 @@ def hand_start(
     )  # fmt: skip
 
 
-def step_of(halves: Halves, guidance_scale: float = 7.5) -> Step:
+def step_of(halves: Halves, guidance_scale: float = 7.5, index: int = 0, total: int | None = 50) -> Step:
     cond, uncond = halves.predict("cond"), halves.predict("uncond")
     norm = (cond - uncond).flatten(1).norm(dim=1).float()
-    return Step(0, halves.timestep, cond, uncond, [norm], guidance_scale, halves)
+    return Step(index, halves.timestep, cond, uncond, [norm], guidance_scale, halves, output_norms=[norm], total=total)
 
 
 def tiny_unet_halves(pictures: int = 2, tokens: int = 5, dtype: torch.dtype = torch.float64) -> HandHalves:

@@ -80,7 +80,7 @@ def step_of(norms: Sequence[Sequence[float]], timestep: float = 981.0, scale: fl
     return Step(
         index=len(norms) - 1, timestep=torch.tensor(timestep, device=device), cond=normal(n, *SHAPE, seed=8).to(device),
         uncond=normal(n, *SHAPE, seed=9).to(device), norms=[torch.tensor(row, device=device) for row in norms],
-        guidance_scale=scale, halves=network,
+        guidance_scale=scale, halves=network, output_norms=[torch.tensor(row, device=device) for row in norms],
     )  # fmt: skip
 
 

@@ -120,7 +120,7 @@ def guided(policy: AttentionGuard, halves: tools.HandHalves, s: float) -> torch.
 def test_without_attenuation_guard_is_plain_guidance_with_the_scale_s_minus_r() -> None:
     halves = tools.tiny_unet_halves()
     cond, uncond = halves.predict("cond"), halves.predict("uncond")
-    out = guided(AttentionGuard(repulsion=2.0, attenuation=1.0), halves, 7.5)
+    out = guided(AttentionGuard(repulsion=2.0, attenuation=1.0, decay="none", orthogonalize=False), halves, 7.5)
     torch.testing.assert_close(out, uncond + 5.5 * (cond - uncond), rtol=1e-9, atol=1e-12)
     assert (guided(AttentionGuard(), halves, 7.5) - out).abs().max() > 1e-6
 
@@ -133,7 +133,7 @@ def test_the_guidance_is_the_published_sum_of_three_branches() -> None:
     assert mode.seen == 4 and (plus - cond).abs().max() > 1e-6  # one down, one mid, two in the up block
     halves.asked.clear()
     for r in (0.0, 2.0):
-        out = guided(AttentionGuard(repulsion=r), halves, 7.5)
+        out = guided(AttentionGuard(repulsion=r, threshold=0.1, decay="none", orthogonalize=False), halves, 7.5)
         torch.testing.assert_close(out, uncond + 7.5 * (plus - uncond) - r * (cond - uncond), rtol=1e-9, atol=1e-12)
 
 
@@ -174,7 +174,7 @@ def test_attention_that_cannot_be_read_is_refused_and_not_passed_over() -> None:
 @pytest.mark.parametrize(
     "bad",
     [{"repulsion": -1}, {"repulsion": math.inf}, {"attenuation": 1.5}, {"attenuation": math.nan},
-     {"threshold": math.nan}, {"statistic": "mass"}],
+     {"threshold": math.nan}, {"statistic": "mass"}, {"decay": "linear"}],
 )  # fmt: skip
 def test_guards_arguments_are_checked(bad: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(bad))):

@@ -22,7 +22,13 @@ def test_threshold_is_that_of_the_steps_and_pictures_and_errors_say_what_there_i
     assert [found.threshold(1, 1), found.threshold(1, 4), found.threshold(5, 1)] == [3.0, 2.5, 2.0]
     # A whole run, counted in evaluations of the network or in steps.
     assert found.threshold(21, 1) == found.threshold(20, 1) == 1.5 and found.threshold(21, 4) == 1.0
-    assert found.origin == "calibrated: FPR 1 % on 500 ordinary prompts"
+    assert found.origin == (
+        "calibrated: FPR 1 % on 500 ordinary prompts; AUC unknown: nothing shows that it works on this model"
+    )
+    # Heun evaluates about twice a step: a run stopped after as many evaluations as a whole one has steps is no whole run.
+    assert found.threshold(21, 1, stopped=True) == 1.5
+    with pytest.raises(UserError, match="no threshold for 20 steps"):
+        found.threshold(20, 1, stopped=True)
     for steps, images in ((2, 1), (50, 1), (1, 3), (5, 4)):
         with pytest.raises(UserError, match="calibrated were 1, 5, 21 steps, and 1, 4 pictures"):
             found.threshold(steps, images)
@@ -97,12 +103,14 @@ def test_another_sampler_or_setting_of_it_is_named() -> None:
             made.check(pipe, Sampling.of(tools.pipeline(scheduler=other), **usual))
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", "null", "cut", "nan", "negative", "none", "strange", "format", "kind"])
+@pytest.mark.parametrize(
+    "damage", ["{", "[]", "null", "cut", "nan", "negative", "zero", "none", "strange", "format", "kind"]
+)
 def test_damaged_files_end_in_one_line(tmp_path: Path, damage: str) -> None:
     path = calibration(tools.pipeline()).save(tmp_path)
     values = json.loads(path.read_text())
-    if damage in ("nan", "negative"):
-        values["entries"][0]["value"] = float("nan") if damage == "nan" else -1.0
+    if damage in ("nan", "negative", "zero"):
+        values["entries"][0]["value"] = {"nan": float("nan"), "negative": -1.0, "zero": 0.0}[damage]
     elif damage == "none":
         values["entries"] = []
     elif damage == "strange":

@@ -271,7 +271,10 @@ def test_only_flagged_pictures_are_acted_on_and_the_others_keep_their_bits(
         got = tools.sample(pipe, tools.PROMPTS)
     assert torch.equal(got[1 - high], stock[1 - high]) and not torch.equal(got[high], stock[high])
     assert [image.active for image in guard.report] == [i == high for i in range(2)]
-    assert [image.flagged for image in guard.report] == [image.score >= limit for image in guard.report]
+    # The number is one of the first step, and that is what decides: by what the network said before anything was changed.
+    assert [image.flagged for image in guard.report] == [image.active for image in guard.report]
+    assert [image.decision_score for image in guard.report] == pytest.approx(firsts, rel=1e-5)
+    assert {image.decision_steps for image in guard.report} == {1}
     assert counted == [4] * (3 + extra)
     with MemorizationGuard(pipe, kind()) as guard:
         everyone = tools.sample(pipe, tools.PROMPTS)
@@ -299,12 +302,16 @@ class Table:
 
 def test_thresholds_are_those_of_the_steps_that_were_seen() -> None:
     pipe = tools.pipeline()
-    table = Table(s1=0.0, s3=1e9)
+    table = Table(s1=1e-9, s3=1e9)
     with MemorizationGuard(pipe, Halved(), table, when="flagged") as guard:
         tools.sample(pipe)
     image = guard.report[0]
-    assert (image.flagged, image.threshold, image.threshold_origin) == (False, 1e9, "a table of the test")
-    assert image.active and set(table.asked) == {(1, 1), (3, 1)}
+    # A policy acted: the first step decides.
+    assert (image.flagged, image.threshold, image.threshold_origin) == (True, 1e-9, "a table of the test")
+    assert image.active and set(table.asked) == {(1, 1)}
+    with MemorizationGuard(pipe, threshold=table) as guard:
+        tools.sample(pipe)
+    assert (guard.report[0].flagged, guard.report[0].threshold) == (False, 1e9)
     early = MemorizationGuard(pipe, threshold=table, stop_after=1)
     assert early.decide("a cat", num_inference_steps=50)[0].flagged is True
 

@@ -197,14 +197,18 @@ def test_half_precision_pipelines_are_optimised_in_float32() -> None:
     assert image.mitigated and image.first_score_after < image.first_score_before  # type: ignore[operator]
 
 
-def test_zero_terminal_snr_is_refused_because_its_first_step_has_no_score() -> None:
+def test_zero_terminal_snr_is_optimised_at_the_first_step_that_has_a_score() -> None:
     pipe = tools.pipeline()
     pipe.scheduler = DDIMScheduler.from_config(
         pipe.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
     )
-    assert first_scores(pipe, tools.PROMPTS) == [0.0, 0.0]
-    with MemorizationGuard(pipe, PromptOptimization(1.0)), pytest.raises(UserError, match="carries no score"):
-        tools.sample(pipe)
+    own = first_scores(pipe, tools.PROMPTS)
+    assert min(own) > 0.01
+    with MemorizationGuard(pipe, PromptOptimization(1e-3, max_steps=2)) as guard:
+        tools.sample(pipe, tools.PROMPTS)
+    for image, before in zip(guard.report, own, strict=True):
+        assert image.timesteps[0] == 666 and image.first_score_before == pytest.approx(before, rel=1e-4)
+        assert image.curve[0] == pytest.approx(image.first_score_after, rel=1e-4) and image.curve[0] < before * 0.99
 
 
 @pytest.mark.parametrize(

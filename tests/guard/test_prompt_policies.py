@@ -58,7 +58,7 @@ def test_above_the_threshold_the_prompt_becomes_the_anchor_and_the_softer_one_th
     before = distances(network, network.cond, network.uncond)
     threshold = float(before.sort().values[1])  # the middle one is AT the threshold: not above it
     network.asked.clear()
-    change = Reanchoring(threshold, softer="pet").begin(start)
+    change = Reanchoring(threshold, softer="pet", rule="all").begin(start)
     assert change.changed == (before > threshold).tolist() and sum(change.changed) == 1
     assert network.asked == [("cond", 3), ("uncond", 3), ("cond", 1)]
     i, soft = change.changed.index(True), encoded(["pet"], pooled)
@@ -143,6 +143,9 @@ def test_a_dict_gives_texts_by_prompt_and_one_that_lacks_a_risky_prompt_is_refus
     ("make", "message"),
     [
         (lambda: Reanchoring(-1), "threshold -1.*at least 0"),
+        (lambda: Reanchoring(1, rule="some"), "rule 'some'.*step"),  # type: ignore[arg-type]
+        (lambda: Reanchoring(1, least=4, full=3), "full 3.*at least 4"),
+        (lambda: Reanchoring(1, rule="all", least=4), 'rule "all".*at all steps'),
         (lambda: Reanchoring(1, softer=3), "softer is a int.*text, a dict"),  # type: ignore[arg-type]
         (lambda: Reanchoring(1, softer={"a": []}), "softer prompt of 'a'.*at least one text"),
         (lambda: Reanchoring(1, softer={"a": [3]}), "softer prompt of 'a'.*at least one text"),  # type: ignore[dict-item, list-item]

@@ -22,7 +22,7 @@ from ambient_sd.data.stream import SampleStream
 from ambient_sd.errors import UserError
 from ambient_sd.guard.scores import guidance_norm, noise_factor
 from ambient_sd.training import adapters, manifest
-from ambient_sd.training.config import TrainConfig
+from ambient_sd.training.config import TrainConfig, make_parser
 from ambient_sd.training.dropping import BANK_NAME, Dropping, LossBank
 from ambient_sd.training.loop import TrainingBatch, run
 from ambient_sd.training.wording import Wording
@@ -184,6 +184,72 @@ def test_dropped_samples_are_those_of_the_score_and_leave_their_place_in_the_mea
     assert got == pytest.approx(float((error * kept).sum() / 8), rel=1e-4)
     assert records(config)[0]["threshold_dropped"] == pytest.approx(1 - int(kept.sum()) / 8)
     assert got != pytest.approx(float(error.mean()), rel=1e-2), "negative control: the loss without the rule"
+
+
+def by_hand(
+    config: TrainConfig, batches: list[TrainingBatch], base: Path, tau: float
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss over all samples kept, and the U-Net after one step of plain SGD on it, which is linear in the gradient."""
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    total, kept = 0.0, 0
+    for batch in batches:
+        x_t = pipe.scheduler.add_noise(batch.x0, batch.noise, batch.timesteps)
+        target = pipe.scheduler.get_velocity(batch.x0, batch.noise, batch.timesteps)
+        cond, uncond = (
+            pipe.unet(x_t, batch.timesteps, pipe.encode_prompt(texts, "cpu", 1, False)[0]).sample
+            for texts in (batch.captions, [""] * len(batch.captions))
+        )
+        alpha = pipe.scheduler.alphas_cumprod[batch.timesteps].sqrt()
+        keep = (cond - uncond).flatten(1).norm(dim=1) * alpha < tau
+        total = total + ((cond - target).square().flatten(1).mean(1) * keep).sum()
+        kept += int(keep.sum())
+    assert 0 < kept < sum(len(b.captions) for b in batches)
+    loss = total / kept
+    loss.backward()
+    return float(loss), {name: p.grad for name, p in pipe.unet.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_mean_over_the_samples_kept_is_that_of_the_loss_and_of_its_gradient(
+    settings: Settings, few_steps_base: Path, parts: int
+) -> None:
+    values: dict[str, Any] = {"objective": "plain", "max_train_steps": 1, "train_batch_size": 8 // parts, **HALF,
+                              "gradient_accumulation_steps": parts, "adam_weight_decay": 0.0, "max_grad_norm": 1e9}  # fmt: skip
+    batches: list[TrainingBatch] = []
+    norms: list[float] = []
+    original = torch.optim.AdamW.step
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        norms.append(float(torch.stack([p.grad.norm() for g in self.param_groups for p in g["params"]]).norm()))
+        return original(self, *args, **kwargs)
+
+    config = settings("kept", dropped_mean="kept", **values)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", watched)
+        got = run(config, progress=False, on_batch=batches.append)["losses"][0]
+        other = run(settings("all", **values), progress=False)["losses"][0]
+    loss, gradient = by_hand(config, batches, few_steps_base, HALF["memorization_threshold"])
+    whole = float(torch.stack([g.norm() for g in gradient.values()]).norm())
+    assert got == pytest.approx(loss, rel=1e-4) and norms[0] == pytest.approx(whole, rel=1e-3)
+    share = records(config)[0]["threshold_dropped"]
+    assert other == pytest.approx(loss * (1 - share), rel=1e-4), "negative control: the mean over all"
+    assert norms[1] == pytest.approx(whole * (1 - share), rel=1e-3)
+
+
+def test_a_step_in_which_everything_is_dropped_has_the_mean_zero(settings: Settings) -> None:
+    config = settings(max_train_steps=2, memorization_threshold=1e-9, caption_dropout=0.0, dropped_mean="kept")
+    assert run(config, progress=False)["losses"] == [0.0, 0.0]
+
+
+def test_agc_without_a_value_has_the_factor_of_the_stable_diffusion_release() -> None:
+    base = ["--pretrained_model_name_or_path", "x", "--train_data_dir", "y"]
+    given = [vars(make_parser().parse_args([*base, *words])) for words in (["--agc"], ["--agc", "0.5"], [])]
+    assert [float(g["agc"]) if "agc" in g else None for g in given] == [1 / 1.25, 0.5, None]
+    drop = Dropping(None, 1 / 1.25, scheduler=None, timesteps=1, checkpoint=None)
+    assert drop.bank is not None
+    drop.bank.mean[0] = 2.0  # mask = loss * 1.25 >= mean: 1.6 is the limit
+    t = torch.zeros(2, dtype=torch.long)
+    assert drop.keep(torch.tensor([1.59, 1.61]), torch.zeros(2, 1, 1, 1), None, t).tolist() == [0.0, 1.0]
 
 
 def test_a_step_in_which_everything_is_dropped_is_taken_without_a_gradient(settings: Settings) -> None:
@@ -384,6 +450,8 @@ def test_a_list_with_something_else_than_texts_is_refused(tmp_path: Path, cell: 
         ({"memorization_threshold": 0}, ["memorization_threshold", "above 0"]),
         ({"agc": 1.5}, ["agc", "at most 1"]),
         ({"caption_mitigation": "xx"}, ["caption_mitigation", "mc, gn, rc, rt, cwr"]),
+        ({"dropped_mean": "kept"}, ["dropped_mean", "no sample is dropped"]),
+        ({"dropped_mean": "some", "agc": 0.8}, ["dropped_mean", "all, kept"]),
         ({"caption_mitigation_p": 0.1}, ["caption_mitigation_p", "--caption_mitigation"]),
         ({"caption_noise_std": 0.1, "caption_mitigation": "rc"}, ["caption_noise_std", "gn"]),
     ],
@@ -423,7 +491,7 @@ def test_two_processes_drop_the_samples_and_change_the_captions_that_one_does(
             "pretrained_model_name_or_path": str(few_steps_base), "train_data_dir": str(tiny_pictures), "resolution": 32,
             "train_batch_size": 4 // processes, "gradient_accumulation_steps": 2, "max_train_steps": 10,
             "checkpointing_steps": 10, "learning_rate": 3e-3, "report_to": "none", "output_dir": str(tmp_path / f"out{processes}"),
-            "ambient_level": 0.5, "caption_mitigation": "cwr", "caption_mitigation_p": 0.5, **ALL,
+            "ambient_level": 0.5, "caption_mitigation": "cwr", "caption_mitigation_p": 0.5, "dropped_mean": "kept", **ALL,
         })  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (

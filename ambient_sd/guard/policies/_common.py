@@ -10,8 +10,7 @@ import torch
 
 from ambient_sd.errors import UserError
 from ambient_sd.guard.policies.base import Encoded, Halves
-
-_NO_SIGNAL = 1e-3  # noise factors below this: the first step carries no score (alpha_t = 0 at zero terminal SNR)
+from ambient_sd.guard.scores import NO_SIGNAL
 
 
 def number(name: str, value: Any, *, least: float | None = None, above: float | None = None) -> float:
@@ -35,7 +34,7 @@ def whole(name: str, value: Any, *, least: int | None = None) -> int:
 
 def require_signal(halves: Halves, what: str = "prompt") -> None:
     """Raise a `UserError` where the first step has no score to read, whatever the `what`; this waits for the device."""
-    if float(halves.noise_factor) < _NO_SIGNAL:
+    if float(halves.noise_factor) < NO_SIGNAL:
         raise UserError(
             f"the first step (timestep {float(halves.timestep):g}) carries no score",
             rule=f"with zero terminal SNR alpha_t is 0 there, so || eps_c - eps_u || is 0 for every {what}",

@@ -34,7 +34,8 @@ class Halves(abc.ABC):
         cond: conditional embeddings, `n` rows.
         uncond: what stands in the unconditional slot, `n` rows.
         timestep: `()` tensor on the device, in the scheduler's units: reading it with `.item()` costs a synchronisation.
-        noise_factor: `()` tensor on the device: what turns a norm of output differences into one of noise (`scores`).
+        noise_factor: `()` tensor on the device: what turns a norm of output differences into the score's: one of noise (`scores`), or 1
+            with `score_space="output"`.
     """
 
     sample: torch.Tensor
@@ -147,9 +148,12 @@ class Step:
         cond: output of the conditional half, `(n, C, H, W)`, in the network's parametrisation.
         uncond: output of the unconditional half, same shape.
         norms: `|| eps_c - eps_u ||` per picture, `(n,)` each, float32, on the device: of every evaluation so far, this one last.
-            They are of what the network said, before any policy replaced it.
+            They are of what the network said, before any policy replaced it; 0 or next to it where a step carries no signal.
         guidance_scale: the pipeline's scale: it goes on to compute `uncond + guidance_scale (cond - uncond)`.
         halves: the network at this evaluation, to be asked again, with what `begin` changed in place.
+        silent: whether this step carries no signal (`scores.NO_SIGNAL`): the last of `norms` then says nothing.
+        output_norms: as `norms`, of the outputs as the network gives them: `|| o_c - o_u ||`, the same for epsilon.
+        total: how many evaluations the whole run has (the sampler's timesteps); None if unknown.
     """
 
     index: int
@@ -159,6 +163,9 @@ class Step:
     norms: list[torch.Tensor] = field(repr=False)
     guidance_scale: float
     halves: Halves
+    silent: bool = False
+    output_norms: list[torch.Tensor] = field(default_factory=list, repr=False)
+    total: int | None = None
 
 
 class Policy:
@@ -167,11 +174,20 @@ class Policy:
     Attributes:
         begins_first: `begin` words the prompt anew; in a `Compose` it must stand before all others that begin.
         begins_alone: `begin` leaves others no score to read; in a `Compose` it must be the only one that begins.
+        noise_only: it is defined by predicted noise, not by outputs as they are (`MemorizationGuard(score_space="output")`).
+        begins_at_signal: `begin` reads the score: where the first steps carry none (zero terminal SNR) it is called at the first step
+            that does, and what it replaces is in place from there on.
+        moves_latent: `begin` replaces the initial latent, which it cannot once sampling has begun.
+        mitigates: it changes pictures; a policy that only watches says False, and pictures are then flagged as without it.
         gradient_checkpointing: under `Halves.enable_grad` activations are recomputed; the guard, which owns the network, reads it.
     """
 
     begins_first = False
     begins_alone = False
+    noise_only = False
+    begins_at_signal = False
+    moves_latent = False
+    mitigates = True
     gradient_checkpointing = False
 
     @property

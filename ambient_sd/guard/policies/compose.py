@@ -54,7 +54,11 @@ class Compose(Policy):
         self.policies = tuple(parts)
         self._beginners = [policy for policy in parts if policy.begins]
         # One network for all of them: it recomputes where one of them asks for it.
+        self.noise_only = any(policy.noise_only for policy in parts)
         self.gradient_checkpointing = any(policy.gradient_checkpointing for policy in parts)
+        self.begins_at_signal = any(policy.begins_at_signal for policy in self._beginners)
+        self.moves_latent = any(policy.moves_latent for policy in self._beginners)
+        self.mitigates = any(policy.mitigates for policy in parts)
         for place, policy in enumerate(self._beginners):
             name = type(policy).__name__
             if policy.begins_alone and len(self._beginners) > 1:

@@ -2,9 +2,9 @@
 
 At every step, with the prompt's own prediction as the negative target and one more branch as the positive one,
 
-    eps = eps_u + s (eps_plus - eps_u) - r (eps_c - eps_u)
+    eps = eps_u + s p - r_k (eps_c - eps_u)        r_k = r cos(pi k / 2K), evaluation k of K        p = eps_plus - eps_u
 
-where `s` is the pipeline's guidance scale, r = 2, and eps_plus is the conditional branch with the attention to spike tokens
+where `s` is the pipeline's guidance scale, r = 2 at the first evaluation and nearly 0 at the last, and eps_plus is the conditional branch with the attention to spike tokens
 attenuated (Zhao, Triantafillou, Triantafillou, *You don't need all that attention: surgical memorization mitigation in
 text-to-image diffusion models*, ICML 2026: "CA-in-GUARD"). In each cross-attention, for the logits `l[q, i]` of query q and
 token i,
@@ -12,12 +12,17 @@ token i,
     M_i = max_q l[q, i],   Z_i = (M_i - mean M) / (std M + 1e-6),   spikes = {i : Z_i > tau},   l'[q, i] = a l[q, i] on spikes
 
 for each head by itself, BOS in neither the statistics nor the spikes, padding in both; then softmax. In the down and mid
-blocks only: later ones cost quality.
+blocks only: later ones cost quality. Where the two directions are nearly one, the positive loses its part along the negative,
+
+    p <- p - c n    where cos(p, n) > 0.9,    n = eps_c - eps_u,    c = <p, n> / <n, n>, held in [-2, 2]
+
+for each picture by itself, of the outputs as the network gives them (`orthogonalize`).
 
 The paper itself could not be read here; formula and r are from its abstract and summaries of it, and everything they leave
-open follows its released code: tau = 0.1, a = 0.3, logits in M (a summary says "attention mass", weights after the softmax:
+open follows its released code: the cosine, the orthogonal part, tau = 0.1 (0.01 for the attenuated branch alone, `repulsion=0`, which
+their code neither repels nor makes orthogonal), a = 0.3, logits in M (a summary says "attention mass", weights after the softmax:
 `statistic="weights"`), spikes found in the positive branch itself, which is why there is one extra branch and not two.
-They chose tau, a and r for each model and kind of memorization. Where ours differs: blocks are told apart by the number of
+They chose tau, a and r for each model and kind of memorization. `decay="none", orthogonalize=False` is the sum of its abstract. Where ours differs: blocks are told apart by the number of
 queries, which grows where the up blocks begin; in SDXL the first up block has as many as the middle, and counts as middle.
 
 The attention is read where PyTorch computes it, in `scaled_dot_product_attention`. Networks whose attention goes another way
@@ -40,6 +45,8 @@ from ambient_sd.guard.policies.base import Policy, Step
 
 Statistic = Literal["logits", "weights"]
 
+_PARALLEL, _MOST = 0.9, 2.0  # the cosine above which two directions count as one, and the largest part taken out
+
 
 class AttentionGuard(Policy):
     """Guide by `eps_u + s (eps_plus - eps_u) - r (eps_c - eps_u)`, eps_plus with the attention to spikes attenuated.
@@ -47,9 +54,13 @@ class AttentionGuard(Policy):
     Args:
         repulsion: r, a finite number, at least 0. 0 leaves the attenuated branch alone ("CA attenuation").
         attenuation: a, the factor of a spike's logits, in [0, 1]. 1 attenuates nothing.
-        threshold: tau, a finite number: how many standard deviations make a spike.
+        threshold: tau, a finite number: how many standard deviations make a spike. None: as published, 0.1, and 0.01 with
+            `repulsion=0`.
         statistic: M is the maximum of the "logits" or of the "weights" after the softmax.
         all_blocks: attenuate in the up blocks too.
+        decay: r falls along a "cosine" to 0 over the run, as in the released code, or stays ("none").
+        orthogonalize: take out of `eps_plus - eps_u` its part along `eps_c - eps_u` where the two are nearly parallel, as in the
+            released code. With `repulsion=0` there is nothing to do.
 
     Raises:
         UserError: an argument is out of range; when sampling, the network's cross-attention cannot be read.
@@ -61,20 +72,26 @@ class AttentionGuard(Policy):
         self,
         repulsion: float = 2.0,
         attenuation: float = 0.3,
-        threshold: float = 0.1,
+        threshold: float | None = None,
         statistic: Statistic = "logits",
         all_blocks: bool = False,
+        decay: Literal["cosine", "none"] = "cosine",
+        orthogonalize: bool = True,
     ) -> None:
         if not (math.isfinite(repulsion) and repulsion >= 0):
             raise UserError(f"repulsion {repulsion}", rule="it must be a finite number, at least 0")
         if not 0 <= attenuation <= 1:
             raise UserError(f"attenuation {attenuation}", rule="it must lie between 0 and 1")
+        threshold = (0.1 if repulsion else 0.01) if threshold is None else threshold
         if not math.isfinite(threshold):
             raise UserError(f"threshold {threshold}", rule="it must be a finite number")
         if statistic not in ("logits", "weights"):
             raise UserError(f"statistic {statistic!r}", rule='it must be "logits" or "weights"')
+        if decay not in ("cosine", "none"):
+            raise UserError(f"decay {decay!r}", rule='it must be "cosine" or "none"')
         self.repulsion, self.attenuation, self.threshold = float(repulsion), float(attenuation), float(threshold)
         self.statistic, self.all_blocks = statistic, bool(all_blocks)
+        self.decay, self.orthogonalize = decay, bool(orthogonalize)
 
     def step(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         number("guidance_scale", step.guidance_scale, above=0)
@@ -92,9 +109,31 @@ class AttentionGuard(Policy):
                 rule="AttentionGuard acts where PyTorch computes attention, text and picture apart",
                 remedy="switch attention slicing and xformers off, or use another policy",
             )
+        away = step.cond - step.uncond
+        if self.repulsion and self.orthogonalize:
+            plus = plus - _parallel_part(plus - step.uncond, away).to(away) * away
         # The pipeline goes on to compute uncond + s (cond - uncond).
-        part = self.repulsion / step.guidance_scale
-        return plus - part * (step.cond - step.uncond), step.uncond
+        return plus - self._repulsion(step) / step.guidance_scale * away, step.uncond
+
+    def _repulsion(self, step: Step) -> float:
+        if not self.repulsion or self.decay == "none":
+            return self.repulsion
+        if step.total is None:
+            raise UserError(
+                "the number of steps is unknown",
+                rule="the repulsion falls along a cosine over the whole run",
+                remedy='use decay="none"',
+            )
+        return self.repulsion * math.cos(math.pi / 2 * step.index / max(step.total, 1))
+
+
+def _parallel_part(plus: torch.Tensor, away: torch.Tensor) -> torch.Tensor:
+    """Return the published coefficient c of `plus - c away`, `(n, 1, ...)`: 0 where the two are not nearly parallel."""
+    wide = torch.promote_types(plus.dtype, torch.float32)
+    p, n = plus.to(wide).flatten(1), away.to(wide).flatten(1)
+    dot, pp, nn = (p * n).sum(1), (p * p).sum(1) + 1e-8, (n * n).sum(1) + 1e-8
+    part = torch.where(dot / (pp * nn).sqrt() > _PARALLEL, (dot / nn).clamp(-_MOST, _MOST), torch.zeros_like(dot))
+    return part.view(-1, *[1] * (plus.ndim - 1))
 
 
 def spikes(logits: torch.Tensor, threshold: float, statistic: Statistic) -> torch.Tensor:

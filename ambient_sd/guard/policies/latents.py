@@ -33,6 +33,8 @@ class LatentPolicy(Policy, abc.ABC):
         UserError: an argument is out of range; when sampling, the schedule's first step has no signal.
     """
 
+    moves_latent = True
+
     def __init__(self, target: float, lr: float, max_steps: int, gradient_checkpointing: bool) -> None:
         self.target, self.lr = number("target", target, above=0), number("lr", lr, above=0)
         self.max_steps = whole("max_steps", max_steps, least=1)

@@ -8,14 +8,22 @@ picture has its own norm, its own optimizer state and its own stop: together or 
 
 Only the conditional half is optimised; the unconditional half is evaluated once, without gradients. SDXL's pooled
 embedding is left alone. Nothing random happens.
+
+Where ours differs further. (1) AdamW's decay: their code sets the gradient of the BOS row to zero and leaves the row in the
+parameter, so that each step still multiplies it by `1 - lr weight_decay = 1 - 0.0005`, 0.5 % in ten steps; ours is frozen, as the paper
+says (`freeze_bos=False`: theirs). (2) They serve the embedding after the last step, whose norm was not looked at; ours the one with the
+lowest norm (`serve="last"`: theirs). (3) They optimise in the pipeline's precision, bfloat16 or float16, where a step of 0.05 loses
+digits; ours in float32 at least. (4) On v-prediction models the norm carries alpha_t; theirs is of the raw outputs.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 
+from ambient_sd.errors import UserError
 from ambient_sd.guard.policies._common import number, require_signal, whole
 from ambient_sd.guard.policies.base import Change, Policy, SamplingStart
 from ambient_sd.guard.scores import guidance_norm
@@ -30,6 +38,8 @@ class PromptOptimization(Policy):
         lr: AdamW's learning rate, > 0. Default as published.
         max_steps: most optimizer steps per picture, >= 1. Default as published.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+        serve: the "best" embedding seen, or the "last" as in the published code, worse or not.
+        freeze_bos: leave the first position alone; False: let AdamW's decay move it, as in the published code.
 
     Raises:
         UserError: an argument is out of range; when sampling, the schedule's first step has no signal.
@@ -37,9 +47,20 @@ class PromptOptimization(Policy):
     Source: Wen, Liu, Chen, Lyu, ICLR 2024.
     """
 
+    begins_at_signal = True
+
     def __init__(
-        self, target: float, lr: float = 0.05, max_steps: int = 10, gradient_checkpointing: bool = False
+        self,
+        target: float,
+        lr: float = 0.05,
+        max_steps: int = 10,
+        gradient_checkpointing: bool = False,
+        serve: Literal["best", "last"] = "best",
+        freeze_bos: bool = True,
     ) -> None:
+        if serve not in ("best", "last"):
+            raise UserError(f"serve {serve!r}", rule='it must be "best" or "last"')
+        self.serve, self.freeze_bos = serve, bool(freeze_bos)
         self.target, self.lr = number("target", target, above=0), number("lr", lr, above=0)
         self.max_steps = whole("max_steps", max_steps, least=1)
         self.gradient_checkpointing = gradient_checkpointing
@@ -63,13 +84,13 @@ class PromptOptimization(Policy):
             best_embeds = given.detach().clone()
             # AdamW works element by element, and all pictures that go on have taken equally many steps: one parameter is
             # as good as one per picture. Rows of pictures that have stopped may drift; nothing reads them again.
-            tail = own[:, 1:].clone().requires_grad_(True)
+            head, tail = own[:, :1].clone(), own[:, 1:].clone().requires_grad_(True)
             optimizer = torch.optim.AdamW([tail], lr=self.lr)
             going = list(range(len(chosen)))  # rows of `own`
             for iteration in range(self.max_steps + 1):
                 last = iteration == self.max_steps
                 with torch.set_grad_enabled(not last):
-                    embeds = torch.cat([own[going, :1], tail[going]], dim=1).to(given.dtype)
+                    embeds = torch.cat([head[going], tail[going]], dim=1).to(given.dtype)
                     rows = torch.tensor([chosen[k] for k in going], device=device)
                     eps_c = halves.predict("cond", rows=rows, embeds=embeds)
                     norms = guidance_norm(cond=eps_c, uncond=eps_u[going]) * halves.noise_factor
@@ -79,9 +100,8 @@ class PromptOptimization(Policy):
                     i = chosen[k]
                     if iteration == 0:
                         first[i] = best[i] = values[place]
-                    elif (
-                        values[place] < best[i]
-                    ):  # a step may overshoot: never serve a worse embedding than an earlier one
+                    # A step may overshoot: never serve a worse embedding than an earlier one, unless told to.
+                    elif values[place] < best[i] or self.serve == "last":
                         best[i], changed[i] = values[place], True
                         best_embeds[i] = embeds[place].detach()
                     if values[place] > self.target and not last:
@@ -94,6 +114,8 @@ class PromptOptimization(Policy):
                 for k in going:
                     iterations[chosen[k]] += 1
                 optimizer.step()
+                if not self.freeze_bos:  # AdamW's step where the gradient is 0 is its decay, to the bit
+                    head.mul_(1 - self.lr * optimizer.param_groups[0]["weight_decay"])
         return Change(
             changed, embeds=best_embeds, first_score_before=first, first_score_after=best, iterations=iterations
         )

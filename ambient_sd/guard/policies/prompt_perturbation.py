@@ -3,7 +3,7 @@
     RT   insert random tokens of the tokenizer's vocabulary between the words
     CWR  insert words of the prompt again
     RNA  insert random numbers, uniform in 0..99999
-    GNI  e + std z, z ~ N(0, 1): Gaussian noise on the prompt's embedding, std 0.1
+    GNI  e + std z, z ~ N(0, 1): Gaussian noise on the embeddings of both halves, std 0.1
 
 (Somepalli, Singla, Goldblum, Geiping, Goldstein, *Understanding and mitigating copying in diffusion models*, NeurIPS 2023, the
 mitigations at inference.) Each insertion stands before, between or after the words present by then, all places alike.
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -142,11 +142,14 @@ class RandomNumbers(PromptPerturbation):
 
 
 class GaussianEmbeddingNoise(Policy):
-    """GNI: add Gaussian noise to every position of the conditional embedding, `e + std z`; the noise serves all steps.
+    """GNI: add Gaussian noise to every position of the embeddings, `e + std z`; the noise serves all steps.
+
+    The published code adds it to all that its pipeline encodes: the conditional and the unconditional half, each noise its own.
 
     Args:
         std: the noise's standard deviation, > 0, in the units of the text encoder's output. Default as published.
         seed: whole number from which all random numbers follow.
+        halves: noise on "both" halves, as published, or on the conditional one alone, "cond".
 
     Raises:
         UserError: an argument is out of range.
@@ -154,22 +157,32 @@ class GaussianEmbeddingNoise(Policy):
     Source: Somepalli et al., NeurIPS 2023.
     """
 
-    def __init__(self, std: float = 0.1, seed: int = 0) -> None:
+    def __init__(self, std: float = 0.1, seed: int = 0, halves: Literal["both", "cond"] = "both") -> None:
         self.std = number("std", std, above=0)
         self.seed = whole("seed", seed)
+        if halves not in ("both", "cond"):
+            raise UserError(f"halves {halves!r}", rule='it must be "both" or "cond"')
+        self.halves = halves
 
     def begin(self, start: SamplingStart) -> Change:
         """Return the noisy embeddings of all active pictures."""
-        own = start.halves.cond.embeds
         prompts = start.prompts if start.prompts is not None else [""] * len(start.active)
+        purpose = type(self).__name__
+        uncond = None
+        if self.halves == "both":
+            uncond = self._noisy(start.halves.uncond.embeds, prompts, f"{purpose} unconditional")
+        return Change(
+            list(start.active), embeds=self._noisy(start.halves.cond.embeds, prompts, purpose), uncond_embeds=uncond
+        )
+
+    def _noisy(self, own: torch.Tensor, prompts: list[str], purpose: str) -> torch.Tensor:
         # On the CPU and in float32, so that one seed is one noise on every device and in every precision.
         noise = [
-            torch.randn(own.shape[1:], generator=_generator(self.seed, type(self).__name__, prompt, place))
+            torch.randn(own.shape[1:], generator=_generator(self.seed, purpose, prompt, place))
             for prompt, place in zip(prompts, _places(prompts), strict=True)
         ]
         wide = torch.promote_types(own.dtype, torch.float32)
-        embeds = own.to(wide) + self.std * torch.stack(noise).to(own.device, wide)
-        return Change(list(start.active), embeds=embeds.to(own.dtype))
+        return (own.to(wide) + self.std * torch.stack(noise).to(own.device, wide)).to(own.dtype)
 
 
 def _places(prompts: list[str]) -> list[int]:
