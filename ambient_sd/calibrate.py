@@ -149,6 +149,7 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path]:
         versions={"ambient_sd": __version__}
         | {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
         anisotropy=terms,
+        lora=drawing.lora(),
     )
     return result, result.save(out)
 
