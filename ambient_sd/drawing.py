@@ -26,7 +26,7 @@ from ambient_sd.guard.base_above import BaseAbove
 from ambient_sd.guard.calibration import Sampling
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard
 from ambient_sd.hub_ids import OPEN_CLIP, resolve_model_id
-from ambient_sd.lora import fit, load_lora, locate, read
+from ambient_sd.lora import fit, load_lora, locate, read, told
 from ambient_sd.quiet import quiet
 
 SCHEDULERS = {
@@ -212,10 +212,13 @@ def load(settings: DrawSettings) -> Any:
     except Exception as error:  # OSError, ValueError, SafetensorError, ...: all mean unusable files
         raise UserError(f"{settings.model} cannot be loaded", rule=one_line(f"{type(error).__name__}: {error}", 240),
                         remedy="give a whole Stable Diffusion pipeline with safetensors weights") from None  # fmt: skip
-    if settings.adapter is not None and load_lora(pipe, settings.adapter) != settings.lora():
-        raise UserError(
-            f"the adapter {settings.adapter} changed while it was loaded", remedy="leave it alone meanwhile"
-        )
+    if settings.adapter is not None:
+        found = load_lora(pipe, settings.adapter)
+        if found != settings.lora():
+            raise UserError(
+                f"the adapter {settings.adapter} changed while it was loaded", remedy="leave it alone meanwhile"
+            )
+        print(f"ambient-sd: adapter {label(settings.adapter)}: {told(found)}", flush=True)
     if settings.scheduler is not None:
         scheduler = getattr(diffusers, SCHEDULERS[settings.scheduler])
         # PNDM's first steps run the network on other inputs four times each; Stable Diffusion is sampled without.

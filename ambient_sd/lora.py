@@ -208,6 +208,12 @@ def load_lora(
     return adapter.record()
 
 
+def told(record: Mapping[str, Any]) -> str:
+    """Return a record in a line."""
+    said = f"{record['kind']} of rank {record['rank']}, alpha {record['alpha']} ({record['alpha_from']}), on {record['layers']} layers"
+    return f"{one_line(record['file'], 60)}: {one_line(said, 160)}, {record['scheme']} names, {record['sha256'][:12]}"
+
+
 # --- which file ------------------------------------------------------------------------------------------------------
 
 

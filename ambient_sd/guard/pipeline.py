@@ -69,7 +69,7 @@ class AmbientSDPipeline(StableDiffusionPipeline):
         if "safety_checker" in kwargs and kwargs["safety_checker"] is None:
             kwargs.setdefault("requires_safety_checker", False)
         pipe = super().from_pretrained(name, **kwargs)
-        pipe.calibration = pipe._own_calibration = pipe._beside(_threshold_file(name, kwargs))
+        pipe.calibration = pipe._own_calibration = pipe._beside(threshold_file(name, kwargs))
         return pipe
 
     def load_lora_weights(  # type: ignore[override]
@@ -104,7 +104,7 @@ class AmbientSDPipeline(StableDiffusionPipeline):
         source = pretrained_model_name_or_path_or_dict
         place = None if isinstance(source, Mapping) else os.fspath(source)
         # Before the adapter is loaded: a damaged file refuses both.
-        path = None if place is None else _threshold_file(place, kwargs)
+        path = None if place is None else threshold_file(place, kwargs)
         if path is not None:
             Calibration.load(path)
         record = load_lora(
@@ -214,7 +214,7 @@ class AmbientSDPipeline(StableDiffusionPipeline):
         return None
 
 
-def _threshold_file(name: str, options: dict[str, Any]) -> Path | None:
+def threshold_file(name: str, options: dict[str, Any]) -> Path | None:
     """Return the threshold file of a folder, beside a file, or of a hub repository (which diffusers leaves there), if it has one."""
     inside = options.get("subfolder") or ""
     if os.path.exists(name):
