@@ -177,6 +177,7 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path | None]:
         | {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
         anisotropy=terms,
         score_space=settings.score_space,
+        lora=drawing.lora(),
     )
     if useless(result) is None:
         return result, result.save(out)

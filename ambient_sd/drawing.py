@@ -7,6 +7,7 @@ Every picture is sampled as a prompt of its own, so that nothing depends on whic
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -25,6 +26,7 @@ from ambient_sd.guard.base_above import BaseAbove
 from ambient_sd.guard.calibration import Sampling
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard
 from ambient_sd.hub_ids import OPEN_CLIP, resolve_model_id
+from ambient_sd.lora import fit, load_lora, locate, read, told
 from ambient_sd.quiet import quiet
 
 SCHEDULERS = {
@@ -34,7 +36,6 @@ SCHEDULERS = {
 DTYPES = ("float32", "float16", "bfloat16")
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
-_ADAPTER_NAME = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class DrawSettings:
 
     Attributes:
         model: folder or hub id of a pipeline.
-        adapter: LoRA on its U-Net: folder, .safetensors file or hub id; None: none.
+        adapter: LoRA on it: folder, .safetensors file or hub id (`ambient_sd.lora`); None: none.
         scheduler: a key of `SCHEDULERS`; None: the model's own.
         num_inference_steps, guidance_scale: as diffusers takes them. A scale of 1 or less is none, and the guard, which measures
             guidance, then measures nothing.
@@ -70,7 +71,7 @@ class DrawSettings:
     base: str | None = None
 
     def check(self) -> None:
-        """Raise a `UserError` for what can be seen to be wrong without loading anything."""
+        """Raise a `UserError` for what can be seen to be wrong without the model's weights; of an adapter that is everything."""
         if not 0 <= self.guidance_scale < math.inf:
             raise UserError(f"guidance_scale is {self.guidance_scale}", rule="it must be a finite number of at least 0")
         for name in ("num_inference_steps", "batch_size"):
@@ -101,13 +102,27 @@ class DrawSettings:
         if self.base is not None:
             _check_model(resolve_model_id(self.base))
             _check_base(resolve_model_id(self.model), resolve_model_id(self.base))
-        if self.adapter is not None:
-            _adapter_place(self.adapter)
+        self.lora()
+
+    def lora(self) -> dict[str, Any] | None:
+        """Return the record of the adapter (`ambient_sd.lora.Adapter.record`), without loading the model; None without one.
+
+        Raises:
+            UserError: it cannot be loaded whole into this model.
+        """
+        if self.adapter is None:
+            return None
+        path = locate(self.adapter)
+        seen = path.stat()
+        return dict(
+            _fitted(self.adapter, path, (seen.st_mtime_ns, seen.st_size, seen.st_ino), resolve_model_id(self.model))
+        )
 
     def public(self) -> dict[str, Any]:
         """Return what pictures depend on, fit to be written down: of local folders the last part of their name only."""
         return {
             "model": label(self.model), "adapter": None if self.adapter is None else label(self.adapter),
+            **({} if self.adapter is None else {"lora": self.lora()}),
             "scheduler": self.scheduler, "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale, "resolution": self.resolution, "seed": self.seed, "dtype": self.dtype,
             **({} if self.base_above is None else {"base_above": self.base_above, "base": None if self.base is None else label(self.base)}),
@@ -198,13 +213,12 @@ def load(settings: DrawSettings) -> Any:
         raise UserError(f"{settings.model} cannot be loaded", rule=one_line(f"{type(error).__name__}: {error}", 240),
                         remedy="give a whole Stable Diffusion pipeline with safetensors weights") from None  # fmt: skip
     if settings.adapter is not None:
-        place, options = _adapter_place(settings.adapter)
-        try:
-            pipe.load_lora_weights(place, use_safetensors=True, **options)
-        except Exception as error:
-            raise UserError(f"the adapter {settings.adapter} cannot be loaded",
-                            rule=one_line(f"{type(error).__name__}: {error}", 240),
-                            remedy="give a LoRA for this model, in safetensors") from None  # fmt: skip
+        found = load_lora(pipe, settings.adapter)
+        if found != settings.lora():
+            raise UserError(
+                f"the adapter {settings.adapter} changed while it was loaded", remedy="leave it alone meanwhile"
+            )
+        print(f"ambient-sd: adapter {label(settings.adapter)}: {told(found)}", flush=True)
     if settings.scheduler is not None:
         scheduler = getattr(diffusers, SCHEDULERS[settings.scheduler])
         # PNDM's first steps run the network on other inputs four times each; Stable Diffusion is sampled without.
@@ -348,15 +362,29 @@ def _config(place: str, name: str) -> dict[str, Any]:
                         remedy="give a whole Stable Diffusion folder or hub id") from None  # fmt: skip
 
 
-def _adapter_place(adapter: str) -> tuple[str, dict[str, str]]:
-    """Return what `load_lora_weights` is given for an adapter, or raise if a local one is not there."""
-    path = Path(adapter)
-    if path.is_file() and path.suffix == ".safetensors":
-        return str(path.parent), {"weight_name": path.name}
-    if path.is_dir() and (path / _ADAPTER_NAME).is_file():
-        return str(path), {"weight_name": _ADAPTER_NAME}
-    if path.exists() or path.is_absolute() or adapter.startswith((".", "~")) or adapter.count("/") > 1:
-        raise UserError(
-            f"adapter is {adapter}", rule=f"there is no .safetensors file and no folder with {_ADAPTER_NAME}"
-        )
-    return adapter, {}
+@functools.lru_cache(maxsize=8)
+def _fitted(adapter: str, path: Path, _: tuple[int, ...], model: str) -> dict[str, Any]:
+    """Return the record of an adapter that fits a model, read from the model's configurations; by the file's time and size, once."""
+    return fit(read(path, adapter), _skeleton(model), _check_model(model)).record()
+
+
+def _skeleton(model: str) -> dict[str, torch.nn.Module]:
+    """Return the parts that a LoRA can change without their weights."""
+    import transformers
+    from diffusers import UNet2DConditionModel
+
+    index = _config(model, "model_index.json")
+    kinds = {name: (index.get(name) or (None, None))[:2] for name in ("text_encoder", "text_encoder_2")}
+    try:
+        with torch.device("meta"):
+            parts = {"unet": UNet2DConditionModel.from_config(_config(model, "unet/config.json"))}
+            for name, (library, kind) in kinds.items():
+                if library == "transformers" and kind is not None:
+                    cls = getattr(transformers, kind)
+                    parts[name] = cls(cls.config_class.from_dict(_config(model, f"{name}/config.json")))
+            return parts
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged configuration leads to
+        raise UserError(f"{model!r} cannot be built from its configurations", rule=one_line(f"{type(error).__name__}: {error}", 240),
+                        remedy="give a whole Stable Diffusion folder or hub id") from None  # fmt: skip

@@ -33,16 +33,18 @@ from PIL import Image, PngImagePlugin
 
 from ambient_sd import __version__
 from ambient_sd.audit.report import contact_sheet, escaped
-from ambient_sd.drawing import Drawn, DrawSettings, check_prompts, digest, draw, home, load, read_prompts
+from ambient_sd.drawing import Drawn, DrawSettings, check_prompts, digest, draw, load, read_prompts
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.files import write_whole
 from ambient_sd.guard.attribution import TokenGradients
 from ambient_sd.guard.base_above import acting_base
-from ambient_sd.guard.calibration import FILE_NAME, Calibration, ModelPrint
+from ambient_sd.guard.calibration import Calibration, ModelPrint
 from ambient_sd.guard.layouts import distilled
+from ambient_sd.guard.pipeline import threshold_file
 from ambient_sd.guard.policies.by_name import make
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard
 from ambient_sd.guard.scores import Space
+from ambient_sd.hub_ids import resolve_model_id
 from ambient_sd.json_schema import load_json
 
 TEXT_KEY = "ambient_sd"
@@ -249,8 +251,9 @@ def _calibration(settings: SampleSettings) -> Calibration | None:
         if not (math.isfinite(settings.threshold) and settings.threshold > 0):
             raise UserError(f"threshold is {settings.threshold}", rule="it must be a finite number above 0, or auto")
         return None
-    folder = home(settings.drawing)
-    return Calibration.load(folder) if folder is not None and (folder / FILE_NAME).is_file() else None
+    drawing = settings.drawing
+    path = threshold_file(resolve_model_id(drawing.model) if drawing.adapter is None else drawing.adapter, {})
+    return None if path is None else Calibration.load(path)
 
 
 def _weights(unet: Any) -> str | None:
@@ -285,7 +288,12 @@ def _open(out: Path, given: dict[str, Any]) -> None:
 
 
 def _differs(out: Path, name: str, before: object, now: object) -> UserError:
-    shown = {"prompts": "the prompts", "weights": "the model's weights", "base_weights": "the base's weights"}.get(name)
+    shown = {
+        "prompts": "the prompts",
+        "lora": "the adapter's contents",
+        "weights": "the model's weights",
+        "base_weights": "the base's weights",
+    }.get(name)
     what = f"{shown} are others" if shown else f"{name} was {one_line(before, 60)} and is {one_line(now, 60)}"
     return UserError(f"{out} was begun with other settings: {what}", rule="a folder holds one run",
                      remedy="name another with --out, or sample as before")  # fmt: skip

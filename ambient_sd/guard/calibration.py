@@ -27,6 +27,7 @@ import inspect
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,10 @@ class ModelPrint:
     def of(cls, unet: torch.nn.Module, *, whole: bool = True) -> ModelPrint:
         """Take the print of a U-Net; without `whole` the weights are not hashed (seconds for a large model)."""
         unet = getattr(unet, "_orig_mod", unet)  # torch.compile
-        named = sorted(_weights(unet))
+        # What the only adapter is called makes no other model: the commands leave the name to diffusers.
+        only = list(getattr(unet, "peft_config", {}))
+        called = re.compile(rf"(\.lora_\w+)\.{re.escape(only[0])}(?=\.|$)") if len(only) == 1 else None
+        named = sorted((called.sub(r"\1.default_0", n) if called else n, tensor) for n, tensor in _weights(unet))
         config = {k: v for k, v in dict(getattr(unet, "config", {})).items() if not k.startswith("_")}
         # LoRA keeps its strength outside the weights.
         scales = {n: dict(m.scaling) for n, m in unet.named_modules() if isinstance(getattr(m, "scaling", None), dict)}
@@ -128,6 +132,8 @@ class ModelPrint:
             for n, m in unet.named_modules()
             if n in scales and (m.disable_adapters or set(m.active_adapters) != set(m.scaling))
         }
+        if called:
+            scales = {n: dict(zip(["default_0"], scale.values(), strict=False)) for n, scale in scales.items()}
         shapes = [[name, list(tensor.shape)] for name, tensor in named]
         facts = [config, shapes, scales, *([off] if off else [])]
         structure = hashlib.sha256(_canonical(facts).encode()).hexdigest()
@@ -234,6 +240,7 @@ class Calibration:
         versions: of the libraries.
         anisotropy: how its terms add up; None: the thresholds are of the norm.
         score_space: what the norm is of: "noise", or the network's "output" as it is (`scores`). The two do not mix.
+        lora: record of the adapter that was loaded (`ambient_sd.lora`); None: none was.
     """
 
     entries: list[Entry]
@@ -248,6 +255,7 @@ class Calibration:
     versions: dict[str, str]
     anisotropy: AnisotropyTerms | None = None
     score_space: Space = "noise"
+    lora: dict[str, Any] | None = None
 
     @property
     def detector(self) -> Detector:
@@ -392,6 +400,8 @@ class Calibration:
                 raise ValueError(f"threshold {entry.value}")
         if found.score_space not in SPACES:
             raise ValueError("score_space")
+        if not isinstance(found.lora, dict | None):
+            raise ValueError("lora")
         if found.anisotropy is not None and not all(map(_finite, dataclasses.astuple(found.anisotropy))):
             raise ValueError("anisotropy")
         numbers = (found.ordinary, found.evaluations, found.sampling.num_inference_steps)

@@ -3,7 +3,8 @@
 Pictures are bit-identical to `StableDiffusionPipeline`'s with the same seed; each comes with its `ImageReport`. What it
 saves is a stock folder: `model_index.json` names `StableDiffusionPipeline`, because a class unknown to diffusers cannot
 be loaded by `DiffusionPipeline.from_pretrained`. It adds no component and no copied loop. A calibrated threshold beside the
-weights (`calibration`) is loaded with them, and used where a call samples as was calibrated.
+weights (`calibration`), of the model or of a LoRA, is loaded with them, and used where a call samples as was calibrated. A LoRA is
+loaded whole or not at all (`ambient_sd.lora`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import inspect
 import json
 import logging
 import os
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from ambient_sd.guard.layouts import distilled
 from ambient_sd.guard.policies.base import Policy
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard, active_guard
 from ambient_sd.hub_ids import resolve_model_id
+from ambient_sd.lora import load_lora
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class AmbientSDPipeline(StableDiffusionPipeline):
     """
 
     calibration: Calibration | None = None
+    _own_calibration: Calibration | None = None  # without an adapter
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> AmbientSDPipeline:
@@ -66,15 +69,66 @@ class AmbientSDPipeline(StableDiffusionPipeline):
         if "safety_checker" in kwargs and kwargs["safety_checker"] is None:
             kwargs.setdefault("requires_safety_checker", False)
         pipe = super().from_pretrained(name, **kwargs)
-        path = _threshold_file(name, kwargs)
-        if path is not None:
-            found = Calibration.load(path)
-            why = found.misfit(pipe)
-            if why is None:
-                pipe.calibration = found
-            else:
-                logger.warning("the threshold in %s is not used: %s", FILE_NAME, why)
+        pipe.calibration = pipe._own_calibration = pipe._beside(threshold_file(name, kwargs))
         return pipe
+
+    def load_lora_weights(  # type: ignore[override]
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, Any],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Load a LoRA whole or not at all, and the threshold that was calibrated beside it, as the commands do.
+
+        diffusers warns about tensors that it finds no layer for and goes on without them; here they are refused, and after a refusal
+        the pipeline is as it was. A folder's choice of file, names and refusals: `ambient_sd.lora`.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: folder, .safetensors file, hub id or state dict.
+            adapter_name: as in diffusers.
+            hotswap: must be False.
+            **kwargs: weight_name, subfolder, revision, token, cache_dir, local_files_only, force_download, low_cpu_mem_usage.
+
+        Returns:
+            What was loaded: file, sha256, scheme of names, tensors, layers, rank, alpha (`ambient_sd.lora.Adapter.record`).
+
+        Raises:
+            UserError: it cannot be loaded whole; or the threshold file beside it is damaged.
+        """
+        if hotswap:
+            raise UserError("hotswap is True", rule="an adapter is checked as it is loaded, not over another one",
+                            remedy="call unload_lora_weights() or delete_adapters() first")  # fmt: skip
+        if not kwargs.pop("use_safetensors", True):
+            raise UserError("use_safetensors is False", rule="pickle can run any code", remedy="leave it out")
+        source = pretrained_model_name_or_path_or_dict
+        place = None if isinstance(source, Mapping) else os.fspath(source)
+        # Before the adapter is loaded: a damaged file refuses both.
+        path = None if place is None else threshold_file(place, kwargs)
+        if path is not None:
+            Calibration.load(path)
+        record = load_lora(
+            self, source if isinstance(source, Mapping) else os.fspath(source), adapter_name=adapter_name, **kwargs
+        )
+        # The model's own was measured without the adapter.
+        self.calibration = self._beside(path)
+        return record
+
+    def unload_lora_weights(self) -> None:
+        """Remove all adapters, as diffusers does; the threshold is the model's own again."""
+        super().unload_lora_weights()
+        self.calibration = self._own_calibration
+
+    def _beside(self, path: Path | None) -> Calibration | None:
+        """Return the thresholds of a file if they are of this model as it is now; if not, say why and return None."""
+        if path is None:
+            return None
+        found = Calibration.load(path)
+        why = found.misfit(self)
+        if why is None:
+            return found
+        logger.warning("the threshold in %s is not used: %s", FILE_NAME, why)
+        return None
 
     def to_json_string(self) -> str:
         """Return `model_index.json` under the stock class's name: the folder then loads everywhere, here included."""
@@ -149,14 +203,15 @@ class AmbientSDPipeline(StableDiffusionPipeline):
         return guard
 
 
-def _threshold_file(name: str, options: dict[str, Any]) -> Path | None:
-    """Return the threshold file of a folder, or of a hub repository (which diffusers leaves there), if it has one."""
-    if os.path.isdir(name):
-        path = Path(name) / FILE_NAME
+def threshold_file(name: str, options: dict[str, Any]) -> Path | None:
+    """Return the threshold file of a folder, beside a file, or of a hub repository (which diffusers leaves there), if it has one."""
+    inside = options.get("subfolder") or ""
+    if os.path.exists(name):
+        path = (Path(name) / inside if os.path.isdir(name) else Path(name).parent) / FILE_NAME
         return path if path.is_file() else None
     asked = {key: options[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in options}
     try:
-        return Path(hf_hub_download(name, FILE_NAME, **asked))
+        return Path(hf_hub_download(name, FILE_NAME, subfolder=inside or None, **asked))
     except (
         HfHubHTTPError,
         OSError,

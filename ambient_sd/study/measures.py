@@ -26,6 +26,7 @@ from ambient_sd.audit.metrics import Figure, bootstrap, memorized_fraction, qual
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.data.sources import PictureSet
 from ambient_sd.data.stream import drawn, keyed_generator
+from ambient_sd.lora import load_lora
 from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.study.denoised import embedded, predicted_x0
 from ambient_sd.study.plan import Sampling
@@ -76,7 +77,7 @@ def load_pipeline(base: str | Path, folder: Path, lora: bool) -> Any:
     options = {"safety_checker": None, "requires_safety_checker": False}
     pipe = StableDiffusionPipeline.from_pretrained(base if lora else folder, **options)
     if lora:
-        pipe.load_lora_weights(str(folder))
+        load_lora(pipe, folder)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")

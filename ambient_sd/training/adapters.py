@@ -9,7 +9,6 @@ update comes back at the wrong scale. Merging is not done here.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,25 +18,16 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import (
     convert_state_dict_to_kohya,
-    convert_unet_state_dict_to_peft,
 )
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from ambient_sd.errors import UserError
+from ambient_sd.lora import WEIGHTS_NAME, sgm_names
 from ambient_sd.training.dropout import AddressedDropout, install
 
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
-_SGM_RESIDUAL = {
-    "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
-}  # fmt: skip
-_SGM_OUTSIDE = {
-    "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}  # fmt: skip
 
 
 def check_targets(unet_config: dict[str, Any], targets: Sequence[str]) -> None:
@@ -110,12 +100,14 @@ def save_kohya(unet: Any, folder: Path, *, xl: bool = False) -> None:
     """Write the LoRA to `folder/pytorch_lora_weights_kohya.safetensors`, as sd-scripts and ComfyUI name things.
 
     Readers of this format scale the update by `alpha / rank` with the alpha of each layer in the file. For Stable
-    Diffusion 1 and 2 sd-scripts names layers as diffusers does, for SDXL (`xl`) as Stability's own U-Net: `sgm_name`.
+    Diffusion 1 and 2 sd-scripts names layers as diffusers does, for SDXL (`xl`) as Stability's own U-Net.
     """
     settings = unet.peft_config["default"]
     layers = get_peft_model_state_dict(unet)
     if xl:
-        layers = {sgm_name(name, unet.config.layers_per_block): value for name, value in layers.items()}
+        theirs = sgm_names(unet)
+        layers = {f"{theirs[path]}.lora_{rest}": value for (path, rest), value in
+                  ((name.split(".lora_", 1), value) for name, value in layers.items())}  # fmt: skip
     layers = {f"unet.{name}": value for name, value in layers.items()}
     converted = convert_state_dict_to_kohya(layers)
     # diffusers writes the rank as every layer's alpha.
@@ -144,54 +136,27 @@ def _settle(path: Path) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
 
 
-def sgm_name(name: str, layers_per_block: int) -> str:
-    """Return the name that Stability's SDXL U-Net (sgm) has for a layer of diffusers' one.
-
-    Down block i holds n + 1 input blocks: n layers, each a residual block `.0` with or without a transformer `.1`, and the
-    downsampler; up block i holds n + 1 output blocks, whose last one has the upsampler.
-
-    Args:
-        name: as in UNet2DConditionModel, whatever follows the layer included.
-        layers_per_block: n.
-    """
-    count = layers_per_block + 1
-    for pattern, make in (
-        (r"down_blocks\.(\d+)\.resnets\.(\d+)", lambda i, j: f"input_blocks.{1 + i * count + j}.0"),
-        (r"down_blocks\.(\d+)\.attentions\.(\d+)", lambda i, j: f"input_blocks.{1 + i * count + j}.1"),
-        (r"down_blocks\.(\d+)\.downsamplers\.(\d+)\.conv", lambda i, _: f"input_blocks.{(i + 1) * count}.0.op"),
-        (r"up_blocks\.(\d+)\.resnets\.(\d+)", lambda i, j: f"output_blocks.{i * count + j}.0"),
-        (r"up_blocks\.(\d+)\.attentions\.(\d+)", lambda i, j: f"output_blocks.{i * count + j}.1"),
-        # SDXL upsamples only where there are transformers: place 2.
-        (r"up_blocks\.(\d+)\.upsamplers\.(\d+)\.conv", lambda i, _: f"output_blocks.{i * count + count - 1}.2.conv"),
-        (r"mid_block\.(resnets)\.(\d+)", lambda _, j: f"middle_block.{2 * j}"),
-        (r"mid_block\.(attentions)\.(\d+)", lambda *_: "middle_block.1"),
-    ):  # fmt: skip
-        if found := re.match(pattern, name):
-            first, second = (int(g) if g.isdigit() else 0 for g in found.groups())
-            inner = name[found.end() :]
-            if "resnets" in found[0]:
-                for theirs, ours in _SGM_RESIDUAL.items():
-                    inner = re.sub(rf"^\.{theirs}\.", f".{ours}.", inner)
-            return make(first, second) + inner
-    for theirs, ours in _SGM_OUTSIDE.items():
-        if name.startswith(f"{theirs}."):
-            return ours + name[len(theirs) :]
-    return name
-
-
 def load(unet: Any, folder: Path) -> None:
     """Read weights that `save` wrote into a U-Net with the same adapter attached.
 
     Raises:
-        UserError: the file is missing or damaged, or belongs to another adapter.
+        UserError: the file is missing or damaged, or is not this adapter, tensor for tensor.
     """
     path = folder / WEIGHTS_NAME
     try:
-        state = {k.removeprefix("unet."): v for k, v in load_file(path).items()}
-        result: Any = set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(state), adapter_name="default")
+        state = {name.removeprefix("unet."): value for name, value in load_file(path).items()}
+        expected = {name: value.shape for name, value in get_peft_model_state_dict(unet).items()}
+        wrong = sorted(expected.keys() ^ state.keys()) or [n for n, v in state.items() if v.shape != expected[n]]
+        if not wrong:
+            set_peft_model_state_dict(unet, state, adapter_name="default")
+            held = get_peft_model_state_dict(unet)
+            wrong = [
+                name for name, value in state.items() if not torch.equal(held[name].cpu(), value.to(held[name].dtype))
+            ]
     except Exception as error:  # SafetensorError, OSError, shape mismatch (RuntimeError)
         raise UserError(
             f"{path} cannot be read", rule=f"{type(error).__name__}: {error}"[:300], remedy="use another checkpoint"
         ) from None
-    if getattr(result, "unexpected_keys", None):
-        raise UserError(f"{path} belongs to another adapter", rule=f"unknown weight {result.unexpected_keys[0]}")
+    if wrong:
+        raise UserError(f"{path} belongs to another adapter", rule=f"{len(wrong)} weights are missing, unknown or of another shape, the first is {wrong[0]}",
+                        remedy="use another checkpoint")  # fmt: skip

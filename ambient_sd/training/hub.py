@@ -433,7 +433,8 @@ def _usage(facts: Facts, repo: str | None, revision: str | None) -> list[str]:
         base = f'"{facts.base_id or "BASE_MODEL"}"'
         load = [
             f"pipe = {pipeline}.from_pretrained({base})",
-            f'pipe.load_lora_weights({source}, weight_name="pytorch_lora_weights.safetensors"{at})',
+            f"{'load_lora(pipe, ' if facts.xl else 'pipe.load_lora_weights('}{source}, "
+            f'weight_name="pytorch_lora_weights.safetensors"{at})',
         ]
     else:
         load = [f"pipe = {pipeline}.from_pretrained({source}{at})"]
@@ -441,6 +442,7 @@ def _usage(facts: Facts, repo: str | None, revision: str | None) -> list[str]:
     if facts.xl:
         code = [
             "from ambient_sd import MemorizationGuard",
+            *(["from ambient_sd.lora import load_lora"] if facts.lora else []),
             "from diffusers import StableDiffusionXLPipeline",
             "",
             *load,

@@ -20,6 +20,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
@@ -30,6 +31,7 @@ from ambient_sd.data import latents as data
 from ambient_sd.data.sources import PictureSet, load_rows
 from ambient_sd.data.stream import SampleStream, process_batches
 from ambient_sd.errors import UserError
+from ambient_sd.lora import sgm_names
 from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.training import adapters, validation
 from ambient_sd.training.base import Base, check_base
@@ -319,6 +321,15 @@ def test_the_training_schedule_of_an_euler_scheduler_is_that_of_its_betas() -> N
 
 
 def test_kohya_names_of_sdxl_are_those_of_its_own_unet_and_every_layer_comes_back(tmp_path: Path) -> None:
+    with torch.device("meta"):  # SDXL's blocks
+        unet = UNet2DConditionModel(
+            down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * 2), up_block_types=(*("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
+            block_out_channels=(32, 64, 128), norm_num_groups=8, cross_attention_dim=8, attention_head_dim=(2, 4, 8),
+            transformer_layers_per_block=(1, 2, 10), use_linear_projection=True, addition_embed_type="text_time",
+            addition_time_embed_dim=8, projection_class_embeddings_input_dim=64,
+        )  # fmt: skip
+    names = sgm_names(unet)
+    assert len(set(names.values())) == len(names), "no two layers have one name"
     # From sd-scripts' and Stability's files, which have two layers a block.
     for ours, theirs in {
         "down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k": "input_blocks.4.1.transformer_blocks.1.attn2.to_k",
@@ -332,7 +343,7 @@ def test_kohya_names_of_sdxl_are_those_of_its_own_unet_and_every_layer_comes_bac
         "up_blocks.2.resnets.2.conv_shortcut": "output_blocks.8.0.skip_connection",
         "add_embedding.linear_2": "label_emb.0.2",
     }.items():
-        assert adapters.sgm_name(f"{ours}.lora_A.weight", 2) == f"{theirs}.lora_A.weight"
+        assert names[ours] == theirs
     pipe = tiny.tiny_sdxl_pipeline()
     # All layers that an adapter can have inside the blocks.
     layers = [name for name, m in pipe.unet.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
