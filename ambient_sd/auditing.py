@@ -1,13 +1,15 @@
 """`ambient-sd audit`: how much of a model's output is copied from its training pictures, and how good the output is.
 
     OUT/generated/       the pictures, drawn under the guard for the training captions (`ambient_sd.sample`); not with --generated
+    OUT/base/            images of the base model for the same captions, which cannot be copies: they calibrate the decision
     OUT/pictures.jsonl   one line a generated picture: prompt, score, nearest training picture by every feature, copy or not
     OUT/audit.json       figures with intervals, n and seeds; fingerprints of model and data; the verdict
     OUT/audit.html       the same to look at, with the most copied pictures beside their originals; one file, no script
     OUT/settings.json    what the folder belongs to: a run that was cut goes on, one of other pictures or another model is refused
 
 Duplicates in the training set count as one picture in every search; mirror images are searched for unless told otherwise.
-What is a copy is decided by the first feature: d1 / d2 < 1/3 for distances, its first threshold for similarities.
+What is a copy is decided by `ambient_sd.audit.decision`, calibrated by held-out images, by images of the base model, or both; d1 / d2 < 1/3 and
+similarities stand beside it as published measures.
 
 The share of copies that decides the exit status is the value itself, no end of its interval: every picture in it lies beside its
 original on the page. A lower end would let a small audit pass on copies that it saw; an upper end would fail every small audit.
@@ -36,8 +38,9 @@ from torch import Tensor
 
 from ambient_sd import __version__
 from ambient_sd.audit.clip_score import ClipScore
+from ambient_sd.audit.decision import EACH, RATE, SAME, CopyDecision, Decided, Null
 from ambient_sd.audit.embedding import EmbeddingStore
-from ambient_sd.audit.features import MIRROR, Features, embed
+from ambient_sd.audit.features import MIRROR, Features, as_rgb, embed
 from ambient_sd.audit.metrics import (
     Measurement,
     Row,
@@ -46,35 +49,44 @@ from ambient_sd.audit.metrics import (
     copy_threshold,
     difference,
     measure,
+    memorized,
 )
 from ambient_sd.audit.neighbours import Neighbours
 from ambient_sd.audit.originals import one_of_each
 from ambient_sd.audit.record import AuditRecord, measures
+from ambient_sd.audit.registration import SCALES
 from ambient_sd.audit.registry import DEFAULT, choose, labels
 from ambient_sd.audit.registry import label as label_of
 from ambient_sd.audit.report import (
     Histogram,
     Report,
     RunSection,
+    Sample,
     TokenPull,
     find,
-    make_samples,
     ratio_histogram,
     write_report,
 )
 from ambient_sd.audit.search import require_feature, search
+from ambient_sd.audit.shares import COPIES, by_group, copy_rate, returned
 from ambient_sd.audit.stored import missing_features, recall
 from ambient_sd.data.sources import PictureSet, load_rows
 from ambient_sd.data.stream import drawn
 from ambient_sd.drawing import DrawSettings, digest, label, load, read_prompts
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.files import finite, write_whole
+from ambient_sd.hub_ids import resolve_model_id
 from ambient_sd.json_schema import load_json
 from ambient_sd.sample import SampleSettings, sample
 from ambient_sd.weight_files import adapter_files, unet_files
 
-_FILES = {"generated", "pictures.jsonl", "audit.json", "audit.html", "settings.json"}
+_FILES = {"generated", "base", "pictures.jsonl", "audit.json", "audit.html", "settings.json"}
 _SHOWN = 24
+SEARCHED = (
+    5000  # training images that are laid over the generated ones: beyond, those that a feature finds near, and a draw
+)
+_COARSE_VAE = 256  # pixels; of larger images an autoencoder changes nothing that is left at 64
+HELDOUT, BASE = "held-out images", "images of the base model"
 _LIST = "samples.jsonl"  # of `ambient-sd sample`
 
 
@@ -111,8 +123,11 @@ class AuditSettings:
         heldout: real pictures of the same kind that the model never saw; None: there is no background, no excess, no quality.
         prompts: file of prompts; None: the training captions.
         samples_per_prompt: pictures of each prompt.
+        base_model: the pipeline that the model was fine-tuned from, whose images cannot be copies; None: with an adapter, the model without it.
+        base_images: how many images of the base calibrate the decision, one a prompt; 0: none.
+        group_column: column of the training rows (a person, an artist) by whose values what comes back is counted.
         max_prompts: that many prompts at most, drawn by the seed; 0: all.
-        features: names of `audit.registry`; the first decides what counts as a copy.
+        features: names of `audit.registry`: the measures beside the decision.
         files: weights of features by name.
         training_embeddings: folder of `audit.embedding` with the training pictures by every feature: they are not embedded again.
         clip: folder or hub id of a CLIP for the CLIP score, of transformers or, after `open_clip:`, of open_clip; None: none.
@@ -133,6 +148,9 @@ class AuditSettings:
     prompts: str | None = None
     samples_per_prompt: int = 4
     max_prompts: int = 0
+    base_model: str | None = None
+    base_images: int = 128
+    group_column: str | None = None
     features: tuple[str, ...] = DEFAULT
     files: Mapping[str, str | None] = field(default_factory=dict)
     training_embeddings: Path | None = None
@@ -153,15 +171,29 @@ class AuditSettings:
             raise UserError(f"samples_per_prompt is {self.samples_per_prompt}", rule="it must be at least 1")
         if abs(self.seed) >= 2**63:
             raise UserError(f"seed is {self.seed}", rule="it must be a whole number of at most 63 bits")
-        for name in ("max_prompts", "attribution"):
+        for name in ("max_prompts", "attribution", "base_images"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}", rule="it must be at least 0")
         if self.limit is not None and not 0 <= self.limit < 1:
             raise UserError(f"fail-over is {self.limit}", rule="it is a share of the pictures, from 0 to below 1")
         if self.generated is not None and self.prompts is not None:
             raise UserError("prompts with generated pictures", rule="their prompts are in the folder's own list")
+        if self.base_model is not None and self.drawing is None:
+            raise UserError("base_model with generated pictures", rule="their prompts and sampler are not known here",
+                            remedy="give held-out images with --heldout")  # fmt: skip
         if self.drawing is not None:
             self.drawing.check()
+            if (base := self.base()) is not None:
+                base.check()
+
+    def base(self) -> DrawSettings | None:
+        """Return how images of the base are sampled; None where none are."""
+        drawing = self.drawing
+        if drawing is None or not self.base_images or (self.base_model is None and drawing.adapter is None):
+            return None
+        return dataclasses.replace(
+            drawing, model=self.base_model or drawing.model, adapter=None, base=None, base_above=None
+        )
 
 
 @dataclass(frozen=True)
@@ -268,6 +300,8 @@ def _audit(settings: AuditSettings, command: str) -> Audit:
         raise UserError(f"{seen} of {len(heldout)} held-out pictures are training pictures",
                         rule="the background is what a model that never saw them would hit",
                         remedy="give other pictures, or the right split with --heldout_split")  # fmt: skip
+    if settings.group_column is not None:
+        training.column(settings.group_column)  # a column that is not there ends it here
     prompts = None if settings.drawing is None else _prompts(settings, training)
     existing = None if settings.generated is None else read_generated(settings.generated)
     _claim(settings, training, heldout, prompts, existing)
@@ -288,6 +322,7 @@ def _audit(settings: AuditSettings, command: str) -> Audit:
     else:
         assert existing is not None
         generated = existing
+    base = _base_images(settings, prompts)
     # Equal pictures have equal vectors: a set that repeats its pictures is embedded and searched once.
     different = list(range(len(training))) if stored else one_of_each(training.keys).tolist()
     of_training = Images(training if stored else training.subset(different))
@@ -306,9 +341,13 @@ def _audit(settings: AuditSettings, command: str) -> Audit:
     )  # fmt: skip
     measured = _with_rows(measured, different)
     measured.rows.extend(row for one in align for row in one(generated, heldout))
-    pulls = _pulls(settings, generated, measured.neighbours[features[0].name]) if settings.attribution else []
+    verdict = _decide(settings, training, different, heldout, generated, base, measured)
+    measured.rows[:0] = verdict.rows
+    pulls = _pulls(settings, generated, verdict.decided) if settings.attribution else []
     used = _used(stored, compared, measured)
-    return _write(settings, command, begun, training, heldout, generated, features, measured, pulls, used, files)
+    return _write(
+        settings, command, begun, training, heldout, generated, features, measured, verdict, pulls, used, files
+    )
 
 
 # --- what goes in ----------------------------------------------------------------------------------------------------
@@ -334,6 +373,114 @@ def _stored(settings: AuditSettings) -> dict[str, EmbeddingStore]:
     words += [word for name, value in given.items() for word in (f"--{name}", value)]
     raise UserError(f"{folder} holds no embeddings of {', '.join(missing)}", rule="an audit needs each of its features",
                     remedy=f"make them: {shlex.join(words)}")  # fmt: skip
+
+
+def _base_images(settings: AuditSettings, prompts: Sequence[str] | None) -> PictureSet | None:
+    """Draw what the base makes of the same prompts, one image each: a model that cannot have copied."""
+    if (base := settings.base()) is None:
+        return None
+    assert prompts is not None
+    chosen = list(prompts)
+    if settings.base_images < len(chosen):
+        chosen = [chosen[i] for i in drawn(len(chosen), settings.base_images, settings.seed, "base prompts")]
+    folder = settings.out / "base"
+    sample(SampleSettings(base, folder, chosen, 1))
+    return read_generated(folder).pictures
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Hold what was decided of the generated images, with `decided.row` counted in the rows of the whole training set."""
+
+    decided: Decided
+    rule: str
+    nulls: list[Null]
+    rows: list[Row]
+    groups: list[dict[str, Any]]
+    searched: int
+    ratios: dict[str, list[float]]
+
+
+def _decide(
+    settings: AuditSettings, training: PictureSet, different: Sequence[int], heldout: PictureSet | None, generated: Generated,
+    base: PictureSet | None, measured: Measurement,
+) -> Decision:  # fmt: skip
+    """Decide which generated images are copies, and count both shares."""
+    rows = list(different)
+    if len(rows) > SEARCHED:
+        # Of very large sets those that any feature finds near, and a draw of the others: surroundings and null need no more.
+        near = {
+            int(i)
+            for side in (measured.neighbours, measured.heldout_neighbours)
+            for n in side.values()
+            for i in n.index.flatten()
+        }
+        drawn_rows = {rows[i] for i in drawn(len(rows), SEARCHED // 2, settings.seed, "searched training images")}
+        rows = sorted(near | drawn_rows)
+    unseen: dict[str, Sequence[Image.Image]] = {}
+    if heldout is not None:
+        unseen[HELDOUT] = Images(heldout)
+    if base is not None:
+        unseen[BASE] = Images(base)
+    shown = Images(training.subset(rows))
+    labels = [training.noise_keys[row] for row in rows]
+    decide = CopyDecision(shown, labels, unseen, _renditions(settings, shown), progress=True)
+    found = decide(Images(generated.pictures))
+    marks = found.copy
+    if not decide.nulls:  # nothing to calibrate with: in doubt the published measure counts too
+        published = next((n for n in measured.neighbours.values() if n.metric == "euclidean"), None)
+        marks = marks if published is None else marks | memorized(published)
+    decided = dataclasses.replace(found, copy=marks, row=torch.tensor(rows)[found.row])
+    background = None
+    if heldout is not None:
+        background = decide.background(HELDOUT)
+        background = decide(Images(heldout)).copy if background is None else background
+    options: dict[str, Any] = {"seed": settings.seed}
+    given = [
+        copy_rate(decided, background, generated.groups, resamples=settings.resamples, **options),
+        returned(decided, training.noise_keys, **options),
+    ]
+    groups = (
+        []
+        if settings.group_column is None
+        else by_group(decided, training.noise_keys, training.column(settings.group_column))
+    )
+    ratios = {null.name: null.ratios[SCALES[0]].tolist() for null in decide.nulls}
+    return Decision(decided, decide.rule, decide.nulls, given, groups, len(rows), ratios)
+
+
+def _renditions(settings: AuditSettings, training: Images) -> list[list[Image.Image]]:
+    """Return the training images as the model's autoencoder gives them back, where that changes what can be seen at 64 pixels."""
+    from diffusers import AutoencoderKL
+    from diffusers.image_processor import VaeImageProcessor
+
+    drawing = settings.drawing
+    if drawing is None:
+        return []
+    name = resolve_model_id(drawing.model)
+    try:
+        side = drawing.resolution or _own_resolution(name)
+        if side > _COARSE_VAE:
+            return []
+        vae: Any = AutoencoderKL.from_pretrained(name, subfolder="vae", use_safetensors=True).to(_device(settings))
+    except (OSError, ValueError, KeyError):
+        return []
+    processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1))
+    out: list[Image.Image] = []
+    with torch.no_grad():
+        for start in range(0, len(training), 16):
+            pixels = processor.preprocess([as_rgb(i) for i in training[start : start + 16]], height=side, width=side)
+            decoded = vae.decode(vae.encode(pixels.to(vae.device)).latent_dist.mode()).sample
+            out += processor.postprocess(decoded.cpu(), output_type="pil")
+    return [out]
+
+
+def _own_resolution(model: str) -> int:
+    """Return the side that a pipeline samples at by default, from its configuration."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    size = UNet2DConditionModel.load_config(model, subfolder="unet")["sample_size"]
+    return int(size) * 2 ** (len(AutoencoderKL.load_config(model, subfolder="vae")["block_out_channels"]) - 1)
 
 
 def _used(stored: Mapping[str, EmbeddingStore], compared: int, measured: Measurement) -> dict[str, Any] | None:
@@ -373,6 +520,7 @@ def _claim(
         "samples_per_prompt": None if prompts is None else settings.samples_per_prompt,
         "drawing": None if settings.drawing is None else settings.drawing.public(),
         "generated": None if existing is None else existing.pictures.fingerprint(),
+        "base": None if (base := settings.base()) is None else {**base.public(), "images": settings.base_images},
     }
     path = settings.out / "settings.json"
     if path.is_file():
@@ -530,17 +678,19 @@ def copies_row(feature: Features) -> str:
     )
 
 
-def _pulls(settings: AuditSettings, generated: Generated, near: Neighbours) -> list[TokenPull]:
+def _pulls(settings: AuditSettings, generated: Generated, decided: Decided) -> list[TokenPull]:
     """Return the pull of the tokens of the most copied prompts, by the mean rank of their pictures."""
     from ambient_sd.guard.attribution import attribute
 
     drawing = settings.drawing
     if drawing is None or generated.prompts is None or drawing.guidance_scale <= 1:  # without guidance no prompt pulls
         return []
-    rank = -near.similarity if near.metric == "cosine" else near.ratio
     ranks: dict[str, list[float]] = {}
-    for prompt, value in zip(generated.prompts, rank.tolist(), strict=True):
+    for prompt, value in zip(generated.prompts, decided.ratio.clamp(max=10).tolist(), strict=True):
         ranks.setdefault(prompt, []).append(value)
+    copies: dict[str, int] = {}
+    for prompt, copy in zip(generated.prompts, decided.copy.tolist(), strict=True):
+        copies[prompt] = copies.get(prompt, 0) + int(copy)
     order = sorted(ranks, key=lambda prompt: (sum(ranks[prompt]) / len(ranks[prompt]), prompt))
     pipe = load(drawing)
     sampling = drawing.sampling(pipe)
@@ -556,9 +706,7 @@ def _pulls(settings: AuditSettings, generated: Generated, near: Neighbours) -> l
         ) as error:  # a pipeline or precision that it does not know: the audit has its figures all the same
             print(f"ambient-sd: no token attribution: {error}", flush=True)
             break
-        what = "mean d1/d2" if near.metric == "euclidean" else "mean similarity"
-        mean = abs(sum(ranks[prompt]) / len(ranks[prompt]))
-        note = f"{what} of its {len(ranks[prompt])} pictures: {mean:.2f}"
+        note = f"{copies[prompt]} of its {len(ranks[prompt])} images are copies"
         pulls.append(TokenPull(prompt, seen.tokens, seen.scores, seen.padding_score, note))
     return pulls
 
@@ -572,19 +720,21 @@ def _write(
     generated: Generated,
     features: Sequence[Features],
     measured: Measurement,
+    decision: Decision,
     pulls: Sequence[TokenPull],
     used: Mapping[str, Any] | None,
     files: Mapping[str, Any],
 ) -> Audit:
-    deciding = features[0]
-    name = copies_row(deciding)
+    name = COPIES
     share = measured.row(name).generated
     others = [] if settings.limit is None else _certainly_above(settings.limit, measured, name)
     verdict: dict[str, Any] = {
         "measure": name, "value": share.value, "bound": "value", "limit": settings.limit, "others": others,
         "exceeded": None if settings.limit is None else share.value > settings.limit or bool(others),
     }  # fmt: skip
-    report = _report(settings, command, training, heldout, generated, features, measured, pulls, verdict, used)
+    report = _report(
+        settings, command, training, heldout, generated, features, measured, decision, pulls, verdict, used
+    )
     finding = find(report)
     found = {
         "finding": dataclasses.asdict(finding),
@@ -605,6 +755,11 @@ def _write(
             "heldout": None if heldout is None or settings.heldout is None
             else {**settings.heldout.public(), **_counted(heldout)},
         },
+        "copies": {
+            "rule": decision.rule, "false_discoveries": RATE, "each": EACH, "same": SAME,
+            "nulls": [{"name": null.name, "n": null.n, "twins": null.twins} for null in decision.nulls],
+            "searched": decision.searched, "groups": decision.groups,
+        },
         "features": {f.name: {"distance": f.distance, "copy": copies_row(f), **_file(f)} for f in features},
         "mirrored": settings.mirrored,
         "duplicates_of_one_picture_count_once": True,
@@ -615,7 +770,7 @@ def _write(
         "notes": list(report.notes),
         "made": {**_versions(), "command": command, "device": _device(settings), "seconds": round(time.time() - begun, 1)},
     }  # fmt: skip
-    lines = _lines(training, generated, features, measured)
+    lines = _lines(training, generated, features, measured, decision.decided)
     write_whole(settings.out / "pictures.jsonl", "".join(json.dumps(finite(line)) + "\n" for line in lines))
     write_report(settings.out / "audit.html", report)
     # Last: where it lies, the others are whole.
@@ -665,7 +820,7 @@ def _file(feature: Features) -> dict[str, str]:
 
 
 def _lines(
-    training: PictureSet, generated: Generated, features: Sequence[Features], measured: Measurement
+    training: PictureSet, generated: Generated, features: Sequence[Features], measured: Measurement, decided: Decided
 ) -> list[dict[str, Any]]:
     columns = []
     for feature in features:
@@ -682,7 +837,11 @@ def _lines(
             "name": generated.pictures.names[i],
             "prompt": None if generated.prompts is None else generated.prompts[i],
             "score": generated.scores[i],
-            "copy": columns[0][i]["copy"],
+            "copy": bool(decided.copy[i]),
+            "p": float(decided.p[i]),
+            "residual": float(decided.residual[i]),
+            "ratio": float(decided.ratio[i]),
+            "original": {"row": int(decided.row[i]), "name": training.names[int(decided.row[i])]},
             "nearest": {feature.name: column[i] for feature, column in zip(features, columns, strict=True)},
         }
         for i in range(len(generated.pictures))
@@ -697,36 +856,27 @@ def _report(
     generated: Generated,
     features: Sequence[Features],
     measured: Measurement,
+    decision: Decision,
     pulls: Sequence[TokenPull],
     verdict: Mapping[str, Any],
     used: Mapping[str, Any] | None,
 ) -> Report:
-    deciding = features[0]
-    near = measured.neighbours[deciding.name]
-    cosine = deciding.distance == "cosine"
-    rank = -near.similarity if cosine else near.ratio
-    shown = rank.argsort(stable=True)[: 3 * _SHOWN].tolist()
+    decided = decision.decided
+    published = measured.neighbours[features[0].name]
+    order = decided.p + 1e-6 * decided.ratio.clamp(max=1e3) - 2 * decided.copy.double()
     # Only what is shown is decoded again.
     decoded = Images(training)
-    originals = {row: decoded[row] for row in {int(near.index[i, 0]) for i in shown}}
-    picked = Neighbours(near.distance[shown], near.index[shown], near.metric)
-    samples = make_samples(
-        [generated.pictures[i].image for i in shown],
-        ["" if generated.prompts is None else generated.prompts[i] for i in shown],
-        _Sparse(originals, len(training)),
-        picked,
-        scores=[generated.scores[i] for i in shown],
-        training_prompts=training.captions,
-        threshold=copy_threshold(deciding) if cosine else None,
-    )
+    samples = [
+        _sample(i, generated, decoded, training.captions, decided, published, float(order[i]))
+        for i in order.argsort(stable=True)[: 3 * _SHOWN].tolist()
+    ]
     name = "this folder" if settings.drawing is None else _model_name(settings.drawing)
     run = RunSection(
         name=name,
         objective="",
         figures=measured.rows,
         samples=samples,
-        features=deciding.name,
-        counted=(int(copied(deciding, near).sum()), len(generated.pictures)),
+        counted=(int(decided.copy.sum()), len(generated.pictures)),
     )
     quality = next((row.name for row in measured.rows if row.name.startswith("FD-")), "")
     return Report(
@@ -734,12 +884,13 @@ def _report(
         command=command,
         runs=[run],
         training_n=len(training),
-        copies=copies_row(deciding),
+        copies=COPIES,
         quality=quality,
-        histograms=[_histogram(f, measured, name) for f in features],
+        histograms=[_decision_histogram(decision, name), *(_histogram(f, measured, name) for f in features)],
         tokens=pulls,
         made=_made(settings, training, heldout, generated),
-        notes=_notes(settings, training, heldout, generated, measured.row(copies_row(deciding)), verdict, used),
+        notes=_notes(settings, training, heldout, generated, measured.row(COPIES), decision, verdict, used),
+        groups=decision.groups,
         shown=_SHOWN,
     )
 
@@ -748,17 +899,42 @@ def _model_name(drawing: DrawSettings) -> str:
     return label(drawing.model) + (f" with {label(drawing.adapter)}" if drawing.adapter else "")
 
 
-class _Sparse(Sequence[Image.Image]):
-    """Stand for all training pictures where only some are asked for."""
+def _sample(
+    i: int, generated: Generated, originals: Images, captions: Sequence[str], decided: Decided, published: Neighbours, order: float
+) -> Sample:  # fmt: skip
+    row, p = int(decided.row[i]), float(decided.p[i])
+    beside = (
+        f"similarity {float(published.similarity[i]):.2f}"
+        if published.metric == "cosine"
+        else f"d1/d2 {float(published.ratio[i]):.2f}"
+    )
+    return Sample(
+        image=generated.pictures[i].image,
+        prompt="" if generated.prompts is None else generated.prompts[i],
+        nearest_image=originals[row],
+        ratio=float(decided.ratio[i]),
+        distance=float(decided.residual[i]),
+        memorized=bool(decided.copy[i]),
+        score=generated.scores[i],
+        nearest_prompt=captions[row],
+        order=order,
+        facts=(f"p {p:.2g}" if p >= 1e-4 else "p < 0.0001", f"residual {float(decided.residual[i]):.2f}", beside),
+    )
 
-    def __init__(self, images: Mapping[int, Image.Image], length: int) -> None:
-        self._images, self._length = images, length
 
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> Image.Image:  # type: ignore[override]
-        return self._images[index]
+def _decision_histogram(decision: Decision, name: str) -> Histogram:
+    rows = [(name, "run0", decision.decided.ratio.clamp(max=2).tolist())]
+    tones = {HELDOUT: "held", BASE: "train"}
+    rows += [
+        (null, tones.get(null, "train"), [min(v, 2.0) for v in values]) for null, values in decision.ratios.items()
+    ]
+    marked = decision.decided.ratio[decision.decided.copy]
+    cut = float(marked.max().clamp(max=2)) if len(marked) else 0.0
+    return Histogram(
+        "How near, beside images that cannot be copies?",
+        "Residual beside the training image that explains it best, over that image's own to its surroundings; the line is at the last copy.",
+        rows, cut, f"{cut:.2g}", high=2.0,
+    )  # fmt: skip
 
 
 def _histogram(feature: Features, measured: Measurement, name: str) -> Histogram:
@@ -786,10 +962,10 @@ def _histogram(feature: Features, measured: Measurement, name: str) -> Histogram
 
 def _notes(
     settings: AuditSettings, training: PictureSet, heldout: PictureSet | None, generated: Generated, copies: Row,
-    verdict: Mapping[str, Any], used: Mapping[str, Any] | None,
+    decision: Decision, verdict: Mapping[str, Any], used: Mapping[str, Any] | None,
 ) -> list[str]:  # fmt: skip
     share, n, device = copies.generated, len(generated.pictures), torch.device(_device(settings)).type
-    notes = []
+    notes = [decision.rule]
     if settings.limit is not None:
         said = (
             "fails: it exceeds"
@@ -799,13 +975,24 @@ def _notes(
             else "passes: it does not exceed"
         )
         notes.append(
-            f"The audit {said} the limit of {settings.limit:.2%} (share of copies by {share.name}, {share.value:.2%} of {n}; the value "
+            f"The audit {said} the limit of {settings.limit:.2%} ({share.value:.2%} of {n} are copies; the value "
             f"itself is held against the limit). By its interval up to {share.high:.2%} would be no surprise."
         )
         if verdict["others"]:
             notes.append(
                 f"The audit fails by {' and '.join(verdict['others'])}: the excess over held-out pictures is above the limit with its whole interval."
             )
+    for null in decision.nulls:
+        if null.twins:
+            notes.append(
+                f"{null.twins} of the {null.n + null.twins} {null.name} are copies of training images themselves, but for colour, blur or "
+                "pose; they calibrate nothing."
+            )
+    if decision.searched < len(set(training.noise_keys)):
+        notes.append(
+            f"{decision.searched} training images were laid over the generated ones: those that a feature found near, and a draw of the others. "
+            "A changed copy of another one is found by the features alone."
+        )
     if heldout is None:
         notes.append(
             "No held-out pictures were given: nothing says how many hits are chance, and quality is not measured. "

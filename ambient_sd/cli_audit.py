@@ -38,7 +38,15 @@ def add_audit(verbs: Any) -> None:
     audit.add_argument("--prompts", default=None, metavar="FILE", help=".jsonl with prompt rows, or text, one a line (default: the training captions)")  # fmt: skip
     audit.add_argument("--samples_per_prompt", type=int, default=4, help="pictures of each prompt")
     audit.add_argument("--max_prompts", type=int, default=0, help="prompts at most, drawn by the seed; 0: all")
-    add_features(audit, "the first decides what is a copy; ")
+    audit.add_argument("--base_model", default=None, metavar="MODEL",
+                       help="the pipeline that MODEL was fine-tuned from: its images for the same captions cannot be copies and calibrate the "
+                       "decision (default: with --adapter, MODEL without it)")  # fmt: skip
+    audit.add_argument(
+        "--base_images", type=int, default=128, metavar="N", help="images of the base model, one a prompt; 0: none"
+    )
+    audit.add_argument("--group_column", default=None, metavar="COLUMN",
+                       help="column of the training rows (a person, a patient, an artist): counts what comes back of each")  # fmt: skip
+    add_features(audit, "measures beside the decision; ")
     audit.add_argument(
         "--clip",
         default=None,
@@ -115,6 +123,9 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
         prompts=args.prompts,
         samples_per_prompt=args.samples_per_prompt,
         max_prompts=args.max_prompts,
+        base_model=args.base_model,
+        base_images=args.base_images,
+        group_column=args.group_column,
         features=tuple(features),
         files=files,
         training_embeddings=args.training_embeddings,

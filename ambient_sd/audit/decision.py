@@ -80,7 +80,7 @@ class CopyDecision:
     Args:
         training: one of each training image (no two equal ones).
         labels: one per training image, equal for near-duplicates; None: all differ.
-        unseen: name -> images that cannot be copies ("held-out", "base model"); at most `MOST` of each are used, the first ones.
+        unseen: name -> images that cannot be copies ("held-out", "base model"); at most `MOST` of each are used, evenly spaced.
         renditions: the training images once more in their order, changed as a generated copy would be: through the model's autoencoder.
         progress: show a bar.
 
@@ -118,7 +118,7 @@ class CopyDecision:
         self._poses = Poses(self._images)
         self._raw: dict[str, dict[float, Tensor]] = {}
         self._own: dict[int, tuple[Tensor, dict[float, Tensor]]] = {}
-        self.nulls = [self._null(name, list(images[:MOST])) for name, images in self.unseen.items() if len(images)]
+        self.nulls = [self._null(name, _some(images)) for name, images in self.unseen.items() if len(images)]
         self.nulls = [null for null in self.nulls if null.n >= LEAST]
         if not self.nulls and (own := self._leave_one_out()).n >= LEAST:
             self.nulls = [own]
@@ -132,6 +132,15 @@ class CopyDecision:
             p = torch.stack([combined(null, ratio) for null in self.nulls]).amax(0)
         same = residual[SCALES[0]] <= SAME
         return Decided(discoveries(p) | same, p, row, residual[SCALES[0]], ratio[SCALES[0]])
+
+    @property
+    def rule(self) -> str:
+        """Say in one sentence what was called a copy."""
+        same = f"a residual of at most {SAME:g}: nothing but colour, blur or pose tells it from a training image"
+        if not self.nulls:
+            return f"A copy has {same}; there were fewer than {LEAST} images that cannot be copies, so nothing says what else is near."
+        by = " and ".join(f"{null.n} {null.name}" for null in self.nulls)
+        return f"A copy is nearer to a training image than {by} come, at p of at most {EACH:.0%} and {RATE:.0%} false discoveries; or it has {same}."
 
     def background(self, name: str) -> Tensor | None:
         """Return which images of a null would be called copies, each judged without itself; None where there is no such null."""
@@ -223,6 +232,11 @@ class CopyDecision:
         twin = residual[SCALES[0]] <= SAME
         self._raw[name] = {s: ratio[s][~twin] for s in SCALES}
         return Null(name, {s: v.sort().values for s, v in self._raw[name].items()}, int(twin.sum()))
+
+
+def _some(images: Sequence[Image.Image]) -> list[Image.Image]:
+    step = max(1, -(-len(images) // MOST))
+    return [images[i] for i in range(0, len(images), step)]
 
 
 def combined(null: Null, ratio: Mapping[float, Tensor]) -> Tensor:

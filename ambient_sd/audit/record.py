@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ambient_sd.audit.metrics import Figure, Row
+from ambient_sd.audit.shares import COPIES, RETURNED
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.files import finite, write_whole
 from ambient_sd.json_schema import load_json, shortened, violation
@@ -42,6 +43,7 @@ class AuditRecord:
         verdict: the measure that decides, its value, the limit, and whether it is exceeded.
         model: which model was sampled and how; None for images made elsewhere.
         pictures: what was compared: generated, training and held-out images, with fingerprints.
+        copies: what was called a copy and by which images that cannot be copies; per group of training images, what comes back.
         features: by name.
         mirrored, duplicates_of_one_picture_count_once, seed, resamples: of the search and the intervals.
         measures: every figure; `rows` has them typed.
@@ -59,6 +61,7 @@ class AuditRecord:
     verdict: dict[str, Any]
     model: dict[str, Any] | None
     pictures: dict[str, Any]
+    copies: dict[str, Any]
     features: dict[str, Any]
     mirrored: bool
     duplicates_of_one_picture_count_once: bool
@@ -145,7 +148,7 @@ def measures(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def is_share(name: str) -> bool:
     """Tell whether a measure is a share of pictures, in [0, 1]."""
-    return name.startswith("memorized-") or " > " in name
+    return name in (COPIES, RETURNED) or name.startswith("memorized-") or " > " in name
 
 
 def _figure(values: dict[str, Any]) -> Figure:

@@ -17,6 +17,7 @@ import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -24,6 +25,7 @@ from ambient_sd.audit.features import as_rgb
 from ambient_sd.audit.metrics import MEMORIZED_RATIO, Figure, Row, difference, memorized
 from ambient_sd.audit.neighbours import Neighbours
 from ambient_sd.audit.record import is_share
+from ambient_sd.audit.shares import COPIES, RETURNED
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.files import write_whole
 
@@ -41,6 +43,7 @@ class Sample:
     Attributes:
         ratio: d1 / d2. distance: d1, in the units of the run's features. score: the guard's, None without a guard.
         similarity: to the nearest training picture where that decides, None where d1 / d2 does.
+        order: sorts samples, lowest first; None: `ratio` or `similarity` does. facts: what is said below instead of d1 and d2.
     """
 
     image: Image.Image
@@ -52,10 +55,14 @@ class Sample:
     score: float | None = None
     nearest_prompt: str = ""
     similarity: float | None = None
+    order: float | None = None
+    facts: tuple[str, ...] = ()
 
     @property
     def rank(self) -> float:
         """Return what sorts samples, the most copied first."""
+        if self.order is not None:
+            return self.order
         return self.ratio if self.similarity is None else -self.similarity
 
 
@@ -128,6 +135,7 @@ class Report:
         tokens: prompts and the pull of their tokens.
         made: how the page came to be: versions, fingerprints of model and data, seconds.
         notes: what a reader must know, one sentence each.
+        groups: what comes back of each group of training images (`shares.by_group`).
     """
 
     title: str
@@ -142,6 +150,7 @@ class Report:
     shown: int = 24
     histograms: Sequence[Histogram] = ()
     tokens: Sequence[TokenPull] = ()
+    groups: Sequence[Mapping[str, Any]] = ()
 
 
 def make_samples(
@@ -250,7 +259,8 @@ def find(report: Report) -> Finding:
 
 
 def _find_alone(run: RunSection, copies: Row, quality: str) -> Finding:
-    share = f"{show(copies.generated)} of {copies.generated.n} pictures are copies (by {copies.name.removeprefix('memorized-')})"
+    deciding = "" if copies.name == COPIES else f" (by {copies.name.removeprefix('memorized-')})"
+    share = f"{show(copies.generated)} of {copies.generated.n} images are copies{deciding}"
     name = run.name[:1].upper() + run.name[1:]
     if copies.heldout is None or copies.excess is None:
         others = [
@@ -260,10 +270,11 @@ def _find_alone(run: RunSection, copies: Row, quality: str) -> Finding:
         ]
         most = max(others, key=lambda row: row.generated.value, default=None)
         by = "" if most is None else f"; by {most.name.removeprefix('memorized-')} {show(most.generated)}"
+        back = _back(run)
         return Finding(
             "no-background",
-            f"{name}: {share}{by}; what chance alone would give is not known.",
-            f"95 % interval {_span(copies.generated)}. No unseen real pictures were given, so there is nothing to subtract: "
+            f"{name}: {share}{by}; how often unseen real images would be called copies is not known.",
+            f"{back}95 % interval {_span(copies.generated)}. No unseen real pictures were given, so there is nothing to subtract: "
             "training pictures that resemble each other make chance hits. Give pictures of the same kind that the model "
             "never saw with --heldout.",
         )
@@ -278,19 +289,18 @@ def _find_alone(run: RunSection, copies: Row, quality: str) -> Finding:
     kind = "copies" if copies.excess.low > 0 else "copies-otherwise" if more else "no-copies"
     verb = "copies training pictures" if kind == "copies" else "shows no copying beyond chance"
     sentence = f"{name} {verb}: {share}, against {show(copies.heldout)} of unseen real pictures."
-    detail = f"Excess {show(copies.excess, signed=True)} (95 % interval {_span(copies.excess)})."
+    detail = f"{_back(run)}Excess {show(copies.excess, signed=True)} (95 % interval {_span(copies.excess)})."
     if more:
         _, most, held = max(more, key=lambda found: found[0])
         by = most.name.removeprefix("memorized-")
         if kind == "copies":
             detail += f" By {by} there are more: {show(most.generated)}, against {show(held)}. Look at those too."
         else:
-            deciding = copies.name.removeprefix("memorized-")
             sentence = (
-                f"{name} copies training pictures, which {deciding} does not see: {show(most.generated)} of {most.generated.n} pictures are "
-                f"copies by {by}, against {show(held)} of unseen real pictures; by {deciding} {show(copies.generated)}."
+                f"{name} copies training pictures, by {by} alone: {show(most.generated)} of {most.generated.n} images, against {show(held)} of "
+                f"unseen real ones; the calibrated decision finds {show(copies.generated)}."
             )
-            detail = f"By {deciding}, which decides here: excess {show(copies.excess, signed=True)} (95 % interval {_span(copies.excess)})."
+            detail = f"By the calibrated decision: excess {show(copies.excess, signed=True)} (95 % interval {_span(copies.excess)})."
     if any(row.name == quality for row in run.figures):
         row = run.row(quality)
         assert row.heldout is not None and row.excess is not None
@@ -299,6 +309,15 @@ def _find_alone(run: RunSection, copies: Row, quality: str) -> Finding:
         if kind == "no-copies" and row.excess.low > 0:
             detail += " Broken pictures copy nothing: look at them before trusting a share of copies that is low."
     return Finding(kind, sentence, detail)
+
+
+def _back(run: RunSection) -> str:
+    row = next((row for row in run.figures if row.name == RETURNED), None)
+    return (
+        ""
+        if row is None
+        else f"{show(row.generated)} of {row.generated.n} training images come back ({_span(row.generated)}). "
+    )
 
 
 def _unit(name: str) -> tuple[float, str]:
@@ -328,7 +347,12 @@ def _span(figure: Figure) -> str:
     return f"{_number(figure.low, figure.name)} to {_number(figure.high, figure.name)}"
 
 
+_NAMES = {COPIES: "Copies among the generated images", RETURNED: "Training images that come back"}
+
+
 def _label(name: str) -> str:
+    if name in _NAMES:
+        return _NAMES[name]
     if name.startswith("memorized-"):
         return f"Copied pictures, {name.removeprefix('memorized-')}"
     if name.startswith("FD-"):
@@ -541,7 +565,9 @@ def _tokens(report: Report) -> str:
 def _caption(sample: Sample) -> str:
     badge = '<span class="badge copy">copy</span>' if sample.memorized else '<span class="badge">no copy</span>'
     score = "" if sample.score is None else f"<span>guard {sample.score:.3g}</span>"
-    if sample.similarity is None:
+    if sample.facts:
+        numbers = "".join(f"<span>{escaped(fact)}</span>" for fact in sample.facts)
+    elif sample.similarity is None:
         numbers = f"<span>d1/d2 {sample.ratio:.2f}</span><span>d1 {sample.distance:.3g}</span>"
     else:
         numbers = f"<span>similarity {sample.similarity:.2f}</span>"
@@ -637,7 +663,28 @@ def _made(report: Report) -> str:
     )
 
 
+def _groups(report: Report) -> str:
+    """Show what comes back of each group of training images, the most first."""
+    if not report.groups:
+        return ""
+    rows = "".join(
+        f'<tr><th scope="row">{escaped(one["value"], 80) or "(empty)"}</th><td>{one["returned"]} of {one["training"]}</td>'
+        f"<td>{100 * one['share']:.1f} % <small>{100 * one['low']:.1f} to {100 * one['high']:.1f}</small></td><td>{one['copies']}</td></tr>"
+        for one in report.groups[:200]
+    )
+    hidden = len(report.groups) - 200
+    more = f'<p class="note">{hidden} further groups are in audit.json.</p>' if hidden > 0 else ""
+    return (
+        '<section><h2>What comes back of whom</h2><p class="note">Per group of training images, near-duplicates as one; 95 % intervals '
+        '(Wilson).</p><div class="scroll"><table class="facts-table"><thead><tr><th scope="col">group</th><th scope="col">images that come '
+        'back</th><th scope="col">share</th><th scope="col">copies generated</th></tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>{more}</section>"
+    )
+
+
 def _copy_rule(name: str) -> str:
+    if name == COPIES:
+        return "A copy: see the first note. d1/d2, the published measure, stands beside it."
     if name.startswith("memorized"):
         return "A copy: the nearest training picture is less than a third as far away as the second nearest."
     return f"A copy: the similarity to the nearest training picture is {name.split(' ', 1)[-1]} ({name.split(' ', maxsplit=1)[0]})."
@@ -686,7 +733,7 @@ def render(report: Report) -> str:
 <section><h2>Figures</h2>{_table(report)}</section>
 {_side_by_side(report)}
 {galleries}
-{_tokens(report)}
+{_groups(report)}{_tokens(report)}
 {_made(report)}
 </main>
 </body>

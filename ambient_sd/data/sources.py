@@ -89,6 +89,7 @@ class PictureSet(Sequence[Picture]):
         names: per row a name for messages.
         source: where the rows come from, for messages.
         more_captions: per row the captions after its first one; none of any if not given.
+        rows: per row its plain columns, for `column`.
     """
 
     def __init__(
@@ -98,7 +99,9 @@ class PictureSet(Sequence[Picture]):
         names: Sequence[str],
         source: str,
         more_captions: Sequence[Sequence[str]] = (),
+        rows: Sequence[Mapping[str, Any]] = (),
     ) -> None:
+        self._rows = rows
         self.more_captions = [tuple(more) for more in more_captions] or [()] * len(captions)
         self._images, self.captions, self.names, self.source = images, list(captions), list(names), source
         self.keys: list[str] = []
@@ -124,7 +127,21 @@ class PictureSet(Sequence[Picture]):
         rows = list(indices)
         captions, names = [self.captions[i] for i in rows], [self.names[i] for i in rows]
         more = [self.more_captions[i] for i in rows]
-        return PictureSet(_Picked(self._images.__getitem__, rows), captions, names, self.source, more)
+        plain = _Picked(self._rows.__getitem__, rows) if len(self._rows) else ()
+        return PictureSet(_Picked(self._images.__getitem__, rows), captions, names, self.source, more, plain)
+
+    def column(self, name: str) -> list[str]:
+        """Return a column's values as texts, an empty one where a row has none.
+
+        Raises:
+            UserError: no row has such a column.
+        """
+        rows = [self._rows[i] for i in range(len(self._rows))]
+        if not any(name in row for row in rows):
+            known = sorted({key for row in rows for key in row})
+            raise UserError(f"{self.source} has no column {name!r}", rule=f"its columns are {', '.join(known) or 'none'}",
+                            remedy="check the spelling")  # fmt: skip
+        return ["" if row.get(name) is None else str(row[name]) for row in rows]
 
     def one_of_each(self, rows: Sequence[int] | None = None) -> list[int]:
         """Return of each group of duplicates (`noise_keys` where there are any, else `keys`) the first of `rows`, or of all.
@@ -306,7 +323,7 @@ def load_rows(
         captions = [[text if isinstance(text, str) else ""] for text in given]
     return PictureSet(
         _Picked(table.image, kept), [c[0] for c in captions], [table.name(i) for i in kept], str(source),
-        [c[1:] for c in captions],
+        [c[1:] for c in captions], _Picked(table.rows.__getitem__, kept),
     )  # fmt: skip
 
 
@@ -321,7 +338,7 @@ class _Table:
 
 
 class _Picked(Sequence[Any]):
-    def __init__(self, image: Callable[[int], bytes | Path], indices: Sequence[int]) -> None:
+    def __init__(self, image: Callable[[int], Any], indices: Sequence[int]) -> None:
         self._image, self._indices = image, indices
 
     def __len__(self) -> int:

@@ -1,0 +1,75 @@
+"""The two shares of an audit, from one decision: generated images that are copies, and training images that come back.
+
+A studio asks the first, a hospital the second: whose images are in there? Near-duplicates count as one training image. What did not come
+back in n images may come back in more: the second share only grows with n, and its interval is that of the images asked for, not of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ambient_sd.audit.decision import Decided
+from ambient_sd.audit.metrics import Figure, Row, bootstrap, difference, wilson
+
+COPIES = "copies"
+RETURNED = "training-copied"
+
+
+def copy_rate(
+    decided: Decided, unseen: Tensor | None, groups: Sequence[Hashable] | None = None, *, seed: int = 0, resamples: int = 1000
+) -> Row:  # fmt: skip
+    """Estimate the share of generated images that are copies, beside that of real images that the model never saw.
+
+    Args:
+        unseen: bool `(M,)`, which of those would be called copies; None: there are none.
+        groups: one label per generated image, its prompt.
+    """
+    options: dict[str, Any] = {"name": COPIES, "seed": seed, "resamples": resamples, "share": True}
+    made = bootstrap(decided.copy, torch.mean, groups=groups, detail="share of generated images", **options)
+    if unseen is None:
+        return Row(COPIES, made, None, None)
+    real = bootstrap(unseen, torch.mean, detail="each judged without itself", **options)
+    return Row(COPIES, made, real, difference(made, real))
+
+
+def returned(decided: Decided, labels: Sequence[Hashable], *, seed: int = 0) -> Row:
+    """Estimate the share of training images (near-duplicates as one) of which a generated image is a copy; Wilson's interval.
+
+    Args:
+        labels: one per training row, equal for near-duplicates; `decided.row` counts these rows.
+    """
+    back = {labels[row] for row in _rows(decided)}
+    total = len(set(labels))
+    low, high = wilson(len(back) / total, total)
+    detail = f"share of training images that come back in {len(decided)} generated ones: {len(back)} of {total}"
+    return Row(RETURNED, Figure(RETURNED, len(back) / total, low, high, total, seed, detail), None, None)
+
+
+def by_group(decided: Decided, labels: Sequence[Hashable], groups: Sequence[str]) -> list[dict[str, Any]]:
+    """Return for every group of training images (a person, an artist) how many it has, how many come back, and in how many copies.
+
+    Args:
+        labels, groups: one per training row.
+
+    Returns:
+        One dict a group, those with most images returned first: value, training, returned, copies, share, low, high (Wilson).
+    """
+    rows = _rows(decided)
+    found = []
+    for value in dict.fromkeys(groups):
+        members = {label for label, group in zip(labels, groups, strict=True) if group == value}
+        back = {labels[row] for row in rows if groups[row] == value}
+        share = len(back) / len(members)
+        low, high = wilson(share, len(members))
+        found.append({"value": value, "training": len(members), "returned": len(back),
+                      "copies": sum(groups[row] == value for row in rows), "share": share, "low": low, "high": high})  # fmt: skip
+    return sorted(found, key=lambda one: (-one["returned"], -one["share"], one["value"]))
+
+
+def _rows(decided: Decided) -> list[int]:
+    found: list[int] = decided.row[decided.copy].tolist()
+    return found
