@@ -76,7 +76,11 @@ def test_training_says_once_which_captions_are_cut(
         summary = run(settings(place, folder, tmp_path / "o", center_crop=True), progress=False)
     said = [r.getMessage() for r in caplog.records if "are cut" in r.getMessage()]
     assert len(said) == 1 and said == summary["notes"]
-    assert said[0].startswith("1 of 6 captions are longer") and "004.png" in said[0] and "blueone" in said[0].replace(" ", "")
+    assert (
+        said[0].startswith("1 of 6 captions are longer")
+        and "004.png" in said[0]
+        and "blueone" in said[0].replace(" ", "")
+    )
     assert said[0].isprintable()
     plan = plan_run(settings(place, tiny.tiny_folder(tmp_path / "q"), tmp_path / "o2"))
     assert plan.notes == ()  # control
@@ -112,7 +116,7 @@ def test_the_median_enlargement_decides() -> None:
     check = lambda side, **more: check_enlargement([(side, side)] * 3, square, resolution=512, **more)  # noqa: E731
     assert check(512) is None and check(400) is None
     assert "enlarged 2 times" in str(check(256)) and "--resolution 256" in str(check(256))
-    with pytest.raises(UserError, match="8 times or more.*--resolution 64, or --allow_upscaling"):
+    with pytest.raises(UserError, match=r"8 times or more.*--resolution 64, or --allow_upscaling"):
         check(64)
     assert "8 times" in str(check(64, allowed=True))
     with pytest.raises(UserError, match="512, the default: half of the images are enlarged 2 times"):
@@ -124,9 +128,9 @@ def test_training_and_level_refuse_the_default_for_small_images(tiny_base: Path,
     folder = tiny.tiny_folder(tmp_path / "p", count=12)  # 48 px
     words = ["--pretrained_model_name_or_path", str(tiny_base), "--train_data_dir", str(folder), "--report_to", "none",
              "--output_dir", str(tmp_path / "o"), "--max_train_steps", "1"]  # fmt: skip
-    with pytest.raises(UserError, match="resolution is 512, the default.*--resolution 48"):
+    with pytest.raises(UserError, match=r"resolution is 512, the default.*--resolution 48"):
         plan_run(parse(words))
-    with pytest.raises(UserError, match="resolution is 256: .*enlarged 5.33 times"):
+    with pytest.raises(UserError, match=r"resolution is 256: .*enlarged 5\.33 times"):
         plan_run(parse([*words, "--resolution", "256"]))
     assert "5.33 times" in plan_run(parse([*words, "--resolution", "256", "--allow_upscaling"])).notes[0]
     assert "enlarged 2 times" in plan_run(parse([*words, "--resolution", "96"])).notes[0]

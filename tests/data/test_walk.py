@@ -158,7 +158,9 @@ def test_images_that_samples_jsonl_does_not_name_are_refused(tmp_path: Path) -> 
 def test_untried_captions_are_said(tmp_path: Path) -> None:
     training = picture_folder(tmp_path / "t", [noise_picture(i) for i in range(5)], [f"p {i}" for i in range(5)])
     made = picture_folder(tmp_path / "g", [noise_picture(100 + i) for i in range(2)], ["p 0", "p 3"])
-    result = audit(AuditSettings(Source(str(training)), tmp_path / "o", generated=made, features=("pixels",), resamples=20))
+    result = audit(
+        AuditSettings(Source(str(training)), tmp_path / "o", generated=made, features=("pixels",), resamples=20)
+    )
     assert "3 of 5 different training captions were not tried as prompts." in result.found["notes"]
 
 
@@ -249,5 +251,10 @@ def test_other_frames_are_said(tmp_path: Path) -> None:
     frames[0].save(folder / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
     assert load_rows(folder, need_captions=False).check().animated == ["a.webp"]
     training = picture_folder(tmp_path / "t", [noise_picture(i) for i in range(10, 14)])
-    result = audit(AuditSettings(Source(str(training)), tmp_path / "o", generated=folder, features=("pixels",), resamples=20))
-    assert "1 generated pictures have several frames, of which only the first was looked at: a.webp." in result.found["notes"]
+    result = audit(
+        AuditSettings(Source(str(training)), tmp_path / "o", generated=folder, features=("pixels",), resamples=20)
+    )
+    assert (
+        "1 generated pictures have several frames, of which only the first was looked at: a.webp."
+        in result.found["notes"]
+    )
