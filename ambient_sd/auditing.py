@@ -70,7 +70,7 @@ from ambient_sd.audit.report import (
 from ambient_sd.audit.search import require_feature, search
 from ambient_sd.audit.shares import COPIES, by_group, copy_rate, returned
 from ambient_sd.audit.stored import missing_features, recall
-from ambient_sd.data.sources import PictureSet, load_rows
+from ambient_sd.data.sources import PictureSet, load_rows, not_listed, refuse_unlisted
 from ambient_sd.data.stream import drawn
 from ambient_sd.drawing import DrawSettings, digest, label, load, read_prompts
 from ambient_sd.errors import UserError, one_line
@@ -99,11 +99,12 @@ class Source:
     row_filter: tuple[tuple[str, str, str], ...] = ()
     image_column: str = "image"
     caption_column: str = "text"
+    unlisted: str = "refuse"
 
     def open(self, need_captions: bool) -> PictureSet:
         return load_rows(
             self.place, self.image_column, self.caption_column, self.split, row_filter=self.row_filter,
-            need_captions=need_captions,
+            need_captions=need_captions, unlisted=self.unlisted,
         )  # fmt: skip
 
     def public(self) -> dict[str, Any]:
@@ -138,6 +139,8 @@ class AuditSettings:
             with its whole interval; None: it never fails.
         seed: of choice of prompts and intervals (`drawing.seed` is that of the start noise).
         resamples: of every interval but those of quality, which take a tenth.
+        unlisted: what becomes of files of `generated` that would not be read, as in `load_rows`; of the real pictures it is their
+            `Source` that says so.
     """
 
     training: Source
@@ -161,6 +164,7 @@ class AuditSettings:
     limit: float | None = None
     seed: int = 0
     resamples: int = 1000
+    unlisted: str = "refuse"
 
     def check(self) -> None:
         """Raise a `UserError` for what can be seen to be wrong without opening anything."""
@@ -303,7 +307,7 @@ def _audit(settings: AuditSettings, command: str) -> Audit:
     if settings.group_column is not None:
         training.column(settings.group_column)  # a column that is not there ends it here
     prompts = None if settings.drawing is None else _prompts(settings, training)
-    existing = None if settings.generated is None else read_generated(settings.generated)
+    existing = None if settings.generated is None else read_generated(settings.generated, settings.unlisted)
     _claim(settings, training, heldout, prompts, existing)
     known = prompts if existing is None else existing.prompts
     align = _aligners(settings, known, device)
@@ -364,6 +368,8 @@ def _stored(settings: AuditSettings) -> dict[str, EmbeddingStore]:
     words = ["accelerate", "launch", "-m", "ambient_sd.audit.embedding", source.place]
     if source.split is not None:
         words += ["--split", source.split]
+    if source.unlisted != "refuse":
+        words += ["--unlisted", source.unlisted]
     if source.row_filter:
         words += ["--row_filter", *("".join(condition) for condition in source.row_filter)]
     options = {"image_column": source.image_column, "caption_column": source.caption_column}
@@ -552,17 +558,21 @@ def _device(settings: AuditSettings) -> str:
     return given or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def read_generated(folder: Path) -> Generated:
+def read_generated(folder: Path, unlisted: str = "refuse") -> Generated:
     """Open a folder of generated pictures: of `ambient-sd sample`, with metadata.jsonl or .csv, or of pictures alone.
 
+    Args:
+        folder: the pictures.
+        unlisted: what becomes of images in it that would not be read, as in `load_rows`.
+
     Raises:
-        UserError: there is no such folder, it holds no pictures, one cannot be read, or its list is damaged.
+        UserError: there is no such folder, it holds no pictures, one cannot be read or would be left out, or its list is damaged.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}", remedy="give a folder of generated pictures")
     listing = folder / _LIST
     if not listing.is_file():
-        rows = load_rows(folder, need_captions=False, local=True).check(progress=True)
+        rows = load_rows(folder, need_captions=False, local=True, unlisted=unlisted).check(progress=True)
         prompts = rows.captions if any(rows.captions) else None
         return Generated(rows, prompts, [None] * len(rows))
     records = []
@@ -582,7 +592,11 @@ def read_generated(folder: Path) -> Generated:
     if not records:
         raise UserError(f"{listing} names no picture", rule="at least one is needed")
     names = [name for name, *_ in records]
+    left = not_listed(folder, names, listing)
+    if left and unlisted != "ignore":
+        raise refuse_unlisted(folder, left)
     rows = PictureSet([folder / name for name in names], [r[1] for r in records], names, str(folder)).check(True)
+    rows.unlisted = len(left)
     drawn_by = {r[3] for r in records}
     weights, base_weights = drawn_by.pop() if len(drawn_by) == 1 else (None, None)
     return Generated(rows, rows.captions, [r[2] for r in records], weights, base_weights)
@@ -748,7 +762,7 @@ def _write(
                 "prompts": None if generated.prompts is None else len(set(generated.prompts)),
                 "samples_per_prompt": None if settings.drawing is None else settings.samples_per_prompt,
                 "source": "training captions" if settings.drawing is not None and settings.prompts is None else "given",
-                "weights": generated.weights,
+                "weights": generated.weights, "unlisted": generated.pictures.unlisted,
             },
             "training": {**settings.training.public(), **_counted(training), "groups_of_duplicates": len(training.groups),
                          "embeddings": used},
@@ -807,7 +821,9 @@ def _certainly_above(limit: float, measured: Measurement, deciding: str) -> list
 
 
 def _counted(rows: PictureSet) -> dict[str, Any]:
-    return {"n": len(rows), "different": len(set(rows.noise_keys)), "fingerprint": rows.fingerprint()}
+    return {
+        "n": len(rows), "different": len(set(rows.noise_keys)), "fingerprint": rows.fingerprint(), "unlisted": rows.unlisted,
+    }  # fmt: skip
 
 
 def _file(feature: Features) -> dict[str, str]:
@@ -1000,6 +1016,20 @@ def _notes(
         )
     if settings.drawing is not None and settings.prompts is None:
         notes.append("Prompts are the training captions: the case in which copying is easiest.")
+    for seen, name in ((generated.pictures, "generated"), (training, "training"), (heldout, "held-out")):
+        if seen is not None and seen.unlisted:
+            notes.append(
+                f"{seen.unlisted} files in the folder of the {name} pictures hold or may hold images and were left out, as asked for "
+                "(--unlisted ignore): nothing here is said of them."
+            )
+        if seen is not None and seen.animated:
+            notes.append(
+                f"{len(seen.animated)} {name} pictures have several frames, of which only the first was looked at: "
+                f"{one_line(seen.animated[0], 80)}{' and others' if len(seen.animated) > 1 else ''}."
+            )
+    captions = {caption for caption in training.captions if caption}
+    if generated.prompts is not None and (untried := captions - set(generated.prompts)):
+        notes.append(f"{len(untried)} of {len(captions)} different training captions were not tried as prompts.")
     if generated.prompts is None:
         notes.append("No prompts are known: every picture is resampled by itself, as if no two came from one prompt.")
     if training.groups:

@@ -30,7 +30,7 @@ import torch
 from ambient_sd import __version__
 from ambient_sd.audit.detection import detection_figures, threshold_at
 from ambient_sd.audit.metrics import bootstrap, wilson
-from ambient_sd.drawing import DrawSettings, check_prompts, digest, draw, home, load, read_prompts, start_noise
+from ambient_sd.drawing import DrawSettings, check_prompts, digest, draw, home, load, read_prompts, say_cut, start_noise
 from ambient_sd.errors import UserError, one_line, require_guidance
 from ambient_sd.guard.anisotropy import anisotropy, fitted
 from ambient_sd.guard.calibration import FILE_NAMES, AnisotropyTerms, Calibration, Detector, Entry, ModelPrint
@@ -111,6 +111,7 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path | None]:
     header, curves = _read(path, given)
 
     pipe = load(drawing)
+    say_cut(pipe, [*settings.ordinary, *settings.memorized])
     model = ModelPrint.of(pipe.unet)
     if header is not None and header.get("model") != asdict(model):
         raise _differs(path, "the model's weights")

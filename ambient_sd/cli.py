@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from ambient_sd.cli_audit import add_audit
 from ambient_sd.cli_audit import run as run_audit
-from ambient_sd.cli_guard import add_verbs
+from ambient_sd.cli_guard import add_unlisted, add_verbs
 from ambient_sd.cli_guard import run as run_guard
 from ambient_sd.errors import UserError, exits_on_user_error, require_guidance
 
@@ -67,6 +67,12 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--html", type=Path, default=None, help="write a page with the duplicates as pictures")
     inspect.add_argument("--json", type=Path, default=None, help="write everything found, for machines")
     inspect.add_argument("--resolution", type=_positive, default=512, help="of the training, pixels")
+    inspect.add_argument(
+        "--model",
+        default=None,
+        help="base model, pipeline folder or hub id: its tokenizers count which captions are cut",
+    )
+    add_unlisted(inspect)
     inspect.add_argument("--image_column", default="image", help="column of the pictures")
     inspect.add_argument("--caption_column", default="text", help="column of the captions")
     inspect.add_argument("--dataset_split", default=None, help="split of the dataset")
@@ -81,7 +87,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     level.add_argument("data", metavar="DATA", help="folder with metadata.jsonl, parquet file, or tar shards")
     level.add_argument("--model", required=True, help="base model: pipeline folder or hub id")
-    level.add_argument("--resolution", type=_positive, default=512, help="of the training, pixels")
+    level.add_argument(
+        "--resolution",
+        type=_positive,
+        default=None,
+        help="of the training, pixels (default: 512, if the images have it)",
+    )
+    level.add_argument(
+        "--allow_upscaling", action="store_true", help="measure images that are enlarged several times, too"
+    )
+    add_unlisted(level)
     level.add_argument("--center_crop", action="store_true", help="as in the training")
     level.add_argument("--random_flip", action="store_true", help="as in the training")
     level.add_argument("--image_column", default="image", help="column of the pictures")
@@ -119,6 +134,19 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _tokenizers(model: str | None) -> list[object]:
+    if model is None:
+        return []
+    from ambient_sd.quiet import quiet
+
+    quiet()
+    from ambient_sd.training.base import check_base
+    from ambient_sd.training.config import TrainConfig
+
+    base = check_base(TrainConfig(pretrained_model_name_or_path=model, train_data_dir="."))
+    return base.tokenizers()
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
@@ -152,7 +180,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.verb == "inspect":
         from ambient_sd.data.inspect import run
 
-        found = run(args.data, html_path=args.html, json_path=args.json, resolution=args.resolution,
+        found = run(args.data, html_path=args.html, json_path=args.json, resolution=args.resolution, unlisted=args.unlisted,
+                    tokenizers=_tokenizers(args.model),
                     image_column=args.image_column, caption_column=args.caption_column, split=args.dataset_split)  # fmt: skip
         if args.fail_on == "problems" and not found.clean:
             sys.exit(1)
@@ -163,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         quiet()
         run_level(args.data, args.model, resolution=args.resolution, image_column=args.image_column, split=args.dataset_split,
                   caption_column=args.caption_column, row_filter=args.row_filter, center_crop=args.center_crop,
-                  random_flip=args.random_flip, html_path=args.html, json_path=args.json)  # fmt: skip
+                  random_flip=args.random_flip, unlisted=args.unlisted, allow_upscaling=args.allow_upscaling, html_path=args.html, json_path=args.json)  # fmt: skip
     elif args.verb in ("sample", "calibrate", "compare"):
         run_guard(args)
     elif args.verb == "sweep":

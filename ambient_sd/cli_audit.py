@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ambient_sd.audit.registry import add_features, chosen
-from ambient_sd.cli_guard import add_base, add_drawing
+from ambient_sd.cli_guard import add_base, add_drawing, add_unlisted
 from ambient_sd.errors import UserError
 
 _CONDITION = re.compile(r"\w+\s*(=|<=|>=)")  # of a row: its value may hold a slash
@@ -77,6 +77,7 @@ def add_audit(verbs: Any) -> None:
     audit.add_argument(
         "--heldout_row_filter", nargs="+", default=[], metavar="CONDITION", help="the same for held-out rows"
     )
+    add_unlisted(audit)
     add_drawing(audit)
     add_base(audit)
 
@@ -111,7 +112,12 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
 
     def source(place: str, split: str | None, conditions: list[str]) -> Source:
         return Source(
-            place, split, tuple(split_condition(c) for c in conditions), args.image_column, args.caption_column
+            place,
+            split,
+            tuple(split_condition(c) for c in conditions),
+            args.image_column,
+            args.caption_column,
+            args.unlisted,
         )
 
     settings = AuditSettings(
@@ -135,6 +141,7 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
         attribution=args.attribution,
         limit=args.fail_over,
         seed=args.seed,
+        unlisted=args.unlisted,
     )  # fmt: skip
     result = audit(settings, _command(words))
     finding, verdict = result.found["finding"], result.found["verdict"]

@@ -103,6 +103,7 @@ def add_verbs(verbs: Any) -> None:
     )
     compare.add_argument("--heldout", required=True, help="pictures of the same kind that no model has seen")
     compare.add_argument("--heldout_split", default=None, help="split of the held-out pictures")
+    add_unlisted(compare)
     compare.add_argument("--judge", required=True, metavar="MODEL",
                          help="model that judges how well pictures fit prompts; best one that has not seen them, such as the base")  # fmt: skip
     compare.add_argument("--resolution", type=int, required=True, help="side in pixels")
@@ -125,6 +126,11 @@ def add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", default=None, metavar="MODEL", help="the base of --base_above (default: MODEL without its --adapter)"
     )
+
+
+def add_unlisted(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--unlisted", choices=["refuse", "ignore"], default="refuse", help="images in a folder that its list does not name, "
+                        "hidden ones, and kinds that are not read: a mistake, or left out and counted")  # fmt: skip
 
 
 def add_drawing(parser: argparse.ArgumentParser) -> None:
@@ -222,7 +228,10 @@ def _compare(args: argparse.Namespace) -> None:
         batch_size=args.batch_size, seed=args.seed, chosen=tuple(args.mitigations), copy_ratio=args.copy_ratio,
     )  # fmt: skip
     result = compare(
-        settings, load_rows(args.data), load_rows(args.heldout, split=args.heldout_split), _command(args, models)
+        settings,
+        load_rows(args.data, unlisted=args.unlisted),
+        load_rows(args.heldout, split=args.heldout_split, unlisted=args.unlisted),
+        _command(args, models),
     )
     print(f"\n{tables(result)}\nLook at it: {args.out / 'comparison.html'}", flush=True)
 

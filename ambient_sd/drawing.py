@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ambient_sd.data.captions import Cut, find_cut, in_one_line
 from ambient_sd.data.stream import keyed_generator
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.guard.base_above import BaseAbove
@@ -185,6 +186,15 @@ def check_prompts(prompts: Sequence[str]) -> None:
             raise UserError(
                 f"prompt {number} cannot be encoded", rule="it holds half of a surrogate pair", remedy="remove it"
             ) from None
+
+
+def say_cut(pipe: Any, prompts: Sequence[str]) -> dict[str, Cut]:
+    """Return what the pipeline's text encoders do not read of prompts, by prompt, and say it in one line."""
+    tokenizers = [one for name in ("tokenizer", "tokenizer_2") if (one := getattr(pipe, name, None)) is not None]
+    cuts = find_cut(prompts, tokenizers)
+    if cuts:
+        print(f"ambient-sd: {in_one_line(cuts, len(prompts), 'prompts', f'number {cuts[0].index + 1}')}", flush=True)
+    return {prompts[cut.index]: cut for cut in cuts}
 
 
 def digest(prompts: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ The table of `ambient_sd.data.levels` in the terminal, as a page with curves, an
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from ambient_sd.audit.report import escaped
@@ -18,7 +19,7 @@ from ambient_sd.study.charts import Line, Mark, chart, figure, table
 from ambient_sd.study.charts import page as document
 from ambient_sd.training.base import check_base
 from ambient_sd.training.config import TrainConfig
-from ambient_sd.training.loop import open_pictures
+from ambient_sd.training.loop import enlargement_note, open_pictures
 
 
 def level(config: TrainConfig, *, progress: bool = False) -> Levels:
@@ -33,6 +34,10 @@ def level(config: TrainConfig, *, progress: bool = False) -> Levels:
     """
     base = check_base(config)
     pictures = open_pictures(config).check(progress, near_duplicates=True)
+    if (note := enlargement_note(config, pictures, base.pixel_step)) is not None:
+        print(f"ambient-sd: {note}", file=sys.stderr, flush=True)
+    if pictures.unlisted:
+        print(f"ambient-sd: {pictures.unlisted} files in {pictures.source} are left out", file=sys.stderr, flush=True)
     rule = ViewRule(config.resolution, config.center_crop, config.random_flip, True, config.noise_seed)
     rows, total = representatives(pictures)
     vae = base.load("vae").requires_grad_(False).eval()
@@ -44,29 +49,34 @@ def run(
     data: str,
     model: str,
     *,
-    resolution: int = 512,
+    resolution: int | None = None,
     image_column: str = "image",
     caption_column: str = "text",
     split: str | None = None,
     row_filter: list[str] | None = None,
     center_crop: bool = False,
     random_flip: bool = False,
+    unlisted: str = "refuse",
+    allow_upscaling: bool = False,
     html_path: Path | None = None,
     json_path: Path | None = None,
 ) -> Levels:
-    """Print the table and write what is asked for."""
+    """Print the table and write what is asked for; a resolution that is not given is 512, if the pictures have it."""
     for path in (html_path, json_path):
         if path is not None and not path.absolute().parent.is_dir():
             raise UserError(f"{path} cannot be written", rule="its folder does not exist", remedy="create it first")
     config = TrainConfig(
-        pretrained_model_name_or_path=model, train_data_dir=data, resolution=resolution, image_column=image_column,
+        pretrained_model_name_or_path=model, train_data_dir=data, resolution=resolution or 512, image_column=image_column,
         caption_column=caption_column, dataset_split=split, row_filter=row_filter, center_crop=center_crop,
-        random_flip=random_flip, ambient_level="auto",
+        random_flip=random_flip, unlisted=unlisted, allow_upscaling=allow_upscaling, ambient_level="auto",
     )  # fmt: skip
+    config.resolution_given = resolution is not None
     found = level(config, progress=True)
     print(as_text(found), flush=True)
     if json_path is not None:
-        write_whole(json_path, json.dumps({"version": 1, "resolution": resolution, **found.as_dict()}, indent=1) + "\n")
+        write_whole(
+            json_path, json.dumps({"version": 1, "resolution": config.resolution, **found.as_dict()}, indent=1) + "\n"
+        )
     if html_path is not None:
         write_whole(html_path, page(found, Path(data).name if Path(data).exists() else data))
     return found

@@ -33,7 +33,7 @@ from PIL import Image, PngImagePlugin
 
 from ambient_sd import __version__
 from ambient_sd.audit.report import contact_sheet, escaped
-from ambient_sd.drawing import Drawn, DrawSettings, check_prompts, digest, draw, load, read_prompts
+from ambient_sd.drawing import Drawn, DrawSettings, check_prompts, digest, draw, load, read_prompts, say_cut
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.files import write_whole
 from ambient_sd.guard.attribution import TokenGradients
@@ -115,6 +115,7 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
     _open(out, given)
 
     pipe = load(drawing)
+    cuts = say_cut(pipe, settings.prompts)
     if (why := distilled(pipe)) is not None:
         _need_no_guard(settings, why, "leave it out")
     watched = drawing.guidance_scale > 1 and why is None
@@ -167,7 +168,11 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
             drawn = draw(pipe, guard, drawing, [settings.prompts[p] for p, _ in chunk], chunk)
             with listing.open("a", encoding="utf-8") as lines:
                 for place, one in zip(chunk, drawn, strict=True):
-                    records[place] = _keep(out, place, one, settings.prompts[place[0]], common)
+                    prompt = settings.prompts[place[0]]
+                    lost = cuts[prompt].lost if prompt in cuts else None
+                    records[place] = _keep(
+                        out, place, one, prompt, common | {"truncated": lost is not None, "lost_text": lost}
+                    )
                     lines.write(_line(records[place]))
             bar.update(len(chunk))
     _write_list(listing, [records[place] for place in places])  # a picture drawn again stands in its place now
@@ -454,6 +459,8 @@ def _page(records: Sequence[dict[str, Any]], small: Sequence[Image.Image], setti
                          else f"unmitigated first step {record['decision_score']:.4g}")  # fmt: skip
         if record["undecided"]:
             notes.append(f"flagged or not: not known: {one_line(record['undecided'], 160)}")
+        if record.get("truncated"):
+            notes.append("the end of the prompt was not read")
         if record["nsfw"]:
             notes.append("blanked by the model's safety checker")
         parts.append(

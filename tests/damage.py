@@ -134,7 +134,7 @@ PICTURES = {
     "png without pixels": picture(png(48, 48)),
     "png of no width": picture(png(0, 48, chunk(b"IDAT", zlib.compress(b"")))),
     "png bomb of pixels": picture(png(60_000, 60_000, chunk(b"IDAT", zlib.compress(bytes(9999))))),
-    "png bomb of text": picture(png(8, 8, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**27))), chunk(b"IDAT", zlib.compress(bytes(200))))),
+    "png bomb of text that may hold an orientation": picture(png(8, 8, chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(bytes(2**27))), chunk(b"IDAT", zlib.compress(bytes(200))))),
     "tiff that points into itself": picture(b"II*\0\x08\0\0\0" + struct.pack("<H", 1) + struct.pack("<HHII", 330, 4, 1, 8) + b"\x08\0\0\0"),
     "floating point without a white": picture(encoded("TIFF", "F")),
     "32 bits without a white": picture(encoded("TIFF", "I")),
@@ -200,6 +200,17 @@ def source(value: str, *words: str, make: Callable[[Place], Any] = lambda p: Non
     return Case(build, words, "refuse")
 
 
+def beside(make_it: Callable[[Path], Any], *words: str) -> Case:
+    """Something lies beside the listed pictures."""
+    return Case(lambda p: make_it(p.pictures) and None, words, "list")
+
+
+def linked(folder: Path) -> None:
+    (folder.parent / "elsewhere").mkdir()
+    (folder.parent / "elsewhere" / "y.png").write_bytes(encoded())
+    (folder / "more").symlink_to(folder.parent / "elsewhere")
+
+
 GOOD = b'{"file_name": "000.png", "text": "a"}\n'
 NAME, TEXT = "001.png", "text"
 LISTS = {
@@ -208,10 +219,10 @@ LISTS = {
     "empty list": listing(b"", "metadata.jsonl", "is empty", inspect="refuse"),
     "blank list": listing(b"\n \n\n", "metadata.jsonl", "is empty", inspect="refuse"),
     "list is a folder": Case(lambda p: other_list(p, Path.mkdir), ("no metadata.jsonl",), "refuse"),
-    "list is a link to itself": Case(lambda p: other_list(p, lambda q: q.symlink_to(q)), ("no metadata.jsonl",), "refuse"),
+    "list is a link to itself": Case(lambda p: other_list(p, lambda q: q.symlink_to(q)), ("metadata.jsonl",), "refuse"),
     "two lists": Case(lambda p: (p.pictures / "metadata.csv").write_text("file_name,text\n000.png,a\n") and None, ("metadata.jsonl and metadata.csv", "keep one"), "refuse"),
     "Latin-1": listing('{"file_name": "000.png", "text": "é"}\n'.encode("latin-1"), "metadata.jsonl", "utf-8", inspect="refuse"),
-    "UTF-16": listing(GOOD.decode().encode("utf-16"), "metadata.jsonl", "utf-8", inspect="refuse"),
+    "UTF-16 without its mark": listing(GOOD.decode().encode("utf-16-le"), "line 1", "JSON", inspect="list"),
     "binary": listing(bytes(range(256)), "metadata.jsonl", "utf-8", inspect="refuse"),
     "zero bytes": listing(GOOD + b"\0\0\0\n", "line 2", "JSON"),
     "no JSON": listing(GOOD + b"001.png: a red disc\n", "line 2", "JSON"),
@@ -245,7 +256,18 @@ LISTS = {
     "captions in keys": row({"file_name": NAME, TEXT: {"en": "a"}}, NAME, "no caption", "dict"),
     "caption with half a character": row({"file_name": NAME, TEXT: "a \ud83d red disc"}, NAME, "caption"),
     "captions under another name": Case(lambda p: rows(p, lambda r: [{"file_name": v["file_name"], "caption": "a"} for v in r]), ("'text'", "caption, file_name", "--caption_column"), "refuse"),
-    "csv without names": table("000.png,a\n001.png,b\n", "line 2", "file_name"),
+    "csv without names": table("000.png,a\n001.png,b\n", "the header of", "columns are 000.png, a", "file_name", inspect="refuse"),
+    "csv with two columns of files": table("image;path\n000.png;b\n", "the header of", "2 columns of file names", "image, path", inspect="refuse"),
+    "an image that is not listed": listing(GOOD, "7 files", "001.png (not in metadata.jsonl)", "--unlisted ignore"),
+    "an image of a kind that is not read": beside(lambda p: (p / "x.HEIC").write_bytes(b"phone"), "x.HEIC (a kind that is not read)"),
+    "an image of no ending": beside(lambda p: (p / "deep").mkdir() or (p / "deep" / "x").write_bytes(encoded()), "deep/x (not in metadata.jsonl)"),
+    "a hidden image": beside(lambda p: (p / ".x.png").write_bytes(encoded()), ".x.png (hidden)"),
+    "an archive": beside(lambda p: (p / "more.zip").write_bytes(b"PK"), "more.zip (an archive)"),
+    "an image behind a link": beside(linked, "more/y.png (not in metadata.jsonl)"),
+    "a link to nowhere beside": beside(lambda p: (p / "more").symlink_to("gone"), "more in", "a link to nothing"),
+    "a link to itself beside": beside(lambda p: (p / "more").symlink_to("more"), "more in", "a link to itself"),
+    "a link to the folder above": dataclasses.replace(beside(lambda p: (p / "up").symlink_to(".."), "link up", "leads back"), inspect="refuse"),
+    "a pipe beside": beside(lambda p: os.mkfifo(p / "x.png"), "x.png in", "no regular file"),
     "csv without captions": table("file_name,caption\n000.png,a\n", "'text'", "--caption_column", inspect="refuse"),
     "csv with more cells": table("file_name,text\n000.png,a, b\n", "line 2", "quotes"),
     "csv with a cell less": table("file_name,text\n000.png\n", "000.png", "no caption"),

@@ -172,7 +172,7 @@ def test_command_draws_measures_and_writes_the_same_bytes_again(sets: dict[str, 
     found = json.loads(first["audit.json"])
     assert found["pictures"]["generated"] | {"fingerprint": ""} == {
         "n": 6, "fingerprint": "", "prompts": 3, "samples_per_prompt": 2, "source": "training captions",
-        "weights": found["model"]["weights"],
+        "weights": found["model"]["weights"], "unlisted": 0,
     }  # fmt: skip
     assert len(found["model"]["weights"]) == len(found["pictures"]["training"]["fingerprint"]) == 64
     for row in found["measures"]:
@@ -452,9 +452,12 @@ def test_a_full_disk_ends_in_one_line_with_nothing_half_written(sets: dict[str, 
 def test_folders_of_samples_keep_prompts_and_scores(sets: dict[str, Path]) -> None:
     rows = [{"file": f"{i:03d}.png", "prompt": f"p{i // 2}", "score": i / 2, "weights": "w"} for i in range(4)]
     (sets["fresh"] / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for i in range(4, 10):  # a list that does not name them would be a mistake
+        (sets["fresh"] / f"{i:03d}.png").unlink()
+    (sets["fresh"] / "contact_sheet.png").write_bytes((sets["fresh"] / "000.png").read_bytes())
     seen = read_generated(sets["fresh"])
     assert seen.prompts == ["p0", "p0", "p1", "p1"] and seen.scores == [0, 0.5, 1, 1.5] and seen.weights == "w"
     found = audit(dataclasses.replace(settings(sets))).found
     assert found["pictures"]["generated"] | {"fingerprint": ""} == {
-        "n": 4, "fingerprint": "", "prompts": 2, "samples_per_prompt": None, "source": "given", "weights": "w"
+        "n": 4, "fingerprint": "", "prompts": 2, "samples_per_prompt": None, "source": "given", "weights": "w", "unlisted": 0,
     }  # fmt: skip

@@ -44,7 +44,7 @@ from ambient_sd.audit.registry import add_features, choose, chosen
 from ambient_sd.data.cache import fingerprint
 from ambient_sd.data.conditions import split_condition
 from ambient_sd.data.duplicates import SIDE, Thumbnails
-from ambient_sd.data.sources import Picture, PictureSet, load_rows
+from ambient_sd.data.sources import UNLISTED, Picture, PictureSet, load_rows
 from ambient_sd.errors import UserError, exits_on_user_error
 from ambient_sd.files import write_whole
 
@@ -546,17 +546,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--caption_column", default="text")
     parser.add_argument("--split", help="of a hub dataset, or value of the column split")
     parser.add_argument("--row_filter", nargs="+", default=[], metavar="CONDITION", help="rows where all of these hold: column=value, column<=number, column>=number")  # fmt: skip
+    parser.add_argument(
+        "--unlisted",
+        choices=UNLISTED,
+        default="refuse",
+        help="images in a folder that its list does not name, hidden ones, and kinds that are not read: a mistake, or left out",
+    )
     parser.add_argument("--max_samples", type=int, help="the first that many rows")
     args = parser.parse_args(argv)
 
     names, files = chosen(args)
     pictures = load_set(
         args.data, row_filter=[split_condition(term) for term in args.row_filter], image_column=args.image_column, caption_column=args.caption_column, split=args.split,
-        max_samples=args.max_samples,
+        max_samples=args.max_samples, unlisted=args.unlisted,
     )  # fmt: skip
     from accelerate import PartialState
 
     state = PartialState()
+    if pictures.unlisted and state.is_main_process:
+        print(f"{pictures.unlisted} files in {pictures.source} are left out", flush=True)
     features = choose(names, files, state.device)
     folders = embed_set(pictures, features, args.out, dtype=args.dtype, block=args.block, state=state, progress=True)
     if state.is_main_process:

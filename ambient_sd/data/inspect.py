@@ -22,15 +22,20 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ambient_sd.data.captions import Cut, find_cut, surely_cut
 from ambient_sd.data.duplicates import Group, Thumbnails, find_groups
-from ambient_sd.data.sources import Fault, PictureSet, content_key, load_rows
+from ambient_sd.data.enlargement import WARNED, median_enlargement
+from ambient_sd.data.sources import FRAMES, Fault, PictureSet, content_key, load_rows
 from ambient_sd.errors import UserError, one_line
 
 KINDS = {
     "broken": "unusable: training refuses the set",
+    "unlisted": "in the folder but not read: training and audit refuse the set",
     "captionless": "without a caption",
+    "cut": "caption longer than the text encoder reads: its end is lost",
     "small": "smaller than the resolution: enlarged",
     "extreme": "longer than twice their width or height: a crop keeps less than half",
+    "animated": "of several frames: the first one is the picture",
 }
 _EXTREME = 2.0
 _SHOWN = 8  # rows of a kind in the terminal
@@ -47,6 +52,8 @@ class Inspection:
         names, captions, keys, sizes: of the readable pictures.
         faults: of single rows, in the order of `KINDS`.
         groups: duplicates, exact and near; their rows index `names`.
+        unlisted: files that were left out because the caller wanted it so.
+        tokenizers: whether captions were counted by a model's tokenizers; without, only what is cut by any is told.
     """
 
     source: str
@@ -57,6 +64,14 @@ class Inspection:
     sizes: Sequence[tuple[int, int]]
     faults: Sequence[Fault]
     groups: Sequence[Group]
+    unlisted: int = 0
+    tokenizers: bool = False
+
+    @property
+    def enlargement(self) -> float | None:
+        """Return how far the images are enlarged in the median, if there are any."""
+        square = (self.resolution, self.resolution)
+        return median_enlargement(self.sizes, [square] * len(self.sizes)) if self.sizes else None
 
     @property
     def exact(self) -> int:
@@ -85,15 +100,27 @@ def inspect(
     image_column: str = "image",
     caption_column: str = "text",
     split: str | None = None,
+    unlisted: str = "refuse",
+    tokenizers: Sequence[Any] = (),
     progress: bool = False,
 ) -> tuple[Inspection, PictureSet]:
     """Read every row of a picture set and return what is wrong, with the readable rows' pictures.
+
+    Args:
+        source, image_column, caption_column, split, unlisted: as `load_rows` takes them; unlisted files are faults here.
+        resolution: of the training, pixels.
+        tokenizers: of the base model, to count what its text encoders do not read of a caption; without them captions
+            count as cut where every CLIP cuts them.
+        progress: show a bar.
 
     Raises:
         UserError: the source cannot be opened at all.
     """
     faults: list[Fault] = []
-    pictures = load_rows(source, image_column, caption_column, split, faults=faults)
+    pictures = load_rows(source, image_column, caption_column, split, unlisted=unlisted, faults=faults)
+    cuts: dict[int, Cut] = {}  # of several captions of a row, the first is the one that is looked at
+    for cut in find_cut(pictures.captions, tokenizers) if tokenizers else surely_cut(pictures.captions):
+        cuts[cut.index] = cut
     readable: list[int] = []
     keys: list[str] = []
     sizes: list[tuple[int, int]] = []
@@ -102,6 +129,10 @@ def inspect(
         name = pictures.names[i]
         if not pictures.captions[i].strip() and name not in told:
             faults.append(Fault(name, "captionless", "the caption is empty"))
+        if i in cuts:
+            least = "" if tokenizers else "at least "
+            text = f"{least}{cuts[i].tokens} tokens, {cuts[i].limit} are read; lost: {one_line(cuts[i].lost, 200)}"
+            faults.append(Fault(name, "cut", text))
         try:
             image = pictures[i].image
         except UserError as error:
@@ -113,6 +144,8 @@ def inspect(
             faults.append(Fault(name, "small", f"{size}, enlarged {resolution / short:.2g} times"))
         if long > _EXTREME * short:
             faults.append(Fault(name, "extreme", f"{size}, a square crop keeps {short / long:.0%}"))
+        if image.info.get(FRAMES):
+            faults.append(Fault(name, "animated", "its other frames are not read"))
         readable.append(i)
         keys.append(content_key(image))
         sizes.append(image.size)
@@ -121,8 +154,9 @@ def inspect(
     faults.sort(key=lambda f: kinds.index(f.kind))  # stable: rows of a kind stay in their order
     kept = pictures.subset(readable)
     found = Inspection(
-        str(source), resolution, kept.names, kept.captions, keys, sizes, faults, find_groups(keys, thumbnails)
-    )
+        str(source), resolution, kept.names, kept.captions, keys, sizes, faults, find_groups(keys, thumbnails),
+        pictures.unlisted if unlisted == "ignore" else 0, bool(tokenizers),
+    )  # fmt: skip
     return found, kept
 
 
@@ -132,6 +166,12 @@ def as_text(found: Inspection) -> str:
     if found.sizes:
         short = sorted(min(s) for s in found.sizes)
         lines.append(f"shorter sides: {short[0]} to {short[-1]} px, median {short[len(short) // 2]}")
+    if found.enlargement is not None and found.enlargement >= WARNED:
+        lines.append(
+            f"half of the images are enlarged {found.enlargement:.3g} times or more: is --resolution {found.resolution} meant?"
+        )
+    if found.unlisted:
+        lines.append(f"{found.unlisted} files are left out (--unlisted ignore)")
     lines.append("")
     for kind, meaning in KINDS.items():
         lines.append(f"{found.count(kind):8d}  {kind:<12}{meaning}")
@@ -167,6 +207,9 @@ def as_json(found: Inspection) -> dict[str, Any]:
         "source": found.source,
         "resolution": found.resolution,
         "readable": len(found.names),
+        "unlisted": found.unlisted,
+        "enlargement": found.enlargement,
+        "captions_counted_by": "the model's tokenizers" if found.tokenizers else "a lower bound",
         "counts": {**{k: found.count(k) for k in KINDS}, "exact_copies": found.exact, "near_groups": found.near},
         "faults": [asdict(f) for f in found.faults],
         "groups": [

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ambient_sd.data.walk import PICTURE_SUFFIXES, UNREAD_SUFFIXES
 from ambient_sd.errors import UserError
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -154,7 +155,9 @@ def find_shards(source: Path) -> list[Path]:
         UserError: a shard is compressed or missing, or a range is wrong.
     """
     if source.is_dir():
-        paths = sorted(p for p in source.iterdir() if _is_shard(p.name))
+        # A file and a link to it are one shard, under the file's own name.
+        found = sorted((p for p in source.iterdir() if _is_shard(p.name)), key=lambda p: (p.is_symlink(), p.name))
+        paths = sorted({os.path.realpath(p): p for p in reversed(found)}.values())
     elif source.exists():
         paths = [source]
     else:
@@ -253,6 +256,13 @@ def _add_row(rows: ShardRows, shard: int, path: Path, file: BinaryIO, members: l
     twice = [m for m in members if m.kind in CAPTIONS and sum(o.kind == m.kind for o in members) > 1]
     if not pictures:
         dotted = next((m for m in members if m.kind.rpartition(".")[2] in PICTURES), None)
+        other = next(
+            (m for m in members if "." + m.kind.rpartition(".")[2] in PICTURE_SUFFIXES | UNREAD_SUFFIXES), None
+        )
+        if dotted is None and other is not None:  # left alone, it would count as looked at
+            tell(f"{path.name}/{other.name}", UserError(f"{other.name} in shard {path} is an image of a kind that is not read there",
+                 rule=f"a picture is a member KEY.{', KEY.'.join(PICTURES)}", remedy="convert it"))  # fmt: skip
+            return
         if dotted is not None:
             rule, remedy = "a key ends at the first dot of a name", "take the other dots out of its name"
         else:

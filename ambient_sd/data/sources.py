@@ -26,27 +26,20 @@ from tqdm.auto import tqdm
 
 from ambient_sd.data.duplicates import Group, Thumbnails, find_groups, noise_keys
 from ambient_sd.data.shards import ShardRows, find_shards, has_shards, index_shards, names_shards
+from ambient_sd.data.walk import METADATA, Found, walk
 from ambient_sd.errors import UserError, one_line
 
-METADATA = ("metadata.jsonl", "metadata.csv")
-PICTURE_SUFFIXES = {
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".jp2",
-    ".webp",
-    ".avif",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".pnm",
-}
-UNREAD_SUFFIXES = {".heic", ".heif", ".jxl", ".psd", ".svg", ".tga", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"}
+UNLISTED = ("refuse", "ignore")
+NAME_COLUMNS = (
+    "image",
+    "file",
+    "filename",
+    "file_path",
+    "image_path",
+    "image_file",
+    "path",
+)  # where there is no file_name
+FRAMES = "ambient_sd_frames"  # in the info of a decoded picture: its file has more frames than this one
 _SHOWN = 3  # names listed in an error line before "and N more"
 
 
@@ -90,6 +83,10 @@ class PictureSet(Sequence[Picture]):
         source: where the rows come from, for messages.
         more_captions: per row the captions after its first one; none of any if not given.
         rows: per row its plain columns, for `column`.
+
+    Attributes:
+        unlisted: files of the folder that hold or may hold images and were left out, because the caller wanted it so.
+        animated: names of the rows with more than one frame, of which the first is the picture; known after `check`.
     """
 
     def __init__(
@@ -109,6 +106,8 @@ class PictureSet(Sequence[Picture]):
         self.noise_keys: list[str] = []
         self.mirrored: list[bool] = []
         self.groups: list[Group] = []
+        self.unlisted = 0
+        self.animated: list[str] = []
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -173,6 +172,7 @@ class PictureSet(Sequence[Picture]):
             UserError: pictures cannot be decoded; the first ones are named.
         """
         keys, sizes, broken, thumbnails = [], [], [], Thumbnails()
+        animated: list[str] = []
         for i in tqdm(range(len(self)), desc="checking pictures", disable=not progress, leave=False):
             try:
                 image = decode(self._images[i])
@@ -181,6 +181,8 @@ class PictureSet(Sequence[Picture]):
                 continue
             keys.append(content_key(image))
             sizes.append(image.size)
+            if image.info.get(FRAMES):
+                animated.append(self.names[i])
             if near_duplicates:
                 thumbnails.add(image)
         if broken:
@@ -189,6 +191,7 @@ class PictureSet(Sequence[Picture]):
                 rule="every picture must decode",
                 remedy="replace the files or remove their rows",
             )
+        self.animated = animated
         return self.known(keys, sizes, find_groups(keys, thumbnails) if near_duplicates else [])
 
     def known(self, keys: Sequence[str], sizes: Sequence[tuple[int, int]], groups: Sequence[Group]) -> PictureSet:
@@ -220,34 +223,79 @@ def content_key(image: Image.Image) -> str:
 
 
 def decode(source: bytes | Path) -> Image.Image:
-    """Decode a picture to RGB: upright, the first frame, transparency laid on white."""
+    """Decode a picture to RGB: upright, the first frame, transparency laid on white.
+
+    A PNG's comments are not read where they are too large for Pillow; no pixel hangs on them.
+    """
     try:
-        with (
-            warnings.catch_warnings(action="ignore"),  # a damaged file ends in one line, without Pillow's beside it
-            Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened,
-        ):
-            if opened.format == "EPS":  # Pillow would have Ghostscript run it
-                raise ValueError("PostScript is a program; save it as a picture")
-            opened.load()
-            image = ImageOps.exif_transpose(opened)
-            # convert("RGB") would clip these at 255: one 16-bit picture as white as the next, and under one key.
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            elif image.mode in ("I", "F"):
-                raise ValueError(f"mode {image.mode} has no agreed white; save it with 8 or 16 bits per channel")
-            if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-                # convert("RGB") alone would bring out whatever colours lie hidden under transparent pixels.
-                layer = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-            return image.convert("RGB")
+        try:
+            return _decoded(io.BytesIO(source) if isinstance(source, bytes) else source)
+        except ValueError as error:
+            if "MAX_TEXT" not in str(error):
+                raise
+        data = source if isinstance(source, bytes) else source.read_bytes()
+        try:
+            return _decoded(io.BytesIO(_without_comments(data)))
+        except ValueError as error:
+            if "MAX_TEXT" in str(error):
+                raise _Undecodable(
+                    "the text that holds its orientation is too large; save it without metadata"
+                ) from None
+            raise
+    except _Undecodable:
+        raise
     except FileNotFoundError:
         raise _Undecodable(f"there is no file {source.name if isinstance(source, Path) else ''}") from None
     except Image.UnidentifiedImageError:
         raise _Undecodable("no picture format that Pillow knows") from None
+    except Image.DecompressionBombError:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise _Undecodable(
+            f"it has more than {most} pixels, and so may be made to fill the memory; scale it down"
+        ) from None
     except (
         Exception
     ) as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ... on bad bytes
         raise _Undecodable(f"{type(error).__name__}: {error}") from None
+
+
+def _decoded(file: io.BytesIO | Path) -> Image.Image:
+    # A damaged file ends in one line, without Pillow's beside it.
+    with warnings.catch_warnings(action="ignore"), Image.open(file) as opened:
+        if opened.format == "EPS":  # Pillow would have Ghostscript run it
+            raise ValueError("PostScript is a program; save it as a picture")
+        # A phone's MPO has a preview or a depth map behind its picture.
+        frames = opened.format != "MPO" and getattr(opened, "is_animated", False)
+        opened.load()
+        image = ImageOps.exif_transpose(opened)
+        clear = image.info.get("transparency")
+        # convert("RGB") would clip these at 255: one 16-bit picture as white as the next, and under one key.
+        if image.mode.startswith("I;16"):
+            wide = np.asarray(image)
+            image = Image.fromarray((wide >> 8).astype(np.uint8))
+            if isinstance(clear, int):  # the grey that stands for nothing
+                image.putalpha(Image.fromarray(np.where(wide == clear, 0, 255).astype(np.uint8)))
+        elif image.mode in ("I", "F"):
+            raise ValueError(f"mode {image.mode} has no agreed white; save it with 8 or 16 bits per channel")
+        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+            # convert("RGB") alone would bring out whatever colours lie hidden under transparent pixels.
+            layer = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+        rgb = image.convert("RGB")
+        rgb.info = {FRAMES: True} if frames else {}
+        return rgb
+
+
+def _without_comments(data: bytes) -> bytes:
+    """Return a PNG without its texts and colour profile, but for a text that holds its orientation."""
+    kept, at = [data[:8]], 8
+    while at + 8 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4])
+        kind, start = data[at + 4 : at + 8], data[at + 8 : at + 40]
+        if kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP") or start.startswith(b"Raw profile type exif\0"):
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
 
 
 def load_rows(
@@ -264,6 +312,7 @@ def load_rows(
     local: bool = False,
     several_captions: bool = False,
     need_captions: bool = True,
+    unlisted: str = "refuse",
     faults: list[Fault] | None = None,
 ) -> PictureSet:
     """Open a source of pictures and captions.
@@ -282,6 +331,9 @@ def load_rows(
         local: `source` is a path, whatever it looks like: a mistyped folder is then not looked for on the hub.
         need_captions: without, a row that has none gets an empty one, and a folder without a list is all pictures in it.
         several_captions: a row's caption may be a list of texts too; its first one is the caption where one is asked for.
+        unlisted: what becomes of images in a local folder that would not be read (`ambient_sd.data.walk`): those that its list
+            does not name, of a kind that is not read, hidden, or perhaps in an archive. "refuse", or "ignore": they are
+            left out, and `PictureSet.unlisted` counts them.
         faults: receives the faults of single rows, which are then left out (a row without caption stays, with an empty
             one); without it the first fault raises.
 
@@ -289,16 +341,24 @@ def load_rows(
         The rows, pictures not yet decoded (`PictureSet.check` does that).
 
     Raises:
-        UserError: the source does not exist, has no pictures, lacks a column or a file, or no row is left.
+        UserError: the source does not exist, has no pictures, lacks a column or a file, or no row is left; images in it
+            would be left out, or lie behind a link that cannot be followed.
     """
+    if unlisted not in UNLISTED:
+        raise UserError(f"unlisted is {unlisted!r}", rule=f"it must be {' or '.join(UNLISTED)}")
     path = Path(source).expanduser()
     needed = caption_column if need_captions else None
     looks_local = str(source).startswith((".", "/", "~")) or path.suffix == ".parquet"
+    left: Mapping[str, str] = {}  # what is left out of a folder -> why
     # os.path: pathlib raises where a path is longer than the system takes.
     if names_shards(path):
         table = _from_shards(path, needed, faults)
     elif os.path.isdir(path):
-        table = (_from_shards if _holds_shards(path) else _from_folder)(path, needed, faults)
+        if _holds_shards(path):
+            table = _from_shards(path, needed, faults)
+            left = _beside_shards(path, faults)
+        else:
+            table, left = _from_folder(path, image_column, needed, faults)
     elif os.path.isfile(path):
         table = _from_parquet(path, image_column, needed)
     elif local or looks_local or str(source).count("/") > 1:
@@ -321,10 +381,14 @@ def load_rows(
     else:
         given = [table.rows[i].get(caption_column) for i in kept]
         captions = [[text if isinstance(text, str) else ""] for text in given]
-    return PictureSet(
+    # Last: a wrong row of the list is the nearer reason.
+    _tell_unlisted(path, left, unlisted, faults)
+    rows = PictureSet(
         _Picked(table.image, kept), [c[0] for c in captions], [table.name(i) for i in kept], str(source),
         [c[1:] for c in captions], _Picked(table.rows.__getitem__, kept),
     )  # fmt: skip
+    rows.unlisted = len(left)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -424,20 +488,23 @@ def _from_shards(path: Path, caption_column: str | None, faults: list[Fault] | N
     return _Table(str(path), rows, _ShardPictures(rows), rows.names.__getitem__)
 
 
-def _from_folder(folder: Path, caption_column: str | None, faults: list[Fault] | None) -> _Table:
+def _from_folder(
+    folder: Path, image_column: str, caption_column: str | None, faults: list[Fault] | None
+) -> tuple[_Table, dict[str, str]]:
+    """Return the rows of a folder, and what they leave out of it, with the reason."""
     listings = [folder / name for name in METADATA if (folder / name).is_file()]
     if not listings:
-        pictures = sum(1 for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
-        if not pictures:
+        seen = _walked(folder, faults)
+        if not seen.images and not seen.unread:
             raise UserError(f"folder {folder} has no pictures", rule=f"it must hold pictures and {METADATA[0]}")
         if caption_column is None:
-            return _all_in(folder)
-        deeper = next((p.parent for name in METADATA for p in folder.rglob(name)), None)
+            return _all_in(folder, seen)
+        deeper = next((folder / name for name in seen.lists), None)
         line = f'{{"file_name": "a.png", "{caption_column}": "a red apple"}}'
         raise UserError(
-            f"folder {folder} has {pictures} pictures but no {METADATA[0]}",
+            f"folder {folder} has {len(seen.images)} pictures but no {METADATA[0]}",
             rule="captions come from there",
-            remedy=f"give {deeper}, which has one" if deeper else f"write one line per picture: {line}",
+            remedy=f"give {deeper.parent}, which has one" if deeper else f"write one line per picture: {line}",
         )
     if len(listings) > 1:
         raise UserError(
@@ -446,11 +513,14 @@ def _from_folder(folder: Path, caption_column: str | None, faults: list[Fault] |
     (listing,) = listings
     rows: list[dict[str, Any]] = []
     lines = 0
+    column: str | None = None
     for number, row in (_csv_rows if listing.suffix == ".csv" else _json_rows)(listing):
         lines += 1
-        fault = row if isinstance(row, UserError) else _bad_name(row, number, listing)
+        if column is None and not isinstance(row, UserError):
+            column = _name_column(row, image_column, number, listing)
+        fault = row if isinstance(row, UserError) else _bad_name(row, column or "file_name", number, listing)
         if fault is None:
-            rows.append(row)
+            rows.append(row if column == "file_name" else {**row, "file_name": row[column]})
         elif faults is None:
             raise fault
         else:
@@ -463,44 +533,123 @@ def _from_folder(folder: Path, caption_column: str | None, faults: list[Fault] |
             f"{len(missing)} of {len(rows)} pictures named in {listing} do not exist: {_some(list(missing))}",
             remedy="add the files or remove their lines",
         )
+    there = [str(r["file_name"]) for r in rows if r["file_name"] not in missing]
+    left = not_listed(folder, there, listing, faults)
     if faults is not None:
+        told = {f.name for f in faults}  # a link to nothing is told already
         faults.extend(
-            Fault(r["file_name"], "broken", "the file does not exist") for r in rows if r["file_name"] in missing
+            Fault(r["file_name"], "broken", "the file does not exist")
+            for r in rows
+            if r["file_name"] in missing and r["file_name"] not in told
         )
         rows = [r for r in rows if r["file_name"] not in missing]
         if not rows:
             names: list[str] = []
-            return _Table(str(folder), rows, _Files(folder, names), lambda i: names[i])
+            return _Table(str(folder), rows, _Files(folder, names), lambda i: names[i]), left
     _need_columns(str(folder), [caption_column], sorted({k for r in rows for k in r}))
     names = [str(r["file_name"]) for r in rows]
-    return _Table(str(folder), rows, _Files(folder, names), lambda i: names[i])
+    return _Table(str(folder), rows, _Files(folder, names), lambda i: names[i]), left
 
 
-def _all_in(folder: Path) -> _Table:
-    """Take every picture below a folder that has no list; hidden files and folders are not part of it."""
-    kinds = PICTURE_SUFFIXES | UNREAD_SUFFIXES
-    pictures = [p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in kinds and p.is_file()]
-    found = [p for p in pictures if not any(part.startswith(".") for part in p.parts)]
-    unread = sorted(p.name for p in found if p.suffix.lower() in UNREAD_SUFFIXES)
-    names = sorted(p.as_posix() for p in found)
-    if unread:  # left out, they would count as looked at
-        raise UserError(f"folder {folder} holds {len(unread)} pictures of kinds that are not read, {one_line(unread[0], 60)} among them",
-                        rule="every picture of a folder is looked at", remedy="convert them to PNG or JPEG, or move them away")  # fmt: skip
+def _walked(folder: Path, faults: list[Fault] | None) -> Found:
+    """Look through a folder; what cannot be followed there is a mistake, for images may lie behind it."""
+    seen = walk(folder)
+    if seen.broken and faults is None:
+        name, why = next(iter(sorted(seen.broken.items())))
+        raise UserError(f"{one_line(name, 120)} in {folder} is {why}", rule="images behind it would not be seen",
+                        remedy="mend it or remove it")  # fmt: skip
+    if faults is not None:
+        faults.extend(Fault(name, "broken", why) for name, why in sorted(seen.broken.items()))
+    return seen
+
+
+def _all_in(folder: Path, seen: Found) -> tuple[_Table, dict[str, str]]:
+    """Take every picture below a folder that has no list."""
+    names = seen.images
     if not names:
-        raise UserError(f"folder {folder} has no pictures", rule="those of hidden files and folders do not count")
-    return _Table(str(folder), [{"file_name": name} for name in names], _Files(folder, names), names.__getitem__)
+        name, why = next(iter(seen.unread.items()))
+        raise UserError(f"folder {folder} has no pictures that are read; {one_line(name, 60)} is {_an(why)}",
+                        remedy="convert or unpack them to PNG or JPEG")  # fmt: skip
+    return _Table(str(folder), [{"file_name": name} for name in names], _Files(folder, names), names.__getitem__), dict(
+        seen.unread
+    )
 
 
-def _bad_name(row: Any, number: int, listing: Path) -> UserError | None:
+def not_listed(folder: Path, listed: Sequence[str], listing: Path, faults: list[Fault] | None = None) -> dict[str, str]:
+    """Return the images that a folder holds beside those that its list names, by whatever path, each with the reason.
+
+    Raises:
+        UserError: a link in it cannot be followed.
+    """
+    seen = _walked(folder, faults)
+    names = {os.path.normpath(name) for name in listed}
+    left = {**dict.fromkeys(seen.images, f"not in {listing.name}"), **seen.unread}
+    left = {name: why for name, why in left.items() if name not in names}
+    if left:
+        files = {os.path.realpath(folder / name) for name in names}
+        left = {name: why for name, why in left.items() if seen.real[name] not in files}
+    return dict(sorted(left.items()))
+
+
+def _beside_shards(folder: Path, faults: list[Fault] | None) -> dict[str, str]:
+    """Return what a folder of shards holds beside them."""
+    seen, shards = _walked(folder, faults), {os.path.realpath(path) for path in find_shards(folder)}
+    left = {**dict.fromkeys(seen.images, "not in a shard"), **seen.unread}
+    return {name: why for name, why in sorted(left.items()) if seen.real[name] not in shards}
+
+
+def _tell_unlisted(folder: Path, left: Mapping[str, str], unlisted: str, faults: list[Fault] | None) -> None:
+    if not left or unlisted == "ignore":
+        return
+    if faults is not None:
+        faults.extend(Fault(name, "unlisted", f"it is {_an(why)}") for name, why in left.items())
+        return
+    raise refuse_unlisted(folder, left)
+
+
+def refuse_unlisted(folder: Path, left: Mapping[str, str]) -> UserError:
+    """Return the refusal of a folder of which files would be left out: each name with its reason."""
+    shown = _some([f"{one_line(name, 60)} ({why})" for name, why in left.items()])
+    return UserError(f"{len(left)} files in {folder} would be left out: {shown}", rule="what is not read is not seen",
+                     remedy="list, convert, unpack or move them, or give --unlisted ignore")  # fmt: skip
+
+
+def _an(why: str) -> str:
+    return why.replace("a kind", "of a kind") if why.startswith("a kind") else why
+
+
+def _name_column(row: Any, image_column: str, number: int, listing: Path) -> str:
+    """Return the column of a list that names the files, by its first row.
+
+    Raises:
+        UserError: it has none, or several that may be.
+    """
+    columns = [c for c in row if c is not None] if isinstance(row, dict) else []
+    if "file_name" in columns:
+        return "file_name"
+    if image_column in columns and image_column != "image":
+        return image_column
+    known = [c for c in columns if c.strip().lower() in NAME_COLUMNS]
+    if len(known) == 1 or not columns:
+        return known[0] if known else "file_name"
+    where = f"the header of {listing}" if listing.suffix == ".csv" else f"line {number} of {listing}"
+    raise UserError(f"{where} has {'no column' if not known else f'{len(known)} columns'} of file names",
+                    rule=f"its columns are {', '.join(one_line(c, 40) for c in columns)}",
+                    remedy='call the one with the file names "file_name"')  # fmt: skip
+
+
+def _bad_name(row: Any, column: str, number: int, listing: Path) -> UserError | None:
     """Return what is wrong with the picture's name in a row, if anything."""
-    name = row.get("file_name") if isinstance(row, dict) else None
+    name = row.get(column) if isinstance(row, dict) else None
     if not isinstance(name, str) or not name:
-        return UserError(f"line {number} of {listing} names no picture", rule='it needs a text "file_name"')
+        return UserError(
+            f"line {number} of {listing} names no picture", rule=f'it needs a text "{one_line(column, 40)}"'
+        )
     # A list that came with a picture set must not reach for other files of this machine.
     if Path(name).is_absolute() or ".." in Path(name).parts:
         return UserError(
             f"line {number} of {listing} names {name!r}",
-            rule=f"file_name is a path inside {listing.parent}",
+            rule=f"{column} is a path inside {listing.parent}",
             remedy="move the picture there, or put metadata.jsonl in the folder that holds them all",
         )
     return None
@@ -524,8 +673,14 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _csv_rows(listing: Path) -> Iterator[tuple[int, Any]]:
-    reader = csv.DictReader((f"{line}\n" for line in _text_lines(listing)), strict=True)
-    if twice := [name for name in reader.fieldnames or () if (reader.fieldnames or []).count(name) > 1]:
+    lines = _text_lines(listing)
+    reader = csv.DictReader((f"{line}\n" for line in lines), delimiter=_delimiter(lines), strict=True)
+    try:
+        names = [name.strip() for name in reader.fieldnames or ()]
+    except csv.Error as error:
+        raise UserError(f"the header of {listing} is no CSV", rule=str(error)) from None
+    reader.fieldnames = names
+    if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"the first line of {listing} has the column {twice[0]!r} twice", rule="one would hide the other",
                         remedy="rename or remove one")  # fmt: skip
     while True:
@@ -539,6 +694,24 @@ def _csv_rows(listing: Path) -> Iterator[tuple[int, Any]]:
             yield reader.line_num, UserError(f"line {reader.line_num} of {listing} is no CSV", rule=str(error))
         else:
             yield reader.line_num, row
+
+
+def _delimiter(lines: Sequence[str]) -> str:
+    """Return what stands between the cells of a CSV, by its header alone: a comma, a semicolon or a tab."""
+
+    def header(delimiter: str) -> list[str]:
+        try:
+            return [
+                c.strip().lower() for c in next(csv.reader((f"{line}\n" for line in lines), delimiter=delimiter), [])
+            ]
+        except csv.Error:
+            return []
+
+    headers = {delimiter: header(delimiter) for delimiter in (",", ";", "\t")}
+    for name in ("file_name", *NAME_COLUMNS):
+        if found := next((d for d, columns in headers.items() if name in columns and len(columns) > 1), None):
+            return found
+    return max(headers, key=lambda d: len(headers[d]))  # the first of equals: the comma
 
 
 def _is_file(path: Path) -> bool:
@@ -610,10 +783,13 @@ def _encoded(cell: Any, folder: Path, local: bool) -> bytes | Path:
 
 def _text_lines(path: Path) -> list[str]:
     try:
-        # Not splitlines(): that also breaks at characters such as U+2028, which JSON texts may hold.
-        return path.read_text(encoding="utf-8-sig").split("\n")
+        data = path.read_bytes()
+        # Spreadsheets write "Unicode text" in UTF-16, with its mark of byte order.
+        text = data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read", rule=str(error), remedy="it must be a UTF-8 text file") from None
+    # Not splitlines(): that also breaks at characters such as U+2028, which JSON texts may hold.
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def _need_columns(source: str, needed: Sequence[str | None], columns: Sequence[str]) -> None:

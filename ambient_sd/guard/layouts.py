@@ -67,7 +67,6 @@ LAYOUTS: dict[str, Layout] = {
     ),
 }  # fmt: skip
 SUPPORTED = (*LAYOUTS, "AmbientSDPipeline")
-_WITHOUT_GUIDANCE = ("LCMScheduler", "TCDScheduler")
 
 
 def layout_of(pipe: Any) -> Layout:
@@ -101,10 +100,12 @@ def refuse_distilled(pipe: Any) -> None:
 
 
 def distilled(pipe: Any) -> str | None:
-    """Say what makes a pipeline one without classifier-free guidance (LCM and its kin), or return None."""
-    unet = getattr(pipe, "unet", None)
-    config = getattr(unet, "config", None)
+    """Say what makes a pipeline one without classifier-free guidance (LCM and its kin), or return None.
+
+    The U-Net says it, not the sampler: with an LCM LoRA and LCMScheduler a stock pipeline asks its network for both halves
+    at every scale above 1, and that is guidance like any other.
+    """
+    config = getattr(getattr(pipe, "unet", None), "config", None)
     if getattr(config, "time_cond_proj_dim", None) is not None:
         return f"the U-Net of {type(pipe).__name__} takes the guidance scale as an input (time_cond_proj_dim)"
-    scheduler = type(getattr(pipe, "scheduler", None)).__name__
-    return f"{scheduler} samples without guidance" if scheduler in _WITHOUT_GUIDANCE else None
+    return None

@@ -318,7 +318,9 @@ def _heldout(plan: Plan, config: TrainConfig) -> PictureSet:
     split = given.pop("dataset_split", None)
     if given:
         raise UserError(f"study: heldout: {sorted(given)[0]}", rule="entries are train_data_dir, dataset_name, dataset_split, row_filter")  # fmt: skip
-    return load_rows(source, config.image_column, config.caption_column, split, row_filter=terms)
+    return load_rows(
+        source, config.image_column, config.caption_column, split, row_filter=terms, unlisted=config.unlisted
+    )
 
 
 def _check_folders(plan: Plan, out: Path) -> None:

@@ -125,6 +125,10 @@ class Base:
         except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError, ...: all mean unusable files
             raise _unreadable(self.name, part, error) from None
 
+    def tokenizers(self) -> list[Any]:
+        """Load the tokenizers alone: one, of SDXL two."""
+        return [self.load(part) for part in self.text_parts if part.startswith("tokenizer")]
+
     def captions(self) -> CaptionEncoder:
         """Load tokenizers and text encoders, frozen, float32, as the maker of this class's embeddings."""
         parts = {part: self.load(part) for part in self.text_parts}

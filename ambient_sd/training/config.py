@@ -113,11 +113,13 @@ class TrainConfig:
     train_data_dir: str | None = option(None, "data", "folder with pictures and metadata.jsonl, a parquet file, or WebDataset shards: a folder of .tar files, one, or part-{000..010}.tar")
     image_column: str = option("image", "data", "column of the pictures (parquet, hub; a folder uses file_name)")
     caption_column: str = option("text", "data", "column of the captions")
+    unlisted: str = option("refuse", "data", "pictures in a folder that its list does not name, hidden ones, and kinds that are not read: refuse = end the run in one line; ignore = leave them out and say how many", choices=("refuse", "ignore"))
     row_filter: list[str] | None = option(None, "data", "keep rows where all of these hold: column=value, 'column<=number' or 'column>=number'")
     max_train_samples: int | None = option(None, "data", "train on that many pictures only (a draw by seed)", low=1)
     cache_dir: str | None = option(None, "data", "where hub downloads are kept")
     latent_cache_dir: str | None = option(None, "data", "keep latents and caption embeddings in this folder: computed once, for this run and later ones; VAE and text encoder leave memory")
     resolution: int = option(512, "data", "pictures are resized (shorter side) and cropped to this many pixels", low=8)
+    allow_upscaling: bool = option(False, "data", "train although most pictures are enlarged several times to the resolution")
     center_crop: bool = option(False, "data", "crop the centre; otherwise the crop is drawn (ambient: once per picture, for ever)")
     aspect_ratio_buckets: str | None = option(None, "data", "let pictures keep their shape: auto (sides for the area of resolution, 1:2 to 2:1), or height,width pairs such as 512,768;640,640;768,512; without it all are cropped to squares")
     random_flip: bool = option(False, "data", "mirror half of the pictures (ambient: drawn once per picture, for ever; otherwise anew each epoch)")
@@ -202,6 +204,7 @@ class TrainConfig:
     # fmt: on
 
     def __post_init__(self) -> None:
+        self.resolution_given = True  # `parse` knows better
         for item in dataclasses.fields(self):
             setattr(self, item.name, _checked(item, getattr(self, item.name)))
         self._check_modes()
@@ -386,7 +389,9 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     for rivals in RIVALS:
         if any(name in flags for name in rivals):
             settings = {key: value for key, value in settings.items() if key not in rivals}
-    return TrainConfig(**{**settings, **flags})
+    config = TrainConfig(**{**settings, **flags})
+    config.resolution_given = "resolution" in {**settings, **flags}
+    return config
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:

@@ -37,8 +37,10 @@ from tqdm.auto import tqdm
 from ambient_sd.data import conditioning
 from ambient_sd.data import latents as data
 from ambient_sd.data.buckets import BucketStream, assign, read_buckets
+from ambient_sd.data.captions import find_cut, in_one_line
 from ambient_sd.data.conditions import split_condition
 from ambient_sd.data.duplicates import noise_fingerprint, shared_noise
+from ambient_sd.data.enlargement import check_enlargement
 from ambient_sd.data.sources import PictureSet, load_rows
 from ambient_sd.data.stream import SampleStream, process_batches
 from ambient_sd.errors import UserError, one_line
@@ -113,6 +115,7 @@ class Plan:
     prompts: list[str]
     checkpoint: Path | None  # to continue from; known on the first process
     buckets: dict[str, tuple[int, int]] | None = None  # (width, height) by noise key; None: squares
+    notes: tuple[str, ...] = ()  # what the user should know before the run, a line each
 
 
 def run(
@@ -195,7 +198,55 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
     if config.aspect_ratio_buckets is not None:
         sizes = read_buckets(config.aspect_ratio_buckets, config.resolution, base.pixel_step)
         buckets = assign(pictures.sizes, pictures.noise_keys, sizes)
-    return Plan(config, base, objective, pictures, prompts, checkpoint, buckets)
+    return Plan(
+        config,
+        base,
+        objective,
+        pictures,
+        prompts,
+        checkpoint,
+        buckets,
+        _notes(config, base, pictures, prompts, buckets),
+    )
+
+
+def _notes(
+    config: TrainConfig,
+    base: Base,
+    pictures: PictureSet,
+    prompts: Sequence[str],
+    buckets: Mapping[str, tuple[int, int]] | None,
+) -> tuple[str, ...]:
+    """Return what a run would otherwise do without a word; refuse what is certainly not meant."""
+    notes = [enlargement_note(config, pictures, base.pixel_step, buckets)]
+    if pictures.unlisted:
+        notes.append(f"{pictures.unlisted} files in {pictures.source} are left out (unlisted is ignore)")
+    if pictures.animated:
+        notes.append(
+            f"{len(pictures.animated)} pictures have several frames, of which the first is taken: {pictures.animated[0]}"
+        )
+    tokenizers = base.tokenizers()
+    names = [pictures.names[i] for i in range(len(pictures)) for _ in pictures.captions_of(i)]
+    for texts, what, named in ((pictures.all_captions, "captions", names), (prompts, "validation prompts", prompts)):
+        if cuts := find_cut(texts, tokenizers):
+            notes.append(in_one_line(cuts, len(texts), what, named[cuts[0].index]))
+    return tuple(one_line(note) for note in notes if note)
+
+
+def enlargement_note(
+    config: TrainConfig, pictures: PictureSet, step: int, buckets: Mapping[str, tuple[int, int]] | None = None
+) -> str | None:
+    """Return a warning where checked pictures are enlarged to the resolution, or None.
+
+    Raises:
+        UserError: most of them are enlarged so far that the resolution cannot be meant.
+    """
+    square = (config.resolution, config.resolution)
+    targets = [square if buckets is None else buckets[key] for key in pictures.noise_keys]
+    return check_enlargement(
+        pictures.sizes, targets, resolution=config.resolution, step=step, given=config.resolution_given,
+        allowed=config.allow_upscaling,
+    )  # fmt: skip
 
 
 def open_pictures(config: TrainConfig) -> PictureSet:
@@ -215,6 +266,7 @@ def open_pictures(config: TrainConfig) -> PictureSet:
         config_name=config.dataset_config_name,
         cache_dir=config.cache_dir,
         local=config.train_data_dir is not None,
+        unlisted=config.unlisted,
         several_captions=config.caption_mitigation == "mc",
     )
 
@@ -340,6 +392,9 @@ class _Trainer:
             self.levels = noising.LogNormalLevels(
                 plan.objective.schedule, config.logit_mean or 0.0, config.logit_std or 1.0
             )
+        if accelerator.is_main_process:
+            for note in plan.notes:
+                logger.warning("%s", note)
         self.average: averaging.Average | None = None
         self.dropouts: list[AddressedDropout] = []
         self.looks: list[dict[str, float]] = []
@@ -915,6 +970,7 @@ class _Trainer:
             "first_step": self.first_step,
             "seconds": seconds,
             "pictures": len(self.plan.pictures),
+            "notes": list(self.plan.notes),
             "near_duplicate_groups": len(self.plan.pictures.groups),
             "losses": [r["loss"] for r in self.losses.records],
             **{name: self.losses.late_mean(name, _FINAL_STEPS) for name in ("loss", "clean_loss", "ambient_loss")},

@@ -70,7 +70,7 @@ def test_the_command_writes_table_page_and_json(damaged: Path, tmp_path: Path, c
     assert "6  broken" in table and "2  captionless" in table and "near: 003.png, again.jpg" in table
     machine = json.loads(data.read_text())
     assert machine["counts"] == {
-        "broken": 6, "captionless": 2, "small": 1, "extreme": 1, "exact_copies": 1, "near_groups": 1,
+        "broken": 6, "unlisted": 0, "captionless": 2, "cut": 0, "small": 1, "extreme": 1, "animated": 0, "exact_copies": 1, "near_groups": 1,
     }  # fmt: skip
     pictures = {p["name"]: p["mirrored"] for p in machine["groups"][0]["pictures"]}
     assert pictures["003.png"] != pictures["mirror.png"] and pictures["003.png"] == pictures["again.jpg"]

@@ -158,7 +158,7 @@ def test_metadata_csv_is_read_like_metadata_jsonl(folder: Path) -> None:
     (folder / "metadata.jsonl").unlink()
     assert load_rows(folder).fingerprint() == expected.fingerprint()
     (folder / "metadata.csv").write_text('file_name,text\n000.png,"red, with ""quotes""\nand a line"\n')
-    assert load_rows(folder).captions == ['red, with "quotes"\nand a line']
+    assert load_rows(folder, unlisted="ignore").captions == ['red, with "quotes"\nand a line']
     (folder / "metadata.csv").write_text("file_name,text\n000.png,red, round\n")
     one_line(lambda: load_rows(folder), "line 2", "quotes")
     (folder / "metadata.csv").write_text("file_name,text\n000.png\n")
@@ -169,11 +169,15 @@ def test_metadata_csv_is_read_like_metadata_jsonl(folder: Path) -> None:
 
 def test_a_listing_reaches_only_what_lies_in_its_folder(folder: Path, tmp_path: Path) -> None:
     (folder / "deep").mkdir()
+    for path in folder.glob("00[1-7].png"):
+        path.unlink()
     outside = shutil.copy(folder / "000.png", tmp_path / "outside.png")
     shutil.copy(folder / "000.png", folder / "deep" / "a.png")
     rows = folder / "metadata.jsonl"
     rows.write_text('\ufeff{"file_name": "deep/a.png", "text": "\u2028 h\u00e9 \u7ea2"}\r\n', encoding="utf-8")
-    assert load_rows(folder).check().captions == ["\u2028 h\u00e9 \u7ea2"], "below it, with a mark of byte order"
+    assert load_rows(folder, unlisted="ignore").check().captions == ["\u2028 h\u00e9 \u7ea2"], (
+        "below it, with a mark of byte order"
+    )
     for name in (str(outside), "../outside.png", "deep/../../outside.png"):
         rows.write_text(json.dumps({"file_name": name, "text": "x"}))
         one_line(lambda: load_rows(folder), "line 1", "outside.png", "inside")
@@ -233,18 +237,23 @@ def test_a_folder_on_the_way_to_a_parquet_file_is_no_column(folder: Path, tmp_pa
     assert load_rows(as_parquet(folder, tmp_path / "text=7" / "p.parquet")).captions == load_rows(folder).captions
 
 
-def test_a_folder_without_a_list_is_all_its_pictures_or_says_which_kinds_it_cannot_read(folder: Path) -> None:
+def test_a_folder_without_a_list_is_all_its_pictures_or_says_which_it_would_leave_out(folder: Path) -> None:
     (folder / "metadata.jsonl").unlink()
     seen = len(load_rows(folder, need_captions=False))
     assert seen == len(list(folder.glob("*.png"))) > 0
 
-    # What a Mac leaves beside each picture, and a viewer's folder, are no pictures: of a kind that is read or not.
-    (folder / ".thumbnails").mkdir()
-    for name in ("._1.png", "._1.HEIC", ".thumbnails/1.heic", "notes.txt"):
+    # What a Mac leaves beside each picture, a half-written file and a note are no pictures.
+    for name in ("._1.png", "._1.HEIC", ".notes.txt", "notes.txt"):
         (folder / name).write_bytes(b"nothing")
+    shutil.copy(folder / "000.png", folder / ".000.png.part")
     assert len(load_rows(folder, need_captions=False)) == seen
 
     (folder / "IMG_1.HEIC").write_bytes(b"a phone's picture")
-    with pytest.raises(UserError, match=r"1 pictures of kinds that are not read, IMG_1.HEIC among them") as caught:
-        load_rows(folder, need_captions=False)
-    assert "convert them" in str(caught.value) and "\n" not in str(caught.value)
+    (folder / ".thumbnails").mkdir()
+    shutil.copy(folder / "000.png", folder / ".thumbnails" / "1.png")
+    one_line(
+        lambda: load_rows(folder, need_captions=False), "2 files", ".thumbnails/1.png (hidden)",
+        "IMG_1.HEIC (a kind that is not read)", "--unlisted ignore",
+    )  # fmt: skip
+    ignored = load_rows(folder, need_captions=False, unlisted="ignore")
+    assert (len(ignored), ignored.unlisted) == (seen, 2)

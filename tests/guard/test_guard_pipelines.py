@@ -11,11 +11,13 @@ import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    LatentConsistencyModelPipeline,
     LCMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
+    TCDScheduler,
     UNet2DConditionModel,
 )
 
@@ -355,22 +357,40 @@ def test_skip_layer_guidance_of_sd3_is_a_third_evaluation_and_is_not_scored() ->
 # -- refused -------------------------------------------------------------------------------------------------------
 
 
-def test_distilled_models_are_refused_in_one_line_and_unmeasured_by_default() -> None:
+def test_models_that_take_the_scale_as_an_input_are_refused_in_one_line_and_unmeasured_by_default() -> None:
     pipe, call = case("AmbientSDPipeline")
     guard = MemorizationGuard(pipe)
-    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(UserError, match="LCMScheduler samples without guidance") as error:
-        MemorizationGuard(pipe)
-    assert "\n" not in str(error.value)
-    with guard, pytest.raises(UserError, match="LCMScheduler"):  # swapped after the guard was made
-        run(pipe, call)
-    assert pipe("a cat", num_inference_steps=2, output_type="latent").memorization is None
-
-    pipe, _ = case("StableDiffusionPipeline")
     config = {k: v for k, v in pipe.unet.config.items() if not k.startswith("_")}
     pipe.unet = UNet2DConditionModel(**config | {"time_cond_proj_dim": 8})
-    with pytest.raises(UserError, match="time_cond_proj_dim"):
+    with pytest.raises(UserError, match="takes the guidance scale as an input") as error:
         MemorizationGuard(pipe)
+    assert "\n" not in str(error.value)
+    with guard, pytest.raises(UserError, match="time_cond_proj_dim"):  # swapped after the guard was made
+        run(pipe, call)
+    assert pipe("a cat", num_inference_steps=2, output_type="latent").memorization is None
+    parts = {**pipe.components, "scheduler": LCMScheduler.from_config(pipe.scheduler.config)}
+    with pytest.raises(UserError, match="takes the guidance scale as an input"):
+        MemorizationGuard(LatentConsistencyModelPipeline(**parts, requires_safety_checker=False))
+
+
+@pytest.mark.parametrize("scheduler", [LCMScheduler, TCDScheduler])
+def test_an_lcm_sampler_with_guidance_is_scored_like_any_other(scheduler: Any) -> None:
+    """As with an LCM LoRA: the network gets both halves, so the score is the norm between the rows that it returns."""
+    pipe, _ = case("StableDiffusionPipeline")
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, prediction_type="epsilon")
+    call = {"num_inference_steps": 3, "output_type": "latent"}
+    seen: list[torch.Tensor] = []
+    hook = pipe.unet.register_forward_hook(lambda _, __, out: seen.append(out[0]))
+    with MemorizationGuard(pipe) as guard:
+        guarded = pipe("a cat", guidance_scale=4.0, generator=torch.Generator().manual_seed(0), **call).images
+    hook.remove()
+    assert [len(rows) for rows in seen] == [2, 2, 2]
+    expected = [float((rows[1] - rows[0]).norm()) for rows in seen]
+    assert guard.report[0].curve == pytest.approx(expected, rel=1e-5)
+    stock = pipe("a cat", guidance_scale=4.0, generator=torch.Generator().manual_seed(0), **call).images
+    assert torch.equal(guarded, stock)
+    with MemorizationGuard(pipe), pytest.raises(UserError, match="classifier-free guidance is off"):
+        pipe("a cat", guidance_scale=1.0, **call)
 
 
 class Weighs(Policy):

@@ -1,0 +1,89 @@
+"""What text encoders do not read: the end of a text with more tokens than they have places, 77 with start and end for CLIP.
+
+diffusers and transformers cut it off without a word. Of SDXL both tokenizers count: a text is cut where either cuts it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ambient_sd.errors import one_line
+
+CLIP_TOKENS = 75  # of a text, beside its start and end
+_BATCH = 1000
+# The pieces that CLIP's tokenizer splits a text into before anything else; each is one token or more.
+_PIECE = re.compile(r"'(?:s|t|re|ve|m|ll|d)(?=\W|$)|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Say what is lost of one text.
+
+    Attributes:
+        index: its place among the texts.
+        tokens: how many it has; without a tokenizer at least so many.
+        limit: how many are read.
+        lost: the end that is not read, as the tokenizer writes it (in small letters).
+    """
+
+    index: int
+    tokens: int
+    limit: int
+    lost: str
+
+
+def find_cut(texts: Sequence[str], tokenizers: Sequence[Any]) -> list[Cut]:
+    """Return the texts that at least one of the tokenizers cuts, in their order; of two losses the longer one.
+
+    Args:
+        texts: captions or prompts.
+        tokenizers: of the model's text encoders, with `model_max_length`.
+
+    Example:
+        >>> find_cut(["a cat"], [])
+        []
+    """
+    distinct = list(dict.fromkeys(texts))
+    found: dict[str, tuple[int, int, str]] = {}
+    for tokenizer in tokenizers:
+        limit = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+        for start in range(0, len(distinct), _BATCH):
+            batch = distinct[start : start + _BATCH]
+            # verbose: the tokenizer's own warning says neither which text nor what is lost.
+            rows = tokenizer(batch, truncation=False, padding=False, add_special_tokens=False, verbose=False).input_ids
+            for text, ids in zip(batch, rows, strict=True):
+                if (
+                    len(ids) > limit
+                    and len(ids) - limit > found.get(text, (0, 0, ""))[0] - found.get(text, (0, 0, ""))[1]
+                ):
+                    found[text] = len(ids), limit, str(tokenizer.decode(ids[limit:])).strip()
+    return [Cut(i, *found[text]) for i, text in enumerate(texts) if text in found]
+
+
+def surely_cut(texts: Sequence[str], limit: int = CLIP_TOKENS) -> list[Cut]:
+    """Return the texts that every CLIP tokenizer cuts: a lower bound, for which none is needed."""
+    found = []
+    for i, text in enumerate(texts):
+        pieces = list(_PIECE.finditer(text))
+        if len(pieces) > limit:
+            found.append(Cut(i, len(pieces), limit, text[pieces[limit].start() :]))
+    return found
+
+
+def in_one_line(cuts: Sequence[Cut], total: int, what: str, first: str) -> str:
+    """Say in one line how many texts are cut, and what the first one loses.
+
+    Args:
+        cuts: what was found, at least one.
+        total: number of texts.
+        what: "captions" or "prompts".
+        first: name of the first one.
+    """
+    one = cuts[0]
+    return one_line(
+        f"{len(cuts)} of {total} {what} are longer than the text encoder reads and are cut; the first, {one_line(first, 80)}, has "
+        f"{one.tokens} tokens of {one.limit}, lost: {one_line(one.lost, 160)}"
+    )
