@@ -151,9 +151,8 @@ def test_five_naming_schemes_are_one_model(kind: Any, tiny_base: Path, tmp_path:
         record = settings.lora()
         assert record is not None and (record["scheme"], record["rank"], record["alpha"]) == (name, RANK, ALPHA)
         tensors = load_file(next(place.glob("*.safetensors")))
-        assert record["tensors"] == len(tensors) and record["layers"] == sum(
-            "A.weight" in k or "down" in k for k in tensors
-        )
+        assert record["tensors"] == len(tensors)
+        assert record["layers"] == sum(k.endswith(("lora_A.weight", "lora_down.weight")) for k in tensors)
         if kind is StableDiffusionPipeline:
             python = AmbientSDPipeline.from_pretrained(base)
             assert python.load_lora_weights(place) == record
@@ -169,7 +168,9 @@ def test_stock_diffusers_draws_the_base_for_three_of_them(tiny_base: Path, files
     start = picture(StableDiffusionPipeline.from_pretrained(tiny_base))
     for name in ("PEFT", "bare", "ComfyUI"):
         pipe = StableDiffusionPipeline.from_pretrained(tiny_base)
-        pipe.load_lora_weights(files[name])
+        # With alpha tensors diffusers raises: none of their names holds "lora".
+        tensors = load_file(next(files[name].glob("*.safetensors")))
+        pipe.load_lora_weights({name: value for name, value in tensors.items() if not name.endswith(".alpha")})
         assert torch.equal(picture(pipe), start), name
 
 
@@ -178,16 +179,17 @@ def test_audit_says_the_same_of_all_five(
 ) -> None:
     def figures(adapter: Path | None, name: str) -> tuple[Any, Any]:
         found = audit(AuditSettings(
-            Source(str(tiny_pictures)), tmp_path / name, drawing(tiny_base, adapter), samples_per_prompt=1, max_prompts=2,
+            Source(str(tiny_pictures)), tmp_path / name, drawing(tiny_base, adapter), samples_per_prompt=1, max_prompts=1,
             features=("pixels",), resamples=10, attribution=0,
         )).found  # fmt: skip
-        return [row["generated"] for row in found["measures"]], found["model"].get("lora")
+        seen = (tmp_path / name / "pictures.jsonl").read_text()  # with the distance of each picture
+        return (found["verdict"], found["measures"], seen), found["model"].get("lora")
 
     measured = {name: figures(place, name) for name, place in files.items()}
     assert all(measured[name][0] == measured["diffusers"][0] for name in SCHEMES)
     assert [measured[name][1]["scheme"] for name in SCHEMES] == list(SCHEMES)
     base, none = figures(None, "base")
-    assert base != measured["diffusers"][0] and none is None, "control: another model has other figures"
+    assert base[2] != measured["diffusers"][0][2] and none is None, "control: another model has other figures"
 
 
 @pytest.mark.parametrize("make", [tiny.tiny_pipeline, tiny.tiny_sd15_pipeline, tiny.tiny_sdxl_pipeline])
@@ -219,7 +221,7 @@ def test_text_encoders_are_loaded_as_stock_diffusers_does(make: Any, tmp_path: P
     kohya: Tensors = {}
     for part, state in {"unet": unet, **layers}.items():
         kohya |= renamed(state, lambda layer, rest, part=part: names[part] + ("" if part == "unet" else "text_model_")
-                         + layer.replace(".", "_") + "." + KOHYA[rest])  # fmt: skip
+                         + layer.removeprefix("text_model.").replace(".", "_") + "." + KOHYA[rest])  # fmt: skip
     assert lora.load_lora(flat, kohya)["scheme"] == "kohya"
     assert torch.equal(picture(flat), picture(ours))
 
@@ -333,7 +335,7 @@ def swap(state: Tensors, word: str, change: Callable[[Tensor], Tensor]) -> Tenso
 COMMANDS = {
     "transformer": (lambda s: {k.replace("unet.", "transformer."): v for k, v in s.items()}, "made for a transformer"),
     "half": (half_unknown, "belong to no layer"),
-    "unknown": (lambda s: s | {"unet.conv_end.lora_A.weight": torch.zeros(2, 4)}, "1 of 59 tensors"),
+    "unknown": (lambda s: s | {"unet.conv_end.lora_A.weight": torch.zeros(2, 4)}, "1 of 71 tensors"),
     "missing": (lambda s: without(s, first(s)), "no down (lora_A)"),
     "shape": (lambda s: swap(s, "lora_A", lambda v: torch.cat([v, v], 1)), "a shape that does not fit"),
 }
@@ -412,7 +414,7 @@ def test_an_adapter_with_any_unknown_tensor_cannot_pass(state: Tensors, parts: d
         ({"r": 3}, "its settings say 3"), ({"use_dora": True}, "without all its magnitudes"),
         ({"lora_alpha": "much"}, "no finite number"), ({"peft_type": "LOHA"}, "of the kind LOHA"),
         ({"bias": "all"}, "trained with bias all"), ({"init_lora_weights": "pissa_niter_4"}, "began from pissa_niter_4"),
-        ({"target_modules": ["to_q", "to_v"]}, "lacks 6 of"), ({"alpha_pattern": {"(a+)+$": 2}}, "no name of a layer"),
+        ({"target_modules": ["to_q", "to_v"]}, "lacks 8 of"), ({"alpha_pattern": {"(a+)+$": 2}}, "no name of a layer"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"), ({"new_kind": 3}, "new_kind 3"),
     ],
 )  # fmt: skip
@@ -488,7 +490,7 @@ def test_a_dora_that_was_never_trained_changes_nothing_and_is_refused(tiny_base:
     fresh = plain(pipe.unet)
     base = StableDiffusionPipeline.from_pretrained(tiny_base)
     before = picture(base)
-    with pytest.raises(UserError, match="changes no weight: its update is zero in all 9 layers"):
+    with pytest.raises(UserError, match="changes no weight: its update is zero in all 16 layers"):
         lora.load_lora(base, fresh)
     assert torch.equal(picture(base), before) and not hasattr(base.unet, "peft_config")
     longer = {k: v * 1.01 if "magnitude" in k else v for k, v in fresh.items()}
