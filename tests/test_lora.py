@@ -33,16 +33,7 @@ from ambient_sd.sample import SampleSettings, sample
 from ambient_sd.training import adapters
 
 ALPHA, RANK = 6.0, 2
-TARGETS = [
-    "to_q",
-    "to_out.0",
-    "proj_in",
-    "ff.net.0.proj",
-    "conv1",
-    "downsamplers.0.conv",
-    "upsamplers.0.conv",
-    "conv_in",
-]
+TARGETS = ["attn1.to_q", "proj_in", "conv1", "downsamplers.0.conv", "upsamplers.0.conv", "conv_in"]
 SCHEMES = ("diffusers", "PEFT", "bare", "kohya", "ComfyUI")
 KOHYA = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}
 Tensors = dict[str, Tensor]
@@ -135,32 +126,30 @@ def test_five_naming_schemes_are_one_model(kind: Any, tiny_base: Path, tmp_path:
         base = tmp_path / "base"
         tiny.tiny_sdxl_pipeline().save_pretrained(base)
         made = write(tmp_path, adapted(tiny.tiny_sdxl_pipeline()), kind)
-    start = picture(kind.from_pretrained(base))
-    hand = picture(by_hand(kind.from_pretrained(base), load_file(made["bare"] / "mine.safetensors"), ALPHA / RANK))
-    assert not torch.allclose(start, hand, atol=1e-2), "control: it is seen"
-    stock = {}
+    stock = kind.from_pretrained(base)
+    start, by_stock, ours = picture(stock), {}, {}
     for name in ("diffusers", "kohya"):
-        pipe = kind.from_pretrained(base)
-        pipe.load_lora_weights(made[name])
-        stock[name] = picture(pipe)
-    ours = {}
+        stock.load_lora_weights(made[name])
+        by_stock[name] = picture(stock)
+        stock.unload_lora_weights()
+    hand = picture(by_hand(stock, load_file(made["bare"] / "mine.safetensors"), ALPHA / RANK))
+    assert not torch.allclose(start, hand, atol=1e-2), "control: it is seen"
+    python = AmbientSDPipeline.from_pretrained(base) if kind is StableDiffusionPipeline else None
     for name, place in made.items():
         settings = drawing(base, place)
-        pipe = load(settings)
-        ours[name] = picture(pipe)
+        ours[name] = picture(load(settings))
         record = settings.lora()
         assert record is not None and (record["scheme"], record["rank"], record["alpha"]) == (name, RANK, ALPHA)
         tensors = load_file(next(place.glob("*.safetensors")))
-        assert record["tensors"] == len(tensors) and record["layers"] == sum(
-            "A.weight" in k or "down" in k for k in tensors
-        )
-        if kind is StableDiffusionPipeline:
-            python = AmbientSDPipeline.from_pretrained(base)
+        assert record["tensors"] == len(tensors)
+        assert record["layers"] == sum(k.endswith(("lora_A.weight", "lora_down.weight")) for k in tensors)
+        if python is not None:
             assert python.load_lora_weights(place) == record
             assert torch.equal(picture(python), ours[name])
+            python.unload_lora_weights()
     for name, found in ours.items():
         assert torch.equal(found, ours["diffusers"]), name
-    assert torch.equal(stock["diffusers"], ours["diffusers"]) and torch.equal(stock["kohya"], ours["kohya"])
+    assert all(torch.equal(found, ours[name]) for name, found in by_stock.items())
     torch.testing.assert_close(ours["diffusers"], hand, rtol=0, atol=2e-5)
 
 
@@ -169,7 +158,9 @@ def test_stock_diffusers_draws_the_base_for_three_of_them(tiny_base: Path, files
     start = picture(StableDiffusionPipeline.from_pretrained(tiny_base))
     for name in ("PEFT", "bare", "ComfyUI"):
         pipe = StableDiffusionPipeline.from_pretrained(tiny_base)
-        pipe.load_lora_weights(files[name])
+        # With alpha tensors diffusers raises: none of their names holds "lora".
+        tensors = load_file(next(files[name].glob("*.safetensors")))
+        pipe.load_lora_weights({name: value for name, value in tensors.items() if not name.endswith(".alpha")})
         assert torch.equal(picture(pipe), start), name
 
 
@@ -178,16 +169,17 @@ def test_audit_says_the_same_of_all_five(
 ) -> None:
     def figures(adapter: Path | None, name: str) -> tuple[Any, Any]:
         found = audit(AuditSettings(
-            Source(str(tiny_pictures)), tmp_path / name, drawing(tiny_base, adapter), samples_per_prompt=1, max_prompts=2,
+            Source(str(tiny_pictures)), tmp_path / name, drawing(tiny_base, adapter), samples_per_prompt=1, max_prompts=1,
             features=("pixels",), resamples=10, attribution=0,
         )).found  # fmt: skip
-        return [row["generated"] for row in found["measures"]], found["model"].get("lora")
+        seen = (tmp_path / name / "pictures.jsonl").read_text()  # with the distance of each picture
+        return (found["verdict"], found["measures"], seen), found["model"].get("lora")
 
     measured = {name: figures(place, name) for name, place in files.items()}
     assert all(measured[name][0] == measured["diffusers"][0] for name in SCHEMES)
     assert [measured[name][1]["scheme"] for name in SCHEMES] == list(SCHEMES)
     base, none = figures(None, "base")
-    assert base != measured["diffusers"][0] and none is None, "control: another model has other figures"
+    assert base[2] != measured["diffusers"][0][2] and none is None, "control: another model has other figures"
 
 
 @pytest.mark.parametrize("make", [tiny.tiny_pipeline, tiny.tiny_sd15_pipeline, tiny.tiny_sdxl_pipeline])
@@ -219,7 +211,7 @@ def test_text_encoders_are_loaded_as_stock_diffusers_does(make: Any, tmp_path: P
     kohya: Tensors = {}
     for part, state in {"unet": unet, **layers}.items():
         kohya |= renamed(state, lambda layer, rest, part=part: names[part] + ("" if part == "unet" else "text_model_")
-                         + layer.replace(".", "_") + "." + KOHYA[rest])  # fmt: skip
+                         + layer.removeprefix("text_model.").replace(".", "_") + "." + KOHYA[rest])  # fmt: skip
     assert lora.load_lora(flat, kohya)["scheme"] == "kohya"
     assert torch.equal(picture(flat), picture(ours))
 
@@ -232,17 +224,16 @@ def test_names_of_older_diffusers_are_read(tiny_base: Path) -> None:
         block, _, last = layer.removesuffix(".0").rpartition(".")
         return f"unet.{block}.processor.{last}_lora.{half[rest]}"
 
-    expected = None
-    for name in (
-        lambda layer, rest: f"unet.{layer}.lora_{rest}",
-        oldest,
-        lambda layer, rest: f"unet.{layer}.lora.{half[rest]}",
-    ):
-        pipe, stock = (StableDiffusionPipeline.from_pretrained(tiny_base) for _ in range(2))
-        assert lora.load_lora(pipe, renamed(state, name))["scheme"] == "diffusers"
-        stock.load_lora_weights(renamed(state, name))
-        expected = picture(pipe) if expected is None else expected
-        assert torch.equal(picture(pipe), expected) and torch.equal(picture(stock), expected)
+    expected, pipe = None, StableDiffusionPipeline.from_pretrained(tiny_base)
+    for named in (renamed(state, lambda layer, rest: f"unet.{layer}.lora_{rest}"), renamed(state, oldest),
+                  renamed(state, lambda layer, rest: f"unet.{layer}.lora.{half[rest]}")):  # fmt: skip
+        assert lora.load_lora(pipe, named)["scheme"] == "diffusers"
+        ours = picture(pipe)
+        pipe.unload_lora_weights()
+        pipe.load_lora_weights(named)
+        expected = ours if expected is None else expected
+        assert torch.equal(ours, expected) and torch.equal(picture(pipe), expected)
+        pipe.unload_lora_weights()
 
 
 def test_ranks_and_alphas_of_single_layers_are_kept(tiny_base: Path) -> None:
@@ -270,10 +261,19 @@ def test_ranks_and_alphas_of_single_layers_are_kept(tiny_base: Path) -> None:
 
 def test_rslora_dropout_and_convolution_shapes_follow_the_file(tiny_base: Path, tmp_path: Path) -> None:
     unet = adapted(tiny.tiny_pipeline(), ["to_q", "proj_in"], use_rslora=True, lora_dropout=0.5)
-    adapters.save(unet, tmp_path)
+    config = {k: sorted(v) if isinstance(v, set) else v for k, v in unet.peft_config["default"].to_dict().items()}
+    head = {"lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in config.items()})}
+    save_file({f"unet.{k}": v for k, v in plain(unet).items()}, tmp_path / lora.WEIGHTS_NAME, metadata=head)
     pipe = StableDiffusionPipeline.from_pretrained(tiny_base)
+    pipe.load_lora_weights(tmp_path)
+    assert not torch.equal(picture(pipe), picture(pipe)), "diffusers goes on dropping inputs while it samples"
+    pipe.unload_lora_weights()
     lora.load_lora(pipe, tmp_path)
     hand = picture(by_hand(StableDiffusionPipeline.from_pretrained(tiny_base), plain(unet), ALPHA / RANK**0.5))
+    torch.testing.assert_close(picture(pipe), hand, rtol=0, atol=2e-5)
+    adapters.save(unet, tmp_path / "ours")  # what we write is safe in diffusers too
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(tmp_path / "ours")
     torch.testing.assert_close(picture(pipe), hand, rtol=0, atol=2e-5)
     # Linear layers as 1 x 1 convolutions, as some trainers save them.
     flat = {f"unet.{k}": v[..., None, None] if v.dim() == 2 else v for k, v in plain(unet).items()}
@@ -333,7 +333,10 @@ def swap(state: Tensors, word: str, change: Callable[[Tensor], Tensor]) -> Tenso
 COMMANDS = {
     "transformer": (lambda s: {k.replace("unet.", "transformer."): v for k, v in s.items()}, "made for a transformer"),
     "half": (half_unknown, "belong to no layer"),
-    "unknown": (lambda s: s | {"unet.conv_end.lora_A.weight": torch.zeros(2, 4)}, "1 of 59 tensors"),
+    "unknown": (
+        lambda s: s | {"unet.conv_end.lora_A.weight": torch.zeros(2, 4)},
+        "the first is 'unet.conv_end.lora_A.weight'",
+    ),
     "missing": (lambda s: without(s, first(s)), "no down (lora_A)"),
     "shape": (lambda s: swap(s, "lora_A", lambda v: torch.cat([v, v], 1)), "a shape that does not fit"),
 }
@@ -412,7 +415,7 @@ def test_an_adapter_with_any_unknown_tensor_cannot_pass(state: Tensors, parts: d
         ({"r": 3}, "its settings say 3"), ({"use_dora": True}, "without all its magnitudes"),
         ({"lora_alpha": "much"}, "no finite number"), ({"peft_type": "LOHA"}, "of the kind LOHA"),
         ({"bias": "all"}, "trained with bias all"), ({"init_lora_weights": "pissa_niter_4"}, "began from pissa_niter_4"),
-        ({"target_modules": ["to_q", "to_v"]}, "lacks 6 of"), ({"alpha_pattern": {"(a+)+$": 2}}, "no name of a layer"),
+        ({"target_modules": ["to_q", "to_v"]}, "layers that its settings name"), ({"alpha_pattern": {"(a+)+$": 2}}, "no name of a layer"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"), ({"new_kind": 3}, "new_kind 3"),
     ],
 )  # fmt: skip
@@ -488,7 +491,7 @@ def test_a_dora_that_was_never_trained_changes_nothing_and_is_refused(tiny_base:
     fresh = plain(pipe.unet)
     base = StableDiffusionPipeline.from_pretrained(tiny_base)
     before = picture(base)
-    with pytest.raises(UserError, match="changes no weight: its update is zero in all 9 layers"):
+    with pytest.raises(UserError, match="changes no weight: its update is zero in all 16 layers"):
         lora.load_lora(base, fresh)
     assert torch.equal(picture(base), before) and not hasattr(base.unet, "peft_config")
     longer = {k: v * 1.01 if "magnitude" in k else v for k, v in fresh.items()}
@@ -571,10 +574,9 @@ def test_the_state_of_the_model_is_what_is_believed(tiny_base: Path, state: Tens
     assert "the file has none for it" in str(lora.misplaced(parts, fewer, "mine"))
 
 
-@pytest.mark.parametrize("way", ["enable_sequential_cpu_offload"])
-def test_half_precision_keeps_the_files_values(way: str, tiny_base: Path, state: Tensors) -> None:
-    pipe = StableDiffusionPipeline.from_pretrained(tiny_base, torch_dtype=torch.bfloat16)
-    stock = StableDiffusionPipeline.from_pretrained(tiny_base, torch_dtype=torch.bfloat16)
+def test_half_precision_keeps_the_files_values(tiny_base: Path, state: Tensors) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_base, dtype=torch.bfloat16)
+    stock = StableDiffusionPipeline.from_pretrained(tiny_base, dtype=torch.bfloat16)
     lora.load_lora(pipe, state)
     stock.load_lora_weights(dict(state))
     found = {k: v.dtype for k, v in pipe.unet.state_dict().items() if "lora_" in k}

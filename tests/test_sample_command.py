@@ -410,7 +410,7 @@ def test_the_pages_commands_and_code_run_as_written(
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
     given = {"pipe": tiny.tiny_pipeline(), "lora": get_peft_model_state_dict(pipe.unet)}
     exec(compile(adapters, "docs/sampling.md", "exec"), given)
-    assert "bare 12 2 2.0 " in capsys.readouterr().out
+    assert "bare 16 2 2.0 " in capsys.readouterr().out
     exec(compile(code, "docs/sampling.md", "exec"), {})
     assert capsys.readouterr().out.splitlines()[-1].startswith("a cat ")
 

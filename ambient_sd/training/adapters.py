@@ -85,6 +85,8 @@ def save(unet: Any, folder: Path) -> None:
     settings = unet.peft_config["default"].to_dict()
     # The base's path on this machine is nobody's business, and neither are sets JSON.
     settings["base_model_name_or_path"] = None
+    # diffusers leaves the dropout of a loaded LoRA on while it samples, and no two pictures of a seed are equal.
+    settings["lora_dropout"] = 0.0
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
     StableDiffusionPipeline.save_lora_weights(
         folder,
