@@ -54,7 +54,8 @@ def add_verbs(verbs: Any) -> None:
         "--when", choices=["always", "flagged"], default="always", help="pictures that the policy acts on"
     )
     sample.add_argument("--threshold", default="auto", metavar="X|auto",
-                        help="score that flags a picture; auto: as calibrated, where the model has a threshold that fits")  # fmt: skip
+                        help="score that flags a picture; auto: as calibrated, where the model has a threshold that fits. With --policy the first step "
+                        "decides, before the policy acts: a number then flags only with --when flagged")  # fmt: skip
     sample.add_argument("--score_space", choices=["noise", "output"], default=argparse.SUPPRESS,
                         help="what scores, thresholds and targets are of: predicted noise, or outputs as they are, as published figures of v-prediction "
                         "models (SD2) are (default: that of a calibrated threshold, else noise)")  # fmt: skip
@@ -76,7 +77,10 @@ def add_verbs(verbs: Any) -> None:
     calibrate.add_argument("--ordinary", required=True, metavar="FILE",
                            help="prompts that the model cannot have memorized, a few hundred; .jsonl, or text, one a line")  # fmt: skip
     calibrate.add_argument(
-        "--memorized", metavar="FILE", default=None, help="prompts that it has memorized, to see how well it tells"
+        "--memorized",
+        metavar="FILE",
+        default=None,
+        help="prompts that it has memorized, to see whether it tells; if it does not, no threshold is written and the exit status is 1",
     )
     calibrate.add_argument("--detector", choices=["norm", "anisotropy"], default="norm",
                            help="norm: what the guard sees while it samples; anisotropy: asked of pure noise before sampling, which the "

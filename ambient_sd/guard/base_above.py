@@ -121,6 +121,12 @@ def acting_base(unet: Any) -> torch.nn.Module | None:
     return forward.base if isinstance(forward, _Switched) and not forward.off else None
 
 
+def base_acts(unet: Any) -> bool:
+    """Say whether a base stands in above a level, be it another U-Net or the same one without its LoRA."""
+    forward = unet.__dict__.get("forward")
+    return isinstance(forward, _Switched) and not forward.off
+
+
 class _Switched:
     """Stand in for a U-Net's `forward`: that of the base at timesteps above the switch."""
 

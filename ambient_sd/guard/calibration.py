@@ -36,7 +36,7 @@ import torch
 
 from ambient_sd.errors import UserError, one_line
 from ambient_sd.files import write_whole
-from ambient_sd.guard.base_above import acting_base
+from ambient_sd.guard.base_above import base_acts
 from ambient_sd.guard.scores import SPACES, Space, require_supported
 
 Detector = Literal["norm", "anisotropy"]
@@ -316,7 +316,7 @@ class Calibration:
             return f"another U-Net was calibrated: {model}"
         if now.dtype != self.model.dtype:
             return f"it was calibrated in {self.model.dtype}, not {now.dtype}, whose rounding moves scores"
-        if acting_base(getattr(pipe.unet, "_orig_mod", pipe.unet)) is not None:
+        if base_acts(getattr(pipe.unet, "_orig_mod", pipe.unet)):
             return "it was calibrated without base_above"
         return None if sampling is None else self.sampling.differs(sampling)
 

@@ -19,7 +19,8 @@ start at zero, so that nothing is dropped at a timestep until it was met, and li
 - The means of AGC are those before the optimizer step, over all its forward passes and processes, and then take in its
   samples in the order of the run. Processes and accumulation do not change the rule.
 - The unconditional half is the empty caption (of SDXL whatever its pipeline samples with). A sample whose own caption was
-  dropped has the score 0 and stays.
+  dropped has the score 0 and stays. So does every sample at a timestep with alpha_t = 0 (the last at zero terminal SNR): there
+  the score is 0 for every caption.
 - The two ensembles of IET are not here.
 
 The rules look at errors and scores, not at which loss follows: under `ambient` the weight a^q depends on the timestep

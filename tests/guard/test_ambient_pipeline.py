@@ -63,7 +63,7 @@ def test_guard_argument_chooses_scores_policy_or_a_guard_of_ones_own(tiny_base: 
     assert run(pipe, guard=True).memorization == plain.memorization
     mitigated = run(pipe, guard=policies.PromptOptimization(target=1e-3, max_steps=2))
     assert mitigated.memorization[0].mitigated and not torch.equal(mitigated.images, plain.images)
-    own = MemorizationGuard(pipe, threshold=0.0)
+    own = MemorizationGuard(pipe, threshold=1e-9)
     assert run(pipe, guard=own).memorization[0].flagged is True
     with own:
         run(pipe, guard=own)

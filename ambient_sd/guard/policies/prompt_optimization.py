@@ -6,6 +6,7 @@ Lyu, ICLR 2024, section 4.2). Their code takes ONE norm over the whole batch, so
 pictures are sampled together (their 3 with 4 pictures is about 1.5 per picture, since squared norms add up). Here every
 picture has its own norm, its own optimizer state and its own stop: together or alone, it gets the same embedding.
 
+Where the first steps carry no score (zero terminal SNR) "the first step" is the first that does, and the embedding serves from there on.
 Only the conditional half is optimised; the unconditional half is evaluated once, without gradients. SDXL's pooled
 embedding is left alone. Nothing random happens.
 
