@@ -429,3 +429,19 @@ def test_pictures_under_the_guard_are_the_stock_pipelines(tiny_base: Path) -> No
     noise = torch.randn((1, 4, 16, 16), generator=keyed_generator(0, "start noise", 0, 0))
     expected = stock("a cat", latents=noise, num_inference_steps=2).images[0]
     assert watched[0].image is not None and watched[0].image.tobytes() == expected.tobytes()
+
+
+def test_scores_of_raw_outputs_are_asked_for_on_the_command_line(tiny_base: Path, tmp_path: Path) -> None:
+    rows = {}
+    for space in ("noise", "output"):
+        out = tmp_path / space
+        main(["sample", str(tiny_base), "--prompt", "a cat", "--num_inference_steps", "2", "--score_space", space,
+              "--attribution", "none", "--device", "cpu", "--out", str(out)])  # fmt: skip
+        (rows[space],) = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+        assert rows[space]["quantity"] == space
+    alpha = load(DrawSettings(str(tiny_base), device="cpu")).scheduler.alphas_cumprod.sqrt()
+    for t, noise, raw in zip(rows["noise"]["timesteps"], rows["noise"]["curve"], rows["output"]["curve"], strict=True):
+        assert noise == pytest.approx(float(alpha[int(t)]) * raw, rel=1e-3)
+    assert pixels(tmp_path / "noise") == pixels(tmp_path / "output")
+    with pytest.raises(UserError, match="other settings.*score_space"):
+        sample(settings(tiny_base, tmp_path / "output", ["a cat"], attribution="none"))

@@ -70,3 +70,18 @@ def test_policies_joined_by_a_plus_are_composed_in_their_order_each_with_its_own
 def test_errors_say_what_there_is(text: str, named: str) -> None:
     with pytest.raises(UserError, match=named):
         by_name.make(text)
+
+
+def test_published_forms_and_ours_are_asked_for_by_name() -> None:
+    made = by_name.make("reanchoring:threshold=1,rule=all")
+    assert isinstance(made, policies.Reanchoring) and made.rule == "all"
+    made = by_name.make("attention_guard:threshold=0.1,decay=none,orthogonalize=false")
+    assert isinstance(made, policies.AttentionGuard)
+    assert (made.threshold, made.decay, made.orthogonalize) == (0.1, "none", False)
+    made = by_name.make("SAIL:target=8.2,objective=code")
+    assert isinstance(made, policies.SAIL) and (made.objective, made.alpha) == ("code", 0.05)
+    made = by_name.make("prompt_optimization:target=3,serve=last,freeze_bos=false")
+    assert isinstance(made, policies.PromptOptimization) and (made.serve, made.freeze_bos) == ("last", False)
+    assert by_name.make("dynamic_transition:norm=noise").norm == "noise"  # type: ignore[attr-defined]
+    assert by_name.make("gaussian_embedding_noise:halves=cond").halves == "cond"  # type: ignore[attr-defined]
+    assert "decay=cosine,orthogonalize=true" in by_name.listing()
