@@ -443,5 +443,5 @@ def test_scores_of_raw_outputs_are_asked_for_on_the_command_line(tiny_base: Path
     for t, noise, raw in zip(rows["noise"]["timesteps"], rows["noise"]["curve"], rows["output"]["curve"], strict=True):
         assert noise == pytest.approx(float(alpha[int(t)]) * raw, rel=1e-3)
     assert pixels(tmp_path / "noise") == pixels(tmp_path / "output")
-    with pytest.raises(UserError, match="other settings.*score_space"):
-        sample(settings(tiny_base, tmp_path / "output", ["a cat"], attribution="none"))
+    with pytest.raises(UserError, match=r"other settings.*score_space"):
+        sample.sample(settings(tiny_base, tmp_path / "output", ["a cat"], attribution="none"))
