@@ -9,9 +9,9 @@
 
 Images that cannot be copies, the null: real images that the model never saw (held-out), images of the base model for the same captions. Without
 either the training images beside each other, each leaving itself out. p is the conformal one, (1 + number at least as near) / (n + 1) (Vovk et al.
-2005). Nearer than the whole null it is carried on as 5 % (r / q)^k from the 5 % quantile q: distances to nearest neighbours have a power law for a
-tail (Amsaleg et al., KDD 2015); k from the 5 % and the 20 % quantile, at most `STEEPEST`. Images of the null with D <= 0.1 are twins of training images and
-leave it; how many there were is said.
+2005). Below the null's 5 % quantile q it is 5 % (r / q)^k: distances to nearest neighbours have a power law for a tail (Amsaleg et al., KDD 2015); k from
+the 5 % and the 20 % quantile, at most `STEEPEST`. So p is not bounded by 1 / n, and a few images of the null that are twins of training images (the same
+heart in another colour) hide no copy; those with D <= 0.1 leave it, and how many there were is said.
 
 d1 / d2 < 1/3 stays beside it as the published measure (`metrics.memorized`).
 """
@@ -257,15 +257,14 @@ def tail(null: Tensor, values: Tensor) -> Tensor:
         [0.5, 0.0]
     """
     n = len(null)
-    nearer = torch.searchsorted(null, values, right=True)
-    p = (1 + nearer.double()) / (n + 1)
+    p = (1 + torch.searchsorted(null, values, right=True).double()) / (n + 1)
     finite = null[torch.isfinite(null)].clamp_min(_SMALLEST)
     if len(finite) < LEAST - 1:
         return p
     low, high = torch.quantile(finite, torch.tensor([_ANCHOR, _SECOND], dtype=torch.float64)).tolist()
     steep = min(STEEPEST, math.log(_SECOND / _ANCHOR) / max(math.log(high / low), 1e-9))
     carried = _ANCHOR * (values / low).clamp(max=1).pow(steep)
-    return torch.where(nearer == 0, torch.minimum(p, carried), p)
+    return torch.where(values < low, carried, p)
 
 
 def discoveries(p: Tensor, rate: float = RATE, each: float = EACH) -> Tensor:
