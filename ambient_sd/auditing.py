@@ -23,6 +23,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import math
 import platform
 import shlex
 import time
@@ -54,7 +55,6 @@ from ambient_sd.audit.metrics import (
 from ambient_sd.audit.neighbours import Neighbours
 from ambient_sd.audit.originals import one_of_each
 from ambient_sd.audit.record import AuditRecord, measures
-from ambient_sd.audit.registration import SCALES
 from ambient_sd.audit.registry import DEFAULT, choose, labels
 from ambient_sd.audit.registry import label as label_of
 from ambient_sd.audit.report import (
@@ -85,6 +85,7 @@ _SHOWN = 24
 SEARCHED = (
     5000  # training images that are laid over the generated ones: beyond, those that a feature finds near, and a draw
 )
+_LEAST_P = -6  # log10, on the page
 _COARSE_VAE = 256  # pixels; of larger images an autoencoder changes nothing that is left at 64
 HELDOUT, BASE = "held-out images", "images of the base model"
 _LIST = "samples.jsonl"  # of `ambient-sd sample`
@@ -396,7 +397,10 @@ def _base_images(settings: AuditSettings, prompts: Sequence[str] | None) -> Pict
 
 @dataclass(frozen=True)
 class Decision:
-    """Hold what was decided of the generated images, with `decided.row` counted in the rows of the whole training set."""
+    """Hold what was decided of the generated images, with `decided.row` counted in the rows of the whole training set.
+
+    `chance` holds p of the images of each null, each judged without itself.
+    """
 
     decided: Decided
     rule: str
@@ -404,7 +408,7 @@ class Decision:
     rows: list[Row]
     groups: list[dict[str, Any]]
     searched: int
-    ratios: dict[str, list[float]]
+    chance: dict[str, list[float]]
 
 
 def _decide(
@@ -451,8 +455,8 @@ def _decide(
         if settings.group_column is None
         else by_group(decided, training.noise_keys, training.column(settings.group_column))
     )
-    ratios = {null.name: null.ratios[SCALES[0]].tolist() for null in decide.nulls}
-    return Decision(decided, decide.rule, decide.nulls, given, groups, len(rows), ratios)
+    chance = {null.name: p.tolist() for null in decide.nulls if (p := decide.p_of_null(null.name)) is not None}
+    return Decision(decided, decide.rule, decide.nulls, given, groups, len(rows), chance)
 
 
 def _renditions(settings: AuditSettings, training: Images) -> list[list[Image.Image]]:
@@ -939,17 +943,20 @@ def _sample(
 
 
 def _decision_histogram(decision: Decision, name: str) -> Histogram:
-    rows = [(name, "run0", decision.decided.ratio.clamp(max=2).tolist())]
+    def logs(values: Sequence[float]) -> list[float]:
+        return [math.log10(max(value, 10.0**_LEAST_P)) for value in values]
+
+    decided = decision.decided
+    rows = [(name, "run0", logs(decided.p.tolist()))]
     tones = {HELDOUT: "held", BASE: "train"}
-    rows += [
-        (null, tones.get(null, "train"), [min(v, 2.0) for v in values]) for null, values in decision.ratios.items()
-    ]
-    marked = decision.decided.ratio[decision.decided.copy]
-    cut = float(marked.max().clamp(max=2)) if len(marked) else 0.0
+    rows += [(null, tones.get(null, "train"), logs(values)) for null, values in decision.chance.items()]
+    marked = decided.p[decided.copy & (decided.p <= EACH)]
+    cut = math.log10(max(float(marked.max()), 10.0**_LEAST_P)) if len(marked) else math.log10(EACH / 10)
     return Histogram(
-        "How near, beside images that cannot be copies?",
-        "Residual beside the training image that explains it best, over that image's own to its surroundings; the line is at the last copy.",
-        rows, cut, f"{cut:.2g}", high=2.0,
+        "How probable is that of an image that is no copy?",
+        f"log10 of p, at least {_LEAST_P}; images that cannot be copies are judged without themselves. Copies lie left of the line, or have a "
+        f"residual of at most {SAME:g}.",
+        rows, cut + 1e-9, f"{cut:.2g}", low=float(_LEAST_P), high=0.0,
     )  # fmt: skip
 
 

@@ -142,20 +142,24 @@ class CopyDecision:
         by = " and ".join(f"{null.n} {null.name}" for null in self.nulls)
         return f"A copy is nearer to a training image than {by} come, at p of at most {EACH:.0%} and {RATE:.0%} false discoveries; or it has {same}."
 
-    def background(self, name: str) -> Tensor | None:
-        """Return which images of a null would be called copies, each judged without itself; None where there is no such null."""
-        null = next((null for null in self.nulls if null.name == name), None)
-        if null is None:
+    def p_of_null(self, name: str) -> Tensor | None:
+        """Return p of the images of a null, each judged without itself, float64 `(n,)`; None where there is no such null."""
+        if all(null.name != name for null in self.nulls):
             return None
-        unsorted = self._raw[name]
-        p = [
-            combined(Null(name, {s: torch.cat([v[:i], v[i + 1 :]]).sort().values for s, v in unsorted.items()}), {
-                s: v[i : i + 1] for s, v in unsorted.items()
-            })
-            for i in range(null.n)
-        ]  # fmt: skip
-        marks = discoveries(torch.cat(p))
-        return torch.cat([marks, torch.ones(null.twins, dtype=torch.bool)])
+        ratios = self._raw[name]
+        out = []
+        for i in range(len(ratios[SCALES[0]])):
+            others = {s: torch.cat([v[:i], v[i + 1 :]]).sort().values for s, v in ratios.items()}
+            out.append(combined(Null(name, others), {s: v[i : i + 1] for s, v in ratios.items()}))
+        return torch.cat(out)
+
+    def background(self, name: str) -> Tensor | None:
+        """Return which images of a null would be called copies, each judged without itself, its twins included; None where there is none."""
+        p = self.p_of_null(name)
+        if p is None:
+            return None
+        twins = next(null.twins for null in self.nulls if null.name == name)
+        return torch.cat([discoveries(p), torch.ones(twins, dtype=torch.bool)])
 
     # --- the surroundings of training images -----------------------------------------------------------------------------
 

@@ -148,7 +148,7 @@ def measures(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def is_share(name: str) -> bool:
     """Tell whether a measure is a share of pictures, in [0, 1]."""
-    return name in (COPIES, RETURNED) or name.startswith("memorized-") or " > " in name
+    return name.removesuffix(": difference") in (COPIES, RETURNED) or name.startswith("memorized-") or " > " in name
 
 
 def _figure(values: dict[str, Any]) -> Figure:
