@@ -39,7 +39,7 @@ from torch import Tensor
 
 from ambient_sd import __version__
 from ambient_sd.audit.clip_score import ClipScore
-from ambient_sd.audit.decision import EACH, RATE, SAME, CopyDecision, Decided, Null
+from ambient_sd.audit.decision import EACH, RATE, SAME, CopyDecision, Decided, Null, Rendition
 from ambient_sd.audit.embedding import EmbeddingStore
 from ambient_sd.audit.features import MIRROR, Features, as_rgb, embed
 from ambient_sd.audit.metrics import (
@@ -434,7 +434,7 @@ def _decide(
         unseen[BASE] = Images(base)
     shown = Images(training.subset(rows))
     labels = [training.noise_keys[row] for row in rows]
-    decide = CopyDecision(shown, labels, unseen, _renditions(settings, shown), progress=True)
+    decide = CopyDecision(shown, labels, unseen, _renditions(settings), progress=True)
     found = decide(Images(generated.pictures))
     marks = found.copy
     if not decide.nulls:  # nothing to calibrate with: in doubt the published measure counts too
@@ -459,8 +459,8 @@ def _decide(
     return Decision(decided, decide.rule, decide.nulls, given, groups, len(rows), chance)
 
 
-def _renditions(settings: AuditSettings, training: Images) -> list[list[Image.Image]]:
-    """Return the training images as the model's autoencoder gives them back, where that changes what can be seen at 64 pixels."""
+def _renditions(settings: AuditSettings) -> list[Rendition]:
+    """Return the way through the model's autoencoder, where that changes what can be seen at 64 pixels."""
     from diffusers import AutoencoderKL
     from diffusers.image_processor import VaeImageProcessor
 
@@ -476,13 +476,18 @@ def _renditions(settings: AuditSettings, training: Images) -> list[list[Image.Im
     except (OSError, ValueError, KeyError):
         return []
     processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1))
-    out: list[Image.Image] = []
-    with torch.no_grad():
-        for start in range(0, len(training), 16):
-            pixels = processor.preprocess([as_rgb(i) for i in training[start : start + 16]], height=side, width=side)
-            decoded = vae.decode(vae.encode(pixels.to(vae.device)).latent_dist.mode()).sample
-            out += processor.postprocess(decoded.cpu(), output_type="pil")
-    return [out]
+
+    def through(images: Sequence[Image.Image]) -> list[Image.Image]:
+        out: list[Image.Image] = []
+        with torch.no_grad():
+            for start in range(0, len(images), 16):
+                pixels = processor.preprocess([as_rgb(i) for i in images[start : start + 16]], height=side, width=side)
+                out += processor.postprocess(
+                    vae.decode(vae.encode(pixels.to(vae.device)).latent_dist.mode()).sample.cpu(), output_type="pil"
+                )
+        return out
+
+    return [through]
 
 
 def _own_resolution(model: str) -> int:

@@ -119,7 +119,7 @@ def study(
     }
     changed["VAE round trip"] = round_trip(originals_of)
     decide = CopyDecision(training, labels, {"held-out images": null}, progress=True)
-    aware = CopyDecision(training, labels, {"held-out images": null}, [round_trip(training)], progress=True)
+    aware = CopyDecision(training, labels, {"held-out images": null}, [round_trip], progress=True)
     published = Published(training, labels, features)
     clean = test + base
     none = {"decision": decide(clean), "decision, with renditions": aware(clean)}

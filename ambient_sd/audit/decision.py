@@ -19,7 +19,7 @@ d1 / d2 < 1/3 stays beside it as the published measure (`metrics.memorized`).
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -73,6 +73,9 @@ class Decided:
         return len(self.copy)
 
 
+Rendition = Callable[[Sequence[Image.Image]], Sequence[Image.Image]]
+
+
 @dataclass
 class CopyDecision:
     """Decide which images are copies of a training set.
@@ -81,7 +84,7 @@ class CopyDecision:
         training: one of each training image (no two equal ones).
         labels: one per training image, equal for near-duplicates; None: all differ.
         unseen: name -> images that cannot be copies ("held-out", "base model"); at most `MOST` of each are used, evenly spaced.
-        renditions: the training images once more in their order, changed as a generated copy would be: through the model's autoencoder.
+        renditions: functions that return images as a generated copy would show them: through the model's autoencoder.
         progress: show a bar.
 
     Raises:
@@ -99,7 +102,7 @@ class CopyDecision:
     training: Sequence[Image.Image]
     labels: Sequence[Hashable] | None = None
     unseen: Mapping[str, Sequence[Image.Image]] = field(default_factory=dict)
-    renditions: Sequence[Sequence[Image.Image]] = ()
+    renditions: Sequence[Rendition] = ()
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -107,14 +110,15 @@ class CopyDecision:
         given = list(range(count)) if self.labels is None else list(self.labels)
         if len(given) != count:
             raise UserError(f"{len(given)} labels for {count} training images", rule="one each")
+        shown, self._row, self._images = self._views()
+        given = [given[row] for row in self._row.tolist()]
         numbers: dict[Hashable, int] = {}
         self._label = torch.tensor([numbers.setdefault(name, len(numbers)) for name in given], dtype=torch.int64)
         if len(numbers) < 2:
             raise UserError(
                 f"{len(numbers)} different training image", rule="an image is held against the others of its set"
             )
-        self._images = prepare(self.training)
-        self._versions = [prepare(version) for version in self.renditions]
+        self._versions = [prepare(rendition(shown)) for rendition in self.renditions]
         self._poses = Poses(self._images)
         self._raw: dict[str, dict[float, Tensor]] = {}
         self._own: dict[int, tuple[Tensor, dict[float, Tensor]]] = {}
@@ -122,6 +126,24 @@ class CopyDecision:
         self.nulls = [null for null in self.nulls if null.n >= LEAST]
         if not self.nulls and (own := self._leave_one_out()).n >= LEAST:
             self.nulls = [own]
+
+    def _views(self) -> tuple[list[Image.Image], Tensor, Tensor]:
+        """Return the training images as they may be seen, the row of each view, and the views prepared.
+
+        A trainer squeezes an image that is not square, or cuts a square from its middle or anywhere: the whole, the middle and both ends are
+        searched. Views themselves are kept only where a rendition needs them.
+        """
+        kept: list[Image.Image] = []
+        rows: list[int] = []
+        parts: list[Tensor] = []
+        for row, image in enumerate(self.training):
+            views = [image, *squares(image)]
+            rows += [row] * len(views)
+            parts.append(prepare(views))
+            kept += views if self.renditions else []
+        if not parts:
+            return kept, torch.empty(0, dtype=torch.int64), prepare([])
+        return kept, torch.tensor(rows), torch.cat(parts)
 
     def __call__(self, images: Sequence[Image.Image]) -> Decided:
         """Decide for images that were drawn together: the rate of false discoveries is that among them."""
@@ -131,7 +153,7 @@ class CopyDecision:
         if self.nulls and len(images):
             p = torch.stack([combined(null, ratio) for null in self.nulls]).amax(0)
         same = residual[SCALES[0]] <= SAME
-        return Decided(discoveries(p) | same, p, row, residual[SCALES[0]], ratio[SCALES[0]])
+        return Decided(discoveries(p) | same, p, self._row[row], residual[SCALES[0]], ratio[SCALES[0]])
 
     @property
     def rule(self) -> str:
@@ -222,7 +244,9 @@ class CopyDecision:
 
     def _leave_one_out(self) -> Null:
         """Return the null of training images, one of each label, beside the others."""
+        # Of an image with several views the second, its middle, is what a square sample of it would show.
         first = list({int(label): row for row, label in reversed(list(enumerate(self._label.tolist())))}.values())
+        first = [row + 1 if row + 1 < len(self._row) and self._row[row + 1] == self._row[row] else row for row in first]
         rows = sorted(first)[:: max(1, -(-len(first) // MOST))]
         self._look(rows)
         found = Registered(
@@ -240,7 +264,18 @@ class CopyDecision:
 
 def _some(images: Sequence[Image.Image]) -> list[Image.Image]:
     step = max(1, -(-len(images) // MOST))
-    return [images[i] for i in range(0, len(images), step)]
+    chosen = [images[i] for i in range(0, len(images), step)]
+    return [(squares(image) or [image])[0] for image in chosen]
+
+
+def squares(image: Image.Image) -> list[Image.Image]:
+    """Return the middle square of an image and those at its ends; none of an image that is square within 5 %."""
+    wide, high = image.size
+    side = min(wide, high)
+    if max(wide, high) <= 1.05 * side:
+        return []
+    places = ((wide - side) // 2, (high - side) // 2), (0, 0), (wide - side, high - side)
+    return [image.crop((left, top, left + side, top + side)) for left, top in places]
 
 
 def combined(null: Null, ratio: Mapping[float, Tensor]) -> Tensor:
@@ -258,7 +293,7 @@ def tail(null: Tensor, values: Tensor) -> Tensor:
     Example:
         >>> null = torch.linspace(0.5, 1.5, 99, dtype=torch.float64)
         >>> [round(float(v), 3) for v in tail(null, torch.tensor([1.0, 0.1], dtype=torch.float64))]
-        [0.5, 0.0]
+        [0.51, 0.0]
     """
     n = len(null)
     p = (1 + torch.searchsorted(null, values, right=True).double()) / (n + 1)
