@@ -1010,6 +1010,12 @@ def _notes(
             notes.append(
                 f"The audit fails by {' and '.join(verdict['others'])}: the excess over held-out pictures is above the limit with its whole interval."
             )
+    near, by_chance = int((decision.decided.p <= EACH).sum()), EACH * n
+    if decision.nulls and near > by_chance + 2 * math.sqrt(by_chance) and near > int(decision.decided.copy.sum()):
+        notes.append(
+            f"{near} of {n} images are nearer than {1 - EACH:.0%} of the images that cannot be copies come, where {by_chance:.1f} would be by chance: too "
+            "few to tell which are copies, too many for none. Look at the first ones, and draw more."
+        )
     for null in decision.nulls:
         if null.twins:
             notes.append(
