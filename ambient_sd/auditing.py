@@ -430,7 +430,7 @@ def _decide(
         unseen[BASE] = Images(base)
     shown = Images(training.subset(rows))
     labels = [training.noise_keys[row] for row in rows]
-    decide = CopyDecision(shown, labels, unseen, _renditions(settings, shown), progress=True)
+    decide = CopyDecision(shown, labels, unseen, _renditions(settings, shown), settings.mirrored, progress=True)
     found = decide(Images(generated.pictures))
     marks = found.copy
     if not decide.nulls:  # nothing to calibrate with: in doubt the published measure counts too

@@ -82,6 +82,7 @@ class CopyDecision:
         labels: one per training image, equal for near-duplicates; None: all differ.
         unseen: name -> images that cannot be copies ("held-out", "base model"); at most `MOST` of each are used, evenly spaced.
         renditions: the training images once more in their order, changed as a generated copy would be: through the model's autoencoder.
+        mirrored: a mirror image is a copy too.
         progress: show a bar.
 
     Raises:
@@ -100,6 +101,7 @@ class CopyDecision:
     labels: Sequence[Hashable] | None = None
     unseen: Mapping[str, Sequence[Image.Image]] = field(default_factory=dict)
     renditions: Sequence[Sequence[Image.Image]] = ()
+    mirrored: bool = True
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -167,9 +169,10 @@ class CopyDecision:
             no = None if barred is None else barred[start : start + step]
             parts.append(
                 register(
-                    x[start : start + step], self._images, not_allowed=no, renditions=self._versions, poses=self._poses
+                    x[start : start + step], self._images, not_allowed=no, renditions=self._versions, poses=self._poses,
+                    mirrored=self.mirrored,
                 )
-            )
+            )  # fmt: skip
         if not parts:
             return register(x, self._images)
         return Registered(
@@ -189,7 +192,8 @@ class CopyDecision:
     def _scale(self, row: int, without: int | None = None) -> dict[float, float]:
         """Return how near the nearest OTHER training image comes to one; what cannot be told from it is no other."""
         index, residual = self._own[row]
-        usable = residual[SCALES[0]] > SAME
+        # A row can stand here twice, found still and in another pose: it is the same image in both.
+        usable = ~torch.isin(index, index[residual[SCALES[0]] <= SAME])
         if without is not None:
             usable &= self._label[index] != self._label[without]
         return {s: float(residual[s][usable].min()) if bool(usable.any()) else math.inf for s in SCALES}
@@ -254,7 +258,7 @@ def tail(null: Tensor, values: Tensor) -> Tensor:
     Example:
         >>> null = torch.linspace(0.5, 1.5, 99, dtype=torch.float64)
         >>> [round(float(v), 3) for v in tail(null, torch.tensor([1.0, 0.1], dtype=torch.float64))]
-        [0.5, 0.0]
+        [0.51, 0.0]
     """
     n = len(null)
     p = (1 + torch.searchsorted(null, values, right=True).double()) / (n + 1)
