@@ -236,7 +236,7 @@ class Images(Sequence[Image.Image]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self._rows[i].image for i in range(*index.indices(len(self)))]
+            return [self[i] for i in range(*index.indices(len(self)))]
         picture = self._rows[index]
         if self._rows.keys and picture.key != self._rows.keys[index]:
             raise UserError(f"{picture.name} in {self._rows.source} is not the picture that it was",
@@ -346,7 +346,7 @@ def _audit(settings: AuditSettings, command: str) -> Audit:
     )  # fmt: skip
     measured = _with_rows(measured, different)
     measured.rows.extend(row for one in align for row in one(generated, heldout))
-    verdict = _decide(settings, training, different, heldout, generated, base, measured)
+    verdict = _decide(settings, training, heldout, generated, base, measured)
     measured.rows[:0] = verdict.rows
     pulls = _pulls(settings, generated, verdict.decided) if settings.attribution else []
     used = _used(stored, compared, measured)
@@ -412,11 +412,11 @@ class Decision:
 
 
 def _decide(
-    settings: AuditSettings, training: PictureSet, different: Sequence[int], heldout: PictureSet | None, generated: Generated,
-    base: PictureSet | None, measured: Measurement,
+    settings: AuditSettings, training: PictureSet, heldout: PictureSet | None, generated: Generated, base: PictureSet | None,
+    measured: Measurement,
 ) -> Decision:  # fmt: skip
     """Decide which generated images are copies, and count both shares."""
-    rows = list(different)
+    rows = one_of_each(training.keys).tolist()  # equal images would be one another's surroundings
     if len(rows) > SEARCHED:
         # Of very large sets those that any feature finds near, and a draw of the others: surroundings and null need no more.
         near = {
@@ -434,7 +434,7 @@ def _decide(
         unseen[BASE] = Images(base)
     shown = Images(training.subset(rows))
     labels = [training.noise_keys[row] for row in rows]
-    decide = CopyDecision(shown, labels, unseen, _renditions(settings), progress=True)
+    decide = CopyDecision(shown, labels, unseen, _renditions(settings), settings.mirrored, progress=True)
     found = decide(Images(generated.pictures))
     marks = found.copy
     if not decide.nulls:  # nothing to calibrate with: in doubt the published measure counts too

@@ -17,12 +17,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from tiny import noise_picture, picture_folder
 
 from ambient_sd import auditing, cli_audit
+from ambient_sd.audit import decision
 from ambient_sd.auditing import AuditSettings, Source, audit, read_generated
 from ambient_sd.cli import main
+from ambient_sd.drawing import DrawSettings
 from ambient_sd.errors import UserError
 
 HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>\u202e'
@@ -97,20 +101,19 @@ def in_other_colours(folder: Path) -> Path:
     return picture_folder(folder, swapped)
 
 
-def test_copies_in_other_colours_are_said_where_the_deciding_measure_sees_none(
+def test_copies_in_other_colours_are_called_copies_where_d1_over_d2_of_pixels_sees_none(
     sets: dict[str, Path], tmp_path: Path
 ) -> None:
     made = in_other_colours(tmp_path / "swapped")
     result = audit(settings(sets, generated=made, features=("pixels", "edges"), limit=0.05))
     found = result.found
-    assert result.exceeded and found["verdict"]["others"] == ["memorized-edges16"]
-    assert "fails by memorized-edges16" in (sets["out"] / "audit.html").read_text()
-    assert (
-        measures(found)["memorized-pixels64"]["generated"]["value"] == 0
-        and found["finding"]["kind"] == "copies-otherwise"
-    )
+    assert result.exceeded and found["finding"]["kind"] == "copies" and found["verdict"]["measure"] == "copies"
+    assert found["verdict"]["value"] == 1 and measures(found)["training-copied"]["generated"]["value"] == 1
+    assert measures(found)["memorized-pixels64"]["generated"]["value"] == 0
     assert measures(found)["memorized-edges16"]["generated"]["value"] == 1
-    assert "100.0 % of 12 pictures are copies by edges16" in found["finding"]["sentence"]
+    lines = [json.loads(line) for line in (sets["out"] / "pictures.jsonl").read_text().splitlines()]
+    assert all(line["copy"] and line["original"] == {"row": i, "name": line["name"]} for i, line in enumerate(lines))
+    assert all(line["residual"] < 0.1 and not line["nearest"]["pixels64"]["copy"] for line in lines)
     unseen = audit(
         settings(sets, out=tmp_path / "other", features=("pixels", "edges"), limit=0.05)
     ).found  # control: pictures of neither set
@@ -118,19 +121,50 @@ def test_copies_in_other_colours_are_said_where_the_deciding_measure_sees_none(
     assert not unseen["verdict"]["exceeded"] and unseen["verdict"]["others"] == []
 
 
+def halves_in_other_colours(folder: Path) -> Path:
+    """The left half's channels swapped one way and the right half's another: no one map of colours explains both."""
+    made = []
+    for i in range(12):
+        image = noise_picture(i)
+        for box, order in (((0, 0, 12, 24), "BRG"), ((12, 0, 24, 24), "GBR")):
+            half = image.crop(box)
+            image.paste(Image.merge("RGB", [half.getchannel(c) for c in order]), box)
+        made.append(image)
+    return picture_folder(folder, made)
+
+
+def test_what_another_measure_calls_copies_is_said_and_fails_the_audit(sets: dict[str, Path], tmp_path: Path) -> None:
+    made = halves_in_other_colours(tmp_path / "halves")
+    result = audit(settings(sets, generated=made, features=("pixels", "edges"), limit=0.05))
+    found = result.found
+    assert found["verdict"]["value"] <= 0.05 and measures(found)["memorized-edges16"]["generated"]["value"] > 0.5
+    assert result.exceeded and found["verdict"]["others"] == ["memorized-edges16"]
+    assert "fails by memorized-edges16" in (sets["out"] / "audit.html").read_text()
+    assert found["finding"]["kind"] == "copies-otherwise" and "by edges16 alone" in found["finding"]["sentence"]
+    alone = audit(
+        settings(sets, generated=made, out=tmp_path / "bare", heldout=None, features=("pixels", "edges"))
+    ).found
+    assert re.search(r"images are copies; by edges16 [\d.]+ %", alone["finding"]["sentence"])
+
+
 def test_without_held_out_pictures_copies_in_other_colours_are_said_too(sets: dict[str, Path], tmp_path: Path) -> None:
     made = in_other_colours(tmp_path / "swapped")
     found = audit(settings(sets, generated=made, heldout=None, features=("pixels", "edges"))).found
-    assert "0.0 % of 12 pictures are copies (by pixels64); by edges16 100.0 %" in found["finding"]["sentence"]
+    assert "100.0 % of 12 images are copies; how often" in found["finding"]["sentence"]
+    # Control: twelve training images are too few to stand for what cannot be a copy, and fresh images are called none.
+    assert found["copies"]["nulls"] == [] and "fewer than 20" in found["copies"]["rule"]
+    fresh = audit(settings(sets, out=tmp_path / "other", heldout=None, features=("pixels", "edges"))).found
+    assert fresh["verdict"]["value"] == 0 and "0.0 % of 10 images are copies" in fresh["finding"]["sentence"]
 
 
 def test_without_held_out_pictures_no_excess_is_invented_and_the_remedy_is_offered(sets: dict[str, Path]) -> None:
     found = audit(settings(sets, heldout=None)).found
-    (row,) = found["measures"]
-    assert row["heldout"] is None and row["excess"] is None and row["background"] is not None
+    assert [row["name"] for row in found["measures"]] == ["copies", "training-copied", "memorized-pixels64"]
+    assert all(row["heldout"] is None and row["excess"] is None for row in found["measures"])
+    assert measures(found)["memorized-pixels64"]["background"] is not None
     assert found["finding"]["kind"] == "no-background" and "--heldout" in found["finding"]["detail"]
     page = (sets["out"] / "audit.html").read_text()
-    assert "--heldout" in page and "No held-out pictures were given" in page
+    assert "--heldout" in page and "No unseen real pictures were given" in page
 
 
 def test_pictures_of_every_mode_and_size_are_known_as_copies(sets: dict[str, Path], tmp_path: Path) -> None:
@@ -176,7 +210,7 @@ def test_command_draws_measures_and_writes_the_same_bytes_again(sets: dict[str, 
     }  # fmt: skip
     assert len(found["model"]["weights"]) == len(found["pictures"]["training"]["fingerprint"]) == 64
     for row in found["measures"]:
-        for side in ("generated", "heldout"):
+        for side in ("generated",) if row["name"] == "training-copied" else ("generated", "heldout"):
             assert (
                 row[side]["low"] <= row[side]["value"] <= row[side]["high"]
                 and row[side]["n"]
@@ -274,12 +308,67 @@ def test_exit_status_is_one_over_the_limit_and_two_for_a_mistake(
         main(words)
     assert left.value.code == status
     if status == 1:
-        assert "memorized-pixels64 1.0000 exceeds 0.99" in capsys.readouterr().out
+        assert "copies 1.0000 exceeds 0.99" in capsys.readouterr().out
 
 
 def test_exit_status_is_zero_at_the_limit_and_the_other_spelling_is_understood(sets: dict[str, Path]) -> None:
     main(["audit", "--generated", str(sets["fresh"]), str(sets["training"]), "--features", "pixels", "--out", str(sets["out"]),
           "--fail_over", "0"])  # fmt: skip
+
+
+def test_both_shares_and_those_of_each_group_are_on_the_page_and_in_the_record(
+    sets: dict[str, Path], tmp_path: Path
+) -> None:
+    rows = [
+        {"file_name": f"{i:03d}.png", "text": f"picture {i}", "person": ["Ann", "Bea", "<b>Cem</b>"][i // 4]}
+        for i in range(12)
+    ]
+    (sets["training"] / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    made = picture_folder(tmp_path / "made", [noise_picture(i) for i in (0, 0, 1, 5, 300, 301, 302, 303)])
+    words = ["audit", "--generated", str(made), str(sets["training"]), "--heldout", str(sets["heldout"]), "--features", "pixels",
+             "--out", str(sets["out"]), "--group_column"]  # fmt: skip
+    with pytest.raises(SystemExit) as left:  # a column that is not there ends it before anything is written
+        main([*words, "patient"])
+    assert left.value.code == 2 and not sets["out"].exists()
+    main([*words, "person"])
+    found = json.loads((sets["out"] / "audit.json").read_text())
+    assert measures(found)["copies"]["generated"]["value"] == 4 / 8
+    assert measures(found)["training-copied"]["generated"]["value"] == 3 / 12
+    assert [(g["value"], g["training"], g["returned"], g["copies"]) for g in found["copies"]["groups"]] == [
+        ("Ann", 4, 2, 3), ("Bea", 4, 1, 1), ("<b>Cem</b>", 4, 0, 0),
+    ]  # fmt: skip
+    page = (sets["out"] / "audit.html").read_text()
+    assert "50.0 %" in page and "25.0 %" in page and "3 of 12" in page
+    assert "Ann" in page and "&lt;b&gt;Cem&lt;/b&gt;" in page and "<b>Cem" not in page
+
+
+def test_an_adapter_is_held_against_images_of_its_base(
+    sets: dict[str, Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decision, "LEAST", 6)  # images in a null: twenty take long to sample
+    unet = tiny.tiny_pipeline().unet
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=get_peft_model_state_dict(unet))
+    given = ["--adapter", str(tmp_path / "lora"), "--max_prompts", "7", "--samples_per_prompt", "1", "--num_inference_steps", "1",
+             "--attribution", "0", "--guidance_scale", "1"]  # fmt: skip
+    assert run(sets, tiny_base, *given, "--base_images", "6") == 0
+    found = json.loads((sets["out"] / "audit.json").read_text())
+    heldout, base = found["copies"]["nulls"]
+    assert (heldout["name"], heldout["n"]) == ("held-out images", 16)
+    assert base["name"] == "images of the base model" and base["n"] + base["twins"] == 6
+    assert (
+        f"{base['n']} images of the base model" in found["copies"]["rule"] in (sets["out"] / "audit.html").read_text()
+    )
+    assert found["verdict"]["value"] == 0 and found["pictures"]["generated"]["n"] == 7
+    images = [list((sets["out"] / part / "images").iterdir()) for part in ("generated", "base")]
+    assert [len(files) for files in images] == [7, 6]
+    # What was sampled belongs to this number of them; without any there is no folder of them.
+    assert run(sets, tiny_base, *given, "--base_images", "0") == 2
+    drawing = DrawSettings(str(tiny_base), str(tmp_path / "lora"))
+    with_base = settings(sets, generated=None, drawing=drawing).base()
+    assert with_base is not None and with_base.model == str(tiny_base) and with_base.adapter is None
+    assert settings(sets, generated=None, drawing=drawing, base_images=0).base() is None
+    assert settings(sets, generated=None, drawing=dataclasses.replace(drawing, adapter=None)).base() is None
 
 
 def test_hostile_prompts_are_text_on_the_page_and_the_page_loads_nothing(sets: dict[str, Path], tmp_path: Path) -> None:
@@ -317,13 +406,14 @@ def test_networks_of_the_user_are_used_and_named(sets: dict[str, Path], tmp_path
     ).found  # fmt: skip
     rows = measures(found)
     assert found["verdict"] == {
-        "measure": "DINOv2 > 0.9",
+        "measure": "copies",
         "value": 1.0,
         "bound": "value",
         "limit": None,
         "others": [],
         "exceeded": None,
     }
+    assert rows["DINOv2 > 0.9"]["generated"]["value"] == 1.0
     assert rows["DINOv2 mean"]["generated"]["value"] == pytest.approx(1.0, abs=1e-6) and "DINOv2 > 0.875" in rows
     assert -1 <= rows["CLIP score"]["generated"]["value"] <= 1 and rows["CLIP score"]["heldout"] is None
     assert rows["alignment x 1000"]["generated"]["n"] == 8

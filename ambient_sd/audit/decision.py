@@ -85,6 +85,7 @@ class CopyDecision:
         labels: one per training image, equal for near-duplicates; None: all differ.
         unseen: name -> images that cannot be copies ("held-out", "base model"); at most `MOST` of each are used, evenly spaced.
         renditions: functions that return images as a generated copy would show them: through the model's autoencoder.
+        mirrored: a mirror image is a copy too.
         progress: show a bar.
 
     Raises:
@@ -103,6 +104,7 @@ class CopyDecision:
     labels: Sequence[Hashable] | None = None
     unseen: Mapping[str, Sequence[Image.Image]] = field(default_factory=dict)
     renditions: Sequence[Rendition] = ()
+    mirrored: bool = True
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -193,9 +195,10 @@ class CopyDecision:
             no = None if barred is None else barred[start : start + step]
             parts.append(
                 register(
-                    x[start : start + step], self._images, not_allowed=no, renditions=self._versions, poses=self._poses
+                    x[start : start + step], self._images, not_allowed=no, renditions=self._versions, poses=self._poses,
+                    mirrored=self.mirrored,
                 )
-            )
+            )  # fmt: skip
         if not parts:
             return register(x, self._images)
         return Registered(
@@ -215,7 +218,8 @@ class CopyDecision:
     def _scale(self, row: int, without: int | None = None) -> dict[float, float]:
         """Return how near the nearest OTHER training image comes to one; what cannot be told from it is no other."""
         index, residual = self._own[row]
-        usable = residual[SCALES[0]] > SAME
+        # A row can stand here twice, found still and in another pose: it is the same image in both.
+        usable = ~torch.isin(index, index[residual[SCALES[0]] <= SAME])
         if without is not None:
             usable &= self._label[index] != self._label[without]
         return {s: float(residual[s][usable].min()) if bool(usable.any()) else math.inf for s in SCALES}

@@ -65,7 +65,7 @@ class Registered:
 
 def register(
     queries: Tensor, training: Tensor, *, not_allowed: Tensor | None = None, renditions: Sequence[Tensor] = (),
-    poses: Poses | None = None, batch: int = 16,
+    poses: Poses | None = None, mirrored: bool = True, batch: int = 16,
 ) -> Registered:  # fmt: skip
     """Find for each query the training images that explain it best, and what they leave of it.
 
@@ -75,6 +75,7 @@ def register(
         not_allowed: bool `(N, M)`, pairs that are left out: an image and itself, or its duplicates.
         renditions: further versions of the training images in their order, each `(M, 3, SIDE, SIDE)`.
         poses: `Poses(training)`, made once for many calls; None: it is made here.
+        mirrored: look for mirror images too.
         batch: queries at a time.
 
     Example:
@@ -91,29 +92,29 @@ def register(
         for start in range(0, len(queries), batch):
             x = queries[start : start + batch]
             barred = None if not_allowed is None else not_allowed[start : start + batch]
-            found.append(_register(x, versions, inks, poses, barred))
+            found.append(_register(x, versions, inks, poses, barred, mirrored))
     index = torch.cat([i for i, _ in found]) if found else torch.empty(0, CANDIDATES, dtype=torch.int64)
     residual = {s: torch.cat([r[s] for _, r in found]) if found else torch.empty(0, CANDIDATES) for s in SCALES}
     return Registered(index, residual)
 
 
 def _register(
-    x: Tensor, versions: Sequence[Tensor], inks: Tensor, poses: Poses, barred: Tensor | None
+    x: Tensor, versions: Sequence[Tensor], inks: Tensor, poses: Poses, barred: Tensor | None, mirrored: bool
 ) -> tuple[Tensor, dict[float, Tensor]]:
     training = versions[0]
     k = min(CANDIDATES, len(training))
-    views = torch.stack([x, x.flip(3)], 1).flatten(0, 1)
-    explained = _explained(_small(views), inks).view(len(x), 2, -1)
+    views = [x, x.flip(3)] if mirrored else [x]
+    explained = _explained(_small(torch.stack(views, 1).flatten(0, 1)), inks).view(len(x), len(views), -1)
     if barred is not None:
         explained = explained.masked_fill(barred[:, None], -1)
     best = explained.flatten(1).topk(k, 1).indices
     still = torch.eye(2, 3).expand(len(x), k, 2, 3)
-    index, mirrored, theta = best % len(training), best >= len(training), still
-    more, turned, start = poses.search(x, k, barred)
+    index, flipped, theta = best % len(training), best >= len(training), still
+    more, turned, start = poses.search(x, k, barred, mirrored)
     theta = torch.cat([theta, _refined(x, training, more, turned, start)], 1)
-    index, mirrored = torch.cat([index, more], 1), torch.cat([mirrored, turned], 1)
+    index, flipped = torch.cat([index, more], 1), torch.cat([flipped, turned], 1)
     rows = torch.arange(len(x)).repeat_interleave(index.shape[1])
-    pairs = torch.where(mirrored.flatten()[:, None, None, None], x[rows].flip(3), x[rows])
+    pairs = torch.where(flipped.flatten()[:, None, None, None], x[rows].flip(3), x[rows])
     moved, inside = _moved(pairs, theta.flatten(0, 1), SIDE)
     out = {}
     for scale in SCALES:
@@ -230,21 +231,20 @@ class Poses:
         self.length = spread.clamp_min(0).sqrt()  # (poses, M)
         self.usable = self.mask.mean(1) >= COVER
 
-    def search(self, x: Tensor, k: int, barred: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def search(self, x: Tensor, k: int, barred: Tensor | None, both: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Return the k best (row, mirrored, theta) of each query, one pose a training image."""
         index, mirrored, theta = [], [], []
         for i, one in enumerate(x):
-            views = torch.cat([one[None], one[None].flip(3)])
-            small = _grey(views, _COARSE)
-            both = []
-            for view in small:
+            views = torch.cat([one[None], one[None].flip(3)]) if both else one[None]
+            found = []
+            for view in _grey(views, _COARSE):
                 moved, _ = _moved(view[None].expand(len(self.theta), -1, -1, -1), self.theta, _COARSE)
                 flat = moved.flatten(1) * self.mask
                 flat = (flat - flat.sum(1, keepdim=True) / self.mask.sum(1, keepdim=True).clamp_min(1)) * self.mask
                 length = flat.norm(dim=1, keepdim=True)
                 ncc = (flat @ self.flat.T).abs() / (length * self.length).clamp_min(1e-2)
-                both.append(ncc.masked_fill(~self.usable[:, None], 0))
-            score, pose = torch.cat(both).max(0)
+                found.append(ncc.masked_fill(~self.usable[:, None], 0))
+            score, pose = torch.cat(found).max(0)
             if barred is not None:
                 score = score.masked_fill(barred[i], -1)
             rows = score.topk(k).indices
