@@ -39,7 +39,7 @@ from torch import Tensor
 
 from ambient_sd import __version__
 from ambient_sd.audit.clip_score import ClipScore
-from ambient_sd.audit.decision import EACH, RATE, SAME, CopyDecision, Decided, Null, Rendition
+from ambient_sd.audit.decision import EACH, HELDOUT, RATE, SAME, CopyDecision, Decided, Null, Rendition
 from ambient_sd.audit.embedding import EmbeddingStore
 from ambient_sd.audit.features import MIRROR, Features, as_rgb, embed
 from ambient_sd.audit.metrics import (
@@ -87,7 +87,7 @@ SEARCHED = (
 )
 _LEAST_P = -6  # log10, on the page
 _COARSE_VAE = 256  # pixels; of larger images an autoencoder changes nothing that is left at 64
-HELDOUT, BASE = "held-out images", "images of the base model"
+BASE = "images of the base model"
 _LIST = "samples.jsonl"  # of `ambient-sd sample`
 
 
@@ -419,14 +419,14 @@ def _decide(
     rows = one_of_each(training.keys).tolist()  # equal images would be one another's surroundings
     if len(rows) > SEARCHED:
         # Of very large sets those that any feature finds near, and a draw of the others: surroundings and null need no more.
-        near = {
+        close = {
             int(i)
             for side in (measured.neighbours, measured.heldout_neighbours)
             for n in side.values()
             for i in n.index.flatten()
         }
         drawn_rows = {rows[i] for i in drawn(len(rows), SEARCHED // 2, settings.seed, "searched training images")}
-        rows = sorted(near | drawn_rows)
+        rows = sorted(close | drawn_rows)
     unseen: dict[str, Sequence[Image.Image]] = {}
     if heldout is not None:
         unseen[HELDOUT] = Images(heldout)
@@ -435,12 +435,9 @@ def _decide(
     shown = Images(training.subset(rows))
     labels = [training.noise_keys[row] for row in rows]
     decide = CopyDecision(shown, labels, unseen, _renditions(settings), settings.mirrored, progress=True)
-    found = decide(Images(generated.pictures))
-    marks = found.copy
-    if not decide.nulls:  # nothing to calibrate with: in doubt the published measure counts too
-        published = next((n for n in measured.neighbours.values() if n.metric == "euclidean"), None)
-        marks = marks if published is None else marks | memorized(published)
-    decided = dataclasses.replace(found, copy=marks, row=torch.tensor(rows)[found.row])
+    near = next((n for n in measured.neighbours.values() if n.metric == "euclidean"), None)
+    found = decide(Images(generated.pictures), None if near is None else memorized(near))
+    decided = dataclasses.replace(found, row=torch.tensor(rows)[found.row])
     background = None
     if heldout is not None:
         background = decide.background(HELDOUT)

@@ -30,6 +30,8 @@ from tqdm.auto import tqdm
 from ambient_sd.audit.registration import SCALES, Poses, Registered, prepare, register
 from ambient_sd.errors import UserError
 
+RULE = "registration-1"  # stands beside figures that are kept: those of another rule are no longer comparable
+HELDOUT = "held-out images"  # the null's name, for whoever asks for its background
 RATE = 0.05  # of false discoveries among the copies
 EACH = 0.01  # of images that are no copies
 SAME = 0.1  # residual of two images that differ by colour, blur and pose alone
@@ -147,15 +149,22 @@ class CopyDecision:
             return kept, torch.empty(0, dtype=torch.int64), prepare([])
         return kept, torch.tensor(rows), torch.cat(parts)
 
-    def __call__(self, images: Sequence[Image.Image]) -> Decided:
-        """Decide for images that were drawn together: the rate of false discoveries is that among them."""
+    def __call__(self, images: Sequence[Image.Image], published: Tensor | None = None) -> Decided:
+        """Decide for images that were drawn together: the rate of false discoveries is that among them.
+
+        Args:
+            published: bool `(N,)`, marks of a published measure (`metrics.memorized`). They count where there is no null: in doubt an
+                image is a copy.
+        """
         found = self._find(prepare(images), "copies")
         row, residual, ratio = self._best(found)
         p = torch.ones(len(images), dtype=torch.float64)
         if self.nulls and len(images):
             p = torch.stack([combined(null, ratio) for null in self.nulls]).amax(0)
-        same = residual[SCALES[0]] <= SAME
-        return Decided(discoveries(p) | same, p, self._row[row], residual[SCALES[0]], ratio[SCALES[0]])
+        marks = discoveries(p) | (residual[SCALES[0]] <= SAME)
+        if published is not None and not self.nulls:
+            marks = marks | published
+        return Decided(marks, p, self._row[row], residual[SCALES[0]], ratio[SCALES[0]])
 
     @property
     def rule(self) -> str:

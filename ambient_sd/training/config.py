@@ -185,9 +185,9 @@ class TrainConfig:
     validation_epochs: int | None = option(None, "validation", "draw every that many epochs (default 5; with --lora 1)", low=1)
     validation_steps: int | None = option(None, "validation", "draw every that many optimizer steps instead", low=1)
 
-    probe_steps: int | None = option(None, "validation", "look for copies every that many optimizer steps: draw pictures for captions of the training set and find their nearest training pictures", low=1)
+    probe_steps: int | None = option(None, "validation", "look for copies every that many optimizer steps: draw pictures for captions of the training set and lay the training pictures over them", low=1)
     probe_pictures: int | None = option(None, "validation", "how many pictures one look draws (default 32)", low=1)
-    stop_on_memorization: float | None = option(None, "validation", "end the run at the first look whose copied share, in pixels or by contours in any colour, is above this", low=0.0, high=1.0)
+    stop_on_memorization: float | None = option(None, "validation", "end the run at the first look whose share of copies, decided as in an audit, is above this", low=0.0, high=1.0)
 
     checkpointing_steps: int = option(500, "checkpoints", "write a checkpoint every that many optimizer steps", low=1)
     checkpoints_total_limit: int | None = option(None, "checkpoints", "keep only that many newest checkpoints", low=1)

@@ -878,13 +878,13 @@ class _Trainer:
         with self._averaged():
             seen = probe.look(self._pipeline(), self.accelerator, step)
         self.looks.append(seen.record())
-        if self.accelerator.is_main_process:
+        if seen.sheet is not None:  # the main process
             self._show("probe", seen.sheet, step)
             self._track(
                 {
                     f"probe/{k}": v
                     for k, v in seen.record().items()
-                    if k in ("copied", "recoloured", "ratio", "guard_score")
+                    if k in ("copies", "published", "ratio", "guard_score")
                 },
                 step,
             )
@@ -892,16 +892,18 @@ class _Trainer:
         self.accelerator.wait_for_everyone()
 
     def _copies_too_much(self) -> bool:
-        """Say whether the last look is above the limit, by pixels or by contours, in a warning too."""
+        """Say whether the last look's share of copies is above the limit, in a warning too."""
         limit = self.config.stop_on_memorization
         if limit is None or not self.looks:
             return False
         last = self.looks[-1]
-        copied, how = max((last["copied"], "copies"), (last["recoloured"], "copies in other colours"))
-        if copied <= limit:
+        if last["copies"] <= limit:
             return False
         logger.warning(
-            "stopped after step %d: %.0f %% of the probe are %s, above %g", last["step"], 100 * copied, how, limit
+            "stopped after step %d: %.0f %% of the probe are copies, above %g",
+            last["step"],
+            100 * last["copies"],
+            limit,
         )
         return True
 

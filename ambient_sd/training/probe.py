@@ -1,11 +1,12 @@
-"""The onset of memorization while a run trains: pictures drawn for a fixed probe of captions, held against the training set.
+"""The onset of memorization while a run trains: images drawn for a fixed probe of captions, held against the training set.
 
-    copied       share of the probe's pictures with d1 / d2 < 1/3          distances in pixels, at most 64 x 64
-    recoloured   the same by contours alone: copies in other colours       `ambient_sd.audit.features.Edges`
+    copies       share of the probe's images that are copies                        `ambient_sd.audit.decision`, as in an audit
+    published    share with d1 / d2 < 1/3, distances in pixels at 64 x 64           beside it (Yoon et al. 2023)
 
-d1, d2 are the distances to the nearest and second nearest training picture (Yoon et al. 2023; `ambient_sd.audit`). Captions
-of the training set are the prompts for which copies come first. The probe is small: it shows when copying begins, and an audit
-says how much there is. It is the one place where training looks through guard and audit.
+The null of the decision are the training images among themselves: held-out ones are not at hand. With fewer than 20 different ones there
+is none, and the published measure counts too. Captions of the training set are the prompts for which copies come first. The
+probe is small: it shows when copying begins, and an audit says how much there is. It is the one place where training looks through
+guard and audit.
 """
 
 from __future__ import annotations
@@ -14,44 +15,50 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from PIL import Image
 
-from ambient_sd.audit.features import Edges, Pixels
+from ambient_sd.audit.decision import CopyDecision
+from ambient_sd.audit.features import Pixels
 from ambient_sd.audit.metrics import memorized, wilson
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.data.sources import PictureSet
+from ambient_sd.errors import UserError
 from ambient_sd.files import write_whole
 from ambient_sd.training import validation
 
 # Guidance of 7.5 drives the colours of a fine-tuned model away from the originals and hides copies from a distance in pixels.
 GUIDANCE_SCALE = 2.0
 MAX_SEARCHED = 4096  # 12,288 numbers a picture: 200 MB
+MAX_DECIDED = 1000  # training images that the decision lays over the drawn ones
 _SIDE, _PER_ROW = 64, 8
 
 
 @dataclass(frozen=True)
 class Probed:
-    """Hold one look: the copied share with its 95 % Wilson interval, that in any colour, medians of d1/d2 and of the guard's score, pictures."""
+    """Hold one look: the share of copies with its 95 % Wilson interval, that with d1/d2 < 1/3, medians of d1/d2 and of the guard's score, number
+    of images, and their sheet (None on processes other than the main one)."""
 
     step: int
     share: float
     low: float
     high: float
-    recoloured: float
+    published: float
     median_ratio: float
     score: float
     n: int
-    sheet: Image.Image
+    sheet: Image.Image | None
 
     def record(self) -> dict[str, float]:
         """Return the numbers, for curves and files."""
-        return {"step": self.step, "copied": self.share, "copied_low": self.low, "copied_high": self.high,
-                "recoloured": self.recoloured, "ratio": self.median_ratio, "guard_score": self.score, "n": self.n}  # fmt: skip
+        return {"step": self.step, "copies": self.share, "copies_low": self.low, "copies_high": self.high,
+                "published": self.published, "ratio": self.median_ratio, "guard_score": self.score, "n": self.n}  # fmt: skip
 
 
 class Probe:
@@ -62,6 +69,9 @@ class Probe:
         count: how many captions are probed, one picture each; drawn by `seed`, the same at every look.
         resolution: side of the pictures, pixels.
         seed: seed of captions and start noise.
+
+    Raises:
+        UserError: fewer than two different training pictures: a copy is nearer to one of them than to the others.
     """
 
     def __init__(self, pictures: PictureSet, *, count: int, resolution: int, seed: int) -> None:
@@ -74,32 +84,55 @@ class Probe:
         room = max(0, MAX_SEARCHED - len(chosen))
         searched = chosen + (others if len(others) <= room else sorted(draw.sample(others, room)))
         searched = pictures.one_of_each(searched)
+        if len(searched) < 2:
+            raise UserError(f"probe_steps with {len(searched)} different training picture", rule="a copy is nearer to one than to the others",
+                            remedy="train on more pictures, or leave --probe_steps out")  # fmt: skip
+        # The probed ones first: they are always among those that decide.
+        probed = {pictures.noise_keys[i] for i in chosen}
+        searched.sort(key=lambda i: pictures.noise_keys[i] not in probed)
+        self.labels = [pictures.noise_keys[i] for i in searched]
         self.features = Pixels(_SIDE)
         self.originals = [_centre(pictures[i].image) for i in searched]
-        self.edges = Edges()
-        self.real, self.contours = self.features(self.originals), self.edges(self.originals)
+        self.real = self.features(self.originals)
+        self._deciding = max(MAX_DECIDED, len(probed))
+
+    @cached_property
+    def decision(self) -> CopyDecision:
+        """The definition of a copy, made at the first look: its null alone takes a second for 30 training images."""
+        return CopyDecision(self.originals[: self._deciding], self.labels[: self._deciding])
 
     def look(self, pipe: Any, accelerator: Accelerator, step: int) -> Probed:
-        """Draw the probe's pictures and measure them; to be called by every process."""
+        """Draw the probe's pictures and measure them; to be called by every process. The main one decides, and all return its numbers."""
         drawn = validation.draw(
             pipe, self.captions, 1, resolution=self.resolution, seed=self.seed, accelerator=accelerator,
             guidance_scale=GUIDANCE_SCALE,
         )  # fmt: skip
-        return self.measure([row[0] for row in drawn.rows], [row[0] for row in drawn.scores], step)
+        images, scores = [row[0] for row in drawn.rows], [row[0] for row in drawn.scores]
+        if accelerator.num_processes == 1:
+            return self.measure(images, scores, step)
+        seen = self.measure(images, scores, step) if accelerator.is_main_process else None
+        told = torch.zeros(6, dtype=torch.float64)
+        if seen is not None:
+            told = torch.tensor(
+                [seen.share, seen.low, seen.high, seen.published, seen.median_ratio, seen.score], dtype=torch.float64
+            )
+        share, low, high, published, ratio, score = broadcast(told.to(accelerator.device)).tolist()
+        sheet = None if seen is None else seen.sheet
+        return Probed(step, share, low, high, published, ratio, score, len(images), sheet)
 
     def measure(self, images: Sequence[Image.Image], scores: Sequence[float], step: int) -> Probed:
         """Measure given pictures."""
-        found = nearest(self.features(images), self.real)
-        share, recoloured = (
-            float(memorized(near).double().mean()) for near in (found, nearest(self.edges(images), self.contours))
-        )
+        near = nearest(self.features(images), self.real)
+        published = memorized(near)
+        decided = self.decision(images, published)
+        share = float(decided.copy.double().mean())
         low, high = wilson(share, len(images))
-        originals = [self.originals[i].resize(images[0].size) for i in found.index[:, 0].tolist()]
-        # A row of drawn pictures, below it a row of their nearest training pictures.
+        originals = [self.originals[i].resize(images[0].size) for i in decided.row.tolist()]
+        # A row of drawn pictures, below it a row of the training pictures that explain them best.
         rows = [part[i : i + _PER_ROW] for i in range(0, len(images), _PER_ROW) for part in (list(images), originals)]
         return Probed(
-            step, share, low, high, recoloured, float(found.ratio.median()), float(torch.tensor(scores).median()), len(images),
-            validation.grid(rows),
+            step, share, low, high, float(published.double().mean()), float(near.ratio.median()),
+            float(torch.tensor(scores).median()), len(images), validation.grid(rows),
         )  # fmt: skip
 
 

@@ -10,11 +10,16 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 
+from ambient_sd.audit.features import Pixels
+from ambient_sd.audit.metrics import memorized
+from ambient_sd.audit.neighbours import nearest
 from ambient_sd.data.sources import PictureSet, load_rows
+from ambient_sd.demo import PICTURES
 from ambient_sd.errors import UserError
+from ambient_sd.training import validation
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
 from ambient_sd.training.probe import Probe, add_look
@@ -37,8 +42,19 @@ def settings(tiny_base: Path, tiny_pictures: Path, tmp_path: Path) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> PictureSet:
-    return load_rows(tiny.tiny_folder(tmp_path_factory.mktemp("probed"), count=24)).check()
+def pictures() -> PictureSet:
+    return load_rows(PICTURES, split="finetune").subset(range(0, 1000, 25)).check()
+
+
+@pytest.fixture(scope="module")
+def unseen() -> list[Image.Image]:
+    return [row.image.convert("RGB") for row in load_rows(PICTURES, split="heldout").subset(range(0, 320, 40))]
+
+
+def changed(image: Image.Image) -> Image.Image:
+    """A copy that was mirrored, cropped, recoloured and blurred."""
+    image = image.convert("RGB").transpose(Image.Transpose.FLIP_LEFT_RIGHT).crop((3, 3, 60, 60)).resize((64, 64))
+    return Image.merge("RGB", image.split()[::-1]).filter(ImageFilter.GaussianBlur(1))
 
 
 def noisy(image: Image.Image, deviation: float, seed: int) -> Image.Image:
@@ -47,27 +63,47 @@ def noisy(image: Image.Image, deviation: float, seed: int) -> Image.Image:
     return Image.fromarray((pixels + noise).clamp(0, 255).to(torch.uint8).numpy())
 
 
-def test_copies_are_counted_and_pictures_between_the_originals_are_not(pictures: PictureSet) -> None:
-    probe = Probe(pictures, count=8, resolution=48, seed=0)
-    copies = [noisy(pictures[i].image, 4, i) for i in range(4)]
-    halves = [
-        Image.blend(pictures[i].image.convert("RGB"), pictures[i + 1].image.convert("RGB"), 0.5) for i in range(4)
-    ]
-    seen = probe.measure(copies + halves, [1.0] * 8, step=5)
+def test_changed_copies_are_counted_and_pictures_that_were_never_seen_are_not(
+    pictures: PictureSet, unseen: list[Image.Image]
+) -> None:
+    probe = Probe(pictures, count=8, resolution=64, seed=0)
+    copies = [changed(pictures[i].image) for i in range(4)]
+    seen = probe.measure(copies + unseen[:4], [1.0] * 8, step=5)
     assert (seen.share, seen.n, seen.step) == (0.5, 8, 5)
     assert seen.low < 0.5 < seen.high
-    assert probe.measure(copies, [1.0] * 4, 1).share == 1
-    assert probe.measure(halves, [1.0] * 4, 1).share == 0
-    # Red for blue: no pixel copy, and the same contours. Those in between have contours of two pictures.
-    swapped = [Image.merge("RGB", pictures[i].image.convert("RGB").split()[::-1]) for i in range(4)]
-    assert (probe.measure(copies, [1.0] * 4, 1).recoloured, probe.measure(swapped, [1.0] * 4, 1).recoloured) == (1, 1)
-    assert probe.measure(halves, [1.0] * 4, 1).recoloured == 0
-    # Two rows of four: what was drawn, above what it is nearest to.
-    sheet, size = probe.measure(copies, [1.0] * 4, 1).sheet, 48
-    below = sheet.crop((0, size + 2, size, 2 * size + 2))
-    first = torch.frombuffer(bytearray(below.convert("L").tobytes()), dtype=torch.uint8).float()
-    original = torch.frombuffer(bytearray(pictures[0].image.convert("L").tobytes()), dtype=torch.uint8).float()
-    assert (first - original).abs().mean() < 12, "the nearest training picture lies below the copy"
+    # The published measure sees none of them; it stands beside.
+    assert seen.published == 0 and seen.record()["published"] == 0
+    assert probe.measure([pictures[i].image.convert("RGB") for i in range(4)], [1.0] * 4, 1).published == 1
+    assert probe.measure(unseen, [1.0] * 8, 1).share == 0
+    # What was drawn lies above the training picture that explains it.
+    sheet, size = probe.measure(copies, [1.0] * 4, 1).sheet, 64
+    assert sheet is not None
+    for i in range(4):
+        x = i * (size + 2)
+        below = sheet.crop((x, size + 2, x + size, 2 * size + 2))
+        assert below.tobytes() == pictures[i].image.convert("RGB").tobytes()
+
+
+def test_looking_leaves_the_global_generator_alone(pictures: PictureSet, unseen: list[Image.Image]) -> None:
+    before = torch.random.get_rng_state()
+    Probe(pictures.subset(range(24)).check(), count=4, resolution=64, seed=0).measure(unseen[:2], [1.0] * 2, 1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_without_a_null_the_published_measure_counts_too(pictures: PictureSet) -> None:
+    few = pictures.subset(range(12)).check()
+    probe = Probe(few, count=4, resolution=64, seed=0)
+    # Half another picture over it: no copy for the decision alone, and d1/d2 < 1/3.
+    mixed = [Image.blend(few[i].image.convert("RGB"), few[i + 1].image.convert("RGB"), 0.2) for i in range(4)]
+    published = memorized(nearest(Pixels()(mixed), probe.real))
+    alone = probe.decision(mixed).copy
+    assert bool(published.any()) and not bool((published & alone).all())
+    assert probe.measure(mixed, [1.0] * 4, 1).share == float((published | alone).double().mean())
+
+
+def test_a_set_of_one_picture_is_refused(pictures: PictureSet) -> None:
+    with pytest.raises(UserError, match="probe_steps with 1 different training picture"):
+        Probe(pictures.subset([3, 3]).check(), count=1, resolution=64, seed=0)
 
 
 def test_a_picture_that_is_twice_in_the_set_does_not_hide_its_copies(tmp_path: Path) -> None:
@@ -101,38 +137,48 @@ def test_looking_leaves_training_untouched_and_a_resumed_run_repeats_its_looks(s
     assert [look["step"] for look in seen["looks"]] == [2, 4]
     assert sorted(p.name for p in (out / "probe").iterdir()) == ["step-2.png", "step-4.png"]
     events = b"".join(p.read_bytes() for p in (out / "logs").rglob("events*"))
-    assert all(name in events for name in (b"probe/copied", b"probe/guard_score", b"error/s 1 to 3"))
+    assert all(
+        name in events for name in (b"probe/copies", b"probe/published", b"probe/guard_score", b"error/s 1 to 3")
+    )
     watched.resume_from_checkpoint = str(out / "checkpoint-3")
     run(watched, progress=False)
     assert (out / "probe.jsonl").read_text() == looks
 
 
-@pytest.mark.parametrize("measure_of", ["share", "recoloured"])
-def test_a_run_ends_at_the_first_look_above_the_limit(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, measure_of: str
-) -> None:
-    # An untrained network of this size copies nothing; only the share is replaced, all else is as in earnest.
-    measure = Probe.measure
-    shares = iter([0.0, 0.5, 0.5])
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_run_ends_at_the_first_look_with_changed_copies_above_the_limit(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, pictures: PictureSet, unseen: list[Image.Image], tmp_path: Path, copied: bool
+) -> None:  # fmt: skip
+    rows = pictures.subset(range(24))
+    folder = tmp_path / "emoji"
+    folder.mkdir()
+    for i, row in enumerate(rows):
+        row.image.convert("RGB").save(folder / f"{i:02d}.png")
+    lines = (json.dumps({"file_name": f"{i:02d}.png", "text": row.caption}) for i, row in enumerate(rows))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    # An untrained network of this size copies nothing: what it draws is replaced, all else is as in earnest.
+    planted = [changed(rows[i].image) for i in range(4)] if copied else unseen[:4]
+    draw = validation.draw
 
-    def planted(self: Probe, *args: Any) -> Any:
-        found = measure(self, *args)
-        return type(found)(**{**vars(found), "share": 0.0, "recoloured": 0.0, measure_of: next(shares)})
+    def drawn(*args: Any, **options: Any) -> Any:
+        found = draw(*args, **options)
+        return validation.Drawn([[image] for image in planted], found.scores)
 
-    monkeypatch.setattr(Probe, "measure", planted)
-    limit = {"probe_steps": 2, "probe_pictures": 2, "max_train_steps": 8, "stop_on_memorization": 0.2}
-    config = settings("stopped", **limit)
+    monkeypatch.setattr(validation, "draw", drawn)
+    config = settings(
+        "stopped", train_data_dir=str(folder), probe_steps=1, probe_pictures=4, max_train_steps=2, stop_on_memorization=0.2
+    )  # fmt: skip
     summary = run(config, progress=False)
-    assert (summary["steps"], len(summary["losses"]), len(summary["looks"])) == (4, 4, 2)
+    assert summary["steps"] == (1 if copied else 2)
+    assert len(summary["looks"]) == len(summary["losses"]) == summary["steps"]
+    assert summary["looks"][0]["published"] == 0, "what stops the run is nothing that d1/d2 sees"
     assert (Path(config.output_dir) / UNET).is_file(), "the result is kept"
-    shares = iter([0.1] * 4)
-    assert run(settings("whole", **limit), progress=False)["steps"] == 8
 
 
 def test_looks_are_written_in_order_and_later_ones_make_room(tmp_path: Path) -> None:
     path = tmp_path / "probe.jsonl"
     for step in (2, 4, 6, 4):
-        add_look(path, {"step": step, "copied": 0.0})
+        add_look(path, {"step": step, "copies": 0.0})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4]
 
 
