@@ -1,0 +1,74 @@
+"""A LoRA that gives its training images back has one verdict under five naming schemes; the base alone has another. Minutes of training: slow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+from test_lora import KOHYA, plain, renamed
+
+from ambient_sd import lora
+from ambient_sd.audit.features import as_rgb
+from ambient_sd.auditing import AuditSettings, Source, audit
+from ambient_sd.data.sources import load_rows
+from ambient_sd.demo import BASE, PICTURES
+from ambient_sd.drawing import DrawSettings
+from ambient_sd.training.config import TrainConfig
+from ambient_sd.training.loop import run
+
+LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
+
+
+@pytest.mark.slow
+def test_an_overfitted_lora_has_one_verdict_under_five_names(tmp_path: Path) -> None:
+    rows = load_rows(PICTURES, row_filter=[("subset_60", "=", "true")])
+    folder = tmp_path / "images"
+    folder.mkdir()
+    lines = []
+    for i in range(0, 60, 5):
+        as_rgb(rows[i].image).save(folder / f"{i:02d}.png")
+        lines.append(json.dumps({"file_name": f"{i:02d}.png", "text": rows.captions[i]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    trained = tmp_path / "lora"
+    run(TrainConfig(
+        pretrained_model_name_or_path=str(BASE), train_data_dir=str(folder), resolution=64, objective="plain", lora=True, rank=32,
+        lora_target_modules=LAYERS, train_batch_size=12, max_train_steps=350, learning_rate=2e-3, lr_scheduler="constant",
+        checkpointing_steps=100_000, report_to="none", seed=0, output_dir=str(trained),
+    ))  # fmt: skip
+    pipe: Any = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None)
+    lora.load_lora(pipe, trained)
+    state, sgm = plain(pipe.unet), lora.sgm_names(pipe.unet)
+    files = {
+        "diffusers": {f"unet.{name}": value for name, value in state.items()},
+        "PEFT": {f"base_model.model.{name}": value for name, value in state.items()},
+        "bare": state,
+        "kohya": renamed(state, lambda layer, rest: f"lora_unet_{layer.replace('.', '_')}.{KOHYA[rest]}", 32.0),
+        "ComfyUI": renamed(state, lambda layer, rest: f"diffusion_model.{sgm[layer]}.{KOHYA[rest]}", 32.0),
+    }
+
+    def verdict(name: str, adapter: Path | None) -> tuple[Any, Any]:
+        found = audit(AuditSettings(
+            Source(str(folder)), tmp_path / f"audit-{name}",
+            DrawSettings(str(BASE), None if adapter is None else str(adapter), scheduler="dpm++", num_inference_steps=15, guidance_scale=1.5),
+            heldout=Source(str(PICTURES), split="heldout"), samples_per_prompt=4, base_images=0, features=("pixels",), resamples=10,
+            attribution=0, limit=0.01,
+        )).found  # fmt: skip
+        return found["verdict"], [
+            json.loads(line) for line in (tmp_path / f"audit-{name}" / "pictures.jsonl").read_text().splitlines()
+        ]
+
+    seen = {}
+    for name, tensors in files.items():
+        path = tmp_path / f"{name}.safetensors"
+        save_file(tensors, path)
+        seen[name] = verdict(name, path)
+    first = seen["diffusers"]
+    assert first[0]["exceeded"] and first[0]["value"] > 0.3, first[0]
+    for name, one in seen.items():
+        assert one == first, name
+    base = verdict("base", None)[0]
+    assert not base["exceeded"], "control: the base alone copies none of them"
