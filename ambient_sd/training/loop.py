@@ -900,7 +900,10 @@ class _Trainer:
         if last["copies"] <= limit:
             return False
         logger.warning(
-            "stopped after step %d: %.0f %% of the probe are copies, above %g", last["step"], 100 * last["copies"], limit
+            "stopped after step %d: %.0f %% of the probe are copies, above %g",
+            last["step"],
+            100 * last["copies"],
+            limit,
         )
         return True
 

@@ -137,7 +137,9 @@ def test_looking_leaves_training_untouched_and_a_resumed_run_repeats_its_looks(s
     assert [look["step"] for look in seen["looks"]] == [2, 4]
     assert sorted(p.name for p in (out / "probe").iterdir()) == ["step-2.png", "step-4.png"]
     events = b"".join(p.read_bytes() for p in (out / "logs").rglob("events*"))
-    assert all(name in events for name in (b"probe/copies", b"probe/published", b"probe/guard_score", b"error/s 1 to 3"))
+    assert all(
+        name in events for name in (b"probe/copies", b"probe/published", b"probe/guard_score", b"error/s 1 to 3")
+    )
     watched.resume_from_checkpoint = str(out / "checkpoint-3")
     run(watched, progress=False)
     assert (out / "probe.jsonl").read_text() == looks
