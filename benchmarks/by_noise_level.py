@@ -40,7 +40,7 @@ from ambient_sd.study.sweep import open_reals
 from ambient_sd.training.loop import run as train
 
 COLUMNS = {
-    "copied": "copied", "copied-coarsely": "at 16 px", "copied-recoloured": "in any colour", "shaped": "toned, d1/d2 < 1/2",
+    "copies": "copies", "copied": "d1/d2 < 1/3", "copied-coarsely": "at 16 px", "copied-recoloured": "in any colour", "shaped": "toned, d1/d2 < 1/2",
     "own": "own original nearest",
 }  # fmt: skip
 
@@ -164,12 +164,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the figures as Markdown."""
     lines = [f"| network | {' | '.join(COLUMNS.values())} | Frechet distance |", "|---" * (2 + len(COLUMNS)) + "|"]
     for row in rows:
-        cells = [_cell(row["figures"][key], 100, " %") for key in COLUMNS]
+        cells = [_cell(row["figures"].get(key), 100, " %") for key in COLUMNS]
         lines.append(f"| {row['name']} | {' | '.join(cells)} | {_cell(row['figures']['distance'], 1, '')} |")
     return "\n".join(lines)
 
 
-def _cell(figure: dict[str, Any], factor: float, unit: str) -> str:
+def _cell(figure: dict[str, Any] | None, factor: float, unit: str) -> str:
+    if figure is None:  # of a network that was measured before the figure existed
+        return "-"
     return f"{factor * figure['value']:.1f}{unit} [{factor * figure['low']:.1f}, {factor * figure['high']:.1f}]"
 
 

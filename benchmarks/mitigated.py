@@ -72,10 +72,12 @@ def main() -> None:
 
 def beside_plain(plain: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> str:
     """Return as Markdown what each row copies, and what plain copied where, on its way, it first was as good."""
-    shown = ("copied", "copied-coarsely", "copied-recoloured")
+    shown = [
+        m for m in ("copies", "copied", "copied-coarsely", "copied-recoloured") if all(m in r["figures"] for r in (*plain, *rows))
+    ]  # fmt: skip
     lines = [
         f"| sampled with | Frechet distance | {' | '.join(f'{COLUMNS[m]} | plain there' for m in shown)} |",
-        "|---" * 8 + "|",
+        "|---" * (2 + 2 * len(shown)) + "|",
     ]
     for row in rows:
         figures, cells = row["figures"], []

@@ -863,11 +863,11 @@ def study(ctx: Context) -> Outcome:
         found[objective] = {
             "steps a second": round((len(late) - 1) / (late[-1] - late[0]), 2), "seconds": round(time.perf_counter() - begin, 1),
             "seconds of the look": round(time.perf_counter() - stamps[-1], 1), "loss": summary["loss"],
-            "copied": look["copied"], "recoloured": look["recoloured"], "probed": look["n"],
+            "copies": look["copies"], "published": look["published"], "probed": look["n"],
         }  # fmt: skip
         ctx.note(runs=found, steps=steps)
     return "pass", ", ".join(
-        f"{k}: {v['steps a second']} steps/s, copies {v['copied']:.0%} of {v['probed']}" for k, v in found.items()
+        f"{k}: {v['steps a second']} steps/s, copies {v['copies']:.0%} of {v['probed']}" for k, v in found.items()
     )
 
 

@@ -15,12 +15,13 @@ import html
 import io
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ambient_sd.audit.decision import Decided
 from ambient_sd.audit.features import as_rgb
 from ambient_sd.audit.metrics import MEMORIZED_RATIO, Figure, Row, difference, memorized
 from ambient_sd.audit.neighbours import Neighbours
@@ -162,13 +163,15 @@ def make_samples(
     scores: Sequence[float | None] | None = None,
     training_prompts: Sequence[str] | None = None,
     threshold: float | None = None,
+    decided: Decided | None = None,
 ) -> list[Sample]:
-    """Put generated pictures beside their nearest training pictures.
+    """Put generated pictures beside their nearest training pictures, or beside those that explain them best.
 
     Args:
         neighbours: of `images` in `training_images`, k >= 2.
         scores: the guard's score per picture.
         threshold: a picture more similar than this is a copy (cosine neighbours); None: d1 / d2 decides.
+        decided: says what is a copy, and of which training picture; d1 / d2 stands beside it.
     """
     if not len(images) == len(prompts) == len(neighbours.index) == len(scores if scores is not None else images):
         raise UserError(
@@ -178,7 +181,7 @@ def make_samples(
     ratio, index = neighbours.ratio.tolist(), neighbours.index[:, 0].tolist()
     similar = None if threshold is None else neighbours.similarity.tolist()
     copied = memorized(neighbours).tolist() if similar is None else [s > threshold for s in similar]
-    return [
+    made = [
         Sample(
             image=images[i],
             prompt=prompts[i],
@@ -192,6 +195,27 @@ def make_samples(
         )
         for i in range(len(images))
     ]
+    if decided is None:
+        return made
+    order = decided.p + 1e-6 * decided.ratio.clamp(max=1e3) - 2 * decided.copy.double()
+    return [
+        replace(
+            sample,
+            nearest_image=training_images[int(decided.row[i])],
+            nearest_prompt=training_prompts[int(decided.row[i])] if training_prompts is not None else "",
+            ratio=float(decided.ratio[i]),
+            distance=float(decided.residual[i]),
+            memorized=bool(decided.copy[i]),
+            similarity=None,
+            order=float(order[i]),
+            facts=(_p(float(decided.p[i])), f"residual {float(decided.residual[i]):.2f}", f"d1/d2 {ratio[i]:.2f}"),
+        )
+        for i, sample in enumerate(made)
+    ]
+
+
+def _p(value: float) -> str:
+    return f"p {value:.2g}" if value >= 1e-4 else "p < 0.0001"
 
 
 # --- the sentence ----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What is measured of a run at one step: copies, quality, and the denoiser's error by noise level on seen and unseen pictures.
 
+    copies        share of samples that are copies, held-out pictures as the null    ambient_sd.audit.decision, as in an audit
     copied        share of samples with d1 / d2 < 1/3, pixels at 64 x 64             ambient_sd.audit.metrics
     coarsely      the same at 16 x 16: copies whose fine detail is worse than the original's count too
     recoloured    the same by contours alone (`ambient_sd.audit.features.Edges`): copies in other colours count too
@@ -12,8 +13,9 @@ on both says that it has learned something else: its noisy copies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ambient_sd.audit.decision import HELDOUT, CopyDecision
 from ambient_sd.audit.features import Edges, EffLite0, Features, Pixels, embed
-from ambient_sd.audit.metrics import Figure, bootstrap, memorized_fraction, quality_rows
+from ambient_sd.audit.metrics import Figure, bootstrap, memorized, memorized_fraction, quality_rows
 from ambient_sd.audit.neighbours import nearest
+from ambient_sd.audit.shares import COPIES, copy_rate
 from ambient_sd.data.sources import PictureSet
 from ambient_sd.data.stream import drawn, keyed_generator
 from ambient_sd.lora import load_lora
@@ -46,6 +50,12 @@ class Reals:
     heldout_images: Sequence[Image.Image]
     heldout_captions: Sequence[str]
     features: Sequence[Features]
+    labels: Sequence[Hashable] | None = None
+
+    @cached_property
+    def decision(self) -> CopyDecision:
+        """The definition of a copy of these pictures; made once, at the first samples."""
+        return CopyDecision(self.images, self.labels, {HELDOUT: self.heldout_images})
 
 
 def read_reals(training: PictureSet, heldout: PictureSet) -> Reals:
@@ -56,7 +66,7 @@ def read_reals(training: PictureSet, heldout: PictureSet) -> Reals:
     images, unseen = [training[i].image for i in rows], [row.image for row in heldout]
     return Reals(
         embed(images, features), embed(unseen, features), images, [training.captions[i] for i in rows], unseen,
-        heldout.captions, features,
+        heldout.captions, features, [training.noise_keys[i] for i in rows],
     )  # fmt: skip
 
 
@@ -98,15 +108,22 @@ def sample(pipe: Any, prompts: Sequence[str], sampling: Sampling, resolution: in
 
 def measure_samples(
     pictures: Sequence[Image.Image], prompts: Sequence[str], reals: Reals, seed: int, resamples: int = 1000
-) -> tuple[dict[str, Figure], list[float]]:
-    """Return the figures of sampled pictures, and d1 / d2 of each; intervals resample prompts (pictures, where none is given)."""
+) -> tuple[dict[str, Figure], dict[str, list[Any]]]:
+    """Return the figures of sampled pictures; intervals resample prompts (pictures, where none is given).
+
+    Returns:
+        Figures by name, and of each picture whether it is a copy (`copies`), the training picture that explains it best (`originals`), and
+        d1 / d2 (`ratios`).
+    """
     groups = prompts if any(prompts) else None
     drawn = embed(pictures, reals.features)
     options: dict[str, Any] = {"groups": groups, "seed": seed, "resamples": resamples}
     pixels, deep, coarse, edges = (feature.name for feature in reals.features)
     near = nearest(drawn[pixels], reals.training[pixels])
     cosine = nearest(drawn[deep], reals.training[deep], distance="cosine").similarity
+    decided = reals.decision(pictures, memorized(near))
     out = {
+        COPIES: copy_rate(decided, None, **options).generated,
         "copied": memorized_fraction(near, name="copied", **options),
         "copied-EffLite0": memorized_fraction(
             nearest(drawn[deep], reals.training[deep]), name="copied-EffLite0", **options
@@ -130,7 +147,8 @@ def measure_samples(
         out[name] = row.generated
         if row.heldout is not None:
             out[f"{name} floor"] = row.heldout
-    return out, near.ratio.tolist()
+    each = {"copies": decided.copy.tolist(), "originals": decided.row.tolist(), "ratios": near.ratio.tolist()}
+    return out, each
 
 
 @torch.no_grad()

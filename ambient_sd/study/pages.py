@@ -1,6 +1,6 @@
-"""Sample pages of a study: what each run draws for the same prompts, over the training picture that is nearest to it.
+"""Sample pages of a study: what each run draws for the same prompts, over the training picture that explains it best.
 
-A frame marks a copy (d1/d2 < 1/3, pixels), as the tables count them. Made of OUT's own files: `samples.png` and `figures.json` of each
+A frame marks a copy, as the tables count them. Of steps that were measured before there was one definition of a copy: d1/d2 < 1/3 in pixels, over the nearest. Made of OUT's own files: `samples.png` and `figures.json` of each
 step; nothing is drawn again.
 """
 
@@ -24,15 +24,19 @@ COLUMNS = 20  # of `samples.png`
 _GAP, _LABEL, _FRAME = 4, 130, "#d92d20"
 
 
-def samples_of(step: Path, resolution: int) -> tuple[list[Image.Image], list[float]]:
-    """Return the pictures of a step, cut out of its sheet, and d1/d2 of each."""
+def samples_of(step: Path, resolution: int) -> tuple[list[Image.Image], list[bool], list[int] | None]:
+    """Return the pictures of a step, cut out of its sheet, which are copies, and the rows of their originals (None: not kept)."""
     try:
         sheet = Image.open(step / "samples.png").convert("RGB")
-        ratios = json.loads((step / "figures.json").read_text(encoding="utf-8"))["ratios"]
+        kept = json.loads((step / "figures.json").read_text(encoding="utf-8"))
+        ratios = kept["ratios"]
+        copies, originals = kept.get("copies"), kept.get("originals")
+        if copies is None or originals is None:
+            copies, originals = [ratio < MEMORIZED_RATIO for ratio in ratios], None
     except (OSError, ValueError, KeyError, SyntaxError) as error:
         raise UserError(f"the samples in {step} cannot be shown", rule=one_line(f"{type(error).__name__}: {error}", 160),
                         remedy="remove the folder; the step is then measured again") from None  # fmt: skip
-    return cut_sheet(sheet, len(ratios), resolution, COLUMNS), ratios
+    return cut_sheet(sheet, len(ratios), resolution, COLUMNS), copies, originals
 
 
 def sample_page(
@@ -55,17 +59,20 @@ def sample_page(
     sheet = Image.new("RGB", (width, len(steps) * row + _GAP), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     for r, (label, step) in enumerate(steps):
-        pictures, ratios = samples_of(step, resolution)
+        pictures, copies, originals = samples_of(step, resolution)
         chosen = drawn(len(pictures), min(shown, len(pictures)), 0, "sample page")
-        near = nearest(embed([pictures[i] for i in chosen], [pixels])[pixels.name], known).index[:, 0]
+        if originals is None:
+            near = nearest(embed([pictures[i] for i in chosen], [pixels])[pixels.name], known).index[:, 0].tolist()
+        else:
+            near = [originals[i] for i in chosen]
         top = _GAP + r * row
         number = int(step.name.removeprefix("step-"))
         text = f"{label}\nstep {number}\n\nbelow: nearest\ntraining picture;\nframed: copies"
         for line, words in enumerate(text.splitlines()):
             pen.text((_GAP, top + 12 * line), words, fill="black", font=font)
-        for column, (i, j) in enumerate(zip(chosen, near.tolist(), strict=True)):
+        for column, (i, j) in enumerate(zip(chosen, near, strict=True)):
             x = _LABEL + column * (resolution + _GAP)
-            if ratios[i] < MEMORIZED_RATIO:
+            if copies[i]:
                 pen.rectangle((x - 2, top - 2, x + resolution + 1, top + 2 * resolution + 1), fill=_FRAME)
             sheet.paste(pictures[i], (x, top))
             original = images[j].convert("RGB").resize((resolution, resolution), Image.Resampling.LANCZOS)

@@ -7,6 +7,9 @@ spread, and no interval is made of it.
 *Equal quality*: of the points whose Frechet distance is at most the upper end of the interval of the baseline's best, the one with the
 fewest copies. The baseline has the same right: stopped early it copies less too. That compares single points; `at_distance` compares whole
 curves: the copies of each run where it first is as good as the baseline was at some step.
+
+Copies are those of `ambient_sd.audit.decision` where every point has them, by one rule; else d1 / d2 < 1/3, by which earlier versions measured. The
+heads say which.
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ambient_sd.audit.shares import COPIES
 from ambient_sd.files import write_whole
 
+PUBLISHED = "copied"  # d1 / d2 < 1/3, pixels
 BASELINE = "plain"
 HIGH = 2.9  # noise levels from here on show that the noisy copies are learned
 
@@ -47,10 +52,11 @@ class Point:
     figures: Mapping[str, Estimate]
     errors: Mapping[str, Mapping[str, Sequence[float]]]
     n: int
+    measure: str = PUBLISHED  # of copies, the same for all points of a study
 
     @property
     def copied(self) -> Estimate:
-        return self.figures["copied"]
+        return self.figures[self.measure]
 
     @property
     def distance(self) -> Estimate:
@@ -63,10 +69,13 @@ def points(results: Mapping[str, Any]) -> list[Point]:
     for run in results["runs"]:
         for point in run["points"]:
             found.setdefault((run["label"], point["step"]), []).append(point)
+    measured = [point for group in found.values() for point in group]
+    decided = all(COPIES in point["figures"] for point in measured) and len({p.get("rule") for p in measured}) == 1
+    measure = COPIES if decided else PUBLISHED
     return [
         Point(
             label, step, {name: _mean([p["figures"][name] for p in group]) for name in _shared(group)},
-            _mean_errors([p["errors"] for p in group]), sum(p["figures"]["copied"]["n"] for p in group),
+            _mean_errors([p["errors"] for p in group]), sum(p["figures"][PUBLISHED]["n"] for p in group), measure,
         )
         for (label, step), group in found.items()
     ]  # fmt: skip
@@ -160,15 +169,24 @@ def tables(results: Mapping[str, Any]) -> str:
         return "Nothing is measured yet.\n"
     labels = list(dict.fromkeys(p.label for p in found))
     seeds = {label: sorted({r["seed"] for r in results["runs"] if r["label"] == label}) for label in labels}
-    lines = ["### At the last step", "", "| run | seeds | step | n | copied | at 16 px | in any colour | median d1/d2 | Frechet distance | KID x 1000 |",
-             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    decided = found[0].measure == COPIES
+    word, shares = ("copies", "Share of copies") if decided else ("copied", "Copied share")
+    head = "copies | d1/d2 < 1/3" if decided else "copied"
+    lines = ["### At the last step", "", f"| run | seeds | step | n | {head} | at 16 px | in any colour | median d1/d2 | Frechet distance | KID x 1000 |",
+             "|---" * (11 if decided else 10) + "|"]  # fmt: skip
     for label in labels:
         p = max((p for p in found if p.label == label), key=lambda p: p.step)
+        both = [p.copied, p.figures[PUBLISHED]] if decided else [p.copied]
         lines.append(
-            f"| {label} | {_numbers(seeds[label])} | {p.step} | {p.n} | {share(p.copied)} | {share(p.figures['copied-coarsely'])} | {_recoloured(p)} | {_span(p.figures['ratio'], 2)} | "
+            f"| {label} | {_numbers(seeds[label])} | {p.step} | {p.n} | {' | '.join(share(e) for e in both)} | {share(p.figures['copied-coarsely'])} | {_recoloured(p)} | {_span(p.figures['ratio'], 2)} | "
             f"{_span(p.distance, 1)} | {_span(p.figures['kid'], 1, 1000)} |"
         )
     floor = found[0].figures["distance floor"]
+    if decided:
+        lines += [
+            "",
+            "Copies: by the definition of the audit, held-out pictures as the null. The next three columns, and the median: by distances.",
+        ]
     lines += [
         "",
         f"A perfect model's distance at this n, half of the held-out pictures against the other: {_span(floor, 1)}.",
@@ -179,7 +197,7 @@ def tables(results: Mapping[str, Any]) -> str:
         lines += [
             "### Its best quality, and at equal quality", "",
             f"Equal quality: distance at most {limit.distance.high:.1f}, the upper end of the interval of {BASELINE}'s best (step {limit.step}).",
-            "", "| run | best distance (step) | copied there | fewest copies at equal quality (step) | distance there |",
+            "", f"| run | best distance (step) | {word} there | fewest copies at equal quality (step) | distance there |",
             "|---|---|---|---|---|",
         ]  # fmt: skip
         for label in labels:
@@ -195,7 +213,7 @@ def tables(results: Mapping[str, Any]) -> str:
         line = [p for p in found if p.label == BASELINE]
         lines += [
             f"### Copies where a run first is as good as {BASELINE} at its steps", "",
-            "Copied share by linear interpolation between a run's steps; an empty cell: it never is as good.", "",
+            f"{shares} by linear interpolation between a run's steps; an empty cell: it never is as good.", "",
             "| run | " + " | ".join(f"{p.distance.value:.1f} (step {p.step})" for p in line) + " |", "|---" * (1 + len(line)) + "|",
         ]  # fmt: skip
         for label in labels:
@@ -205,7 +223,7 @@ def tables(results: Mapping[str, Any]) -> str:
         lines.append("")
     lines += ["### Stopped at the least error on held-out pictures", "",
               f"Mean error at noise levels from {HIGH} on, at that step and at the last; training pictures beside.", "",
-              "| run | step | held-out error (last) | training error (last) | copied | Frechet distance |", "|---|---|---|---|---|---|"]  # fmt: skip
+              f"| run | step | held-out error (last) | training error (last) | {word} | Frechet distance |", "|---|---|---|---|---|---|"]  # fmt: skip
     for label in labels:
         stop, end = at_least_error(found, label), max((p for p in found if p.label == label), key=lambda p: p.step)
         cells = [f"{_high_error(stop, name):.3f} ({_high_error(end, name):.3f})" for name in ("heldout", "training")]
@@ -221,7 +239,7 @@ def tables(results: Mapping[str, Any]) -> str:
             at = next((p for p in found if p.label == label and p.step == step), None)
             cells.append("" if at is None else f"{at.copied.value:.1%}, {at.distance.value:.1f}".replace("%", " %"))
         lines.append(f"| {label} | {' | '.join(cells)} |")
-    lines += ["", "Copied share, Frechet distance.", ""]
+    lines += ["", f"{shares}, Frechet distance.", ""]
     if results["missing"]:
         lines += [f"Not whole yet: {', '.join(results['missing'])}.", ""]
     return "\n".join(lines)
@@ -292,6 +310,7 @@ def _plot(found: Sequence[Point], labels: Sequence[str], study: str, chart: str,
     from matplotlib.figure import Figure
 
     found = [p for p in found if p.label in labels]
+    copies = "copies, %" if found and found[0].measure == COPIES else "copied pictures, %"
     style = {label: _style(label, labels) for label in labels}
     written: list[str] = []
 
@@ -318,7 +337,7 @@ def _plot(found: Sequence[Point], labels: Sequence[str], study: str, chart: str,
     if BASELINE in labels:
         limit = best(found, BASELINE).distance.high
         axes.axhline(limit, color="black", lw=0.8, ls=":", label="equal quality: below")
-    axes.set(xlabel="copied pictures, % (interval at the last step)", ylabel="Frechet distance to held-out pictures",
+    axes.set(xlabel=f"{copies} (interval at the last step)", ylabel="Frechet distance to held-out pictures",
              title=f"{study}: {chart}" if chart else study)  # fmt: skip
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(left=0)
@@ -332,7 +351,7 @@ def _plot(found: Sequence[Point], labels: Sequence[str], study: str, chart: str,
         line = [p for p in found if p.label == label]
         left.plot([p.step for p in line], [100 * p.copied.value for p in line], label=label, **style[label])
         right.plot([p.step for p in line], [p.distance.value for p in line], **style[label])
-    left.set(xlabel="step", ylabel="copied pictures, %")
+    left.set(xlabel="step", ylabel=copies)
     right.set(xlabel="step", ylabel="Frechet distance")
     for axes in (left, right):
         axes.grid(alpha=0.25)

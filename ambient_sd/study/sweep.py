@@ -28,7 +28,9 @@ from typing import Any
 
 import torch
 
+from ambient_sd.audit.decision import RULE
 from ambient_sd.audit.report import contact_sheet
+from ambient_sd.audit.shares import COPIES
 from ambient_sd.data.conditions import split_condition
 from ambient_sd.data.sources import PictureSet, load_rows
 from ambient_sd.errors import UserError, one_line
@@ -126,7 +128,10 @@ def do_run(plan: Plan, run: Run, out: Path, threads: int, position: int = 0) -> 
             })  # fmt: skip
         last = _read_step(folder, plan.measure_at[-1])
         figures = last["figures"]
-        return f"{run.name}: copied {figures['copied']['value']:.1%}, distance {figures['distance']['value']:.1f}"
+        copies = f"d1/d2 {figures['copied']['value']:.1%}"
+        if COPIES in figures:  # a step that an older version measured has none
+            copies = f"copies {figures[COPIES]['value']:.1%} ({copies})"
+        return f"{run.name}: {copies}, distance {figures['distance']['value']:.1f}"
 
 
 def _measure(
@@ -137,14 +142,14 @@ def _measure(
     pipe = load_pipeline(base, folder / "model", config.lora)
     prompts = prompts_of(reals, plan.sampling, run.seed)
     pictures = sample(pipe, prompts, plan.sampling, config.resolution, run.seed)
-    figures, ratios = measure_samples(pictures, prompts, reals, run.seed)
+    figures, each = measure_samples(pictures, prompts, reals, run.seed)
     errors = error_curves(pipe, reals, plan.sampling, config.resolution, run.seed)
     into = folder / f"step-{step:06d}"
     into.mkdir(exist_ok=True)
     contact_sheet(pictures, COLUMNS).save(into / "samples.png")
     record = {
         "step": step, **facts, "seconds_measured": round(time.perf_counter() - begin, 1),
-        "figures": {name: figure.as_dict() for name, figure in figures.items()}, "errors": errors, "ratios": ratios,
+        "figures": {name: figure.as_dict() for name, figure in figures.items()}, "errors": errors, "rule": RULE, **each,
     }  # fmt: skip
     record = finite(record)
     try:
@@ -167,7 +172,8 @@ def gather(plan: Plan, out: Path) -> dict[str, Any]:
         folder = out / "runs" / run.folder
         points = [_read_step(folder, step) for step in plan.measure_at if _is_done(folder, step)]
         for point in points:
-            point.pop("ratios", None)  # a merged step has none
+            for of_each in ("copies", "originals", "ratios"):  # a merged step has none
+                point.pop(of_each, None)
         if points:
             runs.append({"label": run.label, "seed": run.seed, "differs": dict(run.differs), "points": points})
     results = {

@@ -11,7 +11,7 @@ import pytest
 
 from ambient_sd.cli import main
 from ambient_sd.demo import BASE, PICTURES
-from ambient_sd.demo.run import DemoSettings, settings_of_run
+from ambient_sd.demo.run import _MARKER, DemoSettings, _clear, settings_of_run
 from ambient_sd.training.config import TrainConfig, load_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +46,12 @@ def test_demo_writes_page_figures_sheets_and_loadable_models(
     figures = json.loads((out / "figures.json").read_text())
     assert set(figures["runs"]) == {"plain", "ambient"}
     for rows in figures["runs"].values():
+        # Copies by the audit's definition come first and decide the sentence; the published measure stands beside them.
+        assert next(iter(rows)) == "copies" and {"memorized-pixels64", "memorized-edges16"} < set(rows)
+    shares = [f"{100 * figures['runs'][name]['copies']['generated']['value']:.1f} %" for name in ("ambient", "plain")]
+    assert f"{shares[0]} of 6 samples against {shares[1]}" in figures["finding"]
+    assert printed.index("copies ") < printed.index("memorized-pixels64")
+    for rows in figures["runs"].values():
         for row in rows.values():
             for figure in row.values():
                 assert figure["n"] > 0 and figure["low"] <= figure["value"] <= figure["high"]
@@ -53,7 +59,8 @@ def test_demo_writes_page_figures_sheets_and_loadable_models(
         assert (out / f"{name}.png").exists()
         assert (out / name / "unet" / "diffusion_pytorch_model.safetensors").exists()
         assert (out / name / "train_config.yaml").exists()
-    main(["demo", "--out", str(out), *short])  # an earlier demo in the folder makes way
+    _clear(DemoSettings(out=out))  # an earlier demo in the folder makes way
+    assert [path.name for path in out.iterdir()] == [_MARKER]
 
 
 def test_demo_does_not_touch_a_folder_that_is_not_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

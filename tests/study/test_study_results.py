@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,33 @@ def test_a_figure_that_only_one_seed_was_measured_by_is_left_out(newer: int) -> 
     assert "copied-recoloured" not in point.figures and point.copied.seeds == (0.1, 0.2)
     (alone,) = points({"runs": [seeds[newer]]})
     assert alone.figures["copied-recoloured"].value == alone.copied.value
+
+
+def decided(results: dict[str, Any], *, rules: tuple[str, ...] = ("one",), but: int = -1) -> dict[str, Any]:
+    """The same with shares of copies by the decision beside d1/d2: a tenth more; one point without."""
+    found = copy.deepcopy(results)
+    for i, point in enumerate(point for one in found["runs"] for point in one["points"]):
+        if i != but:
+            figure = point["figures"]["copied"]
+            point["figures"]["copies"] = figure | {k: figure[k] + 0.1 for k in ("value", "low", "high")}
+            point["rule"] = rules[i % len(rules)]
+    return found
+
+
+def test_copies_are_those_of_the_decision_where_all_points_have_it_by_one_rule() -> None:
+    last = next(p for p in points(decided(RESULTS)) if p.label == "plain" and p.step == 200)
+    assert (last.measure, last.copied.value) == ("copies", pytest.approx(0.7))
+    for mixed in (decided(RESULTS, but=2), decided(RESULTS, rules=("one", "two"))):
+        assert all(p.measure == "copied" for p in points(mixed))
+        assert tables(mixed) == tables(RESULTS)
+    new, old = tables(decided(RESULTS)), tables(RESULTS)
+    assert "| n | copies | d1/d2 < 1/3 | at 16 px |" in new and "| n | copied | at 16 px |" in old
+    assert "70.0 % [67.9, 72.1; 60.0, 80.0] | 60.0 % [57.9, 62.1; 50.0, 70.0]" in new
+    # What is chosen, too: by d1/d2 the earlier step copies least.
+    swapped = decided({**RESULTS, "runs": [run("plain", 0, (100, 0.1, 30.5), (200, 0.5, 30.0))]})
+    swapped["runs"][0]["points"][0]["figures"]["copies"]["value"] = 0.9
+    equal = at_equal_quality(points(swapped), "plain")
+    assert equal is not None and equal.step == 200
 
 
 def test_equal_quality_is_within_the_interval_of_the_best_baseline_and_the_baseline_may_stop_early_too() -> None:

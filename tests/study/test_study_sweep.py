@@ -190,7 +190,7 @@ def test_a_run_that_goes_out_of_bounds_costs_no_other_run(
             main(["sweep", str(study), "--out", str(out)])
         said = capsys.readouterr()
         assert stopped.value.code == 2 and "wild seed=0 among them; the loss is no finite number" in said.err
-        assert "plain seed=0: copied" in said.out and (out / "results.md").exists()
+        assert "plain seed=0: copies" in said.out and (out / "results.md").exists()
         results = json.loads((out / "results.json").read_text())
         assert "failed" not in results  # a message may hold a local path
     else:
@@ -246,6 +246,15 @@ def test_a_sample_page_shows_what_was_drawn_over_its_nearest_training_picture_an
         framed = page.getpixel((x - 2, 4 + size)) == (217, 45, 32)
         assert above == drawn[i].tobytes() and framed == (i < len(known))
         assert (below == above) == (i < len(known))  # an exact copy lies over its original
+
+    # Where the decision was kept, its copies are framed, over the pictures that explain them.
+    copies, originals = [i % 2 == 0 for i in range(25)], [i % len(known) for i in range(25)]
+    (step / "figures.json").write_text(json.dumps({"ratios": [0.9] * 25, "copies": copies, "originals": originals}))
+    page = sample_page([("plain", step)], training, size, shown=25)
+    for i in range(25):
+        x = 130 + i * (size + 4)
+        assert (page.getpixel((x - 2, 4 + size)) == (217, 45, 32)) == copies[i]
+        assert page.crop((x, 4 + size, x + size, 4 + 2 * size)).tobytes() == known[originals[i]].tobytes()
 
 
 def test_a_run_that_another_process_holds_is_left_alone(plan: Plan, tmp_path: Path) -> None:
