@@ -219,7 +219,7 @@ def run_demo(settings: DemoSettings) -> Report:
     unseen = embed(heldout_images, features, progress=True)
     decoded = _through_vae(training_images)
     decide = CopyDecision(
-        training_images, training.noise_keys, {HELDOUT: heldout_images}, renditions=[decoded], progress=True
+        training_images, training.noise_keys, {HELDOUT: heldout_images}, renditions=[_through_vae], progress=True
     )
     by_chance = decide.background(HELDOUT)
 

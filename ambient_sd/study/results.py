@@ -217,8 +217,8 @@ def tables(results: Mapping[str, Any]) -> str:
             "| run | " + " | ".join(f"{p.distance.value:.1f} (step {p.step})" for p in line) + " |", "|---" * (1 + len(line)) + "|",
         ]  # fmt: skip
         for label in labels:
-            shares = [at_distance(found, label, p.distance.value) for p in line]
-            cells = ["" if there is None else share(there) for there in shares]
+            reached = [at_distance(found, label, p.distance.value) for p in line]
+            cells = ["" if there is None else share(there) for there in reached]
             lines.append(f"| {label} | {' | '.join(cells)} |")
         lines.append("")
     lines += ["### Stopped at the least error on held-out pictures", "",
