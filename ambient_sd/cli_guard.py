@@ -114,8 +114,6 @@ def add_verbs(verbs: Any) -> None:
     compare.add_argument("--generations", type=int, default=4, help="pictures per prompt")
     compare.add_argument("--prompts", type=int, default=0, help="captions that are sampled at most; 0: all")
     compare.add_argument("--mitigated", type=int, default=60, help="memorized prompts that are mitigated at most")
-    compare.add_argument("--copy_ratio", type=float, default=1 / 3,
-                         help="distance to the nearest over the second nearest training picture, below which a picture is a copy")  # fmt: skip
     compare.add_argument("--mitigations", nargs="*", default=[], metavar="NAME", help="some of them (default: all)")
     compare.add_argument("--num_inference_steps", type=int, default=20, help="steps of DPM-Solver++")
     compare.add_argument("--guidance_scale", type=float, default=7.5, help="classifier-free guidance, above 1")
@@ -219,8 +217,6 @@ def _compare(args: argparse.Namespace) -> None:
     for name in ("generations", "mitigated", "num_inference_steps", "batch_size", "resolution"):
         if getattr(args, name) < 1:
             raise UserError(f"{name} is {getattr(args, name)}", rule="it must be at least 1")
-    if not 0 < args.copy_ratio < 1:
-        raise UserError(f"copy_ratio is {args.copy_ratio}", rule="it must lie between 0 and 1; published: 1/3")
     from ambient_sd.comparison import Settings, compare, tables
     from ambient_sd.data.sources import load_rows
     from ambient_sd.quiet import quiet
@@ -229,7 +225,7 @@ def _compare(args: argparse.Namespace) -> None:
     settings = Settings(
         models=models, judge=args.judge, out=args.out, resolution=args.resolution, generations=args.generations,
         prompts=args.prompts, mitigated=args.mitigated, steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
-        batch_size=args.batch_size, seed=args.seed, chosen=tuple(args.mitigations), copy_ratio=args.copy_ratio,
+        batch_size=args.batch_size, seed=args.seed, chosen=tuple(args.mitigations),
     )  # fmt: skip
     result = compare(
         settings,

@@ -1,14 +1,14 @@
 """Every detector and every mitigation on one model whose memorized prompts are known by measurement, side by side.
 
 1. Every caption of the training pictures is sampled without mitigation, `generations` times. A prompt is *memorized* if at least
-   half of its pictures are copies (d1 / d2 < 1/3, pixels), *ordinary* if none is. Detectors are tried on those of the ordinary
-   ones whose pictures all keep clear of copying (d1 / d2 >= 2/3, midway to 1): a blurred copy is no false alarm. The rest is counted
-   and left out of their table. No list of duplicates is consulted: ground truth is what came out.
+   half of its pictures are copies (`audit.decision`, held-out pictures as the null), *ordinary* if none is. Detectors are tried on
+   those of the ordinary ones whose pictures all keep clear of copying (p >= 5 %: no nearer than one in twenty of the held-out ones): a
+   half copy is no false alarm. The rest is counted and left out of their table. No list of duplicates is consulted: ground truth is what came out.
 2. Detectors score the same runs: Wen et al. over 1, 5 and all steps, 1 and all generations; anisotropy; Wen's norm beside that of
    the judge, a model that has not seen the pictures (`guard.relative`).
 3. Mitigations sample the memorized prompts again from the same start noise. Settings that are per model (targets, caps,
    thresholds) come from the ordinary prompts' scores, by the rule written beside each.
-4. Beside each: share of copies, similarity to the nearest training picture, alignment with the prompt (`audit.alignment`, judged by a
+4. Beside each: share of copies, and that with d1 / d2 < 1/3; similarity to the nearest training picture, alignment with the prompt (`audit.alignment`, judged by a
    model that has not seen the pictures), Frechet distance to held-out pictures, processor time, memory (`memory`: on a GPU the
    allocator's peak, weights included; on Linux's CPU what a call adds to the resident size at its highest; elsewhere none).
 
@@ -35,11 +35,13 @@ import torch
 from PIL import Image
 
 from ambient_sd.audit.alignment import DiffusionAlignment
+from ambient_sd.audit.decision import HELDOUT, RULE, CopyDecision, Decided
 from ambient_sd.audit.detection import detection_figures
-from ambient_sd.audit.features import Edges, EffLite0, Features, Pixels, Sscd, embed
+from ambient_sd.audit.features import EffLite0, Features, Pixels, Sscd, embed
 from ambient_sd.audit.metrics import MEMORIZED_RATIO, Figure, bootstrap, memorized, quality_rows
-from ambient_sd.audit.neighbours import nearest
+from ambient_sd.audit.neighbours import Neighbours, nearest
 from ambient_sd.audit.report import contact_sheet
+from ambient_sd.audit.shares import COPIES, copy_rate
 from ambient_sd.data.sources import PictureSet
 from ambient_sd.data.stream import drawn, keyed_generator
 from ambient_sd.errors import UserError, one_line
@@ -67,7 +69,6 @@ class Settings:
         mitigated: how many memorized prompts are mitigated at most.
         steps, guidance_scale: of DPM-Solver++.
         chosen: names of mitigations; all if empty.
-        copy_ratio: d1 / d2 below which a picture is a copy, pixels.
     """
 
     models: Mapping[str, str]
@@ -82,10 +83,10 @@ class Settings:
     batch_size: int = 16
     seed: int = 0
     chosen: tuple[str, ...] = ()
-    copy_ratio: float = MEMORIZED_RATIO
 
 
 EARLY = 5  # steps of the early detectors
+CLEAR = 0.05  # least p of pictures that keep clear of copying
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,7 @@ class Reals:
     images: list[Image.Image]
     captions: list[str]
     features: list[Features]
+    decision: CopyDecision
 
     @property
     def similar(self) -> Features:
@@ -229,11 +231,13 @@ def read_reals(training: PictureSet, heldout: PictureSet) -> Reals:
     """Embed both sets; of equal pictures one, so that the second nearest is another picture."""
     training.fingerprint()  # fills in the keys that tell equal pictures, if nothing has
     once = training.one_of_each()
-    features: list[Features] = [Pixels(), Edges(), EffLite0(), *([Sscd()] if Sscd.available() else [])]
+    features: list[Features] = [Pixels(), EffLite0(), *([Sscd()] if Sscd.available() else [])]
     images = [training[i].image for i in once]
     real = embed(images, features, progress=True)
-    unseen = embed([row.image for row in heldout], features, progress=True)
-    return Reals(real, unseen, images, [training.captions[i] for i in once], features)
+    others = [row.image for row in heldout]
+    unseen = embed(others, features, progress=True)
+    decision = CopyDecision(images, [training.noise_keys[i] for i in once], {HELDOUT: others}, progress=True)
+    return Reals(real, unseen, images, [training.captions[i] for i in once], features, decision)
 
 
 def truth(copied: torch.Tensor, generations: int) -> tuple[list[int], list[int]]:
@@ -246,10 +250,16 @@ def truth(copied: torch.Tensor, generations: int) -> tuple[list[int], list[int]]
     return torch.nonzero(share >= 0.5).flatten().tolist(), torch.nonzero(share == 0).flatten().tolist()
 
 
-def clear_of_copying(ratios: torch.Tensor, generations: int, ordinary: Sequence[int], ratio: float) -> list[int]:
-    """Return those of the ordinary prompts whose pictures all have d1 / d2 >= `ratio`; `ratios` is prompt by prompt."""
-    least = ratios.view(-1, generations).amin(1)
-    return [i for i in ordinary if float(least[i]) >= ratio]
+def clear_of_copying(values: torch.Tensor, generations: int, ordinary: Sequence[int], bound: float) -> list[int]:
+    """Return those of the ordinary prompts whose pictures all have values (p, or d1 / d2) >= `bound`; `values` is prompt by prompt."""
+    least = values.view(-1, generations).amin(1)
+    return [i for i in ordinary if float(least[i]) >= bound]
+
+
+def decide(pictures: Sequence[Image.Image], reals: Reals) -> tuple[Decided, Neighbours]:
+    """Return which pictures are copies, and their nearest training pictures in pixels, for the published measure."""
+    near = nearest(reals.features[0](pictures), reals.training["pixels64"])
+    return reals.decision(pictures, memorized(near)), near
 
 
 def detector_figures(
@@ -389,7 +399,7 @@ def cell_figures(
     """Measure one model under one mitigation; intervals resample prompts."""
     groups = [c for c in prompts for _ in range(settings.generations)]
     made = embed(cell.pictures, reals.features)
-    pixels, edges = (nearest(made[name], reals.training[name]) for name in ("pixels64", "edges16"))
+    decided, near = decide(cell.pictures, reals)
     similar = reals.similar
     close = nearest(made[similar.name], reals.training[similar.name], distance="cosine").similarity
     aligned = judge(cell.pictures, groups, captions)
@@ -399,10 +409,8 @@ def cell_figures(
     )
     seconds = torch.tensor(cell.column("processor_seconds"), dtype=torch.float64)
     return {
-        "copied": bootstrap(memorized(pixels, settings.copy_ratio), torch.mean, name="copied", share=True, **options),
-        "recoloured": bootstrap(
-            memorized(edges, settings.copy_ratio), torch.mean, name="copied, in any colour", share=True, **options
-        ),
+        COPIES: copy_rate(decided, None, **options).generated,
+        "copied": bootstrap(memorized(near), torch.mean, name="d1/d2 < 1/3", share=True, **options),
         "similarity": bootstrap(close, lambda v: torch.quantile(v, 0.95), name=f"{similar.name} 95th percentile", **options),
         "alignment": bootstrap(aligned.value * 1000, torch.mean, name="alignment x 1000", **options),
         "hits": bootstrap(aligned.hit, torch.mean, name=f"own prompt first of {judge.others + 1}", share=True, **options),
@@ -422,7 +430,7 @@ def compare(settings: Settings, training: PictureSet, heldout: PictureSet, comma
             raise UserError(f"mitigation {name!r}", rule=f"there are {', '.join(MITIGATIONS)}")
     for folder in (*settings.models.values(), settings.judge):  # the last one is loaded an hour after the first
         check_folder(resolve_model_id(folder))
-    _claim(settings, training)
+    _claim(settings, training, heldout)
     reals = read_reals(training, heldout)
     captions = sorted(set(reals.captions))
     if settings.prompts and settings.prompts < len(captions):
@@ -430,7 +438,7 @@ def compare(settings: Settings, training: PictureSet, heldout: PictureSet, comma
     k = settings.generations
     judge_pipe = _load(settings.judge)
     judge = DiffusionAlignment(judge_pipe, resolution=settings.resolution, seed=settings.seed)
-    result: dict[str, Any] = {"settings": _described(settings), "command": command, "training": len(reals.images),
+    result: dict[str, Any] = {"settings": _described(settings), "command": command, "rule": reals.decision.rule, "training": len(reals.images),
                               "heldout": len(heldout), "prompts": len(captions), "models": {}}  # fmt: skip
     shown: dict[str, dict[str, list[Image.Image]]] = {}
     chosen: list[int] = []
@@ -439,9 +447,11 @@ def compare(settings: Settings, training: PictureSet, heldout: PictureSet, comma
         base = draw_cell(
             pipe, settings.out / "cells" / model / "all", captions, settings, None, f"{model}, all prompts"
         )
-        near = nearest(reals.features[0](base.pictures), reals.training["pixels64"])
-        known, ordinary = truth(memorized(near, settings.copy_ratio), k)
-        clear = clear_of_copying(near.ratio, k, ordinary, (1 + settings.copy_ratio) / 2)
+        decided, near = decide(base.pictures, reals)
+        known, ordinary = truth(decided.copy, k)
+        clear = clear_of_copying(decided.p, k, ordinary, CLEAR)
+        if not reals.decision.nulls:  # p says nothing then; d1 / d2 midway between a copy and 1 does
+            clear = clear_of_copying(near.ratio, k, ordinary, (1 + MEMORIZED_RATIO) / 2)
         curves = torch.tensor(base.column("curve"), dtype=torch.float64).view(len(captions), k, -1)
         if not bool(curves.isfinite().all()):
             raise UserError(f"a score of {model} is no finite number", rule="detectors cannot be held side by side on it",
@@ -533,11 +543,12 @@ def _described(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _claim(settings: Settings, training: PictureSet) -> None:
+def _claim(settings: Settings, training: PictureSet, heldout: PictureSet) -> None:
     """Let a folder belong to one comparison: the pictures in it are kept, and must be of the same settings and models."""
     models = {name: _digest(folder) for name, folder in settings.models.items()}
     own = {key: value for key, value in _described(settings).items() if key not in {"names", "chosen", "mitigated"}}
-    own |= {"models": models, "training": training.fingerprint()}
+    own |= {"models": models, "training": training.fingerprint(), "heldout": heldout.fingerprint()}
+    own |= {"definition of a copy": RULE}
     path = settings.out / "claim.json"
     if path.exists():
         before = _read_kept(path, "give another --out")
@@ -577,7 +588,7 @@ def _file_name(name: str) -> str:
 
 # --- what people read ------------------------------------------------------------------------------------------------
 
-_COLUMNS = (("copied", "copied", 100, ".1f", " %"), ("recoloured", "in any colour", 100, ".1f", " %"),
+_COLUMNS = ((COPIES, "copies", 100, ".1f", " %"), ("copied", "d1/d2 < 1/3", 100, ".1f", " %"),
             ("similarity", "similarity, 95th pct.", 1, ".3f", ""), ("alignment", "alignment x 1000", 1, ".2f", ""), ("hits", "own prompt first of 5", 100, ".0f", " %"),
             ("distance", "Frechet distance", 1, ".1f", ""), ("seconds", "processor s a picture", 1, ".2f", ""))  # fmt: skip
 
@@ -653,12 +664,12 @@ def page(
             f"<div class=scroll><table class=pictures><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
         )
     facts = html.escape(json.dumps(result["settings"]))
-    command = html.escape(result["command"])
+    command, rule = html.escape(result["command"]), html.escape(result.get("rule", ""))
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>Mitigations side by side</title><style>{_STYLE}</style><h1>Mitigations side by side</h1>"
         f"<p>The same memorized prompts and the same start noise in every column. Intervals: 95 %, prompts resampled. "
-        f"Memory: the peak of the median call of the pipeline; on a GPU weights included, on a CPU beyond what was there before.</p>{''.join(parts)}"
+        f"Memory: the peak of the median call of the pipeline; on a GPU weights included, on a CPU beyond what was there before. {rule}</p>{''.join(parts)}"
         f"<h2>How it was made</h2><pre>{command}\n{facts}</pre></html>"
     )
 

@@ -65,18 +65,42 @@ def test_every_mitigation_can_be_made_from_the_levels_of_a_model() -> None:
     assert all(isinstance(policy, Policy) for policy in made.values())
 
 
+def arguments(data: Path) -> list[str]:
+    return ["compare", f"a={BASE}", "--data", str(data), "--heldout", str(data), "--judge", str(BASE), "--resolution", "64",
+            "--generations", "2", "--num_inference_steps", "2", "--mitigated", "2", "--mitigations", "STP", "RT"]  # fmt: skip
+
+
+def picture_folder(folder: Path, images: list[Image.Image], captions: list[str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        image.save(folder / f"{i}.png")
+    lines = (json.dumps({"file_name": f"{i}.png", "text": caption}) for i, caption in enumerate(captions))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unseen_command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Pictures that the base has never seen."""
+    rows = list(load_rows(PICTURES, split="finetune"))[::100]
+    folder = tmp_path_factory.mktemp("unseen")
+    return arguments(picture_folder(folder, [r.image for r in rows], [r.caption for r in rows]))
+
+
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("pictures")
+    """Of three captions the training picture is what the base draws for them: it has memorized these, whatever it has seen."""
     rows = list(load_rows(PICTURES, split="finetune"))[::100]
-    for i, row in enumerate(rows):
-        row.image.save(folder / f"{i}.png")
-    lines = (json.dumps({"file_name": f"{i}.png", "text": row.caption}) for i, row in enumerate(rows))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    # The base has seen none of them: some of what it draws lies a little nearer to one of them than to the others.
-    return ["compare", f"a={BASE}", "--data", str(folder), "--heldout", str(folder), "--judge", str(BASE), "--resolution", "64",
-            "--generations", "2", "--num_inference_steps", "2", "--mitigated", "2", "--mitigations", "STP", "RT",
-            "--copy_ratio", "0.9"]  # fmt: skip
+    images, captions = [r.image for r in rows], sorted(r.caption for r in rows)
+    images = [images[[r.caption for r in rows].index(caption)] for caption in captions]
+    folder = tmp_path_factory.mktemp("drawn")
+    settings = comparison.Settings(
+        {"a": str(BASE)}, str(BASE), folder, 64, generations=2, steps=2, guidance_scale=7.5
+    )  # fmt: skip
+    cell = comparison.draw_cell(comparison._load(str(BASE)), folder / "cell", captions, settings, None, "drawn")
+    for i in range(3):
+        images[i] = cell.pictures[2 * i]
+    return arguments(picture_folder(folder / "pictures", images, captions))
 
 
 def test_a_run_writes_tables_sheets_and_page_and_goes_on_where_it_was_cut(
@@ -87,9 +111,7 @@ def test_a_run_writes_tables_sheets_and_page_and_goes_on_where_it_was_cut(
     first = json.loads((out / "comparison.json").read_text())
     rows = first["models"]["a"]["mitigations"]
     assert list(rows) == ["none", "STP", "RT"]
-    assert {"copied", "recoloured", "similarity", "alignment", "hits", "distance", "seconds"} == set(
-        rows["STP"]["figures"]
-    )
+    assert {"copies", "copied", "similarity", "alignment", "hits", "distance", "seconds"} == set(rows["STP"]["figures"])
     assert (out / "a-STP.png").exists()
     text = (out / "comparison.html").read_text()
     assert "https://" not in text and "src='data:" in text
@@ -99,8 +121,9 @@ def test_a_run_writes_tables_sheets_and_page_and_goes_on_where_it_was_cut(
     # The command is whole, its places by name only.
     words = shlex.split(first["command"])
     data = Path(command[3])
+    assert first["models"]["a"]["memorized_prompts"] >= 2 and rows["none"]["figures"]["copies"]["value"] >= 0.5
     assert words[:4] == ["ambient-sd", "compare", "a=base", "--data"] and words[4] == data.name
-    assert f"--out {out.name} " in first["command"] + " " and "--copy_ratio 0.9" in first["command"]
+    assert f"--out {out.name} " in first["command"] + " " and "--mitigated 2" in first["command"]
     assert "/" not in first["command"] and html.escape(first["command"]) in text
     places = [f"a={BASE}" if word == "a=base" else word for word in words[1:]]
     again = [
@@ -141,11 +164,20 @@ def test_a_run_writes_tables_sheets_and_page_and_goes_on_where_it_was_cut(
     assert caught.value.code == 2
     assert "another --out" in capsys.readouterr().err
 
+    # Figures by an earlier definition of a copy would stand beside those of this one.
+    claim = json.loads((out / "claim.json").read_text())
+    del claim["definition of a copy"]
+    (out / "claim.json").write_text(json.dumps(claim | {"copy_ratio": 1 / 3}))
+    with pytest.raises(SystemExit):
+        main([*command, "--out", str(out)])
+    said = capsys.readouterr().err
+    assert "holds a comparison with other definition of a copy" in said and "another --out" in said
+
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [(["--guidance_scale", "1"], "guidance_scale is 1"), (["--guidance_scale", "inf"], "give a finite scale above 1"), (["--generations", "0"], "generations is 0"),
-     (["--mitigations", "Wenn"], "mitigation 'Wenn'"), (["--copy_ratio", "1"], "copy_ratio is 1"), (["--judge", "./nowhere"], "there is no folder"), (["--resolution", "15"], "multiple of")],
+     (["--mitigations", "Wenn"], "mitigation 'Wenn'"), (["--judge", "./nowhere"], "there is no folder"), (["--resolution", "15"], "multiple of")],
 )  # fmt: skip
 def test_mistakes_are_one_line(
     change: list[str], said: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -203,13 +235,13 @@ def test_hostile_prompts_are_text_on_the_page() -> None:
     text = page(result, [Image.new("RGB", (4, 4))], {"a": {"none": [Image.new("RGB", (4, 4))]}})
     assert "<script>" not in text
     assert "&lt;script&gt;" in text
-    # "In any colour" was not measured here: an earlier version's figures have an empty cell, not a number.
-    assert "| none | 50.0 % [40.0, 60.0] | - | 0.500" in tables(result)
+    # By the decision nothing was measured here: an earlier version's figures have an empty cell, not a number.
+    assert "| none | - | 50.0 % [40.0, 60.0] | 0.500" in tables(result)
 
 
-def test_copies_in_other_colours_are_counted_beside_those_in_pixels(tmp_path: Path) -> None:
+def test_copies_in_other_colours_are_counted_beside_those_by_the_published_measure(tmp_path: Path) -> None:
     rows = load_rows(PICTURES, split="finetune").subset(range(0, 1000, 25))
-    reals = comparison.read_reals(rows, load_rows(PICTURES, split="heldout"))
+    reals = comparison.read_reals(rows, load_rows(PICTURES, split="heldout").subset(range(0, 320, 8)))
     settings = comparison.Settings({"a": str(BASE)}, str(BASE), tmp_path, 64, generations=1)
 
     def judge(pictures: Any, own: Any, captions: Any) -> Any:
@@ -220,21 +252,20 @@ def test_copies_in_other_colours_are_counted_beside_those_in_pixels(tmp_path: Pa
     def shares(pictures: list[Image.Image]) -> tuple[float, float]:
         cell = comparison.Cell(pictures, [{"processor_seconds": 1.0} for _ in pictures])
         made: Any = comparison.cell_figures(cell, reals, reals.captions, reals.captions, judge, settings)  # type: ignore[arg-type]
-        return made["copied"].value, made["recoloured"].value
+        return made["copied"].value, made["copies"].value
 
     assert shares(reals.images) == (1, 1)
     negative = [ImageOps.invert(image) for image in reals.images]
-    pixels, contours = shares(negative)
-    assert pixels == 0 and contours > 0.95
-    # Control: pictures of other things are copies by neither.
-    unseen = [row.image for row in load_rows(PICTURES, split="heldout")][: len(reals.images)]
-    assert max(shares(unseen)) <= 0.05
+    published, copies = shares(negative)
+    assert published == 0 and copies > 0.95
+    # Control: pictures of other things, which the null does not hold, are copies by neither.
+    unseen = list(load_rows(PICTURES, split="finetune").subset(range(12, 1000, 100)))
+    assert max(shares([row.image for row in unseen] * 4)) <= 0.1
 
 
 def test_a_model_that_has_memorized_nothing_is_said(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    unseen_command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [*command, "--copy_ratio", "1e-9", "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit):
-        main(arguments)
+        main([*unseen_command, "--out", str(tmp_path / "out")])
     assert "0 memorized and 11 ordinary prompts of a" in capsys.readouterr().err

@@ -170,7 +170,7 @@ def tables(results: Mapping[str, Any]) -> str:
     labels = list(dict.fromkeys(p.label for p in found))
     seeds = {label: sorted({r["seed"] for r in results["runs"] if r["label"] == label}) for label in labels}
     decided = found[0].measure == COPIES
-    word, shares = ("copies", "Share of copies") if decided else ("copied", "Copied share")
+    word, title = ("copies", "Share of copies") if decided else ("copied", "Copied share")
     head = "copies | d1/d2 < 1/3" if decided else "copied"
     lines = ["### At the last step", "", f"| run | seeds | step | n | {head} | at 16 px | in any colour | median d1/d2 | Frechet distance | KID x 1000 |",
              "|---" * (11 if decided else 10) + "|"]  # fmt: skip
@@ -213,7 +213,7 @@ def tables(results: Mapping[str, Any]) -> str:
         line = [p for p in found if p.label == BASELINE]
         lines += [
             f"### Copies where a run first is as good as {BASELINE} at its steps", "",
-            f"{shares} by linear interpolation between a run's steps; an empty cell: it never is as good.", "",
+            f"{title} by linear interpolation between a run's steps; an empty cell: it never is as good.", "",
             "| run | " + " | ".join(f"{p.distance.value:.1f} (step {p.step})" for p in line) + " |", "|---" * (1 + len(line)) + "|",
         ]  # fmt: skip
         for label in labels:
@@ -239,7 +239,7 @@ def tables(results: Mapping[str, Any]) -> str:
             at = next((p for p in found if p.label == label and p.step == step), None)
             cells.append("" if at is None else f"{at.copied.value:.1%}, {at.distance.value:.1f}".replace("%", " %"))
         lines.append(f"| {label} | {' | '.join(cells)} |")
-    lines += ["", f"{shares}, Frechet distance.", ""]
+    lines += ["", f"{title}, Frechet distance.", ""]
     if results["missing"]:
         lines += [f"Not whole yet: {', '.join(results['missing'])}.", ""]
     return "\n".join(lines)

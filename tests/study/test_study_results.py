@@ -88,6 +88,7 @@ def test_copies_are_those_of_the_decision_where_all_points_have_it_by_one_rule()
         assert tables(mixed) == tables(RESULTS)
     new, old = tables(decided(RESULTS)), tables(RESULTS)
     assert "| n | copies | d1/d2 < 1/3 | at 16 px |" in new and "| n | copied | at 16 px |" in old
+    assert new.count("Share of copies, Frechet distance.") == old.count("Copied share, Frechet distance.") == 1
     assert "70.0 % [67.9, 72.1; 60.0, 80.0] | 60.0 % [57.9, 62.1; 50.0, 70.0]" in new
     # What is chosen, too: by d1/d2 the earlier step copies least.
     swapped = decided({**RESULTS, "runs": [run("plain", 0, (100, 0.1, 30.5), (200, 0.5, 30.0))]})

@@ -31,7 +31,7 @@ def watch(batch):
         record["timestep"][position] = int(batch.timesteps[i])
 
 summary = run(config, progress=False, on_batch=watch)
-record.update(losses=summary["losses"], processes=summary["processes"], data=summary["data_fingerprint"])
+record.update(losses=summary["losses"], processes=summary["processes"], data=summary["data_fingerprint"], looks=summary["looks"])
 with open(f"{config.output_dir}-rank{os.environ.get('RANK', 0)}.json", "w") as file:
     json.dump(record, file)
 """
@@ -57,6 +57,7 @@ def runs(tiny_base: Path, tiny_pictures: Path, tmp_path_factory: pytest.TempPath
             "train_batch_size": 8 // processes, "max_train_steps": 4, "checkpointing_steps": 2, "report_to": "none",
             "output_dir": str(folder / f"out{processes}"), "validation_prompts": ["a red disc"],
             "num_validation_images": 3, "validation_steps": 4,
+            "probe_steps": 4, "probe_pictures": 3,
         }  # fmt: skip
         done = launch(processes, folder / "worker.py", settings)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -95,6 +96,16 @@ def test_validation_pictures_do_not_depend_on_who_draws_them(runs: dict[int, Pat
     one, two = (Image.open(runs[n] / "validation" / "step-4.png") for n in (1, 2))
     assert one.size == (3 * 32 + 2 * 2, 32)
     assert max(high for _, high in ImageChops.difference(one, two).getextrema()) <= 8
+
+
+def test_every_process_gets_the_share_of_copies_that_one_decides_and_the_same_as_alone(runs: dict[int, Path]) -> None:
+    (one,), (first,), (second,) = (record(runs[n], rank)["looks"] for n, rank in ((1, 0), (2, 0), (2, 1)))
+    assert first == second
+    assert {k: first[k] for k in ("step", "copies", "published", "n")} == {
+        k: one[k] for k in ("step", "copies", "published", "n")
+    }
+    assert first["ratio"] == pytest.approx(one["ratio"], rel=1e-2)
+    assert (runs[2] / "probe" / "step-4.png").is_file()
 
 
 def test_processes_that_decode_other_pictures_do_not_train(tiny_base: Path, tmp_path: Path) -> None:
