@@ -81,7 +81,7 @@ def test_a_damaged_threshold_is_one_line_and_not_half_a_card(folder: Path, place
 
 def test_the_pipeline_finds_a_threshold_on_the_hub_and_takes_a_model_without_one(folder: Path, tmp_path: Path) -> None:
     code = (
-        "from ambient_sd.guard.pipeline import _threshold_file as find; from ambient_sd.guard.calibration import Calibration; "
+        "from ambient_sd.guard.pipeline import threshold_file as find; from ambient_sd.guard.calibration import Calibration; "
         "print(find('owner/other', {}), Calibration.load(find('owner/name', {'revision': 'main'})).threshold(1, 4))"
     )
     with HubServer() as hub:
