@@ -38,7 +38,7 @@ FLAT = 0.02  # an image with less deviation than this shows nothing that could b
 COVER = 0.45  # share of the training image that a pose must cover
 CANDIDATES = 4  # training images looked at closely, of each of the two ways in which they are found
 _COARSE, _FINE = 16, 32
-_STEPS, _RATE = 24, 0.02
+_STEPS, _RATE = 64, 0.02
 _GREY = torch.tensor([0.299, 0.587, 0.114])
 
 
