@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ambient_sd.audit.neighbours import workers
 from ambient_sd.audit.registration import SCALES, Poses, Registered, prepare, register
 from ambient_sd.errors import UserError
 
@@ -197,19 +198,23 @@ class CopyDecision:
     # --- the surroundings of training images -----------------------------------------------------------------------------
 
     def _find(self, x: Tensor, what: str, barred: Tensor | None = None) -> Registered:
-        parts, step = [], 16
-        for start in tqdm(
-            range(0, len(x), step), desc=what, unit_scale=step, unit="img", disable=not self.progress, leave=False
-        ):
+        step = 16
+
+        def one(start: int) -> Registered:
             no = None if barred is None else barred[start : start + step]
-            parts.append(
-                register(
-                    x[start : start + step], self._images, not_allowed=no, renditions=self._versions, poses=self._poses,
-                    mirrored=self.mirrored,
-                )
+            return register(
+                x[start : start + step], self._images, not_allowed=no, renditions=self._versions, poses=self._poses,
+                mirrored=self.mirrored,
             )  # fmt: skip
-        if not parts:
+
+        starts = range(0, len(x), step)
+        if not starts:
             return register(x, self._images)
+        # Batches need nothing of one another; threads that meet after every small operation would wait most of the time.
+        with workers() as pool:
+            found = (pool.map if pool else map)(one, starts)
+            bar = tqdm(found, what, len(starts), unit_scale=step, unit="img", disable=not self.progress, leave=False)
+            parts = list(bar)
         return Registered(
             torch.cat([p.index for p in parts]), {s: torch.cat([p.residual[s] for p in parts]) for s in SCALES}
         )

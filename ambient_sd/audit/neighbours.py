@@ -132,7 +132,7 @@ def nearest(
     search = _Search(queries, some, k, distance == "cosine", exclude_self, dtype)
     ready = ((part, search.ready(part)) for part in itertools.chain([first], blocks))
     start = 0
-    with _bar(rows, progress) as bar, _workers(len(queries) * rows * queries.shape[1]) as pool:
+    with _bar(rows, progress) as bar, workers(len(queries) * rows * queries.shape[1]) as pool:
         for part, side in _ahead(ready):
             search.offer(part, side, start, query_block, pool)
             start += len(part)
@@ -243,7 +243,7 @@ def _ahead(parts: Iterator[tuple[Tensor, _Side]]) -> Iterator[tuple[Tensor, _Sid
 
 
 @contextlib.contextmanager
-def _workers(products: int) -> Iterator[ThreadPoolExecutor | None]:
+def workers(products: int = _WORTH_THREADS) -> Iterator[ThreadPoolExecutor | None]:
     """Lend one thread per processor that torch may use, for large searches, each of which computes alone.
 
     Blocks of queries need nothing of one another. Torch's own threads meet after every operation and spin until the last one
