@@ -53,7 +53,7 @@ def test_all_commands_call_the_same_images_copies(tmp_path: Path) -> None:
     audit(
         AuditSettings(
             training=Source(str(known)), heldout=Source(str(unseen)), generated=made, out=tmp_path / "audit",
-            features=("pixels",), mirrored=False, resamples=50,
+            features=("pixels",), resamples=50,
         )
     )  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "audit" / "pictures.jsonl").read_text().splitlines()]
