@@ -80,7 +80,6 @@ from ambient_sd.json_schema import load_json
 from ambient_sd.sample import SampleSettings, sample
 from ambient_sd.weight_files import adapter_files, unet_files
 
-_FILES = {"generated", "base", "pictures.jsonl", "audit.json", "audit.html", "settings.json"}
 _SHOWN = 24
 SEARCHED = (
     5000  # training images that are laid over the generated ones: beyond, those that a feature finds near, and a draw
