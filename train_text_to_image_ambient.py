@@ -8,8 +8,8 @@ import os
 import time
 from typing import Any
 
-from ambient_sd.errors import UserError, exits_on_user_error
 from ambient_sd.training.config import parse
+from ambient_sd.utils.errors import UserError, exits_on_user_error
 
 
 @exits_on_user_error
@@ -17,7 +17,7 @@ def main() -> None:
     try:
         config = parse()
         # After parsing: torch and diffusers take seconds to import, and neither --help nor a typo should wait for them.
-        from ambient_sd.quiet import quiet
+        from ambient_sd.utils.quiet import quiet
 
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         quiet()
@@ -40,7 +40,7 @@ def describe(summary: dict[str, Any]) -> str:
     rate = summary["global_batch"] * new / max(summary["seconds"], 1e-9)
     resumed = f" ({summary['first_step']} done before)" if summary["first_step"] else ""
     lines = [
-        f"{summary['steps']} steps{resumed} in {summary['seconds']:.0f} s, {rate:.3g} samples a second, {summary['pictures']} pictures"
+        f"{summary['steps']} steps{resumed} in {summary['seconds']:.0f} s, {rate:.3g} samples a second, {summary['images']} images"
     ]
     if summary["near_duplicate_groups"]:
         lines[0] += f", {summary['near_duplicate_groups']} groups of near-duplicates among them"
@@ -54,10 +54,10 @@ def describe(summary: dict[str, Any]) -> str:
     )
     if summary.get("level_reason"):
         lines.append(f"nature level {summary['level']:g}, {summary['level_reason']}")
-    if summary["looks"]:
-        look = summary["looks"][-1]
-        lines.append(f"last look, step {look['step']}: {look['copied']:.0%} of {look['n']:.0f} pictures are copies "
-                     f"[{look['copied_low']:.0%}, {look['copied_high']:.0%}]")  # fmt: skip
+    if summary["evaluations"]:
+        look = summary["evaluations"][-1]
+        lines.append(f"last evaluation, step {look['step']}: {look['copies']:.0%} of {look['n']:.0f} images are copies "
+                     f"[{look['copies_low']:.0%}, {look['copies_high']:.0%}]")  # fmt: skip
     return "\n".join([*lines, f"results in {summary['output_dir']}"])
 
 

@@ -1,4 +1,4 @@
-"""Fine-tune Stable Diffusion without the model handing the training pictures back, and guard models that exist.
+"""Fine-tune Stable Diffusion without the model handing the training images back, and guard models that exist.
 
 The public names load on first use, so that `import ambient_sd` and `ambient-sd --help` stay quick.
 """

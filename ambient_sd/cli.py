@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from ambient_sd.cli_audit import add_audit
-from ambient_sd.cli_audit import run as run_audit
-from ambient_sd.cli_guard import add_unlisted, add_verbs
-from ambient_sd.cli_guard import run as run_guard
-from ambient_sd.errors import UserError, exits_on_user_error, require_guidance
+from ambient_sd.commands.audit_flags import add_audit
+from ambient_sd.commands.audit_flags import run as run_audit
+from ambient_sd.commands.guard_flags import add_unlisted, add_verbs
+from ambient_sd.commands.guard_flags import run as run_guard
+from ambient_sd.utils.errors import UserError, exits_on_user_error, require_guidance
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,28 +28,28 @@ class _Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="ambient-sd",
-        description="Fine-tune Stable Diffusion without the model handing the training pictures back, and see that it does.",
+        description="Fine-tune Stable Diffusion without the model handing the training images back, and see that it does.",
     )
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     demo = verbs.add_parser(
         "demo",
         help="train a small model twice, plain and ambient, and look at the difference",
-        description="Fine-tune the embedded base on embedded pictures twice, with the plain and with the ambient loss, sample "
+        description="Fine-tune the embedded base on embedded images twice, with the plain and with the ambient loss, sample "
         "both under the memorization guard, measure, and write OUT/report.html. About 8 minutes on two CPU cores.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument(
         "--out", type=Path, default=Path("demo-out"), help="folder for the page; an earlier demo in it goes"
     )
-    demo.add_argument("--subset", type=int, default=60, choices=[60, 300, 1000], help="how many training pictures")
+    demo.add_argument("--subset", type=int, default=60, choices=[60, 300, 1000], help="how many training images")
     demo.add_argument(
         "--steps", type=_positive, default=None, help="optimizer steps of each run (as in configs/demo.yaml)"
     )
     demo.add_argument(
         "--level", type=float, default=None, help="nature level s_n of the ambient run (as in configs/demo.yaml)"
     )
-    demo.add_argument("--samples_per_prompt", type=_positive, default=4, help="pictures per training caption")
+    demo.add_argument("--samples_per_prompt", type=_positive, default=4, help="images per training caption")
     demo.add_argument("--prompts", type=_positive, default=60, help="how many training captions are sampled")
     demo.add_argument("--sampling_steps", type=_positive, default=15, help="DPM-Solver++ steps")
     demo.add_argument("--guidance_scale", type=float, default=1.5, help="classifier-free guidance, above 1")
@@ -57,14 +57,14 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--open", action="store_true", help="open the page in the browser when it is ready")
     inspect = verbs.add_parser(
         "inspect",
-        help="list what is wrong with a picture set: broken, small, captionless, duplicate",
-        description="Read every picture of DATA and list unusable, small, captionless and extreme ones, and groups of duplicates.",
+        help="list what is wrong with an image set: broken, small, captionless, duplicate",
+        description="Read every image of DATA and list unusable, small, captionless and extreme ones, and groups of duplicates.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     inspect.add_argument(
         "data", metavar="DATA", help="folder with metadata.jsonl, parquet file, tar shards, or hub dataset"
     )
-    inspect.add_argument("--html", type=Path, default=None, help="write a page with the duplicates as pictures")
+    inspect.add_argument("--html", type=Path, default=None, help="write a page with the duplicates as images")
     inspect.add_argument("--json", type=Path, default=None, help="write everything found, for machines")
     inspect.add_argument("--resolution", type=_positive, default=512, help="of the training, pixels")
     inspect.add_argument(
@@ -73,16 +73,16 @@ def make_parser() -> argparse.ArgumentParser:
         help="base model, pipeline folder or hub id: its tokenizers count which captions are cut",
     )
     add_unlisted(inspect)
-    inspect.add_argument("--image_column", default="image", help="column of the pictures")
+    inspect.add_argument("--image_column", default="image", help="column of the images")
     inspect.add_argument("--caption_column", default="text", help="column of the captions")
     inspect.add_argument("--dataset_split", default=None, help="split of the dataset")
     inspect.add_argument("--fail_on", choices=["nothing", "problems"], default="nothing",
                          help="problems: exit with status 1 if anything is found")  # fmt: skip
     level = verbs.add_parser(
         "level",
-        help="see the nature level that a picture set proposes, without training",
-        description="Encode the pictures of DATA with the VAE of a base model and print, by noise level, how far noisy copies "
-        "give their pictures away; propose s_n as --ambient_level auto does. docs/level.md explains the table.",
+        help="see the nature level that an image set proposes, without training",
+        description="Encode the images of DATA with the VAE of a base model and print, by noise level, how far noisy copies "
+        "give their images away; propose s_n as --ambient_level auto does. docs/level.md explains the table.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     level.add_argument("data", metavar="DATA", help="folder with metadata.jsonl, parquet file, or tar shards")
@@ -99,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_unlisted(level)
     level.add_argument("--center_crop", action="store_true", help="as in the training")
     level.add_argument("--random_flip", action="store_true", help="as in the training")
-    level.add_argument("--image_column", default="image", help="column of the pictures")
+    level.add_argument("--image_column", default="image", help="column of the images")
     level.add_argument("--caption_column", default="text", help="column of the captions")
     level.add_argument("--dataset_split", default=None, help="split of the dataset")
     level.add_argument("--row_filter", nargs="+", default=None, help="keep rows where all hold: column=value")
@@ -125,7 +125,7 @@ def make_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--results_only", action="store_true", help="train nothing; write results of what is measured")
     add_audit(verbs)
     push = verbs.add_parser("push", help="upload the results of a training to the hub", description="Upload weights, "
-        "configurations, card and validation pictures; never checkpoints, logs, tokens or local paths. Token: HF_TOKEN "
+        "configurations, card and validation images; never checkpoints, logs, tokens or local paths. Token: HF_TOKEN "
         "or `hf auth login`.")  # fmt: skip
     push.add_argument("folder", type=Path, help="output_dir of a finished training")
     push.add_argument("--repo", required=True, help="repository, owner/name; created if it is missing")
@@ -137,10 +137,10 @@ def make_parser() -> argparse.ArgumentParser:
 def _tokenizers(model: str | None) -> list[object]:
     if model is None:
         return []
-    from ambient_sd.quiet import quiet
+    from ambient_sd.utils.quiet import quiet
 
     quiet()
-    from ambient_sd.training.base import check_base
+    from ambient_sd.families.base import check_base
     from ambient_sd.training.config import TrainConfig
 
     base = check_base(TrainConfig(pretrained_model_name_or_path=model, train_data_dir="."))
@@ -156,8 +156,8 @@ def _positive(text: str) -> int:
 def _demo(args: argparse.Namespace) -> None:
     require_guidance(args.guidance_scale)
     # After the arguments are checked: torch and diffusers take seconds to import.
-    from ambient_sd.demo.run import DemoSettings, finding, run_demo, table
-    from ambient_sd.quiet import quiet
+    from ambient_sd.commands.demo import DemoSettings, finding, run_demo, table
+    from ambient_sd.utils.quiet import quiet
 
     quiet()
     settings = {name: value for name, value in vars(args).items() if name not in {"verb", "version", "open"}}
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.verb == "demo":
         _demo(args)
     elif args.verb == "inspect":
-        from ambient_sd.data.inspect import run
+        from ambient_sd.commands.inspect import run
 
         found = run(args.data, html_path=args.html, json_path=args.json, resolution=args.resolution, unlisted=args.unlisted,
                     tokenizers=_tokenizers(args.model),
@@ -186,8 +186,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.fail_on == "problems" and not found.clean:
             sys.exit(1)
     elif args.verb == "level":
-        from ambient_sd.level import run as run_level
-        from ambient_sd.quiet import quiet
+        from ambient_sd.commands.level import run as run_level
+        from ambient_sd.utils.quiet import quiet
 
         quiet()
         run_level(args.data, args.model, resolution=args.resolution, image_column=args.image_column, split=args.dataset_split,
@@ -196,13 +196,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.verb in ("sample", "calibrate", "compare"):
         run_guard(args)
     elif args.verb == "sweep":
-        from ambient_sd.quiet import quiet
+        from ambient_sd.utils.quiet import quiet
 
         quiet()  # before the imports below, which load what speaks
-        from ambient_sd.study.plan import read_plan
-        from ambient_sd.study.results import write_results
-        from ambient_sd.study.sweep import gather, merge, write_pages
-        from ambient_sd.study.sweep import sweep as run_sweep
+        from experiments.plan import read_plan
+        from experiments.results import write_results
+        from experiments.sweep import gather, merge, write_pages
+        from experiments.sweep import sweep as run_sweep
 
         plan = read_plan(args.study, {} if args.seeds is None else {"seeds": args.seeds})
         plan.chosen(args.only)  # a wrong name is found before anything is taken in
@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if status := run_audit(args, sys.argv[1:] if argv is None else argv):
             sys.exit(status)
     elif args.verb == "push":
-        from ambient_sd.training.push import push
+        from ambient_sd.commands.push import push
 
         print(push(args.folder, args.repo, private=args.private or None, revision=args.revision), flush=True)
     else:

@@ -1,9 +1,9 @@
 """Ambient diffusion as a corrupted input, a corrected target and a weight, for any trainer.
 
 Algorithm 1 of Shah, Kalavasis, Klivans, Daras, "Does Generation Require Memorization?" (ICML 2025), in noise levels
-`s = sigma / alpha`. Every picture has ONE noisy version, `x_n = alpha_n x0 + sigma_n eps_n`, at the nature level s_n.
+`s = sigma / alpha`. Every image has ONE noisy version, `x_n = alpha_n x0 + sigma_n eps_n`, at the nature level s_n.
 
-    s_t <= s_n    x_t = alpha_t x0 + sigma_t xi                     ordinary denoising of the clean picture
+    s_t <= s_n    x_t = alpha_t x0 + sigma_t xi                     ordinary denoising of the clean image
     s_t >  s_n    x_t = (alpha_t / alpha_n) x_n + c xi              c = sigma_t sqrt(a),  a = 1 - s_n^2 / s_t^2
                   loss = || a h + (1 - a) y_t - y_n ||^2            y = x / alpha,  h = predicted x0
 
@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from ambient_sd.errors import UserError
 from ambient_sd.schedule import PREDICTION_TYPES, NoiseSchedule
+from ambient_sd.utils.errors import UserError
 
 MODES = ("ambient", "plain", "gap", "weighted")
 
@@ -39,7 +39,7 @@ class CorruptedBatch:
         x_t: (B, ...) network input, dtype of x0.
         target: (B, ...) what the network should return, dtype of x0.
         weight: (B,) factor of each sample's loss; float32, or float64 if x0 is.
-        clean: (B,) bool, True where x_t and target were made from the clean picture.
+        clean: (B,) bool, True where x_t and target were made from the clean image.
         noise: (B, ...) the fresh noise xi, dtype of x0.
     """
 
@@ -63,7 +63,7 @@ class AmbientObjective:
             variance of the target, 1/a, is then unbounded just above s_n.
         mode: "ambient"; "plain", the ordinary loss, which ignores `level` and eps_n; "gap", the ordinary loss with
             weight zero where level < s_t <= gap_upper ("Two Calm Ends and the Wild Middle", arXiv 2602.17846); or
-            "weighted", the ordinary loss of the clean picture with the weight a^q where s_t > level: the control that
+            "weighted", the ordinary loss of the clean image with the weight a^q where s_t > level: the control that
             shares ambient's under-trained band, but not its target.
         gap_upper: upper noise level of the gap, above `level`; only with "gap".
 
@@ -109,7 +109,7 @@ class AmbientObjective:
 
         Args:
             x0: (B, ...) clean latents, scaled as the network sees them, floating point.
-            eps_n: (B, ...) the ONE noise of each picture (`image_noise`); may be None if nothing can be ambient.
+            eps_n: (B, ...) the ONE noise of each image (`image_noise`); may be None if nothing can be ambient.
             timesteps: (B,) long, or float for flow matching, as the network receives them.
             generator: source of the fresh noise, on x0's device or the CPU.
             noise: the fresh noise itself, instead of drawing it.
@@ -231,8 +231,8 @@ def _check_batch(
             f"timesteps have shape {tuple(timesteps.shape)}", rule=f"{len(x0)} samples need shape ({len(x0)},)"
         )
     if eps_n_needed and eps_n is None:
-        raise UserError("eps_n is missing", rule="the ambient loss needs the fixed noise of each picture")
-    # Broadcasting would give every picture of the batch the same noise without a word.
+        raise UserError("eps_n is missing", rule="the ambient loss needs the fixed noise of each image")
+    # Broadcasting would give every image of the batch the same noise without a word.
     for name, tensor in (("eps_n", eps_n if eps_n_needed else None), ("noise", noise)):
         if tensor is not None and tensor.shape != x0.shape:
             raise UserError(f"{name} has shape {tuple(tensor.shape)}", rule=f"it must be that of x0, {tuple(x0.shape)}")

@@ -1,7 +1,7 @@
 """The optimal denoisers of a finite data set, in closed form and float64: what a network of unlimited capacity learns.
 
     plain     E[x0 | x_t] = sum_i w_i x0_i,   w = softmax_i( -|x_t - alpha_t x0_i|^2 / (2 sigma_t^2) )
-    ambient   above s_n: the same over the noisy pictures y_n_i = x_n_i / alpha_n at the fresh noise c, mapped back by
+    ambient   above s_n: the same over the noisy images y_n_i = x_n_i / alpha_n at the fresh noise c, mapped back by
               E[x0 | x_t] = (E[y_n | x_t] - (1 - a) x_t / alpha_t) / a,   a = 1 - s_n^2 / s_t^2,   c = sigma_t sqrt(a)
 
 Shah et al., "Does Generation Require Memorization?" (ICML 2025), Lemma 4.1. The first is perfect memorization: sampling
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 Scalars = torch.Tensor | float
 
@@ -59,13 +59,13 @@ def ideal_ambient_denoiser(
     alpha_n: float,
     sigma_n: float,
 ) -> torch.Tensor:
-    """Return the x0-prediction that minimises the ambient loss above s_n on a finite set of noisy pictures.
+    """Return the x0-prediction that minimises the ambient loss above s_n on a finite set of noisy images.
 
     Args:
         x_t: (B, ...) noisy inputs.
         alpha_t: signal, a number or (B,); 0 is allowed.
         sigma_t: noise, a number or (B,).
-        x_n: (M, ...) the noisy pictures `alpha_n x0 + sigma_n eps_n`, one for each picture.
+        x_n: (M, ...) the noisy images `alpha_n x0 + sigma_n eps_n`, one for each image.
         alpha_n: their signal, above 0.
         sigma_n: their noise.
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 

@@ -1,4 +1,4 @@
-"""Samples per second and peak memory beside diffusers' own script: ratios in one run, same model, pictures, batch, steps.
+"""Samples per second and peak memory beside diffusers' own script: ratios in one run, same model, images, batch, steps.
 
     python benchmarks/against_diffusers.py --script diffusers/examples/text_to_image/train_text_to_image.py --rounds 3
 
@@ -84,12 +84,12 @@ def shares(size: tuple[Any, ...]) -> str:
 
 
 def prepare(folder: Path, count: int) -> None:
-    """Write the model and a folder of pictures, wider than high, with captions."""
+    """Write the model and a folder of images, wider than high, with captions."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
+    from ambient_sd.assets import BASE, PICTURES
     from ambient_sd.data.sources import load_rows
-    from ambient_sd.demo import BASE, PICTURES
 
     torch.manual_seed(0)
     unet, vae, text = models(SMALL)
@@ -99,17 +99,17 @@ def prepare(folder: Path, count: int) -> None:
         scheduler=DDIMScheduler.from_pretrained(BASE / "scheduler"), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder / "model")  # fmt: skip
-    pictures = folder / "pictures"
-    pictures.mkdir()
-    with (pictures / "metadata.jsonl").open("w") as rows:
-        for i, picture in enumerate(load_rows(PICTURES, max_samples=count)):
-            picture.image.resize((SMALL[4] * 3 // 2, SMALL[4])).save(pictures / f"{i:04d}.png")
-            rows.write(json.dumps({"file_name": f"{i:04d}.png", "text": picture.caption}) + "\n")
+    images = folder / "images"
+    images.mkdir()
+    with (images / "metadata.jsonl").open("w") as rows:
+        for i, image in enumerate(load_rows(PICTURES, max_samples=count)):
+            image.image.resize((SMALL[4] * 3 // 2, SMALL[4])).save(images / f"{i:04d}.png")
+            rows.write(json.dumps({"file_name": f"{i:04d}.png", "text": image.caption}) + "\n")
 
 
 def variants(folder: Path, script: Path | None, batch: int, lora: bool) -> dict[str, list[str]]:
     """Return the command of each variant, but for steps and output."""
-    same = ["--pretrained_model_name_or_path", str(folder / "model"), "--train_data_dir", str(folder / "pictures"),
+    same = ["--pretrained_model_name_or_path", str(folder / "model"), "--train_data_dir", str(folder / "images"),
             "--resolution", str(SMALL[4]), "--train_batch_size", str(batch), "--learning_rate", "1e-4", "--seed", "0",
             "--checkpointing_steps", "1000000"]  # fmt: skip
     ours = [sys.executable, str(ROOT / "train_text_to_image_ambient.py"), *same, "--report_to", "none"]
@@ -157,7 +157,7 @@ def main() -> None:
         commands = {k: v for k, v in commands.items() if not args.only or k in args.only}
         if "cache" in commands:
             filling, again = (timed(commands["cache"], 1)[0] for _ in range(2))
-            print(f"filling the cache: {PICTURE_COUNT / (filling - again):.1f} pictures/s; a run that finds it full starts and ends "
+            print(f"filling the cache: {PICTURE_COUNT / (filling - again):.1f} images/s; a run that finds it full starts and ends "
                   f"in {again:.1f} s", flush=True)  # fmt: skip
         rates: dict[str, list[float]] = {k: [] for k in commands}
         starts: dict[str, list[float]] = {k: [] for k in commands}

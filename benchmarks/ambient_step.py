@@ -1,6 +1,6 @@
 """How much a training step costs with the ambient loss, beside the plain step: a ratio of the two, taken in one run.
 
-The real trainer trains the embedded base on the embedded pictures, plain and ambient in turns, on whatever machine this is:
+The real trainer trains the embedded base on the embedded images, plain and ambient in turns, on whatever machine this is:
 
     python benchmarks/ambient_step.py --rounds 5 --steps 12
 
@@ -18,10 +18,10 @@ import time
 
 import torch
 
-from ambient_sd.demo.run import TRAINING
-from ambient_sd.quiet import quiet
+from ambient_sd.commands.demo import TRAINING
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
+from ambient_sd.utils.quiet import quiet
 
 WARM_UP = 3
 
@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="pairs of turns (default 5)")
     parser.add_argument("--steps", type=int, default=12, help="timed steps of a turn (default 12)")
-    parser.add_argument("--batch", type=int, default=16, help="pictures per step (default 16)")
+    parser.add_argument("--batch", type=int, default=16, help="images per step (default 16)")
     args = parser.parse_args()
     quiet()
     ratios: dict[str, list[float]] = {"clock": [], "processor time": []}

@@ -7,8 +7,8 @@ its runs, then in pairs: base and each of --high above a level with the last ste
 it was cut.
 
 Beside the study's figures:
-    shaped    d1 / d2 < 1/2 of pixels without brightness and contrast: copies in other tones; for how many held-out pictures it holds is printed
-    own       share of samples whose nearest training picture, by contours, is that of their own prompt
+    shaped    d1 / d2 < 1/2 of pixels without brightness and contrast: copies in other tones; for how many held-out images it holds is printed
+    own       share of samples whose nearest training image, by contours, is that of their own prompt
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from PIL import Image
 from ambient_sd.audit.features import Edges, Pixels, embed
 from ambient_sd.audit.metrics import bootstrap
 from ambient_sd.audit.neighbours import nearest
-from ambient_sd.audit.report import contact_sheet, cut_sheet
-from ambient_sd.errors import UserError, exits_on_user_error
-from ambient_sd.files import write_whole
 from ambient_sd.guard.base_above import BaseAbove
-from ambient_sd.quiet import quiet
-from ambient_sd.study.measures import Reals, load_pipeline, measure_samples, prompts_of, sample
-from ambient_sd.study.plan import Plan, read_plan
-from ambient_sd.study.sweep import open_reals
+from ambient_sd.reporting.report import contact_sheet, cut_sheet
 from ambient_sd.training.loop import run as train
+from ambient_sd.utils.errors import UserError, exits_on_user_error
+from ambient_sd.utils.files import atomic_write
+from ambient_sd.utils.quiet import quiet
+from experiments.measures import Reals, load_pipeline, measure_samples, prompts_of, sample
+from experiments.plan import Plan, read_plan
+from experiments.sweep import open_reals
 
 COLUMNS = {
-    "copies": "copies", "copied": "d1/d2 < 1/3", "copied-coarsely": "at 16 px", "copied-recoloured": "in any colour", "shaped": "toned, d1/d2 < 1/2",
+    "copies": "copies", "copied": "d1/d2 < 1/3", "copied-coarsely": "at 16 px", "copied-recoloured": "in any colour", "shaped": "standardized, d1/d2 < 1/2",
     "own": "own original nearest",
 }  # fmt: skip
 
@@ -70,11 +70,11 @@ def main() -> None:
         around = functools.partial(BaseAbove, pipe, level, networks[high]) if level else contextlib.nullcontext
         rows.append(measured(args.out, _name(high, low, level), pipe, around, plan, reals, resolution, args.seed))
         print(rows[-1]["name"], {k: round(v["value"], 3) for k, v in rows[-1]["figures"].items()}, flush=True)
-    write_whole(args.out / "results.json", json.dumps(rows, indent=1) + "\n")
+    atomic_write(args.out / "results.json", json.dumps(rows, indent=1) + "\n")
     shown = [_name(high, last, level) for high, low, level in pairs if high == "base" and low == last]
     page(args.out, [last, *reversed(shown), "base"], reals, resolution).save(args.out / "page.png")
     print(table(rows))
-    print(f"Held-out pictures, toned, d1/d2 < 1/2: {_by_chance(reals)} of {len(reals.heldout_images)}")
+    print(f"Held-out images, standardized, d1/d2 < 1/2: {_by_chance(reals)} of {len(reals.heldout_images)}")
 
 
 def make_parser(about: str) -> argparse.ArgumentParser:
@@ -88,7 +88,7 @@ def make_parser(about: str) -> argparse.ArgumentParser:
 
 
 def networks_of(plan: Plan, out: Path) -> tuple[dict[str, Any], Any, Reals, int]:
-    """Train what is missing; return the U-Nets by name, a pipeline to put them into, and the real pictures."""
+    """Train what is missing; return the U-Nets by name, a pipeline to put them into, and the real images."""
     run = next((run for run in plan.runs if run.label == "plain"), None)
     if run is None or plan.from_scratch is not None:
         raise UserError(f"study {plan.name}", rule="needs a run called plain that starts from a base")
@@ -114,32 +114,34 @@ def networks_of(plan: Plan, out: Path) -> tuple[dict[str, Any], Any, Reals, int]
 def measured(
     out: Path, name: str, pipe: Any, around: Callable[[], AbstractContextManager[Any]], plan: Plan, reals: Reals, resolution: int, seed: int
 ) -> dict[str, Any]:  # fmt: skip
-    """Sample a pipeline in `around()`, measure, and keep figures and pictures under `name`; return what is kept if it is there."""
+    """Sample a pipeline in `around()`, measure, and keep figures and images under `name`; return what is kept if it is there."""
     path = _file(out, name)
     if path.exists():
         return dict(json.loads(path.read_text(encoding="utf-8")))
     prompts = prompts_of(reals, plan.sampling, seed)
     with around():
-        pictures = sample(pipe, prompts, plan.sampling, resolution, seed)
-    figures, _ = measure_samples(pictures, prompts, reals, seed)
-    toned, edges = Pixels(toned=True), Edges()
-    found, known = embed(pictures, [toned, edges]), embed(reals.images, [toned, edges])
-    ratio = nearest(found[toned.name], known[toned.name]).ratio
+        images = sample(pipe, prompts, plan.sampling, resolution, seed)
+    figures, _ = measure_samples(images, prompts, reals, seed)
+    standardized, edges = Pixels(standardized=True), Edges()
+    found, known = embed(images, [standardized, edges]), embed(reals.images, [standardized, edges])
+    ratio = nearest(found[standardized.name], known[standardized.name]).ratio
     mine = torch.tensor([list(reals.captions).index(prompt) for prompt in prompts])
     own = nearest(found[edges.name], known[edges.name]).index[:, 0] == mine
     options: dict[str, Any] = {"groups": prompts, "seed": seed, "share": True}
     figures["shaped"] = bootstrap((ratio < 0.5).double(), torch.mean, name="shaped", **options)
     figures["own"] = bootstrap(own.double(), torch.mean, name="own", **options)
-    contact_sheet(pictures, 20).save(path.with_suffix(".png"))
+    contact_sheet(images, 20).save(path.with_suffix(".png"))
     record = {"name": name, "figures": {key: figure.as_dict() for key, figure in figures.items()}}
-    write_whole(path, json.dumps(record, indent=1) + "\n")
+    atomic_write(path, json.dumps(record, indent=1) + "\n")
     return record
 
 
 def _by_chance(reals: Reals) -> int:
-    """Return how many held-out pictures would count as copies by the looser rule."""
-    toned = Pixels(toned=True)
-    unseen, known = (embed(images, [toned])[toned.name] for images in (reals.heldout_images, reals.images))
+    """Return how many held-out images would count as copies by the looser rule."""
+    standardized = Pixels(standardized=True)
+    unseen, known = (
+        embed(images, [standardized])[standardized.name] for images in (reals.heldout_images, reals.images)
+    )
     return int((nearest(unseen, known).ratio < 0.5).sum())
 
 
@@ -152,12 +154,12 @@ def _file(out: Path, name: str) -> Path:
 
 
 def page(out: Path, names: Sequence[str], reals: Reals, resolution: int, shown: int = 16) -> Image.Image:
-    """Lay out the training pictures of the first prompts, and under them what each network draws for these."""
-    pictures = [image.convert("RGB").resize((resolution, resolution)) for image in reals.images[:shown]]
+    """Lay out the training images of the first prompts, and under them what each network draws for these."""
+    images = [image.convert("RGB").resize((resolution, resolution)) for image in reals.images[:shown]]
     for name in names:
         sheet = Image.open(_file(out, name).with_suffix(".png")).convert("RGB")
-        pictures += cut_sheet(sheet, shown, resolution, 20)
-    return contact_sheet(pictures, shown)
+        images += cut_sheet(sheet, shown, resolution, 20)
+    return contact_sheet(images, shown)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -23,6 +23,7 @@ from PIL import Image
 from series import caption, member
 from torch import Tensor
 
+from ambient_sd.assets import BASE, PICTURES
 from ambient_sd.audit.decision import SAME, CopyDecision, discoveries
 from ambient_sd.audit.features import MIRROR, as_rgb, embed
 from ambient_sd.audit.metrics import wilson
@@ -31,8 +32,7 @@ from ambient_sd.audit.originals import originals
 from ambient_sd.audit.registry import choose
 from ambient_sd.audit.transformations import TRANSFORMATIONS, transformed
 from ambient_sd.data.sources import load_rows
-from ambient_sd.demo import BASE, PICTURES
-from ambient_sd.files import write_whole
+from ambient_sd.utils.files import atomic_write
 
 SERIES, MEMBERS = 24, 12
 Images = list[Image.Image]
@@ -172,14 +172,16 @@ def markdown(found: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--queries", type=int, default=40, help="training images changed, of each set")
-    parser.add_argument("--features", default="pixels,toned,edges", help="published measures beside the decision")
+    parser.add_argument(
+        "--features", default="pixels,standardized,edges", help="published measures beside the decision"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     sets = []
     for name, load in (("emoji", emoji), ("series", in_series)):
         sets.append(study(name, load, args.queries, args.features.split(","), args.seed))
-        write_whole(args.out, json.dumps({"sets": sets}, indent=1) + "\n")
+        atomic_write(args.out, json.dumps({"sets": sets}, indent=1) + "\n")
         print(f"\n### {name}\n\n{markdown(sets[-1])}\n", flush=True)
 
 

@@ -32,7 +32,7 @@ def pipeline() -> Any:
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
-    from ambient_sd.demo import BASE
+    from ambient_sd.assets import BASE
 
     torch.manual_seed(0)
     unet, vae, text = models(SMALL)
@@ -72,7 +72,7 @@ def measure(args: argparse.Namespace) -> None:
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def once(seed: int) -> None:
-        # Latents, not pictures: decoding costs the same with and without.
+        # Latents, not images: decoding costs the same with and without.
         pipe("a red apple on a table", num_inference_steps=args.steps, num_images_per_prompt=args.images, output_type="latent",
              generator=torch.Generator().manual_seed(seed))  # fmt: skip
 
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=3, help="timed calls of the pipeline in a round")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--images", type=int, default=1, help="pictures a call")
+    parser.add_argument("--images", type=int, default=1, help="images a call")
     parser.add_argument("--iterations", type=int, default=10, help="of prompt optimization")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)
@@ -127,7 +127,7 @@ def main() -> None:
             parts.append(f"{name} {statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]")
         print(f"{variant} / {first}: " + ", ".join(parts))
     print(
-        f"n = {args.rounds} rounds of {args.calls} calls, {args.steps} steps, {args.images} pictures, {torch.get_num_threads()} threads"
+        f"n = {args.rounds} rounds of {args.calls} calls, {args.steps} steps, {args.images} images, {torch.get_num_threads()} threads"
     )
 
 

@@ -1,4 +1,4 @@
-"""Mitigations at sampling time beside an earlier stop of the same training: fewer copies at equal quality, or other pictures of them?
+"""Mitigations at sampling time beside an earlier stop of the same training: fewer copies at equal quality, or other images of them?
 
     python benchmarks/mitigated.py configs/study/text-60.yaml --out build/by-noise-level
 
@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from by_noise_level import COLUMNS, make_parser, measured, networks_of, page, table
 
-from ambient_sd.comparison import MITIGATIONS, Levels, levels_of
-from ambient_sd.errors import UserError, exits_on_user_error
-from ambient_sd.files import write_whole
+from ambient_sd.commands.compare import MITIGATIONS, Levels, levels_of
 from ambient_sd.guard.recorder import MemorizationGuard
-from ambient_sd.quiet import quiet
-from ambient_sd.study.measures import Reals, sample
-from ambient_sd.study.plan import Sampling, read_plan
-from ambient_sd.study.results import Estimate, share, where_as_good
+from ambient_sd.utils.errors import UserError, exits_on_user_error
+from ambient_sd.utils.files import atomic_write
+from ambient_sd.utils.quiet import quiet
+from experiments.measures import Reals, sample
+from experiments.plan import Sampling, read_plan
+from experiments.results import Estimate, share, where_as_good
 
 
 @exits_on_user_error
@@ -63,7 +63,7 @@ def main() -> None:
         rows.append(row(f"{name}, step {args.steps[-1]}", around))
         print(rows[-1]["name"], {k: round(v["value"], 3) for k, v in rows[-1]["figures"].items()}, flush=True)
     stem = f"mitigated{at.replace(' ', '-')}"
-    write_whole(args.out / f"{stem}.json", json.dumps(rows, indent=1) + "\n")
+    atomic_write(args.out / f"{stem}.json", json.dumps(rows, indent=1) + "\n")
     shown = [done["name"] for done in rows[len(args.steps) - 1 :]]
     page(args.out, shown, reals, resolution).save(args.out / f"{stem}.png")
     print(table(rows))

@@ -2,7 +2,7 @@
 
     python benchmarks/sd2_flops.py
 
-FLOPs by torch's FlopCounterMode (2 per multiplication and addition) of one picture on the meta device: no weights, no arithmetic, any
+FLOPs by torch's FlopCounterMode (2 per multiplication and addition) of one image on the meta device: no weights, no arithmetic, any
 machine. Saved activations are the bytes that autograd keeps of one forward pass in float32, weights left out.
 """
 
@@ -66,7 +66,7 @@ def saved_bytes(unet: Any, call: Callable[[], Any]) -> int:
 
 
 def count(resolution: int) -> dict[str, float]:
-    """Return TFLOP per picture, weights in millions and activations in GB at a resolution."""
+    """Return TFLOP per image, weights in millions and activations in GB at a resolution."""
     made, side = parts(), resolution // 8
     with torch.device("meta"):
         x, e, t = torch.randn(1, 4, side, side), torch.randn(1, 77, 1024), torch.tensor([5])

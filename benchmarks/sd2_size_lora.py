@@ -28,7 +28,7 @@ def build(folder: Path) -> None:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from ambient_sd.demo import BASE
+    from ambient_sd.assets import BASE
 
     torch.manual_seed(0)
     parts: dict[str, Any] = {
@@ -67,16 +67,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/sd2-size"), help="folder of model, cache and result")
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--pictures", type=int, default=4)
+    parser.add_argument("--images", type=int, default=4)
     args = parser.parse_args()
-    from ambient_sd.demo import PICTURES
+    from ambient_sd.assets import PICTURES
 
     if not (args.work / "model" / "model_index.json").exists():
         build(args.work / "model")
     command = [
         sys.executable, str(ROOT / "train_text_to_image_ambient.py"), "--lora", "--rank", "16", "--gradient_checkpointing",
         "--pretrained_model_name_or_path", str(args.work / "model"), "--train_data_dir", str(PICTURES),
-        "--max_train_samples", str(args.pictures), "--latent_cache_dir", str(args.work / "cache"), "--mixed_precision", "bf16",
+        "--max_train_samples", str(args.images), "--latent_cache_dir", str(args.work / "cache"), "--mixed_precision", "bf16",
         "--train_batch_size", "1", "--gradient_accumulation_steps", "1", "--resolution", str(args.resolution),
         "--max_train_steps", str(args.steps), "--report_to", "none", "--output_dir", str(args.work / "out"),
     ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Time, memory and recall of the search for neighbours: 10,000 generations in 10^4, 10^5, 10^6 training vectors of 512 numbers.
 
 Command: python benchmarks/search.py --rows 10000,100000,1000000 --threads 2 --work /tmp/search
-         python benchmarks/search.py --real ambient_sd/demo/emoji.parquet --work /tmp/search   (recall on real features)
+         python benchmarks/search.py --real ambient_sd/assets/emoji.parquet --work /tmp/search   (recall on real features)
 
 Vectors (drawn from fixed keys): 1,000 normal centres in a space of 512; a row is a centre, 0.7 times a normal draw in 48
 directions and 0.1 times one in all; a centre has one of four sets of directions. Of the queries, 1,000 are rows plus noise
@@ -141,18 +141,18 @@ def one(args: argparse.Namespace) -> None:
 
 
 def real(args: argparse.Namespace) -> None:
-    """Measure recall on real features: every fifth picture is a query, and 500 others as JPEG of quality 30."""
+    """Measure recall on real features: every fifth image is a query, and 500 others as JPEG of quality 30."""
     torch.set_num_threads(args.threads)
-    pictures = load_set(args.real)
-    training = [i for i in range(len(pictures)) if i % 5]
+    dataset = load_set(args.real)
+    training = [i for i in range(len(dataset)) if i % 5]
     for feature in choose(["pixels", "efflite0"]):
-        (folder,) = embed_set(pictures.subset(training), [feature], args.work / "real", block=BLOCK)
+        (folder,) = embed_set(dataset.subset(training), [feature], args.work / "real", block=BLOCK)
         store = EmbeddingStore.open(folder)
         build_index(store)
-        queries = {"others": [pictures[i].image for i in range(0, len(pictures), 5)], "copies": []}
+        queries = {"others": [dataset[i].image for i in range(0, len(dataset), 5)], "copies": []}
         for i in training[:: len(training) // 500][:500]:
             buffer = io.BytesIO()
-            pictures[i].image.save(buffer, "JPEG", quality=30)
+            dataset[i].image.save(buffer, "JPEG", quality=30)
             queries["copies"].append(Image.open(buffer).convert("RGB"))
         for name, images in queries.items():
             vectors = feature(images)
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--searches", default="exact,exact-float32,index,ivfpq-32-256")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--what", default="exact", help=argparse.SUPPRESS)
-    parser.add_argument("--real", help="measure recall on the features of this picture set instead")
+    parser.add_argument("--real", help="measure recall on the features of this image dataset instead")
     args = parser.parse_args()
     if args.real:
         real(args)

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     training = load_rows(args.data, row_filter=[split_condition(c) for c in args.row_filter], need_captions=False)
-    lines = [json.loads(line) for line in (args.audit / "pictures.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (args.audit / "images.jsonl").read_text(encoding="utf-8").splitlines()]
     lines.sort(key=lambda line: (not line["copy"], line["p"], line["ratio"]))
     shown = lines[args.first : args.first + args.count]
     wide, high = 2 * _SIDE + 12, _SIDE + 18

@@ -1,8 +1,8 @@
-"""What the audit detects of blurred, cropped, mirrored, recoloured training pictures, per transformation and feature.
+"""What the audit detects of blurred, cropped, mirrored, recoloured training images, per transformation and feature.
 
     python benchmarks/transformations.py --out build/transformations.json
 
-Training pictures of the first condition are changed and searched for among those of each condition; the same changes of held-out pictures
+Training images of the first condition are changed and searched for among those of each condition; the same changes of held-out images
 are the false alarms. Every table is printed before (upright search) and after (mirror images searched too).
 """
 
@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
+from ambient_sd.assets import PICTURES
 from ambient_sd.audit.features import embed
 from ambient_sd.audit.registry import add_features, choose, chosen
 from ambient_sd.audit.transformations import detection, embed_all, table
 from ambient_sd.data.conditions import split_condition
 from ambient_sd.data.sources import load_rows
-from ambient_sd.demo import PICTURES
-from ambient_sd.errors import exits_on_user_error
-from ambient_sd.files import write_whole
+from ambient_sd.utils.errors import exits_on_user_error
+from ambient_sd.utils.files import atomic_write
 
 
 @exits_on_user_error
@@ -38,7 +38,7 @@ def main() -> None:
     )
     parser.add_argument("--heldout_split", default="heldout")
     add_features(parser)
-    parser.add_argument("--queries", type=int, default=150, help="pictures of each kind, drawn by the seed")
+    parser.add_argument("--queries", type=int, default=150, help="images of each kind, drawn by the seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -61,14 +61,14 @@ def main() -> None:
                 queries, places, others, training, features, duplicates=rows.noise_keys, mirrored=mirrored
             )
         ]
-        head = f"{condition}: {len(rows)} training pictures, {len(first)} of them changed, {len(unseen)} held-out, seed {args.seed}"
+        head = f"{condition}: {len(rows)} training images, {len(first)} of them changed, {len(unseen)} held-out, seed {args.seed}"
         for of in ("detected", "false_alarms", "at_one_percent"):
             print(f"\n### {head}: {of.replace('_', ' ')}, %\n\n{table(cells, of)}", flush=True)
         found.append({
             "training": condition, "n": len(rows), "queries": len(first), "heldout": len(unseen),
             "cells": [dataclasses.asdict(cell) for cell in cells],
         })  # fmt: skip
-    write_whole(args.out, json.dumps({"seed": args.seed, "sets": found}, indent=1) + "\n")
+    atomic_write(args.out, json.dumps({"seed": args.seed, "sets": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,19 +19,19 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of eight small pictures with metadata.jsonl."""
-    return tiny.tiny_folder(tmp_path_factory.mktemp("tiny-pictures"))
+def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of eight small images with metadata.jsonl."""
+    return tiny.tiny_folder(tmp_path_factory.mktemp("tiny-images"))
 
 
 @pytest.fixture(scope="session")
-def tiny_audit(tiny_base: Path, tiny_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_audit(tiny_base: Path, tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `ambient-sd audit` writes about the tiny pipeline: a whole folder of it, with held-out images and a limit."""
     from ambient_sd.cli import main
 
     root = tmp_path_factory.mktemp("tiny-audit")
-    heldout = tiny.picture_folder(root / "heldout", [tiny.noise_picture(100 + i) for i in range(6)])
-    main(["audit", str(tiny_base), str(tiny_pictures), "--heldout", str(heldout), "--out", str(root / "audit"), "--features", "pixels,edges",
+    heldout = tiny.image_folder(root / "heldout", [tiny.noise_image(100 + i) for i in range(6)])
+    main(["audit", str(tiny_base), str(tiny_images), "--heldout", str(heldout), "--out", str(root / "audit"), "--features", "pixels,edges",
           "--max_prompts", "2", "--samples_per_prompt", "2", "--num_inference_steps", "2", "--attribution", "1", "--device", "cpu",
           "--fail-over", "0.99"])  # fmt: skip
     return root / "audit"

@@ -1,6 +1,6 @@
-"""Damaged inputs, made anew for each test: pictures, lists, parquet files, shards, settings, base models.
+"""Damaged inputs, made anew for each test: images, lists, parquet files, shards, settings, base models.
 
-A case gets a place with a whole base model and a whole picture set and damages one of them, or returns flags. Each says
+A case gets a place with a whole base model and a whole image dataset and damages one of them, or returns flags. Each says
 which words the one line of the error must have. To add a family (checkpoints, caches): one more dict of cases in
 `FAMILIES`, by name; the tests of `test_damaged_inputs.py` run over all of them.
 """
@@ -35,13 +35,13 @@ class Place:
     Attributes:
         inputs: folder that holds everything below; a run must leave it as it is.
         base: a whole base model in it, `inputs/base`.
-        pictures: a whole picture set in it, `inputs/pictures`: 000.png .. 007.png and metadata.jsonl.
+        images: a whole image dataset in it, `inputs/images`: 000.png .. 007.png and metadata.jsonl.
         data: what --train_data_dir gets; a case may point it elsewhere.
     """
 
     inputs: Path
     base: Path
-    pictures: Path
+    images: Path
     data: Path
 
 
@@ -61,13 +61,13 @@ class Case:
     inspect: str = ""
 
 
-# ---- pictures
+# ---- images
 
 
 def encoded(kind: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (48, 48), **options: Any) -> bytes:
     data = io.BytesIO()
-    picture = Image.effect_mandelbrot(size, (-2, -1.5, 1, 1.5), 60).convert("RGB")
-    picture.convert(mode).save(data, kind, **options)
+    image = Image.effect_mandelbrot(size, (-2, -1.5, 1, 1.5), 60).convert("RGB")
+    image.convert(mode).save(data, kind, **options)
     return data.getvalue()
 
 
@@ -85,11 +85,11 @@ def flip(data: bytes, at: float) -> bytes:
     return data[:i] + bytes(b ^ 0xFF for b in data[i : i + 8]) + data[i + 8 :]
 
 
-def picture(content: Callable[[bytes], bytes] | bytes, name: str = "000.png") -> Case:
-    """The first picture's file gets another content."""
+def image(content: Callable[[bytes], bytes] | bytes, name: str = "000.png") -> Case:
+    """The first image's file gets another content."""
 
     def make(place: Place) -> None:
-        path = place.pictures / "000.png"
+        path = place.images / "000.png"
         path.write_bytes(content(path.read_bytes()) if callable(content) else content)
 
     return Case(make, (name, "cannot be read"), "list")
@@ -97,47 +97,47 @@ def picture(content: Callable[[bytes], bytes] | bytes, name: str = "000.png") ->
 
 def cut(kind: str, **options: Any) -> Case:
     data = encoded(kind, **options)
-    return picture(data[: len(data) // 2])
+    return image(data[: len(data) // 2])
 
 
 def instead(make_it: Callable[[Path], Any], *words: str) -> Case:
-    """Something else lies where the first picture was."""
+    """Something else lies where the first image was."""
 
     def make(place: Place) -> None:
-        (place.pictures / "000.png").unlink()
-        make_it(place.pictures / "000.png")
+        (place.images / "000.png").unlink()
+        make_it(place.images / "000.png")
 
     return Case(make, words or ("000.png", "do not exist"), "list")
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 48 48\n%%EndComments\n0 0 48 48 rectfill\nshowpage\n"
 PICTURES = {
-    "empty": picture(b""),
-    "one byte": picture(b"\x89"),
-    "signature alone": picture(b"\x89PNG\r\n\x1a\n"),
-    "garbage": picture(bytes(range(256)) * 20),
-    "zeros": picture(bytes(5000)),
-    "a page": picture(b"<!doctype html><title>404</title>"),
-    "vector drawing": picture(b'<svg xmlns="http://www.w3.org/2000/svg"/>'),
-    "text pointer of a large-file store": picture(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"),
-    "zip": picture(b"PK\x03\x04" + bytes(100)),
-    "PostScript, which Pillow would run": dataclasses.replace(picture(EPS), words=("000.png", "PostScript")),
+    "empty": image(b""),
+    "one byte": image(b"\x89"),
+    "signature alone": image(b"\x89PNG\r\n\x1a\n"),
+    "garbage": image(bytes(range(256)) * 20),
+    "zeros": image(bytes(5000)),
+    "a page": image(b"<!doctype html><title>404</title>"),
+    "vector drawing": image(b'<svg xmlns="http://www.w3.org/2000/svg"/>'),
+    "text pointer of a large-file store": image(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"),
+    "zip": image(b"PK\x03\x04" + bytes(100)),
+    "PostScript, which Pillow would run": dataclasses.replace(image(EPS), words=("000.png", "PostScript")),
     "png cut": cut("PNG"),
-    "png without its last chunk": picture(lambda b: b[:-20]),
+    "png without its last chunk": image(lambda b: b[:-20]),
     "jpeg cut": cut("JPEG"),
     "webp cut": cut("WEBP"),
     "gif cut": cut("GIF"),
     "tiff cut": cut("TIFF", compression="tiff_deflate"),
     "bmp cut": cut("BMP"),
-    "png of another checksum": picture(lambda b: b[:20] + b"\x01" + b[21:]),
-    "png with damaged pixels": picture(lambda b: flip(b, 0.5)),
-    "png without pixels": picture(png(48, 48)),
-    "png of no width": picture(png(0, 48, chunk(b"IDAT", zlib.compress(b"")))),
-    "png bomb of pixels": picture(png(60_000, 60_000, chunk(b"IDAT", zlib.compress(bytes(9999))))),
-    "png bomb of text that may hold an orientation": picture(png(8, 8, chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(bytes(2**27))), chunk(b"IDAT", zlib.compress(bytes(200))))),
-    "tiff that points into itself": picture(b"II*\0\x08\0\0\0" + struct.pack("<H", 1) + struct.pack("<HHII", 330, 4, 1, 8) + b"\x08\0\0\0"),
-    "floating point without a white": picture(encoded("TIFF", "F")),
-    "32 bits without a white": picture(encoded("TIFF", "I")),
+    "png of another checksum": image(lambda b: b[:20] + b"\x01" + b[21:]),
+    "png with damaged pixels": image(lambda b: flip(b, 0.5)),
+    "png without pixels": image(png(48, 48)),
+    "png of no width": image(png(0, 48, chunk(b"IDAT", zlib.compress(b"")))),
+    "png bomb of pixels": image(png(60_000, 60_000, chunk(b"IDAT", zlib.compress(bytes(9999))))),
+    "png bomb of text that may hold an orientation": image(png(8, 8, chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(bytes(2**27))), chunk(b"IDAT", zlib.compress(bytes(200))))),
+    "tiff that points into itself": image(b"II*\0\x08\0\0\0" + struct.pack("<H", 1) + struct.pack("<HHII", 330, 4, 1, 8) + b"\x08\0\0\0"),
+    "floating point without a white": image(encoded("TIFF", "F")),
+    "32 bits without a white": image(encoded("TIFF", "I")),
     "missing": instead(lambda p: None),
     "a folder": instead(Path.mkdir),
     "a link to itself": instead(lambda p: p.symlink_to(p)),
@@ -153,7 +153,7 @@ PICTURES = {
 
 
 def rows(place: Place, change: Callable[[list[Any]], Any]) -> None:
-    listing = place.pictures / "metadata.jsonl"
+    listing = place.images / "metadata.jsonl"
     values = [json.loads(line) for line in listing.read_text().splitlines()]
     changed = change(values)
     values = changed if isinstance(changed, list) else values
@@ -161,7 +161,7 @@ def rows(place: Place, change: Callable[[list[Any]], Any]) -> None:
 
 
 def listing(content: bytes, *words: str, inspect: str = "list") -> Case:
-    return Case(lambda p: (p.pictures / "metadata.jsonl").write_bytes(content) and None, words, inspect)
+    return Case(lambda p: (p.images / "metadata.jsonl").write_bytes(content) and None, words, inspect)
 
 
 def row(value: Any, *words: str, inspect: str = "list") -> Case:
@@ -173,21 +173,21 @@ def table(content: str | bytes, *words: str, inspect: str = "list") -> Case:
     """metadata.csv in place of metadata.jsonl."""
 
     def make(place: Place) -> None:
-        (place.pictures / "metadata.jsonl").unlink()
+        (place.images / "metadata.jsonl").unlink()
         data = content if isinstance(content, bytes) else content.encode()
-        (place.pictures / "metadata.csv").write_bytes(data)
+        (place.images / "metadata.csv").write_bytes(data)
 
     return Case(make, words, inspect)
 
 
 def other_list(place: Place, make_it: Callable[[Path], Any]) -> None:
-    (place.pictures / "metadata.jsonl").unlink()
-    make_it(place.pictures / "metadata.jsonl")
+    (place.images / "metadata.jsonl").unlink()
+    make_it(place.images / "metadata.jsonl")
 
 
 def emptied(place: Place) -> None:
-    shutil.rmtree(place.pictures)
-    place.pictures.mkdir()
+    shutil.rmtree(place.images)
+    place.images.mkdir()
 
 
 def source(value: str, *words: str, make: Callable[[Place], Any] = lambda p: None) -> Case:
@@ -201,8 +201,8 @@ def source(value: str, *words: str, make: Callable[[Place], Any] = lambda p: Non
 
 
 def beside(make_it: Callable[[Path], Any], *words: str) -> Case:
-    """Something lies beside the listed pictures."""
-    return Case(lambda p: make_it(p.pictures) and None, words, "list")
+    """Something lies beside the listed images."""
+    return Case(lambda p: make_it(p.images) and None, words, "list")
 
 
 def linked(folder: Path) -> None:
@@ -214,13 +214,13 @@ def linked(folder: Path) -> None:
 GOOD = b'{"file_name": "000.png", "text": "a"}\n'
 NAME, TEXT = "001.png", "text"
 LISTS = {
-    "no list": Case(lambda p: (p.pictures / "metadata.jsonl").unlink(), ("no metadata.jsonl",), "refuse"),
-    "empty folder": Case(emptied, ("pictures", "no pictures"), "refuse"),
+    "no list": Case(lambda p: (p.images / "metadata.jsonl").unlink(), ("no metadata.jsonl",), "refuse"),
+    "empty folder": Case(emptied, ("images", "no images"), "refuse"),
     "empty list": listing(b"", "metadata.jsonl", "is empty", inspect="refuse"),
     "blank list": listing(b"\n \n\n", "metadata.jsonl", "is empty", inspect="refuse"),
     "list is a folder": Case(lambda p: other_list(p, Path.mkdir), ("no metadata.jsonl",), "refuse"),
     "list is a link to itself": Case(lambda p: other_list(p, lambda q: q.symlink_to(q)), ("metadata.jsonl",), "refuse"),
-    "two lists": Case(lambda p: (p.pictures / "metadata.csv").write_text("file_name,text\n000.png,a\n") and None, ("metadata.jsonl and metadata.csv", "keep one"), "refuse"),
+    "two lists": Case(lambda p: (p.images / "metadata.csv").write_text("file_name,text\n000.png,a\n") and None, ("metadata.jsonl and metadata.csv", "keep one"), "refuse"),
     "Latin-1": listing('{"file_name": "000.png", "text": "é"}\n'.encode("latin-1"), "metadata.jsonl", "utf-8", inspect="refuse"),
     "UTF-16 without its mark": listing(GOOD.decode().encode("utf-16-le"), "line 1", "JSON", inspect="list"),
     "binary": listing(bytes(range(256)), "metadata.jsonl", "utf-8", inspect="refuse"),
@@ -282,9 +282,9 @@ LISTS = {
     "a link to itself": source("loop", "loop", "no file or folder", make=lambda p: (p.inputs / "loop").symlink_to("loop")),
     "a path too long": source("x" * 5000, "no file or folder"),
     "a device": source("/dev/null", "no file or folder"),
-    "a picture": source("pictures/000.png", "000.png", "parquet"),
-    "the list itself": source("pictures/metadata.jsonl", "metadata.jsonl", "parquet"),
-    "the base model": source("base", "base", "no pictures"),
+    "an image": source("images/000.png", "000.png", "parquet"),
+    "the list itself": source("images/metadata.jsonl", "metadata.jsonl", "parquet"),
+    "the base model": source("base", "base", "no images"),
 }  # fmt: skip
 
 
@@ -297,7 +297,7 @@ def parquet(change: Callable[[dict[str, Any]], Any] = lambda columns: None, *wor
 
     def make(place: Place) -> None:
         columns: dict[str, Any] = {
-            "image": [{"bytes": (place.pictures / f"00{i}.png").read_bytes(), "path": f"{i}"} for i in range(3)],
+            "image": [{"bytes": (place.images / f"00{i}.png").read_bytes(), "path": f"{i}"} for i in range(3)],
             "text": ["a", "b", "c"],
         }
         change(columns)
@@ -325,19 +325,19 @@ PARQUET = {
     "footer damaged": broken_parquet(lambda b: b[:-60] + bytes(50) + b[-10:]),
     "a csv": broken_parquet(lambda b: b"image,text\n000.png,a\n"),
     "no rows": parquet(lambda c: c.update(image=pa.array([], pa.binary()), text=pa.array([], pa.string())), "no rows", inspect="refuse"),
-    "no pictures": parquet(lambda c: c.pop("image"), "'image'", "text", inspect="refuse"),
+    "no images": parquet(lambda c: c.pop("image"), "'image'", "text", inspect="refuse"),
     "no captions": parquet(lambda c: c.pop("text"), "'text'", inspect="refuse"),
-    "pictures are numbers": parquet(column("image", [1, 2, 3]), "row 0", "int"),
-    "pictures are missing": parquet(column("image", pa.array([None] * 3, pa.binary())), "row 0", "NoneType"),
-    "one picture is missing": parquet(lambda c: c["image"].__setitem__(1, None), "1 of 3", "row 1"),
+    "images are numbers": parquet(column("image", [1, 2, 3]), "row 0", "int"),
+    "images are missing": parquet(column("image", pa.array([None] * 3, pa.binary())), "row 0", "NoneType"),
+    "one image is missing": parquet(lambda c: c["image"].__setitem__(1, None), "1 of 3", "row 1"),
     "structs without bytes": parquet(column("image", [{"bytes": None, "path": None}] * 3), "row 0", "NoneType"),
-    "pictures are pixels": parquet(column("image", [[[0, 0], [255, 255]]] * 3), "row 0", "list"),
-    "pictures are empty": parquet(column("image", [b"", b"", b""]), "row 0"),
-    "a picture is cut": parquet(lambda c: c["image"][1].update(bytes=c["image"][1]["bytes"][:90]), "1 of 3", "row 1"),
+    "images are pixels": parquet(column("image", [[[0, 0], [255, 255]]] * 3), "row 0", "list"),
+    "images are empty": parquet(column("image", [b"", b"", b""]), "row 0"),
+    "an image is cut": parquet(lambda c: c["image"][1].update(bytes=c["image"][1]["bytes"][:90]), "1 of 3", "row 1"),
     "paths to nowhere": parquet(column("image", ["gone.png"] * 3), "row 0", "gone.png"),
     "paths that are absolute": parquet(column("image", ["/etc/hostname"] * 3), "row 0", "/etc/hostname", "inside"),
-    "paths that climb": parquet(column("image", [{"bytes": None, "path": "../inputs/pictures/000.png"}] * 3), "row 0", "inside"),
-    "paths to a folder": parquet(column("image", ["pictures"] * 3), "row 0"),
+    "paths that climb": parquet(column("image", [{"bytes": None, "path": "../inputs/images/000.png"}] * 3), "row 0", "inside"),
+    "paths to a folder": parquet(column("image", ["images"] * 3), "row 0"),
     "caption null": parquet(column("text", ["a", None, "c"]), "row 1", "no caption"),
     "captions are numbers": parquet(column("text", [1, 2, 3]), "row 0", "int"),
     "captions are lists": parquet(column("text", [["a", "b"]] * 3), "row 0", "list"),
@@ -373,9 +373,9 @@ SHARDS = {
     "compressed": shard(words=("s.tar.gz", "compressed", "decompress"), name="s.tar.gz", inspect="refuse"),
     "compressed under a plain name": shard(words=("s.tar", "compressed (gzip)"), damage=lambda b: b"\x1f\x8b" + b),
     "no caption": shard(("b.png", encoded()), words=("s.tar/b.png", "no caption")),
-    "no picture": shard(("b.txt", b"b"), words=("b.txt", "no picture")),
-    "two pictures": shard(("a.webp", encoded("WEBP")), words=("a.png and a.webp", "two pictures")),
-    "a picture is cut": shard(("b.png", encoded()[:60]), ("b.txt", b"b"), words=("s.tar/b.png", "cannot be read")),
+    "no image": shard(("b.txt", b"b"), words=("b.txt", "no image")),
+    "two images": shard(("a.webp", encoded("WEBP")), words=("a.png and a.webp", "two images")),
+    "an image is cut": shard(("b.png", encoded()[:60]), ("b.txt", b"b"), words=("s.tar/b.png", "cannot be read")),
     "a name that climbs": shard(("../b.png", encoded()), words=("../b.png", "out of the shard")),
     "caption with half a character": shard(("b.png", encoded()), ("b.json", b'{"text": "\\ud83d"}'), words=("s.tar/b.png", "caption")),
 }  # fmt: skip
@@ -493,7 +493,7 @@ FLAGS = {
     "unknown": flags("--ambient_levle 1", "--ambient_levle", "--ambient_level"),
     "no value": flags("--seed", "--seed", "argument"),
     "two values": flags("--seed 1 2", "2"),
-    "lonely word": flags("pictures", "pictures"),
+    "lonely word": flags("images", "images"),
     "empty value": flags("--output_dir ", "output_dir", "text"),
     "a text for a number": flags("--resolution big", "resolution", "integer"),
     "a fraction for a whole number": flags("--train_batch_size 1.5", "train_batch_size", "integer"),
@@ -509,11 +509,11 @@ FLAGS = {
     "no prompts": flags("--validation_prompts {inputs}/none.jsonl", "none.jsonl", "cannot be read"),
     "no checkpoint": flags("--resume_from_checkpoint {inputs}/checkpoint-3", "checkpoint-3"),
     "results into the base": flags("--output_dir {base}", "output_dir", "pretrained_model_name_or_path"),
-    "results into the pictures": flags("--output_dir {inputs}/pictures", "output_dir", "train_data_dir"),
-    "results into a file": flags("--output_dir {inputs}/pictures/000.png/x", "output_dir", "no folder"),
+    "results into the images": flags("--output_dir {inputs}/images", "output_dir", "train_data_dir"),
+    "results into a file": flags("--output_dir {inputs}/images/000.png/x", "output_dir", "no folder"),
     "results into a path too long": Case(lambda p: ["--output_dir", "x" * 5000], ("output_dir",)),
     "base model nowhere": flags("--pretrained_model_name_or_path {inputs}/gone", "no such folder"),
-    "base model a file": flags("--pretrained_model_name_or_path {inputs}/pictures/000.png", "no such folder"),
+    "base model a file": flags("--pretrained_model_name_or_path {inputs}/images/000.png", "no such folder"),
     "base model a path too long": Case(lambda p: ["--pretrained_model_name_or_path", "/" + "x" * 5000], ("pretrained_model_name_or_path", "no such folder")),
     **out_of_range(),
 }  # fmt: skip
@@ -683,7 +683,7 @@ BASES = {
 
 
 FAMILIES: dict[str, dict[str, Case]] = {
-    "pictures": PICTURES,
+    "images": PICTURES,
     "lists": LISTS,
     "parquet": PARQUET,
     "shards": SHARDS,

@@ -11,12 +11,12 @@ import pytest
 import tiny
 
 from ambient_sd.cli import main
+from ambient_sd.commands.inspect import inspect
 from ambient_sd.data.captions import find_cut, surely_cut
 from ambient_sd.data.enlargement import check_enlargement, median_enlargement
-from ambient_sd.data.inspect import inspect
-from ambient_sd.errors import UserError
 from ambient_sd.training.config import TrainConfig, parse
 from ambient_sd.training.loop import plan_run, run
+from ambient_sd.utils.errors import UserError
 
 LONG = "a red disc on white paper beside\x1b[2J a blue one"  # the tiny tokenizer makes a token of every letter; 22 are read
 

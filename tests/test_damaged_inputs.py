@@ -41,12 +41,12 @@ def train() -> Any:
 
 
 @pytest.fixture
-def place(tiny_base: Path, tiny_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(tiny_base: Path, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     inputs = tmp_path / "inputs"
     shutil.copytree(tiny_base, inputs / "base")
-    shutil.copytree(tiny_pictures, inputs / "pictures")
+    shutil.copytree(tiny_images, inputs / "images")
     monkeypatch.chdir(tmp_path)
-    return Place(inputs, inputs / "base", inputs / "pictures", inputs / "pictures")
+    return Place(inputs, inputs / "base", inputs / "images", inputs / "images")
 
 
 def snapshot(folder: Path) -> dict[str, str]:
@@ -146,8 +146,8 @@ def test_there_are_enough_cases() -> None:
 
 
 @pytest.fixture
-def odd_pictures(place: Place) -> Iterator[Place]:
-    """A set of sound pictures of every unusual kind."""
+def odd_images(place: Place) -> Iterator[Place]:
+    """A set of sound images of every unusual kind."""
     kinds: dict[str, bytes] = {
         "cmyk.jpg": encoded("JPEG", "CMYK"), "grey.jpg": encoded("JPEG", "L"), "progressive.jpg": encoded("JPEG", progressive=True),
         "palette.png": encoded("PNG", "P"), "bits.png": encoded("PNG", "1"), "grey-alpha.png": encoded("PNG", "LA"),
@@ -157,37 +157,37 @@ def odd_pictures(place: Place) -> Iterator[Place]:
         "tiny.png": encoded(size=(1, 1)), "flat.png": encoded(size=(300, 2)), "\u00e9 \u7ea2.png": encoded(),
         "trailing.png": encoded() + b"some more bytes", "no-ending": encoded(),
     }  # fmt: skip
-    shutil.rmtree(place.pictures)
-    (place.pictures / "deep").mkdir(parents=True)
+    shutil.rmtree(place.images)
+    (place.images / "deep").mkdir(parents=True)
     rows = []
     for name, content in {**kinds, "deep/a.png": encoded()}.items():
-        (place.pictures / name).write_bytes(content)
+        (place.images / name).write_bytes(content)
         rows.append(
             {"file_name": name, "text": f"{name} \u2028 \U0001f34e", "more": {"a": [1, None]}, "n": float("nan")}
         )
-    (place.pictures / "link.png").symlink_to("alpha.png")
+    (place.images / "link.png").symlink_to("alpha.png")
     rows += [{"file_name": "link.png", "text": ""}, rows[0], rows[0]]  # no caption, and rows given twice
     lines = "\r\n".join(json.dumps(row) for row in rows)
-    (place.pictures / "metadata.jsonl").write_text("\ufeff" + lines + "\r\n\r\n", encoding="utf-8")
+    (place.images / "metadata.jsonl").write_text("\ufeff" + lines + "\r\n\r\n", encoding="utf-8")
     yield place
 
 
 def test_odd_but_sound_inputs_are_taken(
-    odd_pictures: Place, tmp_path: Path, train: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any
+    odd_images: Place, tmp_path: Path, train: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     settings = tmp_path / "inputs" / "c.yaml"
     settings.write_text(
         "\ufeff# a comment\n---\nseed: &s 0x10\nnoise_seed: *s\nlearning_rate: 1e-4\nmixed_precision: no\nlora: true\nrank: '2'\n"
         "validation_prompts: a red apple\nresume_from_checkpoint: ~\n..."
     )
-    before = snapshot(odd_pictures.inputs)
-    argv = [*arguments(odd_pictures, tmp_path / "out", ["--num_validation_images=1"]), "--config", str(settings)]
+    before = snapshot(odd_images.inputs)
+    argv = [*arguments(odd_images, tmp_path / "out", ["--num_validation_images=1"]), "--config", str(settings)]
     monkeypatch.setattr(sys, "argv", ["train", *argv])
     assert Ended(train, capfd).status == 0
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
-    assert snapshot(odd_pictures.inputs) == before
+    assert snapshot(odd_images.inputs) == before
     found = tmp_path / "found.json"
-    command = ["inspect", str(odd_pictures.data), "--resolution", "1", "--json", str(found)]
+    command = ["inspect", str(odd_images.data), "--resolution", "1", "--json", str(found)]
     ended = Ended(lambda: ambient_sd_command(command), capfd)
     assert (ended.status, ended.lines) == (0, [])
     counts = json.loads(found.read_text())["counts"]

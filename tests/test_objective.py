@@ -1,4 +1,4 @@
-"""The objective: bit equality with diffusers at level 0, the paper's loss, finiteness, one noise per picture, refusals.
+"""The objective: bit equality with diffusers at level 0, the paper's loss, finiteness, one noise per image, refusals.
 
 Reference values come from diffusers' scheduler or are written out from the paper's formulas, never from the module.
 """
@@ -12,9 +12,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
 from ambient_sd.data.noise import image_noise
-from ambient_sd.errors import UserError
 from ambient_sd.objective import AmbientObjective, CorruptedBatch
 from ambient_sd.schedule import NoiseSchedule
+from ambient_sd.utils.errors import UserError
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 VP_TYPES = ["epsilon", "v_prediction", "sample"]
@@ -150,7 +150,7 @@ def test_other_weights_are_powers_of_the_same_factor(reweight: int) -> None:
 
 
 @pytest.mark.parametrize("prediction_type", ALL_TYPES)
-def test_the_input_is_the_noisy_picture_plus_fresh_noise_and_never_sees_the_clean_one(prediction_type: str) -> None:
+def test_the_input_is_the_noisy_image_plus_fresh_noise_and_never_sees_the_clean_one(prediction_type: str) -> None:
     schedule = schedule_for(prediction_type)
     level, t = 1.0, torch.tensor([600, 998])
     alpha_n, sigma_n = (1 / 2**0.5,) * 2 if prediction_type in VP_TYPES else (0.5, 0.5)
@@ -163,7 +163,7 @@ def test_the_input_is_the_noisy_picture_plus_fresh_noise_and_never_sees_the_clea
     c = (sigma**2 - k**2 * sigma_n**2).sqrt()
     x_n = alpha_n * x0 + sigma_n * eps_n
     assert torch.allclose(batch.x_t, k * x_n + c * noise, rtol=1e-12, atol=1e-13)
-    # Another clean picture with the same x_n gives the same input and target: nothing else of it gets through.
+    # Another clean image with the same x_n gives the same input and target: nothing else of it gets through.
     other = x0 + draw(2, *SHAPE, seed=5)
     same = objective.corrupt(other, (x_n - alpha_n * other) / sigma_n, t, noise=noise)
     assert torch.allclose(same.x_t, batch.x_t, rtol=1e-11, atol=1e-12)
@@ -256,7 +256,7 @@ def test_weighted_is_the_plain_loss_with_the_weight_of_ambient(q: int) -> None:
 
 
 def noise_left_in_the_mean(fixed: bool, draws: int = 1000) -> float:
-    """Average `draws` inputs of one picture, as an attacker would; return the std of x_n's noise that is left."""
+    """Average `draws` inputs of one image, as an attacker would; return the std of x_n's noise that is left."""
     schedule = schedule_for("v_prediction")
     objective = AmbientObjective(schedule, level=1.0)
     alpha_n, _ = schedule.coefficients_at_level(1.0)
@@ -271,7 +271,7 @@ def noise_left_in_the_mean(fixed: bool, draws: int = 1000) -> float:
     return float((x_n - alpha_n * x0).std())
 
 
-def test_averaging_a_thousand_corruptions_of_a_picture_leaves_its_noise_in_full() -> None:
+def test_averaging_a_thousand_corruptions_of_an_image_leaves_its_noise_in_full() -> None:
     sigma_n = 1 / 2**0.5
     assert noise_left_in_the_mean(fixed=True) == pytest.approx(sigma_n, rel=0.08)  # of 1,024 values, known to 2.2 %
 
@@ -341,7 +341,7 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     t = torch.tensor([5, 900])
     for arguments, message in (
         ((x0, None, t), "eps_n is missing"),
-        ((x0, eps_n[:1], t), "eps_n has shape"),  # would broadcast one picture's noise to all
+        ((x0, eps_n[:1], t), "eps_n has shape"),  # would broadcast one image's noise to all
         ((x0, eps_n, t[:1]), "timesteps have shape"),
         ((x0, eps_n, torch.tensor([5, 1000])), "runs from 0 to 999"),
         ((x0, eps_n, torch.tensor([5, -1])), "runs from 0 to 999"),

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from PIL import Image, ImageFilter
 
-from ambient_sd import comparison
+from ambient_sd.assets import BASE, PICTURES
 from ambient_sd.audit.decision import HELDOUT, CopyDecision
-from ambient_sd.auditing import AuditSettings, Source, audit
+from ambient_sd.commands import compare as comparison
+from ambient_sd.commands.audit import AuditSettings, Source, audit
 from ambient_sd.data.sources import load_rows
-from ambient_sd.demo import BASE, PICTURES
-from ambient_sd.study.measures import measure_samples, read_reals
 from ambient_sd.training.probe import Probe
+from experiments.measures import measure_samples, read_reals
 
 
 def folder(path: Path, images: list[Image.Image], captions: list[str]) -> Path:
@@ -56,7 +56,7 @@ def test_all_commands_call_the_same_images_copies(tmp_path: Path) -> None:
             features=("pixels",), resamples=50,
         )
     )  # fmt: skip
-    lines = [json.loads(line) for line in (tmp_path / "audit" / "pictures.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "audit" / "images.jsonl").read_text().splitlines()]
     assert [line["copy"] for line in sorted(lines, key=lambda line: str(line["name"]))] == expected
     assert not any(one["copy"] for line in lines for one in line["nearest"].values()), "d1/d2 sees none of them"
 
@@ -67,7 +67,7 @@ def test_all_commands_call_the_same_images_copies(tmp_path: Path) -> None:
 
     reals = comparison.read_reals(checked, never)
 
-    def judge(pictures: Any, own: Any, captions: Any) -> Any:
+    def judge(shown: Any, own: Any, captions: Any) -> Any:
         return types.SimpleNamespace(value=torch.zeros(len(own)), hit=torch.zeros(len(own)))
 
     judge.others = 4  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 """The optimal denoisers, and that the objective's expected loss is minimal at them: exact, one dimension, no training.
 
-For a finite data set the input density is a sum of Gaussians, one for each picture, so at any input x the picture and
+For a finite data set the input density is a sum of Gaussians, one for each image, so at any input x the image and
 the fresh noise that lead there are known. `corrupt` is given exactly those; the minimiser of the expected loss at x
 is the mean of its targets, weighted by their density.
 """
@@ -13,10 +13,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from ambient_sd.errors import UserError
 from ambient_sd.objective import AmbientObjective
 from ambient_sd.oracle import ideal_ambient_denoiser, ideal_denoiser
 from ambient_sd.schedule import NoiseSchedule
+from ambient_sd.utils.errors import UserError
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 DATA = torch.tensor([-1.5, -0.2, 0.4, 2.0], dtype=torch.float64)
@@ -34,7 +34,7 @@ def schedule_for(prediction_type: str) -> NoiseSchedule:
 def minimiser_as_x0(
     objective: AmbientObjective, data: torch.Tensor, eps_n: torch.Tensor, t: int, log_prior: torch.Tensor | float = 0.0
 ) -> torch.Tensor:
-    """The x0-prediction, at each x of GRID, that minimises the expected loss of `corrupt` over pictures and noise."""
+    """The x0-prediction, at each x of GRID, that minimises the expected loss of `corrupt` over images and noise."""
     schedule = objective.schedule
     alpha, sigma, s_t = float(schedule.alpha(t)), float(schedule.sigma(t)), float(schedule.level(t))
     s_n = objective.level if s_t > objective.level else 0.0
@@ -72,7 +72,7 @@ def test_the_minimiser_of_the_plain_loss_is_the_ideal_denoiser(prediction_type: 
 @pytest.mark.parametrize("reweight", [0, 1, 2])
 @pytest.mark.parametrize("t", [300, 550, 700, 900])
 @pytest.mark.parametrize("prediction_type", TYPES)
-def test_the_minimiser_of_the_ambient_loss_is_the_oracle_of_the_noisy_pictures(
+def test_the_minimiser_of_the_ambient_loss_is_the_oracle_of_the_noisy_images(
     prediction_type: str, t: int, reweight: int
 ) -> None:
     schedule = schedule_for(prediction_type)
@@ -90,7 +90,7 @@ def test_the_minimiser_of_the_ambient_loss_is_the_oracle_of_the_noisy_pictures(
         GRID[:, None], alpha, sigma, x_n[:, None], alpha_n=alpha_n, sigma_n=sigma_n
     )[:, 0]  # fmt: skip
     assert torch.allclose(found, oracle, rtol=1e-9, atol=1e-9)
-    # Controls: the plain loss, on the noisy pictures or on the clean ones, ends somewhere else.
+    # Controls: the plain loss, on the noisy images or on the clean ones, ends somewhere else.
     naive = minimiser_as_x0(plain_on(schedule), DATA + s_n * EPS_N, EPS_N, t)
     assert (naive - oracle).abs().max() > 0.1
     assert (plain_oracle - oracle).abs().max() > 0.1
@@ -133,15 +133,15 @@ def test_the_oracle_has_a_lower_sampled_loss_than_anything_near_it() -> None:
     assert sorted(losses)[1] > losses[0] * 1.001
 
 
-def test_one_picture_is_always_recovered_by_the_plain_oracle() -> None:
+def test_one_image_is_always_recovered_by_the_plain_oracle() -> None:
     x_t = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
-    picture = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(1))
-    result = ideal_denoiser(x_t, torch.tensor([0.9, 0.5, 0.0]), torch.tensor([0.1, 0.9, 1.0]), picture)
+    image = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(1))
+    result = ideal_denoiser(x_t, torch.tensor([0.9, 0.5, 0.0]), torch.tensor([0.1, 0.9, 1.0]), image)
     assert result.dtype == torch.float64
-    assert torch.equal(result, picture.double().expand(3, -1, -1, -1))
+    assert torch.equal(result, image.double().expand(3, -1, -1, -1))
 
 
-def test_extreme_noise_gives_the_nearest_picture_and_the_mean_without_overflow() -> None:
+def test_extreme_noise_gives_the_nearest_image_and_the_mean_without_overflow() -> None:
     data = torch.randn(50, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x_t = data[[7, 31]] + 1e-3
     assert torch.equal(ideal_denoiser(x_t, 1.0, 1e-8, data), data[[7, 31]])

@@ -11,12 +11,12 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from test_lora import KOHYA, renamed
 
-from ambient_sd import lora
+from ambient_sd.assets import BASE, PICTURES
 from ambient_sd.audit.features import as_rgb
-from ambient_sd.auditing import AuditSettings, Source, audit
+from ambient_sd.commands.audit import AuditSettings, Source, audit
 from ambient_sd.data.sources import load_rows
-from ambient_sd.demo import BASE, PICTURES
-from ambient_sd.drawing import DrawSettings
+from ambient_sd.families import lora
+from ambient_sd.sampling import SamplingConfig
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
 
@@ -53,12 +53,12 @@ def test_an_overfitted_lora_has_one_verdict_under_five_names(tmp_path: Path) -> 
     def verdict(name: str, adapter: Path | None) -> tuple[Any, Any]:
         found = audit(AuditSettings(
             Source(str(folder)), tmp_path / f"audit-{name}",
-            DrawSettings(str(BASE), None if adapter is None else str(adapter), scheduler="dpm++", num_inference_steps=15, guidance_scale=1.5),
+            SamplingConfig(str(BASE), None if adapter is None else str(adapter), scheduler="dpm++", num_inference_steps=15, guidance_scale=1.5),
             heldout=Source(str(PICTURES), split="heldout"), samples_per_prompt=2, base_images=0, features=("pixels",), resamples=10,
             attribution=0, limit=0.01,
         )).found  # fmt: skip
         return found["verdict"], [
-            json.loads(line) for line in (tmp_path / f"audit-{name}" / "pictures.jsonl").read_text().splitlines()
+            json.loads(line) for line in (tmp_path / f"audit-{name}" / "images.jsonl").read_text().splitlines()
         ]
 
     seen = {}

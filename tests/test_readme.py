@@ -39,10 +39,10 @@ def guarding() -> list[list[str]]:
 
 @pytest.fixture
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that looks like a clone to the commands, with a user's pictures in it."""
+    """A folder that looks like a clone to the commands, with a user's images in it."""
     for name in ("ambient_sd", "configs", "prompts", "train_text_to_image_ambient.py"):
         (tmp_path / name).symlink_to(ROOT / name)
-    tiny.tiny_folder(tmp_path / "my-pictures", count=4)
+    tiny.tiny_folder(tmp_path / "my-images", count=4)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -79,7 +79,7 @@ def test_training_commands_run(
 
 @pytest.mark.parametrize("words", guarding(), ids=lambda words: words[-1])
 def test_guard_commands_run(words: list[str], clone: Path) -> None:
-    """As written, but with fewer steps and pictures."""
+    """As written, but with fewer steps and images."""
     few = "--max_prompts 2 --samples_per_prompt 1 --features pixels --attribution 0"
     fewer = {"calibrate": ["--generations", "1"], "audit": few.split()}.get(words[1], [])
     main([*words[1:], *fewer, "--num_inference_steps", "2", "--batch_size", "4"])

@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from ambient_sd.errors import UserError
 from ambient_sd.schedule import NoiseSchedule
+from ambient_sd.utils.errors import UserError
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 VP = {

@@ -1,4 +1,4 @@
-"""Tiny but real models and pictures for the tests: diffusers' and transformers' own classes at toy width, no network."""
+"""Tiny but real models and images for the tests: diffusers' and transformers' own classes at toy width, no network."""
 
 from __future__ import annotations
 
@@ -126,34 +126,34 @@ def tiny_sdxl_pipeline(seed: int = 0, zero_empty: bool = True) -> StableDiffusio
 
 
 def tiny_folder(path: Path, count: int = 8, size: int = 48) -> Path:
-    """A picture folder with metadata.jsonl: `count` pictures of a coloured disc or square, each with its caption."""
+    """An image folder with metadata.jsonl: `count` images of a coloured disc or square, each with its caption."""
     path.mkdir(parents=True, exist_ok=True)
     colours = ["red", "green", "blue", "orange", "purple", "black", "brown", "gray"]
     with (path / "metadata.jsonl").open("w") as rows:
         for i in range(count):
-            picture = Image.new("RGB", (size, size), "white")
-            draw = ImageDraw.Draw(picture)
+            image = Image.new("RGB", (size, size), "white")
+            draw = ImageDraw.Draw(image)
             box = (4 + i % 5, 6, size - 6, size - 4 - i % 7)
             colour = colours[i % len(colours)]
             shape = "disc" if i % 2 else "square"
             (draw.ellipse if shape == "disc" else draw.rectangle)(box, fill=colour)
-            picture.save(path / f"{i:03d}.png")
+            image.save(path / f"{i:03d}.png")
             rows.write(json.dumps({"file_name": f"{i:03d}.png", "text": f"a {colour} {shape} {i}"}) + "\n")
     return path
 
 
-def noise_picture(seed: int, size: int = 24) -> Image.Image:
-    """A picture that resembles no other: large random patches."""
+def noise_image(seed: int, size: int = 24) -> Image.Image:
+    """An image that resembles no other: large random patches."""
     patches = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(patches).resize((size, size), Image.Resampling.NEAREST)
 
 
-def picture_folder(path: Path, pictures: list[Image.Image], captions: list[str] | None = None) -> Path:
-    """A folder of these pictures, with metadata.jsonl where captions are given."""
+def image_folder(path: Path, images: list[Image.Image], captions: list[str] | None = None) -> Path:
+    """A folder of these images, with metadata.jsonl where captions are given."""
     path.mkdir(parents=True)
-    names = [f"{i:03d}.png" for i in range(len(pictures))]
-    for name, picture in zip(names, pictures, strict=True):
-        picture.save(path / name)
+    names = [f"{i:03d}.png" for i in range(len(images))]
+    for name, image in zip(names, images, strict=True):
+        image.save(path / name)
     if captions is not None:
         rows = [json.dumps({"file_name": n, "text": c}) for n, c in zip(names, captions, strict=True)]
         (path / "metadata.jsonl").write_text("\n".join(rows))

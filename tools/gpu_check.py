@@ -56,7 +56,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "sail": {"target": 1e-6, "max_steps": 2},
     "scale_cap": {"cap": 1.0},
     "despecification": {"strength": 1.0, "threshold": 0.0},
-    "reanchoring": {"threshold": 0.0, "softer": "a picture"},
+    "reanchoring": {"threshold": 0.0, "softer": "an image"},
 }
 
 
@@ -130,8 +130,8 @@ def wait(ctx: Context) -> None:
 
 
 def config(ctx: Context, name: str, **values: Any) -> Any:
-    """Return the settings of a short run on the embedded base and its 60 pictures."""
-    from ambient_sd.demo.run import TRAINING
+    """Return the settings of a short run on the embedded base and its 60 images."""
+    from ambient_sd.commands.demo import TRAINING
     from ambient_sd.training.config import TrainConfig
 
     folder = Path(tempfile.mkdtemp(prefix=name, dir=ctx.work)) / "run"
@@ -181,7 +181,7 @@ def random_pipeline(ctx: Context) -> Any:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from ambient_sd.demo import BASE
+    from ambient_sd.assets import BASE
 
     torch.manual_seed(0)
     width = ctx.pick(1024, 32)
@@ -421,7 +421,7 @@ def resume_deterministic(ctx: Context) -> Outcome:
 
 
 def drawn(ctx: Context, pipe: Any, guard: Any = None) -> tuple[Any, list[float], list[Any]]:
-    """Draw two pictures from fixed noise; return them, their scores and reports."""
+    """Draw two images from fixed noise; return them, their scores and reports."""
     import torch
 
     generators = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
@@ -435,7 +435,7 @@ def drawn(ctx: Context, pipe: Any, guard: Any = None) -> tuple[Any, list[float],
 def embedded_pipeline() -> Any:
     from diffusers import StableDiffusionPipeline
 
-    from ambient_sd.demo import BASE
+    from ambient_sd.assets import BASE
 
     pipe = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
@@ -443,7 +443,7 @@ def embedded_pipeline() -> Any:
 
 
 def with_policies(ctx: Context, pipe: Any, keep: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:
-    """Draw with every policy; return the pictures by name."""
+    """Draw with every policy; return the images by name."""
     from ambient_sd import MemorizationGuard
     from ambient_sd.guard.policies import Compose, OppositeGuidance, StaticTransition
     from ambient_sd.guard.policies.by_name import available
@@ -468,7 +468,7 @@ def with_policies(ctx: Context, pipe: Any, keep: Callable[[str, dict[str, Any]],
 
 
 def guard_reference(ctx: Context) -> Any:
-    """Return pictures and scores of the embedded base on the processor, with and without policies."""
+    """Return images and scores of the embedded base on the processor, with and without policies."""
     from ambient_sd import MemorizationGuard
 
     pipe = embedded_pipeline()
@@ -477,7 +477,7 @@ def guard_reference(ctx: Context) -> Any:
 
 
 def guard(ctx: Context) -> Outcome:
-    """Hold pictures and scores under the guard against the stock pipeline's and the processor's; try every policy."""
+    """Hold images and scores under the guard against the stock pipeline's and the processor's; try every policy."""
     import torch
 
     from ambient_sd import MemorizationGuard
@@ -510,7 +510,7 @@ def guard(ctx: Context) -> Outcome:
     off = {name: apart(found, cpu["scores"]) for name, found in scores.items()}
     assert plain is not None
     ctx.note(processor_scores=cpu["scores"], score_differences=off,
-             picture_difference=float((plain - cpu["images"]).abs().max()))  # fmt: skip
+             image_difference=float((plain - cpu["images"]).abs().max()))  # fmt: skip
     for name, seen in images.items():
         other = cpu["policies"].get(name)
         policies[name]["difference from the processor's"] = (
@@ -523,7 +523,7 @@ def guard(ctx: Context) -> Outcome:
     broken = [name for name, b in bits.items() if not b["guarded"] and b["repeated"]]
     unsteady = [name for name, b in bits.items() if not b["repeated"] or not b["finite"]]
     figure = (
-        f"pictures equal to the bit: {', '.join(n for n, b in bits.items() if b['guarded']) or 'none'}; scores off by "
+        f"images equal to the bit: {', '.join(n for n, b in bits.items() if b['guarded']) or 'none'}; scores off by "
     )
     figure += (
         ", ".join(f"{n} {v:.0e}" for n, v in off.items())
@@ -564,7 +564,7 @@ def rate(ctx: Context, name: str, values: dict[str, Any]) -> dict[str, Any]:
     """Train the random pipeline of Stable Diffusion 2's size; return samples a second, peak memory and the GPU's busy share."""
     import torch
 
-    from ambient_sd.demo import PICTURES
+    from ambient_sd.assets import PICTURES
 
     common = {
         "pretrained_model_name_or_path": str(random_base(ctx)), "train_data_dir": str(PICTURES), "row_filter": None,
@@ -854,7 +854,7 @@ def study(ctx: Context) -> Outcome:
             "objective": objective,
             "max_train_steps": steps,
             "probe_steps": steps,
-            "probe_pictures": ctx.pick(60, 2),
+            "probe_images": ctx.pick(60, 2),
         }
         begin = time.perf_counter()
         summary = train(config(ctx, objective, **values), lambda *_, stamps=stamps: stamps.append(time.perf_counter()))
@@ -908,9 +908,9 @@ def prepare() -> None:
     sys.path.insert(0, str(ROOT))
     import torch  # noqa: F401
 
-    import ambient_sd.demo.run
+    import ambient_sd.commands.demo
     import ambient_sd.training.loop  # noqa: F401
-    from ambient_sd.quiet import quiet
+    from ambient_sd.utils.quiet import quiet
 
     quiet()
 

@@ -1,4 +1,4 @@
-"""The picture at the head of docs/results.md: copies against quality along training, a column a study.
+"""The image at the head of docs/results.md: copies against quality along training, a column a study.
 
     python tools/overview.py docs/study/text-60 docs/study/scratch-60 docs/study/text-300 --out docs/study/overview.png
 
@@ -17,12 +17,12 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ambient_sd.study.results import Estimate, points, sides
+from experiments.results import Estimate, points, sides
 
 SHOWN: Mapping[str, tuple[str, dict[str, Any]]] = {
     "plain": ("plain", {"color": "black", "marker": "o", "lw": 2.2}),
     "ambient level=0.8": ("ambient, $s_n$ = 0.8", {"color": "#0a7d5a", "marker": "o", "lw": 2.2}),
-    "weighted": ("control: clean pictures, ambient's weight", {"color": "#2b6cb0", "marker": "s", "lw": 1.2, "ls": "--"}),
+    "weighted": ("control: clean images, ambient's weight", {"color": "#2b6cb0", "marker": "s", "lw": 1.2, "ls": "--"}),
     "fresh copies": ("control: a new noisy copy each step", {"color": "#dd6b20", "marker": "s", "lw": 1.2, "ls": "--"}),
 }  # fmt: skip
 AGAIN = {"color": "black", "marker": "o", "ms": 4, "lw": 1, "ls": ":", "mfc": "white"}
@@ -103,7 +103,7 @@ def main() -> None:
         row[0].set_ylabel("Frechet distance (lower is better)")
     for axes, folder in zip(grid[0], args.studies, strict=True):
         kind, number = folder.name.split("-")
-        axes.set_title(f"{number} pictures, {TITLES[kind]}")
+        axes.set_title(f"{number} images, {TITLES[kind]}")
     named: dict[str, Any] = {}
     for axes in grid.flat:
         for handle, words in zip(*axes.get_legend_handles_labels(), strict=True):

@@ -67,12 +67,12 @@ def torture(work: Path, args: argparse.Namespace) -> int:
 
     torch.set_num_threads(1)
     tiny.tiny_pipeline().save_pretrained(work / "base")
-    tiny.tiny_folder(work / "pictures")
+    tiny.tiny_folder(work / "images")
     draw = random.Random(args.seed)
     # Even, so that the last step has a checkpoint. Three per batch of eight: no checkpoint lies at the end of an epoch.
     steps = 2 * max(4, args.kills // 2)
     settings: dict[str, Any] = {
-        "pretrained_model_name_or_path": str(work / "base"), "train_data_dir": str(work / "pictures"), "resolution": 32,
+        "pretrained_model_name_or_path": str(work / "base"), "train_data_dir": str(work / "images"), "resolution": 32,
         "train_batch_size": 3, "gradient_accumulation_steps": args.accumulation, "max_train_steps": steps,
         "checkpointing_steps": 2, "checkpoints_total_limit": 2, "learning_rate": 1e-3, "lr_scheduler": "cosine",
         "lr_warmup_steps": 3, "report_to": "none", "lora": args.lora, "use_ema": args.use_ema,

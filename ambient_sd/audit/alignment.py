@@ -1,15 +1,15 @@
-"""How well a picture shows its prompt, without a CLIP: a reference diffusion model as the judge.
+"""How well an image shows its prompt, without a CLIP: a reference diffusion model as the judge.
 
     e(x0, c)  = mean over t, eps of || eps_hat(x_t, c) - eps ||^2                    per latent value
     A(x0, c)  = mean over k of e(x0, c_k)  -  e(x0, c)                               c_k: other prompts of the same set
     hit       = e(x0, c) is smaller than every e(x0, c_k)
 
-The right prompt helps the judge to tell picture from noise more than other prompts do (Li et al., "Your diffusion model is secretly
+The right prompt helps the judge to tell image from noise more than other prompts do (Li et al., "Your diffusion model is secretly
 a zero-shot classifier", ICCV 2023). A > 0: more like its own prompt than like others; a hit by chance has probability
 1 / (k + 1). Other prompts and not the empty one stand against it, because a judge that knows a prompt's concept badly is often
-better off with no prompt at all. t, eps and the c_k are fixed by the seed, the same for every picture and every model's pictures.
+better off with no prompt at all. t, eps and the c_k are fixed by the seed, the same for every image and every model's images.
 
-The judge should be a model that has NOT been trained on the pictures in question, such as the base of a fine-tune: else a copy
+The judge should be a model that has NOT been trained on the images in question, such as the base of a fine-tune: else a copy
 scores high because it is a copy. It is no CLIP score, and figures of two judges do not compare.
 """
 
@@ -24,10 +24,10 @@ from PIL import Image
 from torch import Tensor
 
 from ambient_sd.audit.features import as_rgb
-from ambient_sd.errors import UserError
 from ambient_sd.schedule import NoiseSchedule
+from ambient_sd.utils.errors import UserError
 
-# Noise levels s = sigma / alpha at which subject and layout are decided: below, a prompt says little that the picture does not show.
+# Noise levels s = sigma / alpha at which subject and layout are decided: below, a prompt says little that the image does not show.
 LEVELS = (0.5, 0.8, 1.2, 1.8, 2.7, 4.0)
 
 
@@ -39,15 +39,15 @@ class Alignment(NamedTuple):
 
 
 class DiffusionAlignment:
-    """Score pictures against prompts by a judging Stable Diffusion pipeline (epsilon, v or sample prediction).
+    """Score images against prompts by a judging Stable Diffusion pipeline (epsilon, v or sample prediction).
 
     Args:
         pipe: `StableDiffusionPipeline` of the judge.
-        resolution: side to which pictures are brought, pixels, a multiple of the VAE's factor.
-        others: k, how many other prompts each picture is held against.
+        resolution: side to which images are brought, pixels, a multiple of the VAE's factor.
+        others: k, how many other prompts each image is held against.
         repeats: noises per level.
         seed: of noises and other prompts.
-        batch_size: pictures at once.
+        batch_size: images at once.
     """
 
     name = "alignment"
@@ -74,7 +74,7 @@ class DiffusionAlignment:
         """Return the k other prompts of each place: distinct, none equal to its own, a function of seed, prompt and pool.
 
         Args:
-            prompts: each picture's own.
+            prompts: each image's own.
             pool: where the others come from; the prompts themselves if None.
 
         Raises:
@@ -82,7 +82,7 @@ class DiffusionAlignment:
         """
         pool = sorted(set(prompts if pool is None else pool))
         if len(pool) <= self.others:
-            raise UserError(f"{len(pool)} different prompts", rule=f"each picture is held against {self.others} other prompts",
+            raise UserError(f"{len(pool)} different prompts", rule=f"each image is held against {self.others} other prompts",
                             remedy="give more prompts, or a smaller `others`")  # fmt: skip
         drawn = {
             c: random.Random(f"{self.seed} {c}").sample([p for p in pool if p != c], self.others) for c in set(prompts)
@@ -91,32 +91,32 @@ class DiffusionAlignment:
 
     @torch.no_grad()
     def __call__(
-        self, pictures: Sequence[Image.Image], prompts: Sequence[str], pool: Sequence[str] | None = None
+        self, images: Sequence[Image.Image], prompts: Sequence[str], pool: Sequence[str] | None = None
     ) -> Alignment:
-        """Return A and hit of each picture with its prompt, held against others of `pool` (`choose`).
+        """Return A and hit of each image with its prompt, held against others of `pool` (`choose`).
 
         Raises:
-            UserError: another number of prompts than of pictures, or too few different prompts.
+            UserError: another number of prompts than of images, or too few different prompts.
         """
-        if len(pictures) != len(prompts):
-            raise UserError(f"{len(pictures)} pictures and {len(prompts)} prompts", rule="one prompt per picture")
-        if not pictures:
+        if len(images) != len(prompts):
+            raise UserError(f"{len(images)} images and {len(prompts)} prompts", rule="one prompt per image")
+        if not images:
             return Alignment(torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool))
         texts = [[c, *rest] for c, rest in zip(prompts, self.choose(prompts, pool), strict=True)]
-        starts = range(0, len(pictures), self.batch_size)
+        starts = range(0, len(images), self.batch_size)
         errors = torch.cat([
-            self.errors(pictures[i : i + self.batch_size], texts[i : i + self.batch_size]) for i in starts
+            self.errors(images[i : i + self.batch_size], texts[i : i + self.batch_size]) for i in starts
         ])  # fmt: skip
         own, rest = errors[:, 0], errors[:, 1:]
         return Alignment(rest.mean(1) - own, (own[:, None] < rest).all(1))
 
     @torch.no_grad()
-    def errors(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> Tensor:
-        """Return e of each picture with each of its texts (equally many), float64 `(n, m)`."""
-        pipe, n, m = self.pipe, len(pictures), len(texts[0])
+    def errors(self, images: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> Tensor:
+        """Return e of each image with each of its texts (equally many), float64 `(n, m)`."""
+        pipe, n, m = self.pipe, len(images), len(texts[0])
         device, dtype = pipe.unet.device, pipe.unet.dtype
         size = (self.resolution, self.resolution)
-        resized = [as_rgb(p).resize(size, Image.Resampling.BICUBIC) for p in pictures]
+        resized = [as_rgb(p).resize(size, Image.Resampling.BICUBIC) for p in images]
         pixels = pipe.image_processor.preprocess(resized).to(pipe.vae.device, pipe.vae.dtype)
         x0 = (pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor).to(device, torch.float32)
         context = pipe.encode_prompt([t for row in texts for t in row], device, 1, False)[0]

@@ -1,11 +1,11 @@
-"""How well a picture shows its prompt, by a CLIP of transformers or of open_clip.
+"""How well an image shows its prompt, by a CLIP of transformers or of open_clip.
 
     cos(image embedding, text embedding)    Hessel et al., EMNLP 2021, arXiv 2104.08718, without its factor 2.5 and without
                                             clipping at 0: what the tables of Somepalli et al. print as 0.30
 
 Figures of two CLIPs do not compare. A name that begins with `open_clip:` is of open_clip (the extra `clip`): a folder or hub id with
 open_clip_config.json and open_clip_model.safetensors, or one of open_clip's own names with the tag of its weights, as
-`open_clip:ViT-g-14/laion2b_s12b_b42k`, the network of Wen et al. Every other name is of transformers. The whole picture is used, squeezed
+`open_clip:ViT-g-14/laion2b_s12b_b42k`, the network of Wen et al. Every other name is of transformers. The whole image is used, squeezed
 to the network's side; a prompt beyond its length is cut.
 """
 
@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 
 from ambient_sd.audit.features import batches, scaled, square
 from ambient_sd.audit.networks import pretrained
-from ambient_sd.errors import UserError, one_line
-from ambient_sd.hub_ids import OPEN_CLIP
+from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.hub_ids import OPEN_CLIP
 
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _CONFIG = "open_clip_config.json"
@@ -36,7 +36,7 @@ _WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"
 
 @dataclass(frozen=True)
 class _Clip:
-    """Hold one CLIP: the side of its pictures in pixels, their scale, and what embeds scaled pictures `(B, 3, H, W)` and texts."""
+    """Hold one CLIP: the side of its images in pixels, their scale, and what embeds scaled images `(B, 3, H, W)` and texts."""
 
     size: int
     mean: Sequence[float]
@@ -45,7 +45,7 @@ class _Clip:
 
 
 class ClipScore:
-    """Measure how near a picture is to its prompt in CLIP: the cosine of both embeddings.
+    """Measure how near an image is to its prompt in CLIP: the cosine of both embeddings.
 
     Args:
         model: folder or hub id of a transformers `CLIPModel` with its tokenizer, or of open_clip's, after `open_clip:`.
@@ -61,19 +61,19 @@ class ClipScore:
         opened = _of_open_clip if model.startswith(OPEN_CLIP) else _of_transformers
         self.clip = opened(model.removeprefix(OPEN_CLIP), self.device)
 
-    def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str], progress: bool = False) -> Tensor:
-        """Return the cosine of each picture with its own prompt (cut to the model's length), float64 `(N,)`.
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], progress: bool = False) -> Tensor:
+        """Return the cosine of each image with its own prompt (cut to the model's length), float64 `(N,)`.
 
         Raises:
-            UserError: another number of prompts than of pictures.
+            UserError: another number of prompts than of images.
         """
-        if len(pictures) != len(prompts):
-            raise UserError(f"{len(pictures)} pictures and {len(prompts)} prompts", rule="one prompt per picture")
+        if len(images) != len(prompts):
+            raise UserError(f"{len(images)} images and {len(prompts)} prompts", rule="one prompt per image")
         mean, std = np.array(self.clip.mean, dtype=np.float32), np.array(self.clip.std, dtype=np.float32)
         rows: list[Tensor] = []
         left = iter(prompts)
-        with torch.inference_mode(), tqdm(total=len(pictures), desc=self.name, unit="img", disable=not progress) as bar:
-            for batch in batches(pictures, self.batch_size):
+        with torch.inference_mode(), tqdm(total=len(images), desc=self.name, unit="img", disable=not progress) as bar:
+            for batch in batches(images, self.batch_size):
                 x = torch.from_numpy(scaled(square(batch, self.clip.size), mean, std)).to(self.device)
                 image, text = self.clip.embed(x, list(islice(left, len(batch))))
                 rows.append(torch.nn.functional.cosine_similarity(image.double(), text.double(), dim=1).cpu())
@@ -120,17 +120,17 @@ def _of_open_clip(model: str, device: torch.device) -> _Clip:
         size = network.visual.image_size
         sides = {size} if isinstance(size, int) else set(size)
         if len(sides) != 1:
-            raise ValueError(f"its pictures are of {size} pixels; only square ones are served")
+            raise ValueError(f"its images are of {size} pixels; only square ones are served")
 
         def embed(x: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
             return network.encode_image(x), network.encode_text(tokenizer(texts).to(device))
 
         clip = _Clip(sides.pop(), network.visual.image_mean, network.visual.image_std, embed)
-        # A tokenizer that does not fit its network is found here, not after the pictures are drawn.
+        # A tokenizer that does not fit its network is found here, not after the images are drawn.
         with torch.inference_mode():
-            image, text = embed(torch.zeros(1, 3, clip.size, clip.size, device=device), ["a picture"])
+            image, text = embed(torch.zeros(1, 3, clip.size, clip.size, device=device), ["an image"])
         if image.shape != text.shape:
-            raise ValueError(f"it embeds a picture as {tuple(image.shape)}, a text as {tuple(text.shape)}")
+            raise ValueError(f"it embeds an image as {tuple(image.shape)}, a text as {tuple(text.shape)}")
     except Exception as error:  # unreadable files, weights that do not fit the config: a dozen kinds
         raise UserError(f"{OPEN_CLIP}{model} cannot be loaded", rule=one_line(f"{type(error).__name__}: {error}", 200),
                         remedy=f"its {_CONFIG}, weights and tokenizer must belong together") from None  # fmt: skip

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from ambient_sd.audit.neighbours import workers
 from ambient_sd.audit.registration import SCALES, Poses, Registered, prepare, register
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 RULE = "registration-1"  # stands beside figures that are kept: those of another rule are no longer comparable
 HELDOUT = "held-out images"  # the null's name, for whoever asks for its background

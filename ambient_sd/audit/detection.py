@@ -5,7 +5,7 @@
                 n ordinary scores reach it; just above the largest where k = 0
     TPR@FPR     share of memorized scores that reach that threshold
 
-Intervals are 95 % and resample memorized and ordinary prompts apart, each prompt with all its pictures; the threshold is
+Intervals are 95 % and resample memorized and ordinary prompts apart, each prompt with all its images; the threshold is
 found anew in every resample, for it is part of what is uncertain. A score is higher for memorized prompts, or it is no score.
 """
 
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ambient_sd.audit.metrics import Figure, Resampler, wilson
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
-# Above the largest score by this part of it: the same picture in another batch differs in its last digits.
+# Above the largest score by this part of it: the same image in another batch differs in its last digits.
 _MARGIN = 1e-4
 
 

@@ -1,17 +1,17 @@
-"""Every picture of a set as a row of numbers on disk: sharded over processes, resumable, read back in blocks.
+"""Every image of a set as a row of numbers on disk: sharded over processes, resumable, read back in blocks.
 
     accelerate launch -m ambient_sd.audit.embedding DATA --features pixels,efflite0,sscd --out DIR
 
     DIR/<feature>/part-00007.parquet    rows [7 B, 8 B) of DATA: place, key, caption, size, thumbnail, embedding
     schema metadata                     feature, its parameters, digest of its weights, resolution, data, block
 
-Block b is the same pictures, in the same batches, whichever process computes it: one process or eight, straight or after
+Block b is the same images, in the same batches, whichever process computes it: one process or eight, straight or after
 any kill, on machines of one kind and with one number of threads each, give the same bits. A block has its name when it is
-whole; what an interrupted run was working on is computed again. Memory is one block of vectors and one batch of pictures.
+whole; what an interrupted run was working on is computed again. Memory is one block of vectors and one batch of images.
 
-`key` is the SHA-256 of the decoded picture (`ambient_sd.data.sources`); `data` is a digest of names and captions, known
+`key` is the SHA-256 of the decoded image (`ambient_sd.data.sources`); `data` is a digest of names and captions, known
 before anything is decoded, and `rows` of each block one of keys and captions. `EmbeddingStore.fingerprint` is that of the
-whole set, the same as `PictureSet.fingerprint`. `size` and `thumbnail` (16 x 16 RGB) are what near-duplicates are found by
+whole set, the same as `ImageDataset.fingerprint`. `size` and `thumbnail` (16 x 16 RGB) are what near-duplicates are found by
 (`ambient_sd.data.duplicates`): with them an audit need not decode the set again (`ambient_sd.audit.stored`).
 
 It does not search (`ambient_sd.audit.search`) and does not resize, crop or merge: near-duplicates stay separate rows.
@@ -44,15 +44,15 @@ from ambient_sd.audit.registry import add_features, choose, chosen
 from ambient_sd.data.cache import fingerprint
 from ambient_sd.data.conditions import split_condition
 from ambient_sd.data.duplicates import SIDE, Thumbnails
-from ambient_sd.data.sources import UNLISTED, Picture, PictureSet, load_rows
-from ambient_sd.errors import UserError, exits_on_user_error
-from ambient_sd.files import write_whole
+from ambient_sd.data.sources import UNLISTED, ImageDataset, ImageRow, load_rows
+from ambient_sd.utils.errors import UserError, exits_on_user_error
+from ambient_sd.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # of what turns a picture into a row; a change must raise it
+VERSION = 2  # of what turns an image into a row; a change must raise it
 _ABOUT, _ROWS = b"ambient_sd.embedding", b"ambient_sd.rows"
-_BATCH = 64  # pictures decoded at once: a multiple of every extractor's own batch, so that blocks do not cut batches
+_BATCH = 64  # images decoded at once: a multiple of every extractor's own batch, so that blocks do not cut batches
 _PART = re.compile(r"part-(\d{5,})\.parquet")
 Dtype = Literal["float32", "float16"]
 
@@ -64,13 +64,13 @@ class About:
     Attributes:
         feature: name of the extractor.
         distance: the distance that its vectors are made for.
-        dim: numbers per picture.
+        dim: numbers per image.
         dtype: as which they are stored.
-        resolution: side in pixels that every picture is brought to.
+        resolution: side in pixels that every image is brought to.
         weights: SHA-256 of the network's weights; empty for pixels.
         device: cpu, cuda, ...: networks round differently there.
         data: SHA-256 over names and captions.
-        count: pictures in the set.
+        count: images in the set.
         block: rows of a part.
         version: of the code that makes rows.
     """
@@ -93,7 +93,7 @@ class About:
         return -(-self.count // self.block)
 
     def rows_of(self, part: int) -> range:
-        """Return the places of the pictures in a block."""
+        """Return the places of the images in a block."""
         return range(part * self.block, min(self.count, (part + 1) * self.block))
 
     def unlike(self, other: About) -> str:
@@ -171,7 +171,7 @@ class EmbeddingStore:
         return self.folder / f"part-{part:05d}.parquet"
 
     def blocks(self) -> Iterator[Tensor]:
-        """Yield the vectors in the order of the pictures, float32 `(B, D)`, one block in memory at a time.
+        """Yield the vectors in the order of the images, float32 `(B, D)`, one block in memory at a time.
 
         Raises:
             UserError: a part is damaged.
@@ -196,7 +196,7 @@ class EmbeddingStore:
         return found
 
     def looks(self) -> Thumbnails:
-        """Return the sizes and thumbnails of all pictures, in order.
+        """Return the sizes and thumbnails of all images, in order.
 
         Raises:
             UserError: the store was written without.
@@ -211,13 +211,13 @@ class EmbeddingStore:
         return found
 
     def rows(self) -> Iterator[tuple[str, str]]:
-        """Yield key and caption of every picture, in order."""
+        """Yield key and caption of every image, in order."""
         for part in range(self.about.parts):
             table = self._read(part, ["key", "caption"])
             yield from zip(table.column("key").to_pylist(), table.column("caption").to_pylist(), strict=True)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 over keys and captions that `PictureSet.fingerprint` gives for the same set."""
+        """Return the SHA-256 over keys and captions that `ImageDataset.fingerprint` gives for the same set."""
         digest = hashlib.sha256()
         for key, caption in self.rows():
             digest.update(_line(key, caption))
@@ -225,22 +225,22 @@ class EmbeddingStore:
 
     @property
     def digest(self) -> str:
-        """Return a SHA-256 that changes with any picture, caption, weight or setting; reads no vector."""
+        """Return a SHA-256 that changes with any image, caption, weight or setting; reads no vector."""
         digest = hashlib.sha256(json.dumps(asdict(self.about), sort_keys=True).encode())
         for part in range(self.about.parts):
             digest.update((pq.read_schema(self.path(part)).metadata or {}).get(_ROWS, b""))
         return digest.hexdigest()
 
-    def require(self, pictures: PictureSet) -> None:
+    def require(self, images: ImageDataset) -> None:
         """Refuse a set that these embeddings were not made from.
 
         Raises:
-            UserError: a picture or caption differs.
+            UserError: an image or caption differs.
         """
-        if len(pictures) != len(self) or pictures.fingerprint() != self.fingerprint():
+        if len(images) != len(self) or images.fingerprint() != self.fingerprint():
             raise UserError(
-                f"the embeddings in {self.folder} are not those of {pictures.source}",
-                rule=f"{len(self)} embedded pictures, {len(pictures)} in the set, and contents or captions differ",
+                f"the embeddings in {self.folder} are not those of {images.source}",
+                rule=f"{len(self)} embedded images, {len(images)} in the set, and contents or captions differ",
                 remedy="embed the set again into an empty folder",
             )  # fmt: skip
 
@@ -291,11 +291,11 @@ def _footer(path: Path) -> tuple[About, int]:
 
 
 def _line(key: str, caption: str) -> bytes:
-    return f"{key} {len(caption)} {caption}\n".encode("utf-8", "surrogatepass")  # as in PictureSet.fingerprint
+    return f"{key} {len(caption)} {caption}\n".encode("utf-8", "surrogatepass")  # as in ImageDataset.fingerprint
 
 
-def load_set(source: str | Path, **options: Any) -> PictureSet:
-    """Open a set as `load_rows` does, whose `options` these are; captions may be missing, and a folder may be pictures alone.
+def load_set(source: str | Path, **options: Any) -> ImageDataset:
+    """Open a set as `load_rows` does, whose `options` these are; captions may be missing, and a folder may be images alone.
 
     Raises:
         UserError: as for `load_rows`.
@@ -315,24 +315,24 @@ def weights_digest(feature: Any) -> str:
     return ""
 
 
-def describe(feature: Any, pictures: PictureSet, *, dtype: Dtype, block: int, device: str) -> About:
-    """Return what the rows of `feature` on `pictures` depend on; no picture is decoded."""
+def describe(feature: Any, images: ImageDataset, *, dtype: Dtype, block: int, device: str) -> About:
+    """Return what the rows of `feature` on `images` depend on; no image is decoded."""
     return About(
-        feature.name, feature.distance, feature.dim, dtype, feature.size, weights_digest(feature), device, names_digest(pictures),
-        len(pictures), block,
+        feature.name, feature.distance, feature.dim, dtype, feature.size, weights_digest(feature), device, names_digest(images),
+        len(images), block,
     )  # fmt: skip
 
 
-def names_digest(pictures: PictureSet) -> str:
-    """Return the SHA-256 over names and captions that `About.data` is; no picture is decoded."""
+def names_digest(images: ImageDataset) -> str:
+    """Return the SHA-256 over names and captions that `About.data` is; no image is decoded."""
     digest = hashlib.sha256()
-    for name, caption in zip(pictures.names, pictures.captions, strict=True):
+    for name, caption in zip(images.names, images.captions, strict=True):
         digest.update(_line(name, caption))
     return digest.hexdigest()
 
 
 def embed_set(
-    pictures: PictureSet,
+    images: ImageDataset,
     features: Sequence[Features],
     out: str | Path,
     *,
@@ -341,14 +341,14 @@ def embed_set(
     state: Any = None,
     progress: bool = False,
 ) -> list[Path]:
-    """Embed every picture by every extractor into `out`; to be called by every process.
+    """Embed every image by every extractor into `out`; to be called by every process.
 
     Args:
-        pictures: the set, unchecked: each picture is decoded once, here.
+        images: the set, unchecked: each image is decoded once, here.
         features: extractors with `name`, `distance`, `dim`, `size`.
         out: folder for one folder per feature; what an interrupted call has left in it is kept and completed.
         dtype: as which vectors are stored; float16 halves the disk and rounds by 2^-11 of each number.
-        block: pictures per file, a multiple of 64.
+        block: images per file, a multiple of 64.
         state: accelerate's `PartialState`, for more than one process.
         progress: show a bar.
 
@@ -356,16 +356,16 @@ def embed_set(
         The folder of each feature.
 
     Raises:
-        UserError: the folder holds embeddings of something else or cannot be written, or a picture does not decode.
+        UserError: the folder holds embeddings of something else or cannot be written, or an image does not decode.
     """
     if block < 1 or block % _BATCH:
         raise UserError(f"block {block}", rule=f"must be a multiple of {_BATCH}, such as 2048")
     rank, ranks = (0, 1) if state is None else (state.process_index, state.num_processes)
     device = "cpu" if state is None else state.device.type
-    abouts = [describe(f, pictures, dtype=dtype, block=block, device=device) for f in features]
+    abouts = [describe(f, images, dtype=dtype, block=block, device=device) for f in features]
     folders = [Path(out).expanduser() / feature.name for feature in features]
     # One process looks, and all act upon what it saw: another may write a block between two looks.
-    todo = _agreed(lambda: _missing(pictures, abouts, folders, range(abouts[0].parts)), state)
+    todo = _agreed(lambda: _missing(images, abouts, folders, range(abouts[0].parts)), state)
     done = abouts[0].count - sum(len(abouts[0].rows_of(part)) for part in todo)
     with (
         tqdm(
@@ -376,7 +376,7 @@ def embed_set(
         for part in list(todo)[rank::ranks]:
             wanted = [i for i in range(len(features)) if i in todo[part]]
             rows = abouts[0].rows_of(part)
-            _embed_block(pictures, rows, [(features[i], abouts[i], folders[i]) for i in wanted], pool)
+            _embed_block(images, rows, [(features[i], abouts[i], folders[i]) for i in wanted], pool)
             done = min(abouts[0].count, done + len(rows) * ranks)
             bar.update(done - bar.n)
     if ranks > 1:
@@ -403,14 +403,14 @@ def _agreed(look: Callable[[], dict[int, list[int]]], state: Any) -> dict[int, l
 
 
 def _missing(
-    pictures: PictureSet, abouts: Sequence[About], folders: Sequence[Path], parts: range
+    images: ImageDataset, abouts: Sequence[About], folders: Sequence[Path], parts: range
 ) -> dict[int, list[int]]:
     """Return block -> the features that lack it; refuse a folder of other embeddings."""
     todo: dict[int, list[int]] = {}
     for i, (about, folder) in enumerate(zip(abouts, folders, strict=True)):
         found = _parts(folder)
         for part in parts:
-            if part not in found or not _whole(found[part], about, part, pictures):
+            if part not in found or not _whole(found[part], about, part, images):
                 todo.setdefault(part, []).append(i)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -419,8 +419,8 @@ def _missing(
     return dict(sorted(todo.items()))
 
 
-def _whole(path: Path, about: About, part: int, pictures: PictureSet) -> bool:
-    """Tell whether a block of an earlier run counts. One picture of each is decoded: a changed set is noticed early."""
+def _whole(path: Path, about: About, part: int, images: ImageDataset) -> bool:
+    """Tell whether a block of an earlier run counts. One image of each is decoded: a changed set is noticed early."""
     try:
         mine, rows = _footer(path)
         key = pq.read_table(path, columns=["key"], partitioning=None).column("key")[0].as_py() if rows else ""
@@ -431,40 +431,38 @@ def _whole(path: Path, about: About, part: int, pictures: PictureSet) -> bool:
     if mine != about or rows != len(about.rows_of(part)):
         raise UserError(f"{path.parent} holds other embeddings", rule=mine.unlike(about) or "another number of rows",
                         remedy="name another folder with --out, or remove that one")  # fmt: skip
-    if pictures[first].key != key:
-        raise UserError(f"{path.parent} holds embeddings of other pictures", rule=f"{pictures.names[first]} has changed",
+    if images[first].key != key:
+        raise UserError(f"{path.parent} holds embeddings of other images", rule=f"{images.names[first]} has changed",
                         remedy="name another folder with --out, or remove that one")  # fmt: skip
     return True
 
 
 def _embed_block(
-    pictures: PictureSet,
+    dataset: ImageDataset,
     rows: range,
     features: Sequence[tuple[Features, About, Path]],
     pool: ThreadPoolExecutor,
 ) -> None:
-    """Decode the pictures of a block batch by batch, run every extractor over each batch, write a file per feature."""
+    """Decode the images of a block batch by batch, run every extractor over each batch, write a file per feature."""
     keys: list[str] = []
     looks = Thumbnails()
     vectors: list[list[np.ndarray]] = [[] for _ in features]
     # A batch is decoded while the one before it is embedded.
     starts = list(range(rows.start, rows.stop, _BATCH))
-    ahead = [pool.submit(pictures.__getitem__, i) for i in rows[:_BATCH]]
+    ahead = [pool.submit(dataset.__getitem__, i) for i in rows[:_BATCH]]
     for start in starts:
-        batch: list[Picture] = [one.result() for one in ahead]
-        ahead = [
-            pool.submit(pictures.__getitem__, i) for i in range(start + _BATCH, min(start + 2 * _BATCH, rows.stop))
-        ]
-        keys += [picture.key for picture in batch]
-        images = [picture.image for picture in batch]
+        batch: list[ImageRow] = [one.result() for one in ahead]
+        ahead = [pool.submit(dataset.__getitem__, i) for i in range(start + _BATCH, min(start + 2 * _BATCH, rows.stop))]
+        keys += [row.key for row in batch]
+        images = [row.image for row in batch]
         for image in images:
             looks.add(image)
         for (feature, about, _), held in zip(features, vectors, strict=True):
             found = feature(images)
             if not torch.isfinite(found).all():
-                raise UserError(f"{feature.name} gives NaN or infinite values near {pictures.names[start]}")
+                raise UserError(f"{feature.name} gives NaN or infinite values near {dataset.names[start]}")
             held.append(found.numpy().astype(about.dtype))
-    captions = [pictures.captions[i] for i in rows]
+    captions = [dataset.captions[i] for i in rows]
     for (_, about, folder), held in zip(features, vectors, strict=True):
         path = folder / f"part-{rows.start // about.block:05d}.parquet"
         write_block(path, about, rows, keys, captions, np.concatenate(held), looks)
@@ -484,11 +482,11 @@ def write_block(
     Args:
         path: `EmbeddingStore.path` of the block.
         about: of the store.
-        rows: places of the pictures.
+        rows: places of the images.
         keys: their content keys.
         captions: their captions.
         vectors: `(B, dim)`, of the store's dtype.
-        looks: their sizes and thumbnails; without, no audit takes the store for its training pictures.
+        looks: their sizes and thumbnails; without, no audit takes the store for its training images.
 
     Raises:
         UserError: vectors are not finite, or the folder cannot be written.
@@ -516,7 +514,7 @@ def write_block(
     # Vectors do not compress, and text is small beside them.
     pq.write_table(table, buffer, compression="none", use_dictionary=False, write_page_checksum=True)
     try:
-        write_whole(path, buffer.getvalue())
+        atomic_write(path, buffer.getvalue())
     except OSError as error:
         raise _unwritable(path.parent, error) from None
 
@@ -534,14 +532,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # type: ignore[union-attr]
     parser.add_argument(
         "data",
-        help="folder (with metadata.jsonl or .csv, or of pictures alone), parquet file, tar shards, or hub dataset",
+        help="folder (with metadata.jsonl or .csv, or of images alone), parquet file, tar shards, or hub dataset",
     )
     parser.add_argument(
         "--out", required=True, type=Path, help="folder for the embeddings; an interrupted run goes on there"
     )
     add_features(parser)
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16"])
-    parser.add_argument("--block", default=2048, type=int, help="pictures per file (default %(default)s)")
+    parser.add_argument("--block", default=2048, type=int, help="images per file (default %(default)s)")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--caption_column", default="text")
     parser.add_argument("--split", help="of a hub dataset, or value of the column split")
@@ -556,17 +554,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     names, files = chosen(args)
-    pictures = load_set(
+    images = load_set(
         args.data, row_filter=[split_condition(term) for term in args.row_filter], image_column=args.image_column, caption_column=args.caption_column, split=args.split,
         max_samples=args.max_samples, unlisted=args.unlisted,
     )  # fmt: skip
     from accelerate import PartialState
 
     state = PartialState()
-    if pictures.unlisted and state.is_main_process:
-        print(f"{pictures.unlisted} files in {pictures.source} are left out", flush=True)
+    if images.unlisted and state.is_main_process:
+        print(f"{images.unlisted} files in {images.source} are left out", flush=True)
     features = choose(names, files, state.device)
-    folders = embed_set(pictures, features, args.out, dtype=args.dtype, block=args.block, state=state, progress=True)
+    folders = embed_set(images, features, args.out, dtype=args.dtype, block=args.block, state=state, progress=True)
     if state.is_main_process:
         for folder in folders:
             store = EmbeddingStore.open(folder)

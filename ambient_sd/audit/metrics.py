@@ -1,11 +1,11 @@
-"""How much of a model's output is copied, and how good it is: figures with intervals, each beside held-out pictures.
+"""How much of a model's output is copied, and how good it is: figures with intervals, each beside held-out images.
 
     memorized fraction   share of samples with d1 / d2 < 1/3, d1 and d2 the distances to the nearest and the second
-                         nearest training picture (Yoon et al. 2023; Bonnaire et al. 2025)
-    similarity           cosine to the nearest training picture: mean, percentiles, share above 0.5 and 0.75 (SSCD:
+                         nearest training image (Yoon et al. 2023; Bonnaire et al. 2025)
+    similarity           cosine to the nearest training image: mean, percentiles, share above 0.5 and 0.75 (SSCD:
                          Pizzi et al., CVPR 2022; protocol of Somepalli et al., CVPR 2023)
     Frechet distance     |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017), through torchmetrics
-    density, coverage    of the held-out pictures, and MiFID: see `fidelity`
+    density, coverage    of the held-out images, and MiFID: see `fidelity`
     KID                  unbiased squared MMD, kernel (x.y / D + 1)^3 (Binkowski et al. 2018), through torchmetrics
 
 Intervals are 95 %: a bootstrap that resamples whole groups (all samples of one prompt stand or fall together), Wilson's
@@ -31,16 +31,14 @@ from ambient_sd.audit.features import MIRROR, Features, embed
 from ambient_sd.audit.fidelity import EPSILON, NEAREST, copy_distance, coverage, density, inside, mifid, radii
 from ambient_sd.audit.neighbours import Neighbours, Rows, nearest
 from ambient_sd.audit.originals import Search, one_of_each, originals
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 MEMORIZED_RATIO = 1 / 3
 SSCD_THRESHOLDS = (0.5, 0.75)
 PERCENTILES = (75, 90, 95)
 PROJECT = 64
-BACKGROUND = (
-    2000  # training pictures at most whose own neighbours are looked for: all against all grows with the square
-)
-_MOST = 2000  # pictures a side for density and coverage, whose cost grows with the square
+BACKGROUND = 2000  # training images at most whose own neighbours are looked for: all against all grows with the square
+_MOST = 2000  # images a side for density and coverage, whose cost grows with the square
 _Z95 = 1.959963984540054
 
 
@@ -70,13 +68,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """Hold one measure of generated pictures beside the same measure of held-out pictures.
+    """Hold one measure of generated images beside the same measure of held-out images.
 
     Attributes:
-        heldout: None where there are no held-out pictures; the measure with held-out real pictures in the place of generated ones; for distances between
-            distributions the floor: one half of the held-out pictures against the other.
+        heldout: None where there are no held-out images; the measure with held-out real images in the place of generated ones; for distances between
+            distributions the floor: one half of the held-out images against the other.
         excess: generated minus held-out; None without.
-        background: training picture to training picture, each leaving itself out, of at most `BACKGROUND` drawn ones; None where that means nothing.
+        background: training image to training image, each leaving itself out, of at most `BACKGROUND` drawn ones; None where that means nothing.
     """
 
     name: str
@@ -88,8 +86,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Hold the rows of one run, and neighbours by feature name (for galleries and histograms): of the generated pictures, the
-    held-out ones (empty without) and the training pictures among themselves."""
+    """Hold the rows of one run, and neighbours by feature name (for galleries and histograms): of the generated images, the
+    held-out ones (empty without) and the training images among themselves."""
 
     rows: list[Row]
     neighbours: dict[str, Neighbours]
@@ -190,7 +188,7 @@ def difference(a: Figure, b: Figure, name: str | None = None) -> Figure:
     """Estimate `a - b` with an interval.
 
     Figures resampled together (one pairing) are subtracted draw by draw, which keeps what they share: prompts,
-    held-out pictures. Others are taken as independent and their intervals combined (MOVER: Newcombe 1998; Zou & Donner
+    held-out images. Others are taken as independent and their intervals combined (MOVER: Newcombe 1998; Zou & Donner
     2008): `low = d - sqrt((a - a_low)^2 + (b_high - b)^2)`, `high` likewise.
     """
     value = a.value - b.value
@@ -211,20 +209,20 @@ def difference(a: Figure, b: Figure, name: str | None = None) -> Figure:
 def memorized(neighbours: Neighbours, ratio: float = MEMORIZED_RATIO) -> Tensor:
     """Mark the samples that are copies: d1 / d2 < `ratio`, bool `(N,)`.
 
-    An exact copy (d1 = 0) is marked whatever d2 is, so 0 / 0 - a copy of a picture that the training set holds twice -
-    is marked too. A NEAR copy of a duplicated picture is not (d1 and d2 are both small): the ratio is blind to
+    An exact copy (d1 = 0) is marked whatever d2 is, so 0 / 0 - a copy of an image that the training set holds twice -
+    is marked too. A NEAR copy of a duplicated image is not (d1 and d2 are both small): the ratio is blind to
     near-duplicates in the training set; merge them before the search.
     """
     return neighbours.ratio < ratio
 
 
 def copy_threshold(feature: Features) -> float:
-    """Return the similarity above which a cosine feature calls a picture a copy."""
+    """Return the similarity above which a cosine feature calls an image a copy."""
     return float(getattr(feature, "thresholds")[0])  # noqa: B009  (only cosine features have them)
 
 
 def copied(feature: Features, neighbours: Neighbours) -> Tensor:
-    """Mark the pictures that count as copies by a feature, bool `(N,)`."""
+    """Mark the images that count as copies by a feature, bool `(N,)`."""
     return neighbours.similarity > copy_threshold(feature) if feature.distance == "cosine" else memorized(neighbours)
 
 
@@ -253,7 +251,7 @@ def similarity_figures(
     seed: int = 0,
     resamples: int = 1000,
 ) -> list[Figure]:
-    """Estimate mean, percentiles and shares above the thresholds of the similarity to the nearest training picture."""
+    """Estimate mean, percentiles and shares above the thresholds of the similarity to the nearest training image."""
     values = neighbours.similarity
     options: dict[str, Any] = {"groups": groups, "seed": seed, "resamples": resamples}
     figures = [bootstrap(values, torch.mean, name=f"{name} mean", **options)]
@@ -340,7 +338,7 @@ def kid(a: Tensor, b: Tensor) -> float:
 
 
 def pca_basis(reference: Tensor, dim: int) -> tuple[Tensor, float]:
-    """Return the leading `dim` principal directions `(D, dim)` of real pictures and the share of variance they keep.
+    """Return the leading `dim` principal directions `(D, dim)` of real images and the share of variance they keep.
 
     No seed: the distance is the same for any sign or rotation of the basis.
     """
@@ -362,16 +360,16 @@ def quality_rows(
     project: int = PROJECT,
     training: Tensor | Rows | None = None,
 ) -> list[Row]:
-    """Estimate how far generated pictures are from held-out ones, beside the floor, at equal n: Frechet distance and KID; given
-    the training pictures also MiFID, density and coverage (`fidelity`).
+    """Estimate how far generated images are from held-out ones, beside the floor, at equal n: Frechet distance and KID; given
+    the training images also MiFID, density and coverage (`fidelity`).
 
-    The held-out pictures are cut at random into halves A and B, `splits` times, and m = min(n, |A|, |B|) rows are used
+    The held-out images are cut at random into halves A and B, `splits` times, and m = min(n, |A|, |B|) rows are used
     on every side: generated is the mean of D(G, B), the floor the mean of D(A, B). Both carry the same finite-sample
     bias, so the floor is what a perfect model would get. The Frechet distance is taken in the `project` leading
-    principal directions of the held-out pictures (m < D would leave the covariances singular), or fewer when m < 2
+    principal directions of the held-out images (m < D would leave the covariances singular), or fewer when m < 2
     project; the name says how many: "FD-EffLite0-pca64". KID uses all dimensions.
 
-    The interval resamples groups of G, and the rows of A and of B apart (one picture never lands in both halves), with
+    The interval resamples groups of G, and the rows of A and of B apart (one image never lands in both halves), with
     B common to both figures. A resample repeats rows, which biases both distances upwards; the draws are therefore
     moved so that their mean is the estimate, and the interval says how far the figure scatters AT THIS m.
 
@@ -381,7 +379,7 @@ def quality_rows(
         training: `(T, D)`, or rows on disk.
 
     Returns:
-        One Row per measure; empty when there are fewer than 4 pictures a side to compare.
+        One Row per measure; empty when there are fewer than 4 images a side to compare.
     """
     m = min(len(generated), len(heldout) // 2)
     if m < 4:
@@ -434,7 +432,9 @@ def quality_rows(
                 moved = figures[side].draws
                 assert moved is not None
                 each = torch.tensor([mifid(float(v), distances[side][r]) for v, r in zip(moved, drawn, strict=True)])
-                note = f"mean distance to a training picture {distances[side].mean():.3g}, charged below {EPSILON:g}; {note}"
+                note = (
+                    f"mean distance to a training image {distances[side].mean():.3g}, charged below {EPSILON:g}; {note}"
+                )
                 charged[side] = _figure(
                     f"MiFID-{name}-pca{project}", mifid(value, distances[side]), each.double(), n, seed, note, pairing
                 )  # fmt: skip
@@ -471,7 +471,7 @@ def _density_rows(
 ) -> list[Row]:
     """Estimate density and coverage on the halves of `quality_rows`.
 
-    The balls are those of half B; a resample would repeat rows of B and shrink them, so only the pictures inside are resampled, and
+    The balls are those of half B; a resample would repeat rows of B and shrink them, so only the images inside are resampled, and
     the halvings vary B.
     """
     m = min(m, _MOST)
@@ -513,7 +513,7 @@ def _density_rows(
 
 
 class Some(Protocol):
-    """Give the vectors of some training pictures by their rows."""
+    """Give the vectors of some training images by their rows."""
 
     def gather(self, rows: Tensor) -> Tensor: ...
 
@@ -522,7 +522,7 @@ class Stored(Some, Rows, Protocol):
     """Give training vectors that do not fit memory: in blocks, and some by their rows."""
 
 
-Pictures = Sequence[Image.Image] | Mapping[str, Tensor]
+Images = Sequence[Image.Image] | Mapping[str, Tensor]
 Training = Sequence[Image.Image] | Mapping[str, Tensor | Stored | Some]
 
 
@@ -531,9 +531,9 @@ def _some(vectors: Tensor | Some, rows: Tensor) -> Tensor:
 
 
 def measure(
-    generated: Pictures,
+    generated: Images,
     training: Training,
-    heldout: Pictures | None,
+    heldout: Images | None,
     features: Sequence[Features],
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
@@ -545,19 +545,19 @@ def measure(
     quality_resamples: int = 100,
     project: int = PROJECT,
 ) -> Measurement:
-    """Measure one run: copying and quality, every figure beside the same figure for held-out real pictures.
+    """Measure one run: copying and quality, every figure beside the same figure for held-out real images.
 
     Args:
-        generated, training, heldout: pictures, or what `embed` made of them (embed the real sets once for many runs); of
-            training pictures also `Stored` ones, and of their mirror images `Some`: at most `BACKGROUND` rows are asked for.
+        generated, training, heldout: images, or what `embed` made of them (embed the real sets once for many runs); of
+            training images also `Stored` ones, and of their mirror images `Some`: at most `BACKGROUND` rows are asked for.
             `heldout` must come from the same source as `training` and share nothing with it; None: there are none, and
             no excess and no quality is given.
         features: extractors; Euclidean ones give memorized fractions, cosine ones similarities, those with `quality`
             Frechet distance, KID, MiFID, density and coverage.
-        groups: one label per generated picture, its prompt: samples of one prompt are not independent.
+        groups: one label per generated image, its prompt: samples of one prompt are not independent.
         seed: of all resampling. Use the same for runs that will be compared.
-        duplicates: one label per training picture, equal for copies of one picture (`originals`); None: all differ.
-        mirrored: a picture's mirror image is searched for too (`originals`); vectors must come from `embed` with the
+        duplicates: one label per training image, equal for copies of one image (`originals`); None: all differ.
+        mirrored: an image's mirror image is searched for too (`originals`); vectors must come from `embed` with the
             same setting.
         search: what finds neighbours, as in `originals`; one that takes `Stored` where training vectors are.
 
@@ -567,7 +567,7 @@ def measure(
     Raises:
         UserError: a set is too small, or the groups do not match.
     """
-    given: list[Pictures] = [generated, *([] if heldout is None else [heldout])]
+    given: list[Images] = [generated, *([] if heldout is None else [heldout])]
     sets = [s if isinstance(s, Mapping) else embed(s, features, mirrored=mirrored) for s in given]
     known = training if isinstance(training, Mapping) else embed(training, features, mirrored=mirrored)
     rows: list[Row] = []
@@ -589,7 +589,7 @@ def measure(
             held[name] = originals(h[0], t, **found)
             real = copy_figures(feature, held[name], **options)
         background: list[Figure] | list[None] = [None] * len(sampled)
-        # Leave-one-out needs three different pictures to offer two neighbours.
+        # Leave-one-out needs three different images to offer two neighbours.
         own = one_of_each(range(t.shape[0]) if duplicates is None else duplicates, BACKGROUND, seed)
         if len(own) > 2:
             within[name] = originals([_some(known[view], own) for view in views], t, own=own, **found)

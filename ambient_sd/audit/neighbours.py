@@ -37,7 +37,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ambient_sd.audit.features import Distance
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 Arithmetic = Literal["auto", "float32", "bfloat16"]
 

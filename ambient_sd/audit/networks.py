@@ -6,7 +6,7 @@
     Inception   the pooled features of a TorchScript Inception-v3, Euclidean: Frechet distances on them
 
 Weights are folders or hub ids of transformers, in safetensors, or one TorchScript file; nothing is downloaded that was not named. A
-network with weights that the file lacks is refused: transformers would fill them at random. The whole picture is used.
+network with weights that the file lacks is refused: transformers would fill them at random. The whole image is used.
 
 A Frechet distance carries the name of its network. It is FID only where the network is the one that FID is defined with, which
 nothing here can tell of a file: figures on `Inception` are called FD-Inception, and say which file by its digest.
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ambient_sd.audit.features import Batched, Distance, as_rgb, imagenet
-from ambient_sd.errors import UserError, one_line
+from ambient_sd.utils.errors import UserError, one_line
 
 
 def pretrained(kind: str, name: str, wanted: Sequence[str]) -> Any:
@@ -56,12 +56,12 @@ def pretrained(kind: str, name: str, wanted: Sequence[str]) -> Any:
 
 
 class Dinov2(Batched):
-    """Describe pictures by the pooled class token of DINOv2; cosine similarity.
+    """Describe images by the pooled class token of DINOv2; cosine similarity.
 
         imagenet   squeezed to 224 x 224, bicubic; ImageNet mean and deviation: as DINOv2 was trained
-        paper      each picture at its own size, padded by reflection to multiples of the patch size (the larger half to the right and
+        paper      each image at its own size, padded by reflection to multiples of the patch size (the larger half to the right and
                    below), in [0, 1] without normalisation: as the authors of *Does Generation Require Memorization?* (ICML 2025) do.
-                   Pictures of one size only go through the network together
+                   Images of one size only go through the network together
 
     The name of the feature says which: DINOv2, DINOv2-paper. The published thresholds 0.9 and 0.875 belong to "paper" and ViT-g/14. transformers
     stretches the position embeddings to other sizes a little differently than the authors' torch.hub model.
@@ -69,10 +69,10 @@ class Dinov2(Batched):
     Args:
         model: folder or hub id of a transformers `Dinov2Model`.
         size: side in pixels; brought down to a multiple of the patch size; of "imagenet" only. None: 224.
-        preprocessing: how pictures are brought to the network.
+        preprocessing: how images are brought to the network.
 
     Raises:
-        UserError: it cannot be loaded whole, or is another model; with "paper", a picture is too small to be padded.
+        UserError: it cannot be loaded whole, or is another model; with "paper", an image is too small to be padded.
     """
 
     distance: Distance = "cosine"
@@ -90,7 +90,7 @@ class Dinov2(Batched):
         if preprocessing not in ("imagenet", "paper"):
             raise UserError(f"Dinov2 preprocessing={preprocessing!r}", rule="there are imagenet, paper")
         if size is not None and preprocessing == "paper":
-            raise UserError(f"Dinov2 size={size} with preprocessing paper", rule="every picture keeps its own size")
+            raise UserError(f"Dinov2 size={size} with preprocessing paper", rule="every image keeps its own size")
         self.network = pretrained("Dinov2Model", model, ("dinov2",)).to(device)
         self.device = torch.device(device)
         patch = self.network.config.patch_size
@@ -98,13 +98,13 @@ class Dinov2(Batched):
         self.batch_size, self.dim, self.preprocessing = batch_size, self.network.config.hidden_size, preprocessing
         self.size = max(patch, (224 if size is None else size) // patch * patch)
 
-    def _rows(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def _rows(self, images: Sequence[Image.Image]) -> Tensor:
         if self.preprocessing == "imagenet":
-            return super()._rows(pictures)
-        rgb = [as_rgb(picture) for picture in pictures]
+            return super()._rows(images)
+        rgb = [as_rgb(image) for image in images]
         by_size: dict[tuple[int, int], list[int]] = {}
-        for place, picture in enumerate(rgb):
-            by_size.setdefault(picture.size, []).append(place)
+        for place, image in enumerate(rgb):
+            by_size.setdefault(image.size, []).append(place)
         rows = torch.empty(len(rgb), self.dim)
         for places in by_size.values():
             batch = np.stack([np.asarray(rgb[place], dtype=np.uint8) for place in places])
@@ -117,9 +117,9 @@ class Dinov2(Batched):
         down, right = (-x.shape[2] % patch, -x.shape[3] % patch)
         if (down + 1) // 2 >= x.shape[2] or (right + 1) // 2 >= x.shape[3]:
             raise UserError(
-                f"a picture of {x.shape[3]} x {x.shape[2]} pixels for {self.name}",
+                f"an image of {x.shape[3]} x {x.shape[2]} pixels for {self.name}",
                 rule=f"it is padded by reflection to a multiple of {patch}, which takes more pixels than it has",
-                remedy="use dinov2, which enlarges pictures",
+                remedy="use dinov2, which enlarges images",
             )
         return functional.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2), mode="reflect")
 
@@ -157,7 +157,7 @@ class Inception(Batched):
             with torch.inference_mode():
                 out = self._embed(np.zeros((1, self.size, self.size, 3), dtype=np.uint8))
             if out.dim() != 2 or len(out) != 1:
-                raise ValueError(f"it gives {tuple(out.shape)} for one picture")
+                raise ValueError(f"it gives {tuple(out.shape)} for one image")
         except Exception as error:
             raise UserError(f"Inception model {path.name} does not take uint8 (1, 3, 299, 299)",
                             rule=one_line(str(error).strip().splitlines()[-1] if str(error).strip() else error, 160)) from None  # fmt: skip

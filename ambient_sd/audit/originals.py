@@ -1,11 +1,11 @@
-"""The original that a picture may be a copy of, and the nearest OTHER one: neighbours among pictures that differ.
+"""The original that an image may be a copy of, and the nearest OTHER one: neighbours among images that differ.
 
-    d1   distance to the nearest training picture
-    d2   distance to the nearest training picture that is no duplicate of that one
+    d1   distance to the nearest training image
+    d2   distance to the nearest training image that is no duplicate of that one
 
-With duplicates in the training set the second nearest picture is another copy of the nearest: d1 / d2 is about 1 for the very
-pictures that are memorized first. So training pictures carry labels, equal for copies of one picture, and d2 is taken over other
-labels. Which pictures are duplicates is the caller's to say (`ambient_sd.data.duplicates`).
+With duplicates in the training set the second nearest image is another copy of the nearest: d1 / d2 is about 1 for the very
+images that are memorized first. So training images carry labels, equal for copies of one image, and d2 is taken over other
+labels. Which images are duplicates is the caller's to say (`ambient_sd.data.duplicates`).
 
 A mirrored copy is far away in pixels. Given the vectors of the mirror images of the queries as well, every distance is the smaller
 one of the two orientations, d2 too: what is searched twice must not halve d1 alone.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ambient_sd.audit.features import Distance
 from ambient_sd.audit.neighbours import Neighbours, Rows, nearest
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 Search = Callable[..., Neighbours]
 
@@ -36,7 +36,7 @@ def originals(
     own: Tensor | None = None,
     search: Search = nearest,
 ) -> Neighbours:
-    """Find for every query the nearest training picture and the nearest one that is no duplicate of it.
+    """Find for every query the nearest training image and the nearest one that is no duplicate of it.
 
     Args:
         views: the queries, `(N, D)`, one tensor an orientation, in one order.
@@ -50,17 +50,17 @@ def originals(
         Neighbours with k = 2.
 
     Raises:
-        UserError: another number of labels than of training rows, or fewer than two different pictures to find.
+        UserError: another number of labels than of training rows, or fewer than two different images to find.
     """
     total = training.shape[0]
     labels = range(total) if duplicates is None else duplicates
     if len(labels) != total:
-        raise UserError(f"{len(labels)} labels of duplicates for {total} training pictures", rule="one each")
+        raise UserError(f"{len(labels)} labels of duplicates for {total} training images", rule="one each")
     numbers: dict[Hashable, int] = {}
     label = torch.tensor([numbers.setdefault(name, len(numbers)) for name in labels])
     if len(numbers) - int(own is not None) < 2:
         raise UserError(
-            f"{len(numbers)} different training pictures", rule="the nearest is held against the second nearest",
+            f"{len(numbers)} different training images", rule="the nearest is held against the second nearest",
             remedy="give more of them",
         )  # fmt: skip
     not_found = torch.full((len(views[0]),), -1) if own is None else label[own]
@@ -75,7 +75,7 @@ def originals(
         exact &= all(one.exact for one in found)
         done = torch.isfinite(v[:, 1])
         values[pending[done]], index[pending[done]] = v[done], i[done]
-        # The k nearest were all copies of one picture: look further.
+        # The k nearest were all copies of one image: look further.
         pending, k = pending[~done], 4 * k
     return Neighbours(values, index, distance, exact)
 

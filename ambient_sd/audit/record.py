@@ -16,9 +16,9 @@ from typing import Any
 
 from ambient_sd.audit.metrics import Figure, Row
 from ambient_sd.audit.shares import COPIES, RETURNED
-from ambient_sd.errors import UserError, one_line
-from ambient_sd.files import finite, write_whole
-from ambient_sd.json_schema import load_json, shortened, violation
+from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.files import atomic_write, json_safe
+from ambient_sd.utils.json_schema import load_json, shortened, violation
 
 FILE_NAME = "audit.json"
 FORMAT = 2
@@ -42,10 +42,10 @@ class AuditRecord:
         finding: the outcome in words.
         verdict: the measure that decides, its value, the limit, and whether it is exceeded.
         model: which model was sampled and how; None for images made elsewhere.
-        pictures: what was compared: generated, training and held-out images, with fingerprints.
+        images: what was compared: generated, training and held-out images, with fingerprints.
         copies: what was called a copy and by which images that cannot be copies; per group of training images, what comes back.
         features: by name.
-        mirrored, duplicates_of_one_picture_count_once, seed, resamples: of the search and the intervals.
+        mirrored, duplicates_of_one_image_count_once, seed, resamples: of the search and the intervals.
         measures: every figure; `rows` has them typed.
         tokens: pulls of the tokens of the most copied prompts.
         notes: what a reader must know.
@@ -60,11 +60,11 @@ class AuditRecord:
     finding: dict[str, Any]
     verdict: dict[str, Any]
     model: dict[str, Any] | None
-    pictures: dict[str, Any]
+    images: dict[str, Any]
     copies: dict[str, Any]
     features: dict[str, Any]
     mirrored: bool
-    duplicates_of_one_picture_count_once: bool
+    duplicates_of_one_image_count_once: bool
     seed: int
     resamples: int
     measures: list[dict[str, Any]]
@@ -79,7 +79,7 @@ class AuditRecord:
         Raises:
             ValueError: the values break the schema.
         """
-        given = shortened(finite({"format": FORMAT, **values}), schema())
+        given = shortened(json_safe({"format": FORMAT, **values}), schema())
         if (wrong := _wrong(given)) is not None:
             raise ValueError(f"{FILE_NAME} would break its own schema: {wrong}")
         del given["format"]
@@ -121,7 +121,7 @@ class AuditRecord:
         """Write audit.json, whole or not at all, into a folder or to a path that ends in .json; return its path."""
         path = Path(place)
         path = path if path.suffix == ".json" else path / FILE_NAME
-        write_whole(path, json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n")
+        atomic_write(path, json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n")
         return path
 
     @functools.cached_property
@@ -147,7 +147,7 @@ def measures(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def is_share(name: str) -> bool:
-    """Tell whether a measure is a share of pictures, in [0, 1]."""
+    """Tell whether a measure is a share of images, in [0, 1]."""
     return name.removesuffix(": difference") in (COPIES, RETURNED) or name.startswith("memorized-") or " > " in name
 
 

@@ -1,7 +1,7 @@
 """Features by the names that users give them: one list for every command, benchmark and test.
 
     pixels      RGB at 64 x 64; another side as pixels32             no weights
-    toned       the same without brightness and contrast             no weights
+    standardized       the same without brightness and contrast             no weights
     edges       contours in any colour; another side as edges32      no weights
     efflite0    EfficientNet-Lite0                                   inside two packages
     sscd        SSCD                                                 --sscd FILE, or found (`features.Sscd`)
@@ -11,7 +11,7 @@
     dinov2-paper  the same, prepared as by the paper's authors       --dinov2 MODEL
     inception   an Inception-v3                                      --inception FILE
 
-What figures, folders of embeddings and audit.json call a feature (`pixels64`, `pixels64-toned`, `EffLite0`, `SSCD`, ...) is a name of
+What figures, folders of embeddings and audit.json call a feature (`pixels64`, `pixels64-standardized`, `EffLite0`, `SSCD`, ...) is a name of
 it too, in any case. Nothing heavy is imported before a feature is made, so that commands can show their flags at once.
 """
 
@@ -22,17 +22,28 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
     from ambient_sd.audit.features import Features
 
-NAMES = ("pixels", "toned", "edges", "efflite0", "sscd", "sscd-wen", "sscd-han", "dinov2", "dinov2-paper", "inception")
+NAMES = (
+    "pixels",
+    "standardized",
+    "edges",
+    "efflite0",
+    "sscd",
+    "sscd-wen",
+    "sscd-han",
+    "dinov2",
+    "dinov2-paper",
+    "inception",
+)
 DEFAULT = (
     "pixels",
-    "toned",
+    "standardized",
     "edges",
     "efflite0",
 )  # not what happens to be installed: one command, one verdict everywhere
@@ -50,7 +61,7 @@ _LABELS = {
     "dinov2-paper": "DINOv2-paper", "inception": "Inception",
 }  # fmt: skip
 _NEEDED = ("dinov2", "dinov2-paper", "inception")
-_PIXELS = re.compile(r"pixels([1-9]\d{0,3})?(-toned)?|toned")
+_PIXELS = re.compile(r"pixels([1-9]\d{0,3})?(-standardized)?|standardized")
 _EDGES = re.compile(r"edges(4|8|16|32|64)?")
 
 
@@ -65,9 +76,9 @@ def label(name: str) -> str:
         if int(match[1] or 64) > MAX_PIXELS:
             raise UserError(
                 f"feature {name!r}",
-                rule=f"a side of at most {MAX_PIXELS}: three numbers a pixel are kept of every picture",
+                rule=f"a side of at most {MAX_PIXELS}: three numbers a pixel are kept of every image",
             )
-        return f"pixels{match[1] or 64}" + ("-toned" if match[2] or low == "toned" else "")
+        return f"pixels{match[1] or 64}" + ("-standardized" if match[2] or low == "standardized" else "")
     if (match := _EDGES.fullmatch(low)) is not None:
         return f"edges{match[1] or 16}"
     if low not in _LABELS:
@@ -157,6 +168,8 @@ def choose(
             return made
         if name.startswith("edges"):
             return Edges(int(name.removeprefix("edges")))
-        return Pixels(int(name.removeprefix("pixels").removesuffix("-toned")), toned=name.endswith("-toned"))
+        return Pixels(
+            int(name.removeprefix("pixels").removesuffix("-standardized")), standardized=name.endswith("-standardized")
+        )
 
     return [make(name) for name in known]

@@ -10,7 +10,7 @@ order. What it cannot give: a row whose list was not probed, or whose code looke
 missed. So d1 is never too small and a similarity never too large: no pair is ever called more alike than it is. But a
 missed second nearest makes d1/d2 too small, and a missed nearest hides a copy. `Neighbours.exact` says which search it was.
 
-Building an index costs more than one exact search of 10,000 pictures (docs/scale.md): it pays where one training set is
+Building an index costs more than one exact search of 10,000 images (docs/scale.md): it pays where one training set is
 asked again and again. So nothing here builds one unasked:
 
     python -m ambient_sd.audit.search DIR --feature sscd       builds it beside the embeddings
@@ -38,8 +38,8 @@ from ambient_sd.audit.embedding import VERSION, EmbeddingStore, weights_digest
 from ambient_sd.audit.features import Distance, Features
 from ambient_sd.audit.neighbours import Neighbours, Rows, check_sizes, exact_distances, nearest
 from ambient_sd.audit.registry import label
-from ambient_sd.errors import UserError, exits_on_user_error
-from ambient_sd.files import write_whole
+from ambient_sd.utils.errors import UserError, exits_on_user_error
+from ambient_sd.utils.files import atomic_write
 
 Method = Literal["auto", "exact", "ivfpq"]
 
@@ -100,7 +100,7 @@ def search(
 
 
 def neighbours_in_store(
-    pictures: Any,
+    images: Any,
     feature: Features,
     training: EmbeddingStore,
     k: int = 2,
@@ -108,13 +108,13 @@ def neighbours_in_store(
     method: Method = "auto",
     progress: bool = False,
 ) -> Neighbours:
-    """Embed `pictures` by `feature` and find their neighbours among the embedded training pictures.
+    """Embed `images` by `feature` and find their neighbours among the embedded training images.
 
     Args:
-        pictures: PIL pictures.
+        images: PIL images.
         feature: the extractor that `training` was made by.
         training: opened by `EmbeddingStore.open(folder, feature.name)`.
-        k: neighbours per picture.
+        k: neighbours per image.
         method: as for `search`.
         progress: show bars.
 
@@ -123,9 +123,7 @@ def neighbours_in_store(
     """
     require_feature(training, feature)
     distance = training.about.distance
-    return search(
-        feature(pictures, progress=progress), training, k, distance=distance, method=method, progress=progress
-    )
+    return search(feature(images, progress=progress), training, k, distance=distance, method=method, progress=progress)
 
 
 def require_feature(training: EmbeddingStore, feature: Features) -> None:
@@ -140,11 +138,11 @@ def require_feature(training: EmbeddingStore, feature: Features) -> None:
         return
     if about.version != VERSION:
         raise UserError(f"embeddings in {training.folder} are of version {about.version}", rule=f"this is version {VERSION}",
-                        remedy="embed the training pictures again into an empty folder")  # fmt: skip
+                        remedy="embed the training images again into an empty folder")  # fmt: skip
     raise UserError(
         f"embeddings in {training.folder} are of {about.feature} at {about.resolution} px, weights {about.weights[:12] or 'none'}",
-        rule=f"pictures would be embedded by {have[0]} at {have[1]} px, weights {have[2][:12] or 'none'}",
-        remedy="embed the training pictures again into an empty folder, or give those weights",
+        rule=f"images would be embedded by {have[0]} at {have[1]} px, weights {have[2][:12] or 'none'}",
+        remedy="embed the training images again into an empty folder, or give those weights",
     )  # fmt: skip
 
 
@@ -216,7 +214,7 @@ def build_index(store: EmbeddingStore, *, progress: bool = False) -> Path:
         vectors.flush()
         faiss.write_index(index, str(part / "index.faiss"))
         size = (part / "index.faiss").stat().st_size
-        write_whole(part / "index.json", json.dumps({**asdict(about), "bytes": size}, indent=1) + "\n")
+        atomic_write(part / "index.json", json.dumps({**asdict(about), "bytes": size}, indent=1) + "\n")
         shutil.rmtree(store.folder / _FOLDER, ignore_errors=True)
         part.rename(store.folder / _FOLDER)
     except OSError as error:
@@ -229,7 +227,7 @@ def build_index(store: EmbeddingStore, *, progress: bool = False) -> Path:
 def _sample(store: EmbeddingStore, rows: int) -> np.ndarray:
     """Return vectors of blocks drawn without replacement, enough to train on; the draw depends on the sizes alone."""
     order = np.random.default_rng(_SEED).permutation(store.about.parts)
-    # More blocks than are needed, a part of each: pictures that lie together are often alike.
+    # More blocks than are needed, a part of each: images that lie together are often alike.
     chosen = order[: max(1, min(len(order), 4 * -(-rows // store.about.block)))]
     each = -(-rows // len(chosen))
     parts = []

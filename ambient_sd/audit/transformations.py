@@ -1,11 +1,11 @@
 """What a changed copy looks like to the audit: detection rate per transformation and feature, with the false alarms beside it.
 
-    detected      a transformed training picture counts as a copy AND its nearest training picture is its own original (or a duplicate)
-    false alarm   a held-out picture under the same transformation counts as a copy of anything
-    at 1 %        detected, with the feature's threshold moved to where 1 % of the untransformed held-out pictures lie beyond it
+    detected      a transformed training image counts as a copy AND its nearest training image is its own original (or a duplicate)
+    false alarm   a held-out image under the same transformation counts as a copy of anything
+    at 1 %        detected, with the feature's threshold moved to where 1 % of the untransformed held-out images lie beyond it
 
-Sizes are shares of the picture's side, so that pictures of 64 and of 512 pixels are changed alike. Randomness (noise) is a
-function of seed and position. Not here: what a generative model does to a picture; these changes are known, its are not.
+Sizes are shares of the image's side, so that images of 64 and of 512 pixels are changed alike. Randomness (noise) is a
+function of seed and position. Not here: what a generative model does to an image; these changes are known, its are not.
 """
 
 from __future__ import annotations
@@ -120,22 +120,22 @@ class Cell:
     at_one_percent: tuple[float, float, float]
 
 
-def transformed(pictures: Sequence[Image.Image], change: Change, seed: int) -> list[Image.Image]:
-    """Return every picture changed; the noise of picture i is a function of (seed, i)."""
+def transformed(images: Sequence[Image.Image], change: Change, seed: int) -> list[Image.Image]:
+    """Return every image changed; the noise of image i is a function of (seed, i)."""
     return [
-        change(as_rgb(p), int(np.random.SeedSequence([seed, i]).generate_state(1)[0])) for i, p in enumerate(pictures)
+        change(as_rgb(p), int(np.random.SeedSequence([seed, i]).generate_state(1)[0])) for i, p in enumerate(images)
     ]
 
 
 def embed_all(
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     features: Sequence[Features],
     *,
     seed: int = 0,
     names: Sequence[str] = tuple(TRANSFORMATIONS),
 ) -> dict[str, Mapping[str, Tensor]]:
-    """Return transformation -> vectors of the changed pictures and of their mirror images, as `embed` gives them."""
-    return {name: embed(transformed(pictures, TRANSFORMATIONS[name], seed), features, mirrored=True) for name in names}
+    """Return transformation -> vectors of the changed images and of their mirror images, as `embed` gives them."""
+    return {name: embed(transformed(images, TRANSFORMATIONS[name], seed), features, mirrored=True) for name in names}
 
 
 def detection(
@@ -148,11 +148,11 @@ def detection(
     duplicates: Sequence[Hashable],
     mirrored: bool,
 ) -> list[Cell]:
-    """Measure what is detected of transformed training pictures.
+    """Measure what is detected of transformed training images.
 
     Args:
-        queries: of `embed_all`, of training pictures. rows: the row of each in the training set.
-        heldout: of `embed_all`, of held-out pictures; "none" must be among the transformations.
+        queries: of `embed_all`, of training images. rows: the row of each in the training set.
+        heldout: of `embed_all`, of held-out images; "none" must be among the transformations.
         training: name -> `(M, D)`.
         duplicates: label per training row, as in `originals`.
         mirrored: search for mirror images too.

@@ -1,15 +1,15 @@
-"""Aspect-ratio buckets: pictures keep their shape, a batch has one.
+"""Aspect-ratio buckets: images keep their shape, a batch has one.
 
-    bucket of a picture = the one whose log(w / h) is nearest to that of the picture
+    bucket of an image = the one whose log(w / h) is nearest to that of the image
     bucket of step t    = the one that holds frac(u + t phi), phi = (sqrt(5) - 1) / 2, buckets laid on [0, 1) by their share
 
-The golden-ratio sequence takes every bucket as often as its pictures deserve, to within a step or so at any time, and is a
+The golden-ratio sequence takes every bucket as often as its images deserve, to within a step or so at any time, and is a
 function of t alone: no queue whose state a checkpoint would have to hold. All positions of an optimizer step share a bucket, so
-any number of processes and accumulation steps trains the same samples, and no process waits for one with larger pictures.
+any number of processes and accumulation steps trains the same samples, and no process waits for one with larger images.
 
-Within a bucket the pictures come in one permutation after the other. A picture is seen as often as any other in the long run,
+Within a bucket the images come in one permutation after the other. An image is seen as often as any other in the long run,
 but not once per pass over all of them: that would need steps with two shapes. Near-duplicates take the bucket of their
-group's first picture: two shapes would be two noises, which average out.
+group's first image: two shapes would be two noises, which average out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ambient_sd.data.stream import SampleStream
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 Size = tuple[int, int]  # width, height in pixels
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -71,13 +71,13 @@ def read_buckets(text: str, resolution: int, step: int) -> tuple[Size, ...]:
 
 
 def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
-    """Return the bucket whose aspect ratio is nearest to a picture's; of equals the larger."""
+    """Return the bucket whose aspect ratio is nearest to an image's; of equals the larger."""
     shape = math.log(size[0] / size[1])
     return min(buckets, key=lambda b: (round(abs(math.log(b[0] / b[1]) - shape), 9), -b[0] * b[1], b))
 
 
 def assign(sizes: Sequence[Size], noise_keys: Sequence[str], buckets: Sequence[Size]) -> dict[str, Size]:
-    """Return the bucket of every group of near-duplicates: that of its first picture."""
+    """Return the bucket of every group of near-duplicates: that of its first image."""
     found: dict[str, Size] = {}
     for size, key in zip(sizes, noise_keys, strict=True):
         found.setdefault(key, nearest_bucket(size, buckets))
@@ -88,7 +88,7 @@ class BucketStream(SampleStream):
     """Order the samples of a run so that the positions [t G, (t + 1) G) of every step t share a bucket.
 
     Args:
-        bucket_of: the bucket of each picture.
+        bucket_of: the bucket of each image.
         global_batch: G, positions per optimizer step over all processes.
         seed: seed of the run.
     """
@@ -106,8 +106,8 @@ class BucketStream(SampleStream):
         self._earlier = np.empty(0, dtype=np.int64)
         self._orders: dict[tuple[int, int], torch.Tensor] = {}
 
-    def picture(self, position: int) -> int:
-        """Return the index of the picture at a position."""
+    def image(self, position: int) -> int:
+        """Return the index of the image at a position."""
         step, place = divmod(position, self.global_batch)
         if step >= len(self._buckets):
             self._plan(max(1024, 2 * (step + 1)))

@@ -1,11 +1,11 @@
-"""A folder of tensors found by their content: what was computed once for a picture or caption, for all runs that need it.
+"""A folder of tensors found by their content: what was computed once for an image or caption, for all runs that need it.
 
     folder = name-SHA256(about)[:16]        about: all that decides the values (weights, preprocessing, seed), in words
     entry  = id -> tensors                  id: 16 bytes, a hash of the input (pixels and view, or caption)
     shard  = ids, tensors, crc32 per entry  one safetensors file, written aside and renamed when whole
 
 An entry is computed under a key that says all it depends on, and never changes. So there is nothing that could be stale: other
-weights are another folder, a changed picture is another entry, and pictures that were added cost themselves alone. What an
+weights are another folder, a changed image is another entry, and images that were added cost themselves alone. What an
 interrupted run has written counts. Shards are memory-mapped: a million latents take no memory.
 
 It does not decide what is computed, or where: `ambient_sd.training.caching`.
@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 SHARD_BYTES = 64 * 1024**2
 _IDS, _SUMS = "entry_ids", "entry_crc32"

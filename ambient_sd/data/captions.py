@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ambient_sd.errors import one_line
+from ambient_sd.utils.errors import one_line
 
 CLIP_TOKENS = 75  # of a text, beside its start and end
 _BATCH = 1000

@@ -4,9 +4,9 @@
                Podell et al., "SDXL" (2023), section 2.2; the order is that of StableDiffusionXLPipeline
     SD 1, 2    the embedding alone
 
-The corner is counted in the resized picture as the network sees it: in a mirrored view from the mirrored picture's left.
-The ids follow from a picture's size and view, and a view from the picture's key (ambient) or the place in the run: no
-picture is decoded for them, and any number of processes finds the same.
+The corner is counted in the resized image as the network sees it: in a mirrored view from the mirrored image's left.
+The ids follow from an image's size and view, and a view from the image's key (ambient) or the place in the run: no
+image is decoded for them, and any number of processes finds the same.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from typing import Any
 import torch
 
 from ambient_sd.data.latents import ViewRule
-from ambient_sd.data.sources import PictureSet
+from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import SampleStream
 
 
-def time_ids(pictures: PictureSet, rule: ViewRule, stream: SampleStream, positions: Sequence[int]) -> torch.Tensor:
+def time_ids(images: ImageDataset, rule: ViewRule, stream: SampleStream, positions: Sequence[int]) -> torch.Tensor:
     """Return SDXL's sizes of the samples at these positions, (B, 6) float32, pixels.
 
     Args:
-        pictures: checked (their sizes and keys are known).
+        images: checked (their sizes and keys are known).
         rule: of the views.
         stream: order of the samples.
         positions: places in the run, B of them.
     """
     rows = []
     for position in positions:
-        index = stream.picture(position)
-        key, mirrored = pictures.noise_keys[index], pictures.mirrored[index]
+        index = stream.image(position)
+        key, mirrored = images.noise_keys[index], images.mirrored[index]
         view = rule.view(key, stream, position)
-        (resized_width, _), (top, left), _ = rule.place(pictures.sizes[index], view, key, mirrored)
+        (resized_width, _), (top, left), _ = rule.place(images.sizes[index], view, key, mirrored)
         wide, high = rule.target(key)
         if view.flip:
             left = resized_width - wide - left
-        width, height = pictures.sizes[index]
+        width, height = images.sizes[index]
         rows.append([height, width, top, left, high, wide])
     return torch.tensor(rows, dtype=torch.float32)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 
 def split_condition(term: str) -> tuple[str, str, str]:

@@ -1,23 +1,23 @@
-"""Groups of near-duplicate pictures, so that all copies of a picture can share one noise.
+"""Groups of near-duplicate images, so that all copies of an image can share one noise.
 
-m copies of a picture under m noises average to noise sigma_n / sqrt(m) (Shah et al., ICML 2025, Lemma 4.2): a copy that
+m copies of an image under m noises average to noise sigma_n / sqrt(m) (Shah et al., ICML 2025, Lemma 4.2): a copy that
 was re-encoded, resized, brightened a little or mirrored has another content key, and would be a second draw.
 
-1. Each picture becomes a 16 x 16 RGB thumbnail. Equal content keys are one picture from here on.
+1. Each image becomes a 16 x 16 RGB thumbnail. Equal content keys are one image from here on.
 2. Perceptual descriptor: the 20 lowest DCT-II coefficients of the thumbnail's luminance except the mean, divided by the
    length of all of them. Brightness and contrast drop out, re-encoding and resizing touch high frequencies first, and
    mirroring changes the sign of the odd horizontal frequencies. It is the perceptual hash "pHash" before its rounding to
-   signs: a picture that is symmetric has coefficients near zero, whose signs re-encoding draws anew.
-3. A k-d tree gives the pairs with descriptors nearer than `RADIUS`, of the pictures and of their mirror images.
+   signs: an image that is symmetric has coefficients near zero, whose signs re-encoding draws anew.
+3. A k-d tree gives the pairs with descriptors nearer than `RADIUS`, of the images and of their mirror images.
 4. A pair counts if the thumbnails agree in colour up to a small gain and offset, on average and in the worst spot: a
    clock differs from another clock in its hands only.
 5. Connected components, by a minimum spanning forest. The smallest content key of a group names it, so that order does not matter.
 
-Cost for n pictures: n decodings, 0.75 KiB a picture in an unnamed temporary file, 1 KiB a picture in memory, and
-O(n log n) in the tree, all in compiled code; pictures with more than `_MOST_NEIGHBOURS` look-alikes are linked to that
+Cost for n images: n decodings, 0.75 KiB an image in an unnamed temporary file, 1 KiB an image in memory, and
+O(n log n) in the tree, all in compiled code; images with more than `_MOST_NEIGHBOURS` look-alikes are linked to that
 many of them only.
 
-It does not find crops, rotations, mirrorings top to bottom, recolourings, or pictures with added borders or text.
+It does not find crops, rotations, mirrorings top to bottom, recolourings, or images with added borders or text.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ RADIUS = 0.2  # of descriptors; those of unrelated photographs lie about 1 apart
 # their copies in JPEG of quality 60, 97 of 100.
 MEAN_ERROR, SPOT_ERROR, SHIFT_ERROR = 0.15, 0.5, 0.3
 ASPECT = 1.06  # ratio of the aspect ratios of a pair
-_FLOOR = 1.5  # of 255: what rounding and encoding leave in a picture without contrast
+_FLOOR = 1.5  # of 255: what rounding and encoding leave in an image without contrast
 _GAIN, _OFFSET = 1.25, 32.0
 _MOST_NEIGHBOURS = 1024
 _FREQUENCIES = [(v, u) for v in range(6) for u in range(6) if 0 < u + v <= 5]
@@ -59,8 +59,8 @@ class Group:
     """Hold a group of near-duplicates.
 
     Attributes:
-        rows: indices of its pictures, ascending, two or more.
-        mirrored: per row whether the picture is the mirror image of the group's first by key.
+        rows: indices of its images, ascending, two or more.
+        mirrored: per row whether the image is the mirror image of the group's first by key.
         key: the smallest content key among them.
     """
 
@@ -70,26 +70,26 @@ class Group:
 
 
 class Thumbnails:
-    """Collect the thumbnails and sizes of pictures, in an unnamed file that the system may keep in memory."""
+    """Collect the thumbnails and sizes of images, in an unnamed file that the system may keep in memory."""
 
     def __init__(self) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as this object)
         self.sizes: list[tuple[int, int]] = []
 
     def add(self, image: Image.Image) -> None:
-        """Append one RGB picture."""
-        # A mean over areas: symmetric, hence exact for mirror images, and about the same whatever the picture's size.
+        """Append one RGB image."""
+        # A mean over areas: symmetric, hence exact for mirror images, and about the same whatever the image's size.
         self._file.write(image.resize((SIDE, SIDE), Image.Resampling.BOX).tobytes())
         self.sizes.append(image.size)
 
     def extend(self, thumbnails: bytes, sizes: Iterable[tuple[int, int]]) -> None:
-        """Append pictures by their thumbnails, as `array` has them, one after the other, and sizes."""
+        """Append images by their thumbnails, as `array` has them, one after the other, and sizes."""
         self._file.write(thumbnails)
         self.sizes += sizes
 
     @property
     def aspects(self) -> list[float]:
-        """Return width / height of every picture."""
+        """Return width / height of every image."""
         return [width / height for width, height in self.sizes]
 
     def array(self) -> Array:
@@ -103,8 +103,8 @@ def find_groups(keys: Sequence[str], thumbnails: Thumbnails) -> list[Group]:
     """Find all groups of exact and near duplicates.
 
     Args:
-        keys: content key of each picture.
-        thumbnails: of the same pictures in the same order.
+        keys: content key of each image.
+        thumbnails: of the same images in the same order.
 
     Returns:
         Groups of two or more, in the order of their first rows.
@@ -145,7 +145,7 @@ def find_groups(keys: Sequence[str], thumbnails: Thumbnails) -> list[Group]:
 
 
 def _descriptors(thumbs: Array, first: Array) -> Array:
-    """Return the descriptors of the pictures in rows `first`, (n, 20) float32."""
+    """Return the descriptors of the images in rows `first`, (n, 20) float32."""
     v, u = np.array(_FREQUENCIES).T
     out = np.empty((len(first), len(_FREQUENCIES)), dtype=np.float32)
     for start in range(0, len(first), _BLOCK):
@@ -193,7 +193,7 @@ def _pairs(thumbs: Array, first: Array, aspects: Array) -> tuple[Array, Array, A
         empty = np.empty(0, int)
         return empty, empty, empty.astype(bool)
     a, b, error, flips = (np.concatenate(found[name]) for name in ("a", "b", "error", "flip"))
-    # The most alike first; of a symmetric picture's two links the better one. By pair where errors are equal.
+    # The most alike first; of a symmetric image's two links the better one. By pair where errors are equal.
     order = np.lexsort((b, a, flips, error))
     a, b, flips = a[order], b[order], flips[order]
     _, best = np.unique(np.stack([a, b], axis=1), axis=0, return_index=True)
@@ -225,7 +225,7 @@ def _errors(a: Array, b: Array, flip: bool) -> Array:
 
 
 def noise_keys(keys: Sequence[str], groups: Sequence[Group]) -> tuple[list[str], list[bool]]:
-    """Return per picture the key of its noise (its group's, else its own) and whether that noise is mirrored."""
+    """Return per image the key of its noise (its group's, else its own) and whether that noise is mirrored."""
     shared, mirrored = list(keys), [False] * len(keys)
     for group in groups:
         for row, mirror in zip(group.rows, group.mirrored, strict=True):
@@ -234,13 +234,13 @@ def noise_keys(keys: Sequence[str], groups: Sequence[Group]) -> tuple[list[str],
 
 
 def shared_noise(keys: Sequence[str], mirrored: Sequence[bool], shape: Sequence[int], seed: int) -> torch.Tensor:
-    """Return the fixed noise of pictures by the keys of their groups, mirrored with the pictures.
+    """Return the fixed noise of images by the keys of their groups, mirrored with the images.
 
-    A mirrored copy under the unmirrored noise can be mirrored back, and is then the picture under a second noise.
+    A mirrored copy under the unmirrored noise can be mirrored back, and is then the image under a second noise.
 
     Args:
-        keys: noise key of each of B pictures.
-        mirrored: per picture whether it is the mirror image of its group's first.
+        keys: noise key of each of B images.
+        mirrored: per image whether it is the mirror image of its group's first.
         shape: (C, h, w).
         seed: the run's noise seed.
 

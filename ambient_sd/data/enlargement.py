@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 WARNED, REFUSED = 1.5, 4.0
 

@@ -1,14 +1,14 @@
-"""Pictures to clean latents x0, captions to text embeddings: computed once where they fit in memory.
+"""Images to clean latents x0, captions to text embeddings: computed once where they fit in memory.
 
-    x0 = (mean + std * eps_v - shift) * scaling          mean, std: the VAE's posterior of ONE view of the picture
+    x0 = (mean + std * eps_v - shift) * scaling          mean, std: the VAE's posterior of ONE view of the image
 
-What must not leak (Shah et al., ICML 2025, Lemma 4.2: m noisy copies of a picture average to noise sigma_n / sqrt(m)):
-under the ambient objective each picture has one view (crop and mirror) for ever, drawn from its key (that of its group of
-near-duplicates), and eps_v is fixed by key and view. x_n is then one tensor per picture. A mirrored copy with its own noise would be a second draw, for it
+What must not leak (Shah et al., ICML 2025, Lemma 4.2: m noisy copies of an image average to noise sigma_n / sqrt(m)):
+under the ambient objective each image has one view (crop and mirror) for ever, drawn from its key (that of its group of
+near-duplicates), and eps_v is fixed by key and view. x_n is then one tensor per image. A mirrored copy with its own noise would be a second draw, for it
 can be mirrored back; and mirroring x0 but not its noise (as the paper's code does) is just that. The other objectives
 use no fixed noise, so their views are drawn anew at each position.
 
-Pictures and captions are encoded one at a time: the result then has the same bits in memory and on the fly, alone and
+Images and captions are encoded one at a time: the result then has the same bits in memory and on the fly, alone and
 in a batch, on one process and on two. `cache.py` keeps them on disk.
 """
 
@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ambient_sd.data.noise import image_noise
-from ambient_sd.data.sources import Picture, PictureSet
+from ambient_sd.data.sources import ImageDataset, ImageRow
 from ambient_sd.data.stream import SampleStream, keyed_generator
 
 # Above this many bytes per process latents (or embeddings) are not held but computed when needed: 2 GiB are 32,768
@@ -34,7 +34,7 @@ MAX_HELD_BYTES = 2 * 1024**3
 
 @dataclass(frozen=True)
 class View:
-    """Say which part of a resized picture is seen: mirrored or not, and where the crop lies, as fractions in [0, 1)."""
+    """Say which part of a resized image is seen: mirrored or not, and where the crop lies, as fractions in [0, 1)."""
 
     flip: bool = False
     top: float = 0.5
@@ -42,7 +42,7 @@ class View:
 
 
 class Sample(NamedTuple):
-    """Hold a picture ready for the VAE: pixels (3, H, W) float32 in [-1, 1], its key and the key of its VAE draw."""
+    """Hold an image ready for the VAE: pixels (3, H, W) float32 in [-1, 1], its key and the key of its VAE draw."""
 
     pixels: torch.Tensor
     key: str
@@ -57,46 +57,46 @@ class ViewRule:
         resolution: side of the square crop, pixels.
         center_crop: always crop the centre.
         random_flip: mirror half of the samples.
-        per_picture: draw once per picture from its key and `noise_seed` (ambient), not at each position.
-        noise_seed: seed of everything that is fixed per picture.
+        per_image: draw once per image from its key and `noise_seed` (ambient), not at each position.
+        noise_seed: seed of everything that is fixed per image.
         buckets: (width, height) of the crop by noise key, in place of the square; None: all are square.
     """
 
     resolution: int
     center_crop: bool
     random_flip: bool
-    per_picture: bool
+    per_image: bool
     noise_seed: int
     buckets: Mapping[str, tuple[int, int]] | None = None
 
     def target(self, noise_key: str) -> tuple[int, int]:
-        """Return (width, height) of what is seen of a picture, pixels."""
+        """Return (width, height) of what is seen of an image, pixels."""
         return (self.resolution, self.resolution) if self.buckets is None else self.buckets[noise_key]
 
-    def uncropped(self, pictures: PictureSet) -> bool:
-        """Tell whether every picture has the shape of its target, so that nothing is cut off."""
-        rows = zip(pictures.sizes, pictures.noise_keys, pictures.mirrored, strict=True)
+    def uncropped(self, images: ImageDataset) -> bool:
+        """Tell whether every image has the shape of its target, so that nothing is cut off."""
+        rows = zip(images.sizes, images.noise_keys, images.mirrored, strict=True)
         return all(self.place(size, View(), key, mirrored)[0] == self.target(key) for size, key, mirrored in rows)
 
-    def fixed(self, pictures: PictureSet) -> bool:
-        """Tell whether a picture's view can never change, so that its latent can be kept."""
-        return self.per_picture or (not self.random_flip and (self.center_crop or self.uncropped(pictures)))
+    def fixed(self, images: ImageDataset) -> bool:
+        """Tell whether an image's view can never change, so that its latent can be kept."""
+        return self.per_image or (not self.random_flip and (self.center_crop or self.uncropped(images)))
 
     def view(self, key: str, stream: SampleStream, position: int) -> View:
-        """Return the view of the picture `key` at a position."""
-        # Purpose tags keep this stream apart from that of the picture's noise.
-        g = keyed_generator(self.noise_seed, "view", key) if self.per_picture else stream.generator("view", position)
+        """Return the view of the image `key` at a position."""
+        # Purpose tags keep this stream apart from that of the image's noise.
+        g = keyed_generator(self.noise_seed, "view", key) if self.per_image else stream.generator("view", position)
         flip, top, left = torch.rand(3, generator=g, dtype=torch.float64).tolist()
         if self.center_crop:
             top = left = 0.5
         return View(self.random_flip and flip < 0.5, top, left)
 
-    def views(self, pictures: PictureSet) -> Callable[[int], list[View]] | None:
-        """Return the function that lists the views of picture i that a run can meet; None where crops are drawn anew."""
-        if self.per_picture:
-            stream = SampleStream(len(pictures), 0)  # has no say: the view hangs on the key
-            return lambda i: [self.view(pictures.noise_keys[i], stream, 0)]
-        if self.center_crop or self.uncropped(pictures):
+    def views(self, images: ImageDataset) -> Callable[[int], list[View]] | None:
+        """Return the function that lists the views of image i that a run can meet; None where crops are drawn anew."""
+        if self.per_image:
+            stream = SampleStream(len(images), 0)  # has no say: the view hangs on the key
+            return lambda i: [self.view(images.noise_keys[i], stream, 0)]
+        if self.center_crop or self.uncropped(images):
             both = [View(False), View(True)] if self.random_flip else [View(False)]
             return lambda i: both
         return None
@@ -104,13 +104,13 @@ class ViewRule:
     def place(
         self, size: tuple[int, int], view: View, noise_key: str, mirrored: bool
     ) -> tuple[tuple[int, int], tuple[int, int], str]:
-        """Return what a view of a picture comes to, without the picture.
+        """Return what a view of an image comes to, without the image.
 
         Args:
-            size: (width, height) of the picture, pixels.
+            size: (width, height) of the image, pixels.
             view: what is seen of it.
             noise_key: key of its group of near-duplicates, or its own.
-            mirrored: it is the mirror image of its group's first picture.
+            mirrored: it is the mirror image of its group's first image.
 
         Returns:
             (width, height) after resizing, the crop's (top, left) corner, and the key of the VAE draw.
@@ -120,17 +120,17 @@ class ViewRule:
         width, height = max(wide, round(size[0] * scale)), max(high, round(size[1] * scale))
         top, left = int(view.top * (height - high + 1)), int(view.left * (width - wide + 1))
         # Of a mirror image the mirrored place, so that the group's noise (mirrored too) meets the same content.
-        left = width - wide - left if mirrored and self.per_picture else left
+        left = width - wide - left if mirrored and self.per_image else left
         shape = "" if self.buckets is None else f" {wide}x{high}"
         draw_key = f"vae-draw{shape} {(top, left)} {'mirrored' if view.flip else 'upright'} {noise_key}"
         return (width, height), (top, left), draw_key
 
-    def see(self, picture: Picture, view: View) -> Sample:
-        """Return the pixels of a view of a picture: resized to cover its target (Lanczos), cropped, mirrored."""
-        key = picture.noise_key or picture.key
+    def see(self, row: ImageRow, view: View) -> Sample:
+        """Return the pixels of a view of an image: resized to cover its target (Lanczos), cropped, mirrored."""
+        key = row.noise_key or row.key
         wide, high = self.target(key)
-        size, (top, left), draw_key = self.place(picture.image.size, view, key, picture.mirrored)
-        image = picture.image
+        size, (top, left), draw_key = self.place(row.image.size, view, key, row.mirrored)
+        image = row.image
         if image.size != size:
             image = image.resize(size, Image.Resampling.LANCZOS)
         image = image.crop((left, top, left + wide, top + high))
@@ -138,21 +138,21 @@ class ViewRule:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         pixels = flat.reshape(high, wide, 3).permute(2, 0, 1).float() / 127.5 - 1.0
-        return Sample(pixels, picture.key, draw_key)
+        return Sample(pixels, row.key, draw_key)
 
-    def sample(self, picture: Picture, stream: SampleStream, position: int) -> Sample:
-        """Return the pixels of a picture as seen at a position."""
-        return self.see(picture, self.view(picture.noise_key or picture.key, stream, position))
+    def sample(self, image: ImageRow, stream: SampleStream, position: int) -> Sample:
+        """Return the pixels of an image as seen at a position."""
+        return self.see(image, self.view(image.noise_key or image.key, stream, position))
 
 
 class Samples(Dataset[Sample]):
     """Give the sample at each position of a run; a map-style data set for torch's DataLoader."""
 
-    def __init__(self, pictures: PictureSet, rule: ViewRule, stream: SampleStream) -> None:
-        self.pictures, self.rule, self.stream = pictures, rule, stream
+    def __init__(self, images: ImageDataset, rule: ViewRule, stream: SampleStream) -> None:
+        self.images, self.rule, self.stream = images, rule, stream
 
     def __getitem__(self, position: int) -> Sample:
-        return self.rule.sample(self.pictures[self.stream.picture(position)], self.stream, position)
+        return self.rule.sample(self.images[self.stream.image(position)], self.stream, position)
 
 
 @torch.no_grad()
@@ -177,21 +177,21 @@ def encode(vae: Any, samples: Sequence[Sample], *, noise_seed: int) -> torch.Ten
 
 
 def latent_shape(vae_config: Any, size: tuple[int, int]) -> tuple[int, int, int]:
-    """Return the shape (C, h, w) of one latent of a picture of (width, height) pixels."""
+    """Return the shape (C, h, w) of one latent of an image of (width, height) pixels."""
     factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
     return int(vae_config["latent_channels"]), size[1] // factor, size[0] // factor
 
 
 def encode_all(
-    vae: Any, pictures: PictureSet, rule: ViewRule, indices: Sequence[int], *, progress: bool = False
+    vae: Any, images: ImageDataset, rule: ViewRule, indices: Sequence[int], *, progress: bool = False
 ) -> torch.Tensor:
-    """Encode the fixed views of some pictures of one target size, (len(indices), C, h, w) float32 on the CPU."""
+    """Encode the fixed views of some images of one target size, (len(indices), C, h, w) float32 on the CPU."""
     # A fixed view is the same at every position, so any will do.
-    stream = SampleStream(len(pictures), 0)
-    bar = tqdm(indices, desc="encoding pictures", disable=not progress, leave=False)
+    stream = SampleStream(len(images), 0)
+    bar = tqdm(indices, desc="encoding images", disable=not progress, leave=False)
     held: torch.Tensor | None = None
     for row, index in enumerate(bar):
-        latent = encode(vae, [rule.sample(pictures[index], stream, 0)], noise_seed=rule.noise_seed)
+        latent = encode(vae, [rule.sample(images[index], stream, 0)], noise_seed=rule.noise_seed)
         held = latent.new_empty((len(indices), *latent.shape[1:])) if held is None else held
         held[row] = latent[0]
     assert held is not None

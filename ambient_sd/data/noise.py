@@ -1,7 +1,7 @@
-"""The one fixed noise of a picture: a function of its key and a seed, the same on every machine, for ever.
+"""The one fixed noise of an image: a function of its key and a seed, the same on every machine, for ever.
 
-Ambient training shows a picture only through `x_n = alpha_n x0 + sigma_n eps_n`. m different draws of eps_n average
-out to noise sigma_n / sqrt(m) and give the clean picture back (Shah et al., ICML 2025, Lemma 4.2), so eps_n must never
+Ambient training shows an image only through `x_n = alpha_n x0 + sigma_n eps_n`. m different draws of eps_n average
+out to noise sigma_n / sqrt(m) and give the clean image back (Shah et al., ICML 2025, Lemma 4.2), so eps_n must never
 depend on order, worker, rank, epoch, batch, device, dtype, or on the versions of the libraries:
 
     sha256(seed, shape, key) -> Philox-4x64-10 (Salmon et al. 2011; numpy fixes its stream) -> 64-bit words
@@ -11,7 +11,7 @@ Phi^-1 is evaluated with + - * / and square roots only, which IEEE 754 defines t
 own, for that of the C library or of numpy differs between processors. The normal generators of numpy and torch promise
 no fixed stream.
 
-It does not decide what a key is (the picture's content, or its group of near-duplicates, never its index).
+It does not decide what a key is (the image's content, or its group of near-duplicates, never its index).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 Array = np.ndarray
 
@@ -55,14 +55,14 @@ def image_noise(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Return the fixed standard normal noise eps_n of each picture.
+    """Return the fixed standard normal noise eps_n of each image.
 
     The noise of a key does not depend on the other keys. It is made in float32 on the CPU; another dtype or device
     gets a copy of those values.
 
     Args:
-        keys: one string per picture; equal keys get equal noise.
-        shape: shape of one picture's latent, (C, H, W). Another shape gives unrelated noise, not a crop.
+        keys: one string per image; equal keys get equal noise.
+        shape: shape of one image's latent, (C, H, W). Another shape gives unrelated noise, not a crop.
         seed: whole number; another seed gives unrelated noise.
         device: where the result goes; the CPU if not given.
         dtype: floating-point dtype of the result.

@@ -2,7 +2,7 @@
 
 A key is a member's name up to the first dot of its last part, as in WebDataset; members that belong together need not
 follow one another. Every shard's headers are read once (`tarfile`); what stays per row is a name and 42 bytes: shard,
-and place and size of picture and caption. A row is then read by opening its shard, seeking and reading: nothing is
+and place and size of image and caption. A row is then read by opening its shard, seeking and reading: nothing is
 extracted, no handle is shared, so any number of worker processes, forked or not, may read at once.
 
 Not read: compressed archives (no random access), links, sparse members. Shards on other machines are not fetched.
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ambient_sd.data.walk import PICTURE_SUFFIXES, UNREAD_SUFFIXES
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("txt", "json")
@@ -29,13 +29,13 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 _COMPRESSED_NAME = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|Z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST_SHARDS = 1_000_000
-_MOST_CAPTION = 2**20  # bytes; a picture under the name of a caption would be read whole
+_MOST_CAPTION = 2**20  # bytes; an image under the name of a caption would be read whole
 _SHOWN = 3
 _NONE = -1
 
 
 class ShardRows(Sequence[Mapping[str, Any]]):
-    """Hold where the rows of shards lie; `rows[i]` reads the columns of one from its shard, `picture(i)` its picture.
+    """Hold where the rows of shards lie; `rows[i]` reads the columns of one from its shard, `image(i)` its image.
 
     Args:
         paths: the shards.
@@ -46,8 +46,8 @@ class ShardRows(Sequence[Mapping[str, Any]]):
         self.paths, self.caption_column = list(paths), caption_column
         self.names: list[str] = []
         self._shard = array("H" if len(self.paths) < 2**16 else "I")
-        # Per row: place and size of the picture, then of .txt and .json; sizes of captions are checked to fit.
-        self._picture, self._size = array("q"), array("q")
+        # Per row: place and size of the image, then of .txt and .json; sizes of captions are checked to fit.
+        self._image, self._size = array("q"), array("q")
         self._text, self._text_size = array("q"), array("i")
         self._json, self._json_size = array("q"), array("i")
 
@@ -59,25 +59,25 @@ class ShardRows(Sequence[Mapping[str, Any]]):
         with path.open("rb") as file:
             return self._columns(file, index)
 
-    def picture(self, index: int) -> bytes:
-        """Return the encoded picture of a row.
+    def image(self, index: int) -> bytes:
+        """Return the encoded image of a row.
 
         Raises:
             OSError: the shard cannot be read any more, or has become shorter.
         """
         with self.paths[self._shard[index]].open("rb", buffering=0) as file:
-            return _read(file, self._picture[index], self._size[index])
+            return _read(file, self._image[index], self._size[index])
 
     def without_caption(self) -> list[int]:
         """Return the rows that have neither a `.txt` nor a `.json` member."""
         return [i for i in range(len(self)) if self._text[i] == self._json[i] == _NONE]
 
-    def add(self, shard: int, name: str, parts: Mapping[str, tuple[int, int]], picture: str) -> None:
-        """Append a row: its picture's name in messages, and place and size of each of its members by extension."""
+    def add(self, shard: int, name: str, parts: Mapping[str, tuple[int, int]], image: str) -> None:
+        """Append a row: its image's name in messages, and place and size of each of its members by extension."""
         self.names.append(name)
         self._shard.append(shard)
         for kind, places, sizes in (
-            (picture, self._picture, self._size),
+            (image, self._image, self._size),
             ("txt", self._text, self._text_size),
             ("json", self._json, self._json_size),
         ):
@@ -87,7 +87,7 @@ class ShardRows(Sequence[Mapping[str, Any]]):
 
     def drop_last(self) -> None:
         """Take the row back that was added last."""
-        for column in (self.names, self._shard, self._picture, self._size, self._text, self._text_size, self._json, self._json_size):  # fmt: skip
+        for column in (self.names, self._shard, self._image, self._size, self._text, self._text_size, self._json, self._json_size):  # fmt: skip
             column.pop()
 
     def check_last(self, file: BinaryIO) -> None:
@@ -199,7 +199,7 @@ def _expanded(pattern: str) -> list[str]:
 
 
 def index_shards(paths: Sequence[Path], caption_column: str, faults: list[tuple[str, str]] | None = None) -> ShardRows:
-    """Read the headers of shards and return their rows, in the order of shards and pictures.
+    """Read the headers of shards and return their rows, in the order of shards and images.
 
     Args:
         paths: the shards.
@@ -235,16 +235,16 @@ def index_shards(paths: Sequence[Path], caption_column: str, faults: list[tuple[
             tell(
                 path.name,
                 UserError(
-                    f"shard {path} has no pictures",
+                    f"shard {path} has no images",
                     rule=f"a row is a member KEY.{PICTURES[0]} (or {', '.join(PICTURES[1:])}) and KEY.txt or KEY.json",
                     remedy="remove the shard, or name its members so",
                 ),
             )
     if faults is None and (absent := rows.without_caption()):
         raise UserError(
-            f"{len(absent)} of {len(rows)} pictures have no caption: {_some([rows.names[i] for i in absent])}",
-            rule="a picture KEY.jpg needs KEY.txt, or KEY.json with the caption column, in the same shard",
-            remedy="add the members; an empty KEY.txt is a picture without caption",
+            f"{len(absent)} of {len(rows)} images have no caption: {_some([rows.names[i] for i in absent])}",
+            rule="an image KEY.jpg needs KEY.txt, or KEY.json with the caption column, in the same shard",
+            remedy="add the members; an empty KEY.txt is an image without caption",
         )
     return rows
 
@@ -252,16 +252,16 @@ def index_shards(paths: Sequence[Path], caption_column: str, faults: list[tuple[
 def _add_row(rows: ShardRows, shard: int, path: Path, file: BinaryIO, members: list[_Member], tell: Any) -> None:
     """Make one row of the members with one key, or tell what is wrong with them."""
     first = members[0].name
-    pictures = [m for m in members if m.kind in PICTURES]
+    images = [m for m in members if m.kind in PICTURES]
     twice = [m for m in members if m.kind in CAPTIONS and sum(o.kind == m.kind for o in members) > 1]
-    if not pictures:
+    if not images:
         dotted = next((m for m in members if m.kind.rpartition(".")[2] in PICTURES), None)
         other = next(
             (m for m in members if "." + m.kind.rpartition(".")[2] in PICTURE_SUFFIXES | UNREAD_SUFFIXES), None
         )
         if dotted is None and other is not None:  # left alone, it would count as looked at
             tell(f"{path.name}/{other.name}", UserError(f"{other.name} in shard {path} is an image of a kind that is not read there",
-                 rule=f"a picture is a member KEY.{', KEY.'.join(PICTURES)}", remedy="convert it"))  # fmt: skip
+                 rule=f"an image is a member KEY.{', KEY.'.join(PICTURES)}", remedy="convert it"))  # fmt: skip
             return
         if dotted is not None:
             rule, remedy = "a key ends at the first dot of a name", "take the other dots out of its name"
@@ -269,12 +269,12 @@ def _add_row(rows: ShardRows, shard: int, path: Path, file: BinaryIO, members: l
             rule, remedy = "it needs one with the same name up to the dot", "add it, or take the member out"
         if dotted is not None or any(m.kind in CAPTIONS for m in members):
             name = dotted.name if dotted is not None else first
-            tell(f"{path.name}/{name}", UserError(f"{name} in shard {path} has no picture", rule=rule, remedy=remedy))
+            tell(f"{path.name}/{name}", UserError(f"{name} in shard {path} has no image", rule=rule, remedy=remedy))
         return
-    name = f"{path.name}/{pictures[0].name}"
-    if len(pictures) > 1 or twice:
-        both = " and ".join(m.name for m in (pictures if len(pictures) > 1 else twice)[:2])
-        what = "pictures" if len(pictures) > 1 else "captions"
+    name = f"{path.name}/{images[0].name}"
+    if len(images) > 1 or twice:
+        both = " and ".join(m.name for m in (images if len(images) > 1 else twice)[:2])
+        what = "images" if len(images) > 1 else "captions"
         tell(name, UserError(f"{both} in shard {path} are two {what} of one key", rule="a row has one of each",
                              remedy="rename or remove one"))  # fmt: skip
         return
@@ -282,7 +282,7 @@ def _add_row(rows: ShardRows, shard: int, path: Path, file: BinaryIO, members: l
         tell(name, UserError(f"{large.name} in shard {path} has {large.size} bytes",
                              rule=f"a caption has at most {_MOST_CAPTION}", remedy="is it a caption?"))  # fmt: skip
         return
-    rows.add(shard, name, {m.kind: (m.place, m.size) for m in members}, pictures[0].kind)
+    rows.add(shard, name, {m.kind: (m.place, m.size) for m in members}, images[0].kind)
     try:
         rows.check_last(file)
     except UserError as error:
@@ -349,8 +349,8 @@ def _damaged(path: Path, why: str) -> UserError:
 def _compressed(path: Path, kind: str) -> UserError:
     return UserError(
         f"shard {path} is compressed ({kind})",
-        rule="pictures are read in any order, and a compressed archive has only one",
-        remedy="decompress it to a plain .tar (pictures hardly get larger)",
+        rule="images are read in any order, and a compressed archive has only one",
+        remedy="decompress it to a plain .tar (images hardly get larger)",
     )
 
 

@@ -1,6 +1,6 @@
-"""Pictures and captions from a folder with metadata.jsonl or .csv, a parquet file, tar shards or a hub dataset, checked before use.
+"""Images and captions from a folder with metadata.jsonl or .csv, a parquet file, tar shards or a hub dataset, checked before use.
 
-A picture's `key` is the SHA-256 of its decoded RGB content, size included. Whatever is fixed per picture (its noise,
+An image's `key` is the SHA-256 of its decoded RGB content, size included. Whatever is fixed per image (its noise,
 its VAE draw, its view) hangs on it, so a copy under another name or in another lossless format shares all of them.
 
 It does not resize or encode anything; near-duplicates are found by `ambient_sd.data.duplicates`.
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from ambient_sd.data.duplicates import Group, Thumbnails, find_groups, noise_keys
 from ambient_sd.data.shards import ShardRows, find_shards, has_shards, index_shards, names_shards
 from ambient_sd.data.walk import METADATA, Found, walk
-from ambient_sd.errors import UserError, one_line
+from ambient_sd.utils.errors import UserError, one_line
 
 UNLISTED = ("refuse", "ignore")
 NAME_COLUMNS = (
@@ -39,21 +39,21 @@ NAME_COLUMNS = (
     "image_file",
     "path",
 )  # where there is no file_name
-FRAMES = "ambient_sd_frames"  # in the info of a decoded picture: its file has more frames than this one
+FRAMES = "ambient_sd_frames"  # in the info of a decoded image: its file has more frames than this one
 _SHOWN = 3  # names listed in an error line before "and N more"
 
 
 @dataclass(frozen=True)
-class Picture:
-    """Hold one decoded picture.
+class ImageRow:
+    """Hold one decoded image.
 
     Attributes:
-        image: RGB picture, upright (EXIF orientation applied), transparency laid on white.
+        image: RGB image, upright (EXIF orientation applied), transparency laid on white.
         caption: its caption, possibly empty.
         key: `content_key(image)`.
         name: file name or row, for messages.
         noise_key: key of what is fixed for it and its near-duplicates; empty means `key`.
-        mirrored: it is the mirror image of the picture that `noise_key` belongs to.
+        mirrored: it is the mirror image of the image that `noise_key` belongs to.
     """
 
     image: Image.Image
@@ -73,8 +73,8 @@ class Fault:
     text: str
 
 
-class PictureSet(Sequence[Picture]):
-    """Hold rows of pictures and captions; a picture is decoded anew at each access.
+class ImageDataset(Sequence[ImageRow]):
+    """Hold rows of images and captions; an image is decoded anew at each access.
 
     Args:
         images: per row the encoded bytes, or the path of the file.
@@ -86,7 +86,7 @@ class PictureSet(Sequence[Picture]):
 
     Attributes:
         unlisted: files of the folder that hold or may hold images and were left out, because the caller wanted it so.
-        animated: names of the rows with more than one frame, of which the first is the picture; known after `check`.
+        animated: names of the rows with more than one frame, of which the first is the image; known after `check`.
     """
 
     def __init__(
@@ -112,22 +112,22 @@ class PictureSet(Sequence[Picture]):
     def __len__(self) -> int:
         return len(self.captions)
 
-    def __getitem__(self, index: int) -> Picture:  # type: ignore[override]  # slices have no use here
+    def __getitem__(self, index: int) -> ImageRow:  # type: ignore[override]  # slices have no use here
         try:
             image = decode(self._images[index])
         except _Undecodable as error:
             raise UserError(f"{self.names[index]} in {self.source} cannot be read", rule=str(error)) from None
         key = content_key(image)
         shared = (self.noise_keys[index], self.mirrored[index]) if self.noise_keys else (key, False)
-        return Picture(image, self.captions[index], key, self.names[index], *shared)
+        return ImageRow(image, self.captions[index], key, self.names[index], *shared)
 
-    def subset(self, indices: Sequence[int]) -> PictureSet:
+    def subset(self, indices: Sequence[int]) -> ImageDataset:
         """Return the rows `indices` in that order, unchecked."""
         rows = list(indices)
         captions, names = [self.captions[i] for i in rows], [self.names[i] for i in rows]
         more = [self.more_captions[i] for i in rows]
         plain = _Picked(self._rows.__getitem__, rows) if len(self._rows) else ()
-        return PictureSet(_Picked(self._images.__getitem__, rows), captions, names, self.source, more, plain)
+        return ImageDataset(_Picked(self._images.__getitem__, rows), captions, names, self.source, more, plain)
 
     def column(self, name: str) -> list[str]:
         """Return a column's values as texts, an empty one where a row has none.
@@ -145,7 +145,7 @@ class PictureSet(Sequence[Picture]):
     def one_of_each(self, rows: Sequence[int] | None = None) -> list[int]:
         """Return of each group of duplicates (`noise_keys` where there are any, else `keys`) the first of `rows`, or of all.
 
-        Of two copies neither is much nearer to a picture than the other: d1 / d2 would say 1.
+        Of two copies neither is much nearer to an image than the other: d1 / d2 would say 1.
         """
         groups = self.noise_keys or self.keys
         rows = range(len(self)) if rows is None else rows
@@ -160,8 +160,8 @@ class PictureSet(Sequence[Picture]):
         """Return the captions of all rows, in their order."""
         return [caption for i in range(len(self)) for caption in self.captions_of(i)]
 
-    def check(self, progress: bool = False, near_duplicates: bool = False) -> PictureSet:
-        """Decode every picture once and record `keys` and `sizes`; return self.
+    def check(self, progress: bool = False, near_duplicates: bool = False) -> ImageDataset:
+        """Decode every image once and record `keys` and `sizes`; return self.
 
         With `near_duplicates` their `groups` are found, and `noise_keys` and `mirrored` follow them; otherwise
         `noise_keys` are `keys`.
@@ -169,11 +169,11 @@ class PictureSet(Sequence[Picture]):
         Training calls this before any model loads: a broken file in hour three costs the three hours.
 
         Raises:
-            UserError: pictures cannot be decoded; the first ones are named.
+            UserError: images cannot be decoded; the first ones are named.
         """
         keys, sizes, broken, thumbnails = [], [], [], Thumbnails()
         animated: list[str] = []
-        for i in tqdm(range(len(self)), desc="checking pictures", disable=not progress, leave=False):
+        for i in tqdm(range(len(self)), desc="checking images", disable=not progress, leave=False):
             try:
                 image = decode(self._images[i])
             except _Undecodable as error:
@@ -187,14 +187,14 @@ class PictureSet(Sequence[Picture]):
                 thumbnails.add(image)
         if broken:
             raise UserError(
-                f"{len(broken)} of {len(self)} pictures in {self.source} cannot be read: {_some(broken)}",
-                rule="every picture must decode",
+                f"{len(broken)} of {len(self)} images in {self.source} cannot be read: {_some(broken)}",
+                rule="every image must decode",
                 remedy="replace the files or remove their rows",
             )
         self.animated = animated
         return self.known(keys, sizes, find_groups(keys, thumbnails) if near_duplicates else [])
 
-    def known(self, keys: Sequence[str], sizes: Sequence[tuple[int, int]], groups: Sequence[Group]) -> PictureSet:
+    def known(self, keys: Sequence[str], sizes: Sequence[tuple[int, int]], groups: Sequence[Group]) -> ImageDataset:
         """Record what `check` finds, found elsewhere: keys and sizes per row, groups of duplicates; return self."""
         self.keys, self.sizes, self.groups = list(keys), list(sizes), list(groups)
         self.noise_keys, self.mirrored = noise_keys(self.keys, self.groups)
@@ -213,17 +213,17 @@ class PictureSet(Sequence[Picture]):
 
 
 class _Undecodable(Exception):
-    """The bytes of one picture do not decode; the message says why."""
+    """The bytes of one image do not decode; the message says why."""
 
 
 def content_key(image: Image.Image) -> str:
-    """Return the SHA-256 of an RGB picture's size and pixels, in hexadecimal."""
+    """Return the SHA-256 of an RGB image's size and pixels, in hexadecimal."""
     width, height = image.size
     return hashlib.sha256(f"{width}x{height} RGB\n".encode() + image.tobytes()).hexdigest()
 
 
 def decode(source: bytes | Path) -> Image.Image:
-    """Decode a picture to RGB: upright, the first frame, transparency laid on white.
+    """Decode an image to RGB: upright, the first frame, transparency laid on white.
 
     A PNG's comments are not read where they are too large for Pillow; no pixel hangs on them.
     """
@@ -247,7 +247,7 @@ def decode(source: bytes | Path) -> Image.Image:
     except FileNotFoundError:
         raise _Undecodable(f"there is no file {source.name if isinstance(source, Path) else ''}") from None
     except Image.UnidentifiedImageError:
-        raise _Undecodable("no picture format that Pillow knows") from None
+        raise _Undecodable("no image format that Pillow knows") from None
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise _Undecodable(
@@ -263,13 +263,13 @@ def _decoded(file: io.BytesIO | Path) -> Image.Image:
     # A damaged file ends in one line, without Pillow's beside it.
     with warnings.catch_warnings(action="ignore"), Image.open(file) as opened:
         if opened.format == "EPS":  # Pillow would have Ghostscript run it
-            raise ValueError("PostScript is a program; save it as a picture")
-        # A phone's MPO has a preview or a depth map behind its picture.
+            raise ValueError("PostScript is a program; save it as an image")
+        # A phone's MPO has a preview or a depth map behind its image.
         frames = opened.format != "MPO" and getattr(opened, "is_animated", False)
         opened.load()
         image = ImageOps.exif_transpose(opened)
         clear = image.info.get("transparency")
-        # convert("RGB") would clip these at 255: one 16-bit picture as white as the next, and under one key.
+        # convert("RGB") would clip these at 255: one 16-bit image as white as the next, and under one key.
         if image.mode.startswith("I;16"):
             wide = np.asarray(image)
             image = Image.fromarray((wide >> 8).astype(np.uint8))
@@ -314,13 +314,13 @@ def load_rows(
     need_captions: bool = True,
     unlisted: str = "refuse",
     faults: list[Fault] | None = None,
-) -> PictureSet:
-    """Open a source of pictures and captions.
+) -> ImageDataset:
+    """Open a source of images and captions.
 
     Args:
         source: folder with metadata.jsonl or metadata.csv, parquet file, tar shards (a folder of them, one, or a pattern
             such as part-{000..010}.tar), or hub dataset id.
-        image_column: column of the pictures: bytes, or a struct of bytes and path; a folder uses file_name instead.
+        image_column: column of the images: bytes, or a struct of bytes and path; a folder uses file_name instead.
         caption_column: column of the captions, one text per row.
         split: of a hub dataset (default train); of a local source the value of its column `split`.
         max_samples: keep at most that many rows.
@@ -329,19 +329,19 @@ def load_rows(
         config_name: configuration of a hub dataset.
         cache_dir: where hub downloads are kept.
         local: `source` is a path, whatever it looks like: a mistyped folder is then not looked for on the hub.
-        need_captions: without, a row that has none gets an empty one, and a folder without a list is all pictures in it.
+        need_captions: without, a row that has none gets an empty one, and a folder without a list is all images in it.
         several_captions: a row's caption may be a list of texts too; its first one is the caption where one is asked for.
         unlisted: what becomes of images in a local folder that would not be read (`ambient_sd.data.walk`): those that its list
             does not name, of a kind that is not read, hidden, or perhaps in an archive. "refuse", or "ignore": they are
-            left out, and `PictureSet.unlisted` counts them.
+            left out, and `ImageDataset.unlisted` counts them.
         faults: receives the faults of single rows, which are then left out (a row without caption stays, with an empty
             one); without it the first fault raises.
 
     Returns:
-        The rows, pictures not yet decoded (`PictureSet.check` does that).
+        The rows, images not yet decoded (`ImageDataset.check` does that).
 
     Raises:
-        UserError: the source does not exist, has no pictures, lacks a column or a file, or no row is left; images in it
+        UserError: the source does not exist, has no images, lacks a column or a file, or no row is left; images in it
             would be left out, or lie behind a link that cannot be followed.
     """
     if unlisted not in UNLISTED:
@@ -371,7 +371,7 @@ def load_rows(
     if not kept and not faults:
         text = " and ".join("".join(c) for c in conditions)
         raise UserError(
-            f"{source} has no row" + (f" with {text}" if text else "s"), rule="at least one picture is needed"
+            f"{source} has no row" + (f" with {text}" if text else "s"), rule="at least one image is needed"
         )
     if max_samples is not None and max_samples < len(kept):
         chosen = kept[:max_samples] if seed is None else random.Random(seed).sample(kept, max_samples)
@@ -383,7 +383,7 @@ def load_rows(
         captions = [[text if isinstance(text, str) else ""] for text in given]
     # Last: a wrong row of the list is the nearer reason.
     _tell_unlisted(path, left, unlisted, faults)
-    rows = PictureSet(
+    rows = ImageDataset(
         _Picked(table.image, kept), [c[0] for c in captions], [table.name(i) for i in kept], str(source),
         [c[1:] for c in captions], _Picked(table.rows.__getitem__, kept),
     )  # fmt: skip
@@ -393,7 +393,7 @@ def load_rows(
 
 @dataclass(frozen=True)
 class _Table:
-    """Rows of any source: the plain columns, and how to reach the encoded picture of a row."""
+    """Rows of any source: the plain columns, and how to reach the encoded image of a row."""
 
     source: str
     rows: Sequence[Mapping[str, Any]]
@@ -414,7 +414,7 @@ class _Picked(Sequence[Any]):
 
 @dataclass(frozen=True)
 class _Files:
-    """Reach the picture of a row by its file; a class, because a worker process may have to unpickle it."""
+    """Reach the image of a row by its file; a class, because a worker process may have to unpickle it."""
 
     folder: Path
     names: Sequence[str]
@@ -425,7 +425,7 @@ class _Files:
 
 @dataclass(frozen=True)
 class _Cells:
-    """Reach the picture of a row in a table; a class for the same reason."""
+    """Reach the image of a row in a table; a class for the same reason."""
 
     cell: Callable[[int], Any]
     source: str
@@ -454,14 +454,14 @@ class _HubColumn:
 
 
 @dataclass(frozen=True)
-class _ShardPictures:
-    """Reach the picture of a row in a shard; a class for the same reason."""
+class _ShardImages:
+    """Reach the image of a row in a shard; a class for the same reason."""
 
     rows: ShardRows
 
     def __call__(self, index: int) -> bytes:
         try:
-            return self.rows.picture(index)
+            return self.rows.image(index)
         except OSError as error:
             raise _Undecodable(str(error)) from None
 
@@ -472,7 +472,7 @@ def _holds_shards(folder: Path) -> bool:
     if (listing := next((name for name in METADATA if (folder / name).exists()), None)) is not None:
         raise UserError(
             f"folder {folder} has {listing} and tar files",
-            rule="they are two picture sets",
+            rule="they are two image datasets",
             remedy="move one of them away, or give the pattern of the shards, such as part-{000..010}.tar",
         )
     return True
@@ -485,7 +485,7 @@ def _from_shards(path: Path, caption_column: str | None, faults: list[Fault] | N
         _need_columns(str(path), [caption_column], list(rows[0]))
     else:
         faults.extend(Fault(name, "broken", text) for name, text in found or ())
-    return _Table(str(path), rows, _ShardPictures(rows), rows.names.__getitem__)
+    return _Table(str(path), rows, _ShardImages(rows), rows.names.__getitem__)
 
 
 def _from_folder(
@@ -496,15 +496,15 @@ def _from_folder(
     if not listings:
         seen = _walked(folder, faults)
         if not seen.images and not seen.unread:
-            raise UserError(f"folder {folder} has no pictures", rule=f"it must hold pictures and {METADATA[0]}")
+            raise UserError(f"folder {folder} has no images", rule=f"it must hold images and {METADATA[0]}")
         if caption_column is None:
             return _all_in(folder, seen)
         deeper = next((folder / name for name in seen.lists), None)
         line = f'{{"file_name": "a.png", "{caption_column}": "a red apple"}}'
         raise UserError(
-            f"folder {folder} has {len(seen.images)} pictures but no {METADATA[0]}",
+            f"folder {folder} has {len(seen.images)} images but no {METADATA[0]}",
             rule="captions come from there",
-            remedy=f"give {deeper.parent}, which has one" if deeper else f"write one line per picture: {line}",
+            remedy=f"give {deeper.parent}, which has one" if deeper else f"write one line per image: {line}",
         )
     if len(listings) > 1:
         raise UserError(
@@ -526,11 +526,11 @@ def _from_folder(
         else:
             faults.append(Fault(f"line {number}", "broken", str(fault)))
     if not lines:
-        raise UserError(f"{listing} is empty", rule="at least one picture is needed")
+        raise UserError(f"{listing} is empty", rule="at least one image is needed")
     missing = {r["file_name"]: None for r in rows if not _is_file(folder / r["file_name"])}
     if missing and faults is None:
         raise UserError(
-            f"{len(missing)} of {len(rows)} pictures named in {listing} do not exist: {_some(list(missing))}",
+            f"{len(missing)} of {len(rows)} images named in {listing} do not exist: {_some(list(missing))}",
             remedy="add the files or remove their lines",
         )
     there = [str(r["file_name"]) for r in rows if r["file_name"] not in missing]
@@ -564,11 +564,11 @@ def _walked(folder: Path, faults: list[Fault] | None) -> Found:
 
 
 def _all_in(folder: Path, seen: Found) -> tuple[_Table, dict[str, str]]:
-    """Take every picture below a folder that has no list."""
+    """Take every image below a folder that has no list."""
     names = seen.images
     if not names:
         name, why = next(iter(seen.unread.items()))
-        raise UserError(f"folder {folder} has no pictures that are read; {one_line(name, 60)} is {_an(why)}",
+        raise UserError(f"folder {folder} has no images that are read; {one_line(name, 60)} is {_an(why)}",
                         remedy="convert or unpack them to PNG or JPEG")  # fmt: skip
     return _Table(str(folder), [{"file_name": name} for name in names], _Files(folder, names), names.__getitem__), dict(
         seen.unread
@@ -639,18 +639,16 @@ def _name_column(row: Any, image_column: str, number: int, listing: Path) -> str
 
 
 def _bad_name(row: Any, column: str, number: int, listing: Path) -> UserError | None:
-    """Return what is wrong with the picture's name in a row, if anything."""
+    """Return what is wrong with the image's name in a row, if anything."""
     name = row.get(column) if isinstance(row, dict) else None
     if not isinstance(name, str) or not name:
-        return UserError(
-            f"line {number} of {listing} names no picture", rule=f'it needs a text "{one_line(column, 40)}"'
-        )
-    # A list that came with a picture set must not reach for other files of this machine.
+        return UserError(f"line {number} of {listing} names no image", rule=f'it needs a text "{one_line(column, 40)}"')
+    # A list that came with an image set must not reach for other files of this machine.
     if Path(name).is_absolute() or ".." in Path(name).parts:
         return UserError(
             f"line {number} of {listing} names {name!r}",
             rule=f"{column} is a path inside {listing.parent}",
-            remedy="move the picture there, or put metadata.jsonl in the folder that holds them all",
+            remedy="move the image there, or put metadata.jsonl in the folder that holds them all",
         )
     return None
 
@@ -739,8 +737,8 @@ def _from_parquet(path: Path, image_column: str, caption_column: str | None) -> 
             f"{path} cannot be read as parquet", rule=str(error), remedy="give a parquet file or a folder"
         ) from None
     _need_columns(str(path), [image_column, caption_column], table.column_names)
-    pictures = table.column(image_column)
-    image = _Cells(_ArrowColumn(pictures), str(path), path.parent, local=True)
+    images = table.column(image_column)
+    image = _Cells(_ArrowColumn(images), str(path), path.parent, local=True)
     return _Table(str(path), rows, image, lambda i: f"row {i}")
 
 
@@ -760,15 +758,15 @@ def _from_hub(
             remedy="check name, split and network, or give a local folder or parquet file",
         ) from None
     _need_columns(name, [image_column, caption_column], data.column_names)
-    pictures = data.select_columns([image_column])
+    images = data.select_columns([image_column])
     if isinstance(data.features[image_column], datasets.Image):
-        pictures = pictures.cast_column(image_column, datasets.Image(decode=False))
-    image = _Cells(_HubColumn(pictures, image_column), name, Path(), local=False)
+        images = images.cast_column(image_column, datasets.Image(decode=False))
+    image = _Cells(_HubColumn(images, image_column), name, Path(), local=False)
     return _Table(name, data.remove_columns([image_column]), image, lambda i: f"row {i}")
 
 
 def _encoded(cell: Any, folder: Path, local: bool) -> bytes | Path:
-    """Return what a cell holds of a picture: its bytes, or the path of its file."""
+    """Return what a cell holds of an image: its bytes, or the path of its file."""
     if isinstance(cell, Mapping):
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, str):
@@ -777,7 +775,7 @@ def _encoded(cell: Any, folder: Path, local: bool) -> bytes | Path:
             raise _Undecodable(f"{one_line(cell, 80)} is no path inside the folder of the file")
         return folder / cell
     if not isinstance(cell, bytes):
-        raise _Undecodable(f"{type(cell).__name__} is not the bytes or path of a picture")
+        raise _Undecodable(f"{type(cell).__name__} is not the bytes or path of an image")
     return cell
 
 
@@ -806,7 +804,7 @@ def _captions(table: _Table, index: int, column: str, faults: list[Fault] | None
     """Return the captions of a row, at least one."""
     given = table.rows[index].get(column)
     captions = list(given) if several and isinstance(given, list) and given else [given]
-    rule, remedy = "", "write one, or an empty text for a picture without caption"
+    rule, remedy = "", "write one, or an empty text for an image without caption"
     for caption in captions:
         if not isinstance(caption, str):
             rule = f"column {column!r} must hold a text there, not {type(caption).__name__}"

@@ -1,7 +1,7 @@
-"""Which picture is trained on when, and with which random numbers: functions of a seed and a position, nothing else.
+"""Which image is trained on when, and with which random numbers: functions of a seed and a position, nothing else.
 
 A run is one endless line of samples. Position p lies in epoch `p // n` and takes the entry `p % n` of that epoch's
-permutation of the n pictures. Timestep, fresh noise, caption dropout and view of a sample are drawn from a generator
+permutation of the n images. Timestep, fresh noise, caption dropout and view of a sample are drawn from a generator
 that is seeded by (seed, purpose, p). Hence no generator has a state to save: a run that resumes, or is spread over
 other numbers of processes and accumulation steps, sees the same samples with the same noise.
 """
@@ -35,7 +35,7 @@ class SampleStream:
     """Order the samples of a run.
 
     Args:
-        count: number n of pictures.
+        count: number n of images.
         seed: seed of the run.
     """
 
@@ -43,8 +43,8 @@ class SampleStream:
         self.count, self.seed = count, seed
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
-    def picture(self, position: int) -> int:
-        """Return the index of the picture at a position."""
+    def image(self, position: int) -> int:
+        """Return the index of the image at a position."""
         epoch, offset = divmod(position, self.count)
         if epoch != self._epoch:
             self._order = torch.randperm(self.count, generator=self.generator("order", epoch))

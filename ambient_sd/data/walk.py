@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ambient_sd.errors import UserError, one_line
+from ambient_sd.utils.errors import UserError, one_line
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 PICTURE_SUFFIXES = {

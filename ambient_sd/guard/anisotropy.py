@@ -1,4 +1,4 @@
-"""The anisotropy detector: from pure noise, two evaluations of each half, without drawing a picture.
+"""The anisotropy detector: from pure noise, two evaluations of each half, without drawing an image.
 
 Asthana and Belagiannis, *Detecting and mitigating memorization in diffusion models through anisotropy of the log-probability*,
 ICLR 2026 (arXiv 2601.20642), the detection metric of section 4:
@@ -13,8 +13,8 @@ The paper could not be read whole; abstract, reviews and summaries give the metr
 taken over channels at each latent pixel and then averaged, t0 is the third last of 50 DDIM steps (41 of 1000), gamma is (1, 2)
 on Stable Diffusion 1.4 and (1, 0.1) on 2.0 (weights are fitted per model). Ours differs where it says so: noise and score
 differ by a negative factor, which neither norm (up to 1 / sigma_T, nearly 1) nor cosine needs; for v-prediction the score is
-computed from v, while the authors' code takes the cosine of v itself, the same up to sigma_t0 (0.2); norms are per picture, and the
-mean over pictures of a prompt is the caller's. Where the sampler's first timestep carries no signal (zero terminal SNR: the norm is 0
+computed from v, while the authors' code takes the cosine of v itself, the same up to sigma_t0 (0.2); norms are per image, and the
+mean over images of a prompt is the caller's. Where the sampler's first timestep carries no signal (zero terminal SNR: the norm is 0
 there), the norm is taken at the first one that does, of the same pure noise.
 """
 
@@ -28,19 +28,19 @@ from typing import Any
 
 import torch
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard import scores
 from ambient_sd.guard.calibration import AnisotropyTerms, Calibration, Sampling
 from ambient_sd.guard.policies.base import Change, Policy, SamplingStart
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.schedule import NoiseSchedule
+from ambient_sd.utils.errors import UserError
 
 LOW_TIMESTEP = 41
 
 
 @dataclass(frozen=True)
 class Anisotropy:
-    """Hold both terms for one picture: `norm` at the first timestep, `alignment` in [-1, 1] at the low one."""
+    """Hold both terms for one image: `norm` at the first timestep, `alignment` in [-1, 1] at the low one."""
 
     norm: float
     alignment: float
@@ -55,25 +55,25 @@ class Anisotropy:
 
 
 def fitted(terms: torch.Tensor, low_timestep: int = LOW_TIMESTEP) -> AnisotropyTerms:
-    """Return weights that divide each term by its standard deviation over ordinary pictures.
+    """Return weights that divide each term by its standard deviation over ordinary images.
 
     Published weights are of other models and cannot be carried over; memorized prompts have no say in ours.
 
     Args:
-        terms: norm and alignment, `(..., 2)`, of at least two ordinary pictures.
+        terms: norm and alignment, `(..., 2)`, of at least two ordinary images.
         low_timestep: at which the alignment was taken.
 
     Raises:
-        UserError: there are fewer than two pictures, or a term is the same for all of them.
+        UserError: there are fewer than two images, or a term is the same for all of them.
     """
     flat = terms.double().reshape(-1, 2)
     if len(flat) < 2:
-        raise UserError("one ordinary picture has no spread", rule="anisotropy weighs its terms by it",
+        raise UserError("one ordinary image has no spread", rule="anisotropy weighs its terms by it",
                         remedy="give more ordinary prompts, or more --generations")  # fmt: skip
     spread = flat.std(0)
     if not bool((spread > 1e-9).all()):  # NaN as well
         name = ("norm", "alignment")[int((~(spread > 1e-9)).nonzero()[0])]
-        raise UserError(f"the {name} of the ordinary pictures has no spread", rule="anisotropy weighs its terms by it",
+        raise UserError(f"the {name} of the ordinary images has no spread", rule="anisotropy weighs its terms by it",
                         remedy="give prompts that differ, and that are not empty")  # fmt: skip
     norm, angle = (1 / spread).tolist()
     return AnisotropyTerms(norm, angle, low_timestep)
@@ -166,7 +166,7 @@ def anisotropy(
             steps only sets the first timestep.
 
     Returns:
-        One per picture, in the pipeline's order.
+        One per image, in the pipeline's order.
 
     Raises:
         UserError: the guard cannot be used here, there is no such timestep, none of the sampler's carries a signal, or a term is no

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 
 def cross_attentions(network: torch.nn.Module) -> list[torch.nn.Module]:

@@ -1,16 +1,16 @@
 """Which words trigger it: the pull of each token of a prompt on the guard's score.
 
-    score of token i = mean over steps and pictures of || d || eps_c - eps_u ||_2 / d e_i ||_2
+    score of token i = mean over steps and images of || d || eps_c - eps_u ||_2 / d e_i ||_2
 
 with `e_i` the token's embedding as the network reads it (the text encoder's output), the inner norm over channels and pixels
 as in `scores`, the outer one over the embedding's channels (Wen, Liu, Chen, Lyu, ICLR 2024, section 3: "trigger tokens").
 A memorized prompt has a few tokens far above the others; changing those gives the copy up.
 
-The gradient is taken by a policy that only watches: the pictures are the stock pipeline's, bit for bit. Later tokens know
+The gradient is taken by a policy that only watches: the images are the stock pipeline's, bit for bit. Later tokens know
 the earlier ones (the text encoder is causal), so that the end of text and the padding, which summarise the prompt, can have
 the largest pull; the mean over the padding is kept apart. The published code takes the gradient of one norm over the batch and divides
-by the rows of both halves, 2n: with one picture half of ours (`norm="batch"`). A gradient is a first-order statement, no proof that a word alone
-brings the picture back. Not here: SDXL's pooled embedding, which has no tokens.
+by the rows of both halves, 2n: with one image half of ours (`norm="batch"`). A gradient is a first-order statement, no proof that a word alone
+brings the image back. Not here: SDXL's pooled embedding, which has no tokens.
 
 A word of several tokens has the length of its tokens' scores taken together, `sqrt(sum of squares)`.
 """
@@ -26,10 +26,10 @@ from typing import Any, Literal
 
 import torch
 
-from ambient_sd.errors import UserError, one_line
 from ambient_sd.guard.policies.base import Policy, SamplingStart, Step
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.guard.scores import guidance_norm
+from ambient_sd.utils.errors import UserError, one_line
 
 _LABEL = 24  # characters of a token in table and plot
 
@@ -43,7 +43,7 @@ class TokenAttribution:
         tokens: each token's text, as the (first) tokenizer gives it.
         scores: each token's score, >= 0, in units of `ImageReport.curve` per unit of the embedding.
         padding_score: the mean score of the padding's positions; None if there is no padding.
-        images: over how many pictures the mean is taken.
+        images: over how many images the mean is taken.
         steps: over how many evaluations of the network.
         words: the text between beginning and end, word by word; a token by itself may be part of a character.
         word_scores: each word's score, the root of the sum of its tokens' squared scores.
@@ -100,12 +100,12 @@ class TokenAttribution:
 class TokenGradients(Policy):
     """Watch a run and sum `|| d || eps_c - eps_u || / d e_i ||` of every token; change nothing.
 
-    One backward pass of the conditional half per picture and step, in the precision of the pipeline.
+    One backward pass of the conditional half per image and step, in the precision of the pipeline.
 
     Args:
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
-        norm: of each "image", or as the published code has it of the "batch": for the n pictures of one prompt together,
-            `|| d (sum_k d_k^2)^(1/2) / d e_i || / (2 n)` with d_k the norm of picture k. With one picture that is half of ours.
+        norm: of each "image", or as the published code has it of the "batch": for the n images of one prompt together,
+            `|| d (sum_k d_k^2)^(1/2) / d e_i || / (2 n)` with d_k the norm of image k. With one image that is half of ours.
 
     Attributes:
         total: `(n, L)` float32 or wider, on the device: the sum over the evaluations so far.
@@ -159,7 +159,7 @@ class TokenGradients(Policy):
         self.steps += 1
 
     def _of_batches(self, gradients: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-        """Return the published score from `d d_k / d e`, `(n, L, D)`, and d_k, `(n,)`: pictures of one prompt share it, `(n, L)`."""
+        """Return the published score from `d d_k / d e`, `(n, L, D)`, and d_k, `(n,)`: images of one prompt share it, `(n, L)`."""
         assert self.token_ids is not None
         _, prompt = torch.unique(self.token_ids, dim=0, return_inverse=True)
         same = (prompt[:, None] == prompt[None]).to(norms)
@@ -168,19 +168,19 @@ class TokenGradients(Policy):
         weighed = torch.einsum("ij,j,jld->ild", same, norms, gradients) / whole.view(-1, 1, 1)
         return weighed.norm(dim=-1) / (2 * same.sum(1, keepdim=True))
 
-    def result(self, prompt: str, tokenizer: Any, pictures: Sequence[int] | None = None) -> TokenAttribution:
-        """Return the mean over the pictures of one prompt of the last run.
+    def result(self, prompt: str, tokenizer: Any, images: Sequence[int] | None = None) -> TokenAttribution:
+        """Return the mean over the images of one prompt of the last run.
 
         Args:
             prompt: the prompt's text.
             tokenizer: the pipeline's.
-            pictures: their places in the run; None: all.
+            images: their places in the run; None: all.
 
         Raises:
             UserError: the gradient is not finite.
         """
         assert self.total is not None and self.token_ids is not None and self.token_mask is not None
-        chosen = list(range(len(self.total))) if pictures is None else list(pictures)
+        chosen = list(range(len(self.total))) if images is None else list(images)
         scores = (self.total[chosen].double().mean(0) / self.steps).tolist()
         if not all(math.isfinite(score) for score in scores):
             raise UserError(
@@ -237,11 +237,11 @@ def attribute(
         pipe: a diffusers pipeline that `MemorizationGuard` supports, with no guard on.
         prompt: one prompt.
         num_inference_steps: of the sampler, >= 1.
-        num_images: over how many pictures the mean is taken, >= 1.
-        seed: of the pictures' noise, drawn on the CPU.
-        stop_after: look at the first so many evaluations of the network that carry a signal only, and leave the pictures unfinished; None: all.
+        num_images: over how many images the mean is taken, >= 1.
+        seed: of the images' noise, drawn on the CPU.
+        stop_after: look at the first so many evaluations of the network that carry a signal only, and leave the images unfinished; None: all.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
-        norm: "image", or "batch" as in the published code (`TokenGradients`): half as large for one picture.
+        norm: "image", or "batch" as in the published code (`TokenGradients`): half as large for one image.
         call: further arguments of the pipeline (`guidance_scale`, `negative_prompt`, `height`, `generator`, ...).
 
     Raises:

@@ -1,9 +1,9 @@
 """Sample with the base at high noise and with the fine-tuned network below a noise level: other colours and tones, without training anything.
 
     s_t > level:  the base's prediction          composition, which the base has from elsewhere
-    s_t <= level: the fine-tuned network's       style and detail, which it has from the training pictures
+    s_t <= level: the fine-tuned network's       style and detail, which it has from the training images
 
-What a fine-tuned network has memorized of a picture's composition and colours acts at high noise; a base that was trained on much data
+What a fine-tuned network has memorized of an image's composition and colours acts at high noise; a base that was trained on much data
 composes without it. Shah et al. (ICML 2025) argue that memorization is needed at low noise only; here nothing else of it is used. Contours
 that the low levels know come through: copies fall by measures of pixels and not by contours. docs/results.md has the figures.
 """
@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from ambient_sd.errors import UserError, one_line
 from ambient_sd.schedule import NoiseSchedule
+from ambient_sd.utils.errors import UserError, one_line
 
 _SAME = (
     "in_channels",
@@ -142,7 +142,7 @@ class _Switched:
             return self._tuned(sample, timestep, *args, **options)
         if not bool(above.all()):
             raise UserError(
-                "timesteps of one call lie on both sides of the level", rule="pictures of a batch are denoised together"
+                "timesteps of one call lie on both sides of the level", rule="images of a batch are denoised together"
             )
         if self.base is not None:
             return self.base(sample, timestep, *args, **options)

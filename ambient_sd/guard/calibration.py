@@ -2,8 +2,8 @@
 
 No number fits two models: the score grows with the latent's size and depends on weights, sampler and number of steps. So a
 threshold is kept together with what it was measured on, and is handed out for nothing else: the U-Net's weights and
-configuration, picture size, sampler with its settings, steps, guidance scale and prediction type. There is one threshold for
-each number of evaluations seen (an early decision after 1 or 5, or all of them) and of pictures averaged per prompt.
+configuration, image size, sampler with its settings, steps, guidance scale and prediction type. There is one threshold for
+each number of evaluations seen (an early decision after 1 or 5, or all of them) and of images averaged per prompt.
 
 Weights are compared by their SHA-256 where they were loaded in the same precision. In another precision no hash can agree:
 then one weight out of each of up to 128 tensors must, within the rounding of the coarser one. That finds another model and an
@@ -16,7 +16,7 @@ useless and refused; where none were, `auc` is null and `origin` says that nothi
 Two detectors have a file of their own each: the guard's norm, and anisotropy, which is asked before sampling
 (`anisotropy.screen`) and cannot flag while sampling.
 
-It only holds thresholds. How they are found, and the prompts, are in `ambient_sd.calibrate`.
+It only holds thresholds. How they are found, and the prompts, are in `ambient_sd.commands.calibrate`.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from typing import Any, Literal
 
 import torch
 
-from ambient_sd.errors import UserError, one_line
-from ambient_sd.files import write_whole
 from ambient_sd.guard.base_above import base_acts
 from ambient_sd.guard.scores import SPACES, Space, require_supported
-from ambient_sd.json_schema import load_json
+from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.files import atomic_write
+from ambient_sd.utils.json_schema import load_json
 
 Detector = Literal["norm", "anisotropy"]
 FILE_NAME = "memorization_threshold.json"
@@ -59,7 +59,7 @@ class Entry:
     Attributes:
         steps: evaluations of the network whose norms are averaged, the first ones that carry a signal (`scores`); "all": the whole run; 0: no step is
             taken (anisotropy).
-        images_per_prompt: pictures of one prompt whose scores are averaged before they are compared.
+        images_per_prompt: images of one prompt whose scores are averaged before they are compared.
         value: a score of at least this is flagged.
         rate: share of ordinary scores that it flags; `rate_low`, `rate_high`: its interval.
         auc: probability that a memorized prompt scores higher than an ordinary one; None without memorized prompts.
@@ -100,7 +100,7 @@ class AnisotropyTerms:
 
 
 @dataclass(frozen=True)
-class ModelPrint:
+class ModelFingerprint:
     """Tell one U-Net from another.
 
     Attributes:
@@ -116,7 +116,7 @@ class ModelPrint:
     probe: list[float]
 
     @classmethod
-    def of(cls, unet: torch.nn.Module, *, whole: bool = True) -> ModelPrint:
+    def of(cls, unet: torch.nn.Module, *, whole: bool = True) -> ModelFingerprint:
         """Take the print of a U-Net; without `whole` the weights are not hashed (seconds for a large model)."""
         unet = getattr(unet, "_orig_mod", unet)  # torch.compile
         # What the only adapter is called makes no other model: the commands leave the name to diffusers.
@@ -151,7 +151,7 @@ class ModelPrint:
         probe = torch.stack(values).cpu().double().tolist() if values else []
         return cls(structure, weights, dtype, probe)
 
-    def differs(self, other: ModelPrint) -> str | None:
+    def differs(self, other: ModelFingerprint) -> str | None:
         """Say in what way `other` is another model than this one, or None if it is not."""
         if self.structure != other.structure:
             return "its layers, configuration or adapters are others"
@@ -172,10 +172,10 @@ class ModelPrint:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Say how pictures are sampled, as far as scores depend on it.
+    """Say how images are sampled, as far as scores depend on it.
 
     Attributes:
-        height, width: of the pictures, pixels.
+        height, width: of the images, pixels.
         sampler: class of the scheduler; sampler_settings: its configuration.
         prediction_type: epsilon, v_prediction or sample.
         num_inference_steps, guidance_scale: as the pipeline takes them.
@@ -240,11 +240,11 @@ class Calibration:
         versions: of the libraries.
         anisotropy: how its terms add up; None: the thresholds are of the norm.
         score_space: what the norm is of: "noise", or the network's "output" as it is (`scores`). The two do not mix.
-        lora: record of the adapter that was loaded (`ambient_sd.lora`); None: none was.
+        lora: record of the adapter that was loaded (`ambient_sd.families.lora`); None: none was.
     """
 
     entries: list[Entry]
-    model: ModelPrint
+    model: ModelFingerprint
     sampling: Sampling
     evaluations: int
     rate_asked: float
@@ -275,11 +275,11 @@ class Calibration:
         )
 
     def entry(self, steps: int, images_per_prompt: int, *, stopped: bool = False) -> Entry:
-        """Return the entry for the mean over `steps` evaluations and `images_per_prompt` pictures.
+        """Return the entry for the mean over `steps` evaluations and `images_per_prompt` images.
 
         Args:
             steps: evaluations seen, from the first that carries a signal on; those of a whole run, or its number of steps, mean all.
-            images_per_prompt: pictures whose scores were averaged.
+            images_per_prompt: images whose scores were averaged.
             stopped: the run ended early: its number of steps is then no whole run where a sampler evaluates twice a step.
 
         Raises:
@@ -301,13 +301,13 @@ class Calibration:
         )
         images_known = ", ".join(map(str, dict.fromkeys(e.images_per_prompt for e in self.entries)))
         raise UserError(
-            f"no threshold for {steps} steps and {images_per_prompt} pictures per prompt",
-            rule=f"calibrated were {steps_known} steps, and {images_known} pictures per prompt",
+            f"no threshold for {steps} steps and {images_per_prompt} images per prompt",
+            rule=f"calibrated were {steps_known} steps, and {images_known} images per prompt",
             remedy=_REMEDY,
         )
 
     def threshold(self, steps: int, images_per_prompt: int, *, stopped: bool = False) -> float:
-        """Return the score from which a picture or prompt is flagged (see `entry`)."""
+        """Return the score from which an image or prompt is flagged (see `entry`)."""
         return self.entry(steps, images_per_prompt, stopped=stopped).value
 
     def misfit(self, pipe: Any, sampling: Sampling | None = None, *, whole: bool = True) -> str | None:
@@ -320,7 +320,7 @@ class Calibration:
         """
         if getattr(pipe, "unet", None) is None:
             return f"{type(pipe).__name__} has no U-Net, and thresholds are kept for U-Nets"
-        now = ModelPrint.of(pipe.unet, whole=whole)
+        now = ModelFingerprint.of(pipe.unet, whole=whole)
         model = self.model.differs(now)
         if model is not None:
             return f"another U-Net was calibrated: {model}"
@@ -343,7 +343,7 @@ class Calibration:
     def save(self, place: str | os.PathLike[str]) -> Path:
         """Write the file into a folder, or to a path that ends in .json; whole or not at all."""
         path = _path(place, self.detector)
-        write_whole(path, self.text())
+        atomic_write(path, self.text())
         return path
 
     def text(self) -> str:
@@ -382,7 +382,7 @@ class Calibration:
             **{
                 **values,
                 "entries": [Entry(**entry) for entry in values["entries"]],
-                "model": ModelPrint(**values["model"]),
+                "model": ModelFingerprint(**values["model"]),
                 "sampling": Sampling(**values["sampling"]),
                 "anisotropy": AnisotropyTerms(**values["anisotropy"]) if values.get("anisotropy") is not None else None,
             }

@@ -1,10 +1,10 @@
 """AmbientSDPipeline: Stable Diffusion's stock pipeline with the memorization guard on.
 
-Pictures are bit-identical to `StableDiffusionPipeline`'s with the same seed; each comes with its `ImageReport`. What it
+Images are bit-identical to `StableDiffusionPipeline`'s with the same seed; each comes with its `ImageReport`. What it
 saves is a stock folder: `model_index.json` names `StableDiffusionPipeline`, because a class unknown to diffusers cannot
 be loaded by `DiffusionPipeline.from_pretrained`. It adds no component and no copied loop. A calibrated threshold beside the
 weights (`calibration`), of the model or of a LoRA, is loaded with them, and used where a call samples as was calibrated. A LoRA is
-loaded whole or not at all (`ambient_sd.lora`).
+loaded whole or not at all (`ambient_sd.families.lora`).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from ambient_sd.errors import UserError
+from ambient_sd.families.guidance import distilled
+from ambient_sd.families.lora import load_lora
 from ambient_sd.guard.calibration import FILE_NAME, Calibration
-from ambient_sd.guard.layouts import distilled
 from ambient_sd.guard.policies.base import Policy
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard, active_guard
-from ambient_sd.hub_ids import resolve_model_id
-from ambient_sd.lora import load_lora
+from ambient_sd.utils.errors import UserError
+from ambient_sd.utils.hub_ids import resolve_model_id
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +38,13 @@ _COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 @dataclass
 class AmbientSDPipelineOutput(StableDiffusionPipelineOutput):
-    """`StableDiffusionPipelineOutput` plus `memorization`: a report per picture, None where guidance was off."""
+    """`StableDiffusionPipelineOutput` plus `memorization`: a report per image, None where guidance was off."""
 
     memorization: list[ImageReport] | None = None
 
 
 class AmbientSDPipeline(StableDiffusionPipeline):
-    """Sample from Stable Diffusion 1 or 2 and say of every picture how strongly its prompt pulled (Wen et al. 2024).
+    """Sample from Stable Diffusion 1 or 2 and say of every image how strongly its prompt pulled (Wen et al. 2024).
 
     Attributes:
         calibration: thresholds found beside the weights, or None; a guard that a call makes by itself uses them.
@@ -82,7 +82,7 @@ class AmbientSDPipeline(StableDiffusionPipeline):
         """Load a LoRA whole or not at all, and the threshold that was calibrated beside it, as the commands do.
 
         diffusers warns about tensors that it finds no layer for and goes on without them; here they are refused, and after a refusal
-        the pipeline is as it was. A folder's choice of file, names and refusals: `ambient_sd.lora`.
+        the pipeline is as it was. A folder's choice of file, names and refusals: `ambient_sd.families.lora`.
 
         Args:
             pretrained_model_name_or_path_or_dict: folder, .safetensors file, hub id or state dict.
@@ -91,7 +91,7 @@ class AmbientSDPipeline(StableDiffusionPipeline):
             **kwargs: weight_name, subfolder, revision, token, cache_dir, local_files_only, force_download, low_cpu_mem_usage.
 
         Returns:
-            What was loaded: file, sha256, scheme of names, tensors, layers, rank, alpha (`ambient_sd.lora.Adapter.record`).
+            What was loaded: file, sha256, scheme of names, tensors, layers, rank, alpha (`ambient_sd.families.lora.Adapter.record`).
 
         Raises:
             UserError: it cannot be loaded whole; or the threshold file beside it is damaged.
@@ -139,13 +139,13 @@ class AmbientSDPipeline(StableDiffusionPipeline):
     def __call__(  # type: ignore[override]
         self, *args: Any, guard: MemorizationGuard | Policy | bool | None = None, **kwargs: Any
     ) -> AmbientSDPipelineOutput | tuple[Any, Any]:
-        """Sample pictures as `StableDiffusionPipeline` does, under the guard.
+        """Sample images as `StableDiffusionPipeline` does, under the guard.
 
         Args:
             *args: as in `StableDiffusionPipeline.__call__`.
-            guard: None scores the pictures where guidance is on; True does so and raises where it is off; False leaves
+            guard: None scores the images where guidance is on; True does so and raises where it is off; False leaves
                 the guard off; a policy also mitigates; a `MemorizationGuard` of this pipeline is used as it is. But for the
-                last, pictures are flagged by `calibration`, if there is one that fits this call; where it does not a warning
+                last, images are flagged by `calibration`, if there is one that fits this call; where it does not a warning
                 says why, and so does each report (`undecided`).
             **kwargs: as in `StableDiffusionPipeline.__call__`.
 

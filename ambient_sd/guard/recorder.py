@@ -1,16 +1,16 @@
-"""The memorization guard: hooks on a live pipeline that score every picture it samples, and let a policy act.
+"""The memorization guard: hooks on a live pipeline that score every image it samples, and let a policy act.
 
 A diffusers pipeline with classifier-free guidance asks its network for two predictions a step, `eps_u` and `eps_c`: in one
 batch or in two calls (`layouts`). Hooks on the network therefore see exactly the tensors of the loop, and record
-`|| eps_c - eps_u ||_2` per image and step (`scores`; Wen et al., ICLR 2024); the score of a picture is the mean over
+`|| eps_c - eps_u ||_2` per image and step (`scores`; Wen et al., ICLR 2024); the score of an image is the mean over
 its steps. A policy (`policies`) may replace texts, latents and attention before the first step and the two outputs after
-every one, for the pictures that it may act on. The denoising loop is never copied: with no policy the pictures are
+every one, for the images that it may act on. The denoising loop is never copied: with no policy the images are
 bit-identical to the stock pipeline's, and nothing leaves the device before the run is over.
 
 Torch's own hooks are used, not `diffusers.hooks.HookRegistry`: the registry rewrites `unet.forward`, and so does
 accelerate's CPU offload, which puts its own version back after every run and would drop ours.
 
-A picture is flagged by what the network said before anything was changed. Without a policy that is the whole run. Under one the path
+An image is flagged by what the network said before anything was changed. Without a policy that is the whole run. Under one the path
 is mitigated from the first step on that it acts at, and its norms are not those that a threshold was found on (a path without
 guidance doubles them): then the first step that carries a signal decides, with the pipeline's own inputs and outputs.
 
@@ -31,13 +31,13 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
-from ambient_sd.errors import UserError
+from ambient_sd.families.guidance import SUPPORTED, layout_of, refuse_distilled
 from ambient_sd.guard import scores
 from ambient_sd.guard.attention import require_weighable, weighed
+from ambient_sd.guard.branches import NetworkHalves, get, put, rows_of
 from ambient_sd.guard.calibration import Calibration, Sampling
-from ambient_sd.guard.halves import NetworkHalves, get, put, rows_of
-from ambient_sd.guard.layouts import SUPPORTED, layout_of, refuse_distilled
 from ambient_sd.guard.policies.base import Change, Encoded, Half, Policy, SamplingStart, Step
+from ambient_sd.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +51,12 @@ class Thresholds(Protocol):
         """Say where they come from."""
 
     def threshold(self, steps: int, images_per_prompt: int) -> float:
-        """Return the threshold for the mean over the first `steps` evaluations and `images_per_prompt` pictures."""
+        """Return the threshold for the mean over the first `steps` evaluations and `images_per_prompt` images."""
 
 
 @dataclass(frozen=True)
 class ImageReport:
-    """What the guard saw while one picture was sampled.
+    """What the guard saw while one image was sampled.
 
     Attributes:
         score: mean of `curve`: `|| eps_c - eps_u ||_2`, in units of the latent noise's standard deviation times
@@ -73,13 +73,13 @@ class ImageReport:
         unconditional: what stood in the unconditional slot: "empty prompt", "zero embedding" (SDXL's default),
             "negative prompt", or "embeddings given by caller".
         guidance_scale: the scale at the first step.
-        prompt_index: which prompt of the call this picture belongs to.
-        mitigated: whether a policy replaced one of this picture's inputs.
+        prompt_index: which prompt of the call this image belongs to.
+        mitigated: whether a policy replaced one of this image's inputs.
         first_score_before: the norm at the first step with the pipeline's own inputs, if a policy measured it.
         first_score_after: the same with the replaced inputs.
-        iterations: optimizer steps that the policy took for this picture.
+        iterations: optimizer steps that the policy took for this image.
         quantity: what the norm is of: "noise", "velocity" (flow matching), or "output" (`score_space`); they do not compare.
-        active: whether the policy was allowed to act on this picture: False without a policy, and with `when="flagged"`
+        active: whether the policy was allowed to act on this image: False without a policy, and with `when="flagged"`
             where the first step's norm was under its threshold.
         decision_score: what was compared with the threshold, never mitigated: without a policy `score`; under one the norm of the first
             step that carries a signal, with the pipeline's own inputs.
@@ -112,7 +112,7 @@ class ImageReport:
 
 @dataclass(frozen=True)
 class PromptReport:
-    """The score of one prompt: the mean over the pictures sampled for it in one call (Wen's `n` generations)."""
+    """The score of one prompt: the mean over the images sampled for it in one call (Wen's `n` generations)."""
 
     prompt_index: int
     prompt: str | None
@@ -138,17 +138,17 @@ class _Call:
     output_norms: list[torch.Tensor] = field(default_factory=list)
     timesteps: list[torch.Tensor] = field(default_factory=list)
     threshold: float | Thresholds | None = None  # the guard's, where it fits this run
-    undecided: str | None = None  # of all pictures
+    undecided: str | None = None  # of all images
     signal: bool = False  # an evaluation that carries one has begun
     silent: int = 0  # evaluations before it
     begun: bool = False  # the policy was asked what to replace
     before: torch.Tensor | None = None  # norms of the first step with a signal, by the pipeline's own inputs
-    touched: torch.Tensor | None = None  # pictures that a policy changed before the first step with a signal
+    touched: torch.Tensor | None = None  # images that a policy changed before the first step with a signal
     rescaled: float | None = None  # another guidance scale than at first
     active: list[bool] | None = None  # None: only the device knows (`mask`), or will
     mask: torch.Tensor | None = None
     change: Change | None = None
-    rows: torch.Tensor | None = None  # pictures of which the change replaces something, on the device
+    rows: torch.Tensor | None = None  # images of which the change replaces something, on the device
     asked: Half | Literal["both"] | None = None  # the network is being evaluated for this
     inputs: dict[Half, dict[str, Any]] = field(
         default_factory=dict
@@ -158,7 +158,7 @@ class _Call:
 
     @property
     def weights(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Token weights and key scales of the conditional half, 1 for pictures that keep their own; None if not in place."""
+        """Token weights and key scales of the conditional half, 1 for images that keep their own; None if not in place."""
         if self.change is None or self.rows is None:
             return None, None
         return tuple(  # type: ignore[return-value]
@@ -178,20 +178,20 @@ class _Decision:
 
 
 class MemorizationGuard:
-    """Score every picture that a pipeline samples: `d = mean_t || eps_c - eps_u ||_2`; use as a context manager.
+    """Score every image that a pipeline samples: `d = mean_t || eps_c - eps_u ||_2`; use as a context manager.
 
     Args:
         pipe: a diffusers pipeline with classifier-free guidance (`SUPPORTED`).
         policy: a mitigation from `ambient_sd.guard.policies`, or None to watch only.
-        threshold: score from which a picture is flagged, a finite number above 0 for the mean over the run, or thresholds with a
+        threshold: score from which an image is flagged, a finite number above 0 for the mean over the run, or thresholds with a
             method `threshold(steps, images_per_prompt)` (a `Calibration`, which is refused where it does not fit); None flags
             nothing. Under a policy the first step decides: thresholds are asked for one evaluation, which costs a policy that
             acts before it one evaluation more; a number flags nothing then, unless it is one of the first step.
-        when: "always" lets the policy act on every picture; "flagged" on those only whose norm at the FIRST step that carries a
-            signal reaches the threshold (a number is taken as that of the first step). The other pictures stay the pipeline's
+        when: "always" lets the policy act on every image; "flagged" on those only whose norm at the FIRST step that carries a
+            signal reaches the threshold (a number is taken as that of the first step). The other images stay the pipeline's
             own, bit by bit. A policy that acts before the first step then costs one evaluation more.
         stop_after: stop sampling after so many evaluations that carry a signal, >= 1. The report is complete for them; the
-            pictures are unfinished, so call the pipeline with output_type="latent", or use `decide`.
+            images are unfinished, so call the pipeline with output_type="latent", or use `decide`.
         score_space: "noise" scores by `|| eps_c - eps_u ||`; "output" by the norm of the outputs as they are, as published, which
             on v-prediction models (SD2) is another number, and what published targets for them are of. Scores, thresholds and
             the targets of policies are all in it. None: that of calibrated thresholds, else "noise".
@@ -238,7 +238,7 @@ class MemorizationGuard:
         if when == "flagged" and (policy is None or threshold is None):
             raise UserError(
                 f'when="flagged" without a {"policy" if policy is None else "threshold"}',
-                rule="the policy then acts on pictures whose first step reaches the threshold",
+                rule="the policy then acts on images whose first step reaches the threshold",
                 remedy="give both, or leave `when` out",
             )
         if stop_after is not None and not (isinstance(stop_after, int) and stop_after >= 1):
@@ -329,7 +329,7 @@ class MemorizationGuard:
         self.disable()
 
     def decide(self, *args: Any, **kwargs: Any) -> list[ImageReport]:
-        """Call the pipeline without decoding any picture, and return what the guard saw.
+        """Call the pipeline without decoding any image, and return what the guard saw.
 
         With `stop_after=1` that is the score of the first step that carries a signal, for the price of one evaluation of the
         network (two at zero terminal SNR).
@@ -345,7 +345,7 @@ class MemorizationGuard:
 
     @property
     def report(self) -> list[ImageReport]:
-        """Return the last finished call's pictures, in the pipeline's order (`history` holds all calls).
+        """Return the last finished call's images, in the pipeline's order (`history` holds all calls).
 
         Raises:
             UserError: no call has finished under this guard, so there is nothing to report.
@@ -361,7 +361,7 @@ class MemorizationGuard:
 
     @property
     def prompt_report(self) -> list[PromptReport]:
-        """Return the last call's scores by prompt: the mean over `num_images_per_prompt` pictures, as Wen et al. do."""
+        """Return the last call's scores by prompt: the mean over `num_images_per_prompt` images, as Wen et al. do."""
         groups: dict[int, list[ImageReport]] = {}
         for image in self.report:
             groups.setdefault(image.prompt_index, []).append(image)
@@ -399,7 +399,7 @@ class MemorizationGuard:
         return original(*args, **kwargs)
 
     def _on_encode_prompt(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A run begins: learn the prompts, how many pictures there are, and what is in the unconditional slot."""
+        """A run begins: learn the prompts, how many images there are, and what is in the unconditional slot."""
         calls = self._layout.halves == "calls"
         if not calls:
             self._settle()
@@ -585,7 +585,7 @@ class MemorizationGuard:
 
     @staticmethod
     def _only_active(call: _Call, new: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """Return `own` with `new` in the rows of the pictures that the policy may act on."""
+        """Return `own` with `new` in the rows of the images that the policy may act on."""
         mask = call.mask
         if mask is None:
             if call.active is None or all(call.active):
@@ -612,7 +612,7 @@ class MemorizationGuard:
             return "both"
         elif batch != call.images:
             raise UserError(
-                f"{type(self.pipe).__name__} runs its network on {batch} rows for {call.images} pictures",
+                f"{type(self.pipe).__name__} runs its network on {batch} rows for {call.images} images",
                 rule="the guard reads one batch of two halves, unconditional then conditional",
                 remedy=f"use one of {', '.join(SUPPORTED)}",
             )
@@ -790,7 +790,7 @@ class MemorizationGuard:
             _replace(latents, own, change.sample.to(own)[call.rows], call.rows)
 
     def _first_norms(self, inputs: dict[str, Any], half: Half | Literal["both"], halves: NetworkHalves) -> torch.Tensor:
-        """Evaluate both halves as the loop would without the policy; return each picture's norm, `(n,)`."""
+        """Evaluate both halves as the loop would without the policy; return each image's norm, `(n,)`."""
         if half == "both":
             # In one batch, as the loop: another batch size may give other last bits.
             uncond, cond = self._eager.forward(**(inputs | {"return_dict": False}))[0].chunk(2)
@@ -835,7 +835,7 @@ class MemorizationGuard:
         self._evaluation.callback(setattr, self, "_weighing", False)
 
     def _tokens(self, call: _Call, length: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Return ids and mask of every picture's prompt, or None where tokens are not the rows of the embeddings."""
+        """Return ids and mask of every image's prompt, or None where tokens are not the rows of the embeddings."""
         if call.prompts is None or not self._layout.tokens:
             return None, None
         tokenizer = getattr(self.pipe, "tokenizer", None) or self.pipe.tokenizer_2
@@ -951,7 +951,7 @@ class MemorizationGuard:
         return reports
 
     def _decide(self, call: _Call, curve: list[float], first: float, *, touched: bool) -> _Decision:
-        """Say what is compared with what for one picture, or why nothing is."""
+        """Say what is compared with what for one image, or why nothing is."""
         if call.threshold is None:
             return _Decision(undecided=call.undecided)
         early = self._mitigates
@@ -1049,7 +1049,7 @@ def _replace(latents: torch.Tensor | None, own: torch.Tensor, new: torch.Tensor,
     if k is None or latents is None:
         raise UserError(
             "the policy replaces the initial latent, and the network's input is not a multiple of it",
-            rule="such a policy needs a pipeline whose network sees the latent alone, not masks or pictures beside it",
+            rule="such a policy needs a pipeline whose network sees the latent alone, not masks or images beside it",
             remedy="use another policy, or a text-to-image pipeline",
         )
     latents.index_copy_(0, rows, (new.to(k) / k).to(latents.dtype))

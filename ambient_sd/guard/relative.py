@@ -2,7 +2,7 @@
 
     score = d - (a d_base + b)          a, b: least squares of d on d_base over ordinary prompts
 
-A plain picture in strong colours has a large norm in any model that knows it: the norm of a fine-tune tells memorized prompts from
+A plain image in strong colours has a large norm in any model that knows it: the norm of a fine-tune tells memorized prompts from
 such ones badly. What the base already gives explains it; what is left over came with the fine-tune. It needs the base, and the first
 evaluation of both from the same noise. It is ours, not published; docs/comparison.md has the figures.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from typing import Any, Literal
 
 import torch
 
-from ambient_sd.errors import UserError
 from ambient_sd.schedule import NoiseSchedule
+from ambient_sd.utils.errors import UserError
 
 Space = Literal["noise", "output"]
 SPACES: tuple[Space, ...] = ("noise", "output")

@@ -1,1 +1,1 @@
-"""Training: settings, loop, LoRA, checkpoints, pictures along the way. The only wing that uses accelerate and peft."""
+"""Training: settings, loop, LoRA, checkpoints, images along the way. The only wing that uses accelerate and peft."""

@@ -23,9 +23,9 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from ambient_sd.errors import UserError
-from ambient_sd.lora import WEIGHTS_NAME, sgm_names
+from ambient_sd.families.lora import WEIGHTS_NAME, sgm_names
 from ambient_sd.training.dropout import AddressedDropout, install
+from ambient_sd.utils.errors import UserError
 
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
 
@@ -85,7 +85,7 @@ def save(unet: Any, folder: Path) -> None:
     settings = unet.peft_config["default"].to_dict()
     # The base's path on this machine is nobody's business, and neither are sets JSON.
     settings["base_model_name_or_path"] = None
-    # diffusers leaves the dropout of a loaded LoRA on while it samples, and no two pictures of a seed are equal.
+    # diffusers leaves the dropout of a loaded LoRA on while it samples, and no two images of a seed are equal.
     settings["lora_dropout"] = 0.0
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
     StableDiffusionPipeline.save_lora_weights(

@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 FOLDER = "unet_ema"
 _WHOLE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)

@@ -1,6 +1,6 @@
 """Latents and caption embeddings on disk: computed once, shared out over the processes, read through memory mapping.
 
-The latent of a picture has the id (content of the picture, VAE draw: crop corner, mirrored or not, group), in a folder
+The latent of an image has the id (content of the image, VAE draw: crop corner, mirrored or not, group), in a folder
 for one VAE, resolution and noise seed; the embedding of a caption the id (caption), in a folder for one text encoder and
 tokenizer. `ambient_sd.data.cache` says why nothing in there can be stale.
 
@@ -25,13 +25,13 @@ from tqdm.auto import tqdm
 
 from ambient_sd.data import latents as data
 from ambient_sd.data.cache import SHARD_BYTES, Store, entry_id, fingerprint
-from ambient_sd.data.sources import PictureSet
+from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import SampleStream
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # of what turns a picture into pixels and a caption into tokens; a change of either must raise it
+_VERSION = 1  # of what turns an image into pixels and a caption into tokens; a change of either must raise it
 _FLUSH_SECONDS = 60.0  # a slow machine writes smaller shards: an interruption costs a minute, not a shard
 _MAX_ROWS = 1024
 
@@ -39,17 +39,17 @@ _MAX_ROWS = 1024
 class CachedLatents(Dataset[tuple[str, torch.Tensor]]):
     """Give key and latent of the sample at each position, from a store that `fill_latents` has filled."""
 
-    def __init__(self, store: Store, pictures: PictureSet, rule: data.ViewRule, stream: SampleStream) -> None:
-        self.store, self.pictures, self.rule, self.stream = store, pictures, rule, stream
+    def __init__(self, store: Store, images: ImageDataset, rule: data.ViewRule, stream: SampleStream) -> None:
+        self.store, self.images, self.rule, self.stream = store, images, rule, stream
 
     def __getitem__(self, position: int) -> tuple[str, torch.Tensor]:
-        index = self.stream.picture(position)
-        view = self.rule.view(self.pictures.noise_keys[index], self.stream, position)
-        return self.pictures.keys[index], self.latent(index, view)
+        index = self.stream.image(position)
+        view = self.rule.view(self.images.noise_keys[index], self.stream, position)
+        return self.images.keys[index], self.latent(index, view)
 
     def latent(self, index: int, view: data.View) -> torch.Tensor:
-        """Return the latent of a view of a picture."""
-        (entry,) = self.store.read([_latent_id(self.pictures, index, self.rule, view)])
+        """Return the latent of a view of an image."""
+        (entry,) = self.store.read([_latent_id(self.images, index, self.rule, view)])
         return entry["latent"]
 
 
@@ -78,14 +78,14 @@ class CachedCaptions:
 
 
 def fill_latents(
-    root: str | Path, vae: Any, pictures: PictureSet, rule: data.ViewRule, accelerator: Accelerator, *, progress: bool
+    root: str | Path, vae: Any, images: ImageDataset, rule: data.ViewRule, accelerator: Accelerator, *, progress: bool
 ) -> Store:
     """Compute the latents of all views that a run can meet, where the cache lacks them; to be called by every process.
 
     Args:
         root: the cache's folder.
         vae: an AutoencoderKL, float32.
-        pictures: checked.
+        images: checked.
         rule: of the views; `rule.views` must be finite.
         accelerator: who is here.
         progress: show a bar.
@@ -98,14 +98,14 @@ def fill_latents(
         "noise_seed": rule.noise_seed, "device": accelerator.device.type,
     }  # fmt: skip
     store = Store(root, "latents", about)
-    views = rule.views(pictures)
+    views = rule.views(images)
     assert views is not None
-    wanted = [(index, view) for index in range(len(pictures)) for view in views(index)]
-    ids = [_latent_id(pictures, index, rule, view) for index, view in wanted]
+    wanted = [(index, view) for index in range(len(images)) for view in views(index)]
+    ids = [_latent_id(images, index, rule, view) for index, view in wanted]
 
     def make(place: int) -> dict[str, torch.Tensor]:
         index, view = wanted[place]
-        sample = rule.see(pictures[index], view)
+        sample = rule.see(images[index], view)
         return {"latent": data.encode(vae, [sample], noise_seed=rule.noise_seed)[0]}
 
     _fill(store, ids, make, accelerator, what="latents", progress=progress)
@@ -138,10 +138,10 @@ def fill_captions(
     return store
 
 
-def _latent_id(pictures: PictureSet, index: int, rule: data.ViewRule, view: data.View) -> bytes:
-    mirrored = pictures.mirrored[index]
-    _, _, draw_key = rule.place(pictures.sizes[index], view, pictures.noise_keys[index], mirrored)
-    return entry_id(pictures.keys[index], draw_key)
+def _latent_id(images: ImageDataset, index: int, rule: data.ViewRule, view: data.View) -> bytes:
+    mirrored = images.mirrored[index]
+    _, _, draw_key = rule.place(images.sizes[index], view, images.noise_keys[index], mirrored)
+    return entry_id(images.keys[index], draw_key)
 
 
 def _fill(

@@ -28,8 +28,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from ambient_sd.errors import UserError, one_line
-from ambient_sd.training import durable, manifest, sharding
+from ambient_sd.training import manifest, sharding
+from ambient_sd.utils import files
+from ambient_sd.utils.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def find(output_dir: Path, wanted: str) -> Path | None:
         UserError: the named one is missing or damaged, or all are damaged.
     """
     if output_dir.is_dir():
-        durable.mend(output_dir)
+        files.recover(output_dir)
     if wanted == "latest":
         damaged: list[str] = []
         for path in reversed(find_all(output_dir)):
@@ -152,7 +153,7 @@ def check_identity(checkpoint: Path, state: Mapping[str, Any], identity: Mapping
     """Check that a checkpoint belongs to the run that wants to continue it.
 
     Raises:
-        UserError: a setting or the pictures differ; resuming would mix two runs.
+        UserError: a setting or the images differ; resuming would mix two runs.
     """
     saved = state["identity"]
     # Through JSON: a tuple saved comes back as a list.
@@ -161,7 +162,7 @@ def check_identity(checkpoint: Path, state: Mapping[str, Any], identity: Mapping
             raise UserError(
                 f"{checkpoint.name} was written with {key} = {saved.get(key)!r}",
                 rule=f"this run has {value!r}",
-                remedy="resume with the settings and pictures it began with, or start anew in another output_dir",
+                remedy="resume with the settings and images it began with, or start anew in another output_dir",
             )
 
 
@@ -185,9 +186,9 @@ def save(
         limit: number of checkpoints to keep, the new one among them; all if None.
     """
     target, part = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.part"
-    durable.mend(output_dir)
+    files.recover(output_dir)
     for leftover in output_dir.glob(".checkpoint-*.part"):
-        durable.remove(leftover)
+        files.remove(leftover)
     part.mkdir(parents=True)
     write_weights(part)
     tensors = {
@@ -199,7 +200,7 @@ def save(
     text = json.dumps({"step": step, "format": _FORMAT, **state, "param_groups": optimizer["param_groups"]}, indent=1)
     (part / STATE_NAME).write_text(text, encoding="utf-8")
     manifest.seal(part)
-    durable.put(part, target)
+    files.replace(part, target)
     if limit is not None:
         _thin(output_dir, step, limit)
     return target

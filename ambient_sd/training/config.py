@@ -1,7 +1,7 @@
 """Every setting of a training run: one field of `TrainConfig` = one command-line flag = one key of a YAML file.
 
 Names and defaults are those of diffusers' `train_text_to_image.py` and `train_text_to_image_lora.py` where those scripts
-have the setting. Values are checked here, before anything heavy is imported; what needs the base model or the pictures
+have the setting. Values are checked here, before anything heavy is imported; what needs the base model or the images
 (a level beyond the schedule, a missing caption column) is checked by `ambient_sd.training.loop`, still before weights
 load. This module imports no torch: `--help` must come at once.
 """
@@ -26,19 +26,19 @@ from typing import Any
 import yaml
 
 from ambient_sd.data.conditions import split_condition
-from ambient_sd.errors import UserError
-from ambient_sd.training import durable
+from ambient_sd.utils import files
+from ambient_sd.utils.errors import UserError
 
 GROUPS = {
     "model": "Which base model is fine-tuned: a local pipeline folder or a hub id.",
-    "data": "Pictures and captions: a folder with metadata.jsonl, a parquet file, WebDataset shards, or a dataset's hub id.",
-    "objective": "The loss. `ambient` never shows the network a clean picture above the nature level s_n = sigma / alpha "
-    "(on SD's schedule s = 0.34 at t=100, 0.83 at 300, 1.16 at 400, 2.3 at 600, 14.6 at 999); one noise per picture, fixed "
+    "data": "Images and captions: a folder with metadata.jsonl, a parquet file, WebDataset shards, or a dataset's hub id.",
+    "objective": "The loss. `ambient` never shows the network a clean image above the nature level s_n = sigma / alpha "
+    "(on SD's schedule s = 0.34 at t=100, 0.83 at 300, 1.16 at 400, 2.3 at 600, 14.6 at 999); one noise per image, fixed "
     "for ever. `plain` is the ordinary loss. `gap` is plain without the band of noise levels from the level to gap_upper; `weighted` is plain with ambient's weight a^q above the level: controls for studies.",
     "mitigation": "Published ways to keep a model from memorizing, beside the loss or in place of the ambient one; each off by default.",
     "optimisation": "Steps, batches and the optimizer (AdamW). Steps are optimizer steps.",
     "LoRA": "Low-rank adapters instead of a full fine-tune; these options need --lora.",
-    "validation": "Pictures drawn during training, to TensorBoard and to output_dir/validation/.",
+    "validation": "Images drawn during training, to TensorBoard and to output_dir/validation/.",
     "checkpoints": "Folders checkpoint-N in output_dir from which a run continues bit for bit.",
     "output": "Where results and logs go.",
 }
@@ -57,7 +57,7 @@ RIVALS = (
 )
 # Why the ambient loss cannot take them: see `ambient_sd.training.noising`.
 AMBIENT_REFUSES = {
-    "noise_offset": "the ambient loss needs fresh noise of the covariance of each picture's fixed one, and an offset gives it "
+    "noise_offset": "the ambient loss needs fresh noise of the covariance of each image's fixed one, and an offset gives it "
     "another: above the nature level channel means would be learnt wrongly",
     "input_perturbation": "the ambient loss tells fixed from fresh noise by the level of its input, and a perturbed input "
     "lies above it",
@@ -110,36 +110,36 @@ class TrainConfig:
     dataset_name: str | None = option(None, "data", "hub id of a dataset; a local folder or parquet file works too")
     dataset_config_name: str | None = option(None, "data", "configuration of the hub dataset")
     dataset_split: str | None = option(None, "data", "split: of a hub dataset (default train), or the value of a local source's `split` column")
-    train_data_dir: str | None = option(None, "data", "folder with pictures and metadata.jsonl, a parquet file, or WebDataset shards: a folder of .tar files, one, or part-{000..010}.tar")
-    image_column: str = option("image", "data", "column of the pictures (parquet, hub; a folder uses file_name)")
+    train_data_dir: str | None = option(None, "data", "folder with images and metadata.jsonl, a parquet file, or WebDataset shards: a folder of .tar files, one, or part-{000..010}.tar")
+    image_column: str = option("image", "data", "column of the images (parquet, hub; a folder uses file_name)")
     caption_column: str = option("text", "data", "column of the captions")
-    unlisted: str = option("refuse", "data", "pictures in a folder that its list does not name, hidden ones, and kinds that are not read: refuse = end the run in one line; ignore = leave them out and say how many", choices=("refuse", "ignore"))
+    unlisted: str = option("refuse", "data", "images in a folder that its list does not name, hidden ones, and kinds that are not read: refuse = end the run in one line; ignore = leave them out and say how many", choices=("refuse", "ignore"))
     row_filter: list[str] | None = option(None, "data", "keep rows where all of these hold: column=value, 'column<=number' or 'column>=number'")
-    max_train_samples: int | None = option(None, "data", "train on that many pictures only (a draw by seed)", low=1)
+    max_train_samples: int | None = option(None, "data", "train on that many images only (a draw by seed)", low=1)
     cache_dir: str | None = option(None, "data", "where hub downloads are kept")
     latent_cache_dir: str | None = option(None, "data", "keep latents and caption embeddings in this folder: computed once, for this run and later ones; VAE and text encoder leave memory")
-    resolution: int = option(512, "data", "pictures are resized (shorter side) and cropped to this many pixels", low=8)
-    allow_upscaling: bool = option(False, "data", "train although most pictures are enlarged several times to the resolution")
-    center_crop: bool = option(False, "data", "crop the centre; otherwise the crop is drawn (ambient: once per picture, for ever)")
-    aspect_ratio_buckets: str | None = option(None, "data", "let pictures keep their shape: auto (sides for the area of resolution, 1:2 to 2:1), or height,width pairs such as 512,768;640,640;768,512; without it all are cropped to squares")
-    random_flip: bool = option(False, "data", "mirror half of the pictures (ambient: drawn once per picture, for ever; otherwise anew each epoch)")
+    resolution: int = option(512, "data", "images are resized (shorter side) and cropped to this many pixels", low=8)
+    allow_upscaling: bool = option(False, "data", "train although most images are enlarged several times to the resolution")
+    center_crop: bool = option(False, "data", "crop the centre; otherwise the crop is drawn (ambient: once per image, for ever)")
+    aspect_ratio_buckets: str | None = option(None, "data", "let images keep their shape: auto (sides for the area of resolution, 1:2 to 2:1), or height,width pairs such as 512,768;640,640;768,512; without it all are cropped to squares")
+    random_flip: bool = option(False, "data", "mirror half of the images (ambient: drawn once per image, for ever; otherwise anew each epoch)")
     caption_dropout: float = option(0.1, "data", "share of samples trained with the empty caption: guidance and the guard's score need a trained unconditional branch", low=0.0, high=1.0, alias="proportion_empty_prompts")
-    dataloader_num_workers: int = option(0, "data", "worker processes that decode pictures where latents are not held in memory", low=0)
+    dataloader_num_workers: int = option(0, "data", "worker processes that decode images where latents are not held in memory", low=0)
 
     objective: str = option("ambient", "objective", "the loss", choices=("ambient", "plain", "gap", "weighted"))
-    ambient_level: float | str | None = option(None, "objective", "ambient and weighted: nature level s_n, 0 is plain DDPM (default 1.0, t = 353 on SD's schedule); ambient: auto measures the pictures and proposes one; gap: lower edge of the band", low=0.0, words=(AUTO,))
+    ambient_level: float | str | None = option(None, "objective", "ambient and weighted: nature level s_n, 0 is plain DDPM (default 1.0, t = 353 on SD's schedule); ambient: auto measures the images and proposes one; gap: lower edge of the band", low=0.0, words=(AUTO,))
     ambient_timestep: int | None = option(None, "objective", "the same level given as a timestep of the base model's schedule", low=0)
     gap_upper: float | None = option(None, "objective", "gap: upper edge of the noise levels without loss (required there)", above=0.0)
     reweight: int | None = option(None, "objective", "ambient and weighted: power q of the weight a^q, a = 1 - s_n^2 / s_t^2, on the levels above s_n: 2 = the paper's loss, 1 = noise target, 0 = full re-weighting (default 2)", choices=(2, 1, 0))
-    noise_seed: int = option(0, "objective", "seed of what is fixed per picture: its noise, its VAE draw and, under ambient, its view. The same pictures in a later run must keep the same seed: two noises of one picture average out", low=0, high=MAX_SEED)
+    noise_seed: int = option(0, "objective", "seed of what is fixed per image: its noise, its VAE draw and, under ambient, its view. The same images in a later run must keep the same seed: two noises of one image average out", low=0, high=MAX_SEED)
 
-    near_duplicates: str | None = option(None, "objective", "ambient: share = re-encoded, resized or mirrored copies of a picture get one noise, as exact copies always do; off = each its own, which leaks (default share)", choices=("share", "off"))
-    fresh_copies: bool = option(False, "objective", "ambient, a control for studies: a NEW noisy copy of a picture at every step in place of the fixed one. It leaks: copies of one picture average out to the clean one")
+    near_duplicates: str | None = option(None, "objective", "ambient: share = re-encoded, resized or mirrored copies of an image get one noise, as exact copies always do; off = each its own, which leaks (default share)", choices=("share", "off"))
+    fresh_copies: bool = option(False, "objective", "ambient, a control for studies: a NEW noisy copy of an image at every step in place of the fixed one. It leaks: copies of one image average out to the clean one")
     snr_gamma: float | None = option(None, "objective", "Min-SNR weighting with this gamma (the paper's is 5), times the objective's own weight; without it none", above=0.0)
     weighting_scheme: str = option("none", "objective", "none: timesteps are drawn uniformly; logit_normal: noise levels s_t are log-normal, ln s ~ N(logit_mean, logit_std^2), as EDM and Stable Diffusion 3 draw them (EDM: mean -0.5, std 1.2 at latents of unit variance)", choices=("none", "logit_normal"))
     logit_mean: float | None = option(None, "objective", "logit_normal: mean of ln s (default 0)")
     logit_std: float | None = option(None, "objective", "logit_normal: standard deviation of ln s (default 1)", above=0.0)
-    noise_offset: float = option(0.0, "objective", "offset of the fresh noise per sample and channel, for very dark and bright pictures (plain and gap only)", low=0.0)
+    noise_offset: float = option(0.0, "objective", "offset of the fresh noise per sample and channel, for very dark and bright images (plain and gap only)", low=0.0)
     input_perturbation: float = option(0.0, "objective", "perturb the noise of the input, not of the target, by that much (plain and gap only; 0.1 in its paper)", low=0.0)
 
     memorization_threshold: float | None = option(None, "mitigation", "a sample with || eps_c - eps_u || of at least this gives no loss (Wen et al. 2024); one more forward pass without gradient per pass. The scale is the model's own", above=0.0)
@@ -150,9 +150,9 @@ class TrainConfig:
     caption_noise_std: float | None = option(None, "mitigation", "gn: standard deviation of the noise, in the embedding's own units (default 0.1)", above=0.0)
 
     seed: int = option(0, "optimisation", "seed of order, timesteps, fresh noise, caption dropout and LoRA start", low=0, high=MAX_SEED)
-    train_batch_size: int = option(16, "optimisation", "pictures per process and forward pass", low=1)
+    train_batch_size: int = option(16, "optimisation", "images per process and forward pass", low=1)
     gradient_accumulation_steps: int = option(1, "optimisation", "forward passes per optimizer step", low=1)
-    num_train_epochs: int = option(100, "optimisation", "passes over the pictures; max_train_steps overrides it", low=1)
+    num_train_epochs: int = option(100, "optimisation", "passes over the images; max_train_steps overrides it", low=1)
     max_train_steps: int | None = option(None, "optimisation", "optimizer steps in total", low=1)
     gradient_checkpointing: bool = option(False, "optimisation", "recompute activations in the backward pass: less memory, about a quarter slower")
     learning_rate: float = option(1e-4, "optimisation", "peak learning rate", above=0.0)
@@ -181,12 +181,12 @@ class TrainConfig:
     output_kohya_format: bool = option(False, "LoRA", "write pytorch_lora_weights_kohya.safetensors too, for ComfyUI, AUTOMATIC1111 and others")
 
     validation_prompts: list[str] | None = option(None, "validation", "prompts, or a .jsonl file with one {\"prompt\": ...} a line", alias="validation_prompt")
-    num_validation_images: int | None = option(None, "validation", "pictures per prompt (default 4)", low=1)
+    num_validation_images: int | None = option(None, "validation", "images per prompt (default 4)", low=1)
     validation_epochs: int | None = option(None, "validation", "draw every that many epochs (default 5; with --lora 1)", low=1)
     validation_steps: int | None = option(None, "validation", "draw every that many optimizer steps instead", low=1)
 
-    probe_steps: int | None = option(None, "validation", "look for copies every that many optimizer steps: draw pictures for captions of the training set and lay the training pictures over them", low=1)
-    probe_pictures: int | None = option(None, "validation", "how many pictures one look draws (default 32)", low=1)
+    probe_steps: int | None = option(None, "validation", "look for copies every that many optimizer steps: draw images for captions of the training set and lay the training images over them", low=1)
+    probe_images: int | None = option(None, "validation", "how many images one look draws (default 32)", low=1)
     stop_on_memorization: float | None = option(None, "validation", "end the run at the first look whose share of copies, decided as in an audit, is above this", low=0.0, high=1.0)
 
     checkpointing_steps: int = option(500, "checkpoints", "write a checkpoint every that many optimizer steps", low=1)
@@ -216,7 +216,7 @@ class TrainConfig:
                             remedy="give a pipeline folder or a hub id")  # fmt: skip
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise UserError(
-                "both dataset_name and train_data_dir are given" if self.dataset_name else "no pictures are named",
+                "both dataset_name and train_data_dir are given" if self.dataset_name else "no images are named",
                 rule="exactly one of dataset_name and train_data_dir is needed",
                 remedy="name a folder with metadata.jsonl, a parquet file or a hub dataset",
             )
@@ -230,7 +230,7 @@ class TrainConfig:
                             remedy="leave one of them out")  # fmt: skip
         no_level = self.ambient_level is None and self.ambient_timestep is None
         if self.ambient_level == AUTO and self.objective in ("gap", "weighted"):
-            raise UserError(f"ambient_level is auto with objective {self.objective}", rule="the pictures propose a level for ambient",
+            raise UserError(f"ambient_level is auto with objective {self.objective}", rule="the images propose a level for ambient",
                             remedy="give the number that the ambient run printed: a control shares its level")  # fmt: skip
         if self.ambient_level == AUTO and self.near_duplicates == "off":
             raise UserError("ambient_level is auto with near_duplicates off", rule="it is measured between neighbours, and copies are none",
@@ -341,9 +341,9 @@ class TrainConfig:
         if self.push_to_hub and self.hub_model_id is None:
             self.hub_model_id = Path(self.output_dir).absolute().name
         if self.probe_steps is not None:
-            self.probe_pictures = self.probe_pictures or 32
+            self.probe_images = self.probe_images or 32
         else:
-            for name in ("probe_pictures", "stop_on_memorization"):
+            for name in ("probe_images", "stop_on_memorization"):
                 if getattr(self, name) is not None:
                     raise _foreign(name, "nobody looks for copies", "add --probe_steps, or leave it out")
         for name in ("adam_beta1", "adam_beta2"):
@@ -354,7 +354,7 @@ class TrainConfig:
 
     @property
     def source(self) -> str:
-        """Return the name of the pictures' source, whichever of the two options gave it."""
+        """Return the name of the images' source, whichever of the two options gave it."""
         return str(self.train_data_dir if self.dataset_name is None else self.dataset_name)
 
     def to_dict(self) -> dict[str, Any]:
@@ -366,7 +366,9 @@ class TrainConfig:
         """Write the resolved settings to `folder/train_config.yaml`, which `--config` reads back, and return the path."""
         path = folder / CONFIG_NAME
         head = "# Resolved settings of the run beside this file. Run it again: --config train_config.yaml\n"
-        durable.write_text(path, head + yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+        files.atomic_write(
+            path, head + yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), synced=True
+        )
         return path
 
 
@@ -429,8 +431,8 @@ def make_parser() -> argparse.ArgumentParser:
     """Build the command line from the fields of `TrainConfig`; only what the user gives ends up in the result."""
     parser = _Parser(
         prog="train_text_to_image_ambient.py",
-        description="Fine-tune a Stable Diffusion U-Net, whole or by LoRA, so that it does not hand its training pictures back.",
-        epilog="Example: accelerate launch train_text_to_image_ambient.py --config configs/sd2-lora.yaml --train_data_dir my-pictures",
+        description="Fine-tune a Stable Diffusion U-Net, whole or by LoRA, so that it does not hand its training images back.",
+        epilog="Example: accelerate launch train_text_to_image_ambient.py --config configs/sd2-lora.yaml --train_data_dir my-images",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         formatter_class=_Help,

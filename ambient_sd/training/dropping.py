@@ -25,7 +25,7 @@ start at zero, so that nothing is dropped at a timestep until it was met, and li
 
 The rules look at errors and scores, not at which loss follows: under `ambient` the weight a^q depends on the timestep
 alone, so comparing errors at one timestep is comparing losses. But above s_n the error has a floor, the noise of the target,
-which also a model that knows the picture cannot fall below: AGC hardly acts there.
+which also a model that knows the image cannot fall below: AGC hardly acts there.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard import scores
+from ambient_sd.utils.errors import UserError
 
 MOMENTUM = 0.8
 BANK_NAME = "agc.safetensors"

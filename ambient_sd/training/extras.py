@@ -9,8 +9,8 @@ from typing import cast
 
 import torch
 
-from ambient_sd.errors import UserError
 from ambient_sd.training.config import TrainConfig
+from ambient_sd.utils.errors import UserError
 
 # They change the samples, the loss or the weights: a checkpoint written with others belongs to another run.
 IDENTITY = ("snr_gamma", "noise_offset", "input_perturbation", "use_ema", "use_8bit_adam", "lora_dropout", "use_dora",

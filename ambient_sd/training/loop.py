@@ -3,7 +3,7 @@
     loss = mean_b weight_b ||f(x_t_b, t_b, caption_b) - target_b||^2 / dim          t uniform over the base's timesteps
 
 with (x_t, target, weight) from `AmbientObjective.corrupt`. The same code trains the whole U-Net or a LoRA, on one
-process or several; sample p of a run has the same picture, timestep and noise whichever process takes it. It does not
+process or several; sample p of a run has the same image, timestep and noise whichever process takes it. It does not
 train the text encoder or the VAE. What a U-Net spread over the processes needs is in `sharding`.
 """
 
@@ -34,6 +34,7 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from ambient_sd.commands.push import prepare, push
 from ambient_sd.data import conditioning
 from ambient_sd.data import latents as data
 from ambient_sd.data.buckets import BucketStream, assign, read_buckets
@@ -41,33 +42,32 @@ from ambient_sd.data.captions import find_cut, in_one_line
 from ambient_sd.data.conditions import split_condition
 from ambient_sd.data.duplicates import noise_fingerprint, shared_noise
 from ambient_sd.data.enlargement import check_enlargement
-from ambient_sd.data.sources import PictureSet, load_rows
+from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.data.stream import SampleStream, process_batches
-from ambient_sd.errors import UserError, one_line
+from ambient_sd.families.base import Base, check_base
 from ambient_sd.objective import AmbientObjective
+from ambient_sd.reporting.model_card import describe_run, write_card
 from ambient_sd.training import (
     adapters,
     averaging,
     caching,
     checkpoints,
-    durable,
     extras,
-    leveling,
     noising,
     peers,
     sharding,
     validation,
 )
-from ambient_sd.training.base import Base, check_base
+from ambient_sd.training import auto_level as leveling
+from ambient_sd.training.caption_augmentation import LIVE, CaptionAugmentation
+from ambient_sd.training.caption_augmentation import check as check_augmentation
 from ambient_sd.training.config import AUTO, TrainConfig
 from ambient_sd.training.dropout import AddressedDropout
 from ambient_sd.training.dropping import Dropping, check_scheduler
-from ambient_sd.training.hub import describe_run, write_card
 from ambient_sd.training.losses import LossLog
-from ambient_sd.training.probe import Probe, add_look
-from ambient_sd.training.push import prepare, push
-from ambient_sd.training.wording import LIVE, Wording
-from ambient_sd.training.wording import check as check_wording
+from ambient_sd.training.probe import Probe, add_evaluation
+from ambient_sd.utils import files
+from ambient_sd.utils.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class TrainingBatch:
 
     Attributes:
         positions: places of the samples in the run's line of samples.
-        keys: content keys of the pictures.
+        keys: content keys of the images.
         captions: captions after caption dropout and mitigation.
         timesteps: (B,) long.
         x0: (B, C, h, w) clean latents.
@@ -106,12 +106,12 @@ class TrainingBatch:
 
 @dataclass(frozen=True)
 class Plan:
-    """Hold a run whose settings, base model and pictures are checked, before any weights are loaded."""
+    """Hold a run whose settings, base model and images are checked, before any weights are loaded."""
 
     config: TrainConfig
     base: Base
     objective: AmbientObjective
-    pictures: PictureSet
+    images: ImageDataset
     prompts: list[str]
     checkpoint: Path | None  # to continue from; known on the first process
     buckets: dict[str, tuple[int, int]] | None = None  # (width, height) by noise key; None: squares
@@ -138,13 +138,13 @@ def run(
         on_batch: called on every process before each forward pass.
 
     Returns:
-        Summary: steps, first_step, seconds, pictures, losses (one per step, those before a resume too), loss, clean_loss,
+        Summary: steps, first_step, seconds, images, losses (one per step, those before a resume too), loss, clean_loss,
         ambient_loss (means over the last 100 steps; with a rule that drops samples its share too), looks (one record per look for copies), level, learning_rate,
         global_batch, processes, data_fingerprint,
         near_duplicate_groups, output_dir, config; level_reason where the level is auto's.
 
     Raises:
-        UserError: something in settings, base, pictures or checkpoint is wrong; nothing has been written then. Or the
+        UserError: something in settings, base, images or checkpoint is wrong; nothing has been written then. Or the
             loss became infinite.
     """
     progress = progress and os.environ.get("RANK", "0") == "0"
@@ -156,7 +156,7 @@ def run(
     accelerator: Accelerator | None = None
     try:
         accelerator = _make_accelerator(config)
-        with peers.loss_in_one_line():
+        with peers.report_peer_failure():
             summary = _Trainer(plan, accelerator, progress, bar, on_step, on_batch).train()
     finally:
         if accelerator is not None:
@@ -191,66 +191,66 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         adapters.check_targets(base.unet_config, config.lora_target_modules or ())
     prompts = validation.read_prompts(config.validation_prompts)
     checkpoint = _check_output(config)
-    pictures = open_pictures(config)
-    check_wording(config, pictures)
-    pictures.check(progress, near_duplicates=config.near_duplicates == "share" and objective.level > 0)
+    images = open_images(config)
+    check_augmentation(config, images)
+    images.check(progress, near_duplicates=config.near_duplicates == "share" and objective.level > 0)
     buckets = None
     if config.aspect_ratio_buckets is not None:
         sizes = read_buckets(config.aspect_ratio_buckets, config.resolution, base.pixel_step)
-        buckets = assign(pictures.sizes, pictures.noise_keys, sizes)
+        buckets = assign(images.sizes, images.noise_keys, sizes)
     return Plan(
         config,
         base,
         objective,
-        pictures,
+        images,
         prompts,
         checkpoint,
         buckets,
-        _notes(config, base, pictures, prompts, buckets),
+        _notes(config, base, images, prompts, buckets),
     )
 
 
 def _notes(
     config: TrainConfig,
     base: Base,
-    pictures: PictureSet,
+    images: ImageDataset,
     prompts: Sequence[str],
     buckets: Mapping[str, tuple[int, int]] | None,
 ) -> tuple[str, ...]:
     """Return what a run would otherwise do without a word; refuse what is certainly not meant."""
-    notes = [enlargement_note(config, pictures, base.pixel_step, buckets)]
-    if pictures.unlisted:
-        notes.append(f"{pictures.unlisted} files in {pictures.source} are left out (unlisted is ignore)")
-    if pictures.animated:
+    notes = [enlargement_note(config, images, base.pixel_step, buckets)]
+    if images.unlisted:
+        notes.append(f"{images.unlisted} files in {images.source} are left out (unlisted is ignore)")
+    if images.animated:
         notes.append(
-            f"{len(pictures.animated)} pictures have several frames, of which the first is taken: {pictures.animated[0]}"
+            f"{len(images.animated)} images have several frames, of which the first is taken: {images.animated[0]}"
         )
     tokenizers = base.tokenizers()
-    names = [pictures.names[i] for i in range(len(pictures)) for _ in pictures.captions_of(i)]
-    for texts, what, named in ((pictures.all_captions, "captions", names), (prompts, "validation prompts", prompts)):
+    names = [images.names[i] for i in range(len(images)) for _ in images.captions_of(i)]
+    for texts, what, named in ((images.all_captions, "captions", names), (prompts, "validation prompts", prompts)):
         if cuts := find_cut(texts, tokenizers):
             notes.append(in_one_line(cuts, len(texts), what, named[cuts[0].index]))
     return tuple(one_line(note) for note in notes if note)
 
 
 def enlargement_note(
-    config: TrainConfig, pictures: PictureSet, step: int, buckets: Mapping[str, tuple[int, int]] | None = None
+    config: TrainConfig, images: ImageDataset, step: int, buckets: Mapping[str, tuple[int, int]] | None = None
 ) -> str | None:
-    """Return a warning where checked pictures are enlarged to the resolution, or None.
+    """Return a warning where checked images are enlarged to the resolution, or None.
 
     Raises:
         UserError: most of them are enlarged so far that the resolution cannot be meant.
     """
     square = (config.resolution, config.resolution)
-    targets = [square if buckets is None else buckets[key] for key in pictures.noise_keys]
+    targets = [square if buckets is None else buckets[key] for key in images.noise_keys]
     return check_enlargement(
-        pictures.sizes, targets, resolution=config.resolution, step=step, given=config.resolution_given,
+        images.sizes, targets, resolution=config.resolution, step=step, given=config.resolution_given,
         allowed=config.allow_upscaling,
     )  # fmt: skip
 
 
-def open_pictures(config: TrainConfig) -> PictureSet:
-    """Open the training pictures that the settings name; nothing is decoded yet.
+def open_images(config: TrainConfig) -> ImageDataset:
+    """Open the training images that the settings name; nothing is decoded yet.
 
     Raises:
         UserError: as `load_rows`.
@@ -373,20 +373,18 @@ class _Trainer:
         config = self.config
         self.output = Path(config.output_dir)
         self.global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-        self.steps = config.max_train_steps or math.ceil(
-            config.num_train_epochs * len(plan.pictures) / self.global_batch
-        )
-        self.stream = SampleStream(len(plan.pictures), config.seed)
+        self.steps = config.max_train_steps or math.ceil(config.num_train_epochs * len(plan.images) / self.global_batch)
+        self.stream = SampleStream(len(plan.images), config.seed)
         if plan.buckets is not None:
-            bucket_of = [plan.buckets[key] for key in plan.pictures.noise_keys]
+            bucket_of = [plan.buckets[key] for key in plan.images.noise_keys]
             self.stream = BucketStream(bucket_of, self.global_batch, config.seed)
         # At level 0 there is no fixed noise, and the run is the plain one in its views too.
         fixed_noise = plan.objective.mode == "ambient" and plan.objective.level > 0
         self.rule = data.ViewRule(
             config.resolution, config.center_crop, config.random_flip, fixed_noise, config.noise_seed, plan.buckets
         )
-        self.data_fingerprint = plan.pictures.fingerprint()
-        self._check_same_pictures()
+        self.data_fingerprint = plan.images.fingerprint()
+        self._check_same_images()
         self.levels: noising.LogNormalLevels | None = None
         if config.weighting_scheme == "logit_normal":
             self.levels = noising.LogNormalLevels(
@@ -397,7 +395,7 @@ class _Trainer:
                 logger.warning("%s", note)
         self.average: averaging.Average | None = None
         self.dropouts: list[AddressedDropout] = []
-        self.looks: list[dict[str, float]] = []
+        self.evaluations: list[dict[str, float]] = []
         self.bands: dict[str, float] = {}
         self.first_step = 0
         self.level_reason: str | None = None  # of a level that nobody gave
@@ -420,14 +418,14 @@ class _Trainer:
                 timesteps=plan.objective.schedule.num_train_timesteps, checkpoint=self.checkpoint,
             )  # fmt: skip
 
-    def _check_same_pictures(self) -> None:
-        """Compare the pictures of all processes: another key of the same picture would be a second noise."""
+    def _check_same_images(self) -> None:
+        """Compare the images of all processes: another key of the same image would be a second noise."""
         if self.accelerator.num_processes > 1:
             mine = torch.tensor([list(bytes.fromhex(self.data_fingerprint))], device=self.accelerator.device)
             if bool((self.accelerator.gather(mine) != mine).any()):
                 raise UserError(
-                    "the processes of this run decode different pictures",
-                    rule="a picture must have one key, hence one noise, everywhere",
+                    "the processes of this run decode different images",
+                    rule="an image must have one key, hence one noise, everywhere",
                     remedy="give every machine the same files and the same version of Pillow",
                 )
 
@@ -455,12 +453,12 @@ class _Trainer:
             logger.warning("ambient_level auto: s_n = %g: %s", level, reason)
 
     def _some_latents(self, rows: list[int]) -> torch.Tensor:
-        """Return the latents of pictures of one shape, encoded if they are not held or cached."""
+        """Return the latents of images of one shape, encoded if they are not held or cached."""
         if self.latents is not None:
             return torch.stack([self.latents[i] for i in rows])
         if isinstance(self.cached, caching.CachedLatents):
-            fixed = SampleStream(len(self.plan.pictures), 0)  # as in `encode_all`
-            keys = self.plan.pictures.noise_keys
+            fixed = SampleStream(len(self.plan.images), 0)  # as in `encode_all`
+            keys = self.plan.images.noise_keys
             return torch.stack([self.cached.latent(i, self.rule.view(keys[i], fixed, 0)) for i in rows])
         return self._encode_shared(rows)
 
@@ -476,8 +474,8 @@ class _Trainer:
             "prediction_type": self.plan.objective.prediction_type,
             "vae": self.base.vae_label,
             "global_batch": self.global_batch,
-            "pictures": self.data_fingerprint,
-            "noise_keys": noise_fingerprint(self.plan.pictures.noise_keys, self.plan.pictures.mirrored),
+            "images": self.data_fingerprint,
+            "noise_keys": noise_fingerprint(self.plan.images.noise_keys, self.plan.images.mirrored),
         }
 
     def train(self) -> dict[str, Any]:
@@ -487,16 +485,14 @@ class _Trainer:
         # First: where VAE and text encoder are let go, they are gone before the largest part comes.
         self._encode_once()
         if self.config.ambient_level == AUTO:
-            shapes = [
-                data.latent_shape(self.base.vae_config, self.rule.target(k)) for k in self.plan.pictures.noise_keys
-            ]
+            shapes = [data.latent_shape(self.base.vae_config, self.rule.target(k)) for k in self.plan.images.noise_keys]
             self._take_level(*leveling.propose(
-                self.plan.pictures, shapes, self._some_latents, accelerator, self.plan.objective.schedule.max_level
+                self.plan.images, shapes, self._some_latents, accelerator, self.plan.objective.schedule.max_level
             ))  # fmt: skip
             config = self.config
-        self.wording = Wording(
+        self.wording = CaptionAugmentation(
             config.caption_mitigation, config.caption_mitigation_p or 0.0, config.caption_noise_std or 0.0,
-            pictures=self.plan.pictures, stream=self.stream, tokenizer=self.captions.tokenizer,
+            images=self.plan.images, stream=self.stream, tokenizer=self.captions.tokenizer,
         )  # fmt: skip
         self.unet = self._load_unet()
         trained = [p for p in self.unet.parameters() if p.requires_grad]
@@ -536,7 +532,7 @@ class _Trainer:
         probe = None
         if config.probe_steps is not None:
             probe = Probe(
-                self.plan.pictures, count=config.probe_pictures or 32, resolution=config.resolution, seed=config.seed
+                self.plan.images, count=config.probe_images or 32, resolution=config.resolution, seed=config.seed
             )
         begin = time.perf_counter()
         bar = tqdm(
@@ -555,7 +551,7 @@ class _Trainer:
             if self._draws_after(step):
                 self._draw(step)
             if probe is not None and (step % (config.probe_steps or 1) == 0 or step == self.steps):
-                self._look(probe, step)
+                self._evaluate(probe, step)
             # After the looks: a run that is killed in between repeats the step, and they are not missing.
             if step % config.checkpointing_steps == 0:
                 self._save_checkpoint(step)
@@ -603,7 +599,7 @@ class _Trainer:
 
     def _encode_once(self) -> None:
         """Compute what never changes, sharing the work out; let VAE and text encoder go if nothing needs them more."""
-        pictures, accelerator, config = self.plan.pictures, self.accelerator, self.config
+        images, accelerator, config = self.plan.images, self.accelerator, self.config
         self.vae = self.base.load("vae").to(accelerator.device).requires_grad_(False).eval()
         self.captions = self.base.captions().to(accelerator.device)
         self.embed: Callable[[Sequence[str]], dict[str, torch.Tensor]] = self.captions
@@ -614,24 +610,24 @@ class _Trainer:
         if config.latent_cache_dir is not None:
             folder, options = config.latent_cache_dir, {"progress": self.progress}
             self.embed = caching.CachedCaptions(
-                caching.fill_captions(folder, self.captions, pictures.all_captions, accelerator, **options),
+                caching.fill_captions(folder, self.captions, images.all_captions, accelerator, **options),
                 self.captions if live else None,
             )
-            if self.rule.views(pictures) is None:
+            if self.rule.views(images) is None:
                 logger.warning(
                     "latents are not cached: crops are drawn anew at each step; --center_crop makes them fixed"
                 )
             else:
-                store = caching.fill_latents(folder, self.vae, pictures, self.rule, accelerator, **options)
-                self.cached = caching.CachedLatents(store, pictures, self.rule, self.stream)
+                store = caching.fill_latents(folder, self.vae, images, self.rule, accelerator, **options)
+                self.cached = caching.CachedLatents(store, images, self.rule, self.stream)
                 self.vae.to("cpu")
             self.captions.to(resting)
-        elif self.captions.hold(pictures.all_captions, limit=data.MAX_HELD_BYTES, progress=self.progress):
+        elif self.captions.hold(images.all_captions, limit=data.MAX_HELD_BYTES, progress=self.progress):
             self.captions.to(resting)
         self.latents: list[torch.Tensor] | None = None
-        shapes = [data.latent_shape(self.base.vae_config, self.rule.target(key)) for key in pictures.noise_keys]
-        if self.cached is None and self.rule.fixed(pictures) and sum(map(math.prod, shapes)) * 4 <= data.MAX_HELD_BYTES:
-            self.latents = [torch.empty(0)] * len(pictures)
+        shapes = [data.latent_shape(self.base.vae_config, self.rule.target(key)) for key in images.noise_keys]
+        if self.cached is None and self.rule.fixed(images) and sum(map(math.prod, shapes)) * 4 <= data.MAX_HELD_BYTES:
+            self.latents = [torch.empty(0)] * len(images)
             for shape in sorted(set(shapes)):
                 rows = [i for i, other in enumerate(shapes) if other == shape]
                 for i, latent in zip(rows, self._encode_shared(rows), strict=True):
@@ -647,11 +643,11 @@ class _Trainer:
             torch.cuda.empty_cache()
 
     def _encode_shared(self, rows: Sequence[int]) -> torch.Tensor:
-        """Encode pictures of one shape, each process its share, and return all of them on every process."""
+        """Encode images of one shape, each process its share, and return all of them on every process."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         share = -(-len(rows) // ranks)
         mine = [rows[min(i * ranks + rank, len(rows) - 1)] for i in range(share)]
-        part = data.encode_all(self.vae, self.plan.pictures, self.rule, mine, progress=self.progress)
+        part = data.encode_all(self.vae, self.plan.images, self.rule, mine, progress=self.progress)
         if ranks > 1:
             gathered = self.accelerator.gather(part.to(self.accelerator.device)).cpu()
             part = gathered.reshape(ranks, share, *part.shape[1:]).transpose(0, 1).reshape(-1, *part.shape[1:])
@@ -669,14 +665,14 @@ class _Trainer:
         )
         if self.latents is not None:
             for positions in places:
-                rows = [self.stream.picture(p) for p in positions]
+                rows = [self.stream.image(p) for p in positions]
                 yield (
                     positions,
-                    [self.plan.pictures.keys[i] for i in rows],
+                    [self.plan.images.keys[i] for i in rows],
                     torch.stack([self.latents[i] for i in rows]),
                 )
             return
-        samples: Dataset[Any] = self.cached or data.Samples(self.plan.pictures, self.rule, self.stream)
+        samples: Dataset[Any] = self.cached or data.Samples(self.plan.images, self.rule, self.stream)
         loader: DataLoader[Any] = DataLoader(
             samples,
             batch_sampler=list(places),
@@ -692,7 +688,7 @@ class _Trainer:
                 yield positions, [s.key for s in batch], data.encode(self.vae, batch, noise_seed=self.config.noise_seed)
 
     def _make_batch(self, positions: list[int], keys: list[str], x0: torch.Tensor) -> TrainingBatch:
-        """Draw what is fresh at these positions and look up what is fixed for these pictures."""
+        """Draw what is fresh at these positions and look up what is fixed for these images."""
         timesteps, noise, captions, shape = [], [], [], tuple(x0.shape[1:])
         for position in positions:
             g = self.stream.generator("draw", position)
@@ -703,17 +699,15 @@ class _Trainer:
             noise.append(torch.randn(shape, generator=g))
         objective, eps_n = self.plan.objective, None
         if objective.mode == "ambient" and objective.level > 0:
-            pictures, rows = self.plan.pictures, [self.stream.picture(p) for p in positions]
-            noise_keys, mirrored = [pictures.noise_keys[i] for i in rows], [pictures.mirrored[i] for i in rows]
+            images, rows = self.plan.images, [self.stream.image(p) for p in positions]
+            noise_keys, mirrored = [images.noise_keys[i] for i in rows], [images.mirrored[i] for i in rows]
             eps_n = shared_noise(noise_keys, mirrored, shape, seed=self.config.noise_seed)
             if self.config.fresh_copies:
                 draws = [torch.randn(shape, generator=self.stream.generator("copy", p)) for p in positions]
                 eps_n = torch.stack(draws).to(eps_n)
         fresh = noising.offset(torch.stack(noise), self.stream, positions, self.config.noise_offset)
         extra = noising.perturbation_at(self.stream, positions, shape, self.config.input_perturbation)
-        sizes = (
-            conditioning.time_ids(self.plan.pictures, self.rule, self.stream, positions) if self.base.is_xl else None
-        )
+        sizes = conditioning.time_ids(self.plan.images, self.rule, self.stream, positions) if self.base.is_xl else None
         return TrainingBatch(positions, keys, captions, torch.stack(timesteps), x0, eps_n, fresh, extra, sizes)
 
     def _step(
@@ -845,7 +839,7 @@ class _Trainer:
             return False
         if config.validation_steps is not None:
             return step % config.validation_steps == 0 or step == self.steps
-        every = (config.validation_epochs or 1) * len(self.plan.pictures)
+        every = (config.validation_epochs or 1) * len(self.plan.images)
         samples = step * self.global_batch
         return samples // every > (samples - self.global_batch) // every or step == self.steps
 
@@ -873,11 +867,11 @@ class _Trainer:
             validation.write_scores(self.output / "validation", step, scores)
         self.accelerator.wait_for_everyone()
 
-    def _look(self, probe: Probe, step: int) -> None:
-        """Look for copies; keep the numbers in `looks` and probe.jsonl, the pictures in probe/."""
+    def _evaluate(self, probe: Probe, step: int) -> None:
+        """Look for copies; keep the numbers in `looks` and probe.jsonl, the images in probe/."""
         with self._averaged():
-            seen = probe.look(self._pipeline(), self.accelerator, step)
-        self.looks.append(seen.record())
+            seen = probe.evaluate(self._pipeline(), self.accelerator, step)
+        self.evaluations.append(seen.record())
         if seen.sheet is not None:  # the main process
             self._show("probe", seen.sheet, step)
             self._track(
@@ -888,15 +882,15 @@ class _Trainer:
                 },
                 step,
             )
-            add_look(self.output / "probe.jsonl", seen.record())
+            add_evaluation(self.output / "probe.jsonl", seen.record())
         self.accelerator.wait_for_everyone()
 
     def _copies_too_much(self) -> bool:
         """Say whether the last look's share of copies is above the limit, in a warning too."""
         limit = self.config.stop_on_memorization
-        if limit is None or not self.looks:
+        if limit is None or not self.evaluations:
             return False
-        last = self.looks[-1]
+        last = self.evaluations[-1]
         if last["copies"] <= limit:
             return False
         logger.warning(
@@ -934,7 +928,7 @@ class _Trainer:
     def _write_results(self, unet: Any) -> None:
         config = self.config
         staging = self.output / ".results.part"
-        durable.remove(staging)
+        files.remove(staging)
         staging.mkdir()
         if self.average is not None:
             self.average.give()
@@ -956,28 +950,28 @@ class _Trainer:
             pipe.save_pretrained(staging)
         self._show_results(staging)
         facts = describe_run(
-            config, base=self.base, objective=self.plan.objective, pictures=self.plan.pictures,
+            config, base=self.base, objective=self.plan.objective, images=self.plan.images,
             prompts=self.plan.prompts, steps=self.steps, batch=self.global_batch,
             level_proposed=self.level_reason is not None,
         )  # fmt: skip
         write_card(self.output, facts)
 
     def _show_results(self, staging: Path) -> None:
-        durable.sync_tree(staging)
-        durable.put_all(staging, self.output, last="model_index.json")
+        files.sync_tree(staging)
+        files.replace_all(staging, self.output, last="model_index.json")
 
     def _summary(self, seconds: float) -> dict[str, Any]:
         return {
             "steps": self.steps,
             "first_step": self.first_step,
             "seconds": seconds,
-            "pictures": len(self.plan.pictures),
+            "images": len(self.plan.images),
             "notes": list(self.plan.notes),
-            "near_duplicate_groups": len(self.plan.pictures.groups),
+            "near_duplicate_groups": len(self.plan.images.groups),
             "losses": [r["loss"] for r in self.losses.records],
             **{name: self.losses.late_mean(name, _FINAL_STEPS) for name in ("loss", "clean_loss", "ambient_loss")},
             **({n: self.losses.late_mean(n, _FINAL_STEPS) for n in self.dropping.names} if self.dropping else {}),
-            "looks": self.looks,
+            "evaluations": self.evaluations,
             "level": self.plan.objective.level,
             "level_reason": self.level_reason,
             "learning_rate": self.optimizer.param_groups[0]["initial_lr"],

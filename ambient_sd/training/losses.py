@@ -13,8 +13,8 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from ambient_sd.errors import UserError
-from ambient_sd.training import durable
+from ambient_sd.utils import files
+from ambient_sd.utils.errors import UserError
 
 NAME = "losses.jsonl"
 
@@ -46,7 +46,7 @@ class LossLog:
     def open(self, folder: Path) -> None:
         """Write `folder/losses.jsonl` with the records so far; later ones are added to it."""
         self._path = folder / NAME
-        durable.write_text(self._path, self._text())
+        files.atomic_write(self._path, self._text(), synced=True)
 
     def add(self, step: int, record: Mapping[str, float]) -> None:
         """Take in the record of a step."""

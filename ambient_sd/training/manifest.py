@@ -9,7 +9,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from ambient_sd.training import durable
+from ambient_sd.utils import files
 
 NAME = "manifest.json"
 _READ = (".json", ".jsonl", ".safetensors", ".bin")  # diffusers would read such files without having been asked to
@@ -17,15 +17,15 @@ _READ = (".json", ".jsonl", ".safetensors", ".bin")  # diffusers would read such
 
 def seal(folder: Path) -> None:
     """Write the manifest of what lies in `folder`, and wait until all of it is on the disk."""
-    files = {
+    found = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)}
         for path in _files(folder)
     }
     # What it lists is on the disk before it is: a manifest that can be read vouches for the rest.
-    durable.sync_tree(folder)
-    (folder / NAME).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
-    durable.sync(folder / NAME)
-    durable.sync(folder)
+    files.sync_tree(folder)
+    (folder / NAME).write_text(json.dumps({"files": found}, indent=1), encoding="utf-8")
+    files.sync(folder / NAME)
+    files.sync(folder)
 
 
 def damage(folder: Path, *, needs: str) -> str | None:

@@ -26,9 +26,9 @@ from collections.abc import Sequence
 import torch
 
 from ambient_sd.data.stream import SampleStream
-from ambient_sd.errors import UserError
 from ambient_sd.objective import AmbientObjective, CorruptedBatch
 from ambient_sd.schedule import NoiseSchedule
+from ambient_sd.utils.errors import UserError
 
 
 def min_snr_weight(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 _SIGNS = (
     "closed by peer",
@@ -25,7 +25,7 @@ _SIGNS = (
 
 
 @contextlib.contextmanager
-def loss_in_one_line() -> Iterator[None]:
+def report_peer_failure() -> Iterator[None]:
     """Turn the error that the death of another process raises here into one line that says how to go on.
 
     Raises:

@@ -28,20 +28,20 @@ from ambient_sd.audit.decision import CopyDecision
 from ambient_sd.audit.features import Pixels
 from ambient_sd.audit.metrics import memorized, wilson
 from ambient_sd.audit.neighbours import nearest
-from ambient_sd.data.sources import PictureSet
-from ambient_sd.errors import UserError
-from ambient_sd.files import write_whole
+from ambient_sd.data.sources import ImageDataset
 from ambient_sd.training import validation
+from ambient_sd.utils.errors import UserError
+from ambient_sd.utils.files import atomic_write
 
 # Guidance of 7.5 drives the colours of a fine-tuned model away from the originals and hides copies from a distance in pixels.
 GUIDANCE_SCALE = 2.0
-MAX_SEARCHED = 4096  # 12,288 numbers a picture: 200 MB
+MAX_SEARCHED = 4096  # 12,288 numbers an image: 200 MB
 MAX_DECIDED = 1000  # training images that the decision lays over the drawn ones
 _SIDE, _PER_ROW = 64, 8
 
 
 @dataclass(frozen=True)
-class Probed:
+class ProbeEvaluation:
     """Hold one look: the share of copies with its 95 % Wilson interval, that with d1/d2 < 1/3, medians of d1/d2 and of the guard's score, number
     of images, and their sheet (None on processes other than the main one)."""
 
@@ -65,34 +65,34 @@ class Probe:
     """Look at a model in training through a fixed set of its own captions.
 
     Args:
-        pictures: the training set, checked (its keys tell copies apart).
-        count: how many captions are probed, one picture each; drawn by `seed`, the same at every look.
-        resolution: side of the pictures, pixels.
+        images: the training set, checked (its keys tell copies apart).
+        count: how many captions are probed, one image each; drawn by `seed`, the same at every look.
+        resolution: side of the images, pixels.
         seed: seed of captions and start noise.
 
     Raises:
-        UserError: fewer than two different training pictures: a copy is nearer to one of them than to the others.
+        UserError: fewer than two different training images: a copy is nearer to one of them than to the others.
     """
 
-    def __init__(self, pictures: PictureSet, *, count: int, resolution: int, seed: int) -> None:
+    def __init__(self, images: ImageDataset, *, count: int, resolution: int, seed: int) -> None:
         self.resolution, self.seed = resolution, seed
         draw = random.Random(seed)
-        captioned = [i for i, caption in enumerate(pictures.captions) if caption.strip()] or list(range(len(pictures)))
+        captioned = [i for i, caption in enumerate(images.captions) if caption.strip()] or list(range(len(images)))
         chosen = sorted(draw.sample(captioned, min(count, len(captioned))))
-        self.captions = [pictures.captions[i] for i in chosen]
-        others = sorted(set(range(len(pictures))) - set(chosen))
+        self.captions = [images.captions[i] for i in chosen]
+        others = sorted(set(range(len(images))) - set(chosen))
         room = max(0, MAX_SEARCHED - len(chosen))
         searched = chosen + (others if len(others) <= room else sorted(draw.sample(others, room)))
-        searched = pictures.one_of_each(searched)
+        searched = images.one_of_each(searched)
         if len(searched) < 2:
-            raise UserError(f"probe_steps with {len(searched)} different training picture", rule="a copy is nearer to one than to the others",
-                            remedy="train on more pictures, or leave --probe_steps out")  # fmt: skip
+            raise UserError(f"probe_steps with {len(searched)} different training image", rule="a copy is nearer to one than to the others",
+                            remedy="train on more images, or leave --probe_steps out")  # fmt: skip
         # The probed ones first: they are always among those that decide.
-        probed = {pictures.noise_keys[i] for i in chosen}
-        searched.sort(key=lambda i: pictures.noise_keys[i] not in probed)
-        self.labels = [pictures.noise_keys[i] for i in searched]
+        probed = {images.noise_keys[i] for i in chosen}
+        searched.sort(key=lambda i: images.noise_keys[i] not in probed)
+        self.labels = [images.noise_keys[i] for i in searched]
         self.features = Pixels(_SIDE)
-        self.originals = [_centre(pictures[i].image) for i in searched]
+        self.originals = [_centre(images[i].image) for i in searched]
         self.real = self.features(self.originals)
         self._deciding = max(MAX_DECIDED, len(probed))
 
@@ -101,8 +101,8 @@ class Probe:
         """The definition of a copy, made at the first look: its null alone takes a second for 30 training images."""
         return CopyDecision(self.originals[: self._deciding], self.labels[: self._deciding])
 
-    def look(self, pipe: Any, accelerator: Accelerator, step: int) -> Probed:
-        """Draw the probe's pictures and measure them; to be called by every process. The main one decides, and all return its numbers."""
+    def evaluate(self, pipe: Any, accelerator: Accelerator, step: int) -> ProbeEvaluation:
+        """Draw the probe's images and measure them; to be called by every process. The main one decides, and all return its numbers."""
         drawn = validation.draw(
             pipe, self.captions, 1, resolution=self.resolution, seed=self.seed, accelerator=accelerator,
             guidance_scale=GUIDANCE_SCALE,
@@ -118,33 +118,33 @@ class Probe:
             )
         share, low, high, published, ratio, score = broadcast(told.to(accelerator.device)).tolist()
         sheet = None if seen is None else seen.sheet
-        return Probed(step, share, low, high, published, ratio, score, len(images), sheet)
+        return ProbeEvaluation(step, share, low, high, published, ratio, score, len(images), sheet)
 
-    def measure(self, images: Sequence[Image.Image], scores: Sequence[float], step: int) -> Probed:
-        """Measure given pictures."""
+    def measure(self, images: Sequence[Image.Image], scores: Sequence[float], step: int) -> ProbeEvaluation:
+        """Measure given images."""
         near = nearest(self.features(images), self.real)
         published = memorized(near)
         decided = self.decision(images, published)
         share = float(decided.copy.double().mean())
         low, high = wilson(share, len(images))
         originals = [self.originals[i].resize(images[0].size) for i in decided.row.tolist()]
-        # A row of drawn pictures, below it a row of the training pictures that explain them best.
+        # A row of drawn images, below it a row of the training images that explain them best.
         rows = [part[i : i + _PER_ROW] for i in range(0, len(images), _PER_ROW) for part in (list(images), originals)]
-        return Probed(
+        return ProbeEvaluation(
             step, share, low, high, float(published.double().mean()), float(near.ratio.median()),
             float(torch.tensor(scores).median()), len(images), validation.grid(rows),
         )  # fmt: skip
 
 
-def add_look(path: Path, record: Mapping[str, float]) -> None:
+def add_evaluation(path: Path, record: Mapping[str, float]) -> None:
     """Add a look to a file of JSON lines; later ones, which a resumed run repeats, go."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] < record["step"]]
-    write_whole(path, "".join(f"{line}\n" for line in [*kept, json.dumps(dict(record))]))
+    atomic_write(path, "".join(f"{line}\n" for line in [*kept, json.dumps(dict(record))]))
 
 
 def _centre(image: Image.Image) -> Image.Image:
-    """Return the central square at the probe's size: what is compared with a square picture."""
+    """Return the central square at the probe's size: what is compared with a square image."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side)).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)

@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ambient_sd.errors import UserError
 from ambient_sd.training import averaging
 from ambient_sd.training.config import TrainConfig
+from ambient_sd.utils.errors import UserError
 
 
 def _asked(variable: str) -> bool:

@@ -1,7 +1,7 @@
-"""Pictures during training: the same prompts with the same start noise at every look, shared out over the processes.
+"""Images during training: the same prompts with the same start noise at every look, shared out over the processes.
 
 They are drawn under the memorization guard, whose score (mean norm of the guidance, Wen et al., ICLR 2024) comes with each.
-Every process draws its share and all meet in one gather, so none waits on another for longer than one picture takes
+Every process draws its share and all meet in one gather, so none waits on another for longer than one image takes
 (drawing on the first process alone ends in NCCL's timeout). Training is left as it was: own generators, modes restored.
 """
 
@@ -18,10 +18,10 @@ from accelerate import Accelerator
 from PIL import Image
 
 from ambient_sd.data.stream import keyed_generator
-from ambient_sd.errors import UserError, one_line
-from ambient_sd.files import finite, write_whole
 from ambient_sd.guard.recorder import MemorizationGuard
-from ambient_sd.json_schema import load_json, violation
+from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.files import atomic_write, json_safe
+from ambient_sd.utils.json_schema import load_json, violation
 
 INFERENCE_STEPS = 25
 GUIDANCE_SCALE = 7.5
@@ -38,7 +38,7 @@ _SCORES = {
 
 
 class Drawn(NamedTuple):
-    """Hold drawn pictures, one row a prompt, and the guard's score of each, in the same rows."""
+    """Hold drawn images, one row a prompt, and the guard's score of each, in the same rows."""
 
     rows: list[list[Image.Image]]
     scores: list[list[float]]
@@ -85,19 +85,19 @@ def draw(
     accelerator: Accelerator,
     guidance_scale: float = GUIDANCE_SCALE,
 ) -> Drawn:
-    """Draw `per_prompt` pictures of each prompt; to be called by every process.
+    """Draw `per_prompt` images of each prompt; to be called by every process.
 
     Args:
         pipe: a pipeline of the model in training (`Base.assemble`).
-        prompts: one row of pictures each.
-        per_prompt: pictures in a row.
+        prompts: one row of images each.
+        per_prompt: images in a row.
         resolution: side in pixels.
-        seed: with the picture's place in the grid it gives its start noise.
+        seed: with the image's place in the grid it gives its start noise.
         accelerator: who is here.
         guidance_scale: of classifier-free guidance, above 1.
 
     Returns:
-        One row of pictures and of scores per prompt, on every process.
+        One row of images and of scores per prompt, on every process.
     """
     pipe.set_progress_bar_config(disable=True)
     unet, parts = pipe.unet, pipe.components
@@ -134,18 +134,18 @@ def draw(
 
 
 def grid(rows: Sequence[Sequence[Image.Image]], gap: int = 2) -> Image.Image:
-    """Lay rows of equal pictures on one white sheet."""
+    """Lay rows of equal images on one white sheet."""
     width, height = rows[0][0].size
     sheet = Image.new("RGB", (len(rows[0]) * (width + gap) - gap, len(rows) * (height + gap) - gap), "white")
     for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            sheet.paste(picture, (x * (width + gap), y * (height + gap)))
+        for x, image in enumerate(row):
+            sheet.paste(image, (x * (width + gap), y * (height + gap)))
     return sheet
 
 
 def write_scores(folder: Path, step: int, scores: Sequence[float]) -> None:
     """Write the guard's scores of the images drawn at a step into `folder`, in the sheet's order; one that is not finite is null."""
-    write_whole(folder / SCORES_NAME, json.dumps(finite({"step": step, "scores": list(scores)})) + "\n")
+    atomic_write(folder / SCORES_NAME, json.dumps(json_safe({"step": step, "scores": list(scores)})) + "\n")
 
 
 def read_scores(folder: Path, step: int) -> list[float]:

@@ -16,7 +16,7 @@ from ambient_sd.audit.decision import EACH, LEAST, RATE, SAME, CopyDecision, dis
 from ambient_sd.audit.metrics import memorized
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.registry import choose
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 
 def sixty_four(*values: float) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from torchmetrics.functional.classification import binary_auroc
 
 from ambient_sd.audit.detection import auc, detection_figures, threshold_at, tpr_at
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 
 def draw(n: int, shift: float = 0.0, seed: int = 0) -> torch.Tensor:
@@ -57,7 +57,7 @@ def test_intervals_hold_the_true_auc_about_as_often_as_they_promise() -> None:
     assert held >= 51  # 95 % promised; under 85 % has a chance of 0.2 % if true
 
 
-def test_pictures_of_one_prompt_are_not_taken_for_independent_prompts() -> None:
+def test_images_of_one_prompt_are_not_taken_for_independent_prompts() -> None:
     memorized, ordinary = draw(20, 1.0, 5).repeat_interleave(8), draw(20, 0.0, 6).repeat_interleave(8)
     groups = [i // 8 for i in range(160)]
     grouped, _ = detection_figures(memorized, ordinary, memorized_groups=groups, ordinary_groups=groups, resamples=300)

@@ -19,7 +19,7 @@ from ambient_sd.audit.embedding import EmbeddingStore, embed_set, load_set, main
 from ambient_sd.audit.features import EffLite0, Pixels
 from ambient_sd.audit.registry import choose
 from ambient_sd.data.sources import content_key
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 COUNT, BLOCK = 200, 64
 
@@ -42,8 +42,8 @@ embedding.main(sys.argv[1:])
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of pictures with captions."""
-    return made(tmp_path_factory.mktemp("pictures"), COUNT)
+    """A folder of images with captions."""
+    return made(tmp_path_factory.mktemp("images"), COUNT)
 
 
 def made(folder: Path, count: int) -> Path:
@@ -51,7 +51,7 @@ def made(folder: Path, count: int) -> Path:
     lines = []
     for i in range(count):
         Image.fromarray(noise.integers(0, 256, (8, 8 + i % 3, 3), dtype=np.uint8)).save(folder / f"{i:03d}.png")
-        lines.append(json.dumps({"file_name": f"{i:03d}.png", "text": f"<b>picture\u2028 {i}"}))
+        lines.append(json.dumps({"file_name": f"{i:03d}.png", "text": f"<b>image\u2028 {i}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
 
@@ -81,12 +81,12 @@ def launch(processes: int, *arguments: str, **env: str) -> subprocess.CompletedP
     )  # fmt: skip
 
 
-def test_rows_are_those_of_the_extractor_on_all_pictures_at_once(folder: Path, store: Path) -> None:
-    pictures, opened = load_set(folder), EmbeddingStore.open(store)
-    assert torch.equal(torch.cat(list(opened.blocks())), Pixels(8)([picture.image for picture in pictures]))
+def test_rows_are_those_of_the_extractor_on_all_images_at_once(folder: Path, store: Path) -> None:
+    images, opened = load_set(folder), EmbeddingStore.open(store)
+    assert torch.equal(torch.cat(list(opened.blocks())), Pixels(8)([image.image for image in images]))
     assert (len(opened), opened.dim, opened.distance) == (COUNT, 192, "euclidean")
     assert [len(block) for block in opened.blocks()] == [64, 64, 64, 8]
-    assert list(opened.rows()) == [(content_key(p.image), p.caption) for p in pictures]
+    assert list(opened.rows()) == [(content_key(p.image), p.caption) for p in images]
     assert torch.equal(opened.gather(torch.tensor([199, 3, 3, 70])), torch.cat(list(opened.blocks()))[[199, 3, 3, 70]])
     table = pq.read_table(store / "part-00003.parquet")
     assert table.column("place").to_pylist() == list(range(192, 200))
@@ -175,12 +175,12 @@ def test_parts_of_different_features_or_data_are_not_one_store(folder: Path, cop
 
 def test_a_folder_of_other_embeddings_is_not_added_to(folder: Path, copy: Path, tmp_path: Path) -> None:
     before = contents(copy)
-    for pictures, block in ((load_set(folder), 128), (load_set(folder, max_samples=150), BLOCK)):
+    for images, block in ((load_set(folder), 128), (load_set(folder, max_samples=150), BLOCK)):
         with pytest.raises(UserError, match="holds other embeddings"):
-            embed_set(pictures, [Pixels(8)], copy.parent, block=block)
+            embed_set(images, [Pixels(8)], copy.parent, block=block)
     changed = shutil.copytree(folder, tmp_path / "changed")
     Image.new("RGB", (8, 8), "red").save(changed / "064.png")
-    with pytest.raises(UserError, match=r"holds embeddings of other pictures; 064.png has changed"):
+    with pytest.raises(UserError, match=r"holds embeddings of other images; 064.png has changed"):
         embed_set(load_set(changed), [Pixels(8)], copy.parent, block=BLOCK)
     assert contents(copy) == before
 
@@ -204,14 +204,14 @@ def test_one_of_several_features_is_opened_by_its_name(folder: Path, tmp_path: P
             EmbeddingStore.open(where, name)
 
 
-def test_a_plain_folder_of_pictures_is_embedded_by_name(tmp_path: Path) -> None:
+def test_a_plain_folder_of_images_is_embedded_by_name(tmp_path: Path) -> None:
     (tmp_path / "set" / "deeper").mkdir(parents=True)
     for name in ("b.png", "a.jpg", "deeper/c.PNG", "notes.txt"):
         Image.new("RGB", (8, 8), "red").save(tmp_path / "set" / name, format="PNG")
-    pictures = load_set(tmp_path / "set")
-    assert pictures.names == ["a.jpg", "b.png", "deeper/c.PNG"]
-    embed_set(pictures, [Pixels(8)], tmp_path / "out")
-    assert EmbeddingStore.open(tmp_path / "out").fingerprint() == pictures.fingerprint()
+    images = load_set(tmp_path / "set")
+    assert images.names == ["a.jpg", "b.png", "deeper/c.PNG"]
+    embed_set(images, [Pixels(8)], tmp_path / "out")
+    assert EmbeddingStore.open(tmp_path / "out").fingerprint() == images.fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -234,9 +234,9 @@ def test_mistakes_end_in_one_line_and_status_two(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_broken_picture_is_named_and_finished_blocks_stay(folder: Path, store: Path, tmp_path: Path) -> None:
+def test_a_broken_image_is_named_and_finished_blocks_stay(folder: Path, store: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(folder, tmp_path / "broken")
-    (broken / "130.png").write_bytes(b"no picture")
+    (broken / "130.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"130\.png"):
         embed_set(load_set(broken), [Pixels(8)], tmp_path / "out", block=BLOCK)
     assert sorted(os.listdir(tmp_path / "out" / "pixels8")) == ["part-00000.parquet", "part-00001.parquet"]

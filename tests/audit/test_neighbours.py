@@ -10,7 +10,7 @@ import torch
 from ambient_sd.audit import neighbours
 from ambient_sd.audit.features import Distance
 from ambient_sd.audit.neighbours import Arithmetic, nearest
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 
 def brute(queries: torch.Tensor, reference: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,7 +80,7 @@ def test_cosine_distance_is_one_minus_similarity_for_rows_of_any_length() -> Non
         _ = nearest(queries, reference).similarity
 
 
-def test_exact_copy_of_a_duplicated_picture_has_ratio_zero_not_nan() -> None:
+def test_exact_copy_of_a_duplicated_image_has_ratio_zero_not_nan() -> None:
     reference = torch.cat([torch.zeros(2, 4), torch.ones(3, 4)])
     assert nearest(torch.zeros(1, 4), reference).ratio.tolist() == [0.0]
 

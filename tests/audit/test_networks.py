@@ -16,11 +16,11 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel, Dinov2Config, Din
 from ambient_sd.audit.clip_score import ClipScore
 from ambient_sd.audit.networks import Dinov2, Inception
 from ambient_sd.audit.registry import choose
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     g = np.random.default_rng(0)
     return [Image.fromarray(g.integers(0, 256, (28, 28, 3), dtype=np.uint8)) for _ in range(5)]
 
@@ -50,29 +50,29 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def scaled(pictures: list[Image.Image], mean: list[float], std: list[float]) -> Tensor:
-    x = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1).float() / 255 for p in pictures])
+def scaled(images: list[Image.Image], mean: list[float], std: list[float]) -> Tensor:
+    x = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1).float() / 255 for p in images])
     return (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
-def test_dinov2_gives_the_pooled_token_of_transformers_batch_by_batch(dino: Path, pictures: list[Image.Image]) -> None:
+def test_dinov2_gives_the_pooled_token_of_transformers_batch_by_batch(dino: Path, images: list[Image.Image]) -> None:
     feature = Dinov2(str(dino), size=28, batch_size=2)
-    x = scaled(pictures, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    x = scaled(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     with torch.no_grad():
         expected = Dinov2Model.from_pretrained(dino).eval()(pixel_values=x).pooler_output
-    torch.testing.assert_close(feature(pictures), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(feature(images), expected, atol=1e-5, rtol=1e-5)
     assert feature(iter(())).shape == (0, 16) and feature.distance == "cosine" and feature.thresholds[0] == 0.9
     assert Dinov2(str(dino)).size == 224
 
 
 def test_clip_score_is_the_cosine_of_transformers_also_for_prompts_beyond_the_length(
-    clip: Path, pictures: list[Image.Image]
+    clip: Path, images: list[Image.Image]
 ) -> None:
     score = ClipScore(str(clip), batch_size=2)
     prompts = ["a", "red dog", "", "x" * 500, "a blue house"]
-    found = score(pictures, prompts)
+    found = score(images, prompts)
     model, tokenizer = CLIPModel.from_pretrained(clip).eval(), AutoTokenizer.from_pretrained(clip)
-    x = scaled(pictures, [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+    x = scaled(images, [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
     for i, prompt in enumerate(prompts):  # one at a time: no padding that could leak in
         ids = tokenizer([prompt], return_tensors="pt", truncation=True, max_length=24)
         with torch.no_grad():
@@ -80,8 +80,8 @@ def test_clip_score_is_the_cosine_of_transformers_also_for_prompts_beyond_the_le
         assert float(found[i]) == pytest.approx(
             float(out.logits_per_image) / float(model.logit_scale.detach().exp()), abs=1e-5
         )
-    with pytest.raises(UserError, match="one prompt per picture"):
-        score(pictures, prompts[:2])
+    with pytest.raises(UserError, match="one prompt per image"):
+        score(images, prompts[:2])
 
 
 def test_half_a_network_and_another_network_are_refused(dino: Path, clip: Path, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ class Wrong(nn.Module):
         return x.to(torch.float32)
 
 
-def test_inception_files_of_both_kinds_are_called_as_they_want(pictures: list[Image.Image], tmp_path: Path) -> None:
+def test_inception_files_of_both_kinds_are_called_as_they_want(images: list[Image.Image], tmp_path: Path) -> None:
     flat = [Image.new("RGB", (40, 30), (i, 2 * i, 250)) for i in range(4)]
     for number, network in enumerate((Pooled(), Optional_())):
         path = tmp_path / f"{number}.pt"

@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ambient_sd.audit.clip_score import ClipScore
-from ambient_sd.drawing import label
-from ambient_sd.errors import UserError
+from ambient_sd.sampling import label
+from ambient_sd.utils.errors import UserError
 
 HERE = importlib.util.find_spec("open_clip") is not None
 needs_open_clip = pytest.mark.skipif(not HERE, reason="open_clip_torch is not installed (docs/slow.md)")
@@ -27,14 +27,14 @@ PROMPTS = ["a", "red dog", "", "word " * 200, "a blue house"]
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     g = np.random.default_rng(0)
     return [Image.fromarray(g.integers(0, 256, (28, 28, 3), dtype=np.uint8)) for _ in PROMPTS]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole open_clip model, tiny, in the form of those on the hub; its scale of pictures is not the usual one."""
+    """A whole open_clip model, tiny, in the form of those on the hub; its scale of images is not the usual one."""
     import open_clip
 
     torch.manual_seed(0)
@@ -53,20 +53,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_open_clip
-def test_the_score_is_open_clips_own_cosine(folder: Path, pictures: list[Image.Image]) -> None:
+def test_the_score_is_open_clips_own_cosine(folder: Path, images: list[Image.Image]) -> None:
     import open_clip
 
     score = ClipScore(f"open_clip:{folder}", batch_size=2)
-    found = score(pictures, PROMPTS)
+    found = score(images, PROMPTS)
     model, _, prepare = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     model.eval()
     with torch.no_grad():
-        image = model.encode_image(torch.stack([prepare(p) for p in pictures]), normalize=True)
+        image = model.encode_image(torch.stack([prepare(p) for p in images]), normalize=True)
         text = model.encode_text(tokenizer(PROMPTS), normalize=True)
     torch.testing.assert_close(found, (image * text).sum(1).double(), atol=1e-5, rtol=1e-5)
-    # Controls: another prompt gives another figure, and so would the usual scale of pictures.
-    assert (found - score(pictures, PROMPTS[::-1]))[[0, 1, 3, 4]].abs().min() > 1e-4
+    # Controls: another prompt gives another figure, and so would the usual scale of images.
+    assert (found - score(images, PROMPTS[::-1]))[[0, 1, 3, 4]].abs().min() > 1e-4
     assert tuple(score.clip.mean) == (0.5, 0.4, 0.3)
     assert score([], []).shape == (0,)
 

@@ -11,7 +11,7 @@ from ambient_sd.audit.features import MIRROR, Pixels, embed
 from ambient_sd.audit.metrics import measure, memorized
 from ambient_sd.audit.neighbours import Neighbours, nearest
 from ambient_sd.audit.originals import one_of_each, originals
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 
 def brute(
@@ -48,7 +48,7 @@ def test_nearest_and_second_label_equal_a_brute_force_over_labels(turned: bool) 
     assert all(labels[i] != labels[j] for i, j in found.index.tolist())
 
 
-def test_background_leaves_out_a_picture_with_all_its_duplicates_and_asks_for_one_of_each() -> None:
+def test_background_leaves_out_an_image_with_all_its_duplicates_and_asks_for_one_of_each() -> None:
     g = torch.Generator().manual_seed(1)
     training = torch.randn(12, 3, generator=g)
     labels = [0, 1, 2, 3, 0, 5, 6, 7, 0, 9, 10, 10]
@@ -73,7 +73,7 @@ def test_without_duplicates_the_answer_is_that_of_the_plain_search() -> None:
     torch.testing.assert_close(originals([training], training, own=torch.arange(30)).distance, alone.distance)
 
 
-def test_near_copy_of_a_duplicated_picture_is_a_copy_only_with_labels() -> None:
+def test_near_copy_of_a_duplicated_image_is_a_copy_only_with_labels() -> None:
     g = torch.Generator().manual_seed(3)
     training = torch.randn(10, 8, generator=g)
     training[9] = training[0] + 0.05 * torch.randn(8, generator=g)  # a duplicate that differs a little
@@ -86,11 +86,11 @@ def test_near_copy_of_a_duplicated_picture_is_a_copy_only_with_labels() -> None:
 def test_a_mirrored_copy_is_found_by_its_mirror_image_and_d2_is_taken_over_both() -> None:
     g = torch.Generator().manual_seed(4)
     noise = torch.randint(0, 256, (6, 16, 16, 3), generator=g, dtype=torch.uint8)
-    pictures = [Image.fromarray(p.numpy()) for p in noise]
-    turned = [p.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for p in pictures[:3]]
+    images = [Image.fromarray(p.numpy()) for p in noise]
+    turned = [p.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for p in images[:3]]
     feature = Pixels(16)
     both = embed(turned, [feature], mirrored=True)
-    training = feature(pictures)
+    training = feature(images)
     assert torch.equal(both[feature.name + MIRROR], training[:3])
     views = [both[feature.name], both[feature.name + MIRROR]]
     assert memorized(originals(views, training)).all() and not memorized(originals(views[:1], training)).any()
@@ -107,12 +107,12 @@ def test_search_goes_through_the_function_that_is_given() -> None:
 
     training = torch.eye(20)
     originals([training[:2]], training, duplicates=[0] * 10 + list(range(10, 20)), search=search)
-    assert asked and asked == sorted(asked)  # wider rings only where the first held one picture alone
+    assert asked and asked == sorted(asked)  # wider rings only where the first held one image alone
 
 
-def test_too_few_different_pictures_and_missing_labels_are_refused() -> None:
+def test_too_few_different_images_and_missing_labels_are_refused() -> None:
     training = torch.eye(4)
-    with pytest.raises(UserError, match="1 different training picture"):
+    with pytest.raises(UserError, match="1 different training image"):
         originals([training], training, duplicates=[0, 0, 0, 0])
     with pytest.raises(UserError, match="2 different"):
         originals([training], training, duplicates=[0, 0, 1, 1], own=torch.arange(4))
@@ -123,10 +123,10 @@ def test_too_few_different_pictures_and_missing_labels_are_refused() -> None:
 def test_measure_without_heldout_gives_copies_and_background_but_no_excess_and_no_quality() -> None:
     g = torch.Generator().manual_seed(5)
     noise = torch.randint(0, 256, (12, 16, 16, 3), generator=g, dtype=torch.uint8)
-    pictures = [Image.fromarray(p.numpy()) for p in noise]
+    images = [Image.fromarray(p.numpy()) for p in noise]
     feature = Pixels(16)
     feature.quality = True  # type: ignore[misc]
-    result = measure(pictures[:6], pictures, None, [feature], resamples=20, mirrored=True)
+    result = measure(images[:6], images, None, [feature], resamples=20, mirrored=True)
     (row,) = result.rows
     assert row.generated.value == 1.0 and row.heldout is None and row.excess is None
     assert row.background is not None and row.background.value == 0.0 and not result.heldout_neighbours

@@ -1,4 +1,4 @@
-"""Pictures on their way to a descriptor as the papers bring them there: each written out here, pixel by pixel."""
+"""Images on their way to a descriptor as the papers bring them there: each written out here, pixel by pixel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import Dinov2Config, Dinov2Model
 from ambient_sd.audit.features import Sscd
 from ambient_sd.audit.networks import Dinov2
 from ambient_sd.audit.registry import choose, chosen, label
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 
 class Whole(torch.nn.Module):
@@ -35,13 +35,13 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "whole.pt"
 
 
-def picture(w: int, h: int, seed: int = 0) -> Image.Image:
+def make_image(w: int, h: int, seed: int = 0) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 256, (h // 4 + 1, w // 4 + 1, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((w, h), Image.Resampling.BICUBIC)
 
 
 def pooled(x: np.ndarray) -> torch.Tensor:
-    """The means of 8 x 8 equal fields of a float picture (S, S, 3), of unit norm."""
+    """The means of 8 x 8 equal fields of a float image (S, S, 3), of unit norm."""
     field = x.shape[0] // 8
     means = x.reshape(8, field, 8, field, 3).mean((1, 3)).transpose(2, 0, 1).flatten()
     return torch.from_numpy(means / np.linalg.norm(means)).float()
@@ -49,7 +49,7 @@ def pooled(x: np.ndarray) -> torch.Tensor:
 
 @pytest.mark.parametrize(("w", "h"), [(300, 200), (200, 300), (64, 64), (256, 391)])
 def test_wens_preprocessing_is_resize_256_centre_crop_224_and_half(file: Path, w: int, h: int) -> None:
-    image = picture(w, h)
+    image = make_image(w, h)
     short = min(w, h)
     size = (int(256 * w / short), int(256 * h / short))
     array = np.asarray(image.resize(size, Image.Resampling.BILINEAR), dtype=np.float64) / 255
@@ -63,7 +63,7 @@ def test_wens_preprocessing_is_resize_256_centre_crop_224_and_half(file: Path, w
 
 
 def test_hans_preprocessing_is_squeezed_to_320_with_imagenets_normalisation(file: Path) -> None:
-    image = picture(300, 200)
+    image = make_image(300, 200)
     array = np.asarray(image.resize((320, 320), Image.Resampling.BILINEAR), dtype=np.float64) / 255
     expected = pooled((array - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225])
     han = Sscd(file, preprocessing="han")
@@ -75,9 +75,9 @@ def test_sscd_takes_the_number_of_dimensions_from_the_file(file: Path, tmp_path:
     torch.jit.script(Large()).save(str(tmp_path / "large.pt"))
     assert Sscd(file).dim == 192
     large = Sscd(tmp_path / "large.pt", preprocessing="wen")
-    assert large.dim == 1024 and large([]).shape == (0, 1024) and large([picture(64, 64)]).shape == (1, 1024)
+    assert large.dim == 1024 and large([]).shape == (0, 1024) and large([make_image(64, 64)]).shape == (1, 1024)
     torch.jit.script(torch.nn.Identity()).save(str(tmp_path / "none.pt"))
-    with pytest.raises(UserError, match=r"none\.pt does not take a picture of 288 x 288"):
+    with pytest.raises(UserError, match=r"none\.pt does not take an image of 288 x 288"):
         Sscd(tmp_path / "none.pt")
 
 
@@ -141,13 +141,13 @@ def mirrored(n: int, total: int) -> list[int]:
     return [abs(k - first) if k - first < n else 2 * (n - 1) - (k - first) for k in range(total)]
 
 
-def test_the_papers_dinov2_pads_by_reflection_at_the_pictures_own_size(dino: Path) -> None:
+def test_the_papers_dinov2_pads_by_reflection_at_the_images_own_size(dino: Path) -> None:
     sizes = [(32, 32), (28, 28), (40, 19), (32, 32), (64, 64)]
-    pictures = [picture(w, h, seed) for seed, (w, h) in enumerate(sizes)]
+    images = [make_image(w, h, seed) for seed, (w, h) in enumerate(sizes)]
     model = Dinov2Model.from_pretrained(dino).eval()
     feature = Dinov2(str(dino), preprocessing="paper", batch_size=4)
-    found = feature(pictures)
-    for row, image in zip(found, pictures, strict=True):  # one at a time: sizes do not mix
+    found = feature(images)
+    for row, image in zip(found, images, strict=True):  # one at a time: sizes do not mix
         array = np.asarray(image)
         h, w = (math.ceil(n / 14) * 14 for n in array.shape[:2])
         padded = array[mirrored(array.shape[0], h)][:, mirrored(array.shape[1], w)] / 255
@@ -155,14 +155,14 @@ def test_the_papers_dinov2_pads_by_reflection_at_the_pictures_own_size(dino: Pat
             expected = model(pixel_values=torch.from_numpy(padded).float().permute(2, 0, 1)[None]).pooler_output[0]
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)
     assert (feature.name, feature.thresholds, feature.dim) == ("DINOv2-paper", (0.9, 0.875), 16)
-    plain = Dinov2(str(dino))(pictures)
+    plain = Dinov2(str(dino))(images)
     assert (plain - found).abs().max(1).values.min() > 1e-3  # control
     assert feature([]).shape == (0, 16)
 
 
-def test_a_picture_too_small_to_be_reflected_is_refused_in_one_line(dino: Path) -> None:
+def test_an_image_too_small_to_be_reflected_is_refused_in_one_line(dino: Path) -> None:
     with pytest.raises(UserError, match=r"5 x 5 pixels for DINOv2-paper.*multiple of 14") as error:
-        Dinov2(str(dino), preprocessing="paper")([picture(5, 5)])
+        Dinov2(str(dino), preprocessing="paper")([make_image(5, 5)])
     assert "\n" not in str(error.value)
     for given in ({"preprocessing": "paper", "size": 224}, {"preprocessing": "none"}):
         with pytest.raises(UserError, match="preprocessing"):

@@ -16,8 +16,8 @@ import pytest
 
 from ambient_sd.audit import record
 from ambient_sd.audit.record import _LARGEST, AuditRecord, schema
-from ambient_sd.errors import UserError
-from ambient_sd.json_schema import shortened, violation
+from ambient_sd.utils.errors import UserError
+from ambient_sd.utils.json_schema import shortened, violation
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ CASES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "long sentence": (lambda v: v["finding"].update(sentence="x" * 2001), "2001 characters, 2000 are allowed"),
     "hostile name": (lambda v: v["measures"][0].update(name="</script>\n\u202e"), "measures[0].name"),
     "hostile key": (lambda v: v.update({"</script>\n\u202e" + "k" * 10**5: 1}), "unknown key"),
-    "digest with a line feed": (lambda v: v["pictures"]["training"].update(fingerprint="a" * 64 + "\n"), "not of the form"),
+    "digest with a line feed": (lambda v: v["images"]["training"].update(fingerprint="a" * 64 + "\n"), "not of the form"),
     "unknown finding": (lambda v: v["finding"].update(kind="safe"), "finding.kind is 'safe'"),
 }  # fmt: skip
 

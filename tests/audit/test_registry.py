@@ -12,7 +12,7 @@ import torch
 
 from ambient_sd.audit.features import Pixels, Sscd
 from ambient_sd.audit.registry import DEFAULT, NAMES, WEIGHTS, add_features, choose, chosen, label, labels
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 
 class Mean(torch.nn.Module):
@@ -29,7 +29,9 @@ def read(*words: str) -> tuple[list[str], dict[str, str | None]]:
 def test_every_label_is_the_name_of_the_feature_that_is_made_and_names_it_too(tmp_path: Path) -> None:
     torch.jit.script(Mean()).save(str(tmp_path / "inception.pt"))
     names = [
-        name for name in (*NAMES, "pixels8", "pixels8-toned", "edges32") if "dinov2" not in name and name != "sscd-wen"
+        name
+        for name in (*NAMES, "pixels8", "pixels8-standardized", "edges32")
+        if "dinov2" not in name and name != "sscd-wen"
     ]
     if not Sscd.available():
         names = [name for name in names if "sscd" not in name]
@@ -40,9 +42,9 @@ def test_every_label_is_the_name_of_the_feature_that_is_made_and_names_it_too(tm
 
 
 def test_sides_and_tones_of_pixels_are_read() -> None:
-    plain, toned = choose(["pixels8", "PIXELS16-toned"])
-    assert isinstance(plain, Pixels) and (plain.size, plain.toned) == (8, False)
-    assert isinstance(toned, Pixels) and (toned.size, toned.toned) == (16, True)
+    plain, standardized = choose(["pixels8", "PIXELS16-standardized"])
+    assert isinstance(plain, Pixels) and (plain.size, plain.standardized) == (8, False)
+    assert isinstance(standardized, Pixels) and (standardized.size, standardized.standardized) == (16, True)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,7 @@ def test_sides_and_tones_of_pixels_are_read() -> None:
     [
         (
             ["pixel"],
-            "there are pixels, toned, edges, efflite0, sscd, sscd-wen, sscd-han, dinov2, dinov2-paper, inception",
+            "there are pixels, standardized, edges, efflite0, sscd, sscd-wen, sscd-han, dinov2, dinov2-paper, inception",
         ),
         (["pixels0"], "feature 'pixels0'"),
         (["edges5"], "feature 'edges5'"),
@@ -58,7 +60,7 @@ def test_sides_and_tones_of_pixels_are_read() -> None:
         (["pixels9999"], "a side of at most 256"),
         (["edges", "EDGES16"], "no name twice"),
         (["pixels", "pixels64"], "no name twice"),
-        (["toned", "pixels64-TONED"], "no name twice"),
+        (["standardized", "pixels64-TONED"], "no name twice"),
         (["efflite0", "EffLite0"], "no name twice"),
         ([], "at least one"),
         (["dinov2"], "give --dinov2"),
@@ -80,7 +82,7 @@ def test_the_flags_of_a_command_give_names_and_weights() -> None:
 
 
 def test_commands_can_show_their_flags_without_torch() -> None:
-    code = "import ambient_sd.audit.registry, ambient_sd.cli_audit, sys; assert 'torch' not in sys.modules"
+    code = "import ambient_sd.audit.registry, ambient_sd.commands.audit_flags, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

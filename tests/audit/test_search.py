@@ -17,7 +17,7 @@ from ambient_sd.audit.embedding import About, EmbeddingStore, embed_set, load_se
 from ambient_sd.audit.features import Distance, Pixels
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.search import build_index, main, neighbours_in_store, search
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 ROWS, DIM, BLOCK = 6000, 32, 512
 
@@ -176,18 +176,18 @@ def test_impossible_searches_are_refused(indexed: EmbeddingStore, rows: torch.Te
             search(queries, reference, method="ivfpq", **options)  # type: ignore[arg-type]
 
 
-def test_generated_pictures_find_the_training_pictures_that_they_are(tmp_path: Path) -> None:
+def test_generated_images_find_the_training_images_that_they_are(tmp_path: Path) -> None:
     noise = np.random.default_rng(0)
-    pictures = [Image.fromarray(noise.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(20)]
+    images = [Image.fromarray(noise.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(20)]
     (tmp_path / "set").mkdir()
-    for i, picture in enumerate(pictures):
-        picture.save(tmp_path / "set" / f"{i:02d}.png")
+    for i, image in enumerate(images):
+        image.save(tmp_path / "set" / f"{i:02d}.png")
     embed_set(load_set(tmp_path / "set"), [Pixels(8)], tmp_path / "out")
     training = EmbeddingStore.open(tmp_path / "out", "pixels8")
-    found = neighbours_in_store([pictures[7], pictures[3]], Pixels(8), training)
+    found = neighbours_in_store([images[7], images[3]], Pixels(8), training)
     assert found.index[:, 0].tolist() == [7, 3] and found.distance[:, 0].tolist() == [0, 0]
     with pytest.raises(UserError, match="would be embedded by pixels16"):
-        neighbours_in_store(pictures[:1], Pixels(16), training)
+        neighbours_in_store(images[:1], Pixels(16), training)
 
 
 def test_the_command_builds_an_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,40 +10,40 @@ from PIL import Image, ImageEnhance
 from ambient_sd.audit.features import Edges, Features, Pixels, embed
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.transformations import TRANSFORMATIONS, detection, embed_all, table, transformed
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 
-def picture(seed: int) -> Image.Image:
+def image(seed: int) -> Image.Image:
     patches = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(patches).resize((40, 40), Image.Resampling.BICUBIC)
 
 
 def test_every_change_keeps_size_and_mode_and_is_a_function_of_the_seed() -> None:
     for name, change in TRANSFORMATIONS.items():
-        a, b = (transformed([picture(0), picture(1)], change, 3) for _ in range(2))
+        a, b = (transformed([image(0), image(1)], change, 3) for _ in range(2))
         assert [p.size for p in a] == [(40, 40)] * 2 and {p.mode for p in a} == {"RGB"}
         assert all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True)), name
-        assert (a[0].tobytes() == picture(0).tobytes()) == (name == "none"), name
-    other = transformed([picture(0)], TRANSFORMATIONS["noise, 16 of 255"], 4)[0]
-    assert other.tobytes() != transformed([picture(0)], TRANSFORMATIONS["noise, 16 of 255"], 3)[0].tobytes()
+        assert (a[0].tobytes() == image(0).tobytes()) == (name == "none"), name
+    other = transformed([image(0)], TRANSFORMATIONS["noise, 16 of 255"], 4)[0]
+    assert other.tobytes() != transformed([image(0)], TRANSFORMATIONS["noise, 16 of 255"], 3)[0].tobytes()
 
 
 @pytest.fixture(scope="module")
 def cells() -> dict[tuple[str, bool], tuple[float, float]]:
     features, names = [Pixels(16)], ["none", "mirrored", "noise, 16 of 255", "middle 75 % cut out"]
-    training = [picture(i) for i in range(30)]
+    training = [image(i) for i in range(30)]
     found = {}
     for mirrored in (False, True):
         for cell in detection(
             embed_all(training[:10], features, names=names), list(range(10)),
-            embed_all([picture(100 + i) for i in range(20)], features, names=names), embed(training, features), features,
+            embed_all([image(100 + i) for i in range(20)], features, names=names), embed(training, features), features,
             duplicates=list(range(30)), mirrored=mirrored,
         ):  # fmt: skip
             found[cell.transformation, mirrored] = (cell.detected[0], cell.false_alarms[0])
     return found
 
 
-def test_exact_and_noisy_copies_are_found_and_no_held_out_picture_is(
+def test_exact_and_noisy_copies_are_found_and_no_held_out_image_is(
     cells: dict[tuple[str, bool], tuple[float, float]],
 ) -> None:
     for mirrored in (False, True):
@@ -57,29 +57,33 @@ def test_mirrored_copies_are_found_only_by_their_mirror_image(
     assert cells["mirrored", False][0] == 0.0 and cells["mirrored", True] == (1.0, 0.0)
 
 
-def test_a_copy_that_is_nearest_to_another_picture_is_not_detected() -> None:
+def test_a_copy_that_is_nearest_to_another_image_is_not_detected() -> None:
     features = [Pixels(16)]
-    queries = embed_all([picture(0)], features, names=["none"])
-    heldout = embed_all([picture(9), picture(8)], features, names=["none"])
-    training = embed([picture(i) for i in range(3)], features)
+    queries = embed_all([image(0)], features, names=["none"])
+    heldout = embed_all([image(9), image(8)], features, names=["none"])
+    training = embed([image(i) for i in range(3)], features)
     (cell,) = detection(queries, [1], heldout, training, features, duplicates=[0, 1, 2], mirrored=False)
     assert cell.detected[0] == 0.0
 
 
 def test_toned_pixels_do_not_see_brightness_and_contrast_but_see_what_differs() -> None:
-    toned, plain = Pixels(16, toned=True), Pixels(16)
-    a = picture(1).point(lambda v: 60 + v // 4)  # away from black and white, where a change is lost
+    standardized, plain = Pixels(16, standardized=True), Pixels(16)
+    a = image(1).point(lambda v: 60 + v // 4)  # away from black and white, where a change is lost
     lighter = a.point(lambda v: v + 40)
-    assert float((toned([a]) - toned([lighter])).norm()) < 0.01 < float((plain([a]) - plain([lighter])).norm())
-    assert float((toned([a]) - toned([picture(2)])).norm()) > 10
-    flat = toned([Image.new("RGB", (8, 8), "white")])
-    assert torch.isfinite(flat).all() and torch.equal(flat, toned([Image.new("RGB", (9, 9), "white")]))
+    assert (
+        float((standardized([a]) - standardized([lighter])).norm())
+        < 0.01
+        < float((plain([a]) - plain([lighter])).norm())
+    )
+    assert float((standardized([a]) - standardized([image(2)])).norm()) > 10
+    flat = standardized([Image.new("RGB", (8, 8), "white")])
+    assert torch.isfinite(flat).all() and torch.equal(flat, standardized([Image.new("RGB", (9, 9), "white")]))
     darker = ImageEnhance.Brightness(a).enhance(0.7)
-    assert float((toned([a]) - toned([darker])).norm()) < 2
+    assert float((standardized([a]) - standardized([darker])).norm()) < 2
 
 
-def test_edges_see_copies_in_other_colours_where_pixels_do_not_and_know_other_pictures() -> None:
-    training = [picture(i) for i in range(20)]
+def test_edges_see_copies_in_other_colours_where_pixels_do_not_and_know_other_images() -> None:
+    training = [image(i) for i in range(20)]
     swapped = [Image.merge("RGB", [p.getchannel(c) for c in "BRG"]) for p in training]
     edges = Edges()
     assert torch.allclose(edges(swapped), edges(training), atol=1e-4)
@@ -90,8 +94,8 @@ def test_edges_see_copies_in_other_colours_where_pixels_do_not_and_know_other_pi
     assert found.index[:, 0].tolist() == list(range(20)) and float((found.ratio < 1 / 3).float().mean()) > 0.9
     by_pixels = nearest(Pixels()(swapped), Pixels()(training))
     assert float((by_pixels.ratio < 1 / 3).float().mean()) == 0  # control
-    others = nearest(edges([picture(100 + i) for i in range(20)]), edges(training))
-    assert float(others.ratio.min()) > 1 / 3  # control: other pictures are no copies in any colour
+    others = nearest(edges([image(100 + i) for i in range(20)]), edges(training))
+    assert float(others.ratio.min()) > 1 / 3  # control: other images are no copies in any colour
     for side in (1, 2, 5, 128):
         with pytest.raises(UserError, match="divisor of 64, at least 4"):
             Edges(side)
@@ -102,19 +106,19 @@ def ramp(low: tuple[int, int, int], high: tuple[int, int, int]) -> Image.Image:
     return Image.fromarray((np.array(low) * (1 - across) + np.array(high) * across).repeat(64, 0).astype(np.uint8))
 
 
-@pytest.mark.parametrize("feature", [Edges(), Pixels(toned=True)], ids=["edges", "toned"])
-def test_plain_pictures_are_no_copies_of_a_blank_one_and_copies_of_plain_ones_are_found(feature: Features) -> None:
+@pytest.mark.parametrize("feature", [Edges(), Pixels(standardized=True)], ids=["edges", "standardized"])
+def test_plain_images_are_no_copies_of_a_blank_one_and_copies_of_plain_ones_are_found(feature: Features) -> None:
     blank = Image.new("RGB", (64, 64), "white")
-    known = feature([*(picture(i) for i in range(20)), blank, Image.new("RGB", (64, 64), "black")])
+    known = feature([*(image(i) for i in range(20)), blank, Image.new("RGB", (64, 64), "black")])
     colours = [(40, 90, 200), (250, 250, 250), (128, 128, 128), (3, 3, 3)]
     plain = [Image.new("RGB", (64, 64), colour) for colour in colours]
-    if feature.name == "edges16":  # of one slope everywhere, so without a contour; toned they are not plain
+    if feature.name == "edges16":  # of one slope everywhere, so without a contour; standardized they are not plain
         plain += [ramp((10, 60, 200), (30, 200, 20)), ramp((0, 0, 0), (90, 80, 70))]
     assert float(nearest(feature(plain), known).ratio.min()) > 1 / 3
-    # Control: equal pictures are copies still, and so is a changed one of a drawing that is hardly there.
+    # Control: equal images are copies still, and so is a changed one of a drawing that is hardly there.
     found = nearest(feature([blank.resize((128, 128))]), known)
     assert found.index[0, 0] == 20 and float(found.ratio[0]) == 0
-    faint = Image.blend(Image.new("RGB", (64, 64), (128, 128, 128)), picture(3).resize((64, 64)), 0.2)
+    faint = Image.blend(Image.new("RGB", (64, 64), (128, 128, 128)), image(3).resize((64, 64)), 0.2)
     changed = faint.copy()
     changed.putpixel((10, 10), (120, 120, 120))
     near = nearest(feature([changed]), torch.cat([known[4:], feature([faint])]))
@@ -122,7 +126,7 @@ def test_plain_pictures_are_no_copies_of_a_blank_one_and_copies_of_plain_ones_ar
 
 
 def test_edges_are_the_gradient_of_all_channels() -> None:
-    """Held against a loop over pixels, on a ramp whose gradient is known, and on a flat picture, which has none."""
+    """Held against a loop over pixels, on a ramp whose gradient is known, and on a flat image, which has none."""
     rows = np.zeros((64, 64, 3), np.uint8)
     rows[:, 32:, 0], rows[:, 32:, 1] = 200, 100  # one upright contour in two channels
     found = Edges(64)._embed(rows[None])[0].reshape(64, 64)
@@ -136,8 +140,8 @@ def test_edges_are_the_gradient_of_all_channels() -> None:
 
 def test_the_table_is_markdown_with_intervals(cells: dict[tuple[str, bool], tuple[float, float]]) -> None:
     features = [Pixels(16)]
-    sets = [embed_all([picture(i) for i in (0, 1)], features, names=["none"]) for _ in range(2)]
-    training = embed([picture(i) for i in range(3)], features)
+    sets = [embed_all([image(i) for i in (0, 1)], features, names=["none"]) for _ in range(2)]
+    training = embed([image(i) for i in range(3)], features)
     text = table(detection(sets[0], [0, 1], sets[1], training, features, duplicates=[0, 1, 2], mirrored=True))
     assert (
         text.splitlines()[0] == "| | pixels16, mirror searched |" and text.splitlines()[2] == "| none | 100 [34, 100] |"

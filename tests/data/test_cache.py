@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ambient_sd.data.cache import Store, entry_id, fingerprint
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 ABOUT = {"what": "numbers", "weights": "w1"}
 

@@ -19,7 +19,7 @@ from ambient_sd.data.sources import content_key, load_rows
 
 
 def photo(seed: int, size: tuple[int, int] = (192, 144)) -> Image.Image:
-    """A random picture with the 1/f spectrum of photographs."""
+    """A random image with the 1/f spectrum of photographs."""
     rng = np.random.default_rng(seed)
     width, height = size
     f = np.sqrt(np.fft.fftfreq(height)[:, None] ** 2 + np.fft.fftfreq(width)[None] ** 2) + 1 / width
@@ -56,14 +56,14 @@ COPIES: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 
 @pytest.mark.parametrize("name", COPIES)
-def test_a_changed_copy_joins_its_picture_and_no_other(name: str) -> None:
+def test_a_changed_copy_joins_its_image_and_no_other(name: str) -> None:
     originals = [photo(s) for s in range(30)]
     groups = groups_of(originals + [COPIES[name](i) for i in originals])
     assert [g.rows for g in groups] == [(i, 30 + i) for i in range(30)]
     assert all((g.mirrored[0] != g.mirrored[1]) == name.startswith("mirrored") for g in groups)
 
 
-def test_pictures_that_differ_in_colour_place_or_one_detail_stay_apart() -> None:
+def test_images_that_differ_in_colour_place_or_one_detail_stay_apart() -> None:
     def icon(colour: str, at: int, hand: int = 0) -> Image.Image:
         image = Image.new("RGB", (64, 64), "white")
         image.paste(colour, (at, 16, at + 32, 48))
@@ -89,21 +89,21 @@ def icons_mirror(images: list[Image.Image], row: int) -> bool:
     return content_key(images[row]) != min_key(images, 3, 4)
 
 
-def test_the_embedded_pictures_are_not_merged() -> None:
-    source = Path(ambient_sd.__file__).parent / "demo" / "emoji.parquet"
-    pictures = load_rows(source, split="finetune").check(near_duplicates=True)
-    merged = [{pictures.captions[i] for i in g.rows} for g in pictures.groups]
-    assert len(pictures) == 1010
+def test_the_embedded_images_are_not_merged() -> None:
+    source = Path(ambient_sd.__file__).parent / "assets" / "emoji.parquet"
+    images = load_rows(source, split="finetune").check(near_duplicates=True)
+    merged = [{images.captions[i] for i in g.rows} for g in images.groups]
+    assert len(images) == 1010
     assert merged == [
         {"3D emoji of guardsman", "3D emoji of man guard"},
         {"3D emoji of left-pointing magnifying glass", "3D emoji of right-pointing magnifying glass"},
         {"flat emoji of left-facing fist", "flat emoji of right-facing fist"},
         {"flat emoji of rightwards hand", "flat emoji of leftwards hand"},
     ]
-    assert [any(g.mirrored) for g in pictures.groups] == [False, True, True, True]
+    assert [any(g.mirrored) for g in images.groups] == [False, True, True, True]
 
 
-def test_blank_pictures_merge_by_their_colour_only() -> None:
+def test_blank_images_merge_by_their_colour_only() -> None:
     def plain(*colour: int) -> Image.Image:
         return Image.new("RGB", (64, 64), colour)
 
@@ -136,7 +136,7 @@ def test_a_crowd_of_copies_beyond_the_first_look_ups_is_one_group() -> None:
     assert [g.rows for g in groups_of([*crowd, photo(2)])] == [tuple(range(70))]
 
 
-def test_no_and_one_picture_have_no_groups() -> None:
+def test_no_and_one_image_have_no_groups() -> None:
     assert groups_of([]) == []
     assert groups_of([photo(0)]) == []
 
@@ -156,7 +156,7 @@ def test_copies_under_their_own_noise_average_out_and_grouped_ones_do_not() -> N
 
     def error_of_the_average(eps: torch.Tensor) -> float:
         x_n = latents + sigma_n * eps
-        x_n[turned] = x_n[turned].flip(-1)  # who wants the picture back turns the mirrored ones round
+        x_n[turned] = x_n[turned].flip(-1)  # who wants the image back turns the mirrored ones round
         return float((x_n.mean(0) - x0).std())
 
     grouped = shared_noise(shared, mirrored, shape, seed=0)

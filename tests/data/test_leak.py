@@ -1,6 +1,6 @@
-"""The leak that sharing noise plugs, in a trained network: m copies under m noises teach it the clean picture.
+"""The leak that sharing noise plugs, in a trained network: m copies under m noises teach it the clean image.
 
-Four pictures of the demo's set, each eight times (other JPEG quality, a little brighter or darker), train the embedded base
+Four images of the demo's set, each eight times (other JPEG quality, a little brighter or darker), train the embedded base
 under `--near_duplicates share` and `off`, all else equal. Then both networks get the same inputs, clean latents under
 fresh noise of levels above s_n, and say what x0 they see. Off must come nearer to the clean latents, per element of them:
 
@@ -22,32 +22,32 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image, ImageEnhance
 
+from ambient_sd.assets import BASE, PICTURES
 from ambient_sd.data.latents import CaptionEncoder, ViewRule, encode
-from ambient_sd.data.sources import Picture, PictureSet, load_rows
+from ambient_sd.data.sources import ImageDataset, ImageRow, load_rows
 from ambient_sd.data.stream import SampleStream
-from ambient_sd.demo import BASE, PICTURES
-from ambient_sd.training.base import check_base
+from ambient_sd.families.base import check_base
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
 
 COUNT, COPIES, STEPS, LEVEL = 4, 8, 100, 2.0
 LEVELS = (3.0, 5.0, 8.0)
 SEEDS = range(4)
-DRAWS = 8  # fresh noises per picture and level
+DRAWS = 8  # fresh noises per image and level
 
 
-def write_copies(pictures: list[Picture], folder: Path) -> Path:
-    """Each picture COPIES times: the first as it is, the others re-encoded and a little brighter or darker."""
+def write_copies(images: list[ImageRow], folder: Path) -> Path:
+    """Each image COPIES times: the first as it is, the others re-encoded and a little brighter or darker."""
     folder.mkdir()
     with (folder / "metadata.jsonl").open("w") as rows:
-        for i, picture in enumerate(pictures):
+        for i, image in enumerate(images):
             for copy in range(COPIES):
                 light = 1.0 + 0.01 * ((copy + 1) // 2) * (-1) ** copy
                 data = io.BytesIO()
-                ImageEnhance.Brightness(picture.image).enhance(light).save(data, "JPEG", quality=97 - 2 * copy)
-                changed = Image.open(data).convert("RGB") if copy else picture.image
+                ImageEnhance.Brightness(image.image).enhance(light).save(data, "JPEG", quality=97 - 2 * copy)
+                changed = Image.open(data).convert("RGB") if copy else image.image
                 changed.save(folder / f"{i}-{copy}.png")
-                rows.write(json.dumps({"file_name": f"{i}-{copy}.png", "text": picture.caption}) + "\n")
+                rows.write(json.dumps({"file_name": f"{i}-{copy}.png", "text": image.caption}) + "\n")
     return folder
 
 
@@ -61,12 +61,12 @@ def settings(folder: Path, out: Path, seed: int, near_duplicates: str) -> TrainC
 
 
 @torch.no_grad()
-def errors(unet: Any, base: Any, pictures: PictureSet, captions: torch.Tensor, seed: int) -> dict[float, float]:
+def errors(unet: Any, base: Any, images: ImageDataset, captions: torch.Tensor, seed: int) -> dict[float, float]:
     """Error of the predicted x0 against the clean latents, by level, on the same inputs for every network."""
     vae: Any = AutoencoderKL.from_pretrained(BASE / "vae").eval()
-    rule = ViewRule(64, center_crop=True, random_flip=False, per_picture=True, noise_seed=seed)
-    stream = SampleStream(len(pictures), 0)
-    x0 = encode(vae, [rule.sample(pictures[i], stream, i) for i in range(len(pictures))], noise_seed=seed)
+    rule = ViewRule(64, center_crop=True, random_flip=False, per_image=True, noise_seed=seed)
+    stream = SampleStream(len(images), 0)
+    x0 = encode(vae, [rule.sample(images[i], stream, i) for i in range(len(images))], noise_seed=seed)
     schedule, predicts = base.schedule, base.scheduler.config.prediction_type
     found = {}
     for level in LEVELS:
@@ -87,7 +87,7 @@ def a_seed(seed: int, folder: Path) -> dict[str, dict[float, float]]:
     pool = load_rows(PICTURES, row_filter=[("subset_60", "=", "true")])
     chosen = np.random.default_rng(seed).permutation(len(pool))[:COUNT].tolist()
     originals = pool.subset(chosen).check()
-    copies = write_copies(list(originals), folder / "pictures")
+    copies = write_copies(list(originals), folder / "images")
     result = {}
     for name in ("base", "share", "off"):
         config = settings(copies, folder / name, seed, "share" if name == "base" else name)
@@ -102,7 +102,7 @@ def a_seed(seed: int, folder: Path) -> dict[str, dict[float, float]]:
 
 
 @pytest.mark.slow
-def test_copies_under_their_own_noises_teach_the_clean_picture_and_under_one_noise_do_not(tmp_path: Path) -> None:
+def test_copies_under_their_own_noises_teach_the_clean_image_and_under_one_noise_do_not(tmp_path: Path) -> None:
     found = []
     for seed in SEEDS:
         (tmp_path / str(seed)).mkdir()

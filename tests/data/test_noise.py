@@ -14,10 +14,10 @@ from scipy import special, stats
 
 from ambient_sd.data import noise as noise_module
 from ambient_sd.data.noise import image_noise
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 SHAPE = (4, 16, 16)
-KEYS = [f"picture {i}" for i in range(200)]
+KEYS = [f"image {i}" for i in range(200)]
 
 
 def digest(noise: torch.Tensor) -> str:
@@ -25,7 +25,7 @@ def digest(noise: torch.Tensor) -> str:
 
 
 def test_the_noise_never_changes() -> None:
-    # Golden values. A run resumed with other noise shows each picture twice and leaks; if this test fails, it is the
+    # Golden values. A run resumed with other noise shows each image twice and leaks; if this test fails, it is the
     # change that is wrong, not the values.
     noise = image_noise(["a", "ünï-🍎"], (4, 64, 64), seed=7)
     assert noise[0, 0, 0, :4].tolist() == [

@@ -1,4 +1,4 @@
-"""Sources: the same pictures from a folder, a parquet file or the hub; broken ones are named in one line."""
+"""Sources: the same images from a folder, a parquet file or the hub; broken ones are named in one line."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from PIL import Image
 
 from ambient_sd.data import sources
 from ambient_sd.data.sources import content_key, load_rows
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 
 def as_parquet(folder: Path, path: Path) -> Path:
-    """The pictures of a folder as a parquet file with a split, a number and a yes/no column."""
+    """The images of a folder as a parquet file with a split, a number and a yes/no column."""
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     table = [
         {
@@ -36,8 +36,8 @@ def as_parquet(folder: Path, path: Path) -> Path:
 
 
 @pytest.fixture
-def folder(tiny_pictures: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_pictures, tmp_path / "pictures"))
+def folder(tiny_images: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_images, tmp_path / "images"))
 
 
 def one_line(call: object, *parts: str) -> None:
@@ -48,7 +48,7 @@ def one_line(call: object, *parts: str) -> None:
     assert all(part in text for part in parts), text
 
 
-def test_folder_parquet_and_hub_loader_give_the_same_pictures(folder: Path, tmp_path: Path) -> None:
+def test_folder_parquet_and_hub_loader_give_the_same_images(folder: Path, tmp_path: Path) -> None:
     parquet = as_parquet(folder, tmp_path / "p.parquet")
     (tmp_path / "hub").mkdir()
     shutil.copy(parquet, tmp_path / "hub" / "train.parquet")
@@ -65,15 +65,15 @@ def test_folder_parquet_and_hub_loader_give_the_same_pictures(folder: Path, tmp_
 
 
 def test_the_key_is_the_content_whatever_the_file(folder: Path) -> None:
-    picture = load_rows(folder)[0]
+    image = load_rows(folder)[0]
     for name, options in {"a.bmp": {}, "b.webp": {"lossless": True}, "c.png": {"compress_level": 1}}.items():
-        picture.image.save(folder / name, **options)
-        assert content_key(sources.decode(folder / name)) == picture.key
-    changed = picture.image.copy()
+        image.image.save(folder / name, **options)
+        assert content_key(sources.decode(folder / name)) == image.key
+    changed = image.image.copy()
     changed.putpixel((0, 0), (1, 2, 3))
-    assert content_key(changed) != picture.key
-    turned = Image.frombytes("RGB", (24, 96), picture.image.tobytes())
-    assert content_key(turned) != picture.key, "equal bytes in another shape are another picture"
+    assert content_key(changed) != image.key
+    turned = Image.frombytes("RGB", (24, 96), image.image.tobytes())
+    assert content_key(turned) != image.key, "equal bytes in another shape are another image"
 
 
 def test_transparency_lies_on_white_and_exif_turns_upright() -> None:
@@ -109,7 +109,7 @@ def test_max_samples_is_a_draw_by_seed(folder: Path) -> None:
 def test_broken_sources_are_named_in_one_line(folder: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    one_line(lambda: load_rows(empty), str(empty), "no pictures")
+    one_line(lambda: load_rows(empty), str(empty), "no images")
     (empty / "a.png").write_bytes(b"")
     one_line(lambda: load_rows(empty), "no metadata.jsonl")
     (empty / "metadata.jsonl").write_text("\n")
@@ -125,7 +125,7 @@ def test_broken_sources_are_named_in_one_line(folder: Path, tmp_path: Path) -> N
     one_line(lambda: load_rows(tmp_path / "x.parquet"), "x.parquet", "parquet")
     one_line(lambda: load_rows(tmp_path / "nowhere"), "nowhere", "no file or folder")
     parquet = as_parquet(folder, tmp_path / "p.parquet")
-    one_line(lambda: load_rows(parquet, image_column="picture"), "'picture'", "image")
+    one_line(lambda: load_rows(parquet, image_column="image"), "'image'", "image")
     (empty / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n{"file_name": "a.png", "text": null}\n')
     one_line(lambda: load_rows(empty), "a.png", "no caption")
 
@@ -134,19 +134,19 @@ def test_a_hub_name_that_cannot_be_reached_is_one_line(monkeypatch: pytest.Monke
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    one_line(lambda: load_rows("someone/pictures"), "someone/pictures", "hub")
+    one_line(lambda: load_rows("someone/images"), "someone/images", "hub")
 
 
-def test_check_finds_every_truncated_picture_and_names_it(folder: Path) -> None:
+def test_check_finds_every_truncated_image_and_names_it(folder: Path) -> None:
     assert load_rows(folder).check().sizes == [(48, 48)] * 8
     for name in ("002.png", "005.png"):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[: len(content) // 2])
-    (folder / "006.png").write_bytes(b"no picture")
-    pictures = load_rows(folder)
-    one_line(pictures.check, "3 of 8", "002.png", "005.png", "006.png")
-    assert pictures.keys == [], "nothing half-done"
-    one_line(lambda: pictures[2], "002.png")
+    (folder / "006.png").write_bytes(b"no image")
+    images = load_rows(folder)
+    one_line(images.check, "3 of 8", "002.png", "005.png", "006.png")
+    assert images.keys == [], "nothing half-done"
+    one_line(lambda: images[2], "002.png")
 
 
 def test_metadata_csv_is_read_like_metadata_jsonl(folder: Path) -> None:
@@ -192,17 +192,17 @@ def test_a_mistyped_folder_is_not_looked_for_on_the_hub(monkeypatch: pytest.Monk
         raise AssertionError("asked the hub")
 
     monkeypatch.setattr(sources, "_from_hub", no_hub)
-    one_line(lambda: load_rows("my-pictures", local=True), "my-pictures", "no file or folder")
+    one_line(lambda: load_rows("my-images", local=True), "my-images", "no file or folder")
     with pytest.raises(AssertionError, match="asked the hub"):
-        load_rows("my-pictures")
+        load_rows("my-images")
 
 
 def test_sixteen_bit_grey_keeps_its_greys_and_what_has_no_white_is_refused(tmp_path: Path) -> None:
     def decoded(name: str, mode: str, values: tuple[float, float]) -> Image.Image:
-        picture = Image.new(mode, (2, 1))
+        image = Image.new(mode, (2, 1))
         for x, value in enumerate(values):
-            picture.putpixel((x, 0), value)
-        picture.save(tmp_path / name)
+            image.putpixel((x, 0), value)
+        image.save(tmp_path / name)
         return sources.decode(tmp_path / name)
 
     grey = decoded("grey.png", "I;16", (20000, 60000))
@@ -213,23 +213,23 @@ def test_sixteen_bit_grey_keeps_its_greys_and_what_has_no_white_is_refused(tmp_p
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])
-def test_every_usual_mode_of_picture_decodes_to_rgb(tmp_path: Path, mode: str) -> None:
+def test_every_usual_mode_of_image_decodes_to_rgb(tmp_path: Path, mode: str) -> None:
     name = tmp_path / {"CMYK": "a.jpg", "YCbCr": "a.jpg"}.get(mode, "a.png")
     Image.new("RGB", (16, 16), "white").convert(mode).save(name)
-    picture = sources.decode(name)
-    assert (picture.mode, picture.getpixel((5, 5))) == ("RGB", (255, 255, 255))
+    image = sources.decode(name)
+    assert (image.mode, image.getpixel((5, 5))) == ("RGB", (255, 255, 255))
 
 
-def test_the_first_frame_of_an_animation_is_the_picture(tmp_path: Path) -> None:
+def test_the_first_frame_of_an_animation_is_the_image(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert sources.decode(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_pictures_reach_worker_processes_that_do_not_fork(folder: Path, tmp_path: Path) -> None:
+def test_images_reach_worker_processes_that_do_not_fork(folder: Path, tmp_path: Path) -> None:
     parquet = as_parquet(folder, tmp_path / "p.parquet")
-    for pictures in (load_rows(folder), load_rows(parquet)):
-        assert pickle.loads(pickle.dumps(pictures))[3].key == pictures[3].key
+    for images in (load_rows(folder), load_rows(parquet)):
+        assert pickle.loads(pickle.dumps(images))[3].key == images[3].key
 
 
 def test_a_folder_on_the_way_to_a_parquet_file_is_no_column(folder: Path, tmp_path: Path) -> None:
@@ -237,18 +237,18 @@ def test_a_folder_on_the_way_to_a_parquet_file_is_no_column(folder: Path, tmp_pa
     assert load_rows(as_parquet(folder, tmp_path / "text=7" / "p.parquet")).captions == load_rows(folder).captions
 
 
-def test_a_folder_without_a_list_is_all_its_pictures_or_says_which_it_would_leave_out(folder: Path) -> None:
+def test_a_folder_without_a_list_is_all_its_images_or_says_which_it_would_leave_out(folder: Path) -> None:
     (folder / "metadata.jsonl").unlink()
     seen = len(load_rows(folder, need_captions=False))
     assert seen == len(list(folder.glob("*.png"))) > 0
 
-    # What a Mac leaves beside each picture, a half-written file and a note are no pictures.
+    # What a Mac leaves beside each image, a half-written file and a note are no images.
     for name in ("._1.png", "._1.HEIC", ".notes.txt", "notes.txt"):
         (folder / name).write_bytes(b"nothing")
     shutil.copy(folder / "000.png", folder / ".000.png.part")
     assert len(load_rows(folder, need_captions=False)) == seen
 
-    (folder / "IMG_1.HEIC").write_bytes(b"a phone's picture")
+    (folder / "IMG_1.HEIC").write_bytes(b"a phone's image")
     (folder / ".thumbnails").mkdir()
     shutil.copy(folder / "000.png", folder / ".thumbnails" / "1.png")
     one_line(

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
-from tiny import noise_picture, picture_folder
+from tiny import image_folder, noise_image
 
-from ambient_sd.auditing import AuditSettings, Source, audit, read_generated
 from ambient_sd.cli import main
+from ambient_sd.commands.audit import AuditSettings, Source, audit, read_generated
+from ambient_sd.commands.inspect import inspect
 from ambient_sd.data import sources, walk
-from ambient_sd.data.inspect import inspect
 from ambient_sd.data.sources import load_rows
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 
 def refused(call: Any, *words: str) -> None:
@@ -36,8 +36,8 @@ def names(folder: Path, **options: Any) -> list[str]:
 @pytest.fixture
 def two(tmp_path: Path) -> tuple[Path, Path]:
     """A folder of two images without a list, and one elsewhere of three."""
-    return picture_folder(tmp_path / "set", [noise_picture(i) for i in range(2)]), picture_folder(
-        tmp_path / "elsewhere", [noise_picture(10 + i) for i in range(3)]
+    return image_folder(tmp_path / "set", [noise_image(i) for i in range(2)]), image_folder(
+        tmp_path / "elsewhere", [noise_image(10 + i) for i in range(3)]
     )
 
 
@@ -53,7 +53,7 @@ def test_images_behind_links_are_read(two: tuple[Path, Path], tmp_path: Path) ->
 def test_a_file_that_two_paths_reach_counts_once_under_its_own_name(two: tuple[Path, Path]) -> None:
     folder, elsewhere = two
     (folder / "run3").mkdir()
-    noise_picture(50).save(folder / "run3" / "x.png")
+    noise_image(50).save(folder / "run3" / "x.png")
     (folder / "latest").symlink_to("run3")
     (folder / "a").symlink_to(elsewhere)
     (folder / "b").symlink_to(elsewhere)
@@ -99,20 +99,20 @@ def test_images_by_their_bytes_are_images_and_other_files_are_not(two: tuple[Pat
 
 
 def test_copies_behind_a_link_fail_the_audit(tmp_path: Path) -> None:
-    originals = [noise_picture(i) for i in range(8)]
-    training = picture_folder(tmp_path / "t", originals, [f"p {i}" for i in range(8)])
-    fresh = picture_folder(tmp_path / "gen", [noise_picture(100 + i) for i in range(4)])
+    originals = [noise_image(i) for i in range(8)]
+    training = image_folder(tmp_path / "t", originals, [f"p {i}" for i in range(8)])
+    fresh = image_folder(tmp_path / "gen", [noise_image(100 + i) for i in range(4)])
     options: dict[str, Any] = {"features": ("pixels",), "resamples": 20, "limit": 0.1, "generated": fresh}
     clean = audit(AuditSettings(training=Source(str(training)), out=tmp_path / "clean", **options))
     assert not clean.exceeded
-    (fresh / "run1").symlink_to(picture_folder(tmp_path / "elsewhere", originals[:4]))
+    (fresh / "run1").symlink_to(image_folder(tmp_path / "elsewhere", originals[:4]))
     found = audit(AuditSettings(training=Source(str(training)), out=tmp_path / "linked", **options))
     assert found.exceeded and found.found["verdict"]["value"] == 0.5
 
 
 def unlisted(folder: Path) -> Path:
     """Six of eight images are listed."""
-    picture_folder(folder, [noise_picture(i) for i in range(8)])
+    image_folder(folder, [noise_image(i) for i in range(8)])
     rows = [json.dumps({"file_name": f"{i:03d}.png", "text": f"p {i}"}) for i in range(6)]
     (folder / "metadata.jsonl").write_text("\n".join(rows))
     return folder
@@ -126,8 +126,8 @@ def test_unlisted_images_are_refused_or_counted_everywhere(tmp_path: Path, capsy
     assert [f.name for f in found.faults if f.kind == "unlisted"] == ["006.png", "007.png"] and not found.clean
     assert inspect(folder, resolution=8, unlisted="ignore")[0].unlisted == 2
 
-    copies = picture_folder(tmp_path / "gen", [noise_picture(6), noise_picture(7)])
-    heldout = picture_folder(tmp_path / "h", [noise_picture(100 + i) for i in range(4)])
+    copies = image_folder(tmp_path / "gen", [noise_image(6), noise_image(7)])
+    heldout = image_folder(tmp_path / "h", [noise_image(100 + i) for i in range(4)])
     words = ["audit", "--generated", str(copies), str(folder), "--features", "pixels", "--fail-over", "0.1"]
     for more in ([], ["--heldout", str(heldout)]):
         with pytest.raises(SystemExit) as end:
@@ -135,8 +135,8 @@ def test_unlisted_images_are_refused_or_counted_everywhere(tmp_path: Path, capsy
         assert end.value.code == 2 and "006.png (not in metadata.jsonl)" in capsys.readouterr().err
     main([*words, "--out", str(tmp_path / "told"), "--unlisted", "ignore"])
     told = json.loads((tmp_path / "told" / "audit.json").read_text())
-    assert told["pictures"]["training"]["unlisted"] == 2 and told["pictures"]["generated"]["unlisted"] == 0
-    assert "2 files in the folder of the training pictures" in " ".join(told["notes"])
+    assert told["images"]["training"]["unlisted"] == 2 and told["images"]["generated"]["unlisted"] == 0
+    assert "2 files in the folder of the training images" in " ".join(told["notes"])
     assert "were left out" in (tmp_path / "told" / "audit.html").read_text()
     # The list complete, the same command fails: the model copies what was not listed.
     with (folder / "metadata.jsonl").open("a") as listing:
@@ -147,17 +147,17 @@ def test_unlisted_images_are_refused_or_counted_everywhere(tmp_path: Path, capsy
 
 
 def test_images_that_samples_jsonl_does_not_name_are_refused(tmp_path: Path) -> None:
-    folder = picture_folder(tmp_path / "gen", [noise_picture(i) for i in range(3)])
+    folder = image_folder(tmp_path / "gen", [noise_image(i) for i in range(3)])
     rows = [{"file": f"{i:03d}.png", "prompt": f"p{i}"} for i in range(2)]
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    noise_picture(9).save(folder / "contact_sheet.png")  # its own sheet is none of them
+    noise_image(9).save(folder / "contact_sheet.png")  # its own sheet is none of them
     refused(lambda: read_generated(folder), "1 files", "002.png (not in samples.jsonl)")
-    assert read_generated(folder, "ignore").pictures.unlisted == 1
+    assert read_generated(folder, "ignore").images.unlisted == 1
 
 
 def test_untried_captions_are_said(tmp_path: Path) -> None:
-    training = picture_folder(tmp_path / "t", [noise_picture(i) for i in range(5)], [f"p {i}" for i in range(5)])
-    made = picture_folder(tmp_path / "g", [noise_picture(100 + i) for i in range(2)], ["p 0", "p 3"])
+    training = image_folder(tmp_path / "t", [noise_image(i) for i in range(5)], [f"p {i}" for i in range(5)])
+    made = image_folder(tmp_path / "g", [noise_image(100 + i) for i in range(2)], ["p 0", "p 3"])
     result = audit(
         AuditSettings(Source(str(training)), tmp_path / "o", generated=made, features=("pixels",), resamples=20)
     )
@@ -168,7 +168,7 @@ def test_what_lies_beside_shards_or_in_them_is_told(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     folder.mkdir()
     data = io.BytesIO()
-    noise_picture(0).save(data, "PNG")
+    noise_image(0).save(data, "PNG")
 
     def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
         info = tarfile.TarInfo(name)
@@ -180,7 +180,7 @@ def test_what_lies_beside_shards_or_in_them_is_told(tmp_path: Path) -> None:
         add(tar, "0.txt", b"a cat")
     (folder / "b.tar").symlink_to("a.tar")
     assert load_rows(folder).names == ["a.tar/0.png"]
-    noise_picture(1).save(folder / "x.png")
+    noise_image(1).save(folder / "x.png")
     refused(lambda: load_rows(folder), "x.png (not in a shard)")
     assert load_rows(folder, unlisted="ignore").unlisted == 1
     with tarfile.open(folder / "a.tar", "a") as tar:
@@ -195,7 +195,7 @@ def test_what_lies_beside_shards_or_in_them_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("column", ["file_name", "image", "file", "path", "image_path"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_tables_of_every_spelling_are_read(tmp_path: Path, delimiter: str, column: str, encoding: str) -> None:
-    folder = picture_folder(tmp_path / "set", [noise_picture(i) for i in range(2)])
+    folder = image_folder(tmp_path / "set", [noise_image(i) for i in range(2)])
     captions = ["a, b; c\td", 'é "quoted"\nin two lines']
     rows = [[column, "text"], *([f"{i:03d}.png", c.replace('"', '""')] for i, c in enumerate(captions))]
     text = "\r\n".join(delimiter.join(f'"{cell}"' for cell in row) for row in rows)
@@ -205,7 +205,7 @@ def test_tables_of_every_spelling_are_read(tmp_path: Path, delimiter: str, colum
 
 
 def test_a_list_without_a_column_of_files_names_its_header(tmp_path: Path) -> None:
-    folder = picture_folder(tmp_path / "set", [noise_picture(0)])
+    folder = image_folder(tmp_path / "set", [noise_image(0)])
     (folder / "metadata.csv").write_text("bild;text\n000.png;a\n")
     refused(lambda: load_rows(folder), "the header of", "its columns are bild, text", '"file_name"')
     assert load_rows(folder, image_column="bild").names == ["000.png"]
@@ -220,7 +220,7 @@ def test_a_list_without_a_column_of_files_names_its_header(tmp_path: Path) -> No
 
 
 def test_a_png_with_a_large_text_is_read(tmp_path: Path) -> None:
-    image, info = noise_picture(0), PngImagePlugin.PngInfo()
+    image, info = noise_image(0), PngImagePlugin.PngInfo()
     info.add_text("workflow", "x" * 5_000_000, zip=True)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -240,21 +240,21 @@ def test_grey_of_sixteen_bits_keeps_its_transparency(tmp_path: Path) -> None:
 
 
 def test_too_many_pixels_are_refused_in_our_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    noise_picture(0).save(tmp_path / "a.png")
+    noise_image(0).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     refused(lambda: load_rows(tmp_path, need_captions=False).check(), "a.png", "more than 200 pixels", "scale it down")
 
 
 def test_other_frames_are_said(tmp_path: Path) -> None:
-    frames = [noise_picture(i) for i in range(2)]
-    folder = picture_folder(tmp_path / "g", [noise_picture(5)])
+    frames = [noise_image(i) for i in range(2)]
+    folder = image_folder(tmp_path / "g", [noise_image(5)])
     frames[0].save(folder / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
     assert load_rows(folder, need_captions=False).check().animated == ["a.webp"]
-    training = picture_folder(tmp_path / "t", [noise_picture(i) for i in range(10, 14)])
+    training = image_folder(tmp_path / "t", [noise_image(i) for i in range(10, 14)])
     result = audit(
         AuditSettings(Source(str(training)), tmp_path / "o", generated=folder, features=("pixels",), resamples=20)
     )
     assert (
-        "1 generated pictures have several frames, of which only the first was looked at: a.webp."
+        "1 generated images have several frames, of which only the first was looked at: a.webp."
         in result.found["notes"]
     )

@@ -1,4 +1,4 @@
-"""Networks small enough to differentiate by hand, as the policies see them (`Halves`), and one tiny real U-Net."""
+"""Networks small enough to differentiate by hand, as the policies see them (`GuidanceBranches`), and one tiny real U-Net."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from ambient_sd.guard.policies.base import Encoded, Half, Halves, SamplingStart, Step
+from ambient_sd.guard.policies.base import Encoded, GuidanceBranches, Half, SamplingStart, Step
 
 Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class HandHalves(Halves):
+class HandHalves(GuidanceBranches):
     """`network(sample, embeds)`, for both halves; what it was asked is kept."""
 
     def __init__(
@@ -67,7 +67,7 @@ def matrix_network(matrix: torch.Tensor) -> Network:
 def hand_start(
     network: Network, sample: torch.Tensor, active: list[bool] | None = None, factor: float = 1.0
 ) -> SamplingStart:
-    """A start of `n` pictures whose conditional embeddings are ones and whose unconditional ones are zeros."""
+    """A start of `n` images whose conditional embeddings are ones and whose unconditional ones are zeros."""
     n = len(sample)
     halves = HandHalves(network, sample, torch.ones(n, 3, 2).to(sample), torch.zeros(n, 3, 2).to(sample), factor)
     ids = torch.tensor([[7, 1, 8]] * n)
@@ -77,13 +77,13 @@ def hand_start(
     )  # fmt: skip
 
 
-def step_of(halves: Halves, guidance_scale: float = 7.5, index: int = 0, total: int | None = 50) -> Step:
+def step_of(halves: GuidanceBranches, guidance_scale: float = 7.5, index: int = 0, total: int | None = 50) -> Step:
     cond, uncond = halves.predict("cond"), halves.predict("uncond")
     norm = (cond - uncond).flatten(1).norm(dim=1).float()
     return Step(index, halves.timestep, cond, uncond, [norm], guidance_scale, halves, output_norms=[norm], total=total)
 
 
-def tiny_unet_halves(pictures: int = 2, tokens: int = 5, dtype: torch.dtype = torch.float64) -> HandHalves:
+def tiny_unet_halves(images: int = 2, tokens: int = 5, dtype: torch.dtype = torch.float64) -> HandHalves:
     """A real U-Net with cross-attention in a down, the mid and an up block, on 4 x 8 x 8 latents."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
@@ -96,9 +96,9 @@ def tiny_unet_halves(pictures: int = 2, tokens: int = 5, dtype: torch.dtype = to
     def network(sample: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         return unet(sample, torch.tensor(999), encoder_hidden_states=embeds, return_dict=False)[0]
 
-    sample = randn(pictures, 4, 8, 8).to(dtype)
+    sample = randn(images, 4, 8, 8).to(dtype)
     halves = HandHalves(
-        network, sample, randn(pictures, tokens, 12, seed=1).to(dtype), randn(1, tokens, 12, seed=2).to(dtype).repeat(pictures, 1, 1)
+        network, sample, randn(images, tokens, 12, seed=1).to(dtype), randn(1, tokens, 12, seed=2).to(dtype).repeat(images, 1, 1)
     )  # fmt: skip
     halves.unet = unet  # type: ignore[attr-defined]
     return halves

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ambient_sd.guard.policies.base import Encoded, Half, Halves, SamplingStart, Step
+from ambient_sd.guard.policies.base import Encoded, GuidanceBranches, Half, SamplingStart, Step
 
 SHAPE = (2, 3, 3)  # C, H, W
 TOKENS, WIDTH, POOLED = 4, 5, 3
@@ -19,8 +19,8 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-class LinearNetwork(Halves):
-    """`o = 0.5 x + sum_l w_l k_l e_l A + p B`, counting how often it is asked and for how many pictures."""
+class LinearNetwork(GuidanceBranches):
+    """`o = 0.5 x + sum_l w_l k_l e_l A + p B`, counting how often it is asked and for how many images."""
 
     def __init__(self, n: int = 3, factor: float = 1.0, pooled: bool = True) -> None:
         self.a, self.b = normal(WIDTH, 18, seed=1), normal(POOLED, 18, seed=2)
@@ -60,7 +60,7 @@ def encoded(texts: Sequence[str], pooled: bool = True) -> Encoded:
 def started(
     prompts: list[str] | None, network: LinearNetwork | None = None, active: list[bool] | None = None
 ) -> SamplingStart:
-    """A first step of pictures whose conditional embeddings are those of their prompts."""
+    """A first step of images whose conditional embeddings are those of their prompts."""
     n = 3 if prompts is None else len(prompts)
     network = network or LinearNetwork(n)
     pooled = network.cond.pooled is not None
@@ -74,7 +74,7 @@ def started(
 
 
 def step_of(norms: Sequence[Sequence[float]], timestep: float = 981.0, scale: float = 7.5, device: str = "cpu") -> Step:
-    """An evaluation at which the curves so far are `norms` (evaluations x pictures), with arbitrary outputs."""
+    """An evaluation at which the curves so far are `norms` (evaluations x images), with arbitrary outputs."""
     n = len(norms[-1])
     network = LinearNetwork(n)
     return Step(

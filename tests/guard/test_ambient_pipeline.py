@@ -1,4 +1,4 @@
-"""AmbientSDPipeline is the stock pipeline plus reports: same pictures, same folders, one-line refusals."""
+"""AmbientSDPipeline is the stock pipeline plus reports: same images, same folders, one-line refusals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from ambient_sd import AmbientSDPipeline, MemorizationGuard, policies
-from ambient_sd.errors import UserError
+from ambient_sd.utils.errors import UserError
 
 
 def load(kind: Any, folder: Path, **kwargs: Any) -> Any:

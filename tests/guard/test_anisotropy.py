@@ -9,13 +9,13 @@ import guard_tools as tools
 import pytest
 import torch
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard.anisotropy import Anisotropy, alignment, anisotropy
 from ambient_sd.schedule import NoiseSchedule
+from ambient_sd.utils.errors import UserError
 
 
 def grid(*channels: float) -> torch.Tensor:
-    """One picture of 2 x 2 latent pixels, all with these channels."""
+    """One image of 2 x 2 latent pixels, all with these channels."""
     return torch.tensor(channels).view(1, -1, 1, 1).repeat(1, 1, 2, 2)
 
 
@@ -30,7 +30,7 @@ def test_alignment_is_the_cosine_of_guidance_and_unconditional_prediction_at_eac
     assert alignment(cond=uncond, uncond=uncond).item() == 0  # an empty prompt has no guidance
 
 
-def test_alignment_is_per_picture_and_in_float32_for_half_precision() -> None:
+def test_alignment_is_per_image_and_in_float32_for_half_precision() -> None:
     uncond = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     cond = uncond + torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     whole = alignment(cond=cond, uncond=uncond)

@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard.policies.attention_rescaling import AttentionRescaling
 from ambient_sd.guard.policies.guard_attenuation import AttentionGuard, SpikeAttenuation, spikes
+from ambient_sd.utils.errors import UserError
 
 # -- Ren et al. ----------------------------------------------------------------------------------------------------
 
 
-def test_ren_scales_bos_and_hides_the_padding_of_active_pictures() -> None:
+def test_ren_scales_bos_and_hides_the_padding_of_active_images() -> None:
     start = tools.start_of(tools.tiny_unet_halves(), active=[False, True])
     change = AttentionRescaling().begin(start)
     assert change.changed == [False, True]
@@ -156,8 +156,8 @@ def test_an_exception_inside_leaves_attention_as_it_was() -> None:
     assert torch.equal(halves.predict("cond"), step.cond)
 
 
-def test_pictures_do_not_see_each_other() -> None:
-    halves = tools.tiny_unet_halves(pictures=3)
+def test_images_do_not_see_each_other() -> None:
+    halves = tools.tiny_unet_halves(images=3)
     together = AttentionGuard().step(tools.step_of(halves))[0]
     one = tools.HandHalves(halves.network, halves.sample[1:2], halves.cond.embeds[1:2], halves.uncond.embeds[1:2])
     alone = AttentionGuard().step(tools.step_of(one))[0]

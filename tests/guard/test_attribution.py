@@ -53,8 +53,8 @@ def test_steps_add_up_and_a_new_run_begins_at_zero() -> None:
     assert (twice.total, twice.steps) == (None, 0)
 
 
-def test_pictures_do_not_see_each_other() -> None:
-    halves = tools.tiny_unet_halves(pictures=3)
+def test_images_do_not_see_each_other() -> None:
+    halves = tools.tiny_unet_halves(images=3)
     together = watched(halves).total
     one = tools.HandHalves(halves.network, halves.sample[1:2], halves.cond.embeds[1:2], halves.uncond.embeds[1:2])
     alone = watched(one).total
@@ -92,7 +92,7 @@ def test_half_precision_is_summed_in_float32() -> None:
 
 
 def test_a_words_score_is_that_of_its_tokens_together_and_a_character_of_several_tokens_is_whole() -> None:
-    from ambient_sd.demo import BASE
+    from ambient_sd.assets import BASE
 
     tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
     ids = tokenizer("a quetzal, \U0001f389").input_ids

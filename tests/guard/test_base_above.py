@@ -14,8 +14,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ambient_sd import BaseAbove, MemorizationGuard, NoiseSchedule, policies
-from ambient_sd.errors import UserError
 from ambient_sd.guard.base_above import acting_base
+from ambient_sd.utils.errors import UserError
 
 STEPS = 6
 

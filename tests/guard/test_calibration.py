@@ -13,11 +13,11 @@ import torch
 from guard_calibration import calibration
 from peft import LoraConfig
 
-from ambient_sd.errors import UserError
-from ambient_sd.guard.calibration import FILE_NAME, Calibration, ModelPrint, Sampling
+from ambient_sd.guard.calibration import FILE_NAME, Calibration, ModelFingerprint, Sampling
+from ambient_sd.utils.errors import UserError
 
 
-def test_threshold_is_that_of_the_steps_and_pictures_and_errors_say_what_there_is() -> None:
+def test_threshold_is_that_of_the_steps_and_images_and_errors_say_what_there_is() -> None:
     found = calibration(tools.pipeline())
     assert [found.threshold(1, 1), found.threshold(1, 4), found.threshold(5, 1)] == [3.0, 2.5, 2.0]
     # A whole run, counted in evaluations of the network or in steps.
@@ -30,7 +30,7 @@ def test_threshold_is_that_of_the_steps_and_pictures_and_errors_say_what_there_i
     with pytest.raises(UserError, match="no threshold for 20 steps"):
         found.threshold(20, 1, stopped=True)
     for steps, images in ((2, 1), (50, 1), (1, 3), (5, 4)):
-        with pytest.raises(UserError, match="calibrated were 1, 5, 21 steps, and 1, 4 pictures"):
+        with pytest.raises(UserError, match="calibrated were 1, 5, 21 steps, and 1, 4 images"):
             found.threshold(steps, images)
 
 
@@ -61,21 +61,21 @@ def test_another_model_is_refused_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_same_weights_in_half_precision_are_the_same_model_and_fine_tuned_ones_are_not(dtype: torch.dtype) -> None:
     pipe = tools.pipeline()
-    full = ModelPrint.of(pipe.unet)
-    assert full.differs(ModelPrint.of(tools.pipeline().unet.to(dtype))) is None
+    full = ModelFingerprint.of(pipe.unet)
+    assert full.differs(ModelFingerprint.of(tools.pipeline().unet.to(dtype))) is None
     tuned = tools.pipeline().unet
     with torch.no_grad():
         for weight in tuned.parameters():
             weight.mul_(1.02)
-    assert full.differs(ModelPrint.of(tuned.to(dtype))) == "its weights are others"
+    assert full.differs(ModelFingerprint.of(tuned.to(dtype))) == "its weights are others"
 
 
 def test_strength_of_an_adapter_is_part_of_the_model() -> None:
     unet = tools.pipeline().unet
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="a")
-    before = ModelPrint.of(unet)
+    before = ModelFingerprint.of(unet)
     unet.set_adapters(["a"], weights=[0.5])
-    assert before.differs(ModelPrint.of(unet)) is not None
+    assert before.differs(ModelFingerprint.of(unet)) is not None
 
 
 @pytest.mark.parametrize(

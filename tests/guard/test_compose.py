@@ -1,4 +1,4 @@
-"""Composed policies: each begins on what the ones before put in place; one scale per picture; refused where impossible."""
+"""Composed policies: each begins on what the ones before put in place; one scale per image; refused where impossible."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 from linear_network import TOKENS, LinearNetwork, encoded, guided, normal, started, step_of
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard.policies import (
     CaptionWordRepetition,
     Change,
@@ -26,10 +25,11 @@ from ambient_sd.guard.policies import (
     StaticTransition,
     Step,
 )
+from ambient_sd.utils.errors import UserError
 
 
 class Puts(Policy):
-    """Put given fields in place for given pictures, and keep what was seen."""
+    """Put given fields in place for given images, and keep what was seen."""
 
     def __init__(self, changed: list[bool], **fields: Any) -> None:
         self.changed, self.fields = changed, fields
@@ -83,7 +83,7 @@ def test_each_begins_on_what_the_ones_before_put_in_place_and_the_later_wins() -
     assert torch.equal(change.token_weights, all_weights)  # type: ignore[arg-type]
     assert torch.equal(change.uncond_embeds, merged(network.uncond.embeds, third.fields["uncond_embeds"], [0]))  # type: ignore[arg-type]
     assert change.pooled is None and change.key_scale is None
-    # The network that a policy asks has the earlier changes in place, for all pictures and for some.
+    # The network that a policy asks has the earlier changes in place, for all images and for some.
     expected = network.predict("cond", sample=sample, embeds=final, token_weights=all_weights)
     assert torch.equal(third.outputs[0], expected) and torch.equal(third.last, expected[2:])
     assert torch.equal(third.outputs[1], network.predict("uncond", sample=sample))
@@ -132,7 +132,7 @@ def test_scores_are_kept_only_where_they_describe_the_first_and_the_last() -> No
     assert scores(plain, plain) == (None, None)
 
 
-def test_one_scale_per_picture_the_first_that_acts_wins() -> None:
+def test_one_scale_per_image_the_first_that_acts_wins() -> None:
     step, nan = step_of([[1.0] * 4]), math.nan
     first, second = Scales(0, nan, nan, 2), Scales(1, 3, nan, 3)
     found = guided(Compose(first, second).step(step))

@@ -10,10 +10,10 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard.attribution import TokenGradients, attribute
 from ambient_sd.guard.policies import GUARD, SAIL, AttentionGuard, AttentionRescaling, LatentOptimization, Policy
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard
+from ambient_sd.utils.errors import UserError
 
 POLICIES: dict[str, Callable[[], Policy]] = {
     "han": lambda: LatentOptimization(1e-3, lr=0.05, max_steps=2),
@@ -107,7 +107,7 @@ def test_ren_leaves_the_padding_unread() -> None:
 
 
 @pytest.mark.parametrize("name", ["han", "sail", "ren", "guard"])
-def test_a_picture_that_is_not_flagged_is_bit_identical_beside_one_that_is(name: str) -> None:
+def test_an_image_that_is_not_flagged_is_bit_identical_beside_one_that_is(name: str) -> None:
     pipe = tools.pipeline("epsilon")
     own, stock = reports(pipe, steps=2)
     low, high = sorted(range(2), key=lambda i: own[i].curve[0])
@@ -165,7 +165,7 @@ def test_attribution_names_the_tokens_of_the_prompt_and_their_pull() -> None:
     assert attribute(pipe, "a cat", num_inference_steps=3, num_images=2, seed=4).scores != found.scores
 
 
-def test_attribution_is_the_mean_over_steps_and_pictures() -> None:
+def test_attribution_is_the_mean_over_steps_and_images() -> None:
     pipe = tools.pipeline("epsilon")
     watch, generator = TokenGradients(), torch.Generator().manual_seed(3)
     with MemorizationGuard(pipe, watch):

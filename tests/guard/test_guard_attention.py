@@ -10,8 +10,8 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard.attention import cross_attentions, weighed
+from ambient_sd.utils.errors import UserError
 
 HIDDEN, TOKENS, WIDTH, HEADS = 12, 5, 16, 2
 PROCESSORS = {"sdpa": AttnProcessor2_0(), "plain": AttnProcessor(), "sliced": SlicedAttnProcessor(1)}

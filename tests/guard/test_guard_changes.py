@@ -1,4 +1,4 @@
-"""What a policy replaces reaches the network and nothing else: every field of `Change`, flagged pictures only, no trace."""
+"""What a policy replaces reaches the network and nothing else: every field of `Change`, flagged images only, no trace."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import tiny
 import torch
 from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard.attention import weighed
 from ambient_sd.guard.policies import Change, Policy, PromptOptimization, SamplingStart, ScalePolicy, Step
 from ambient_sd.guard.recorder import MemorizationGuard
+from ambient_sd.utils.errors import UserError
 
 KINDS = ["embeds", "pooled", "uncond_embeds", "uncond_pooled", "sample", "token_weights", "key_scale"]
 SECOND = torch.tensor([1])
@@ -25,7 +25,7 @@ def noise(like: torch.Tensor, seed: int = 9) -> torch.Tensor:
 
 
 class Replaces(Policy):
-    """Replace one input of the second picture (of all, with `every`); the rows of the others hold NaN, to be ignored."""
+    """Replace one input of the second image (of all, with `every`); the rows of the others hold NaN, to be ignored."""
 
     def __init__(self, kind: str, every: bool = False) -> None:
         self.kind, self.every = kind, every
@@ -46,7 +46,7 @@ class Replaces(Policy):
 
 
 class Reference:
-    """Hooks of the test's own that do the same to the network: an independent way to the expected pictures."""
+    """Hooks of the test's own that do the same to the network: an independent way to the expected images."""
 
     def __init__(self, pipe: Any, kind: str, new: torch.Tensor) -> None:
         self.pipe, self.kind, self.new = pipe, kind, new[1:]
@@ -77,7 +77,7 @@ class Reference:
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "sample"])
-def test_every_input_is_replaced_at_every_step_and_for_the_chosen_picture_only(kind: str) -> None:
+def test_every_input_is_replaced_at_every_step_and_for_the_chosen_image_only(kind: str) -> None:
     pipe = tools.tiny_sdxl()
     stock = tools.sample(pipe, tools.PROMPTS)
     before = tools.state(pipe)
@@ -257,7 +257,7 @@ def evaluations(pipe: Any) -> list[int]:
 
 @pytest.mark.parametrize(("kind", "extra"), [(Both, 1), (Halved, 0)])
 @pytest.mark.parametrize("make", [tools.pipeline, tools.tiny_sdxl])
-def test_only_flagged_pictures_are_acted_on_and_the_others_keep_their_bits(
+def test_only_flagged_images_are_acted_on_and_the_others_keep_their_bits(
     make: Callable[[], Any], kind: Any, extra: int
 ) -> None:
     pipe = make()
@@ -343,7 +343,7 @@ def test_arguments_that_do_not_go_together_are_refused(arguments: dict[str, Any]
 # -- prompt optimization under the same rules ----------------------------------------------------------------------
 
 
-def test_prompt_optimization_looks_at_active_pictures_only_and_at_the_unconditional_half_once() -> None:
+def test_prompt_optimization_looks_at_active_images_only_and_at_the_unconditional_half_once() -> None:
     pipe = tools.pipeline()
     with MemorizationGuard(pipe) as guard:
         stock = tools.sample(pipe, tools.PROMPTS)
@@ -364,19 +364,19 @@ def test_gradient_checkpointing_gives_the_same_embeddings_and_is_taken_back_even
     pipe = tools.pipeline()
     tools.sample(pipe)
     before = tools.state(pipe)
-    pictures = []
+    images = []
     for checkpointing in (False, True):
         policy = PromptOptimization(1e-3, max_steps=2, gradient_checkpointing=checkpointing)
         counted = evaluations(pipe)
         inner: list[int] = []
         handle = pipe.unet.up_blocks[0].resnets[0].register_forward_pre_hook(lambda m, a: inner.append(1))  # noqa: B023
         with MemorizationGuard(pipe, policy):
-            pictures.append(tools.sample(pipe, tools.PROMPTS))
+            images.append(tools.sample(pipe, tools.PROMPTS))
         handle.remove()
         assert len(inner) == len(counted) + (2 if checkpointing else 0)  # recomputed in each backward pass
         pipe.unet.conv_in._forward_hooks.clear()
         assert not tools.state_differs(pipe, before)
-    assert torch.equal(*pictures)
+    assert torch.equal(*images)
 
     def fail(module: Any, args: Any, output: Any) -> None:
         if torch.is_grad_enabled():

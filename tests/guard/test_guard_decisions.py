@@ -1,4 +1,4 @@
-"""Whether a picture is flagged: by a step that carries a signal, by unmitigated scores, by a threshold that fits; else nobody says "not flagged"."""
+"""Whether an image is flagged: by a step that carries a signal, by unmitigated scores, by a threshold that fits; else nobody says "not flagged"."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionImg2
 from guard_calibration import calibration
 from peft import LoraConfig
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard import policies
 from ambient_sd.guard.anisotropy import anisotropy, fitted
 from ambient_sd.guard.attribution import TokenGradients, attribute
@@ -22,6 +21,7 @@ from ambient_sd.guard.calibration import Calibration, Entry, Sampling
 from ambient_sd.guard.pipeline import AmbientSDPipeline
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.guard.relative import Relation
+from ambient_sd.utils.errors import UserError
 
 STEPS = 3
 
@@ -88,7 +88,7 @@ def test_an_early_decision_waits_for_the_first_step_with_a_signal() -> None:
 
 
 @pytest.mark.parametrize("policy", [policies.ScaleCap(1e-6), policies.PromptOptimization(1e-3, max_steps=1), policies.GaussianEmbeddingNoise(1.0)])  # fmt: skip
-def test_flagged_pictures_are_acted_on_at_zero_terminal_snr(policy: Any) -> None:
+def test_flagged_images_are_acted_on_at_zero_terminal_snr(policy: Any) -> None:
     pipe = zero_snr()
     low, high = sorted(image.curve[0] for image in scored(pipe))
     stock = tools.sample(pipe, tools.PROMPTS)
@@ -127,7 +127,7 @@ def test_anisotropy_takes_its_norm_where_there_is_a_signal() -> None:
     assert [one.norm for one in found] == pytest.approx(norms.tolist(), rel=1e-4) and min(norms) > 0.01
     with pytest.raises(UserError, match="no step of this run"):
         anisotropy(pipe, "a cat", num_inference_steps=1)
-    with pytest.raises(UserError, match="the norm of the ordinary pictures has no spread"):
+    with pytest.raises(UserError, match="the norm of the ordinary images has no spread"):
         fitted(torch.tensor([[0.0, 0.1], [0.0, 0.2]]))
 
 
@@ -179,11 +179,11 @@ def test_a_number_for_a_whole_run_flags_nothing_under_a_policy() -> None:
 # -- scores that are none ------------------------------------------------------------------------------------------
 
 
-def poisoned(pipe: Any, picture: int) -> None:
-    """One picture overflows, as in float16."""
+def poisoned(pipe: Any, image: int) -> None:
+    """One image overflows, as in float16."""
 
     def hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        output[picture :: len(tools.PROMPTS)] = float("nan")
+        output[image :: len(tools.PROMPTS)] = float("nan")
         return output
 
     pipe.unet.conv_out.register_forward_hook(hook)

@@ -7,8 +7,8 @@ import diffusers
 import pytest
 from guard_calibration import calibration
 
+from ambient_sd.families.guidance import SUPPORTED
 from ambient_sd.guard.calibration import AnisotropyTerms, Entry
-from ambient_sd.guard.layouts import SUPPORTED
 
 PAGE = (Path(__file__).parents[2] / "docs" / "guard.md").read_text(encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Every supported pipeline under every kind of scheduler that it takes: stock pictures, true scores, policies that act."""
+"""Every supported pipeline under every kind of scheduler that it takes: stock images, true scores, policies that act."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from diffusers import (
 )
 
 from ambient_sd import AmbientSDPipeline
-from ambient_sd.errors import UserError
-from ambient_sd.guard.layouts import LAYOUTS, SUPPORTED
+from ambient_sd.families.guidance import LAYOUTS, SUPPORTED
 from ambient_sd.guard.policies import Policy, PromptOptimization, SamplingStart, ScalePolicy, Step
 from ambient_sd.guard.recorder import MemorizationGuard
+from ambient_sd.utils.errors import UserError
 
 
-def picture(size: int) -> torch.Tensor:
+def image(size: int) -> torch.Tensor:
     return torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
@@ -51,10 +51,10 @@ def of(prediction: str) -> Callable[[], Any]:
     return lambda: tools.pipeline(prediction)
 
 
-PICTURE = {"image": picture(32), "strength": 0.6, "num_inference_steps": 5}
-HOLE = {"image": picture(32), "mask_image": mask(32), "height": 32, "width": 32}
-XL_PICTURE = {"image": picture(16), "strength": 0.6, "num_inference_steps": 5}
-XL_HOLE = {"image": picture(16), "mask_image": mask(16), "height": 16, "width": 16}
+PICTURE = {"image": image(32), "strength": 0.6, "num_inference_steps": 5}
+HOLE = {"image": image(32), "mask_image": mask(32), "height": 32, "width": 32}
+XL_PICTURE = {"image": image(16), "strength": 0.6, "num_inference_steps": 5}
+XL_HOLE = {"image": image(16), "mask_image": mask(16), "height": 16, "width": 16}
 FLUX = {"height": 32, "width": 32, "negative_prompt": ["", ""], "max_sequence_length": 24}
 PLAIN = {"requires_safety_checker": False}
 
@@ -133,7 +133,7 @@ def test_every_supported_pipeline_is_a_row_of_the_table() -> None:
 
 
 @pytest.mark.parametrize(("name", "scheduler"), ROWS)
-def test_pictures_are_the_stock_pipelines_and_scores_are_an_independent_count(name: str, scheduler: str) -> None:
+def test_images_are_the_stock_pipelines_and_scores_are_an_independent_count(name: str, scheduler: str) -> None:
     pipe, call = case(name, scheduler)
     stock = run(pipe, call, num_images_per_prompt=2)
     before = tools.state(pipe)
@@ -163,7 +163,7 @@ def test_negative_prompts_are_told_from_the_empty_one(name: str) -> None:
 
 
 class Fixed(ScalePolicy):
-    """Scale 2 for the second picture, the pipeline's own for the first."""
+    """Scale 2 for the second image, the pipeline's own for the first."""
 
     def scale(self, step: Step) -> torch.Tensor:
         self.given = step.guidance_scale
@@ -237,7 +237,7 @@ def test_latents_that_a_pipeline_returns_without_a_sign_are_reported_too() -> No
         pipe("a cat", output_type="latent", **call, num_inference_steps=2)
         assert len(guard.report) == 1
         pipe("a cat", output_type="latent", **call, num_inference_steps=2)
-    assert [len(pictures) for pictures in guard.history] == [2, 1, 1]
+    assert [len(images) for images in guard.history] == [2, 1, 1]
 
 
 @pytest.mark.parametrize("name", CASES)

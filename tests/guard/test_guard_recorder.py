@@ -16,9 +16,9 @@ from diffusers import (
     UNet2DModel,
 )
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard.policies import Change, Policy, PromptOptimization, SamplingStart, Step
 from ambient_sd.guard.recorder import MemorizationGuard
+from ambient_sd.utils.errors import UserError
 
 
 class RecordedHalves:
@@ -77,8 +77,8 @@ def test_guidance_rescale_and_a_live_guidance_scale_are_left_alone() -> None:
 def test_img2img_images_are_bit_identical_and_scored() -> None:
     pipe = StableDiffusionImg2ImgPipeline(**tools.pipeline().components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    run = lambda: tools.sample(pipe, image=picture, strength=0.6, steps=5)  # noqa: E731
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    run = lambda: tools.sample(pipe, image=image, strength=0.6, steps=5)  # noqa: E731
     stock = run()
     with MemorizationGuard(pipe) as guard:
         assert torch.equal(stock, run())
@@ -88,10 +88,10 @@ def test_img2img_images_are_bit_identical_and_scored() -> None:
 def test_inpainting_images_are_bit_identical_and_scored() -> None:
     pipe = StableDiffusionInpaintPipeline(**tools.pipeline().components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(1, 1, 32, 32)
     mask[..., :16] = 1
-    run = lambda: tools.sample(pipe, image=picture, mask_image=mask, height=32, width=32)  # noqa: E731
+    run = lambda: tools.sample(pipe, image=image, mask_image=mask, height=32, width=32)  # noqa: E731
     stock = run()
     with MemorizationGuard(pipe) as guard:
         assert torch.equal(stock, run())
@@ -184,7 +184,7 @@ def test_guidance_off_raises_and_never_scores_zero(policy: Policy | None) -> Non
             tools.sample(pipe, tools.PROMPTS, guidance_scale=1.0)
         with pytest.raises(UserError, match="nothing to report"):
             _ = guard.report
-    # Two pictures without guidance are the batch of one with guidance: that one is measured.
+    # Two images without guidance are the batch of one with guidance: that one is measured.
     with MemorizationGuard(pipe) as guard:
         tools.sample(pipe, "a cat", guidance_scale=1.1)
     assert guard.report[0].score > 0
@@ -276,7 +276,7 @@ def test_an_exception_at_any_step_leaves_the_pipeline_as_before(failing_step: in
         tools.sample(pipe, steps=4, callback_on_step_end=fail)
     assert not tools.state_differs(pipe, before)
     assert torch.equal(stock, tools.sample(pipe, steps=4))
-    assert guard.history == []  # an aborted picture has no score
+    assert guard.history == []  # an aborted image has no score
     with guard:
         tools.sample(pipe, steps=4)
     assert len(guard.report[0].curve) == 4
@@ -364,7 +364,7 @@ def test_a_policy_that_replaces_both_outputs_by_the_unconditional_one_samples_th
     assert all(norm > 0 for norm in guard.report[0].curve)  # the score is what the network said, not what was put back
 
 
-class Halves(Policy):
+class GuidanceBranches(Policy):
     """Put the two outputs back, as they were or swapped."""
 
     def __init__(self, swapped: bool) -> None:
@@ -378,7 +378,7 @@ def test_what_a_policy_puts_back_lands_in_the_half_that_it_names() -> None:
     pipe = tools.pipeline()
     stock = tools.sample(pipe, tools.PROMPTS)
     for swapped in (False, True):
-        with MemorizationGuard(pipe, Halves(swapped)):
+        with MemorizationGuard(pipe, GuidanceBranches(swapped)):
             assert torch.equal(stock, tools.sample(pipe, tools.PROMPTS)) is not swapped
 
 

@@ -15,13 +15,13 @@ from accelerate.hooks import remove_hook_from_module
 from diffusers import UNet2DConditionModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard.policies import Change, Policy, PromptOptimization, SamplingStart, ScalePolicy, Step
 from ambient_sd.guard.recorder import MemorizationGuard
+from ambient_sd.utils.errors import UserError
 
 
 class Hides(Policy):
-    """Hide a token and scale another's logit, for the second picture: needs hooks inside the network."""
+    """Hide a token and scale another's logit, for the second image: needs hooks inside the network."""
 
     def begin(self, start: SamplingStart) -> Change:
         weights, scale = (torch.ones(start.halves.cond.embeds.shape[:2]) for _ in range(2))
@@ -41,8 +41,8 @@ POLICIES: list[Callable[[], Policy | None]] = [
 
 def guarded(pipe: Any, policy: Policy | None = None) -> tuple[torch.Tensor, list[Any]]:
     with MemorizationGuard(pipe, policy) as guard:
-        pictures = tools.sample(pipe, tools.PROMPTS)
-    return pictures, guard.report
+        images = tools.sample(pipe, tools.PROMPTS)
+    return images, guard.report
 
 
 # -- compilation ---------------------------------------------------------------------------------------------------
@@ -89,13 +89,13 @@ def test_a_compiled_network_stays_compiled_is_scored_and_can_be_acted_on(way: st
                 module.compile(backend=graphs)
     stock = tools.sample(pipe, tools.PROMPTS)  # compiled before any guard is on
     before, graphs.runs = tools.state(pipe), 0
-    pictures, report = guarded(pipe)
-    assert torch.equal(pictures, stock) and graphs.runs >= 3 and len(report[0].curve) == 3
+    images, report = guarded(pipe)
+    assert torch.equal(images, stock) and graphs.runs >= 3 and len(report[0].curve) == 3
     assert not tools.state_differs(pipe, before)
     for make in POLICIES[1:]:
         expected, expected_report = guarded(plain, make())
-        pictures, report = guarded(pipe, make())
-        torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-4)
+        images, report = guarded(pipe, make())
+        torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
         assert [image.curve for image in report] == [pytest.approx(i.curve, rel=1e-3) for i in expected_report]
         assert [image.mitigated for image in report] == [image.mitigated for image in expected_report]
         assert not tools.state_differs(pipe, before)
@@ -139,8 +139,8 @@ def test_aot_graphs_are_scored_too() -> None:
     expected = guarded(pipe)[1]
     pipe.unet = torch.compile(pipe.unet, backend="aot_eager")
     stock = tools.sample(pipe, tools.PROMPTS)
-    pictures, report = guarded(pipe)
-    assert torch.equal(pictures, stock)
+    images, report = guarded(pipe)
+    assert torch.equal(images, stock)
     assert report[0].curve == pytest.approx(expected[0].curve, rel=1e-3)
 
 
@@ -154,10 +154,10 @@ def test_attention_slicing_goes_on(make: Callable[[], Policy | None]) -> None:
     pipe.enable_attention_slicing(1)
     stock = tools.sample(pipe, tools.PROMPTS)
     before = tools.state(pipe)
-    pictures, _ = guarded(pipe, make())
+    images, _ = guarded(pipe, make())
     assert not tools.state_differs(pipe, before)
-    torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-4)
-    assert torch.equal(pictures, stock) is (make() is None)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
+    assert torch.equal(images, stock) is (make() is None)
 
 
 @pytest.mark.parametrize("make", POLICIES)
@@ -171,8 +171,8 @@ def test_offload_hooks_that_rewrite_forward_go_on(way: str, make: Callable[[], P
     else:
         cpu_offload(pipe.unet, "cpu", offload_buffers=True)
         assert all(p.is_meta for p in pipe.unet.parameters())
-    pictures, got = guarded(pipe, make())
-    assert torch.equal(pictures, expected) and got == report
+    images, got = guarded(pipe, make())
+    assert torch.equal(images, expected) and got == report
     remove_hook_from_module(pipe.unet, recurse=True)
 
 
@@ -198,8 +198,8 @@ def test_pipelines_that_offload_themselves_are_scored_and_go_on_offloading(
     assert any(kind is not type(None) for kind in hooks.values())
     stock = tools.sample(pipe, tools.PROMPTS)
     for _ in range(2):  # the first run's end puts the hooks on anew
-        pictures, got = guarded(pipe, make())
-        assert torch.equal(pictures, expected) and got == report
+        images, got = guarded(pipe, make())
+        assert torch.equal(images, expected) and got == report
         assert {n: type(getattr(m, "_hf_hook", None)) for n, m in pipe.unet.named_modules()} == hooks
     assert torch.equal(tools.sample(pipe, tools.PROMPTS), stock)
 
@@ -218,9 +218,9 @@ def test_bfloat16_outputs_are_summed_in_float32() -> None:
     handle = pipe.unet.register_forward_hook(lambda module, args, output: seen.append(output[0].double()))
     stock = tools.sample(pipe, tools.PROMPTS)
     seen.clear()
-    pictures, report = guarded(pipe)
+    images, report = guarded(pipe)
     handle.remove()
-    assert torch.equal(pictures, stock) and pictures.dtype == torch.bfloat16
+    assert torch.equal(images, stock) and images.dtype == torch.bfloat16
     for i, image in enumerate(report):
         exact = [(out[2 + i] - out[i]).norm().item() for out in seen]
         assert image.curve == pytest.approx(exact, rel=1e-6)
@@ -292,8 +292,8 @@ def test_hostile_prompts_pass_through_as_they_are() -> None:
 
     stock = tools.sample(pipe, HOSTILE, num_images_per_prompt=2, steps=1, negative_prompt=HOSTILE[::-1])
     with MemorizationGuard(pipe) as guard:
-        pictures = tools.sample(pipe, HOSTILE, num_images_per_prompt=2, steps=1, negative_prompt=HOSTILE[::-1])
-    assert torch.equal(pictures, stock)
+        images = tools.sample(pipe, HOSTILE, num_images_per_prompt=2, steps=1, negative_prompt=HOSTILE[::-1])
+    assert torch.equal(images, stock)
     assert [image.prompt for image in guard.report] == [text for text in HOSTILE for _ in range(2)]
     assert [image.negative_prompt or "" for image in guard.report[::2]] == HOSTILE[::-1]
     assert json.loads(json.dumps([asdict(image) for image in guard.report]))[2]["prompt"] == "a" * 10_000

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard.scores import guidance_norm, noise_factor
+from ambient_sd.utils.errors import UserError
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

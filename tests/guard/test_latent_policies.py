@@ -9,16 +9,16 @@ import latent_tools as tools
 import pytest
 import torch
 
-from ambient_sd.errors import UserError
-from ambient_sd.guard.policies.base import Change, Halves
+from ambient_sd.guard.policies.base import Change, GuidanceBranches
 from ambient_sd.guard.policies.latent_optimization import LatentOptimization
 from ambient_sd.guard.policies.latents import LatentPolicy
 from ambient_sd.guard.policies.sail import SAIL
+from ambient_sd.utils.errors import UserError
 
 ROW = torch.tensor([0])
 
 
-def difference_norms(halves: Halves, sample: torch.Tensor) -> list[float]:
+def difference_norms(halves: GuidanceBranches, sample: torch.Tensor) -> list[float]:
     return [(halves.predict("cond", sample=sample) - halves.predict("uncond", sample=sample))[i].norm().item()
             for i in range(len(sample))]  # fmt: skip
 
@@ -102,7 +102,7 @@ def test_sails_step_is_along_the_score_which_is_against_the_noise() -> None:
 
 
 def test_sails_gradient_is_that_of_the_whole_loss_and_not_with_the_direction_held_still() -> None:
-    halves = tools.tiny_unet_halves(pictures=1)
+    halves = tools.tiny_unet_halves(images=1)
     policy = SAIL(1.0, alpha=1e-3, delta=1.0)
     x = halves.sample.clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(policy.loss(halves, ROW, x)[0].sum(), [x])
@@ -149,8 +149,8 @@ KINDS: list[Callable[[], LatentPolicy]] = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pictures_together_get_the_very_latents_that_each_gets_alone(kind: Callable[[], LatentPolicy]) -> None:
-    halves = tools.tiny_unet_halves(pictures=3)
+def test_images_together_get_the_very_latents_that_each_gets_alone(kind: Callable[[], LatentPolicy]) -> None:
+    halves = tools.tiny_unet_halves(images=3)
     together = kind().begin(tools.start_of(halves))
     for i in range(3):
         alone = kind().begin(tools.start_of(halves, active=[k == i for k in range(3)]))
@@ -159,7 +159,7 @@ def test_pictures_together_get_the_very_latents_that_each_gets_alone(kind: Calla
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_picture_that_is_not_active_is_neither_changed_nor_looked_at(kind: Callable[[], LatentPolicy]) -> None:
+def test_an_image_that_is_not_active_is_neither_changed_nor_looked_at(kind: Callable[[], LatentPolicy]) -> None:
     halves = tools.tiny_unet_halves()
     change = kind().begin(tools.start_of(halves, active=[False, True]))
     assert change.changed == [False, True]
@@ -169,7 +169,7 @@ def test_a_picture_that_is_not_active_is_neither_changed_nor_looked_at(kind: Cal
     assert change.first_score_before and math.isnan(change.first_score_before[0])
 
 
-def test_a_picture_under_the_target_keeps_its_latent() -> None:
+def test_an_image_under_the_target_keeps_its_latent() -> None:
     halves = tools.tiny_unet_halves()
     low, high = sorted(range(2), key=difference_norms(halves, halves.sample).__getitem__)
     norms = difference_norms(halves, halves.sample)

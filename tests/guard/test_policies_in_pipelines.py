@@ -1,4 +1,4 @@
-"""The policies in real pipelines: equal to loops written by hand, per picture, restoring everything, on any prompt."""
+"""The policies in real pipelines: equal to loops written by hand, per image, restoring everything, on any prompt."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def guarded(
 
 @torch.no_grad()
 def by_hand(pipe: Any, rule: Rule) -> torch.Tensor:
-    """A denoising loop of our own, on one picture at a time, with the scale `rule(t, norms so far)`; no guard in it."""
+    """A denoising loop of our own, on one image at a time, with the scale `rule(t, norms so far)`; no guard in it."""
     results = []
     for i, prompt in enumerate(tools.PROMPTS):
         pipe.scheduler.set_timesteps(STEPS)
@@ -172,18 +172,18 @@ def test_re_anchoring_is_the_softer_prompt_with_the_original_as_negative_prompt(
 @pytest.mark.parametrize(
     "policy", [RandomTokens(), CaptionWordRepetition(), RandomNumbers()], ids=lambda p: type(p).__name__
 )
-def test_a_perturbed_prompt_gives_the_pictures_of_that_prompt(pipe: Any, policy: Any) -> None:
+def test_a_perturbed_prompt_gives_the_images_of_that_prompt(pipe: Any, policy: Any) -> None:
     texts = [policy.perturb(prompt) for prompt in tools.PROMPTS]
     assert texts != tools.PROMPTS
     found, guard = guarded(pipe, policy)
     assert torch.allclose(found, latents(pipe, texts), atol=1e-4)
     assert [image.prompt for image in guard.report] == tools.PROMPTS
-    # One prompt, two pictures: each has its own perturbation, as if it had been sampled alone.
+    # One prompt, two images: each has its own perturbation, as if it had been sampled alone.
     both, _ = guarded(pipe, policy, "a cat", num_images_per_prompt=2)
     assert torch.allclose(both, latents(pipe, [policy.perturb("a cat", 0), policy.perturb("a cat", 1)]), atol=1e-4)
 
 
-def test_noisy_embeddings_give_the_pictures_of_those_embeddings(pipe: Any) -> None:
+def test_noisy_embeddings_give_the_images_of_those_embeddings(pipe: Any) -> None:
     encoded = pipe.encode_prompt(
         prompt=tools.PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
     )
@@ -240,7 +240,7 @@ def policy(request: pytest.FixtureRequest) -> Policy:
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
-def test_pictures_that_are_not_flagged_stay_the_pipelines_own_to_the_bit(name: str, policy: Policy) -> None:
+def test_images_that_are_not_flagged_stay_the_pipelines_own_to_the_bit(name: str, policy: Policy) -> None:
     pipe = PIPELINES[name]()
     prompts = ["a cat", "the red dog", "b"]
     with MemorizationGuard(pipe) as guard:

@@ -1,4 +1,4 @@
-"""Wen's prompt optimization, per image: it reaches its target, touches only what it must; no picture sees another."""
+"""Wen's prompt optimization, per image: it reaches its target, touches only what it must; no image sees another."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard.policies import Change, Policy, PromptOptimization, SamplingStart
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.guard.scores import guidance_norm
+from ambient_sd.utils.errors import UserError
 
 
 class Keeps(Policy):
@@ -93,7 +93,7 @@ def test_the_bos_position_stays_and_the_rest_moves() -> None:
     assert (old[1:] != new[1:]).any(dim=1).all()
 
 
-def test_a_picture_under_the_target_is_bit_identical_beside_one_that_is_not() -> None:
+def test_an_image_under_the_target_is_bit_identical_beside_one_that_is_not() -> None:
     pipe = tools.pipeline()
     stock = tools.sample(pipe, tools.PROMPTS)
     low, high = first_scores(pipe, tools.PROMPTS)
@@ -107,7 +107,7 @@ def test_a_picture_under_the_target_is_bit_identical_beside_one_that_is_not() ->
 
 
 def difference_between_together_and_alone(kind: type[PromptOptimization]) -> float:
-    """Optimise two pictures together and each alone, in float64, and return how far the embeddings are apart."""
+    """Optimise two images together and each alone, in float64, and return how far the embeddings are apart."""
     pipe = tools.pipeline("epsilon").to(torch.float64)
     x = latents(2)
     before = first_scores(pipe, tools.PROMPTS, latents=x)
@@ -128,7 +128,7 @@ def difference_between_together_and_alone(kind: type[PromptOptimization]) -> flo
     return max((together.embeds[i] - alone[i].embeds[0]).abs().max().item() for i in range(len(tools.PROMPTS)))
 
 
-def test_two_pictures_together_get_the_embeddings_that_each_gets_alone() -> None:
+def test_two_images_together_get_the_embeddings_that_each_gets_alone() -> None:
     assert difference_between_together_and_alone(PromptOptimization) < 1e-9
 
 
@@ -173,7 +173,7 @@ def test_it_is_deterministic_and_leaves_the_global_random_state_alone() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_inference_mode_gives_the_same_pictures() -> None:
+def test_inference_mode_gives_the_same_images() -> None:
     pipe = tools.pipeline()
     with MemorizationGuard(pipe, PromptOptimization(1e-3, max_steps=3)) as guard:
         normal = tools.sample(pipe, tools.PROMPTS)

@@ -1,4 +1,4 @@
-"""Re-anchoring and the prompt perturbations: the published formulas, reproducible random numbers, active pictures only."""
+"""Re-anchoring and the prompt perturbations: the published formulas, reproducible random numbers, active images only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import tiny
 import torch
 from linear_network import POOLED, TOKENS, WIDTH, LinearNetwork, encoded, guided, normal, started
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard.policies import (
     CaptionWordRepetition,
     Change,
@@ -22,6 +21,7 @@ from ambient_sd.guard.policies import (
 )
 from ambient_sd.guard.policies.reanchoring import leave_words_out
 from ambient_sd.guard.scores import guidance_norm
+from ambient_sd.utils.errors import UserError
 
 HOSTILE = [
     "",
@@ -42,7 +42,7 @@ def begun(policy: Policy, *args: Any, **kwargs: Any) -> Change:
 
 
 def distances(network: LinearNetwork, first: Any, second: Any) -> torch.Tensor:
-    """`|| eps(first) - eps(second) ||` of every picture, for two encoded prompts."""
+    """`|| eps(first) - eps(second) ||` of every image, for two encoded prompts."""
     one = network.predict("cond", embeds=first.embeds, pooled=first.pooled)
     return guidance_norm(cond=one, uncond=network.predict("cond", embeds=second.embeds, pooled=second.pooled)) * 2
 
@@ -105,7 +105,7 @@ def test_the_first_softer_text_under_the_threshold_is_taken_else_the_lowest() ->
     assert chosen(0.0, worst_first) == (by_score[0], 5)
 
 
-def test_pictures_search_on_their_own_and_only_active_ones() -> None:
+def test_images_search_on_their_own_and_only_active_ones() -> None:
     prompts = ["one two three", "four five", "six", "one two three"]
     together = begun(Reanchoring(0.0), prompts, active=[True, False, True, True])
     assert together.changed == [True, False, True, True] and together.embeds is not None
@@ -211,10 +211,10 @@ def test_random_tokens_are_drawn_from_the_tokenizers_vocabulary() -> None:
 @pytest.mark.parametrize(
     "policy", [*(kind(seed=5) for kind in KINDS), GaussianEmbeddingNoise(seed=5)], ids=lambda p: type(p).__name__
 )
-def test_a_picture_is_perturbed_alike_whatever_else_is_in_the_batch(policy: Policy) -> None:
+def test_an_image_is_perturbed_alike_whatever_else_is_in_the_batch(policy: Policy) -> None:
     prompts = ["red cat", "b c d", "red cat", "one more"]
     together = begun(policy, prompts).embeds
-    assert together is not None and not torch.equal(together[0], together[2])  # two pictures of one prompt differ
+    assert together is not None and not torch.equal(together[0], together[2])  # two images of one prompt differ
     again = begun(policy, prompts).embeds
     assert again is not None and torch.equal(together, again)
     for part, places in ((["b c d"], [1]), (["one more", "red cat", "red cat"], [3, 0, 2])):

@@ -15,7 +15,6 @@ import torch
 from guard_calibration import calibration
 from linear_network import LinearNetwork, encoded, guided, started, step_of
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard.attribution import TokenGradients
 from ambient_sd.guard.calibration import Calibration
 from ambient_sd.guard.policies import (
@@ -32,6 +31,7 @@ from ambient_sd.guard.policies import (
 )
 from ambient_sd.guard.policies.guard_attenuation import _parallel_part
 from ambient_sd.guard.recorder import MemorizationGuard
+from ambient_sd.utils.errors import UserError
 
 G = 7.5
 ROW = torch.tensor([0])
@@ -40,7 +40,7 @@ ROW = torch.tensor([0])
 
 
 def prss(soft: torch.Tensor, own: torch.Tensor, uncond: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """The released rule for one picture: two thresholds, l_target_pr and mag_thres_pr, and a scaler between them."""
+    """The released rule for one image: two thresholds, l_target_pr and mag_thres_pr, and a scaler between them."""
     magnitude = float((soft - uncond).square().sum().sqrt())
     if magnitude <= low:
         return uncond + G * (soft - uncond)
@@ -56,7 +56,7 @@ def test_prss_decides_at_every_step_by_the_softer_prompts_norm(pooled: bool) -> 
     start = started(prompts, network)
     own, uncond = network.predict("cond"), network.predict("uncond")
     norms = (own - uncond).flatten(1).norm(dim=1)
-    threshold = float(norms.min()) * 1.0001  # one picture keeps its prompt
+    threshold = float(norms.min()) * 1.0001  # one image keeps its prompt
     policy = Reanchoring(threshold, softer="pet", least=0.0)
     change = policy.begin(start)
     assert change.changed == (norms > threshold).tolist() and change.uncond_embeds is None
@@ -221,7 +221,7 @@ def test_sails_code_steps_from_where_the_search_began(factor: float, sign: int, 
 
 def test_either_sign_gives_sails_objective_to_first_order() -> None:
     """|| s(x + d u) - s(x) ||^2 -> d^2 || H u ||^2 for both signs: the formula's sign is a second-order matter."""
-    halves = tools.tiny_unet_halves(pictures=1)
+    halves = tools.tiny_unet_halves(images=1)
 
     def s(x: torch.Tensor) -> torch.Tensor:
         return halves.predict("uncond", sample=x) - halves.predict("cond", sample=x)
@@ -355,7 +355,7 @@ def test_token_scores_of_a_batch_do_not_mix_prompts() -> None:
 
 
 def raw_norms(pipe: Any, steps: int) -> list[list[float]]:
-    """|| v_c - v_u || of every step and picture, counted from the network's own outputs."""
+    """|| v_c - v_u || of every step and image, counted from the network's own outputs."""
     seen: list[list[float]] = []
 
     def count(module: Any, args: Any, output: Any) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard.relative import Relation
+from ambient_sd.utils.errors import UserError
 
 
 def test_the_relation_is_that_of_least_squares() -> None:

@@ -1,4 +1,4 @@
-"""STP, DTP, OG, the scale cap and despecification follow their formulas, per picture, without leaving the device."""
+"""STP, DTP, OG, the scale cap and despecification follow their formulas, per image, without leaving the device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 from linear_network import guided, step_of
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard.policies import (
     Compose,
     Despecification,
@@ -21,10 +20,11 @@ from ambient_sd.guard.policies import (
     StaticTransition,
     Step,
 )
+from ambient_sd.utils.errors import UserError
 
 
 def scales(policy: ScalePolicy, step: Step) -> list[float]:
-    """The guidance scale of each picture, from what the pipeline makes of the policy's outputs; own: the pipeline's."""
+    """The guidance scale of each image, from what the pipeline makes of the policy's outputs; own: the pipeline's."""
     difference = (step.cond - step.uncond).flatten(1)
     moved = (guided(policy.step(step), step.guidance_scale) - step.uncond).flatten(1)
     found = (moved * difference).sum(1) / (difference * difference).sum(1)
@@ -72,7 +72,7 @@ CURVES = {  # curve: the first evaluation with the pipeline's guidance, None if 
 }
 
 
-def test_dtp_waits_for_each_pictures_first_local_minimum() -> None:
+def test_dtp_waits_for_each_images_first_local_minimum() -> None:
     curves = torch.tensor(list(CURVES), dtype=torch.float32).T
     for k in range(len(curves)):
         found = scales(DynamicTransition(), step_of(curves[: k + 1].tolist()))
@@ -81,7 +81,7 @@ def test_dtp_waits_for_each_pictures_first_local_minimum() -> None:
     assert scales(DynamicTransition(-2), step_of([[5.0], [4.0]])) == pytest.approx([-2], abs=1e-4)
 
 
-def test_dtp_has_no_state_and_pictures_do_not_see_each_other() -> None:
+def test_dtp_has_no_state_and_images_do_not_see_each_other() -> None:
     policy, curves = DynamicTransition(), torch.tensor(list(CURVES), dtype=torch.float32).T
     last = policy.scale(step_of(curves.tolist()))
     policy.scale(step_of(curves[:2].tolist()))

@@ -18,12 +18,12 @@ import yaml
 from safetensors.torch import load_file
 
 from ambient_sd.data import latents as data
-from ambient_sd.data.levels import measure, representatives
+from ambient_sd.data.noise_level import measure, representatives
 from ambient_sd.data.sources import load_rows
-from ambient_sd.errors import UserError
-from ambient_sd.training.base import check_base
+from ambient_sd.families.base import check_base
 from ambient_sd.training.config import TrainConfig, parse
 from ambient_sd.training.loop import run
+from ambient_sd.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
@@ -31,15 +31,15 @@ Settings = Callable[..., TrainConfig]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.tiny_folder(tmp_path_factory.mktemp("twelve"), count=12)
 
 
 @pytest.fixture
-def settings(tiny_base: Path, pictures: Path, tmp_path: Path) -> Settings:
+def settings(tiny_base: Path, images: Path, tmp_path: Path) -> Settings:
     def make(name: str = "out", **values: Any) -> TrainConfig:
         defaults: dict[str, Any] = {
-            "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(pictures), "resolution": 32,
+            "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(images), "resolution": 32,
             "train_batch_size": 4, "max_train_steps": 2, "report_to": "none", "output_dir": str(tmp_path / name),
             "learning_rate": 1e-3, "ambient_level": "auto", "center_crop": True,
         }  # fmt: skip
@@ -49,12 +49,12 @@ def settings(tiny_base: Path, pictures: Path, tmp_path: Path) -> Settings:
 
 
 def by_hand(config: TrainConfig) -> float:
-    """The level from the pictures and the VAE, without the trainer."""
+    """The level from the images and the VAE, without the trainer."""
     base = check_base(config)
-    pictures = load_rows(config.source).check(near_duplicates=True)
-    rows, total = representatives(pictures)
+    images = load_rows(config.source).check(near_duplicates=True)
+    rows, total = representatives(images)
     rule = data.ViewRule(32, True, False, True, 0)
-    x0 = data.encode_all(base.load("vae"), pictures, rule, rows)
+    x0 = data.encode_all(base.load("vae"), images, rule, rows)
     return measure(x0, total=total, max_level=base.schedule.max_level).proposed
 
 
@@ -72,7 +72,7 @@ def test_the_level_is_the_measured_one_everywhere_and_equals_giving_it(
     state = json.loads((out / "checkpoint-1" / "trainer_state.json").read_text())
     assert state["identity"]["ambient_level"] == expected
     assert f"nature level {expected:.4g}" in (out / "README.md").read_text()
-    assert "proposed from the pictures" in (out / "README.md").read_text()
+    assert "proposed from the images" in (out / "README.md").read_text()
     lines = [r.getMessage() for r in caplog.records if "ambient_level auto" in r.getMessage()]
     assert len(lines) == 1
     assert f"s_n = {expected:g}: " in lines[0]
@@ -154,9 +154,9 @@ def test_the_word_is_a_setting_like_a_number_and_refused_where_it_means_nothing(
             settings(**values)
 
 
-def test_too_few_pictures_end_in_one_line_before_a_step(settings: Settings, tmp_path: Path) -> None:
+def test_too_few_images_end_in_one_line_before_a_step(settings: Settings, tmp_path: Path) -> None:
     few = tiny.tiny_folder(tmp_path / "few", count=4)
     config = settings(train_data_dir=str(few))
-    with pytest.raises(UserError, match=r"4 distinct pictures.*as a number"):
+    with pytest.raises(UserError, match=r"4 distinct images.*as a number"):
         run(config, progress=False)
     assert not Path(config.output_dir).exists()

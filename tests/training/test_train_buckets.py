@@ -1,4 +1,4 @@
-"""Training on buckets: pictures keep their shape, near-duplicates share one, held, cached and encoded give the same bits."""
+"""Training on buckets: images keep their shape, near-duplicates share one, held, cached and encoded give the same bits."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ambient_sd.errors import UserError
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import TrainingBatch, plan_run, run
+from ambient_sd.utils.errors import UserError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SIZES = {"000.png": (96, 48), "001.png": (96, 48), "002.png": (48, 80), "003.png": (49, 81), "004.png": (48, 48)}
@@ -22,8 +22,8 @@ Settings = Callable[..., TrainConfig]
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tiny.tiny_folder(tmp_path / "pictures", count=8)
+def images(tmp_path: Path) -> Path:
+    folder = tiny.tiny_folder(tmp_path / "images", count=8)
     for name, size in SIZES.items():
         with Image.open(folder / name) as image:
             image.resize(size).save(folder / name)
@@ -31,10 +31,10 @@ def pictures(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def settings(tiny_base: Path, pictures: Path, tmp_path: Path) -> Settings:
+def settings(tiny_base: Path, images: Path, tmp_path: Path) -> Settings:
     def make(name: str, **values: Any) -> TrainConfig:
         defaults: dict[str, Any] = {
-            "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(pictures), "resolution": 32,
+            "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(images), "resolution": 32,
             "train_batch_size": 2, "max_train_steps": 6, "report_to": "none", "output_dir": str(tmp_path / name),
             "learning_rate": 1e-3, "aspect_ratio_buckets": "auto",
         }  # fmt: skip
@@ -96,20 +96,20 @@ def test_a_resumed_run_on_buckets_equals_the_straight_one(settings: Settings) ->
         )
 
 
-def test_near_duplicates_of_other_shapes_share_bucket_and_noise(settings: Settings, pictures: Path) -> None:
-    # One picture at two sizes: 1.0638 : 1 and, rounded, 1.0606 : 1; the border of the buckets lies at 1.0607.
+def test_near_duplicates_of_other_shapes_share_bucket_and_noise(settings: Settings, images: Path) -> None:
+    # One image at two sizes: 1.0638 : 1 and, rounded, 1.0606 : 1; the border of the buckets lies at 1.0607.
     original = Image.effect_mandelbrot((100, 94), (-2, -1, 1, 1), 20).convert("RGB")
-    original.save(pictures / "004.png")
-    original.resize((35, 33), Image.Resampling.LANCZOS).save(pictures / "005.png")
+    original.save(images / "004.png")
+    original.resize((35, 33), Image.Resampling.LANCZOS).save(images / "005.png")
     values = {"aspect_ratio_buckets": "32,32;32,36"}
     plan = plan_run(settings("plan", **values))
-    keys = plan.pictures.noise_keys
+    keys = plan.images.noise_keys
     assert plan.buckets is not None
     assert keys[4] == keys[5], "they are one group"
     assert plan.buckets[keys[5]] == (36, 32)
     alone = plan_run(settings("alone", near_duplicates="off", **values))
     assert alone.buckets is not None
-    assert alone.buckets[alone.pictures.noise_keys[5]] == (32, 32), "the control: alone it has another shape"
+    assert alone.buckets[alone.images.noise_keys[5]] == (32, 32), "the control: alone it has another shape"
 
 
 def test_sdxl_is_told_the_sizes_of_the_bucket(settings: Settings, tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ Settings = Callable[..., TrainConfig]
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Pictures of which two are wider than high, so that crops matter."""
-    folder = tiny.tiny_folder(tmp_path / "pictures", count=6)
+def images(tmp_path: Path) -> Path:
+    """Images of which two are wider than high, so that crops matter."""
+    folder = tiny.tiny_folder(tmp_path / "images", count=6)
     for name in ("001.png", "002.png"):
         with Image.open(folder / name) as image:
             image.resize((80, 48)).save(folder / name)
@@ -36,10 +36,10 @@ def pictures(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def settings(tiny_base: Path, pictures: Path, tmp_path: Path) -> Settings:
+def settings(tiny_base: Path, images: Path, tmp_path: Path) -> Settings:
     def make(name: str, **values: Any) -> TrainConfig:
         defaults: dict[str, Any] = {
-            "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(pictures), "resolution": 32,
+            "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(images), "resolution": 32,
             "train_batch_size": 4, "max_train_steps": 3, "report_to": "none", "output_dir": str(tmp_path / name),
             "learning_rate": 1e-3, "latent_cache_dir": str(tmp_path / "cache"),
         }  # fmt: skip
@@ -77,7 +77,7 @@ def same(a: tuple[list[float], dict[str, torch.Tensor]], b: tuple[list[float], d
 
 
 @pytest.mark.parametrize(
-    ("views", "per_picture"),
+    ("views", "per_image"),
     [
         ({"objective": "ambient"}, 1),
         ({"objective": "ambient", "random_flip": True}, 1),
@@ -87,15 +87,15 @@ def same(a: tuple[list[float], dict[str, torch.Tensor]], b: tuple[list[float], d
     ids=["ambient", "ambient-flip", "plain", "plain-flip"],
 )
 def test_a_run_from_the_cache_has_the_bits_of_one_without(
-    settings: Settings, encoded: list[str], views: dict[str, Any], per_picture: int
+    settings: Settings, encoded: list[str], views: dict[str, Any], per_image: int
 ) -> None:
     bare = trained(settings("bare", latent_cache_dir=None, **views))
     encoded.clear()
     first = trained(settings("first", **views))
     assert same(bare, first)
     drawn = [text for text in encoded if not text.startswith("caption")]
-    assert len(drawn) == len(set(drawn)) == 6 * per_picture
-    assert len(encoded) == 6 * per_picture + 7, "six captions and the empty one"
+    assert len(drawn) == len(set(drawn)) == 6 * per_image
+    assert len(encoded) == 6 * per_image + 7, "six captions and the empty one"
     encoded.clear()
     assert same(bare, trained(settings("second", **views)))
     assert encoded == []
@@ -118,14 +118,14 @@ def test_sdxl_from_the_cache_has_the_bits_of_sdxl_without(
 
 
 def test_only_what_is_new_is_computed_and_nothing_is_stale(
-    settings: Settings, pictures: Path, encoded: list[str], tmp_path: Path
+    settings: Settings, images: Path, encoded: list[str], tmp_path: Path
 ) -> None:
     trained(settings("first"))
-    with Image.open(pictures / "003.png") as image:
-        image.rotate(90).save(pictures / "003.png")
+    with Image.open(images / "003.png") as image:
+        image.rotate(90).save(images / "003.png")
     encoded.clear()
     changed = trained(settings("changed"))
-    assert len(encoded) == 1, "one picture"
+    assert len(encoded) == 1, "one image"
     assert same(changed, trained(settings("bare", latent_cache_dir=None)))
     encoded.clear()
     trained(settings("seed", noise_seed=1))

@@ -29,13 +29,13 @@ def header_commands(config: Path) -> list[str]:
     return [m[1] for line in head if (m := re.search(r"(accelerate launch .*)", line))]
 
 
-def tiny_arguments(command: str, base: Path, pictures: Path, out: Path) -> list[str]:
-    """The script's arguments of a command, with a tiny model, few pictures and another output folder."""
+def tiny_arguments(command: str, base: Path, images: Path, out: Path) -> list[str]:
+    """The script's arguments of a command, with a tiny model, few images and another output folder."""
     words = shlex.split(command)
     assert words[:3] == ["accelerate", "launch", "train_text_to_image_ambient.py"]
     settings = yaml.safe_load(Path(ROOT / words[words.index("--config") + 1]).read_text())
-    data = [] if "my-pictures" in words or "row_filter" in settings else ["--train_data_dir", str(pictures)]
-    words = [str(pictures) if w == "my-pictures" else w for w in words[3:]]
+    data = [] if "my-images" in words or "row_filter" in settings else ["--train_data_dir", str(images)]
+    words = [str(images) if w == "my-images" else w for w in words[3:]]
     return [*words, "--pretrained_model_name_or_path", str(base), *data, *TINY.split(), "--output_dir", str(out)]
 
 
@@ -57,20 +57,18 @@ def test_there_are_configs_and_each_says_what_it_is() -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.name)
 def test_the_command_in_a_config_header_runs(
-    config: Path, tiny_base: Path, tiny_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    config: Path, tiny_base: Path, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(ROOT)
     settings = yaml.safe_load(config.read_text())
     data = settings["train_data_dir"]
-    if data != "my-pictures" and not Path(data).exists():
+    if data != "my-images" and not Path(data).exists():
         pytest.skip(f"{data} is not built yet")
     if "sdxl" in config.name:
         tiny_base = tmp_path / "base"
         tiny.tiny_sdxl_pipeline().save_pretrained(tiny_base)
     for command in header_commands(config):
-        monkeypatch.setattr(
-            sys, "argv", ["train", *tiny_arguments(command, tiny_base, tiny_pictures, tmp_path / "out")]
-        )
+        monkeypatch.setattr(sys, "argv", ["train", *tiny_arguments(command, tiny_base, tiny_images, tmp_path / "out")])
         script().main()
     assert "1 steps in" in capsys.readouterr().out
     saved = yaml.safe_load((tmp_path / "out" / "train_config.yaml").read_text())
@@ -80,9 +78,9 @@ def test_the_command_in_a_config_header_runs(
         pipe.load_lora_weights(tmp_path / "out")
 
 
-def test_accelerate_launch_runs_the_script(tiny_base: Path, tiny_pictures: Path, tmp_path: Path) -> None:
+def test_accelerate_launch_runs_the_script(tiny_base: Path, tiny_images: Path, tmp_path: Path) -> None:
     command = header_commands(ROOT / "configs" / "sd2-lora.yaml")[0]
-    arguments = tiny_arguments(command, tiny_base, tiny_pictures, tmp_path / "out")
+    arguments = tiny_arguments(command, tiny_base, tiny_images, tmp_path / "out")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "train_text_to_image_ambient.py"]
     done = subprocess.run(
         [*launch, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False,
@@ -94,8 +92,8 @@ def test_accelerate_launch_runs_the_script(tiny_base: Path, tiny_pictures: Path,
     assert (tmp_path / "out" / "validation" / "step-1.png").is_file()
 
 
-def test_a_mistake_costs_one_line_and_status_two(tiny_base: Path, tiny_pictures: Path, tmp_path: Path) -> None:
-    arguments = f"--pretrained_model_name_or_path {tiny_base} --train_data_dir {tiny_pictures} --ambient_level 99"
+def test_a_mistake_costs_one_line_and_status_two(tiny_base: Path, tiny_images: Path, tmp_path: Path) -> None:
+    arguments = f"--pretrained_model_name_or_path {tiny_base} --train_data_dir {tiny_images} --ambient_level 99"
     done = subprocess.run(
         [sys.executable, "train_text_to_image_ambient.py", *arguments.split(), "--output_dir", str(tmp_path / "out")],
         cwd=ROOT, capture_output=True, text=True, timeout=200, check=False,

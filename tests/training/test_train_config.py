@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ambient_sd.errors import UserError
 from ambient_sd.training.config import TrainConfig, load_yaml, make_parser, parse
+from ambient_sd.utils.errors import UserError
 
-BASE = ["--pretrained_model_name_or_path", "base", "--train_data_dir", "pictures"]
+BASE = ["--pretrained_model_name_or_path", "base", "--train_data_dir", "images"]
 SCRIPT = Path(__file__).parents[2] / "train_text_to_image_ambient.py"
 
 
 def given(**values: object) -> TrainConfig:
-    return TrainConfig(**{"pretrained_model_name_or_path": "base", "train_data_dir": "pictures", **values})  # type: ignore[arg-type]
+    return TrainConfig(**{"pretrained_model_name_or_path": "base", "train_data_dir": "images", **values})  # type: ignore[arg-type]
 
 
 def test_defaults_are_those_of_the_diffusers_scripts() -> None:
@@ -60,7 +60,7 @@ def test_command_line_wins_over_the_file(tmp_path: Path) -> None:
 def test_a_flag_replaces_the_settings_of_the_file_that_answer_the_same_question(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(
-        "pretrained_model_name_or_path: base\ntrain_data_dir: my-pictures\nambient_level: 1.0\n"
+        "pretrained_model_name_or_path: base\ntrain_data_dir: my-images\nambient_level: 1.0\n"
         "validation_prompts: [a]\nvalidation_steps: 500\nmax_train_steps: 9\n"
     )
     flags = "--dataset_name a/b --ambient_timestep 300 --validation_epochs 2 --num_train_epochs 3"
@@ -117,7 +117,7 @@ def test_saved_settings_read_back_equal(tmp_path: Path) -> None:
         ({"lora_alpha": 4}, ["lora_alpha", "--lora"]),
         ({"num_validation_images": 2}, ["num_validation_images", "--validation_prompts"]),
         ({"validation_prompts": ["a"], "validation_steps": 2, "validation_epochs": 1}, ["validation_steps"]),
-        ({"train_data_dir": None}, ["no pictures", "train_data_dir"]),
+        ({"train_data_dir": None}, ["no images", "train_data_dir"]),
         ({"dataset_name": "a/b"}, ["both dataset_name and train_data_dir"]),
         ({"dataset_config_name": "x"}, ["dataset_config_name"]),
         ({"pretrained_model_name_or_path": None}, ["pretrained_model_name_or_path"]),

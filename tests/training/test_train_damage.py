@@ -16,10 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ambient_sd.errors import UserError
-from ambient_sd.training import checkpoints, durable, manifest
+from ambient_sd.training import checkpoints, manifest
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
+from ambient_sd.utils import files
+from ambient_sd.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -27,9 +28,9 @@ EMA = "unet_ema/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def values(tiny_base: Path, tiny_pictures: Path) -> dict[str, Any]:
+def values(tiny_base: Path, tiny_images: Path) -> dict[str, Any]:
     return {
-        "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tiny_pictures), "resolution": 32,
+        "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tiny_images), "resolution": 32,
         "train_batch_size": 3, "max_train_steps": 4, "checkpointing_steps": 2, "report_to": "none", "use_ema": True,
     }  # fmt: skip
 
@@ -60,7 +61,7 @@ def write(name: str, text: str) -> Callable[[Path], object]:
 
 
 def gone(name: str) -> Callable[[Path], object]:
-    return lambda c: durable.remove(c / name)
+    return lambda c: files.remove(c / name)
 
 
 def other(name: str) -> Callable[[Path], object]:
@@ -86,7 +87,7 @@ def emptied(c: Path) -> None:
 def half(c: Path) -> None:
     """What a copy that was broken off leaves."""
     for name in ("unet_ema", "trainer_state.json", "optimizer.safetensors", "manifest.json"):
-        durable.remove(c / name)
+        files.remove(c / name)
 
 
 def folder_in_place(c: Path) -> None:
@@ -169,15 +170,15 @@ def test_a_run_goes_on_from_the_one_before_and_ends_the_same(
     out = Path(shutil.copytree(trained, tmp_path / "out"))
     flip(UNET, 0.5)(out / "checkpoint-4")
     (out / "losses.jsonl").write_text('{"step": 1, "lo')
-    durable.remove(out / "unet")
+    files.remove(out / "unet")
     settings = values | {"output_dir": str(out)}
     with pytest.raises(UserError, match="holds checkpoints of an earlier run"):
         run(TrainConfig(**settings), progress=False)
     summary = run(TrainConfig(**settings, resume_from_checkpoint="latest"), progress=False)
     assert (summary["first_step"], len(summary["losses"])) == (2, 4)
     mine, theirs = contents(out), contents(trained)
-    for files in (mine, theirs):
-        del files["train_config.yaml"]
+    for held in (mine, theirs):
+        del held["train_config.yaml"]
     assert mine == theirs, "the damaged one is replaced by a whole one, and all else is as it was"
 
 
@@ -224,7 +225,7 @@ def test_a_kill_between_two_names_loses_no_checkpoint(trained: Path, tmp_path: P
 
 
 def test_no_folder_is_half_replaced(tmp_path: Path) -> None:
-    """Whichever of its calls on the disk `put_all` dies in, old index and new parts never lie side by side."""
+    """Whichever of its calls on the disk `replace_all` dies in, old index and new parts never lie side by side."""
     for dies in range(20):
         out, staging = tmp_path / f"out{dies}", tmp_path / f"staging{dies}"
         for folder, text in ((out, "old"), (staging, "new")):
@@ -246,11 +247,11 @@ def test_no_folder_is_half_replaced(tmp_path: Path) -> None:
             for name in ("rename", "replace", "unlink"):
                 patch.setattr(Path, name, counted(getattr(Path, name)))
             try:
-                durable.put_all(staging, out, last="index")
+                files.replace_all(staging, out, last="index")
                 ended = True
             except KeyboardInterrupt:
                 ended = False
-        durable.mend(out)
+        files.recover(out)
         texts = {(out / part / "weights").read_text() for part in ("unet", "vae")}
         if (out / "index").exists():
             assert texts == {(out / "index").read_text()}
@@ -303,10 +304,10 @@ def test_a_manifest_holds_while_the_folder_moves_and_notes_are_added(trained: Pa
 
 
 def test_a_disk_without_room_is_one_line_and_leaves_the_checkpoint_before(
-    tiny_base: Path, tiny_pictures: Path, tmp_path: Path
+    tiny_base: Path, tiny_images: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    common = ["--pretrained_model_name_or_path", str(tiny_base), "--train_data_dir", str(tiny_pictures), "--resolution", "32",
+    common = ["--pretrained_model_name_or_path", str(tiny_base), "--train_data_dir", str(tiny_images), "--resolution", "32",
               "--checkpointing_steps", "1", "--report_to", "none", "--output_dir", str(out)]  # fmt: skip
     script = (
         "import resource, signal, sys\n"

@@ -14,15 +14,15 @@ from PIL import Image, ImageOps
 from ambient_sd.data.latents import ViewRule
 from ambient_sd.data.sources import load_rows
 from ambient_sd.data.stream import SampleStream
-from ambient_sd.errors import UserError
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import TrainingBatch, run
+from ambient_sd.utils.errors import UserError
 
 
 @pytest.fixture
 def copies(tmp_path: Path) -> Path:
-    """Four pictures, one of them also as JPEG and as a mirror image."""
-    folder = tiny.tiny_folder(tmp_path / "pictures", count=4)
+    """Four images, one of them also as JPEG and as a mirror image."""
+    folder = tiny.tiny_folder(tmp_path / "images", count=4)
     original = Image.open(folder / "003.png")
     original.save(folder / "jpeg.jpg", quality=80)
     ImageOps.mirror(original).save(folder / "mirror.png")
@@ -32,10 +32,10 @@ def copies(tmp_path: Path) -> Path:
     return folder
 
 
-def settings(base: Path, pictures: Path, out: Path, **values: Any) -> TrainConfig:
+def settings(base: Path, images: Path, out: Path, **values: Any) -> TrainConfig:
     return TrainConfig(
         **{
-            "pretrained_model_name_or_path": str(base), "train_data_dir": str(pictures), "resolution": 32,
+            "pretrained_model_name_or_path": str(base), "train_data_dir": str(images), "resolution": 32,
             "train_batch_size": 6, "max_train_steps": 2, "report_to": "none", "output_dir": str(out),
             "caption_dropout": 0.0, **values,
         }
@@ -80,7 +80,7 @@ def test_near_duplicates_share_one_view(tmp_path: Path) -> None:
     stream = SampleStream(3, 0)
     lonely = []
     for seed in range(8):  # other crops and flips
-        rule = ViewRule(32, center_crop=False, random_flip=True, per_picture=True, noise_seed=seed)
+        rule = ViewRule(32, center_crop=False, random_flip=True, per_image=True, noise_seed=seed)
         original, jpeg, mirror = (rule.sample(grouped[i], stream, i).pixels for i in range(3))
         assert float((original - jpeg).abs().mean()) < 0.05
         assert torch.equal(original, mirror.flip(-1))

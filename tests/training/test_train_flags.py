@@ -17,22 +17,22 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ambient_sd.data.stream import keyed_generator
-from ambient_sd.errors import UserError
 from ambient_sd.objective import AmbientObjective
 from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.training import averaging, manifest, noising, validation
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import TrainingBatch, run
+from ambient_sd.utils.errors import UserError
 
 UNET = "diffusion_pytorch_model.safetensors"
 Settings = Callable[..., TrainConfig]
 
 
 @pytest.fixture
-def settings(tiny_base: Path, tiny_pictures: Path, tmp_path: Path) -> Settings:
+def settings(tiny_base: Path, tiny_images: Path, tmp_path: Path) -> Settings:
     def make(name: str = "out", **values: Any) -> TrainConfig:
         defaults: dict[str, Any] = {
-            "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tiny_pictures), "resolution": 32,
+            "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tiny_images), "resolution": 32,
             "train_batch_size": 4, "max_train_steps": 3, "report_to": "none", "output_dir": str(tmp_path / name),
             "learning_rate": 1e-3,
         }  # fmt: skip
@@ -267,7 +267,7 @@ def test_averaging_leaves_training_as_it_is_and_validation_draws_from_the_averag
         with Image.open(Path(config.output_dir) / "validation" / "step-3.png") as sheet:
             assert sheet.convert("RGB").tobytes() == again.tobytes()
         sheets.append(again.tobytes())
-    assert sheets[0] != sheets[1], "negative control: the trained weights draw another picture"
+    assert sheets[0] != sheets[1], "negative control: the trained weights draw another image"
 
 
 def test_a_damaged_or_foreign_average_is_one_line(settings: Settings) -> None:

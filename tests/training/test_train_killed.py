@@ -80,10 +80,10 @@ class Watch:
 
 
 @pytest.fixture
-def train(tiny_base: Path, tiny_pictures: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def train(tiny_base: Path, tiny_images: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     def train(name: str, watch: Watch, **values: Any) -> dict[str, Any]:
         settings: dict[str, Any] = {
-            "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tiny_pictures), "resolution": 32,
+            "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tiny_images), "resolution": 32,
             "train_batch_size": 3, "max_train_steps": 6, "checkpointing_steps": 3, "report_to": "none",
             "output_dir": str(tmp_path / name), "learning_rate": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 2,
         }  # fmt: skip
@@ -113,7 +113,7 @@ def test_everything_is_the_same_after_a_stop_in_mid_epoch(
     summary = train("stopped", second, resume_from_checkpoint="latest", **values)
     assert summary["first_step"] == 3
     per_step = len(alone.seen) // 6
-    assert 3 * per_step % 8 != 0, "the checkpoint lies in the middle of an epoch of eight pictures"
+    assert 3 * per_step % 8 != 0, "the checkpoint lies in the middle of an epoch of eight images"
     assert second.seen == alone.seen[3 * per_step :], "the sampler goes on where the checkpoint is"
     assert all(alone.drawn[p] == drawn for p, drawn in (first.drawn | second.drawn).items())
     assert second.rates == alone.rates[3:] and len(set(alone.rates)) > 3
@@ -176,12 +176,12 @@ run(TrainConfig(**settings), progress=False, on_batch=watch)
 @pytest.mark.parametrize("how", ["kill", "raise"])
 @pytest.mark.parametrize("launcher", [True, False], ids=["launched", "alone"])
 def test_a_process_that_dies_ends_the_others_within_a_minute(
-    tiny_base: Path, tiny_pictures: Path, tmp_path: Path, how: str, launcher: bool
+    tiny_base: Path, tiny_images: Path, tmp_path: Path, how: str, launcher: bool
 ) -> None:
     """Without a launcher, as on the other machines of a run over several, each process must notice by itself."""
     (tmp_path / "worker.py").write_text(WORKER)
     settings = {
-        "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tiny_pictures), "resolution": 32,
+        "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tiny_images), "resolution": 32,
         "train_batch_size": 2, "max_train_steps": 100_000, "report_to": "none", "output_dir": str(tmp_path / "out"),
     }  # fmt: skip
     died = tmp_path / "died"

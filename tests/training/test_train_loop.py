@@ -17,21 +17,21 @@ from safetensors.torch import load_file, save_file
 
 from ambient_sd.data import latents
 from ambient_sd.data.stream import SampleStream
-from ambient_sd.errors import UserError
+from ambient_sd.families.base import Base, check_base
 from ambient_sd.training import adapters, checkpoints, noising, validation
-from ambient_sd.training.base import Base, check_base
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import TrainingBatch, run
+from ambient_sd.utils.errors import UserError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 Settings = Callable[..., TrainConfig]
 
 
 @pytest.fixture
-def settings(tiny_base: Path, tiny_pictures: Path, tmp_path: Path) -> Settings:
+def settings(tiny_base: Path, tiny_images: Path, tmp_path: Path) -> Settings:
     def make(name: str = "out", **values: Any) -> TrainConfig:
         defaults: dict[str, Any] = {
-            "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tiny_pictures), "resolution": 32,
+            "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tiny_images), "resolution": 32,
             "train_batch_size": 4, "max_train_steps": 4, "report_to": "none", "output_dir": str(tmp_path / name),
             "learning_rate": 1e-3,
         }  # fmt: skip
@@ -116,7 +116,7 @@ def test_the_trained_unet_is_kept_if_the_base_is_gone_at_the_end(
     assert equal(weights(config), weights(whole))
 
 
-def test_each_picture_has_one_noise_over_epochs_runs_batches_and_resumes(settings: Settings) -> None:
+def test_each_image_has_one_noise_over_epochs_runs_batches_and_resumes(settings: Settings) -> None:
     seen: dict[str, set[bytes]] = {}
     fresh: list[bytes] = []
 
@@ -142,8 +142,8 @@ def test_each_picture_has_one_noise_over_epochs_runs_batches_and_resumes(setting
     assert all(other[k].isdisjoint(kept[k]) for k in other), "negative control: another noise seed, other noise"
 
 
-def test_copies_of_a_picture_share_one_noise(settings: Settings, tiny_pictures: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(tiny_pictures, tmp_path / "copies"))
+def test_copies_of_an_image_share_one_noise(settings: Settings, tiny_images: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_images, tmp_path / "copies"))
     shutil.copy(folder / "000.png", folder / "copy.png")
     with (folder / "metadata.jsonl").open("a") as rows:
         rows.write('{"file_name": "copy.png", "text": "the same again"}\n')
@@ -160,7 +160,7 @@ def test_copies_of_a_picture_share_one_noise(settings: Settings, tiny_pictures: 
 
 
 def test_ambient_at_level_zero_is_the_plain_run_bit_for_bit(settings: Settings) -> None:
-    # Mirrored pictures too: without a fixed noise there is no reason to fix the view.
+    # Mirrored images too: without a fixed noise there is no reason to fix the view.
     zero, plain, one = (
         settings(name, random_flip=True, **options)
         for name, options in {"z": {"ambient_level": 0}, "p": {"objective": "plain"}, "o": {}}.items()
@@ -408,7 +408,7 @@ def test_checkpoints_are_whole_limited_and_belong_to_their_run(settings: Setting
 
 
 def test_bad_input_ends_in_one_line_before_weights_load_and_writes_nothing(
-    settings: Settings, tiny_base: Path, tiny_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, tiny_base: Path, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_weights(*_: object) -> None:
         raise AssertionError("weights were loaded before the input was checked")
@@ -418,9 +418,9 @@ def test_bad_input_ends_in_one_line_before_weights_load_and_writes_nothing(
     shutil.rmtree(no_unet / "unet")
     broken_json = Path(shutil.copytree(tiny_base, tmp_path / "broken"))
     (broken_json / "unet" / "config.json").write_text("{")
-    broken = Path(shutil.copytree(tiny_pictures, tmp_path / "truncated"))
+    broken = Path(shutil.copytree(tiny_images, tmp_path / "truncated"))
     (broken / "003.png").write_bytes((broken / "003.png").read_bytes()[:90])
-    missing = Path(shutil.copytree(tiny_pictures, tmp_path / "missing"))
+    missing = Path(shutil.copytree(tiny_images, tmp_path / "missing"))
     (missing / "001.png").unlink()
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -456,8 +456,8 @@ def test_bad_input_ends_in_one_line_before_weights_load_and_writes_nothing(
             ["vae/", ".safetensors", "save_pretrained"],
         ),
         (base("mute", lambda p: (p / "tokenizer" / "tokenizer.json").unlink()), ["tokenizer of base model", "no words"]),
-        ({"train_data_dir": "my-pictures"}, ["no file or folder my-pictures"]),
-        ({"output_dir": str(tiny_pictures)}, ["output_dir", "train_data_dir too"]),
+        ({"train_data_dir": "my-images"}, ["no file or folder my-images"]),
+        ({"output_dir": str(tiny_images)}, ["output_dir", "train_data_dir too"]),
         ({"output_dir": str(tiny_base)}, ["output_dir", "pretrained_model_name_or_path too"]),
         ({"validation_prompts": [str(tmp_path / "empty.jsonl")]}, ["empty.jsonl", "no prompt"]),
         ({"pretrained_model_name_or_path": "./nowhere"}, ["pretrained_model_name_or_path", "nowhere"]),
@@ -469,7 +469,7 @@ def test_bad_input_ends_in_one_line_before_weights_load_and_writes_nothing(
         ({"validation_prompts": ["nowhere.jsonl"]}, ["nowhere.jsonl"]),
         ({"output_dir": str(a_file)}, ["output_dir", "a-file"]),
         ({"resume_from_checkpoint": "checkpoint-5"}, ["resume_from_checkpoint", "checkpoint-5", "none"]),
-        ({"train_data_dir": str(bare)}, ["bare", "no pictures"]),
+        ({"train_data_dir": str(bare)}, ["bare", "no images"]),
         ({"train_data_dir": str(broken)}, ["1 of 8", "003.png"]),
         ({"train_data_dir": str(missing)}, ["001.png", "do not exist"]),
         ({"caption_column": "caption"}, ["'caption'", "file_name, text"]),

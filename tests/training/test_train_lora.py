@@ -14,8 +14,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ambient_sd.families.base import check_base
 from ambient_sd.training import adapters
-from ambient_sd.training.base import check_base
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.dropout import AddressedDropout
 from ambient_sd.training.loop import run
@@ -24,10 +24,10 @@ Settings = Callable[..., TrainConfig]
 
 
 @pytest.fixture
-def settings(tiny_base: Path, tiny_pictures: Path, tmp_path: Path) -> Settings:
+def settings(tiny_base: Path, tiny_images: Path, tmp_path: Path) -> Settings:
     def make(name: str = "out", **values: Any) -> TrainConfig:
         defaults: dict[str, Any] = {
-            "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tiny_pictures), "resolution": 32,
+            "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tiny_images), "resolution": 32,
             "train_batch_size": 4, "max_train_steps": 3, "report_to": "none", "output_dir": str(tmp_path / name),
             "learning_rate": 1e-2, "lora": True,
         }  # fmt: skip
@@ -150,7 +150,7 @@ def test_every_adapted_layer_comes_back_in_a_stock_pipeline(settings: Settings, 
 @pytest.mark.parametrize(
     "targets", [None, ["to_q", "to_out.0", "ff.net.0.proj", "proj_in", "conv1"]], ids=["attention", "more"]
 )
-def test_kohya_export_has_our_alpha_and_draws_the_same_pictures(
+def test_kohya_export_has_our_alpha_and_draws_the_same_images(
     settings: Settings, tiny_base: Path, targets: list[str] | None
 ) -> None:
     config = settings(output_kohya_format=True, rank=2, lora_alpha=8.0, lora_target_modules=targets)
@@ -164,21 +164,21 @@ def test_kohya_export_has_our_alpha_and_draws_the_same_pictures(
     with safe_open(path, "pt") as file:
         assert file.metadata()["ss_network_alpha"] == "8.0"
 
-    def pictures(source: str, **options: Any) -> torch.Tensor:
+    def images(source: str, **options: Any) -> torch.Tensor:
         pipe = StableDiffusionPipeline.from_pretrained(tiny_base)
         pipe.set_progress_bar_config(disable=True)
         pipe.load_lora_weights(source, **options)
         g = torch.Generator().manual_seed(0)
-        images = pipe("a red disc", height=32, width=32, num_inference_steps=4, generator=g, output_type="pt").images
-        return torch.as_tensor(images)
+        made = pipe("a red disc", height=32, width=32, num_inference_steps=4, generator=g, output_type="pt").images
+        return torch.as_tensor(made)
 
-    ours = pictures(config.output_dir)
-    torch.testing.assert_close(pictures(str(path.parent), weight_name=path.name), ours, rtol=0, atol=1e-4)
+    ours = images(config.output_dir)
+    torch.testing.assert_close(images(str(path.parent), weight_name=path.name), ours, rtol=0, atol=1e-4)
     # Negative control: diffusers' converter alone, which writes the rank as alpha.
     unet = trained_unet(config)
     wrong = convert_state_dict_to_kohya({f"unet.{k}": v for k, v in get_peft_model_state_dict(unet).items()})
     folder = path.parent / "wrong"
     folder.mkdir()
     save_file({k: v.detach().contiguous() for k, v in wrong.items()}, folder / "wrong.safetensors")
-    bad = pictures(str(folder), weight_name="wrong.safetensors")
+    bad = images(str(folder), weight_name="wrong.safetensors")
     assert not torch.allclose(bad, ours, atol=1e-3)

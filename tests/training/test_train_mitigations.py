@@ -13,19 +13,19 @@ import pytest
 import tiny
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from launching import launch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_train_processes import launch
 
-from ambient_sd.data.sources import PictureSet, load_rows
+from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.data.stream import SampleStream
-from ambient_sd.errors import UserError
 from ambient_sd.guard.scores import guidance_norm, noise_factor
 from ambient_sd.training import adapters, manifest
+from ambient_sd.training.caption_augmentation import CaptionAugmentation
 from ambient_sd.training.config import TrainConfig, make_parser
 from ambient_sd.training.dropping import BANK_NAME, Dropping, LossBank
 from ambient_sd.training.loop import TrainingBatch, run
-from ambient_sd.training.wording import Wording
+from ambient_sd.utils.errors import UserError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 Settings = Callable[..., TrainConfig]
@@ -54,10 +54,10 @@ def several_captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def settings(few_steps_base: Path, tiny_pictures: Path, tmp_path: Path) -> Settings:
+def settings(few_steps_base: Path, tiny_images: Path, tmp_path: Path) -> Settings:
     def make(name: str = "out", **values: Any) -> TrainConfig:
         defaults: dict[str, Any] = {
-            "pretrained_model_name_or_path": str(few_steps_base), "train_data_dir": str(tiny_pictures), "resolution": 32,
+            "pretrained_model_name_or_path": str(few_steps_base), "train_data_dir": str(tiny_images), "resolution": 32,
             "train_batch_size": 8, "max_train_steps": 10, "report_to": "none", "output_dir": str(tmp_path / name),
             "learning_rate": 3e-3, "ambient_level": 0.5,
         }  # fmt: skip
@@ -322,14 +322,14 @@ def test_sdxl_trains_under_a_threshold(settings: Settings, tmp_path: Path) -> No
 # Captions
 
 
-class Pictures(PictureSet):
+class Images(ImageDataset):
     def __init__(self, captions: list[str], more: list[tuple[str, ...]] | None = None) -> None:
         super().__init__([b""] * len(captions), captions, captions, "test", more or [])
 
 
-def wording(kind: str | None, p: float, pictures: PictureSet | None = None, seed: int = 0) -> Wording:
-    pictures = pictures or Pictures([f"a red disc {i}" for i in range(4)])
-    return Wording(kind, p, 0.1, pictures=pictures, stream=SampleStream(len(pictures), seed), tokenizer=tiny.tiny_tokenizer())  # fmt: skip
+def wording(kind: str | None, p: float, images: ImageDataset | None = None, seed: int = 0) -> CaptionAugmentation:
+    images = images or Images([f"a red disc {i}" for i in range(4)])
+    return CaptionAugmentation(kind, p, 0.1, images=images, stream=SampleStream(len(images), seed), tokenizer=tiny.tiny_tokenizer())  # fmt: skip
 
 
 def test_random_captions_words_and_repetitions_are_what_is_published_for_a_share_p_of_samples() -> None:
@@ -356,15 +356,15 @@ def test_random_captions_words_and_repetitions_are_what_is_published_for_a_share
         assert [wording(kind, 0.1).caption(i) for i in reversed(range(n))] == got[::-1], "addressed, not consumed"
         assert [wording(kind, 0.1, seed=1).caption(i) for i in range(n)] != got
         assert [wording(kind, 0.0).caption(i) for i in range(n)] == plain
-    assert wording("cwr", 1.0, Pictures([" "])).caption(0) == " "
+    assert wording("cwr", 1.0, Images([" "])).caption(0) == " "
 
 
 def test_several_captions_are_drawn_evenly_at_each_visit() -> None:
-    w = wording("mc", 1.0, Pictures(["a", "d"], [("b", "c"), ()]))
-    rows = [(w.stream.picture(i), w.caption(i)) for i in range(1200)]
+    w = wording("mc", 1.0, Images(["a", "d"], [("b", "c"), ()]))
+    rows = [(w.stream.image(i), w.caption(i)) for i in range(1200)]
     counts = {c: sum(caption == c for _, caption in rows) for c in "abcd"}
     assert counts["d"] == 600 and all(150 < counts[c] < 250 for c in "abc")
-    never = wording("mc", 0.0, w.pictures)
+    never = wording("mc", 0.0, w.images)
     assert {never.caption(i) for i in range(40)} == {"a", "d"}
 
 
@@ -432,7 +432,7 @@ def test_several_captions_need_rows_that_have_them_and_a_list_needs_the_option(
     rows = load_rows(several_captions, several_captions=True)
     assert [len(rows.captions_of(i)) for i in range(4)] == [3, 3, 3, 1]
     assert rows.subset([3, 0]).captions_of(1) == rows.captions_of(0)
-    first = PictureSet(rows._images, rows.captions, rows.names, rows.source)
+    first = ImageDataset(rows._images, rows.captions, rows.names, rows.source)
     assert rows.fingerprint() != first.fingerprint(), "a checkpoint knows all captions"
 
 
@@ -483,12 +483,12 @@ run(TrainConfig(**json.loads(sys.argv[1])), progress=False)
 
 
 def test_two_processes_drop_the_samples_and_change_the_captions_that_one_does(
-    few_steps_base: Path, tiny_pictures: Path, tmp_path: Path
+    few_steps_base: Path, tiny_images: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
     for processes in (1, 2):
         done = launch(processes, tmp_path / "worker.py", {
-            "pretrained_model_name_or_path": str(few_steps_base), "train_data_dir": str(tiny_pictures), "resolution": 32,
+            "pretrained_model_name_or_path": str(few_steps_base), "train_data_dir": str(tiny_images), "resolution": 32,
             "train_batch_size": 4 // processes, "gradient_accumulation_steps": 2, "max_train_steps": 10,
             "checkpointing_steps": 10, "learning_rate": 3e-3, "report_to": "none", "output_dir": str(tmp_path / f"out{processes}"),
             "ambient_level": 0.5, "caption_mitigation": "cwr", "caption_mitigation_p": 0.5, "dropped_mean": "kept", **ALL,

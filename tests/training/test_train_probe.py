@@ -13,26 +13,26 @@ import torch
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 
+from ambient_sd.assets import PICTURES
 from ambient_sd.audit.features import Pixels
 from ambient_sd.audit.metrics import memorized
 from ambient_sd.audit.neighbours import nearest
-from ambient_sd.data.sources import PictureSet, load_rows
-from ambient_sd.demo import PICTURES
-from ambient_sd.errors import UserError
+from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.training import validation
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
-from ambient_sd.training.probe import Probe, add_look
+from ambient_sd.training.probe import Probe, add_evaluation
+from ambient_sd.utils.errors import UserError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 Settings = Callable[..., TrainConfig]
 
 
 @pytest.fixture
-def settings(tiny_base: Path, tiny_pictures: Path, tmp_path: Path) -> Settings:
+def settings(tiny_base: Path, tiny_images: Path, tmp_path: Path) -> Settings:
     def make(name: str, **values: Any) -> TrainConfig:
         defaults: dict[str, Any] = {
-            "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tiny_pictures), "resolution": 32,
+            "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tiny_images), "resolution": 32,
             "train_batch_size": 4, "max_train_steps": 4, "report_to": "none", "output_dir": str(tmp_path / name),
             "learning_rate": 1e-3,
         }  # fmt: skip
@@ -42,7 +42,7 @@ def settings(tiny_base: Path, tiny_pictures: Path, tmp_path: Path) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> PictureSet:
+def images() -> ImageDataset:
     return load_rows(PICTURES, split="finetune").subset(range(0, 1000, 25)).check()
 
 
@@ -63,37 +63,37 @@ def noisy(image: Image.Image, deviation: float, seed: int) -> Image.Image:
     return Image.fromarray((pixels + noise).clamp(0, 255).to(torch.uint8).numpy())
 
 
-def test_changed_copies_are_counted_and_pictures_that_were_never_seen_are_not(
-    pictures: PictureSet, unseen: list[Image.Image]
+def test_changed_copies_are_counted_and_images_that_were_never_seen_are_not(
+    images: ImageDataset, unseen: list[Image.Image]
 ) -> None:
-    probe = Probe(pictures, count=8, resolution=64, seed=0)
-    copies = [changed(pictures[i].image) for i in range(4)]
+    probe = Probe(images, count=8, resolution=64, seed=0)
+    copies = [changed(images[i].image) for i in range(4)]
     seen = probe.measure(copies + unseen[:4], [1.0] * 8, step=5)
     assert (seen.share, seen.n, seen.step) == (0.5, 8, 5)
     assert seen.low < 0.5 < seen.high
     # The published measure sees none of them; it stands beside.
     assert seen.published == 0 and seen.record()["published"] == 0
-    assert probe.measure([pictures[i].image.convert("RGB") for i in range(4)], [1.0] * 4, 1).published == 1
+    assert probe.measure([images[i].image.convert("RGB") for i in range(4)], [1.0] * 4, 1).published == 1
     assert probe.measure(unseen, [1.0] * 8, 1).share == 0
-    # What was drawn lies above the training picture that explains it.
+    # What was drawn lies above the training image that explains it.
     sheet, size = probe.measure(copies, [1.0] * 4, 1).sheet, 64
     assert sheet is not None
     for i in range(4):
         x = i * (size + 2)
         below = sheet.crop((x, size + 2, x + size, 2 * size + 2))
-        assert below.tobytes() == pictures[i].image.convert("RGB").tobytes()
+        assert below.tobytes() == images[i].image.convert("RGB").tobytes()
 
 
-def test_looking_leaves_the_global_generator_alone(pictures: PictureSet, unseen: list[Image.Image]) -> None:
+def test_looking_leaves_the_global_generator_alone(images: ImageDataset, unseen: list[Image.Image]) -> None:
     before = torch.random.get_rng_state()
-    Probe(pictures.subset(range(24)).check(), count=4, resolution=64, seed=0).measure(unseen[:2], [1.0] * 2, 1)
+    Probe(images.subset(range(24)).check(), count=4, resolution=64, seed=0).measure(unseen[:2], [1.0] * 2, 1)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_without_a_null_the_published_measure_counts_too(pictures: PictureSet) -> None:
-    few = pictures.subset(range(12)).check()
+def test_without_a_null_the_published_measure_counts_too(images: ImageDataset) -> None:
+    few = images.subset(range(12)).check()
     probe = Probe(few, count=4, resolution=64, seed=0)
-    # Half another picture over it: no copy for the decision alone, and d1/d2 < 1/3.
+    # Half another image over it: no copy for the decision alone, and d1/d2 < 1/3.
     mixed = [Image.blend(few[i].image.convert("RGB"), few[i + 1].image.convert("RGB"), 0.2) for i in range(4)]
     published = memorized(nearest(Pixels()(mixed), probe.real))
     alone = probe.decision(mixed).copy
@@ -101,12 +101,12 @@ def test_without_a_null_the_published_measure_counts_too(pictures: PictureSet) -
     assert probe.measure(mixed, [1.0] * 4, 1).share == float((published | alone).double().mean())
 
 
-def test_a_set_of_one_picture_is_refused(pictures: PictureSet) -> None:
-    with pytest.raises(UserError, match="probe_steps with 1 different training picture"):
-        Probe(pictures.subset([3, 3]).check(), count=1, resolution=64, seed=0)
+def test_a_set_of_one_image_is_refused(images: ImageDataset) -> None:
+    with pytest.raises(UserError, match="probe_steps with 1 different training image"):
+        Probe(images.subset([3, 3]).check(), count=1, resolution=64, seed=0)
 
 
-def test_a_picture_that_is_twice_in_the_set_does_not_hide_its_copies(tmp_path: Path) -> None:
+def test_an_image_that_is_twice_in_the_set_does_not_hide_its_copies(tmp_path: Path) -> None:
     folder = tiny.tiny_folder(tmp_path / "twice", count=12)
     with Image.open(folder / "000.png") as image:
         image.save(folder / "again.png")
@@ -117,16 +117,16 @@ def test_a_picture_that_is_twice_in_the_set_does_not_hide_its_copies(tmp_path: P
     assert Probe(doubled, count=4, resolution=48, seed=0).measure([copy], [0.0], 1).share == 1
 
 
-def test_the_probe_is_a_function_of_the_seed(pictures: PictureSet) -> None:
-    a, b, c = (Probe(pictures, count=6, resolution=48, seed=seed) for seed in (0, 0, 1))
+def test_the_probe_is_a_function_of_the_seed(images: ImageDataset) -> None:
+    a, b, c = (Probe(images, count=6, resolution=48, seed=seed) for seed in (0, 0, 1))
     assert a.captions == b.captions
     assert a.captions != c.captions
-    assert set(a.captions) <= set(pictures.captions)
+    assert set(a.captions) <= set(images.captions)
 
 
 def test_looking_leaves_training_untouched_and_a_resumed_run_repeats_its_looks(settings: Settings) -> None:
     without = settings("without")
-    watched = settings("watched", probe_steps=2, probe_pictures=2, checkpointing_steps=3, report_to="tensorboard")
+    watched = settings("watched", probe_steps=2, probe_images=2, checkpointing_steps=3, report_to="tensorboard")
     plain, seen = run(without, progress=False), run(watched, progress=False)
     assert plain["losses"] == seen["losses"]
     out = Path(watched.output_dir)
@@ -134,7 +134,7 @@ def test_looking_leaves_training_untouched_and_a_resumed_run_repeats_its_looks(s
     assert all(torch.equal(weights[k], v) for k, v in load_file(Path(without.output_dir) / UNET).items())
     looks = (out / "probe.jsonl").read_text()
     assert [json.loads(line)["step"] for line in looks.splitlines()] == [2, 4]
-    assert [look["step"] for look in seen["looks"]] == [2, 4]
+    assert [look["step"] for look in seen["evaluations"]] == [2, 4]
     assert sorted(p.name for p in (out / "probe").iterdir()) == ["step-2.png", "step-4.png"]
     events = b"".join(p.read_bytes() for p in (out / "logs").rglob("events*"))
     assert all(
@@ -147,9 +147,9 @@ def test_looking_leaves_training_untouched_and_a_resumed_run_repeats_its_looks(s
 
 @pytest.mark.parametrize("copied", [True, False])
 def test_a_run_ends_at_the_first_look_with_changed_copies_above_the_limit(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, pictures: PictureSet, unseen: list[Image.Image], tmp_path: Path, copied: bool
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, images: ImageDataset, unseen: list[Image.Image], tmp_path: Path, copied: bool
 ) -> None:  # fmt: skip
-    rows = pictures.subset(range(24))
+    rows = images.subset(range(24))
     folder = tmp_path / "emoji"
     folder.mkdir()
     for i, row in enumerate(rows):
@@ -166,19 +166,19 @@ def test_a_run_ends_at_the_first_look_with_changed_copies_above_the_limit(
 
     monkeypatch.setattr(validation, "draw", drawn)
     config = settings(
-        "stopped", train_data_dir=str(folder), probe_steps=1, probe_pictures=4, max_train_steps=2, stop_on_memorization=0.2
+        "stopped", train_data_dir=str(folder), probe_steps=1, probe_images=4, max_train_steps=2, stop_on_memorization=0.2
     )  # fmt: skip
     summary = run(config, progress=False)
     assert summary["steps"] == (1 if copied else 2)
-    assert len(summary["looks"]) == len(summary["losses"]) == summary["steps"]
-    assert summary["looks"][0]["published"] == 0, "what stops the run is nothing that d1/d2 sees"
+    assert len(summary["evaluations"]) == len(summary["losses"]) == summary["steps"]
+    assert summary["evaluations"][0]["published"] == 0, "what stops the run is nothing that d1/d2 sees"
     assert (Path(config.output_dir) / UNET).is_file(), "the result is kept"
 
 
 def test_looks_are_written_in_order_and_later_ones_make_room(tmp_path: Path) -> None:
     path = tmp_path / "probe.jsonl"
     for step in (2, 4, 6, 4):
-        add_look(path, {"step": step, "copies": 0.0})
+        add_evaluation(path, {"step": step, "copies": 0.0})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4]
 
 

@@ -1,16 +1,13 @@
-"""Two processes and one: the same fixed noise for every picture, the same fresh noise per sample, the same loss curve."""
+"""Two processes and one: the same fixed noise for every image, the same fresh noise per sample, the same loss curve."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
+from launching import launch
 from safetensors.torch import load_file
 
 WORKER = """
@@ -31,33 +28,24 @@ def watch(batch):
         record["timestep"][position] = int(batch.timesteps[i])
 
 summary = run(config, progress=False, on_batch=watch)
-record.update(losses=summary["losses"], processes=summary["processes"], data=summary["data_fingerprint"], looks=summary["looks"])
+record.update(losses=summary["losses"], processes=summary["processes"], data=summary["data_fingerprint"], evaluations=summary["evaluations"])
 with open(f"{config.output_dir}-rank{os.environ.get('RANK', 0)}.json", "w") as file:
     json.dump(record, file)
 """
 
 
-def launch(processes: int, script: Path, settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable, "-m", "accelerate.commands.launch"] if processes == 2 else [sys.executable]
-    options = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"] if processes == 2 else []
-    return subprocess.run(
-        [*start, *options, str(script), json.dumps(settings)], capture_output=True, text=True, timeout=240, check=False,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
-def runs(tiny_base: Path, tiny_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The same four steps on one process and on two, drawing validation pictures and writing checkpoints on the way."""
+def runs(tiny_base: Path, tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The same four steps on one process and on two, drawing validation images and writing checkpoints on the way."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "worker.py").write_text(WORKER)
     for processes in (1, 2):
         settings = {
-            "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tiny_pictures), "resolution": 32,
+            "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tiny_images), "resolution": 32,
             "train_batch_size": 8 // processes, "max_train_steps": 4, "checkpointing_steps": 2, "report_to": "none",
             "output_dir": str(folder / f"out{processes}"), "validation_prompts": ["a red disc"],
             "num_validation_images": 3, "validation_steps": 4,
-            "probe_steps": 4, "probe_pictures": 3,
+            "probe_steps": 4, "probe_images": 3,
         }  # fmt: skip
         done = launch(processes, folder / "worker.py", settings)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -75,7 +63,7 @@ def test_two_processes_and_one_draw_the_same_noise(runs: dict[int, Path]) -> Non
     assert len(one["eps_n"]) == 8
     assert {**first["eps_n"], **second["eps_n"]} == one["eps_n"]
     shared = first["eps_n"].keys() & second["eps_n"].keys()
-    assert shared, "some pictures were seen by both processes"
+    assert shared, "some images were seen by both processes"
     assert all(first["eps_n"][k] == second["eps_n"][k] for k in shared)
     for kind in ("fresh", "timestep"):
         assert {**first[kind], **second[kind]} == one[kind]
@@ -90,7 +78,7 @@ def test_the_same_global_batch_gives_the_same_curve_and_weights(runs: dict[int, 
     assert {p.name for p in runs[2].glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
 
 
-def test_validation_pictures_do_not_depend_on_who_draws_them(runs: dict[int, Path]) -> None:
+def test_validation_images_do_not_depend_on_who_draws_them(runs: dict[int, Path]) -> None:
     from PIL import Image, ImageChops
 
     one, two = (Image.open(runs[n] / "validation" / "step-4.png") for n in (1, 2))
@@ -99,7 +87,7 @@ def test_validation_pictures_do_not_depend_on_who_draws_them(runs: dict[int, Pat
 
 
 def test_every_process_gets_the_share_of_copies_that_one_decides_and_the_same_as_alone(runs: dict[int, Path]) -> None:
-    (one,), (first,), (second,) = (record(runs[n], rank)["looks"] for n, rank in ((1, 0), (2, 0), (2, 1)))
+    (one,), (first,), (second,) = (record(runs[n], rank)["evaluations"] for n, rank in ((1, 0), (2, 0), (2, 1)))
     assert first == second
     assert {k: first[k] for k in ("step", "copies", "published", "n")} == {
         k: one[k] for k in ("step", "copies", "published", "n")
@@ -108,14 +96,14 @@ def test_every_process_gets_the_share_of_copies_that_one_decides_and_the_same_as
     assert (runs[2] / "probe" / "step-4.png").is_file()
 
 
-def test_processes_that_decode_other_pictures_do_not_train(tiny_base: Path, tmp_path: Path) -> None:
+def test_processes_that_decode_other_images_do_not_train(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
     for rank in (0, 1):
-        tiny.tiny_folder(tmp_path / f"pictures{rank}", count=4, size=48 + rank)
+        tiny.tiny_folder(tmp_path / f"images{rank}", count=4, size=48 + rank)
     done = launch(2, tmp_path / "worker.py", {
-        "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tmp_path / "picturesRANK"), "resolution": 32,
+        "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tmp_path / "imagesRANK"), "resolution": 32,
         "train_batch_size": 1, "max_train_steps": 1, "report_to": "none", "output_dir": str(tmp_path / "out"),
     })  # fmt: skip
     assert done.returncode != 0
-    assert "the processes of this run decode different pictures" in done.stderr
+    assert "the processes of this run decode different images" in done.stderr
     assert not (tmp_path / "out").exists()

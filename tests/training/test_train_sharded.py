@@ -16,9 +16,9 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
-from ambient_sd.errors import UserError
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
+from ambient_sd.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 CLIP = 1e-3  # far below the gradients' norm: every step is clipped
@@ -57,10 +57,10 @@ for processes, settings, origin in json.loads(sys.argv[2]):
 """
 
 
-def train(folder: Path, base: Path, pictures: Path, runs: Mapping[str, tuple[int, dict[str, Any], str | None]]) -> None:
+def train(folder: Path, base: Path, images: Path, runs: Mapping[str, tuple[int, dict[str, Any], str | None]]) -> None:
     """Train several runs of one global batch: name -> processes (two are FSDP2's), settings, checkpoint to go on from."""
     common = {
-        "pretrained_model_name_or_path": str(base), "train_data_dir": str(pictures), "resolution": 32, "report_to": "none",
+        "pretrained_model_name_or_path": str(base), "train_data_dir": str(images), "resolution": 32, "report_to": "none",
         "gradient_accumulation_steps": 2, "max_train_steps": 2, "checkpointing_steps": 1, "max_grad_norm": CLIP,
         "learning_rate": 1e-3,
     }  # fmt: skip
@@ -89,10 +89,10 @@ def apart(one: Path, two: Path) -> float:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_base: Path, tiny_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tiny_base: Path, tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two steps on one process, on two, and the second of the two's on one."""
     folder = tmp_path_factory.mktemp("sharded")
-    train(folder, tiny_base, tiny_pictures, {
+    train(folder, tiny_base, tiny_images, {
         "one": (1, {}, None), "two": (2, {}, None), "crossed": (1, {}, "two/checkpoint-1"),
     })  # fmt: skip
     return folder
@@ -146,12 +146,12 @@ def test_a_checkpoint_of_a_spread_model_continues_on_one_process(runs: Path) -> 
     ids=["whole U-Net", "whole U-Net in bf16", "LoRA in bf16", "DoRA of rank 1 with dropout"],
 )  # fmt: skip
 def test_every_kind_of_training_survives_being_spread_and_resumed(
-    own: dict[str, Any], precision: str, tiny_base: Path, tiny_pictures: Path, tmp_path: Path
+    own: dict[str, Any], precision: str, tiny_base: Path, tiny_images: Path, tmp_path: Path
 ) -> None:
     own = own | {"mixed_precision": precision, "validation_prompts": ["a red disc"], "num_validation_images": 3}
     # The step after a look must not see weights that the look gathered.
     own |= {"max_train_steps": 3, "checkpointing_steps": 2, "validation_steps": 2}
-    train(tmp_path, tiny_base, tiny_pictures, {
+    train(tmp_path, tiny_base, tiny_images, {
         "one": (1, own, None), "two": (2, own, None), "again": (2, own, "two/checkpoint-2"),
         "crossed": (2, own, "one/checkpoint-2"),
     })  # fmt: skip
@@ -164,7 +164,7 @@ def test_every_kind_of_training_survives_being_spread_and_resumed(
     assert (tmp_path / "two/losses.jsonl").read_bytes() == (tmp_path / "again/losses.jsonl").read_bytes()
     names = [{p.relative_to(out).as_posix() for p in out.rglob("*")} for out in (tmp_path / "one", tmp_path / "two")]
     assert names[0] == names[1]
-    if precision == "no":  # three pictures on two processes
+    if precision == "no":  # three images on two processes
         one, two = (Image.open(tmp_path / name / "validation/step-3.png") for name in ("one", "two"))
         assert max(high for _, high in ImageChops.difference(one, two).getextrema()) <= 8
 
@@ -183,12 +183,12 @@ def test_sigkills_of_a_spread_run_change_no_byte(options: list[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["fsdp2", "zero2"])
 def test_the_launcher_spreads_a_model_as_the_file_says(
-    file: str, tiny_base: Path, tiny_pictures: Path, tmp_path: Path
+    file: str, tiny_base: Path, tiny_images: Path, tmp_path: Path
 ) -> None:
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{file}.yaml",
         "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0", "train_text_to_image_ambient.py",
-        "--pretrained_model_name_or_path", str(tiny_base), "--train_data_dir", str(tiny_pictures), "--resolution", "32",
+        "--pretrained_model_name_or_path", str(tiny_base), "--train_data_dir", str(tiny_images), "--resolution", "32",
         "--train_batch_size", "2", "--max_train_steps", "2", "--report_to", "none", "--output_dir", str(tmp_path / "out"),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -230,7 +230,7 @@ def test_what_does_not_go_with_a_spread_model_is_refused_before_anything_is_read
         monkeypatch.setenv(variable, value)
     absent = {
         "pretrained_model_name_or_path": str(tmp_path / "no-base"),
-        "train_data_dir": str(tmp_path / "no-pictures"),
+        "train_data_dir": str(tmp_path / "no-images"),
     }
     with pytest.raises(UserError, match=said) as caught:
         run(TrainConfig(**absent, output_dir=str(tmp_path / "out"), report_to="none", **own), progress=False)
@@ -247,4 +247,4 @@ def test_processors_are_not_mistaken_for_an_accelerator(tmp_path: Path, monkeypa
         monkeypatch.setenv(variable, value)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     with pytest.raises(UserError, match="FSDP on processors is asked for"):
-        run(TrainConfig(pretrained_model_name_or_path="no-base", train_data_dir="no-pictures"), progress=False)
+        run(TrainConfig(pretrained_model_name_or_path="no-base", train_data_dir="no-images"), progress=False)

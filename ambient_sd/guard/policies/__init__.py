@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ambient_sd.guard.policies.attention_rescaling import AttentionRescaling
-from ambient_sd.guard.policies.base import Change, Encoded, Halves, Policy, SamplingStart, ScalePolicy, Step
+from ambient_sd.guard.policies.base import Change, Encoded, GuidanceBranches, Policy, SamplingStart, ScalePolicy, Step
 from ambient_sd.guard.policies.compose import Compose
 from ambient_sd.guard.policies.dynamic_transition import DynamicTransition
 from ambient_sd.guard.policies.guard_attenuation import AttentionGuard
@@ -35,7 +35,7 @@ __all__ = [
     "DynamicTransition",
     "Encoded",
     "GaussianEmbeddingNoise",
-    "Halves",
+    "GuidanceBranches",
     "LatentOptimization",
     "OppositeGuidance",
     "Policy",

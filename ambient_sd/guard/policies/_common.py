@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ambient_sd.errors import UserError
-from ambient_sd.guard.policies.base import Encoded, Halves
+from ambient_sd.guard.policies.base import Encoded, GuidanceBranches
 from ambient_sd.guard.scores import NO_SIGNAL
+from ambient_sd.utils.errors import UserError
 
 
 def number(name: str, value: Any, *, least: float | None = None, above: float | None = None) -> float:
@@ -32,7 +32,7 @@ def whole(name: str, value: Any, *, least: int | None = None) -> int:
     return int(value)
 
 
-def require_signal(halves: Halves, what: str = "prompt") -> None:
+def require_signal(halves: GuidanceBranches, what: str = "prompt") -> None:
     """Raise a `UserError` where the first step has no score to read, whatever the `what`; this waits for the device."""
     if float(halves.noise_factor) < NO_SIGNAL:
         raise UserError(

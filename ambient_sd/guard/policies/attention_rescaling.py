@@ -1,6 +1,6 @@
 """Ren et al.'s mitigation: less attention for the tokens that carry the copy, more for the one that says nothing.
 
-Pictures are recalled through the summary tokens at the prompt's end and its padding, on which cross-attention then
+Images are recalled through the summary tokens at the prompt's end and its padding, on which cross-attention then
 concentrates. In every cross-attention of the conditional branch, for the logits `l` of a query over the tokens,
 
     l'_BOS = C l_BOS,      l'_i = -inf for padding,      weights = softmax(l')
@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import torch
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard.policies._common import number
 from ambient_sd.guard.policies.base import Change, Policy, SamplingStart
+from ambient_sd.utils.errors import UserError
 
 
 class AttentionRescaling(Policy):

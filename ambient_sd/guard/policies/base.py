@@ -3,7 +3,7 @@
 A policy is a small object without state between runs. The guard calls `begin` once, before the first denoising step,
 and `step` after every evaluation of the network; either may do nothing. A policy never sees the denoising loop, so it
 works in every pipeline and with every scheduler that the guard supports. It does not decide whom it acts on either:
-rows of pictures that are not `active` (`MemorizationGuard(..., when="flagged")`) stay the pipeline's own, to the bit.
+rows of images that are not `active` (`MemorizationGuard(..., when="flagged")`) stay the pipeline's own, to the bit.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Encoded(NamedTuple):
     pooled: torch.Tensor | None
 
 
-class Halves(abc.ABC):
-    """The network at one evaluation, to be asked again: one half of guidance, some of the pictures, other inputs.
+class GuidanceBranches(abc.ABC):
+    """The network at one evaluation, to be asked again: one half of guidance, some of the images, other inputs.
 
     Attributes:
         sample: the network's input, equal for both halves, `(n, C, H, W)` (scaled as the scheduler does).
@@ -57,11 +57,11 @@ class Halves(abc.ABC):
         key_scale: torch.Tensor | None = None,
         timestep: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Evaluate one half of the network for `m` pictures.
+        """Evaluate one half of the network for `m` images.
 
         Args:
             half: whose remaining inputs are taken ("cond" or "uncond").
-            rows: `(m,)` long: which pictures; all if None.
+            rows: `(m,)` long: which images; all if None.
             sample: `(m, C, H, W)` instead of the network's input; gradients flow to it.
             embeds: `(m, L, D)` instead of the half's embeddings; gradients flow to them.
             pooled: `(m, P)` instead of the half's pooled embeddings.
@@ -87,19 +87,19 @@ class Halves(abc.ABC):
 
 @dataclass(frozen=True)
 class SamplingStart:
-    """What is known before the first step, for `n` pictures. Tensors are the pipeline's own: do not write to them.
+    """What is known before the first step, for `n` images. Tensors are the pipeline's own: do not write to them.
 
     Attributes:
         halves: the network at the first evaluation.
-        active: for each picture, whether the policy may act on it.
-        prompts: the prompt's text of each picture; None if the pipeline was called with embeddings.
+        active: for each image, whether the policy may act on it.
+        prompts: the prompt's text of each image; None if the pipeline was called with embeddings.
         encode: `(m texts) -> Encoded`: the pipeline's own encoding of other texts, as for the conditional half.
-        token_ids: `(n, L)` long, on the CPU: the tokens of each picture's prompt as the (first) tokenizer gives them, padding
+        token_ids: `(n, L)` long, on the CPU: the tokens of each image's prompt as the (first) tokenizer gives them, padding
             included; None if the pipeline was called with embeddings.
         token_mask: `(n, L)` bool, on the CPU: True from BOS to the first EOS, False on padding; None as above.
     """
 
-    halves: Halves
+    halves: GuidanceBranches
     active: list[bool]
     prompts: list[str] | None
     encode: Callable[[Sequence[str]], Encoded]
@@ -109,20 +109,20 @@ class SamplingStart:
 
 @dataclass(frozen=True)
 class Change:
-    """What `Policy.begin` decided, picture by picture. A tensor that is None leaves the pipeline's own in place.
+    """What `Policy.begin` decided, image by image. A tensor that is None leaves the pipeline's own in place.
 
     Attributes:
-        changed: for each picture, whether its rows below replace the pipeline's; the other rows are ignored.
+        changed: for each image, whether its rows below replace the pipeline's; the other rows are ignored.
         embeds: `(n, L, D)` for the conditional half, at every step.
         pooled: `(n, P)` for the conditional half.
         uncond_embeds: `(n, L, D)` for the unconditional half.
         uncond_pooled: `(n, P)` for the unconditional half.
         sample: `(n, C, H, W)`, another input of the first evaluation: the sampler starts from the latent that it stands for.
-        token_weights: `(n, L)`, as in `Halves.predict`, for the conditional half at every step.
-        key_scale: `(n, L)`, as in `Halves.predict`, for the conditional half at every step.
-        first_score_before: for each picture, `|| eps_c - eps_u ||` at the first step as the pipeline had it, if measured.
+        token_weights: `(n, L)`, as in `GuidanceBranches.predict`, for the conditional half at every step.
+        key_scale: `(n, L)`, as in `GuidanceBranches.predict`, for the conditional half at every step.
+        first_score_before: for each image, `|| eps_c - eps_u ||` at the first step as the pipeline had it, if measured.
         first_score_after: the same with what is now in place.
-        iterations: for each picture, the optimizer steps taken.
+        iterations: for each image, the optimizer steps taken.
     """
 
     changed: list[bool]
@@ -140,14 +140,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Step:
-    """One evaluation of the network, for `n` pictures. Tensors are the pipeline's own: do not write to them.
+    """One evaluation of the network, for `n` images. Tensors are the pipeline's own: do not write to them.
 
     Attributes:
         index: 0 for the first evaluation of this run.
         timestep: `()` tensor on the device, in the scheduler's units.
         cond: output of the conditional half, `(n, C, H, W)`, in the network's parametrisation.
         uncond: output of the unconditional half, same shape.
-        norms: `|| eps_c - eps_u ||` per picture, `(n,)` each, float32, on the device: of every evaluation so far, this one last.
+        norms: `|| eps_c - eps_u ||` per image, `(n,)` each, float32, on the device: of every evaluation so far, this one last.
             They are of what the network said, before any policy replaced it; 0 or next to it where a step carries no signal.
         guidance_scale: the pipeline's scale: it goes on to compute `uncond + guidance_scale (cond - uncond)`.
         halves: the network at this evaluation, to be asked again, with what `begin` changed in place.
@@ -162,7 +162,7 @@ class Step:
     uncond: torch.Tensor
     norms: list[torch.Tensor] = field(repr=False)
     guidance_scale: float
-    halves: Halves
+    halves: GuidanceBranches
     silent: bool = False
     output_norms: list[torch.Tensor] = field(default_factory=list, repr=False)
     total: int | None = None
@@ -172,18 +172,18 @@ class Policy:
     """Base of all mitigations; override one method or both.
 
     Attributes:
-        begins_first: `begin` words the prompt anew; in a `Compose` it must stand before all others that begin.
-        begins_alone: `begin` leaves others no score to read; in a `Compose` it must be the only one that begins.
+        rewrites_prompt: `begin` words the prompt anew; in a `Compose` it must stand before all others that begin.
+        exclusive: `begin` leaves others no score to read; in a `Compose` it must be the only one that begins.
         noise_only: it is defined by predicted noise, not by outputs as they are (`MemorizationGuard(score_space="output")`).
         begins_at_signal: `begin` reads the score: where the first steps carry none (zero terminal SNR) it is called at the first step
             that does, and what it replaces is in place from there on.
         moves_latent: `begin` replaces the initial latent, which it cannot once sampling has begun.
-        mitigates: it changes pictures; a policy that only watches says False, and pictures are then flagged as without it.
-        gradient_checkpointing: under `Halves.enable_grad` activations are recomputed; the guard, which owns the network, reads it.
+        mitigates: it changes images; a policy that only watches says False, and images are then flagged as without it.
+        gradient_checkpointing: under `GuidanceBranches.enable_grad` activations are recomputed; the guard, which owns the network, reads it.
     """
 
-    begins_first = False
-    begins_alone = False
+    rewrites_prompt = False
+    exclusive = False
     noise_only = False
     begins_at_signal = False
     moves_latent = False
@@ -205,14 +205,14 @@ class Policy:
 
 
 class ScalePolicy(Policy):
-    """Base of the mitigations that only choose another guidance scale `w` for a picture at a step.
+    """Base of the mitigations that only choose another guidance scale `w` for an image at a step.
 
     The pipeline computes `uncond + g (cond' - uncond)`; `cond' = uncond + (w / g) (cond - uncond)` makes that `uncond +
     w (cond - uncond)`. Nothing on the way leaves the device.
     """
 
     def scale(self, step: Step) -> torch.Tensor:
-        """Return each picture's scale at this step, `(n,)` float32 on the device; NaN leaves the pipeline's own in place."""
+        """Return each image's scale at this step, `(n,)` float32 on the device; NaN leaves the pipeline's own in place."""
         raise NotImplementedError
 
     def step(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,9 +13,9 @@ import types
 import typing
 from typing import Any
 
-from ambient_sd.errors import UserError, one_line
 from ambient_sd.guard.policies.base import Policy
 from ambient_sd.guard.policies.compose import Compose
+from ambient_sd.utils.errors import UserError, one_line
 
 
 def available() -> dict[str, type[Policy]]:

@@ -1,13 +1,13 @@
 """Several policies as one.
 
 Before the first step, `begin` is called in the order given, and each policy sees what those before it put in place: their
-embeddings, latents and weights are the network's at its turn. Where two change the same field of the same picture the
+embeddings, latents and weights are the network's at its turn. Where two change the same field of the same image the
 later wins. A policy that words the prompt anew (RT, CWR, RNA) would throw away what earlier ones made of the embeddings,
 and re-anchoring leaves later ones no score to read: such combinations are refused when they are made. Tokens of a reworded
 prompt are not known: later policies see `token_ids` and `token_mask` as None, and those that need them refuse.
 
 At every evaluation the policies that replace outputs act in turn, each on what the one before returned; then those that
-only choose a guidance scale decide together, once: for each picture the first one that acts (is not NaN) wins. So
+only choose a guidance scale decide together, once: for each image the first one that acts (is not NaN) wins. So
 `Compose(OppositeGuidance(until=650), StaticTransition(until=500))` is -2 down to 650, 0 down to 500, then the pipeline's
 scale. All of them see the norms of what the network itself said.
 """
@@ -21,8 +21,17 @@ from typing import Any
 
 import torch
 
-from ambient_sd.errors import UserError
-from ambient_sd.guard.policies.base import Change, Encoded, Half, Halves, Policy, SamplingStart, ScalePolicy, Step
+from ambient_sd.guard.policies.base import (
+    Change,
+    Encoded,
+    GuidanceBranches,
+    Half,
+    Policy,
+    SamplingStart,
+    ScalePolicy,
+    Step,
+)
+from ambient_sd.utils.errors import UserError
 
 _FIELDS = ("embeds", "pooled", "uncond_embeds", "uncond_pooled", "sample", "token_weights", "key_scale")
 
@@ -30,7 +39,7 @@ _FIELDS = ("embeds", "pooled", "uncond_embeds", "uncond_pooled", "sample", "toke
 class Compose(Policy):
     """Apply several policies as one; the order matters (see the module).
 
-    A policy with `begins_first` must stand before all others that override `begin`; one with `begins_alone` must be the
+    A policy with `rewrites_prompt` must stand before all others that override `begin`; one with `exclusive` must be the
     only one that does.
 
     Args:
@@ -61,14 +70,14 @@ class Compose(Policy):
         self.mitigates = any(policy.mitigates for policy in parts)
         for place, policy in enumerate(self._beginners):
             name = type(policy).__name__
-            if policy.begins_alone and len(self._beginners) > 1:
+            if policy.exclusive and len(self._beginners) > 1:
                 others = ", ".join(type(other).__name__ for other in self._beginners if other is not policy)
                 raise UserError(
                     f"{name} does not combine with {others}",
                     rule="with it the two halves are two prompts, and no other policy may change them before the first step",
                     remedy="use one of them",
                 )
-            if policy.begins_first and place > 0:
+            if policy.rewrites_prompt and place > 0:
                 raise UserError(
                     f"{name} after {type(self._beginners[place - 1]).__name__}",
                     rule="it words the prompt anew, so what policies before it made of the embeddings would be lost",
@@ -90,7 +99,7 @@ class Compose(Policy):
                 continue
             total = change if total is None else _merged(start, total, change)
             if any(change.changed):
-                reworded = policy.begins_first
+                reworded = policy.rewrites_prompt
                 now = dataclasses.replace(
                     start,
                     halves=_ChangedHalves(start.halves, total),
@@ -121,10 +130,10 @@ class _FirstScale(ScalePolicy):
         return scale
 
 
-class _ChangedHalves(Halves):
+class _ChangedHalves(GuidanceBranches):
     """The network with the rows of a change in place."""
 
-    def __init__(self, inner: Halves, change: Change) -> None:
+    def __init__(self, inner: GuidanceBranches, change: Change) -> None:
         # The pipeline may run under torch.inference_mode, whose tensors cannot enter autograd.
         with torch.inference_mode(False), torch.no_grad():
             now = {name: _now(inner, change, name) for name in _FIELDS}
@@ -153,7 +162,7 @@ def _only_scales(policy: Policy) -> bool:
     return type(policy).step is ScalePolicy.step
 
 
-def _own(halves: Halves, name: str) -> torch.Tensor | None:
+def _own(halves: GuidanceBranches, name: str) -> torch.Tensor | None:
     """Return what stands where a change has the field `name`; None: no weights, that is weights of 1, or no such input."""
     own = {
         "embeds": halves.cond.embeds,
@@ -165,8 +174,8 @@ def _own(halves: Halves, name: str) -> torch.Tensor | None:
     return own[name] if name in own else getattr(halves, name, None)
 
 
-def _now(halves: Halves, change: Change, name: str) -> torch.Tensor | None:
-    """Return the field `name` for all pictures: the change's rows where it changed a picture, else the pipeline's own."""
+def _now(halves: GuidanceBranches, change: Change, name: str) -> torch.Tensor | None:
+    """Return the field `name` for all images: the change's rows where it changed an image, else the pipeline's own."""
     own, new = _own(halves, name), getattr(change, name)
     if new is None:
         return own
@@ -197,7 +206,7 @@ def _merged(start: SamplingStart, first: Change, second: Change) -> Change:
 
 
 def _scores(best: list[float] | None, other: list[float] | None, changed: list[bool]) -> list[float] | None:
-    """Return the scores of `best`; where there is none (NaN), those of `other`, unless the picture was `changed` between.
+    """Return the scores of `best`; where there is none (NaN), those of `other`, unless the image was `changed` between.
 
     A score from before describes the pipeline's own inputs, one from after what is in place in the end.
     """

@@ -1,4 +1,4 @@
-"""DTP: no guidance until the first local minimum of a picture's own curve, then normal guidance.
+"""DTP: no guidance until the first local minimum of an image's own curve, then normal guidance.
 
     w_k = 0 until some d_{j-2} > d_{j-1} < d_j, j <= k; then g        d_k = || o_c - o_u || at evaluation k
 
@@ -9,9 +9,9 @@ rising `|| eps_c - eps_u ||`. On one such model one curve turned at timestep 466
 the one that `ImageReport.curve` shows; for epsilon the two are one. A minimum shows one evaluation late, and guidance
 begins at that evaluation, as published. A curve that rises from its first value has no minimum there; one that never
 falls and rises again is never guided: the paper saw transition points in memorized prompts only, so act on flagged
-pictures alone (`when="flagged"`).
+images alone (`when="flagged"`).
 
-Where ours differs: each picture has its own minimum (the published loop samples one picture at a time); a minimum may be
+Where ours differs: each image has its own minimum (the published loop samples one image at a time); a minimum may be
 a plateau, `3 2 2 3`, which strict inequalities between neighbours would miss; before it `w` is 0 as in the paper, where the
 authors' script for it has 1 (the conditional output alone). Samplers that evaluate one timestep twice (Heun) repeat values
 with small changes, which may look like a minimum: the method is defined for one evaluation per step.
@@ -24,9 +24,9 @@ from typing import Literal
 
 import torch
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard.policies._common import number
 from ambient_sd.guard.policies.base import ScalePolicy, Step
+from ambient_sd.utils.errors import UserError
 
 
 class DynamicTransition(ScalePolicy):
@@ -58,7 +58,7 @@ class DynamicTransition(ScalePolicy):
 
 
 def _passed(norms: torch.Tensor) -> torch.Tensor:
-    """Return for each picture whether its curve, `(k, n)`, has risen after it had fallen; `(n,)` bool."""
+    """Return for each image whether its curve, `(k, n)`, has risen after it had fallen; `(n,)` bool."""
     change = norms[1:] - norms[:-1]
     fallen = (change < 0).cumsum(0) > 0
     return ((change > 0) & fallen).any(0)

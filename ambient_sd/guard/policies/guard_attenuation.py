@@ -16,7 +16,7 @@ blocks only: later ones cost quality. Where the two directions are nearly one, t
 
     p <- p - c n    where cos(p, n) > 0.9,    n = eps_c - eps_u,    c = <p, n> / <n, n>, held in [-2, 2]
 
-for each picture by itself, of the outputs as the network gives them (`orthogonalize`).
+for each image by itself, of the outputs as the network gives them (`orthogonalize`).
 
 The paper itself could not be read here; formula and r are from its abstract and summaries of it, and everything they leave
 open follows its released code: the cosine, the orthogonal part, tau = 0.1 (0.01 for the attenuated branch alone, `repulsion=0`, which
@@ -26,7 +26,7 @@ They chose tau, a and r for each model and kind of memorization. `decay="none", 
 queries, which grows where the up blocks begin; in SDXL the first up block has as many as the middle, and counts as middle.
 
 The attention is read where PyTorch computes it, in `scaled_dot_product_attention`. Networks whose attention goes another way
-(attention slicing, xformers) or has text and picture in one sequence (SD3) are refused.
+(attention slicing, xformers) or has text and image in one sequence (SD3) are refused.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard.policies._common import number
 from ambient_sd.guard.policies.base import Policy, Step
+from ambient_sd.utils.errors import UserError
 
 Statistic = Literal["logits", "weights"]
 
@@ -106,7 +106,7 @@ class AttentionGuard(Policy):
         if not attention.seen:
             raise UserError(
                 "the network's cross-attention cannot be read",
-                rule="AttentionGuard acts where PyTorch computes attention, text and picture apart",
+                rule="AttentionGuard acts where PyTorch computes attention, text and image apart",
                 remedy="switch attention slicing and xformers off, or use another policy",
             )
         away = step.cond - step.uncond
@@ -190,7 +190,7 @@ class SpikeAttenuation(TorchFunctionMode):
         elif func is F.scaled_dot_product_attention and self._text_read:
             self._text_read = False
             given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
-            if given["key"].shape[-2] == self.text[0]:  # joint attention has the picture's keys beside the text's
+            if given["key"].shape[-2] == self.text[0]:  # joint attention has the image's keys beside the text's
                 given["key"] = self._attenuated(given["query"], given["key"], given.get("scale"))
             return func(**given)
         return func(*args, **kwargs)

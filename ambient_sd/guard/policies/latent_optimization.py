@@ -17,17 +17,17 @@ from __future__ import annotations
 
 import torch
 
-from ambient_sd.guard.policies.base import Halves
+from ambient_sd.guard.policies.base import GuidanceBranches
 from ambient_sd.guard.policies.latents import LatentPolicy, noise_difference, norm_of
 
 
 class LatentOptimization(LatentPolicy):
-    """Optimise each picture's initial latent until `|| eps_c - eps_u ||_2 <= target` at the first step.
+    """Optimise each image's initial latent until `|| eps_c - eps_u ||_2 <= target` at the first step.
 
     Args:
         target: the norm to reach, > 0, in the units of `ImageReport.curve`. It is per model and resolution.
         lr: AdamW's learning rate, > 0. Default as published for SD1.4.
-        max_steps: most optimizer steps per picture, >= 1; each costs both halves, forward and backward.
+        max_steps: most optimizer steps per image, >= 1; each costs both halves, forward and backward.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
 
     Raises:
@@ -44,6 +44,6 @@ class LatentOptimization(LatentPolicy):
     def optimizer(self, x: torch.Tensor) -> torch.optim.Optimizer:
         return torch.optim.AdamW([x], lr=self.lr)
 
-    def loss(self, halves: Halves, row: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(self, halves: GuidanceBranches, row: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         norm = norm_of(noise_difference(halves, row, x))
         return norm, norm

@@ -1,11 +1,11 @@
-"""The loop that the policies on the initial latent share: optimise it, picture by picture, before the first step.
+"""The loop that the policies on the initial latent share: optimise it, image by image, before the first step.
 
 A subclass says what is minimised and with which optimizer (`latent_optimization`: Han et al.; `sail`: Jeon et al.). Here:
 the stop as soon as the loss is at most `target`, the limit of steps, the choice of the best latent seen. What is optimised
-is the network's input at the first evaluation, which has unit variance in every sampler (`Halves.sample`).
+is the network's input at the first evaluation, which has unit variance in every sampler (`GuidanceBranches.sample`).
 
-One picture after the other, as in the published code: memory is that of one picture's backward pass, and a picture gets the
-same bits beside any others. Only pictures that the policy may act on are looked at. Nothing random happens.
+One image after the other, as in the published code: memory is that of one image's backward pass, and an image gets the
+same bits beside any others. Only images that the policy may act on are looked at. Nothing random happens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 import torch
 
 from ambient_sd.guard.policies._common import number, require_signal, whole
-from ambient_sd.guard.policies.base import Change, Halves, Policy, SamplingStart
+from ambient_sd.guard.policies.base import Change, GuidanceBranches, Policy, SamplingStart
 from ambient_sd.guard.scores import guidance_norm
 
 
@@ -26,7 +26,7 @@ class LatentPolicy(Policy, abc.ABC):
     Args:
         target: the loss to reach, a finite number above 0.
         lr: the optimizer's learning rate, a finite number above 0, in standard deviations of the latent.
-        max_steps: most optimizer steps per picture, >= 1. If they are too few, the best latent seen is used.
+        max_steps: most optimizer steps per image, >= 1. If they are too few, the best latent seen is used.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
 
     Raises:
@@ -42,19 +42,19 @@ class LatentPolicy(Policy, abc.ABC):
 
     @abc.abstractmethod
     def optimizer(self, x: torch.Tensor) -> torch.optim.Optimizer:
-        """Return the optimizer of one picture's latent `(1, C, H, W)`."""
+        """Return the optimizer of one image's latent `(1, C, H, W)`."""
 
     @abc.abstractmethod
-    def loss(self, halves: Halves, row: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what is minimised, and `|| eps_c - eps_u ||`, both `(1,)`, at the latent `x` of the picture `row`."""
+    def loss(self, halves: GuidanceBranches, row: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what is minimised, and `|| eps_c - eps_u ||`, both `(1,)`, at the latent `x` of the image `row`."""
 
     def begin(self, start: SamplingStart) -> Change:
-        """Return the optimised latents; a picture that is under the target already keeps its own."""
+        """Return the optimised latents; an image that is under the target already keeps its own."""
         halves = start.halves
         require_signal(halves, "latent")
         n = len(start.active)
         changed, iterations = [False] * n, [0] * n
-        before, after = [math.nan] * n, [math.nan] * n  # of pictures that nobody asked about nothing is measured
+        before, after = [math.nan] * n, [math.nan] * n  # of images that nobody asked about nothing is measured
         with halves.enable_grad():
             sample = halves.sample.detach().clone()
             for i, active in enumerate(start.active):
@@ -64,8 +64,8 @@ class LatentPolicy(Policy, abc.ABC):
                         sample[i], changed[i] = best[0].to(sample), True
         return Change(changed, sample=sample, first_score_before=before, first_score_after=after, iterations=iterations)
 
-    def _descend(self, halves: Halves, i: int) -> tuple[torch.Tensor | None, float, float, int]:
-        """Return one picture's best latent (None: its own), the score before and with it, and the steps taken."""
+    def _descend(self, halves: GuidanceBranches, i: int) -> tuple[torch.Tensor | None, float, float, int]:
+        """Return one image's best latent (None: its own), the score before and with it, and the steps taken."""
         own = halves.sample[i : i + 1].detach()
         row = torch.tensor([i], device=own.device)
         # float32 at least: a step of 0.01 must not be rounded away in half precision.
@@ -91,8 +91,8 @@ class LatentPolicy(Policy, abc.ABC):
         return best, before, after, iteration
 
 
-def noise_difference(halves: Halves, row: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return `eps_c - eps_u` at another input `x` `(m, C, H, W)` of the pictures `row` `(m,)`, in x's precision."""
+def noise_difference(halves: GuidanceBranches, row: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return `eps_c - eps_u` at another input `x` `(m, C, H, W)` of the images `row` `(m,)`, in x's precision."""
     sample = x.to(halves.sample.dtype)
     cond = halves.predict("cond", rows=row, sample=sample).to(x.dtype)
     uncond = halves.predict("uncond", rows=row, sample=sample).to(x.dtype)
@@ -100,5 +100,5 @@ def noise_difference(halves: Halves, row: torch.Tensor, x: torch.Tensor) -> torc
 
 
 def norm_of(difference: torch.Tensor) -> torch.Tensor:
-    """Return the L2 norm of each picture's `(m, C, H, W)`, `(m,)`."""
+    """Return the L2 norm of each image's `(m, C, H, W)`, `(m,)`."""
     return guidance_norm(cond=difference, uncond=torch.zeros_like(difference))

@@ -5,7 +5,7 @@
 (Jain et al., *Classifier-free guidance inside the attraction basin may cause memorization*, CVPR 2025, "opposite guidance".)
 Published for SD2.1 fine-tuned on LAION-10k: -2 until 650, which the authors' README calls "opposite guidance and static
 transition point" and which is this policy alone. `Compose(OppositeGuidance(), StaticTransition(500))` puts a stretch
-without guidance, 650 to 500, between the two. For a transition point of each picture's own see `DynamicTransition(scale=-2)`.
+without guidance, 650 to 500, between the two. For a transition point of each image's own see `DynamicTransition(scale=-2)`.
 Whether t = t* itself is guided is not stated: here it is.
 """
 
@@ -15,9 +15,9 @@ import math
 
 import torch
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard.policies._common import number
 from ambient_sd.guard.policies.base import ScalePolicy, Step
+from ambient_sd.utils.errors import UserError
 
 
 class OppositeGuidance(ScalePolicy):

@@ -3,8 +3,8 @@
 Before the first denoising step, AdamW on the conditional prompt embedding `e`, BOS position frozen, minimises
 `|| eps_c(e) - eps_u ||_2` and stops as soon as it is at most `target`; that embedding serves all steps (Wen, Liu, Chen,
 Lyu, ICLR 2024, section 4.2). Their code takes ONE norm over the whole batch, so that the target depends on how many
-pictures are sampled together (their 3 with 4 pictures is about 1.5 per picture, since squared norms add up). Here every
-picture has its own norm, its own optimizer state and its own stop: together or alone, it gets the same embedding.
+images are sampled together (their 3 with 4 images is about 1.5 per image, since squared norms add up). Here every
+image has its own norm, its own optimizer state and its own stop: together or alone, it gets the same embedding.
 
 Where the first steps carry no score (zero terminal SNR) "the first step" is the first that does, and the embedding serves from there on.
 Only the conditional half is optimised; the unconditional half is evaluated once, without gradients. SDXL's pooled
@@ -24,20 +24,20 @@ from typing import Literal
 
 import torch
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard.policies._common import number, require_signal, whole
 from ambient_sd.guard.policies.base import Change, Policy, SamplingStart
 from ambient_sd.guard.scores import guidance_norm
+from ambient_sd.utils.errors import UserError
 
 
 class PromptOptimization(Policy):
-    """Optimise each picture's prompt embedding until `|| eps_c - eps_u ||_2 <= target` at the first step.
+    """Optimise each image's prompt embedding until `|| eps_c - eps_u ||_2 <= target` at the first step.
 
     Args:
         target: the norm to reach, > 0, in the units of `ImageReport.curve`. It is per model and resolution (published:
             0.7 to 5 on SD1.4, 50 to 90 on SD2, over a batch).
         lr: AdamW's learning rate, > 0. Default as published.
-        max_steps: most optimizer steps per picture, >= 1. Default as published.
+        max_steps: most optimizer steps per image, >= 1. Default as published.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         serve: the "best" embedding seen, or the "last" as in the published code, worse or not.
         freeze_bos: leave the first position alone; False: let AdamW's decay move it, as in the published code.
@@ -67,11 +67,11 @@ class PromptOptimization(Policy):
         self.gradient_checkpointing = gradient_checkpointing
 
     def begin(self, start: SamplingStart) -> Change:
-        """Return the optimised embeddings; a picture that is under the target already keeps its own."""
+        """Return the optimised embeddings; an image that is under the target already keeps its own."""
         halves = start.halves
         require_signal(halves)
         n = len(start.active)
-        first, best = [math.nan] * n, [math.nan] * n  # of pictures that nobody asked about nothing is measured
+        first, best = [math.nan] * n, [math.nan] * n  # of images that nobody asked about nothing is measured
         iterations, changed = [0] * n, [False] * n
         chosen = [i for i, active in enumerate(start.active) if active]
         device = halves.sample.device
@@ -83,8 +83,8 @@ class PromptOptimization(Policy):
             # float32 at least: a step of 0.05 must not be rounded away in half precision.
             own = given.detach().to(torch.promote_types(given.dtype, torch.float32))[chosen]
             best_embeds = given.detach().clone()
-            # AdamW works element by element, and all pictures that go on have taken equally many steps: one parameter is
-            # as good as one per picture. Rows of pictures that have stopped may drift; nothing reads them again.
+            # AdamW works element by element, and all images that go on have taken equally many steps: one parameter is
+            # as good as one per image. Rows of images that have stopped may drift; nothing reads them again.
             head, tail = own[:, :1].clone(), own[:, 1:].clone().requires_grad_(True)
             optimizer = torch.optim.AdamW([tail], lr=self.lr)
             going = list(range(len(chosen)))  # rows of `own`
@@ -110,7 +110,7 @@ class PromptOptimization(Policy):
                 if not going_on:
                     break
                 going = [going[place] for place in going_on]
-                # Pictures do not mix in the network, so the gradient of the sum is each picture's own gradient.
+                # Images do not mix in the network, so the gradient of the sum is each image's own gradient.
                 (tail.grad,) = torch.autograd.grad(norms[going_on].sum(), [tail])
                 for k in going:
                     iterations[chosen[k]] += 1

@@ -7,11 +7,11 @@
 
 (Somepalli, Singla, Goldblum, Geiping, Goldstein, *Understanding and mitigating copying in diffusion models*, NeurIPS 2023, the
 mitigations at inference.) Each insertion stands before, between or after the words present by then, all places alike.
-The published code inserts a fixed number, 2 or 4; here 2 to 4, drawn per picture, unless told otherwise.
+The published code inserts a fixed number, 2 or 4; here 2 to 4, drawn per image, unless told otherwise.
 
-Where ours differs: random numbers are functions of (seed, method, prompt, how many pictures before this one have the same
-prompt), so a picture gets the same perturbation whatever else is sampled with it; without a prompt's text (embeddings
-given) GNI takes the picture's place in the batch. White space between words becomes one space, which CLIP's tokenizer does anyway. A
+Where ours differs: random numbers are functions of (seed, method, prompt, how many images before this one have the same
+prompt), so an image gets the same perturbation whatever else is sampled with it; without a prompt's text (embeddings
+given) GNI takes the image's place in the batch. White space between words becomes one space, which CLIP's tokenizer does anyway. A
 prompt without words has none to repeat: CWR leaves it alone. As published, words inserted beyond the text encoder's length
 are cut off with the rest. GNI leaves SDXL's pooled embedding alone.
 
@@ -29,18 +29,18 @@ from typing import Any, Literal
 
 import torch
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard.policies._common import number, whole, with_rows
 from ambient_sd.guard.policies.base import Change, Policy, SamplingStart
+from ambient_sd.utils.errors import UserError
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 class PromptPerturbation(Policy, abc.ABC):
-    """Base of RT, CWR and RNA: insert words at random places of each active picture's prompt, and encode it anew.
+    """Base of RT, CWR and RNA: insert words at random places of each active image's prompt, and encode it anew.
 
     Args:
-        insertions: how many words to insert: one number >= 1, or (least, most), drawn uniformly per picture.
+        insertions: how many words to insert: one number >= 1, or (least, most), drawn uniformly per image.
         seed: whole number from which all random numbers follow.
 
     Raises:
@@ -49,7 +49,7 @@ class PromptPerturbation(Policy, abc.ABC):
     Source: Somepalli et al., NeurIPS 2023.
     """
 
-    begins_first = True  # `Compose`: what earlier policies made of the embeddings would be lost
+    rewrites_prompt = True  # `Compose`: what earlier policies made of the embeddings would be lost
 
     def __init__(self, insertions: int | tuple[int, int] = (2, 4), seed: int = 0) -> None:
         pair = insertions if isinstance(insertions, (tuple, list)) else (insertions, insertions)
@@ -64,7 +64,7 @@ class PromptPerturbation(Policy, abc.ABC):
         """Return one word to insert into a prompt of `words`, drawn from `generator`."""
 
     def perturb(self, prompt: str, place: int = 0) -> str:
-        """Return the perturbed prompt of the `place`-th picture (from 0) that has this prompt."""
+        """Return the perturbed prompt of the `place`-th image (from 0) that has this prompt."""
         generator = _generator(self.seed, type(self).__name__, prompt, place)
         words = prompt.split()
         result = list(words)
@@ -74,7 +74,7 @@ class PromptPerturbation(Policy, abc.ABC):
         return " ".join(result)
 
     def begin(self, start: SamplingStart) -> Change | None:
-        """Return the embeddings of the perturbed prompts of all active pictures."""
+        """Return the embeddings of the perturbed prompts of all active images."""
         if start.prompts is None:
             raise UserError(
                 f"{type(self).__name__} needs the prompt's text",
@@ -94,7 +94,7 @@ class RandomTokens(PromptPerturbation):
     """RT: insert random tokens.
 
     Args:
-        insertions: how many tokens to insert: one number >= 1, or (least, most), drawn uniformly per picture.
+        insertions: how many tokens to insert: one number >= 1, or (least, most), drawn uniformly per image.
         seed: whole number from which all random numbers follow.
         tokenizer: `pipe.tokenizer`, whose vocabulary is drawn from as published; None draws strings of small letters.
 
@@ -165,7 +165,7 @@ class GaussianEmbeddingNoise(Policy):
         self.halves = halves
 
     def begin(self, start: SamplingStart) -> Change:
-        """Return the noisy embeddings of all active pictures."""
+        """Return the noisy embeddings of all active images."""
         prompts = start.prompts if start.prompts is not None else [""] * len(start.active)
         purpose = type(self).__name__
         uncond = None
@@ -186,7 +186,7 @@ class GaussianEmbeddingNoise(Policy):
 
 
 def _places(prompts: list[str]) -> list[int]:
-    """Return for each picture how many before it have the same prompt."""
+    """Return for each image how many before it have the same prompt."""
     seen: dict[str, int] = {}
     places = []
     for prompt in prompts:

@@ -1,6 +1,6 @@
 """PRSS: a prompt that triggers memorization becomes the anchor to move away from, a softer prompt the one to move to.
 
-A picture whose first step has `m = || eps(e_p) - eps(e_0) || > lambda` gets a softer prompt in place of its own. Whether it is
+An image whose first step has `m = || eps(e_p) - eps(e_0) || > lambda` gets a softer prompt in place of its own. Whether it is
 re-anchored is decided at every evaluation anew, by the softer prompt's own magnitude d = || eps(e_soft) - eps(e_0) ||:
 
     d <= L:  eps = eps(e_0) + g (eps(e_soft) - eps(e_0))                                       plain guidance by the softer prompt
@@ -12,12 +12,12 @@ models*, CVPR 2025, prompt re-anchoring and semantic prompt search; there lambda
 which we know a detailed summary only, is the second line with s = g at every step (`rule="all"`).
 
 The published search asks GPT-4 for up to 25 texts of the same meaning, scores them at the first step in turn, takes the first
-whose m is at most lambda, else the one with the lowest; the original is among them, so that a picture of which no text is softer
+whose m is at most lambda, else the one with the lowest; the original is among them, so that an image of which no text is softer
 keeps its own prompt, and where d > L is guided less: `eps(e_p) + (g - s) (eps(e_p) - eps(e_0))`. Here the search is the same but the
 texts are the caller's; a library calls no language model. Without any, each text leaves out one run of the prompt's words
 (`leave_words_out`): a memorized prompt often hangs on one or two trigger words. That is cruder than a paraphrase, and said so.
 
-Where ours differs further: magnitudes are each picture's own (theirs one norm over the batch, which they sample with one picture) and on
+Where ours differs further: magnitudes are each image's own (theirs one norm over the batch, which they sample with one image) and on
 v-prediction models carry alpha_t; the masked magnitude m' of the same authors is not offered. With `rule="all"` the original is not
 among the texts, and from the first step on the recorded norms are distances between the softer and the original prompt: they do not
 compare with other scores (`first_score_before` does), and policies that read them (`DynamicTransition`, `ScaleCap`,
@@ -32,10 +32,10 @@ from typing import Literal
 
 import torch
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard.policies._common import number, require_signal, with_rows
 from ambient_sd.guard.policies.base import Change, Encoded, Policy, SamplingStart, Step
 from ambient_sd.guard.scores import guidance_norm
+from ambient_sd.utils.errors import UserError
 
 Texts = str | Sequence[str]
 
@@ -60,7 +60,7 @@ def leave_words_out(prompt: str, most: int = 25) -> list[str]:
 class Reanchoring(Policy):
     """Where the first-step score exceeds `threshold`, guide by a softer prompt, away from the original while the pull is strong.
 
-    Costs one evaluation of both halves, and for pictures above the threshold one of the conditional half for each softer text
+    Costs one evaluation of both halves, and for images above the threshold one of the conditional half for each softer text
     tried; with `rule="step"` one more of the conditional half at every step.
 
     Args:
@@ -69,7 +69,7 @@ class Reanchoring(Policy):
             A dict's values and a function's result may also be several texts, tried in turn: the first whose score is at
             most `threshold` is taken, else the one with the lowest. Default: `leave_words_out`.
         rule: "step" decides at every step, as in the authors' code; "all" re-anchors at all steps, as in the paper's equation: the
-            original prompt takes the unconditional slot, so a negative prompt no longer acts on such a picture.
+            original prompt takes the unconditional slot, so a negative prompt no longer acts on such an image.
         least: L, >= 0: the softer prompt's norm from which a step is re-anchored. None: 3 times `threshold`, as published.
         full: M, >= `least`: the norm from which it is so wholly. None: 5 times `threshold`, as published. Both are of "step".
 
@@ -81,7 +81,7 @@ class Reanchoring(Policy):
     """
 
     begins_at_signal = True
-    begins_alone = True  # `Compose`: later ones would read the distance between two prompts as a score
+    exclusive = True  # `Compose`: later ones would read the distance between two prompts as a score
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Reanchoring(Policy):
         self.rule = rule
         self.least = _LEAST * self.threshold if least is None else number("least", least, least=0)
         self.full = max(_FULL * self.threshold, self.least) if full is None else number("full", full, least=self.least)
-        self._rows: torch.Tensor | None = None  # pictures of this run with a softer prompt, and the prompts they had
+        self._rows: torch.Tensor | None = None  # images of this run with a softer prompt, and the prompts they had
         self._anchor: Encoded | None = None
         if not (softer is None or isinstance(softer, (str, Mapping)) or callable(softer)):
             raise UserError(
@@ -113,7 +113,7 @@ class Reanchoring(Policy):
         self.softer = softer
 
     def begin(self, start: SamplingStart) -> Change:
-        """Return the softer prompts of the pictures whose first-step score exceeds the threshold."""
+        """Return the softer prompts of the images whose first-step score exceeds the threshold."""
         self._rows = self._anchor = None
         anchored = self.rule == "all"
         if start.prompts is None:
@@ -162,7 +162,7 @@ class Reanchoring(Policy):
         )  # fmt: skip
 
     def step(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return outputs that the pipeline's guidance turns into the published sum; None where no picture has a softer prompt."""
+        """Return outputs that the pipeline's guidance turns into the published sum; None where no image has a softer prompt."""
         if step.silent or self._rows is None or self._anchor is None:  # before `begin`: what is kept is of another run
             return None
         g = number("guidance_scale", step.guidance_scale, above=0)

@@ -1,6 +1,6 @@
 """SAIL: start the sampler where the density that the prompt adds is flat (Jeon, Kim, No, ICML 2025, section 5).
 
-Memorized pictures sit on sharp peaks of `log p(x | c) - log p(x)`. With `s(x) = s(x, c) - s(x)`, the difference of the
+Memorized images sit on sharp peaks of `log p(x | c) - log p(x)`. With `s(x) = s(x, c) - s(x)`, the difference of the
 conditional and the unconditional score, and `H` its Jacobian, the sharpness gap `|| H s ||^2` is approximated by a finite
 difference along `s`, and the latent is moved to
 
@@ -36,14 +36,14 @@ from typing import Literal
 
 import torch
 
-from ambient_sd.errors import UserError
 from ambient_sd.guard.policies._common import number
-from ambient_sd.guard.policies.base import Halves
+from ambient_sd.guard.policies.base import GuidanceBranches
 from ambient_sd.guard.policies.latents import LatentPolicy, noise_difference, norm_of
+from ambient_sd.utils.errors import UserError
 
 
 class SAIL(LatentPolicy):
-    """Optimise each picture's initial latent until `|| s(x + d s(x)) - s(x) ||^2 + alpha || x ||^2 <= target`.
+    """Optimise each image's initial latent until `|| s(x + d s(x)) - s(x) ||^2 + alpha || x ||^2 <= target`.
 
     Args:
         target: the loss to reach, > 0. Of it `alpha || x ||^2` is about `alpha C H W` (3.3 for a 4 x 64 x 64 latent); what is
@@ -53,7 +53,7 @@ class SAIL(LatentPolicy):
             for SD2.0).
         delta: the length of the step along `s`, > 0, in standard deviations of the latent.
         lr: Adam's learning rate, > 0. Default as published.
-        max_steps: most optimizer steps per picture, >= 1; each costs both halves twice, forward and backward.
+        max_steps: most optimizer steps per image, >= 1; each costs both halves twice, forward and backward.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         objective: the formula of the "paper", or what its "code" minimises (see the module; for epsilon and v-prediction models).
 
@@ -85,12 +85,14 @@ class SAIL(LatentPolicy):
     def optimizer(self, x: torch.Tensor) -> torch.optim.Optimizer:
         return torch.optim.Adam([x], lr=self.lr)
 
-    def loss(self, halves: Halves, row: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(self, halves: GuidanceBranches, row: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return (
             self._as_in_the_code(halves, row, x) if self.objective == "code" else self._as_in_the_paper(halves, row, x)
         )
 
-    def _as_in_the_paper(self, halves: Halves, row: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _as_in_the_paper(
+        self, halves: GuidanceBranches, row: torch.Tensor, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         s = -noise_difference(halves, row, x)
         norm = norm_of(s)
         unit = _unit(s, norm)
@@ -98,7 +100,9 @@ class SAIL(LatentPolicy):
         sharpness = (moved - s).square().flatten(1).sum(1)
         return sharpness + self.alpha * x.square().flatten(1).sum(1), norm
 
-    def _as_in_the_code(self, halves: Halves, row: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _as_in_the_code(
+        self, halves: GuidanceBranches, row: torch.Tensor, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         # The value of the latent that the search starts from, with the gradient of the one of now.
         first = halves.sample[row].detach().to(x.dtype) + (x - x.detach())
         difference = noise_difference(halves, row, first)

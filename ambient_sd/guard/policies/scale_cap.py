@@ -9,7 +9,7 @@ Despecification, G_spe (Chen, Liu, Xu, *Towards memorization-free diffusion mode
     eps <- eps + 1[sigma_t > lambda_t] G_spe,   G_spe = -s_1 (eps_c - eps_u),   s_1 = max(min(c_1 sigma_t, s_0 - 1), 0)
 
 with s_0 = g the pipeline's scale: `w = g - s_1`, never below 1. Where ours differs: the paper's sigma_t is the similarity of
-the predicted picture to its nearest neighbour in the TRAINING SET (SSCD or a normalised distance), which a live pipeline
+the predicted image to its nearest neighbour in the TRAINING SET (SSCD or a normalised distance), which a live pipeline
 does not have; ours is the score d, so c_1 and lambda are per model and resolution and no published number fits. The
 paper's lambda_t is a parabola in t whose coefficients its main text does not give; ours is constant. G_dup and G_sim, which
 need the training captions and a gradient through a similarity network, are not here.
@@ -26,7 +26,7 @@ from ambient_sd.guard.policies.base import ScalePolicy, Step
 
 
 class ScaleCap(ScalePolicy):
-    """Lower a picture's scale in proportion to its score: `w = g min(1, cap / || eps_c - eps_u ||)`.
+    """Lower an image's scale in proportion to its score: `w = g min(1, cap / || eps_c - eps_u ||)`.
 
     Args:
         cap: the norm above which the scale falls, > 0, in the units of `ImageReport.curve`. A high percentile of `curve` over

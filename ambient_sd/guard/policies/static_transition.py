@@ -4,7 +4,7 @@
 
 (Jain, Kobayashi, Shibuya, Takida, Memon, Togelius, Mitsufuji, *Classifier-free guidance inside the attraction basin may
 cause memorization*, CVPR 2025, "static transition point".) While guided from the start, paths of different noises run into
-one memorized picture; unguided they leave its basin of attraction, and after t* guidance is harmless. t* = 500 is
+one memorized image; unguided they leave its basin of attraction, and after t* guidance is harmless. t* = 500 is
 published for SD2.1 fine-tuned on LAION-10k. Whether t = t* itself is guided is not stated: here it is.
 """
 

@@ -1,0 +1,1106 @@
+"""`ambient-sd audit`: how much of a model's output is copied from its training images, and how good the output is.
+
+    OUT/generated/       the images, drawn under the guard for the training captions (`ambient_sd.commands.sample`); not with --generated
+    OUT/base/            images of the base model for the same captions, which cannot be copies: they calibrate the decision
+    OUT/images.jsonl   one line a generated image: prompt, score, nearest training image by every feature, copy or not
+    OUT/audit.json       figures with intervals, n and seeds; fingerprints of model and data; the verdict
+    OUT/audit.html       the same to look at, with the most copied images beside their originals; one file, no script
+    OUT/settings.json    what the folder belongs to: a run that was cut goes on, one of other images or another model is refused
+
+Duplicates in the training set count as one image in every search; mirror images are searched for unless told otherwise.
+What is a copy is decided by `ambient_sd.audit.decision`, calibrated by held-out images, by images of the base model, or both; d1 / d2 < 1/3 and
+similarities stand beside it as published measures.
+
+The share of copies that decides the exit status is the value itself, no end of its interval: every image in it lies beside its
+original on the page. A lower end would let a small audit pass on copies that it saw; an upper end would fail every small audit.
+
+Above the wings: it uses data, guard and audit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import math
+import platform
+import shlex
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ambient_sd import __version__
+from ambient_sd.audit.clip_score import ClipScore
+from ambient_sd.audit.decision import EACH, HELDOUT, RATE, SAME, CopyDecision, Decided, Null, Rendition
+from ambient_sd.audit.embedding import EmbeddingStore
+from ambient_sd.audit.features import MIRROR, Features, as_rgb, embed
+from ambient_sd.audit.metrics import (
+    Measurement,
+    Row,
+    bootstrap,
+    copied,
+    copy_threshold,
+    difference,
+    measure,
+    memorized,
+)
+from ambient_sd.audit.neighbours import Neighbours
+from ambient_sd.audit.originals import one_of_each
+from ambient_sd.audit.record import AuditRecord, measures
+from ambient_sd.audit.registry import DEFAULT, choose, labels
+from ambient_sd.audit.registry import label as label_of
+from ambient_sd.audit.search import require_feature, search
+from ambient_sd.audit.shares import COPIES, by_group, copy_rate, returned
+from ambient_sd.audit.stored import missing_features, recall
+from ambient_sd.commands.sample import SampleSettings, sample
+from ambient_sd.data.sources import ImageDataset, load_rows, not_listed, refuse_unlisted
+from ambient_sd.data.stream import drawn
+from ambient_sd.reporting.report import (
+    Histogram,
+    Report,
+    RunSection,
+    Sample,
+    TokenAttribution,
+    find,
+    ratio_histogram,
+    write_report,
+)
+from ambient_sd.sampling import SamplingConfig, digest, label, load, read_prompts
+from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.files import atomic_write, json_safe
+from ambient_sd.utils.hub_ids import resolve_model_id
+from ambient_sd.utils.json_schema import load_json
+from ambient_sd.utils.weight_files import adapter_files, unet_files
+
+_SHOWN = 24
+SEARCHED = (
+    5000  # training images that are laid over the generated ones: beyond, those that a feature finds near, and a draw
+)
+_LEAST_P = -6  # log10, on the page
+_COARSE_VAE = 256  # pixels; of larger images an autoencoder changes nothing that is left at 64
+BASE = "images of the base model"
+_LIST = "samples.jsonl"  # of `ambient-sd sample`
+
+
+@dataclass(frozen=True)
+class Source:
+    """Say where real images come from, in the words of `load_rows`."""
+
+    place: str
+    split: str | None = None
+    row_filter: tuple[tuple[str, str, str], ...] = ()
+    image_column: str = "image"
+    caption_column: str = "text"
+    unlisted: str = "refuse"
+
+    def open(self, need_captions: bool) -> ImageDataset:
+        return load_rows(
+            self.place, self.image_column, self.caption_column, self.split, row_filter=self.row_filter,
+            need_captions=need_captions, unlisted=self.unlisted,
+        )  # fmt: skip
+
+    def public(self) -> dict[str, Any]:
+        """Return it fit to be written down: of local places the last part of their name only."""
+        return {"place": label(self.place), "split": self.split, "row_filter": ["".join(c) for c in self.row_filter]}
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """Say what is audited, against what, and how.
+
+    Attributes:
+        training: the images that the model was trained on.
+        out: folder for everything.
+        drawing: model and sampler, or None with `generated`.
+        generated: folder of images made elsewhere: of `ambient-sd sample`, with metadata.jsonl, or of images alone.
+        heldout: real images of the same kind that the model never saw; None: there is no background, no excess, no quality.
+        prompts: file of prompts; None: the training captions.
+        samples_per_prompt: images of each prompt.
+        base_model: the pipeline that the model was fine-tuned from, whose images cannot be copies; None: with an adapter, the model without it.
+        base_images: how many images of the base calibrate the decision, one a prompt; 0: none.
+        group_column: column of the training rows (a person, an artist) by whose values what comes back is counted.
+        max_prompts: that many prompts at most, drawn by the seed; 0: all.
+        features: names of `audit.registry`: the measures beside the decision.
+        files: weights of features by name.
+        training_embeddings: folder of `audit.embedding` with the training images by every feature: they are not embedded again.
+        clip: folder or hub id of a CLIP for the CLIP score, of transformers or, after `open_clip:`, of open_clip; None: none.
+        judge: pipeline folder or hub id that judges how well images show their prompts (`audit.alignment`); None: none.
+        mirrored: search for the mirror image of each image too.
+        attribution: for so many of the most copied prompts, which tokens pull; 0: none.
+        limit: the audit fails if the share of copies exceeds this, or if another measure's excess over held-out images does
+            with its whole interval; None: it never fails.
+        seed: of choice of prompts and intervals (`drawing.seed` is that of the start noise).
+        resamples: of every interval but those of quality, which take a tenth.
+        unlisted: what becomes of files of `generated` that would not be read, as in `load_rows`; of the real images it is their
+            `Source` that says so.
+    """
+
+    training: Source
+    out: Path
+    drawing: SamplingConfig | None = None
+    generated: Path | None = None
+    heldout: Source | None = None
+    prompts: str | None = None
+    samples_per_prompt: int = 4
+    max_prompts: int = 0
+    base_model: str | None = None
+    base_images: int = 128
+    group_column: str | None = None
+    features: tuple[str, ...] = DEFAULT
+    files: Mapping[str, str | None] = field(default_factory=dict)
+    training_embeddings: Path | None = None
+    clip: str | None = None
+    judge: str | None = None
+    mirrored: bool = True
+    attribution: int = 4
+    limit: float | None = None
+    seed: int = 0
+    resamples: int = 1000
+    unlisted: str = "refuse"
+
+    def check(self) -> None:
+        """Raise a `UserError` for what can be seen to be wrong without opening anything."""
+        if (self.drawing is None) == (self.generated is None):
+            raise UserError("a model and generated images are given " + ("both" if self.drawing else "neither"),
+                            rule="an audit is of one of them")  # fmt: skip
+        if self.samples_per_prompt < 1:
+            raise UserError(f"samples_per_prompt is {self.samples_per_prompt}", rule="it must be at least 1")
+        if abs(self.seed) >= 2**63:
+            raise UserError(f"seed is {self.seed}", rule="it must be a whole number of at most 63 bits")
+        for name in ("max_prompts", "attribution", "base_images"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}", rule="it must be at least 0")
+        if self.limit is not None and not 0 <= self.limit < 1:
+            raise UserError(f"fail-over is {self.limit}", rule="it is a share of the images, from 0 to below 1")
+        if self.generated is not None and self.prompts is not None:
+            raise UserError("prompts with generated images", rule="their prompts are in the folder's own list")
+        if self.base_model is not None and self.drawing is None:
+            raise UserError("base_model with generated images", rule="their prompts and sampler are not known here",
+                            remedy="give held-out images with --heldout")  # fmt: skip
+        if self.drawing is not None:
+            self.drawing.check()
+            if (base := self.base()) is not None:
+                base.check()
+
+    def base(self) -> SamplingConfig | None:
+        """Return how images of the base are sampled; None where none are."""
+        drawing = self.drawing
+        if drawing is None or not self.base_images or (self.base_model is None and drawing.adapter is None):
+            return None
+        return dataclasses.replace(
+            drawing, model=self.base_model or drawing.model, adapter=None, base=None, base_above=None
+        )
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Hold the outcome: everything of `audit.json`, and whether the share of copies exceeds the limit."""
+
+    found: dict[str, Any]
+    exceeded: bool
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Hold generated images and what is known of each: prompt and score, None where nothing is."""
+
+    images: ImageDataset
+    prompts: list[str] | None
+    scores: list[float | None]
+    weights: str | None = None
+    base_weights: str | None = None
+
+    @property
+    def groups(self) -> Sequence[Hashable] | None:
+        """Return the label by which images are resampled: their prompt; None, each by itself, where one prompt is all that is asked."""
+        return None if self.prompts is None or len(set(self.prompts)) == 1 else self.prompts
+
+
+class Images(Sequence[Image.Image]):
+    """Show the images of a set, each decoded when it is asked for."""
+
+    def __init__(self, rows: ImageDataset) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        image = self._rows[index]
+        if self._rows.keys and image.key != self._rows.keys[index]:
+            raise UserError(f"{image.name} in {self._rows.source} is not the image that it was",
+                            remedy="leave the images alone while they are audited")  # fmt: skip
+        return image.image
+
+
+@dataclass(frozen=True)
+class MirrorVectors:
+    """Embed the mirror images of the rows that are asked for."""
+
+    images: Images
+    feature: Features
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return their vectors, float32 `(n, D)`."""
+        return self.feature((ImageOps.mirror(self.images[row]) for row in rows.tolist()), progress=True)
+
+
+def audit(settings: AuditSettings, command: str = "ambient-sd audit") -> Audit:
+    """Draw what is missing, measure, and write everything into `settings.out`.
+
+    Raises:
+        UserError: settings, images or models cannot be used, or `out` belongs to something else or cannot be written.
+    """
+    try:
+        return _audit(settings, command)
+    except OSError as error:
+        if error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EROFS,
+            errno.EACCES,
+            errno.EPERM,
+            errno.ENOTDIR,
+        ):
+            raise UserError(f"{settings.out} cannot be written", rule=str(error.strerror),
+                            remedy="make room, or name another folder with --out; what is drawn is kept") from None  # fmt: skip
+        raise
+
+
+def _audit(settings: AuditSettings, command: str) -> Audit:
+    begun = time.time()
+    settings.check()
+    _own(settings.out)
+    own_prompts = settings.drawing is not None and settings.prompts is None
+    device = _device(settings)
+    stored = _stored(settings)
+    training = settings.training.open(need_captions=own_prompts)
+    heldout = None if settings.heldout is None else settings.heldout.open(need_captions=False)
+    features = choose(settings.features, settings.files, device)
+    compared = 0
+    if stored:
+        for feature in features:
+            require_feature(stored[feature.name], feature)
+        compared = recall(list(stored.values()), training, settings.seed, progress=True)
+    else:
+        training.check(progress=True, near_duplicates=True)
+    if heldout is not None:
+        heldout.check(progress=True)
+    if len(set(training.noise_keys)) < 2:
+        raise UserError(f"{len(set(training.noise_keys))} different training image in {training.source}",
+                        rule="the nearest is held against the second nearest", remedy="give the whole training set")  # fmt: skip
+    if heldout is not None and (seen := len(set(heldout.keys) & set(training.keys))):
+        raise UserError(f"{seen} of {len(heldout)} held-out images are training images",
+                        rule="the background is what a model that never saw them would hit",
+                        remedy="give other images, or the right split with --heldout_split")  # fmt: skip
+    if settings.group_column is not None:
+        training.column(settings.group_column)  # a column that is not there ends it here
+    prompts = None if settings.drawing is None else _prompts(settings, training)
+    existing = None if settings.generated is None else read_generated(settings.generated, settings.unlisted)
+    _claim(settings, training, heldout, prompts, existing)
+    known = prompts if existing is None else existing.prompts
+    align = _aligners(settings, known, device)
+
+    files: dict[str, Any] = {}
+    if settings.drawing is not None:
+        assert prompts is not None
+        folder, before = settings.out / "generated", _weight_files(settings.drawing)
+        sample(SampleSettings(settings.drawing, folder, prompts, settings.samples_per_prompt))
+        files = _weight_files(settings.drawing)
+        # Files of the hub may have come only now; what was here must be what was sampled.
+        if changed := [name for name, digests in before.items() if digests and digests != files[name]]:
+            raise UserError(f"the weight files of the {changed[0]} changed while they were audited",
+                            rule="figures are of one model", remedy="audit again, into another folder with --out")  # fmt: skip
+        generated = read_generated(folder)
+    else:
+        assert existing is not None
+        generated = existing
+    base = _base_images(settings, prompts)
+    # Equal images have equal vectors: a set that repeats its images is embedded and searched once.
+    different = list(range(len(training))) if stored else one_of_each(training.keys).tolist()
+    of_training = Images(training if stored else training.subset(different))
+    known_vectors: dict[str, Any] = dict(stored or embed(of_training, features, progress=True))
+    if settings.mirrored:
+        known_vectors |= {feature.name + MIRROR: MirrorVectors(of_training, feature) for feature in features}
+    made, real = (
+        None if rows is None else embed(Images(rows), features, progress=True, mirrored=settings.mirrored)
+        for rows in (generated.images, heldout)
+    )
+    assert made is not None
+    measured = measure(
+        made, known_vectors, real, features, generated.groups, settings.seed,
+        duplicates=[training.noise_keys[i] for i in different], mirrored=settings.mirrored, resamples=settings.resamples,
+        search=partial(search, progress=True), quality_resamples=max(settings.resamples // 10, 10),
+    )  # fmt: skip
+    measured = _with_rows(measured, different)
+    measured.rows.extend(row for one in align for row in one(generated, heldout))
+    verdict = _decide(settings, training, heldout, generated, base, measured)
+    measured.rows[:0] = verdict.rows
+    pulls = _attributions(settings, generated, verdict.decided) if settings.attribution else []
+    used = _used(stored, compared, measured)
+    return _write(
+        settings, command, begun, training, heldout, generated, features, measured, verdict, pulls, used, files
+    )
+
+
+# --- what goes in ----------------------------------------------------------------------------------------------------
+
+
+def _stored(settings: AuditSettings) -> dict[str, EmbeddingStore]:
+    """Open the embeddings of the training images, by feature; none where none are given."""
+    if settings.training_embeddings is None:
+        return {}
+    folder, source = settings.training_embeddings.expanduser(), settings.training
+    names = dict(zip(labels(settings.features), settings.features, strict=True))
+    if not (missing := missing_features(folder, list(names))):
+        return {name: EmbeddingStore.open(folder / name) for name in names}
+    words = ["accelerate", "launch", "-m", "ambient_sd.audit.embedding", source.place]
+    if source.split is not None:
+        words += ["--split", source.split]
+    if source.unlisted != "refuse":
+        words += ["--unlisted", source.unlisted]
+    if source.row_filter:
+        words += ["--row_filter", *("".join(condition) for condition in source.row_filter)]
+    options = {"image_column": source.image_column, "caption_column": source.caption_column}
+    given = {name: value for name, value in options.items() if value != getattr(Source, name)}
+    given |= {name: file for name, file in settings.files.items() if file and label_of(name) in missing}
+    given |= {"features": ",".join(names[name] for name in missing), "out": str(folder)}
+    words += [word for name, value in given.items() for word in (f"--{name}", value)]
+    raise UserError(f"{folder} holds no embeddings of {', '.join(missing)}", rule="an audit needs each of its features",
+                    remedy=f"make them: {shlex.join(words)}")  # fmt: skip
+
+
+def _base_images(settings: AuditSettings, prompts: Sequence[str] | None) -> ImageDataset | None:
+    """Draw what the base makes of the same prompts, one image each: a model that cannot have copied."""
+    if (base := settings.base()) is None:
+        return None
+    assert prompts is not None
+    chosen = list(prompts)
+    if settings.base_images < len(chosen):
+        chosen = [chosen[i] for i in drawn(len(chosen), settings.base_images, settings.seed, "base prompts")]
+    folder = settings.out / "base"
+    sample(SampleSettings(base, folder, chosen, 1))
+    return read_generated(folder).images
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Hold what was decided of the generated images, with `decided.row` counted in the rows of the whole training set.
+
+    `chance` holds p of the images of each null, each judged without itself.
+    """
+
+    decided: Decided
+    rule: str
+    nulls: list[Null]
+    rows: list[Row]
+    groups: list[dict[str, Any]]
+    searched: int
+    chance: dict[str, list[float]]
+
+
+def _decide(
+    settings: AuditSettings, training: ImageDataset, heldout: ImageDataset | None, generated: Generated, base: ImageDataset | None,
+    measured: Measurement,
+) -> Decision:  # fmt: skip
+    """Decide which generated images are copies, and count both shares."""
+    rows = one_of_each(training.keys).tolist()  # equal images would be one another's surroundings
+    if len(rows) > SEARCHED:
+        # Of very large sets those that any feature finds near, and a draw of the others: surroundings and null need no more.
+        close = {
+            int(i)
+            for side in (measured.neighbours, measured.heldout_neighbours)
+            for n in side.values()
+            for i in n.index.flatten()
+        }
+        drawn_rows = {rows[i] for i in drawn(len(rows), SEARCHED // 2, settings.seed, "searched training images")}
+        rows = sorted(close | drawn_rows)
+    unseen: dict[str, Sequence[Image.Image]] = {}
+    if heldout is not None:
+        unseen[HELDOUT] = Images(heldout)
+    if base is not None:
+        unseen[BASE] = Images(base)
+    shown = Images(training.subset(rows))
+    labels = [training.noise_keys[row] for row in rows]
+    decide = CopyDecision(shown, labels, unseen, _renditions(settings), settings.mirrored, progress=True)
+    near = next((n for n in measured.neighbours.values() if n.metric == "euclidean"), None)
+    found = decide(Images(generated.images), None if near is None else memorized(near))
+    decided = dataclasses.replace(found, row=torch.tensor(rows)[found.row])
+    background = None
+    if heldout is not None:
+        background = decide.background(HELDOUT)
+        background = decide(Images(heldout)).copy if background is None else background
+    options: dict[str, Any] = {"seed": settings.seed}
+    given = [
+        copy_rate(decided, background, generated.groups, resamples=settings.resamples, **options),
+        returned(decided, training.noise_keys, **options),
+    ]
+    groups = (
+        []
+        if settings.group_column is None
+        else by_group(decided, training.noise_keys, training.column(settings.group_column))
+    )
+    chance = {null.name: p.tolist() for null in decide.nulls if (p := decide.p_of_null(null.name)) is not None}
+    return Decision(decided, decide.rule, decide.nulls, given, groups, len(rows), chance)
+
+
+def _renditions(settings: AuditSettings) -> list[Rendition]:
+    """Return the way through the model's autoencoder, where that changes what can be seen at 64 pixels."""
+    from diffusers import AutoencoderKL
+    from diffusers.image_processor import VaeImageProcessor
+
+    drawing = settings.drawing
+    if drawing is None:
+        return []
+    name = resolve_model_id(drawing.model)
+    try:
+        side = drawing.resolution or _own_resolution(name)
+        if side > _COARSE_VAE:
+            return []
+        vae: Any = AutoencoderKL.from_pretrained(name, subfolder="vae", use_safetensors=True).to(_device(settings))
+    except (OSError, ValueError, KeyError):
+        return []
+    processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1))
+
+    def through(images: Sequence[Image.Image]) -> list[Image.Image]:
+        out: list[Image.Image] = []
+        with torch.no_grad():
+            for start in range(0, len(images), 16):
+                pixels = processor.preprocess([as_rgb(i) for i in images[start : start + 16]], height=side, width=side)
+                out += processor.postprocess(
+                    vae.decode(vae.encode(pixels.to(vae.device)).latent_dist.mode()).sample.cpu(), output_type="pil"
+                )
+        return out
+
+    return [through]
+
+
+def _own_resolution(model: str) -> int:
+    """Return the side that a pipeline samples at by default, from its configuration."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    size = UNet2DConditionModel.load_config(model, subfolder="unet")["sample_size"]
+    return int(size) * 2 ** (len(AutoencoderKL.load_config(model, subfolder="vae")["block_out_channels"]) - 1)
+
+
+def _used(stored: Mapping[str, EmbeddingStore], compared: int, measured: Measurement) -> dict[str, Any] | None:
+    """Return what audit.json says of stored embeddings; None where there are none."""
+    if not stored:
+        return None
+    return {
+        "compared": compared,
+        "features": {
+            name: {"weights": store.about.weights, "dtype": store.about.dtype, "device": store.about.device,
+                   "digest": store.digest, "exact": measured.neighbours[name].exact}
+            for name, store in stored.items()
+        },
+    }  # fmt: skip
+
+
+def _own(out: Path) -> None:
+    """Refuse a folder that holds anything else, before anything is read."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out is {out}", rule="it must be a folder")
+    if out.is_dir() and not (out / "settings.json").is_file():
+        foreign = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
+        if foreign:
+            raise UserError(f"{out} holds {foreign[0]!r} and no settings.json", rule="an audit goes into a folder of its own",
+                            remedy="name another with --out")  # fmt: skip
+
+
+def _claim(
+    settings: AuditSettings, training: ImageDataset, heldout: ImageDataset | None, prompts: Sequence[str] | None,
+    existing: Generated | None,
+) -> None:  # fmt: skip
+    """Write what the folder belongs to, or refuse to go on with something else; figures may be made again in other ways."""
+    given: dict[str, Any] = {
+        "training": training.fingerprint(),
+        "heldout": None if heldout is None else heldout.fingerprint(),
+        "prompts": None if prompts is None else digest(prompts),
+        "samples_per_prompt": None if prompts is None else settings.samples_per_prompt,
+        "drawing": None if settings.drawing is None else settings.drawing.public(),
+        "generated": None if existing is None else existing.images.fingerprint(),
+        "base": None if (base := settings.base()) is None else {**base.public(), "images": settings.base_images},
+    }
+    path = settings.out / "settings.json"
+    if path.is_file():
+        try:
+            before = load_json(path, 2**20)["given"]
+            other = next((name for name in given if before[name] != given[name]), None)
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is not an audit's", remedy="name another folder with --out") from None
+        if other is not None:
+            shown = {"training": "the training images are others", "heldout": "the held-out images are others",
+                     "prompts": "the prompts are others", "generated": "the generated images are others"}  # fmt: skip
+            raise UserError(f"{settings.out} belongs to another audit: {shown.get(other, f'{other} differs')}",
+                            rule="a folder holds one audit", remedy="name another with --out")  # fmt: skip
+        return
+    atomic_write(path, json.dumps({"given": given}, indent=1) + "\n")
+
+
+def _prompts(settings: AuditSettings, training: ImageDataset) -> list[str]:
+    """Return the prompts to draw: each once, in their order, or as many of them as wanted, drawn by the seed."""
+    given = training.captions if settings.prompts is None else read_prompts(settings.prompts)
+    prompts = list(dict.fromkeys(given))
+    if settings.max_prompts and settings.max_prompts < len(prompts):
+        prompts = [prompts[i] for i in drawn(len(prompts), settings.max_prompts, settings.seed, "audit prompts")]
+    return prompts
+
+
+def _device(settings: AuditSettings) -> str:
+    given = settings.drawing.device if settings.drawing is not None else None
+    return given or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def read_generated(folder: Path, unlisted: str = "refuse") -> Generated:
+    """Open a folder of generated images: of `ambient-sd sample`, with metadata.jsonl or .csv, or of images alone.
+
+    Args:
+        folder: the images.
+        unlisted: what becomes of images in it that would not be read, as in `load_rows`.
+
+    Raises:
+        UserError: there is no such folder, it holds no images, one cannot be read or would be left out, or its list is damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}", remedy="give a folder of generated images")
+    listing = folder / _LIST
+    if not listing.is_file():
+        rows = load_rows(folder, need_captions=False, local=True, unlisted=unlisted).check(progress=True)
+        prompts = rows.captions if any(rows.captions) else None
+        return Generated(rows, prompts, [None] * len(rows))
+    records = []
+    try:
+        for line in listing.read_text(encoding="utf-8").split("\n"):
+            if line.strip():
+                record = json.loads(line)
+                name, prompt, score = record["file"], record["prompt"], record.get("score")
+                if Path(name).is_absolute() or ".." in Path(name).parts or not isinstance(prompt, str):
+                    raise ValueError(f"{one_line(name, 60)!r} is no image of this folder")
+                of, above = record.get("weights"), record.get("base_weights")
+                if not all(value is None or isinstance(value, str) for value in (of, above)):
+                    raise ValueError("weights are no text")
+                records.append((str(name), prompt, None if score is None else float(score), (of, above)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        raise UserError(f"{listing} cannot be read", rule=one_line(f"{type(error).__name__}: {error}", 160)) from None
+    if not records:
+        raise UserError(f"{listing} names no image", rule="at least one is needed")
+    names = [name for name, *_ in records]
+    left = not_listed(folder, names, listing)
+    if left and unlisted != "ignore":
+        raise refuse_unlisted(folder, left)
+    rows = ImageDataset([folder / name for name in names], [r[1] for r in records], names, str(folder)).check(True)
+    rows.unlisted = len(left)
+    drawn_by = {r[3] for r in records}
+    weights, base_weights = drawn_by.pop() if len(drawn_by) == 1 else (None, None)
+    return Generated(rows, rows.captions, [r[2] for r in records], weights, base_weights)
+
+
+Aligner = Callable[[Generated, ImageDataset | None], list[Row]]
+
+
+def _aligners(settings: AuditSettings, prompts: Sequence[str] | None, device: str) -> list[Aligner]:
+    """Load what measures how well images show their prompts, before anything is drawn."""
+    for name in ("clip", "judge"):
+        if getattr(settings, name) is not None and prompts is None:
+            raise UserError(f"{name} for images without prompts", rule="it measures how well an image shows its prompt",
+                            remedy=f"leave --{name} out, or give the prompts in metadata.jsonl")  # fmt: skip
+    found: list[Aligner] = []
+    if settings.clip is not None:
+        score = ClipScore(settings.clip, device=device)
+        detail = f"more is better; cosine of image and prompt, {label(settings.clip)}"
+
+        def clip(generated: Generated, heldout: ImageDataset | None) -> list[Row]:
+            return [_aligned(settings, generated, heldout, lambda p, c: score(p, c, True), score.name, detail)]
+
+        found.append(clip)
+    if settings.judge is not None:
+        from ambient_sd.audit.alignment import DiffusionAlignment
+
+        pipe = load(
+            dataclasses.replace(
+                settings.drawing or SamplingConfig(""),
+                model=settings.judge,
+                adapter=None,
+                base_above=None,
+                base=None,
+                scheduler=None,
+                device=device,
+            )
+        )
+        factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+        judge = DiffusionAlignment(pipe, resolution=pipe.unet.config.sample_size * factor, seed=settings.seed)
+        assert prompts is not None
+        judge.choose(prompts[:1], prompts)  # are there others to hold a prompt against?
+        told = f"more is better; error with other prompts minus error with its own, judged by {label(settings.judge)}"
+
+        def aligned(generated: Generated, heldout: ImageDataset | None) -> list[Row]:
+            return [
+                _aligned(settings, generated, heldout, lambda p, c: judge(p, c).value * 1000, "alignment x 1000", told)
+            ]
+
+        found.append(aligned)
+    return found
+
+
+def _aligned(
+    settings: AuditSettings,
+    generated: Generated,
+    heldout: ImageDataset | None,
+    score: Callable[[Images, list[str]], Tensor],
+    name: str,
+    detail: str,
+) -> Row:
+    """Estimate a mean score of images with their prompts, beside that of held-out images with their captions."""
+    options: dict[str, Any] = {"name": name, "seed": settings.seed, "resamples": settings.resamples, "detail": detail}
+    assert generated.prompts is not None
+    made = bootstrap(score(Images(generated.images), generated.prompts), torch.mean, groups=generated.groups, **options)
+    if heldout is None or not all(heldout.captions):
+        return Row(name, made, None, None)
+    real = bootstrap(score(Images(heldout), heldout.captions), torch.mean, **options)
+    return Row(name, made, real, difference(made, real))
+
+
+def _with_rows(measured: Measurement, rows: Sequence[int]) -> Measurement:
+    """Return the measurement with neighbours counted in the rows of the whole training set."""
+    place = torch.tensor(rows)
+    sides = ("neighbours", "heldout_neighbours", "training_neighbours")
+    moved: dict[str, Any] = {
+        side: {
+            name: dataclasses.replace(near, index=place[near.index]) for name, near in getattr(measured, side).items()
+        }
+        for side in sides
+    }
+    return dataclasses.replace(measured, **moved)
+
+
+# --- what comes out --------------------------------------------------------------------------------------------------
+
+
+def copies_row(feature: Features) -> str:
+    """Return the name of the measure by which a feature says what is a copy."""
+    return (
+        f"{feature.name} > {copy_threshold(feature)}" if feature.distance == "cosine" else f"memorized-{feature.name}"
+    )
+
+
+def _attributions(settings: AuditSettings, generated: Generated, decided: Decided) -> list[TokenAttribution]:
+    """Return the pull of the tokens of the most copied prompts, by the mean rank of their images."""
+    from ambient_sd.guard.attribution import attribute
+
+    drawing = settings.drawing
+    if drawing is None or generated.prompts is None or drawing.guidance_scale <= 1:  # without guidance no prompt pulls
+        return []
+    ranks: dict[str, list[float]] = {}
+    for prompt, value in zip(generated.prompts, decided.ratio.clamp(max=10).tolist(), strict=True):
+        ranks.setdefault(prompt, []).append(value)
+    copies: dict[str, int] = {}
+    for prompt, copy in zip(generated.prompts, decided.copy.tolist(), strict=True):
+        copies[prompt] = copies.get(prompt, 0) + int(copy)
+    order = sorted(ranks, key=lambda prompt: (sum(ranks[prompt]) / len(ranks[prompt]), prompt))
+    pipe = load(drawing)
+    sampling = drawing.sampling(pipe)
+    pulls = []
+    for prompt in order[: settings.attribution]:
+        try:
+            seen = attribute(
+                pipe, prompt, num_inference_steps=drawing.num_inference_steps, seed=drawing.seed,
+                guidance_scale=drawing.guidance_scale, height=sampling.height, width=sampling.width,
+            )  # fmt: skip
+        except (
+            UserError
+        ) as error:  # a pipeline or precision that it does not know: the audit has its figures all the same
+            print(f"ambient-sd: no token attribution: {error}", flush=True)
+            break
+        note = f"{copies[prompt]} of its {len(ranks[prompt])} images are copies"
+        pulls.append(TokenAttribution(prompt, seen.tokens, seen.scores, seen.padding_score, note))
+    return pulls
+
+
+def _write(
+    settings: AuditSettings,
+    command: str,
+    begun: float,
+    training: ImageDataset,
+    heldout: ImageDataset | None,
+    generated: Generated,
+    features: Sequence[Features],
+    measured: Measurement,
+    decision: Decision,
+    pulls: Sequence[TokenAttribution],
+    used: Mapping[str, Any] | None,
+    files: Mapping[str, Any],
+) -> Audit:
+    name = COPIES
+    share = measured.row(name).generated
+    others = [] if settings.limit is None else _certainly_above(settings.limit, measured, name)
+    verdict: dict[str, Any] = {
+        "measure": name, "value": share.value, "bound": "value", "limit": settings.limit, "others": others,
+        "exceeded": None if settings.limit is None else share.value > settings.limit or bool(others),
+    }  # fmt: skip
+    report = _report(
+        settings, command, training, heldout, generated, features, measured, decision, pulls, verdict, used
+    )
+    finding = find(report)
+    found = {
+        "finding": dataclasses.asdict(finding),
+        "verdict": verdict,
+        "model": None
+        if settings.drawing is None
+        else {**settings.drawing.public(), "weights": generated.weights, **_of_base(generated), "files": files},
+        "images": {
+            "generated": {
+                "n": len(generated.images), "fingerprint": generated.images.fingerprint(),
+                "prompts": None if generated.prompts is None else len(set(generated.prompts)),
+                "samples_per_prompt": None if settings.drawing is None else settings.samples_per_prompt,
+                "source": "training captions" if settings.drawing is not None and settings.prompts is None else "given",
+                "weights": generated.weights, "unlisted": generated.images.unlisted,
+            },
+            "training": {**settings.training.public(), **_counted(training), "groups_of_duplicates": len(training.groups),
+                         "embeddings": used},
+            "heldout": None if heldout is None or settings.heldout is None
+            else {**settings.heldout.public(), **_counted(heldout)},
+        },
+        "copies": {
+            "rule": decision.rule, "false_discoveries": RATE, "each": EACH, "same": SAME,
+            "nulls": [{"name": null.name, "n": null.n, "twins": null.twins} for null in decision.nulls],
+            "searched": decision.searched, "groups": decision.groups,
+        },
+        "features": {f.name: {"distance": f.distance, "copy": copies_row(f), **_file(f)} for f in features},
+        "mirrored": settings.mirrored,
+        "duplicates_of_one_image_count_once": True,
+        "seed": settings.seed,
+        "resamples": settings.resamples,
+        "measures": measures(measured.rows),
+        "tokens": [dataclasses.asdict(pull) for pull in pulls],
+        "notes": list(report.notes),
+        "made": {**_versions(), "command": command, "device": _device(settings), "seconds": round(time.time() - begun, 1)},
+    }  # fmt: skip
+    lines = _lines(training, generated, features, measured, decision.decided)
+    atomic_write(settings.out / "images.jsonl", "".join(json.dumps(json_safe(line)) + "\n" for line in lines))
+    write_report(settings.out / "audit.html", report)
+    # Last: where it lies, the others are whole.
+    record = AuditRecord.of(found)
+    record.write(settings.out)
+    return Audit(record.as_dict(), bool(verdict["exceeded"]))
+
+
+def _weight_files(drawing: SamplingConfig) -> dict[str, Any]:
+    """Return the digests of the files that are sampled: the U-Net's and the adapter's, None without one."""
+    return {
+        "unet": unet_files(drawing.model),
+        "adapter": None if drawing.adapter is None else adapter_files(drawing.adapter),
+    }
+
+
+def _of_base(generated: Generated) -> dict[str, str]:
+    return {} if generated.base_weights is None else {"base_weights": generated.base_weights}
+
+
+def _certainly_above(limit: float, measured: Measurement, deciding: str) -> list[str]:
+    """Return the other shares of copies whose excess over held-out images is above the limit with its whole interval.
+
+    A gate that looks at pixels alone would open for copies in other colours, which the page's first sentence calls copies.
+    """
+    return [
+        row.name
+        for row in measured.rows
+        if row.name.startswith("memorized-")
+        and row.name != deciding
+        and row.excess is not None
+        and row.excess.low > limit
+    ]
+
+
+def _counted(rows: ImageDataset) -> dict[str, Any]:
+    return {
+        "n": len(rows), "different": len(set(rows.noise_keys)), "fingerprint": rows.fingerprint(), "unlisted": rows.unlisted,
+    }  # fmt: skip
+
+
+def _file(feature: Features) -> dict[str, str]:
+    """Return the digest of a feature's weights where the file is the user's."""
+    path = getattr(feature, "path", None)
+    known = getattr(feature, "digest", None) or (
+        hashlib.sha256(Path(path).read_bytes()).hexdigest() if path is not None else None
+    )
+    return {} if known is None else {"weights": str(known)}
+
+
+def _lines(
+    training: ImageDataset, generated: Generated, features: Sequence[Features], measured: Measurement, decided: Decided
+) -> list[dict[str, Any]]:
+    columns = []
+    for feature in features:
+        near = measured.neighbours[feature.name]
+        marks = copied(feature, near).tolist()
+        cosine = feature.distance == "cosine"
+        seen = near.similarity.tolist() if cosine else near.ratio.tolist()
+        columns.append([
+            {"row": i, "name": training.names[i], "d1": d, ("similarity" if cosine else "ratio"): s, "copy": m}
+            for i, d, s, m in zip(near.index[:, 0].tolist(), near.distance[:, 0].tolist(), seen, marks, strict=True)
+        ])  # fmt: skip
+    return [
+        {
+            "name": generated.images.names[i],
+            "prompt": None if generated.prompts is None else generated.prompts[i],
+            "score": generated.scores[i],
+            "copy": bool(decided.copy[i]),
+            "p": float(decided.p[i]),
+            "residual": float(decided.residual[i]),
+            "ratio": float(decided.ratio[i]),
+            "original": {"row": int(decided.row[i]), "name": training.names[int(decided.row[i])]},
+            "nearest": {feature.name: column[i] for feature, column in zip(features, columns, strict=True)},
+        }
+        for i in range(len(generated.images))
+    ]
+
+
+def _report(
+    settings: AuditSettings,
+    command: str,
+    training: ImageDataset,
+    heldout: ImageDataset | None,
+    generated: Generated,
+    features: Sequence[Features],
+    measured: Measurement,
+    decision: Decision,
+    pulls: Sequence[TokenAttribution],
+    verdict: Mapping[str, Any],
+    used: Mapping[str, Any] | None,
+) -> Report:
+    decided = decision.decided
+    published = measured.neighbours[features[0].name]
+    order = decided.p + 1e-6 * decided.ratio.clamp(max=1e3) - 2 * decided.copy.double()
+    # Only what is shown is decoded again.
+    decoded = Images(training)
+    samples = [
+        _sample(i, generated, decoded, training.captions, decided, published, float(order[i]))
+        for i in order.argsort(stable=True)[: 3 * _SHOWN].tolist()
+    ]
+    name = "this folder" if settings.drawing is None else _model_name(settings.drawing)
+    run = RunSection(
+        name=name,
+        objective="",
+        figures=measured.rows,
+        samples=samples,
+        counted=(int(decided.copy.sum()), len(generated.images)),
+    )
+    quality = next((row.name for row in measured.rows if row.name.startswith("FD-")), "")
+    return Report(
+        title=f"Audit of {name} against {len(training)} training images",
+        command=command,
+        runs=[run],
+        training_n=len(training),
+        copies=COPIES,
+        quality=quality,
+        histograms=[_decision_histogram(decision, name), *(_histogram(f, measured, name) for f in features)],
+        tokens=pulls,
+        made=_made(settings, training, heldout, generated),
+        notes=_notes(settings, training, heldout, generated, measured.row(COPIES), decision, verdict, used),
+        groups=decision.groups,
+        shown=_SHOWN,
+    )
+
+
+def _model_name(drawing: SamplingConfig) -> str:
+    return label(drawing.model) + (f" with {label(drawing.adapter)}" if drawing.adapter else "")
+
+
+def _sample(
+    i: int, generated: Generated, originals: Images, captions: Sequence[str], decided: Decided, published: Neighbours, order: float
+) -> Sample:  # fmt: skip
+    row, p = int(decided.row[i]), float(decided.p[i])
+    beside = (
+        f"similarity {float(published.similarity[i]):.2f}"
+        if published.metric == "cosine"
+        else f"d1/d2 {float(published.ratio[i]):.2f}"
+    )
+    return Sample(
+        image=generated.images[i].image,
+        prompt="" if generated.prompts is None else generated.prompts[i],
+        nearest_image=originals[row],
+        ratio=float(decided.ratio[i]),
+        distance=float(decided.residual[i]),
+        memorized=bool(decided.copy[i]),
+        score=generated.scores[i],
+        nearest_prompt=captions[row],
+        order=order,
+        facts=(f"p {p:.2g}" if p >= 1e-4 else "p < 0.0001", f"residual {float(decided.residual[i]):.2f}", beside),
+    )
+
+
+def _decision_histogram(decision: Decision, name: str) -> Histogram:
+    def logs(values: Sequence[float]) -> list[float]:
+        return [math.log10(max(value, 10.0**_LEAST_P)) for value in values]
+
+    decided = decision.decided
+    rows = [(name, "run0", logs(decided.p.tolist()))]
+    tones = {HELDOUT: "held", BASE: "train"}
+    rows += [(null, tones.get(null, "train"), logs(values)) for null, values in decision.chance.items()]
+    marked = decided.p[decided.copy & (decided.p <= EACH)]
+    cut = math.log10(max(float(marked.max()), 10.0**_LEAST_P)) if len(marked) else math.log10(EACH / 10)
+    return Histogram(
+        "How probable is that of an image that is no copy?",
+        f"log10 of p, at least {_LEAST_P}; images that cannot be copies are judged without themselves. Copies lie left of the line, or have a "
+        f"residual of at most {SAME:g}.",
+        rows, cut + 1e-9, f"{cut:.2g}", low=float(_LEAST_P), high=0.0,
+    )  # fmt: skip
+
+
+def _histogram(feature: Features, measured: Measurement, name: str) -> Histogram:
+    sets = (
+        (name, "run0", measured.neighbours.get(feature.name)),
+        ("held-out, never seen", "held", measured.heldout_neighbours.get(feature.name)),
+        ("training images among themselves", "train", measured.training_neighbours.get(feature.name)),
+    )
+    cosine = feature.distance == "cosine"
+    rows = [
+        (title, tone, (near.similarity if cosine else near.ratio).tolist())
+        for title, tone, near in sets
+        if near is not None
+    ]
+    if not cosine:
+        return ratio_histogram(rows, feature.name)
+    cut = copy_threshold(feature)
+    least = min((min(values) for _, _, values in rows if values), default=0.0)
+    return Histogram(
+        f"How similar is the most similar? ({feature.name})",
+        f"cosine to the most similar training image, share of images; copies lie right of {cut:g}.",
+        rows, cut, f"{cut:g}", low=0.0 if least >= 0 else -1.0, high=1.0, below=False,
+    )  # fmt: skip
+
+
+def _notes(
+    settings: AuditSettings, training: ImageDataset, heldout: ImageDataset | None, generated: Generated, copies: Row,
+    decision: Decision, verdict: Mapping[str, Any], used: Mapping[str, Any] | None,
+) -> list[str]:  # fmt: skip
+    share, n, device = copies.generated, len(generated.images), torch.device(_device(settings)).type
+    notes = [decision.rule]
+    if settings.limit is not None:
+        said = (
+            "fails: it exceeds"
+            if share.value > settings.limit
+            else "does not exceed"
+            if verdict["others"]
+            else "passes: it does not exceed"
+        )
+        notes.append(
+            f"The audit {said} the limit of {settings.limit:.2%} ({share.value:.2%} of {n} are copies; the value "
+            f"itself is held against the limit). By its interval up to {share.high:.2%} would be no surprise."
+        )
+        if verdict["others"]:
+            notes.append(
+                f"The audit fails by {' and '.join(verdict['others'])}: the excess over held-out images is above the limit with its whole interval."
+            )
+    near, by_chance = int((decision.decided.p <= EACH).sum()), EACH * n
+    if decision.nulls and near > by_chance + 2 * math.sqrt(by_chance) and near > int(decision.decided.copy.sum()):
+        notes.append(
+            f"{near} of {n} images are nearer than {1 - EACH:.0%} of the images that cannot be copies come, where {by_chance:.1f} would be by chance: too "
+            "few to tell which are copies, too many for none. Look at the first ones, and draw more."
+        )
+    for null in decision.nulls:
+        if null.twins:
+            notes.append(
+                f"{null.twins} of the {null.n + null.twins} {null.name} are copies of training images themselves, but for colour, blur or "
+                "pose; they calibrate nothing."
+            )
+    if decision.searched < len(set(training.noise_keys)):
+        notes.append(
+            f"{decision.searched} training images were laid over the generated ones: those that a feature found near, and a draw of the others. "
+            "A changed copy of another one is found by the features alone."
+        )
+    if heldout is None:
+        notes.append(
+            "No held-out images were given: nothing says how many hits are chance, and quality is not measured. "
+            "Give real images of the same kind that the model never saw: --heldout FOLDER."
+        )
+    if settings.drawing is not None and settings.prompts is None:
+        notes.append("Prompts are the training captions: the case in which copying is easiest.")
+    for seen, name in ((generated.images, "generated"), (training, "training"), (heldout, "held-out")):
+        if seen is not None and seen.unlisted:
+            notes.append(
+                f"{seen.unlisted} files in the folder of the {name} images hold or may hold images and were left out, as asked for "
+                "(--unlisted ignore): nothing here is said of them."
+            )
+        if seen is not None and seen.animated:
+            notes.append(
+                f"{len(seen.animated)} {name} images have several frames, of which only the first was looked at: "
+                f"{one_line(seen.animated[0], 80)}{' and others' if len(seen.animated) > 1 else ''}."
+            )
+    captions = {caption for caption in training.captions if caption}
+    if generated.prompts is not None and (untried := captions - set(generated.prompts)):
+        notes.append(f"{len(untried)} of {len(captions)} different training captions were not tried as prompts.")
+    if generated.prompts is None:
+        notes.append("No prompts are known: every image is resampled by itself, as if no two came from one prompt.")
+    if training.groups:
+        rows = sum(len(group.rows) for group in training.groups)
+        notes.append(
+            f"{rows} of {len(training)} training images have duplicates ({len(training.groups)} groups); those of a group count as "
+            "one: d2 is the distance to the nearest image of another group."
+        )
+    if settings.mirrored:
+        notes.append("The mirror image of every image was searched for too, also of the held-out and training images.")
+    if used is not None:
+        notes.append(
+            f"The training images were embedded before: vectors, duplicates and fingerprint are those of the stored embeddings. {used['compared']} "
+            f"of the {len(training)} images were decoded and compared with them."
+        )
+        if coarse := [
+            name for name, one in used["features"].items() if one["dtype"] != "float32" or one["device"] != device
+        ]:
+            notes.append(
+                f"Stored embeddings of {', '.join(coarse)} were rounded to another precision, or computed on another kind of device than those "
+                "of the generated images: distances differ in their last digits, and an exact copy is near 0 instead of at it."
+            )
+        if missed := [name for name, one in used["features"].items() if not one["exact"]]:
+            notes.append(
+                f"The search by {', '.join(missed)} went through an index and can miss a neighbour: no pair is called more alike than it "
+                "is, but a missed nearest image hides a copy."
+            )
+    notes.append(
+        f"These are {n} images of one model: few copies among them do not prove that it never copies, and prompts that were not "
+        "tried were not tried."
+    )
+    return notes
+
+
+def _made(
+    settings: AuditSettings, training: ImageDataset, heldout: ImageDataset | None, generated: Generated
+) -> dict[str, object]:
+    drawing = settings.drawing
+    made: dict[str, object] = {**_versions(), "seed": settings.seed}
+    if drawing is not None:
+        steps = f"{drawing.scheduler or 'its own sampler'}, {drawing.num_inference_steps} steps, guidance {drawing.guidance_scale:g}"
+        above = "" if drawing.base_above is None else f", its base above noise level {drawing.base_above:g}"
+        made["model"] = _model_name(drawing) + above
+        made["sampling"] = f"{steps}, seed {drawing.seed}, {settings.samples_per_prompt} images a prompt"
+    made["weights of the U-Net (sha256)"] = generated.weights or "not known"
+    if generated.base_weights is not None:
+        made["weights of the base's U-Net (sha256)"] = generated.base_weights
+    made["training images (sha256)"] = training.fingerprint()
+    if heldout is not None:
+        made["held-out images (sha256)"] = heldout.fingerprint()
+    made["generated images (sha256)"] = generated.images.fingerprint()
+    return made
+
+
+def _versions() -> dict[str, str]:
+    import diffusers
+    import transformers
+
+    return {
+        "ambient_sd": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__, "python": platform.python_version(),
+    }  # fmt: skip

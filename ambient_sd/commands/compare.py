@@ -1,0 +1,696 @@
+"""Every detector and every mitigation on one model whose memorized prompts are known by measurement, side by side.
+
+1. Every caption of the training images is sampled without mitigation, `generations` times. A prompt is *memorized* if at least
+   half of its images are copies (`audit.decision`, held-out images as the null), *ordinary* if none is. Detectors are tried on
+   those of the ordinary ones whose images all keep clear of copying (p >= 5 %: no nearer than one in twenty of the held-out ones): a
+   half copy is no false alarm. The rest is counted and left out of their table. No list of duplicates is consulted: ground truth is what came out.
+2. Detectors score the same runs: Wen et al. over 1, 5 and all steps, 1 and all generations; anisotropy; Wen's norm beside that of
+   the judge, a model that has not seen the images (`guard.relative`).
+3. Mitigations sample the memorized prompts again from the same start noise. Settings that are per model (targets, caps,
+   thresholds) come from the ordinary prompts' scores, by the rule written beside each.
+4. Beside each: share of copies, and that with d1 / d2 < 1/3; similarity to the nearest training image, alignment with the prompt (`audit.alignment`, judged by a
+   model that has not seen the images), Frechet distance to held-out images, processor time, memory (`memory`: on a GPU the
+   allocator's peak, weights included; on Linux's CPU what a call adds to the resident size at its highest; elsewhere none).
+
+Several models are held side by side on the memorized prompts of the first. A run that was cut goes on where it was.
+Above the wings: it uses guard, audit and data.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import html
+import io
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ambient_sd.audit.alignment import DiffusionAlignment
+from ambient_sd.audit.decision import HELDOUT, RULE, CopyDecision, Decided
+from ambient_sd.audit.detection import detection_figures
+from ambient_sd.audit.features import EffLite0, Features, Pixels, Sscd, embed
+from ambient_sd.audit.metrics import MEMORIZED_RATIO, Figure, bootstrap, memorized, quality_rows
+from ambient_sd.audit.neighbours import Neighbours, nearest
+from ambient_sd.audit.shares import COPIES, copy_rate
+from ambient_sd.data.sources import ImageDataset
+from ambient_sd.data.stream import drawn, keyed_generator
+from ambient_sd.guard import policies
+from ambient_sd.guard.anisotropy import anisotropy, fitted
+from ambient_sd.guard.calibration import ModelFingerprint
+from ambient_sd.guard.pipeline import AmbientSDPipeline, check_folder
+from ambient_sd.guard.recorder import MemorizationGuard
+from ambient_sd.guard.relative import Relation
+from ambient_sd.reporting.report import contact_sheet
+from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.files import atomic_write
+from ambient_sd.utils.hub_ids import resolve_model_id
+from ambient_sd.utils.memory import peak_memory
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a comparison is made of; all of it stands in `comparison.json`.
+
+    Attributes:
+        models: name -> pipeline folder; the memorized prompts are those of the first.
+        judge: pipeline folder of the model that judges alignment, and beside whose norms those of the models are held; it should
+            not have seen the images: the models' base, best.
+        generations: images per prompt.
+        prompts: how many captions are sampled at most, drawn by the seed; 0: all.
+        mitigated: how many memorized prompts are mitigated at most.
+        steps, guidance_scale: of DPM-Solver++.
+        chosen: names of mitigations; all if empty.
+    """
+
+    models: Mapping[str, str]
+    judge: str
+    out: Path
+    resolution: int
+    generations: int = 4
+    prompts: int = 0
+    mitigated: int = 60
+    steps: int = 20
+    guidance_scale: float = 3.0
+    batch_size: int = 16
+    seed: int = 0
+    chosen: tuple[str, ...] = ()
+
+
+EARLY = 5  # steps of the early detectors
+CLEAR = 0.05  # least p of images that keep clear of copying
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Hold what the scores of the ordinary prompts say about a model: the scale of every setting that is per model.
+
+    Attributes:
+        first: median of the first step's norm.
+        first_high: its 99th percentile.
+        norm_high: 95th percentile of the norm over all steps.
+        guidance_scale: of the sampling.
+    """
+
+    first: float
+    first_high: float
+    norm_high: float
+    guidance_scale: float
+
+
+# Name -> (how it is made from the ordinary prompts' levels, the rule for what is per model).
+MITIGATIONS: dict[str, tuple[Callable[[Levels], policies.Policy | None], str]] = {
+    "none": (lambda v: None, ""),
+    "Wen": (lambda v: policies.PromptOptimization(target=v.first), "target: median first norm of ordinary prompts"),
+    "STP": (lambda v: policies.StaticTransition(), "as published, until 500"),
+    "STP until 400": (lambda v: policies.StaticTransition(until=400), "later than published"),
+    "STP until 300": (lambda v: policies.StaticTransition(until=300), "later than published"),
+    "DTP": (lambda v: policies.DynamicTransition(), "as published, of the raw outputs"),
+    "OG": (lambda v: policies.OppositeGuidance(), "as published for SD2.1, -2 until 650"),
+    "OG+STP": (lambda v: policies.Compose(policies.OppositeGuidance(), policies.StaticTransition()), "as published"),
+    "cap": (lambda v: policies.ScaleCap(cap=v.norm_high), "cap: 95th percentile of ordinary norms"),
+    "G_spe": (lambda v: policies.Despecification(strength=v.guidance_scale / (2 * v.norm_high), threshold=v.norm_high),
+              "threshold: 95th percentile of ordinary norms; half the scale is lost at it"),
+    "PRSS": (lambda v: policies.Reanchoring(threshold=v.first_high), "threshold: 99th percentile of ordinary first norms; steps from 3 to 5 times it, as published"),
+    "GUARD": (lambda v: policies.AttentionGuard(), "as published"),
+    "Han": (lambda v: policies.LatentOptimization(target=v.first, max_steps=10), "target and most steps as Wen's"),
+    "SAIL": (lambda v: policies.SAIL(target=v.first**2 / 10), "target: a tenth of the squared median first norm"),
+    "Ren": (lambda v: policies.AttentionRescaling(), "as published"),
+    "RT": (lambda v: policies.RandomTokens(), "as published, 2 to 4 tokens"),
+    "RT+STP": (lambda v: policies.Compose(policies.RandomTokens(), policies.StaticTransition()), "each as published"),
+    "CWR": (lambda v: policies.CaptionWordRepetition(), "as published, 2 to 4 words"),
+    "RNA": (lambda v: policies.RandomNumbers(), "as published, 2 to 4 numbers"),
+    "GNI": (lambda v: policies.GaussianEmbeddingNoise(), "as published, std 0.1 on both halves"),
+}  # fmt: skip
+
+
+@dataclass
+class Cell:
+    """One model under one mitigation: images prompt by prompt, and a record of each (curve, seconds, iterations)."""
+
+    images: list[Image.Image]
+    records: list[dict[str, Any]]
+
+    def column(self, name: str) -> list[Any]:
+        return [record[name] for record in self.records]
+
+
+def draw_cell(
+    pipe: Any,
+    folder: Path,
+    prompts: Sequence[str],
+    settings: Settings,
+    policy: policies.Policy | None,
+    title: str,
+) -> Cell:
+    """Sample `generations` images of each prompt into `folder`; what is there already is kept.
+
+    An image's start noise is a function of seed, prompt and its number alone: every mitigation and every model starts
+    from the same noise.
+    """
+    from tqdm.auto import tqdm
+
+    folder.mkdir(parents=True, exist_ok=True)
+    k = settings.generations
+    per_call = max(1, settings.batch_size // k)
+    chunks = [prompts[i : i + per_call] for i in range(0, len(prompts), per_call)]
+    images: list[Image.Image] = []
+    records: list[dict[str, Any]] = []
+    for number, chunk in enumerate(tqdm(chunks, desc=title, leave=False)):
+        done = folder / f"{number:05d}.json"
+        if not done.exists():
+            _draw_chunk(pipe, folder, number, list(chunk), settings, policy)
+        rows = _read_kept(done)
+        if [row["prompt"] for row in rows] != [c for c in chunk for _ in range(k)]:
+            raise UserError(f"{folder} holds images of other prompts", rule="a comparison goes on with what it began",
+                            remedy="give another --out, or remove the folder")  # fmt: skip
+        sheet = np.asarray(Image.open(folder / f"{number:05d}.png"))
+        side = settings.resolution
+        images += [Image.fromarray(sheet[:, i * side : (i + 1) * side]) for i in range(len(rows))]
+        records += rows
+    return Cell(images, records)
+
+
+def _draw_chunk(
+    pipe: Any, folder: Path, number: int, chunk: list[str], settings: Settings, policy: policies.Policy | None
+) -> None:
+    """Draw one call's images; they lie side by side in one PNG, and the JSON beside it says that they are whole."""
+    k = settings.generations
+    generators = [keyed_generator(settings.seed, f"comparison {c}", j) for c in chunk for j in range(k)]
+    with peak_memory(pipe.device) as peak:
+        clock, busy = time.perf_counter(), time.process_time()
+        with MemorizationGuard(pipe, policy) as guard:
+            out = pipe(
+                chunk, num_images_per_prompt=k, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale,
+                height=settings.resolution, width=settings.resolution, generator=generators,
+            )  # fmt: skip
+            reports = guard.report
+        if pipe.device.type == "cuda":
+            torch.cuda.synchronize()
+        clock, busy = time.perf_counter() - clock, time.process_time() - busy
+    rows = [
+        {"prompt": chunk[r.prompt_index], "curve": r.curve, "timesteps": r.timesteps, "iterations": r.iterations,
+         "mitigated": r.mitigated, "seconds": clock / len(reports), "processor_seconds": busy / len(reports),
+         "memory_mb": peak.mb}
+        for r in reports
+    ]  # fmt: skip
+    sheet = np.concatenate([np.asarray(image.convert("RGB")) for image in out.images], axis=1)
+    atomic_write(folder / f"{number:05d}.png", _png(Image.fromarray(sheet)))
+    atomic_write(folder / f"{number:05d}.json", json.dumps(rows))
+
+
+# --- truth and detectors ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reals:
+    """Hold the training and held-out images as features, one row an image that differs, and the captions."""
+
+    training: Mapping[str, torch.Tensor]
+    heldout: Mapping[str, torch.Tensor]
+    images: list[Image.Image]
+    captions: list[str]
+    features: list[Features]
+    decision: CopyDecision
+
+    @property
+    def similar(self) -> Features:
+        """The feature for similarities: SSCD where it is, else the one whose cosine stands in for it."""
+        return next((f for f in self.features if f.distance == "cosine"), self.features[-1])
+
+
+def read_reals(training: ImageDataset, heldout: ImageDataset) -> Reals:
+    """Embed both sets; of equal images one, so that the second nearest is another image."""
+    training.fingerprint()  # fills in the keys that tell equal images, if nothing has
+    once = training.one_of_each()
+    features: list[Features] = [Pixels(), EffLite0(), *([Sscd()] if Sscd.available() else [])]
+    images = [training[i].image for i in once]
+    real = embed(images, features, progress=True)
+    others = [row.image for row in heldout]
+    unseen = embed(others, features, progress=True)
+    decision = CopyDecision(images, [training.noise_keys[i] for i in once], {HELDOUT: others}, progress=True)
+    return Reals(real, unseen, images, [training.captions[i] for i in once], features, decision)
+
+
+def truth(copied: torch.Tensor, generations: int) -> tuple[list[int], list[int]]:
+    """Return places of the memorized prompts (at least half of their images are copies) and the ordinary ones (none).
+
+    Args:
+        copied: `(prompts * generations,)` bool, prompt by prompt.
+    """
+    share = copied.double().view(-1, generations).mean(1)
+    return torch.nonzero(share >= 0.5).flatten().tolist(), torch.nonzero(share == 0).flatten().tolist()
+
+
+def clear_of_copying(values: torch.Tensor, generations: int, ordinary: Sequence[int], bound: float) -> list[int]:
+    """Return those of the ordinary prompts whose images all have values (p, or d1 / d2) >= `bound`; `values` is prompt by prompt."""
+    least = values.view(-1, generations).amin(1)
+    return [i for i in ordinary if float(least[i]) >= bound]
+
+
+def decide(images: Sequence[Image.Image], reals: Reals) -> tuple[Decided, Neighbours]:
+    """Return which images are copies, and their nearest training images in pixels, for the published measure."""
+    near = nearest(reals.features[0](images), reals.training["pixels64"])
+    return reals.decision(images, memorized(near)), near
+
+
+def detector_figures(
+    curves: torch.Tensor, generations: int, memorized_prompts: Sequence[int], ordinary: Sequence[int], seed: int
+) -> list[dict[str, Any]]:
+    """Score prompts by the mean norm over the first steps and generations; return AUC and TPR@1%FPR of each detector.
+
+    Args:
+        curves: `(prompts, generations, steps)`.
+    """
+    rows = []
+    steps = curves.shape[2]
+    for n in sorted({1, generations}):
+        for k in sorted({1, min(EARLY, steps), steps}):
+            scores = curves[:, :n, :k].mean((1, 2))
+            figures = detection_figures(scores[list(memorized_prompts)], scores[list(ordinary)], seed=seed)
+            rows.append({"detector": "norm", "steps": k, "generations": n, "figures": [f.as_dict() for f in figures]})
+    return rows
+
+
+def _of_each_image(
+    path: Path,
+    prompts: Sequence[str],
+    settings: Settings,
+    ask: Callable[[list[str], dict[str, Any]], list[list[float]]],
+) -> torch.Tensor:
+    """Return what `ask` says of each image of a call's prompts, `(prompts, generations, numbers)`; kept in a file."""
+    k = settings.generations
+    if not path.exists():
+        rows: list[list[float]] = []
+        per_call = max(1, settings.batch_size // k)
+        for i in range(0, len(prompts), per_call):
+            chunk = list(prompts[i : i + per_call])
+            rows += ask(chunk, {
+                "num_images_per_prompt": k, "num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale,
+                "height": settings.resolution, "width": settings.resolution,
+                "generator": [keyed_generator(settings.seed, f"comparison {c}", j) for c in chunk for j in range(k)],
+            })  # fmt: skip
+        atomic_write(path, json.dumps(rows))
+    return torch.tensor(_read_kept(path), dtype=torch.float64).view(len(prompts), k, -1)
+
+
+def anisotropy_terms(pipe: Any, path: Path, prompts: Sequence[str], settings: Settings) -> torch.Tensor:
+    """Return norm and alignment of each prompt's generations, `(prompts, generations, 2)`; kept in a file."""
+
+    def ask(chunk: list[str], options: dict[str, Any]) -> list[list[float]]:
+        return [[found.norm, found.alignment] for found in anisotropy(pipe, chunk, **options)]
+
+    return _of_each_image(path, prompts, settings, ask)
+
+
+def anisotropy_figures(
+    terms: torch.Tensor, generations: int, memorized_prompts: Sequence[int], ordinary: Sequence[int], seed: int
+) -> list[dict[str, Any]]:
+    """Score prompts by norm + alignment, each over its spread on the ordinary prompts: published weights are of other models."""
+    rows = []
+    fit = fitted(terms[list(ordinary)])
+    weights = torch.tensor([fit.norm_weight, fit.alignment_weight], dtype=torch.float64)
+    for n in sorted({1, generations}):
+        both = (terms[:, :n] * weights).mean(1)
+        for name, scores in (("anisotropy", both.sum(1)), ("anisotropy, alignment alone", both[:, 1])):
+            figures = detection_figures(scores[list(memorized_prompts)], scores[list(ordinary)], seed=seed)
+            rows.append({"detector": name, "steps": 0, "generations": n, "figures": [f.as_dict() for f in figures]})
+    return rows
+
+
+def base_norms(pipe: Any, path: Path, prompts: Sequence[str], settings: Settings) -> torch.Tensor:
+    """Return the norms of a model that has not seen the images, `(prompts, generations, EARLY)`, from the same noise; kept in a file."""
+
+    def ask(chunk: list[str], options: dict[str, Any]) -> list[list[float]]:
+        with MemorizationGuard(pipe, stop_after=min(EARLY, settings.steps)) as guard:
+            pipe(chunk, output_type="latent", **options)
+            return [report.curve for report in guard.report]
+
+    return _of_each_image(path, prompts, settings, ask)
+
+
+def relative_figures(
+    curves: torch.Tensor,
+    base: torch.Tensor,
+    generations: int,
+    memorized_prompts: Sequence[int],
+    ordinary: Sequence[int],
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Score prompts by what the base's norms do not explain of theirs (`guard.relative`), fitted on the ordinary ones.
+
+    Args:
+        curves: `(prompts, generations, steps)`. base: `(prompts, generations, EARLY)`.
+    """
+    rows = []
+    for n in sorted({1, generations}):
+        for k in sorted({1, base.shape[2]}):
+            norms, before = (c[:, :n, :k].mean((1, 2)) for c in (curves, base))
+            scores = Relation.fit(norms[list(ordinary)], before[list(ordinary)]).score(norms, before)
+            figures = detection_figures(scores[list(memorized_prompts)], scores[list(ordinary)], seed=seed)
+            rows.append(
+                {
+                    "detector": "norm beside the base's",
+                    "steps": k,
+                    "generations": n,
+                    "figures": [f.as_dict() for f in figures],
+                }
+            )
+    return rows
+
+
+def levels_of(curves: torch.Tensor, ordinary: Sequence[int], guidance_scale: float) -> Levels:
+    """Return what the ordinary prompts' norms are like. `curves` as in `detector_figures`."""
+    chosen = curves[list(ordinary)].double()
+    first = chosen[:, :, 0].flatten()
+    high = torch.quantile(first, 0.99)
+    # torch.quantile stops at 2**24 values, numpy does not.
+    return Levels(float(first.median()), float(high), float(np.quantile(chosen.numpy(), 0.95)), guidance_scale)
+
+
+def peak_of(cell: Cell) -> float | None:
+    """Return the peak of the median call, MiB; None if it was not measured at every call (earlier versions did not).
+
+    The median, because the first call of a process pays for what libraries set up once, whichever mitigation it is of.
+    """
+    measured = [record["memory_mb"] for record in cell.records if record.get("memory_mb") is not None]
+    return float(np.median(measured)) if measured and len(measured) == len(cell.records) else None
+
+
+# --- mitigations -----------------------------------------------------------------------------------------------------
+
+
+def cell_figures(
+    cell: Cell,
+    reals: Reals,
+    prompts: Sequence[str],
+    captions: Sequence[str],
+    judge: DiffusionAlignment,
+    settings: Settings,
+) -> dict[str, Figure]:
+    """Measure one model under one mitigation; intervals resample prompts."""
+    groups = [c for c in prompts for _ in range(settings.generations)]
+    made = embed(cell.images, reals.features)
+    decided, near = decide(cell.images, reals)
+    similar = reals.similar
+    close = nearest(made[similar.name], reals.training[similar.name], distance="cosine").similarity
+    aligned = judge(cell.images, groups, captions)
+    options: dict[str, Any] = {"groups": groups, "seed": settings.seed}
+    quality = quality_rows(
+        made["EffLite0"], reals.heldout["EffLite0"], name="EffLite0", groups=groups, seed=settings.seed
+    )
+    seconds = torch.tensor(cell.column("processor_seconds"), dtype=torch.float64)
+    return {
+        COPIES: copy_rate(decided, None, **options).generated,
+        "copied": bootstrap(memorized(near), torch.mean, name="d1/d2 < 1/3", share=True, **options),
+        "similarity": bootstrap(close, lambda v: torch.quantile(v, 0.95), name=f"{similar.name} 95th percentile", **options),
+        "alignment": bootstrap(aligned.value * 1000, torch.mean, name="alignment x 1000", **options),
+        "hits": bootstrap(aligned.hit, torch.mean, name=f"own prompt first of {judge.others + 1}", share=True, **options),
+        "distance": quality[0].generated,
+        "seconds": bootstrap(seconds, torch.mean, name="processor seconds per image", **options),
+    }  # fmt: skip
+
+
+def compare(settings: Settings, training: ImageDataset, heldout: ImageDataset, command: str = "") -> dict[str, Any]:
+    """Run the comparison and write `comparison.json`, `comparison.html` and `comparison.md` into `settings.out`.
+
+    Raises:
+        UserError: a mitigation's name is unknown, the folder holds another comparison, or nothing is memorized.
+    """
+    for name in settings.chosen:
+        if name not in MITIGATIONS:
+            raise UserError(f"mitigation {name!r}", rule=f"there are {', '.join(MITIGATIONS)}")
+    for folder in (*settings.models.values(), settings.judge):  # the last one is loaded an hour after the first
+        check_folder(resolve_model_id(folder))
+    _claim(settings, training, heldout)
+    reals = read_reals(training, heldout)
+    captions = sorted(set(reals.captions))
+    if settings.prompts and settings.prompts < len(captions):
+        captions = [captions[i] for i in drawn(len(captions), settings.prompts, settings.seed, "comparison prompts")]
+    k = settings.generations
+    judge_pipe = _load(settings.judge)
+    judge = DiffusionAlignment(judge_pipe, resolution=settings.resolution, seed=settings.seed)
+    result: dict[str, Any] = {"settings": _described(settings), "command": command, "rule": reals.decision.rule, "training": len(reals.images),
+                              "heldout": len(heldout), "prompts": len(captions), "models": {}}  # fmt: skip
+    shown: dict[str, dict[str, list[Image.Image]]] = {}
+    chosen: list[int] = []
+    for model, folder in settings.models.items():
+        pipe = _load(folder)
+        base = draw_cell(
+            pipe, settings.out / "cells" / model / "all", captions, settings, None, f"{model}, all prompts"
+        )
+        decided, near = decide(base.images, reals)
+        known, ordinary = truth(decided.copy, k)
+        clear = clear_of_copying(decided.p, k, ordinary, CLEAR)
+        if not reals.decision.nulls:  # p says nothing then; d1 / d2 midway between a copy and 1 does
+            clear = clear_of_copying(near.ratio, k, ordinary, (1 + MEMORIZED_RATIO) / 2)
+        curves = torch.tensor(base.column("curve"), dtype=torch.float64).view(len(captions), k, -1)
+        if not bool(curves.isfinite().all()):
+            raise UserError(f"a score of {model} is no finite number", rule="detectors cannot be held side by side on it",
+                            remedy="load the model in float32 or bfloat16")  # fmt: skip
+        found: dict[str, Any] = {"memorized_prompts": len(known), "ordinary_prompts": len(ordinary),
+                                 "clear_prompts": len(clear), "between": len(captions) - len(known) - len(clear), "detectors": []}  # fmt: skip
+        if known and clear:
+            found["detectors"] = detector_figures(curves, k, known, clear, settings.seed)
+            terms = anisotropy_terms(pipe, settings.out / "cells" / model / "anisotropy.json", captions, settings)
+            found["detectors"] += anisotropy_figures(terms, k, known, clear, settings.seed)
+        if known and len(clear) >= 3:
+            unseen = base_norms(judge_pipe, settings.out / "cells" / "base.json", captions, settings)
+            found["detectors"] += relative_figures(curves, unseen, k, known, clear, settings.seed)
+        if not chosen:
+            if not known or len(ordinary) < 2:
+                raise UserError(f"{len(known)} memorized and {len(ordinary)} ordinary prompts of {model}",
+                                rule="without both kinds there is nothing to compare",
+                                remedy="train longer, or repeat images (experiments.memorized)")  # fmt: skip
+            chosen = known[: settings.mitigated]
+        prompts = [captions[i] for i in chosen]
+        levels = levels_of(curves, ordinary, settings.guidance_scale)
+        found["levels"] = dataclasses.asdict(levels)
+        found["mitigations"] = {}
+        shown[model] = {}
+        for name, (make, rule) in MITIGATIONS.items():
+            if settings.chosen and name not in settings.chosen and name != "none":
+                continue
+            cell = draw_cell(
+                pipe, settings.out / "cells" / model / name, prompts, settings, make(levels), f"{model}, {name}"
+            )
+            figures = _kept_figures(
+                settings.out / "cells" / model / name / "figures.json",
+                prompts,
+                lambda cell=cell, prompts=prompts: cell_figures(cell, reals, prompts, captions, judge, settings),  # type: ignore[misc]
+            )
+            found["mitigations"][name] = {
+                "rule": rule, "figures": figures, "iterations": float(np.mean(cell.column("iterations"))),
+            }  # fmt: skip
+            found["mitigations"][name]["peak_memory_mb"] = peak_of(cell)
+            shown[model][name] = cell.images[::k]
+            contact_sheet(cell.images[::k], 10).save(settings.out / f"{model}-{_file_name(name)}.png")
+            print(
+                f"{model}, {name}: " + ", ".join(f"{f['name']} {f['value']:.3g}" for f in figures.values()), flush=True
+            )
+        result["models"][model] = found
+    originals = [reals.images[reals.captions.index(captions[i])] for i in chosen]
+    result["mitigated_prompts"] = [captions[i] for i in chosen]
+    atomic_write(settings.out / "comparison.json", json.dumps(result, indent=1) + "\n")
+    atomic_write(settings.out / "comparison.md", tables(result))
+    atomic_write(settings.out / "comparison.html", page(result, originals, shown))
+    return result
+
+
+def _read_kept(path: Path, remedy: str = "remove it, which is then made again") -> Any:
+    """Read what an earlier, interrupted command left in the folder."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read", rule=one_line(error, 200), remedy=remedy) from None
+
+
+def _kept_figures(
+    path: Path, prompts: Sequence[str], measure: Callable[[], dict[str, Figure]]
+) -> dict[str, dict[str, Any]]:
+    """Return a cell's figures, measured once: the judge takes longer than the sampler."""
+    if path.exists():
+        kept = _read_kept(path)
+        if kept["prompts"] == list(prompts):
+            return dict(kept["figures"])
+    figures = {name: figure.as_dict() for name, figure in measure().items()}
+    atomic_write(path, json.dumps({"prompts": list(prompts), "figures": figures}))
+    return figures
+
+
+def _load(folder: str) -> Any:
+    from diffusers import DPMSolverMultistepScheduler
+
+    pipe = AmbientSDPipeline.from_pretrained(folder, safety_checker=None)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _described(settings: Settings) -> dict[str, Any]:
+    """Return the settings without local paths: models by name."""
+    fields = dataclasses.asdict(settings)
+    return {name: value for name, value in fields.items() if name not in {"models", "judge", "out"}} | {
+        "names": list(settings.models)
+    }
+
+
+def _claim(settings: Settings, training: ImageDataset, heldout: ImageDataset) -> None:
+    """Let a folder belong to one comparison: the images in it are kept, and must be of the same settings and models."""
+    models = {name: _digest(folder) for name, folder in settings.models.items()}
+    own = {key: value for key, value in _described(settings).items() if key not in {"names", "chosen", "mitigated"}}
+    own |= {"models": models, "training": training.fingerprint(), "heldout": heldout.fingerprint()}
+    own |= {"definition of a copy": RULE}
+    path = settings.out / "claim.json"
+    if path.exists():
+        before = _read_kept(path, "give another --out")
+        before["models"], shared = {n: m for n, m in before["models"].items() if n in models}, before["models"]
+        own["models"] = {n: m for n, m in models.items() if n in shared}
+        if before != json.loads(json.dumps(own)):
+            other = sorted(key for key in own if before.get(key) != json.loads(json.dumps(own[key])))
+            raise UserError(f"{settings.out} holds a comparison with other {', '.join(other)}",
+                            rule="a comparison goes on with what it began", remedy="give another --out")  # fmt: skip
+        own["models"] = shared | models
+    atomic_write(path, json.dumps(own, indent=1) + "\n")
+
+
+def _digest(model: str) -> str:
+    """Tell one model's U-Net from another's: a folder by its files, of the hub's the weights."""
+    files = sorted((Path(model) / "unet").glob("*.safetensors"))
+    if not files:
+        from diffusers import UNet2DConditionModel
+
+        name = resolve_model_id(model)
+        try:
+            unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", use_safetensors=True)
+        except Exception as error:  # OSError, ValueError, SafetensorError, ...: all mean unusable files
+            raise UserError(f"{model} cannot be loaded", rule=one_line(f"{type(error).__name__}: {error}", 240),
+                            remedy="give a Stable Diffusion pipeline with safetensors weights") from None  # fmt: skip
+        found = ModelFingerprint.of(unet)
+        return found.weights or found.structure
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)
+
+
+# --- what people read ------------------------------------------------------------------------------------------------
+
+_COLUMNS = ((COPIES, "copies", 100, ".1f", " %"), ("copied", "d1/d2 < 1/3", 100, ".1f", " %"),
+            ("similarity", "similarity, 95th pct.", 1, ".3f", ""), ("alignment", "alignment x 1000", 1, ".2f", ""), ("hits", "own prompt first of 5", 100, ".0f", " %"),
+            ("distance", "Frechet distance", 1, ".1f", ""), ("seconds", "processor s an image", 1, ".2f", ""))  # fmt: skip
+
+
+_MEMORY = "peak memory MB"
+
+
+def _cell(figure: Mapping[str, Any] | None, factor: float, form: str, unit: str) -> str:
+    if figure is None:  # of a cell that an earlier version measured
+        return "-"
+    value, low, high = (format(figure[key] * factor, form) for key in ("value", "low", "high"))
+    return f"{value}{unit} [{low}, {high}]"
+
+
+def _memory(row: Mapping[str, Any]) -> str:
+    peak = row.get("peak_memory_mb")
+    return "-" if peak is None else f"{peak:.0f}"
+
+
+def tables(result: Mapping[str, Any]) -> str:
+    """Return both tables as Markdown."""
+    lines = []
+    for model, found in result["models"].items():
+        lines += [f"### {model}: detectors", "",
+                  f"{found['memorized_prompts']} memorized prompts, {found['clear_prompts']} clear of copying, {found['between']} in between.",
+                  "", "| detector | steps | generations | AUC | TPR@1%FPR |", "|---|---|---|---|---|"]  # fmt: skip
+        for row in found["detectors"]:
+            cells = [_cell(figure, 1, ".3f", "") for figure in row["figures"]]
+            lines.append(f"| {row['detector']} | {row['steps']} | {row['generations']} | {' | '.join(cells)} |")
+        lines += ["", f"### {model}: mitigations", "", "| | " + " | ".join(head for _, head, *_ in _COLUMNS) + f" | {_MEMORY} |",
+                  "|---" * (len(_COLUMNS) + 2) + "|"]  # fmt: skip
+        for name, row in found["mitigations"].items():
+            cells = [_cell(row["figures"].get(key), factor, form, unit) for key, _, factor, form, unit in _COLUMNS]
+            lines.append(f"| {name} | {' | '.join([*cells, _memory(row)])} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def page(
+    result: Mapping[str, Any],
+    originals: Sequence[Image.Image],
+    shown: Mapping[str, Mapping[str, Sequence[Image.Image]]],
+    most: int = 16,
+) -> str:
+    """Return one self-contained page: tables, and a row of images per prompt: the original, then every mitigation."""
+    prompts = result["mitigated_prompts"][:most]
+    parts = []
+    for model, found in result["models"].items():
+        parts.append(
+            f"<h2>{html.escape(model)}</h2><p>{found['memorized_prompts']} of {result['prompts']} prompts memorized.</p>"
+        )
+        head = "".join(f"<th>{html.escape(title)}</th>" for title in (*(title for _, title, *_ in _COLUMNS), _MEMORY))
+        body = "".join(
+            f"<tr><th title='{html.escape(row['rule'], quote=True)}'>{html.escape(name)}</th>"
+            + "".join(
+                f"<td>{html.escape(_cell(row['figures'].get(key), f, form, unit))}</td>"
+                for key, _, f, form, unit in _COLUMNS
+            )
+            + f"<td>{_memory(row)}</td></tr>"
+            for name, row in found["mitigations"].items()
+        )
+        parts.append(
+            f"<div class=scroll><table class=numbers><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        )
+        names = list(shown[model])
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in ("training image", *names))
+        rows = "".join(
+            f"<tr><th>{html.escape(prompt)}</th>{_image(originals[i], 'training image')}"
+            + "".join(_image(shown[model][name][i], f"{name}: {prompt}") for name in names) + "</tr>"
+            for i, prompt in enumerate(prompts)
+        )  # fmt: skip
+        parts.append(
+            f"<div class=scroll><table class=images><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        )
+    facts = html.escape(json.dumps(result["settings"]))
+    command, rule = html.escape(result["command"]), html.escape(result.get("rule", ""))
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>Mitigations side by side</title><style>{_STYLE}</style><h1>Mitigations side by side</h1>"
+        f"<p>The same memorized prompts and the same start noise in every column. Intervals: 95 %, prompts resampled. "
+        f"Memory: the peak of the median call of the pipeline; on a GPU weights included, on a CPU beyond what was there before. {rule}</p>{''.join(parts)}"
+        f"<h2>How it was made</h2><pre>{command}\n{facts}</pre></html>"
+    )
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _image(image: Image.Image, alt: str) -> str:
+    data = base64.b64encode(_png(image.convert("RGB"))).decode()
+    return f"<td><img alt='{html.escape(alt, quote=True)}' src='data:image/png;base64,{data}'></td>"
+
+
+_STYLE = """
+body{margin:0 auto;max-width:1500px;padding:24px;font:15px/1.5 system-ui,sans-serif;color:#1b1c20;background:#faf9f6}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2em}.scroll{overflow-x:auto}table{border-collapse:collapse}
+.numbers td,.numbers th{padding:4px 12px 4px 0;border-bottom:1px solid #e2dfd7;text-align:left;white-space:nowrap;font-variant-numeric:tabular-nums}
+.images th{font-size:.78rem;font-weight:500;padding:2px 6px 2px 0;text-align:left;max-width:11em}.images{margin-top:16px}
+.images td{padding:2px}.images img{display:block;width:72px;height:72px;object-fit:cover;border-radius:4px}
+pre{white-space:pre-wrap;font-size:.82rem;background:#fff;border:1px solid #e2dfd7;padding:10px}
+@media (prefers-color-scheme:dark){body{background:#121316;color:#ecebe7}.numbers td,.numbers th{border-color:#2e3138}pre{background:#1b1d22;border-color:#2e3138}}
+"""

@@ -1,0 +1,400 @@
+"""What `ambient-sd sample` and `ambient-sd calibrate` share: settings, loading, prompt files, and start noise by address.
+
+The noise of an image is a function of (seed, place of its prompt, place of the image among those of its prompt) alone, drawn in
+float32 on the CPU: another batch size, precision or device, or a run that was cut and goes on, starts from the same noise.
+Every image is sampled as a prompt of its own, so that nothing depends on which images share a batch but rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ambient_sd.data.captions import Cut, find_cut, in_one_line
+from ambient_sd.data.stream import keyed_generator
+from ambient_sd.families.lora import fit, load_lora, locate, read, told
+from ambient_sd.guard.base_above import BaseAbove
+from ambient_sd.guard.calibration import Sampling
+from ambient_sd.guard.recorder import ImageReport, MemorizationGuard
+from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.hub_ids import OPEN_CLIP, resolve_model_id
+from ambient_sd.utils.quiet import quiet
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+}  # fmt: skip
+DTYPES = ("float32", "float16", "bfloat16")
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+_HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Say with which model and how images are sampled.
+
+    Attributes:
+        model: folder or hub id of a pipeline.
+        adapter: LoRA on it: folder, .safetensors file or hub id (`ambient_sd.families.lora`); None: none.
+        scheduler: a key of `SCHEDULERS`; None: the model's own.
+        num_inference_steps, guidance_scale: as diffusers takes them. A scale of 1 or less is none, and the guard, which measures
+            guidance, then measures nothing.
+        resolution: side in pixels, a multiple of 8; None: the model's own.
+        seed: of the start noise.
+        dtype: precision of the weights, one of `DTYPES`.
+        device: torch device; None: a GPU if there is one.
+        base_above: noise level above which the base's U-Net stands in for the model's (`guard.base_above`); None: nowhere.
+        base: folder or hub id of the base that `base_above` takes; None: the model without its adapter.
+        batch_size: images that go through the network together; changes rounding and nothing else.
+    """
+
+    model: str
+    adapter: str | None = None
+    scheduler: str | None = None
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    resolution: int | None = None
+    seed: int = 0
+    dtype: str = "float32"
+    device: str | None = None
+    batch_size: int = 4
+    base_above: float | None = None
+    base: str | None = None
+
+    def check(self) -> None:
+        """Raise a `UserError` for what can be seen to be wrong without the model's weights; of an adapter that is everything."""
+        if not 0 <= self.guidance_scale < math.inf:
+            raise UserError(f"guidance_scale is {self.guidance_scale}", rule="it must be a finite number of at least 0")
+        for name in ("num_inference_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}", rule="it must be at least 1")
+        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
+            raise UserError(f"resolution is {self.resolution}", rule="it must be a multiple of 8 pixels")
+        for name, known in (("scheduler", [None, *SCHEDULERS]), ("dtype", DTYPES)):
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"{name} is {getattr(self, name)!r}", rule=f"it must be one of {', '.join(filter(None, known))}"
+                )
+        if self.base_above is not None and not 0 <= self.base_above < math.inf:
+            raise UserError(
+                f"base_above is {self.base_above}", rule="it must be a noise level, a finite number of at least 0"
+            )
+        if self.base is not None and self.base_above is None:
+            raise UserError("base without base_above", rule="it says above which noise level the base is used")
+        if self.base_above is not None and self.base is None and self.adapter is None:
+            raise UserError(
+                "base_above without a base", rule="a model without adapter holds none", remedy="give --base MODEL"
+            )
+        try:
+            torch.device(self.device or "cpu")
+        except RuntimeError:
+            raise UserError(f"device is {self.device!r}", remedy="for example cpu, cuda or cuda:1") from None
+        _check_model(resolve_model_id(self.model))
+        if self.base is not None:
+            _check_model(resolve_model_id(self.base))
+            _check_base(resolve_model_id(self.model), resolve_model_id(self.base))
+        self.lora()
+
+    def lora(self) -> dict[str, Any] | None:
+        """Return the record of the adapter (`ambient_sd.families.lora.Adapter.record`), without loading the model; None without one.
+
+        Raises:
+            UserError: it cannot be loaded whole into this model.
+        """
+        if self.adapter is None:
+            return None
+        path = locate(self.adapter)
+        seen = path.stat()
+        return dict(
+            _fitted(self.adapter, path, (seen.st_mtime_ns, seen.st_size, seen.st_ino), resolve_model_id(self.model))
+        )
+
+    def public(self) -> dict[str, Any]:
+        """Return what images depend on, fit to be written down: of local folders the last part of their name only."""
+        return {
+            "model": label(self.model), "adapter": None if self.adapter is None else label(self.adapter),
+            **({} if self.adapter is None else {"lora": self.lora()}),
+            "scheduler": self.scheduler, "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale, "resolution": self.resolution, "seed": self.seed, "dtype": self.dtype,
+            **({} if self.base_above is None else {"base_above": self.base_above, "base": None if self.base is None else label(self.base)}),
+        }  # fmt: skip
+
+    def sampling(self, pipe: Any) -> Sampling:
+        """Describe the sampling of a loaded pipeline, as a calibration compares it."""
+        return Sampling.of(
+            pipe, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale,
+            height=self.resolution, width=self.resolution,
+        )  # fmt: skip
+
+
+def label(name: str) -> str:
+    """Return a name that may be published: a hub id, or of a local place its last part; after `open_clip:`, if it begins so."""
+    if name.startswith(OPEN_CLIP):
+        return OPEN_CLIP + label(name.removeprefix(OPEN_CLIP))
+    if Path(name).exists():
+        name = Path(name).resolve().name
+    elif not re.fullmatch(_HUB_ID, name):
+        name = Path(name).name
+    return one_line(name, 100)
+
+
+def home(settings: SamplingConfig) -> Path | None:
+    """Return the folder that a threshold of this model belongs in: the adapter's, else the model's; None on the hub."""
+    place = Path(settings.adapter if settings.adapter is not None else settings.model)
+    return place if place.is_dir() else place.parent if place.is_file() else None
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Return the prompts of a file: .jsonl with "prompt" rows, or any other text, one prompt a line.
+
+    Raises:
+        UserError: the file cannot be read, holds no prompt, or one that no tokenizer takes.
+    """
+    from ambient_sd.training.validation import read_prompts as read_rows
+
+    if str(path).endswith(".jsonl"):
+        prompts = read_rows([str(path)])
+    else:
+        try:
+            # By line feeds only: other characters that split lines for Python may stand in a prompt.
+            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"prompt file {path} cannot be read", rule=str(error), remedy="check the path") from None
+        prompts = [line.rstrip("\r") for line in lines if line.strip()]
+        if not prompts:
+            raise UserError(f"{path} holds no prompt", remedy="write one a line")
+    check_prompts(prompts)
+    return prompts
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Refuse prompts that no tokenizer takes: half of a surrogate pair is no text."""
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(
+                f"prompt {number} cannot be encoded", rule="it holds half of a surrogate pair", remedy="remove it"
+            ) from None
+
+
+def say_cut(pipe: Any, prompts: Sequence[str]) -> dict[str, Cut]:
+    """Return what the pipeline's text encoders do not read of prompts, by prompt, and say it in one line."""
+    tokenizers = [one for name in ("tokenizer", "tokenizer_2") if (one := getattr(pipe, name, None)) is not None]
+    cuts = find_cut(prompts, tokenizers)
+    if cuts:
+        print(f"ambient-sd: {in_one_line(cuts, len(prompts), 'prompts', f'number {cuts[0].index + 1}')}", flush=True)
+    return {prompts[cut.index]: cut for cut in cuts}
+
+
+def digest(prompts: Sequence[str]) -> str:
+    """Return the SHA-256 of a list of prompts."""
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+
+
+def load(settings: SamplingConfig) -> Any:
+    """Load the pipeline with adapter and scheduler, quietly, on its device.
+
+    Raises:
+        UserError: something cannot be loaded.
+    """
+    import diffusers
+
+    # Both print prompts (as they are, control characters included) and bars that would break ours.
+    quiet()
+    diffusers.utils.logging.set_verbosity_error()
+    settings.check()
+    name = resolve_model_id(settings.model)
+    kind = getattr(diffusers, _check_model(name))
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    try:
+        pipe = kind.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    except Exception as error:  # OSError, ValueError, SafetensorError, ...: all mean unusable files
+        raise UserError(f"{settings.model} cannot be loaded", rule=one_line(f"{type(error).__name__}: {error}", 240),
+                        remedy="give a whole Stable Diffusion pipeline with safetensors weights") from None  # fmt: skip
+    if settings.adapter is not None:
+        found = load_lora(pipe, settings.adapter)
+        if found != settings.lora():
+            raise UserError(
+                f"the adapter {settings.adapter} changed while it was loaded", remedy="leave it alone meanwhile"
+            )
+        print(f"ambient-sd: adapter {label(settings.adapter)}: {told(found)}", flush=True)
+    if settings.scheduler is not None:
+        scheduler = getattr(diffusers, SCHEDULERS[settings.scheduler])
+        # PNDM's first steps run the network on other inputs four times each; Stable Diffusion is sampled without.
+        extra = {"skip_prk_steps": True} if settings.scheduler == "pndm" else {}
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **extra)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        pipe = pipe.to(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, AssertionError) as error:  # no such device, or not enough memory on it
+        raise UserError(f"the model does not go to {settings.device or 'the GPU'}", rule=one_line(error, 240),
+                        remedy="give another --device") from None  # fmt: skip
+    if settings.base_above is not None:
+        BaseAbove(pipe, settings.base_above, None if settings.base is None else _unet_of(settings.base, dtype))
+    return pipe
+
+
+def _unet_of(model: str, dtype: torch.dtype) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    try:
+        return UNet2DConditionModel.from_pretrained(
+            resolve_model_id(model), subfolder="unet", dtype=dtype, use_safetensors=True
+        )
+    except Exception as error:
+        raise UserError(f"the U-Net of {model} cannot be loaded", rule=one_line(f"{type(error).__name__}: {error}", 240),
+                        remedy="give the base that the model was fine-tuned from") from None  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Hold one image, what the guard saw (None: it was off), and whether the pipeline's own safety checker blanked it (None: it has none)."""
+
+    image: Image.Image | None
+    report: ImageReport | None
+    nsfw: bool | None
+
+
+def start_noise(pipe: Any, settings: SamplingConfig, places: Sequence[tuple[object, ...]]) -> torch.Tensor:
+    """Return the noise of each image by its address, `(n, C, H, W)` as the pipeline takes it."""
+    sampling, size = settings.sampling(pipe), pipe.vae_scale_factor
+    shape = (1, pipe.unet.config.in_channels, sampling.height // size, sampling.width // size)
+    noise = [torch.randn(shape, generator=keyed_generator(settings.seed, "start noise", *place)) for place in places]
+    return torch.cat(noise).to(pipe.device, pipe.unet.dtype)
+
+
+def draw(
+    pipe: Any,
+    guard: MemorizationGuard | None,
+    settings: SamplingConfig,
+    prompts: Sequence[str],
+    places: Sequence[tuple[object, ...]],
+    *,
+    decode: bool = True,
+) -> list[Drawn]:
+    """Sample one batch, under an enabled guard if one is given.
+
+    Args:
+        pipe: from `load`.
+        guard: of this pipeline, on; None: nothing watches.
+        prompts: one per image.
+        places: address of each image; with the seed it gives its noise.
+        decode: decode the latents; without, only the guard's reports are made.
+    """
+    sampling = settings.sampling(pipe)
+    out = pipe(
+        list(prompts),
+        latents=start_noise(pipe, settings, places),
+        # Samplers that add noise on the way draw it from here.
+        generator=[keyed_generator(settings.seed, "noise on the way", *place) for place in places],
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        height=sampling.height,
+        width=sampling.width,
+        output_type="pil" if decode else "latent",
+    )
+    images = out.images if decode else [None] * len(prompts)
+    blanked = getattr(out, "nsfw_content_detected", None) if decode else None
+    return [
+        Drawn(image, report, None if blanked is None else bool(blanked[i]))
+        for i, (image, report) in enumerate(zip(images, guard.report if guard else [None] * len(prompts), strict=True))
+    ]
+
+
+def _check_model(name: str) -> str:
+    """Return the class of a pipeline, read from its model_index.json."""
+    remedy = "give a Stable Diffusion folder or hub id"
+    try:
+        if not Path(name).is_dir() and (
+            Path(name).exists() or Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+        ):
+            raise UserError(f"there is no folder {name!r}", remedy=remedy)
+        kind = _read_json(name, "model_index.json")["_class_name"]
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{name!r} has no model_index.json", rule=one_line(error, 120), remedy=remedy) from None
+    except Exception as error:  # unreadable, no JSON, not an object; of the hub: no such name, no connection
+        raise UserError(f"{name!r} cannot be read", rule=one_line(f"{type(error).__name__}: {error}", 240),
+                        remedy=remedy) from None  # fmt: skip
+    if kind not in _PIPELINES:
+        raise UserError(f"{name!r} is a {kind}", rule=f"it must be one of {', '.join(_PIPELINES)}", remedy=remedy)
+    return str(kind)
+
+
+# What two networks that share one sampling must agree in, and what a file that does not say so means.
+_SHARED: dict[str, dict[str, Any]] = {
+    "scheduler/scheduler_config.json": {
+        "prediction_type": "epsilon", "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
+        "trained_betas": None, "rescale_betas_zero_snr": False,
+    },
+    "vae/config.json": {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None, "block_out_channels": [64]},
+}  # fmt: skip
+
+
+def _check_base(model: str, base: str) -> None:
+    """Refuse a base that predicts something else, at other noise levels, or of other latents: its share would be noise."""
+    for name, shared in _SHARED.items():
+        ours, theirs = (_config(place, name) for place in (model, base))
+        for key, default in shared.items():
+            mine, its = (found.get(key, default) for found in (ours, theirs))
+            if mine != its:
+                raise UserError(f"the base's {name} has another {key}: {one_line(its, 60)}", rule=f"it must be the model's, {one_line(mine, 60)}",
+                                remedy="give the base that the model was fine-tuned from")  # fmt: skip
+
+
+def _read_json(place: str, name: str) -> Any:
+    """Read a file of a model's folder, or of its repository on the hub; what goes wrong is the caller's to word."""
+    path = Path(place) / name
+    if not Path(place).is_dir():
+        from huggingface_hub import hf_hub_download
+
+        path = Path(hf_hub_download(place, name))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _config(place: str, name: str) -> dict[str, Any]:
+    try:
+        return dict(_read_json(place, name))
+    except Exception as error:
+        raise UserError(f"{name} of {place!r} cannot be read", rule=one_line(f"{type(error).__name__}: {error}", 240),
+                        remedy="give a whole Stable Diffusion folder or hub id") from None  # fmt: skip
+
+
+@functools.lru_cache(maxsize=8)
+def _fitted(adapter: str, path: Path, _: tuple[int, ...], model: str) -> dict[str, Any]:
+    """Return the record of an adapter that fits a model, read from the model's configurations; by the file's time and size, once."""
+    return fit(read(path, adapter), _skeleton(model), _check_model(model)).record()
+
+
+def _skeleton(model: str) -> dict[str, torch.nn.Module]:
+    """Return the parts that a LoRA can change without their weights."""
+    import transformers
+    from diffusers import UNet2DConditionModel
+
+    index = _config(model, "model_index.json")
+    kinds = {name: (index.get(name) or (None, None))[:2] for name in ("text_encoder", "text_encoder_2")}
+    try:
+        with torch.device("meta"):
+            parts = {"unet": UNet2DConditionModel.from_config(_config(model, "unet/config.json"))}
+            for name, (library, kind) in kinds.items():
+                if library == "transformers" and kind is not None:
+                    cls = getattr(transformers, kind)
+                    parts[name] = cls(cls.config_class.from_dict(_config(model, f"{name}/config.json")))
+            return parts
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged configuration leads to
+        raise UserError(f"{model!r} cannot be built from its configurations", rule=one_line(f"{type(error).__name__}: {error}", 240),
+                        remedy="give a whole Stable Diffusion folder or hub id") from None  # fmt: skip

@@ -1,0 +1,1 @@
+"""What every other part may use and none belongs to: errors, files, names."""

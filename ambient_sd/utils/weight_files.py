@@ -1,0 +1,62 @@
+"""Which weight files a model is, by SHA-256: what ties an audit to the folder that it lies in.
+
+Files are hashed as they are, so a digest is the one that the hub shows for the file, and needs no model to be loaded. Only the
+denoising network and its adapter count: a training changes nothing else. A model of the hub is looked for in the local cache, never asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from ambient_sd.utils.hub_ids import resolve_model_id
+
+ADAPTER_NAME = "pytorch_lora_weights.safetensors"
+_UNET = "unet"
+# What diffusers loads by default: whole or in parts, no variant such as .fp16.
+_FILE = re.compile(r"diffusion_pytorch_model(-\d{5}-of-\d{5})?\.safetensors")
+
+
+def unet_files(model: str, *, revision: str | None = None, cache_dir: str | None = None) -> dict[str, str]:
+    """Return name -> SHA-256 of the U-Net's weight files of a pipeline; empty where there are none, or it is not on this machine.
+
+    Args:
+        model: folder or hub id.
+        revision: branch, tag or commit on the hub.
+        cache_dir: where the hub's files are kept, if not in the usual place.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        found = _cached(resolve_model_id(model), f"{_UNET}/config.json", revision, cache_dir)
+        if found is None:
+            return {}
+        folder = found.parents[1]
+    paths = sorted(path for path in (folder / _UNET).glob("*.safetensors") if _FILE.fullmatch(path.name))
+    return {f"{_UNET}/{path.name}": file_digest(path) for path in paths}
+
+
+def adapter_files(adapter: str) -> dict[str, str]:
+    """Return name -> SHA-256 of a LoRA's file: `adapter` is its folder, the file itself, or a hub id."""
+    path: Path | None = Path(adapter)
+    assert path is not None
+    if not path.is_file():
+        path = path / ADAPTER_NAME if path.is_dir() else _cached(adapter, ADAPTER_NAME, None, None)
+    return {path.name: file_digest(path)} if path is not None and path.is_file() else {}
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, read in parts."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _cached(repo: str, name: str, revision: str | None, cache_dir: str | None) -> Path | None:
+    try:
+        found = try_to_load_from_cache(repo, name, revision=revision, cache_dir=cache_dir)
+    except (HFValidationError, OSError):
+        return None
+    return Path(found) if isinstance(found, str) else None

@@ -1,0 +1,1 @@
+"""How evidence and assets were made: run from a checkout, not installed."""

@@ -1,0 +1,517 @@
+"""Build the embedded base model from the embedded images: tokenizer, VAE, then U-Net and text encoder together.
+
+    python -m experiments.build_base --work DIR [--stage vae|unet|export|all]
+    torchrun --nproc_per_node 2 -m experiments.build_base --work DIR --stage unet    # the same batches, shared out
+
+Everything is SD2's own classes at small size: CLIPTextModel on a byte-pair vocabulary made from the captions of the `base`
+split, AutoencoderKL with 4 latent channels (f = 4: 64 x 64 images, 16 x 16 latents), UNet2DConditionModel with
+cross-attention, v-prediction on SD2's schedule. Only the `base` split is read. Both stages checkpoint into DIR every few
+minutes and go on from there when started again; seeds are fixed; losses go to `DIR/*.csv`. The last stage writes the
+pipeline folder in float16, with the losses beside it.
+
+Not a part of training as users run it: the pieces that only a base model needs (a perceptual loss, EMA, image
+augmentation) live here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from experiments.names import COMMON
+
+HERE = Path(__file__).parent
+MAX_TOKENS = 32
+SCHEDULE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "prediction_type": "v_prediction",
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def base_rows() -> list[dict[str, Any]]:
+    return [r for r in pq.read_table(HERE / "emoji.parquet").to_pylist() if r["split"] == "base"]
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Return an image as float32 `(3, H, W)` in [-1, 1]."""
+    return torch.from_numpy(np.asarray(image.convert("RGB"), np.float32) / 127.5 - 1).permute(2, 0, 1)
+
+
+def augment(
+    x: Tensor,
+    generator: torch.Generator,
+    *,
+    mirror: bool = True,
+    turn: float = 0.12,
+    zoom: float = 0.12,
+    shift: float = 0.06,
+) -> Tensor:
+    """Flip, turn, zoom and shift a batch `(B, 3, H, W)` a little, on white: what keeps the base from being a copy machine."""
+    b = len(x)
+
+    def uniform(scale: float) -> Tensor:
+        return (torch.rand(b, generator=generator) * 2 - 1) * scale
+
+    angle, scale = uniform(turn), 1 + uniform(zoom)
+    flip = torch.where(torch.rand(b, generator=generator) < 0.5, -1.0 if mirror else 1.0, 1.0)
+    theta = torch.zeros(b, 2, 3)
+    theta[:, 0, 0] = torch.cos(angle) * scale * flip
+    theta[:, 0, 1] = -torch.sin(angle) * scale
+    theta[:, 1, 0] = torch.sin(angle) * scale * flip
+    theta[:, 1, 1] = torch.cos(angle) * scale
+    theta[:, :, 2] = torch.stack([uniform(shift), uniform(shift)], 1)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    # Pad with white: shift so that white is zero, which is what grid_sample pads with.
+    return F.grid_sample(x - 1, grid, mode="bicubic", align_corners=False).clamp(-2, 0) + 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Resumable loops
+
+
+class Log:
+    """A CSV of losses that survives a restart."""
+
+    def __init__(self, path: Path, columns: list[str]) -> None:
+        new = not path.exists()
+        self.file = path.open("a", newline="")
+        self.writer = csv.writer(self.file)
+        if new:
+            self.writer.writerow(columns)
+
+    def row(self, *values: Any) -> None:
+        self.writer.writerow([f"{v:.5g}" if isinstance(v, float) else v for v in values])
+        self.file.flush()
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    torch.save(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def cosine(step: int, total: int, warmup: int = 100, floor: float = 0.02) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# VAE
+
+
+def new_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=64,
+        mid_block_add_attention=False,
+    )
+
+
+class Perceptual(nn.Module):
+    """Distance in the early features of EfficientNet-Lite0: edges stay sharp where a pixel loss alone blurs them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from ambient_sd.audit.features import EffLite0
+
+        self.net = EffLite0().network
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        # The network scales to 1/2 and 1/4 within its first blocks; ImageNet's mean and std are 0.498 and 0.502 in "Lite".
+        out = []
+        h = self.net._swish(self.net._bn0(self.net._conv_stem(x)))
+        for block in self.net._blocks[:5]:
+            h = block(h)
+            out.append(h)
+        return [out[0], out[2], out[4]]
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        total = x.new_zeros(())
+        with torch.no_grad():
+            wanted = self.features(y)
+        for a, b in zip(self.features(x), wanted, strict=True):
+            total = total + ((a - b).square().mean() / b.square().mean())
+        return total
+
+
+def train_vae(work: Path, steps: int, batch: int, lr: float = 2e-3, seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    vae = new_vae().to(memory_format=torch.channels_last)
+    images = torch.stack([to_tensor(Image.open(io.BytesIO(r["image"]["bytes"]))) for r in base_rows()])
+    perceptual = Perceptual() if steps else None
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    ema = {k: v.clone() for k, v in vae.state_dict().items()}
+    start, path = 0, work / "vae.pt"
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        vae.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema, start = state["ema"], state["step"]
+    log = Log(work / "vae.csv", ["step", "l1", "perceptual", "kl", "seconds"])
+    vae.train()
+    begun = time.time()
+    for step in range(start, steps):
+        g = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        index = torch.randint(len(images), (batch,), generator=g)
+        x = augment(images[index], g, zoom=0.2)
+        if step % 2:  # half of the batches with other colours: the decoder must serve images it has not seen
+            x = 1 - (1 - x)[:, torch.randperm(3, generator=g)] * (0.7 + 0.3 * torch.rand(batch, 3, 1, 1, generator=g))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * cosine(step, steps)
+        posterior = vae.encode(x).latent_dist
+        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g)
+        y = vae.decode(z).sample
+        l1 = (y - x).abs().mean()
+        kl = posterior.kl().mean() / x[0].numel()
+        far = perceptual(y, x) if perceptual is not None and step > 200 else l1.detach() * 0
+        loss = l1 + 0.05 * far + 1e-3 * kl
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        decay = min(0.998, (step + 1) / (step + 10))
+        for k, v in vae.state_dict().items():
+            ema[k].lerp_(v, 1 - decay)
+        if step % 20 == 0:
+            log.row(step, l1.item(), far.item(), kl.item(), round(time.time() - begun))
+        if step % 400 == 399 or step == steps - 1:
+            save(path, {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "step": step + 1})
+    vae.load_state_dict(ema)
+    normalize_latents(vae, images)
+    vae.save_pretrained(work / "vae")
+
+
+@torch.no_grad()
+def normalize_latents(vae: AutoencoderKL, images: Tensor) -> None:
+    """Bring every latent channel to mean 0 and standard deviation 1 over `images`, and leave the images as they were.
+
+    The affine map goes into the two 1 x 1 convolutions around the latents, so that the noise levels of a schedule mean
+    the same in all four channels and the scaling factor is 1.
+    """
+    z = torch.cat([vae.encode(p).latent_dist.mean for p in images.split(64)])
+    mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
+    channels = len(mean)
+    before, after = vae.quant_conv, vae.post_quant_conv
+    before.weight[:channels] /= std.view(-1, 1, 1, 1)
+    before.bias[:channels] = (before.bias[:channels] - mean) / std
+    before.bias[channels:] -= 2 * std.log()  # the second half are log-variances
+    after.bias += (after.weight[:, :, 0, 0] * mean).sum(1)
+    after.weight *= std.view(1, -1, 1, 1)
+    vae.register_to_config(scaling_factor=1.0)
+
+
+def load_vae(work: Path) -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(work / "vae").eval()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tokenizer and text encoder
+
+
+def captions_of(row: dict[str, Any]) -> list[str]:
+    """The ways in which a person may ask for this image; training draws one of them each time."""
+    names = [row["name"], *row["aliases"]]
+    return [f"{row['style']} emoji of {n}" for n in names] + names + [f"{n}, {row['style']}" for n in names]
+
+
+def new_tokenizer(rows: list[dict[str, Any]], merges: int = 900) -> CLIPTokenizer:
+    """Train CLIP's byte-pair scheme on the captions: every byte is a token, so that no prompt is unknown."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512 + merges, end_of_word_suffix="</w>", show_progress=False, min_frequency=2
+    )
+    words = sorted({c for r in rows for c in captions_of(r)})
+    model.train_from_iterator([w.lower() for w in words], trainer)
+    learned = [tuple(m) for m in json.loads(model.to_str())["model"]["merges"]]
+    vocab: dict[str, int] = {}
+    for symbol in [*alphabet, *(a + "</w>" for a in alphabet), *("".join(m) for m in learned)]:
+        vocab.setdefault(symbol, len(vocab))
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocab[special] = len(vocab)
+    return CLIPTokenizer(vocab=vocab, merges=learned, model_max_length=MAX_TOKENS)
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            max_position_embeddings=MAX_TOKENS,
+            hidden_act="gelu",
+            projection_dim=192,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    ids = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
+    assert isinstance(ids, Tensor)
+    return ids
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# U-Net
+
+
+def new_unet() -> UNet2DConditionModel:
+    """SD2's U-Net at small size, with one option of the class that SD2 leaves off: the pooled caption joins the time embedding.
+
+    Cross-attention alone takes far more steps to learn which image a caption means than a small run has.
+    """
+    unet = UNet2DConditionModel(
+        addition_embed_type="text",
+        addition_embed_type_num_heads=6,
+        sample_size=16,
+        block_out_channels=(64, 128, 160),
+        layers_per_block=1,
+        cross_attention_dim=192,
+        norm_num_groups=16,
+        attention_head_dim=(2, 4, 5),  # the number of heads, by diffusers' old name: 32 channels each
+        use_linear_projection=True,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    nn.init.constant_(unet.add_embedding.norm2.weight, 0.1)  # starts small beside the time embedding
+    return unet
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the U-Net's training: up to which step, and how images, views and timesteps are drawn.
+
+    Attributes:
+        everyday: how much more often an image of `names.COMMON` is drawn than another.
+        power: timesteps are `1000 u^power`, u uniform: below 1 they lean to high noise, where the caption decides.
+        augmentation: arguments of `augment`.
+    """
+
+    until: float
+    everyday: float
+    power: float
+    augmentation: dict[str, Any]
+
+
+# The first 2,000 steps see all images alike, mirrored and turned. That learns colours and outlines, but things that one
+# can name take more visits an image than two cores have time for: the second phase dwells on everyday things.
+PHASES = (
+    Phase(2_000, 1.0, 1.0, {"mirror": True, "turn": 0.12, "zoom": 0.12, "shift": 0.06}),
+    Phase(math.inf, 20.0, 0.7, {"mirror": False, "turn": 0.05, "zoom": 0.06, "shift": 0.04}),
+)
+
+
+@torch.no_grad()
+def augmented_latents(
+    vae: AutoencoderKL, rows: list[dict[str, Any]], phase: Phase, seed: int, views: int = 10
+) -> Tensor:
+    """Encode `views` slightly different views of every image: float32 `(N, views, 4, 16, 16)`, scaled."""
+    images = torch.stack([to_tensor(Image.open(io.BytesIO(r["image"]["bytes"]))) for r in rows])
+    out = []
+    for view in range(views):
+        g = torch.Generator().manual_seed(seed * 1_000 + view)
+        x = augment(images, g, **phase.augmentation)
+        out.append(torch.cat([vae.encode(p).latent_dist.sample(g) for p in x.split(64)]) * vae.config.scaling_factor)
+    return torch.stack(out, 1)
+
+
+def train_unet(work: Path, steps: int, batch: int = 32, lr: float = 1e-3, cooldown: int = 3500, seed: int = 0) -> None:
+    """Train U-Net and text encoder together with the plain v-loss, caption dropout 0.1, and EMA.
+
+    The learning rate is constant and falls linearly to zero over the last `cooldown` steps.
+    """
+    rows = base_rows()
+    tokenizer = new_tokenizer(rows)
+    tokenizer.save_pretrained(work / "tokenizer")
+    latents = []
+    for number, phase in enumerate(PHASES):
+        cache = work / f"views-{number}.pt"
+        if not cache.exists():
+            save(cache, {"latents": augmented_latents(load_vae(work), rows, phase, seed=seed)})
+        latents.append(torch.load(cache, weights_only=True)["latents"])
+    ids = [tokenize(tokenizer, captions_of(r)) for r in rows]
+    empty = tokenize(tokenizer, [""])[0]
+    torch.manual_seed(seed)
+    model = nn.ModuleDict({"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)})
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 1e-2}, {"params": others, "weight_decay": 0.0}],
+        lr=lr,
+        betas=(0.9, 0.99),
+        fused=True,
+    )
+    acp = DDIMScheduler(**SCHEDULE).alphas_cumprod
+    ema = {k: v.clone() for k, v in model.state_dict().items()}
+    start, path = 0, work / "unet.pt"
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema, start = state["ema"], state["step"]
+    log = Log(
+        work / "unet.csv",
+        ["step", "loss", "loss_t0_250", "loss_t250_500", "loss_t500_750", "loss_t750_1000", "seconds"],
+    )
+    bands: list[list[float]] = [[], [], [], []]
+    rank, processes = 0, 1
+    if torch.distributed.is_initialized():
+        rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    mine = slice(rank, None, processes)
+    begun = time.time()
+    model.train()
+    for step in range(start, steps):
+        g = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        number = next(i for i, phase in enumerate(PHASES) if step < phase.until)
+        phase = PHASES[number]
+        if phase.everyday == 1:
+            # Every image once per epoch, in an order that depends on the epoch alone.
+            epoch, offset = divmod(step * batch, len(rows))
+            place = [i for e in (epoch, epoch + 1) for i in np.random.default_rng([seed, e]).permutation(len(rows))]
+            index = torch.tensor(place[offset : offset + batch])
+        else:
+            share = torch.tensor([phase.everyday if r["name"] in COMMON else 1.0 for r in rows])
+            index = torch.multinomial(share, batch, generator=g)
+        x0 = latents[number][index, torch.randint(latents[number].shape[1], (batch,), generator=g)]
+        text = []
+        for i in index.tolist():
+            if torch.rand((), generator=g) < 0.1:
+                text.append(empty)
+            else:
+                text.append(ids[i][int(torch.randint(len(ids[i]), (), generator=g))])
+        # Stratified timesteps: the same law with less variance between steps.
+        u = (torch.arange(batch) + torch.rand(batch, generator=g)) / batch
+        t = (u**phase.power * 1000).long().clamp_max(999)
+        eps = torch.randn(x0.shape, generator=g)
+        alpha, sigma = acp[t].sqrt().view(-1, 1, 1, 1), (1 - acp[t]).sqrt().view(-1, 1, 1, 1)
+        # Everything above is drawn for the whole batch by every process; each then takes its share.
+        x_t, target = (alpha * x0 + sigma * eps)[mine], (alpha * eps - sigma * x0)[mine]
+        states = model["text_encoder"](torch.stack(text)[mine]).last_hidden_state
+        v = model["unet"](x_t, t[mine], states).sample
+        per_sample = (v - target).square().mean((1, 2, 3))
+        loss = per_sample.mean()
+        rate = lr * min(1.0, (step + 1) / 300, (steps - step) / cooldown)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        loss.backward()
+        if processes > 1:
+            average_gradients(model, processes)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        keep = min(0.999, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for k, p in model.state_dict().items():
+                if p.is_floating_point():
+                    ema[k].lerp_(p, 1 - keep)
+        for band, value in zip((t[mine] // 250).tolist(), per_sample.tolist(), strict=True):
+            bands[band].append(value)
+        if step % 50 == 49 and rank == 0:
+            means = [sum(b) / len(b) for b in bands]
+            log.row(step + 1, sum(means) / 4, *means, round(time.time() - begun))
+            bands = [[], [], [], []]
+        if rank == 0 and (step % 250 == 249 or step == steps - 1):
+            save(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "step": step + 1})
+
+
+def average_gradients(model: nn.Module, processes: int) -> None:
+    """Replace every gradient by its mean over the processes, in one message."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    torch.distributed.all_reduce(flat)
+    for g, mean in zip(gradients, (flat / processes).split([g.numel() for g in gradients]), strict=True):
+        g.copy_(mean.view_as(g))
+
+
+def assemble(work: Path) -> StableDiffusionPipeline:
+    """Put the pipeline together from the EMA weights in `work`."""
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    model = nn.ModuleDict({"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)})
+    model.load_state_dict(torch.load(work / "unet.pt", weights_only=True)["ema"])
+    return StableDiffusionPipeline(
+        vae=load_vae(work),
+        text_encoder=model["text_encoder"].eval(),
+        tokenizer=tokenizer,
+        unet=model["unet"].eval(),
+        scheduler=DDIMScheduler(**SCHEDULE),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def export(work: Path, out: Path) -> None:
+    """Write the pipeline folder in float16 safetensors, with the losses of both stages beside it."""
+    assemble(work).to(torch.float16).save_pretrained(out, safe_serialization=True)
+    # transformers loads a model in the dtype that its config names, diffusers in float32: without this a stock pipeline gets
+    # a float16 text encoder beside a float32 U-Net and stops at the first product of the two.
+    config = json.loads((out / "text_encoder" / "config.json").read_text())
+    (out / "text_encoder" / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+    for name in ("vae.csv", "unet.csv"):
+        (out / name).write_text((work / name).read_text())
+    size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
+    print(f"{out}: {size / 1e6:.1f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for checkpoints; a second start goes on from there"
+    )
+    parser.add_argument("--out", type=Path, default=HERE / "base")
+    parser.add_argument("--stage", choices=["vae", "unet", "export", "all"], default="all")
+    parser.add_argument("--vae_steps", type=int, default=1700)
+    parser.add_argument("--unet_steps", type=int, default=7000)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if "WORLD_SIZE" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    if args.stage in {"vae", "all"}:
+        train_vae(args.work, args.vae_steps, batch=16)
+    if args.stage in {"unet", "all"}:
+        train_unet(args.work, args.unet_steps)
+    if args.stage in {"export", "all"}:
+        export(args.work, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,416 @@
+"""Run a study: train every run up to each of its steps, measure there, keep what is done, on several processes.
+
+OUT/study.yaml          the plan as it was read
+OUT/runs/NAME/          one run: model/ (the trainer's own folder, at the last measured step), identity.json,
+    step-000400/        figures.json (written last: the step is done), samples.png
+OUT/results.json        everything measured, for `experiments.results`, for `merge` and for other programs
+
+A killed study goes on where it was: finished steps are kept, a training from its last checkpoint. Two commands on one OUT share
+the work: a run belongs to the process that holds its lock. A study with more steps than before goes on as well, for each run keeps
+its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import json
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ambient_sd.audit.decision import RULE
+from ambient_sd.audit.shares import COPIES
+from ambient_sd.data.conditions import split_condition
+from ambient_sd.data.sources import ImageDataset, load_rows
+from ambient_sd.reporting.report import contact_sheet
+from ambient_sd.training.config import TrainConfig
+from ambient_sd.training.loop import open_images, plan_run
+from ambient_sd.training.loop import run as train
+from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.files import atomic_write, json_safe
+from ambient_sd.utils.quiet import quiet
+from experiments.fresh import fresh_base
+from experiments.measures import (
+    Reals,
+    error_curves,
+    load_pipeline,
+    measure_samples,
+    prompts_of,
+    read_reals,
+    sample,
+)
+from experiments.pages import COLUMNS, sample_page
+from experiments.plan import Plan, Run, identity, parse_plan
+from experiments.results import chart_file
+
+
+def sweep(plan: Plan, out: Path, *, workers: int = 1, only: Sequence[str] = ()) -> dict[str, Any]:
+    """Do what is left of a study and return its results, and under `failed` which runs could not be finished, and why.
+
+    Args:
+        plan: the study.
+        out: folder of the study.
+        workers: runs that go on side by side, one thread each where there are several.
+        only: labels of runs, or entries of the study's `runs` with all of their sweep; others are left for later. None: all.
+
+    Raises:
+        UserError: a run's settings or images are wrong, or `out` holds another study. Found before the first training.
+    """
+    chosen = plan.chosen(only)
+    runs = [run for run in plan.runs if run.label in chosen]
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out is {out}", rule="it must be a folder")
+    _check_folders(plan, out)
+    todo = [run for run in runs if _steps_left(plan, run, out)]
+    _check_reals(plan, todo)
+    out.mkdir(parents=True, exist_ok=True)
+    for run in todo:
+        plan_run(_config(plan, run, out))
+    for run in runs:
+        _claim(plan, run, out)
+    atomic_write(out / "study.yaml", plan.text)
+    threads = max(1, (torch.get_num_threads() if workers == 1 else (os.cpu_count() or 1) // workers))
+    print(f"{plan.name}: {len(runs) - len(todo)} of {len(runs)} runs done", flush=True)
+    failed: dict[str, str] = {}
+
+    def finish(run: Run, line: Callable[[], str]) -> None:
+        try:
+            print(line(), flush=True)
+        except UserError as error:  # one run that went out of bounds must not cost a night's others
+            failed[run.name] = str(error)
+            print(f"{run.name} cannot be finished: {error}", flush=True)
+
+    if workers == 1:
+        for run in todo:
+            finish(run, functools.partial(do_run, plan, run, out, threads))
+    elif todo:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            waiting = {pool.submit(do_run, plan, run, out, threads, i % workers): run for i, run in enumerate(todo)}
+            try:
+                for done in as_completed(waiting):
+                    finish(waiting[done], done.result)
+            except BaseException:
+                for other in waiting:
+                    other.cancel()
+                raise
+    return {**gather(plan, out), "failed": failed}
+
+
+def do_run(plan: Plan, run: Run, out: Path, threads: int, position: int = 0) -> str:
+    """Do what is left of one run; return a line that says what came out. A run that another process holds is left alone."""
+    quiet()
+    torch.set_num_threads(threads)
+    folder = out / "runs" / run.folder
+    with _locked(folder) as mine:
+        if not mine:
+            return f"{run.name}: another process is at it"
+        reals: Reals | None = None
+        for step in _steps_left(plan, run, out):
+            config = _config(plan, run, out, step)
+            begin = time.perf_counter()
+            summary = train(config, bar={"desc": run.name, "position": position, "leave": False})
+            trained = time.perf_counter() - begin
+            if reals is None:
+                reals = open_reals(plan, config)
+            _measure(plan, run, config, reals, step, folder, {
+                "seconds_trained": round(trained, 1), "loss": summary["loss"], "clean_loss": summary["clean_loss"],
+                "ambient_loss": summary["ambient_loss"],
+            })  # fmt: skip
+        last = _read_step(folder, plan.measure_at[-1])
+        figures = last["figures"]
+        copies = f"d1/d2 {figures['copied']['value']:.1%}"
+        if COPIES in figures:  # a step that an older version measured has none
+            copies = f"copies {figures[COPIES]['value']:.1%} ({copies})"
+        return f"{run.name}: {copies}, distance {figures['distance']['value']:.1f}"
+
+
+def _measure(
+    plan: Plan, run: Run, config: TrainConfig, reals: Reals, step: int, folder: Path, facts: Mapping[str, Any]
+) -> None:
+    begin = time.perf_counter()
+    base = str(config.pretrained_model_name_or_path)
+    pipe = load_pipeline(base, folder / "model", config.lora)
+    prompts = prompts_of(reals, plan.sampling, run.seed)
+    images = sample(pipe, prompts, plan.sampling, config.resolution, run.seed)
+    figures, each = measure_samples(images, prompts, reals, run.seed)
+    errors = error_curves(pipe, reals, plan.sampling, config.resolution, run.seed)
+    into = folder / f"step-{step:06d}"
+    into.mkdir(exist_ok=True)
+    contact_sheet(images, COLUMNS).save(into / "samples.png")
+    record = {
+        "step": step, **facts, "seconds_measured": round(time.perf_counter() - begin, 1),
+        "figures": {name: figure.as_dict() for name, figure in figures.items()}, "errors": errors, "rule": RULE, **each,
+    }  # fmt: skip
+    record = json_safe(record)
+    try:
+        _check_step(record)
+    except (KeyError, TypeError):  # kept, it would read as a damaged file, and the whole study with it
+        raise UserError(f"{run.name} has figures at step {step} that are no finite numbers", rule="its network has gone out of bounds",
+                        remedy="lower its learning_rate") from None  # fmt: skip
+    atomic_write(into / "figures.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def gather(plan: Plan, out: Path) -> dict[str, Any]:
+    """Read what is measured so far, write OUT/results.json and return it; runs without a measured step are left out.
+
+    Raises:
+        UserError: a run in `out` has other settings than the plan's, or a file of its is damaged.
+    """
+    _check_folders(plan, out)
+    runs = []
+    for run in plan.runs:
+        folder = out / "runs" / run.folder
+        points = [_read_step(folder, step) for step in plan.measure_at if _is_done(folder, step)]
+        for point in points:
+            for of_each in ("copies", "originals", "ratios"):  # a merged step has none
+                point.pop(of_each, None)
+        if points:
+            runs.append({"label": run.label, "seed": run.seed, "differs": dict(run.differs), "points": points})
+    results = {
+        "study": plan.name, "plan": plan.text, "charts": dict(plan.charts), "runs": runs,
+        "missing": [run.name for run in plan.runs if _steps_left(plan, run, out)],
+    }  # fmt: skip
+    atomic_write(out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    return results
+
+
+def merge(plan: Plan, out: Path, path: Path) -> int:
+    """Take in the steps of another folder's results.json, which then count as done here; return how many were new.
+
+    So one study is shared by machines that share no disk, and a published one is gone on with. Figures come along, samples and models do not:
+    a merged run that is made longer is trained from its beginning.
+
+    Raises:
+        UserError: `path` is no results.json, or of no run of this plan, or holds one with other settings; nothing is taken in then.
+    """
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        theirs = {(run["label"], run["seed"]): run["points"] for run in given["runs"]}
+        seeds = sorted({seed for _, seed in theirs})
+        text = given["plan"]
+        if not isinstance(text, str):
+            raise TypeError("plan")
+        for step in (step for points in theirs.values() for step in points):
+            _check_step(step)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} cannot be merged", rule=f"must be the results.json of a study ({type(error).__name__})"
+        ) from None
+    known = {(run.label, run.seed): identity(plan, run) for run in plan.runs}
+    other = parse_plan(text, path, {"seeds": seeds}) if seeds else plan
+    planned = {(run.label, run.seed): run for run in other.runs}
+    if (strange := sorted(set(theirs) - set(planned))) or not set(theirs) & set(known):
+        raise UserError(
+            f"{path} cannot be merged",
+            rule=f"its own plan has no run {one_line(strange[0][0], 60)!r}"
+            if strange
+            else "it holds no run of this study",
+        )
+    for key, run in planned.items():
+        if key in theirs and key in known and identity(other, run) != known[key]:
+            raise UserError(
+                f"{path}: run {run.name!r} has other settings than this study's", rule="only equal runs can be merged"
+            )
+    for run in plan.runs:
+        if (run.label, run.seed) in theirs:
+            _claim(plan, run, out)
+    taken = 0
+    for run in plan.runs:
+        for step in theirs.get((run.label, run.seed), []):
+            if step["step"] not in plan.measure_at:
+                continue
+            into = out / "runs" / run.folder / f"step-{step['step']:06d}"
+            if not (into / "figures.json").exists():
+                into.mkdir(exist_ok=True)
+                atomic_write(into / "figures.json", json.dumps(step, indent=1, allow_nan=False) + "\n")
+                taken += 1
+    return taken
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
+
+
+def _check_step(step: Any) -> None:
+    """Raise one of the errors that reading a damaged file raises unless this is a measured step as `_measure` writes it."""
+    if type(step["step"]) is not int or step["step"] < 1:
+        raise TypeError("step")
+    for figure in step["figures"].values():
+        if not all(
+            isinstance(figure[key], (int, float)) and math.isfinite(figure[key])
+            for key in ("value", "low", "high", "n")
+        ):
+            raise TypeError("figure")
+    missing = {"copied", "copied-coarsely", "ratio", "distance", "distance floor", "kid"} - set(step["figures"])
+    curves = [step["errors"][name][key] for name in ("training", "heldout") for key in ("level", "mean")]
+    if (
+        missing
+        or len({len(curve) for curve in curves}) != 1
+        or not all(math.isfinite(v) for curve in curves for v in curve)
+    ):
+        raise TypeError("step")
+
+
+def write_pages(plan: Plan, out: Path) -> list[Path]:
+    """Write OUT/samples-CHART.png (samples.png where the plan names no charts), each run at the last step whose samples are here."""
+    written = []
+    for name, labels in (plan.charts or {"": plan.labels}).items():
+        steps, config = [], None
+        for label in labels:
+            for run in (r for r in plan.runs if r.label == label):
+                folders = [out / "runs" / run.folder / f"step-{step:06d}" for step in plan.measure_at]
+                # A merged step has figures of elsewhere, also where a cut measurement left its samples here.
+                done = [
+                    f
+                    for f in folders
+                    if (f / "samples.png").exists()
+                    and (f / "figures.json").exists()
+                    and "ratios" in _read_json(f / "figures.json")
+                ]
+                if done:
+                    steps.append((label, done[-1]))
+                    config = config or _config(plan, run, out)
+                    break
+        if config is not None:
+            path = out / chart_file("samples", name)
+            sample_page(steps, open_images(config), config.resolution).save(path)
+            written.append(path)
+    return written
+
+
+def _config(plan: Plan, run: Run, out: Path, step: int | None = None) -> TrainConfig:
+    """Return the settings of a run up to a step (its last, if not given)."""
+    more: dict[str, Any] = {
+        "max_train_steps": step or plan.measure_at[-1], "checkpointing_steps": plan.checkpointing_steps,
+        "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest", "report_to": "none",
+        "latent_cache_dir": str(out / "latents"),
+    }  # fmt: skip
+    config = run.config(out / "runs" / run.folder / "model", **more)
+    if plan.from_scratch is not None:
+        base = fresh_base(
+            str(config.pretrained_model_name_or_path), plan.from_scratch, run.seed, out / f"base-{run.seed}"
+        )
+        config.pretrained_model_name_or_path = str(base)
+    return config
+
+
+_known: dict[tuple[str, str], Reals] = {}
+
+
+def open_reals(plan: Plan, config: TrainConfig) -> Reals:
+    """Return the embedded real images of a run; the next run on the same ones in this process finds them embedded."""
+    training, heldout = open_images(config), _heldout(plan, config)
+    key = training.fingerprint(), heldout.fingerprint()
+    if key not in _known:
+        _known.clear()
+        _known[key] = read_reals(training, heldout)
+    return _known[key]
+
+
+def _heldout(plan: Plan, config: TrainConfig) -> ImageDataset:
+    given = dict(plan.heldout)
+    source = given.pop("train_data_dir", None) or given.pop("dataset_name", None) or config.source
+    terms = [split_condition(term) for term in given.pop("row_filter", [])]
+    split = given.pop("dataset_split", None)
+    if given:
+        raise UserError(f"study: heldout: {sorted(given)[0]}", rule="entries are train_data_dir, dataset_name, dataset_split, row_filter")  # fmt: skip
+    return load_rows(
+        source, config.image_column, config.caption_column, split, row_filter=terms, unlisted=config.unlisted
+    )
+
+
+def _check_folders(plan: Plan, out: Path) -> None:
+    """Refuse runs of other settings that lie where the plan's would: their figures would pass for the plan's."""
+    for run in plan.runs:
+        if (out / "runs" / run.folder / "identity.json").exists():
+            _claim(plan, run, out)
+
+
+def _check_reals(plan: Plan, runs: Sequence[Run]) -> None:
+    """Open the images that runs will be measured by, before anything is trained: a mistake here is found after hours otherwise."""
+    seen: set[str] = set()
+    for run in runs:
+        config = run.config("study")
+        data = json.dumps(
+            [getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata.get("group") == "data"],
+            default=str,
+        )
+        if data in seen:
+            continue
+        seen.add(data)
+        training, heldout = open_images(config), _heldout(plan, config)
+        training.fingerprint(), heldout.fingerprint()  # fill in the keys, and find images that cannot be read
+        if shared := len(set(training.keys) & set(heldout.keys)):
+            raise UserError(f"study {plan.name}: heldout: {shared} of {len(heldout)} images are training images of {run.label!r}",
+                            rule="held-out images are ones that no run has seen", remedy="give others, for example dataset_split: heldout")  # fmt: skip
+
+
+def _claim(plan: Plan, run: Run, out: Path) -> None:
+    """Let a run's folder belong to one identity."""
+    path = out / "runs" / run.folder / "identity.json"
+    own = identity(plan, run)
+    if path.exists():
+        before = _read_json(path)
+        if before != own:
+            other = [k for k in own if before.get(k) != own[k]]
+            named = [k for k in own["settings"] if before.get("settings", {}).get(k) != own["settings"][k]]
+            raise UserError(f"{path.parent} holds a run with other {', '.join(named or other)}",
+                            rule="a study goes on with what it began", remedy="give another --out, or remove the folder")  # fmt: skip
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, json.dumps(own, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the run's lock while inside; yield False where another process holds it. The system drops it with the process."""
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+
+
+def _is_done(folder: Path, step: int) -> bool:
+    return (folder / f"step-{step:06d}" / "figures.json").exists()
+
+
+def _steps_left(plan: Plan, run: Run, out: Path) -> list[int]:
+    return [step for step in plan.measure_at if not _is_done(out / "runs" / run.folder, step)]
+
+
+def _read_step(folder: Path, step: int) -> dict[str, Any]:
+    path = folder / f"step-{step:06d}" / "figures.json"
+    record = _read_json(path)
+    try:
+        _check_step(record)
+    except (KeyError, TypeError, AttributeError):
+        raise _damaged(path) from None
+    return record
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        raise _damaged(path) from None
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(
+        f"{path} is damaged",
+        rule="a study reads what it has measured",
+        remedy=f"remove {path.parent}, which is then made again",
+    )

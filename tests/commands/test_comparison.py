@@ -1,0 +1,271 @@
+"""The comparison: ground truth and detectors by hand-made numbers; whole runs on a small random model, cut and resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import shlex
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import tiny
+import torch
+from PIL import Image, ImageOps
+
+from ambient_sd.assets import BASE, PICTURES
+from ambient_sd.cli import main, make_parser
+from ambient_sd.commands import compare as comparison
+from ambient_sd.commands.compare import MITIGATIONS, detector_figures, levels_of, page, relative_figures, tables, truth
+from ambient_sd.data.sources import load_rows
+from ambient_sd.guard.policies import Policy
+from ambient_sd.utils.errors import UserError
+
+HOSTILE = "<script>alert(1)</script> & \u202e ../../etc"
+
+
+def test_a_prompt_is_memorized_if_half_of_its_images_are_copies_and_ordinary_if_none_is() -> None:
+    copied = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    assert truth(copied.flatten(), 4) == ([0, 1], [3])
+
+
+def test_a_blurred_copy_is_no_false_alarm() -> None:
+    ratios = torch.tensor([[0.9, 0.95], [0.9, 0.5], [0.67, 0.99], [0.8, 0.8]], dtype=torch.float64).flatten()
+    assert comparison.clear_of_copying(ratios, 2, [0, 1, 2], 2 / 3) == [0, 2]
+
+
+def test_detectors_average_over_the_steps_and_generations_that_they_are_named_after() -> None:
+    # Memorized prompts stand out at the first step only, and only in the mean over both generations.
+    curves = torch.full((6, 2, 6), 10.0, dtype=torch.float64)
+    curves[:, 0, 0] = torch.tensor([9.0, 11, 10, 10, 12, 8])
+    curves[:, 1, 0] = torch.tensor([15.0, 13, 10, 10, 8, 12])
+    rows = {(r["steps"], r["generations"]): r["figures"] for r in detector_figures(curves, 2, [0, 1], [2, 3, 4, 5], 0)}
+    assert set(rows) == {(1, 1), (5, 1), (6, 1), (1, 2), (5, 2), (6, 2)}
+    assert rows[1, 2][0]["value"] == 1.0
+    assert rows[1, 1][0]["value"] == pytest.approx(4 / 8)  # 9 beats 8; 11 beats 10, 10, 8
+    assert rows[1, 2][1]["name"] == "TPR@1%FPR"
+
+
+def test_levels_are_those_of_the_ordinary_prompts() -> None:
+    curves = torch.arange(24, dtype=torch.float64).view(4, 2, 3)
+    levels = levels_of(curves, [0, 1], 3.0)
+    assert levels.first == 3.0  # of 0, 3, 6, 9 the lower middle one
+    assert levels.norm_high == pytest.approx(11 * 0.95)
+    assert levels.first_high == pytest.approx(6 + 3 * 0.97)
+
+
+def test_every_mitigation_can_be_made_from_the_levels_of_a_model() -> None:
+    levels = comparison.Levels(first=3.0, first_high=5.0, norm_high=4.0, guidance_scale=7.5)
+    made = {name: make(levels) for name, (make, _) in MITIGATIONS.items()}
+    assert made.pop("none") is None
+    assert all(isinstance(policy, Policy) for policy in made.values())
+
+
+def arguments(data: Path) -> list[str]:
+    return ["compare", f"a={BASE}", "--data", str(data), "--heldout", str(data), "--judge", str(BASE), "--resolution", "64",
+            "--generations", "2", "--num_inference_steps", "2", "--mitigated", "2", "--mitigations", "STP", "RT"]  # fmt: skip
+
+
+def image_folder(folder: Path, images: list[Image.Image], captions: list[str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        image.save(folder / f"{i}.png")
+    lines = (json.dumps({"file_name": f"{i}.png", "text": caption}) for i, caption in enumerate(captions))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unseen_command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Images that the base has never seen."""
+    rows = list(load_rows(PICTURES, split="finetune"))[::100]
+    folder = tmp_path_factory.mktemp("unseen")
+    return arguments(image_folder(folder, [r.image for r in rows], [r.caption for r in rows]))
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Of three captions the training image is what the base draws for them: it has memorized these, whatever it has seen."""
+    rows = list(load_rows(PICTURES, split="finetune"))[::100]
+    images, captions = [r.image for r in rows], sorted(r.caption for r in rows)
+    images = [images[[r.caption for r in rows].index(caption)] for caption in captions]
+    folder = tmp_path_factory.mktemp("drawn")
+    settings = comparison.Settings(
+        {"a": str(BASE)}, str(BASE), folder, 64, generations=2, steps=2, guidance_scale=7.5
+    )  # fmt: skip
+    cell = comparison.draw_cell(comparison._load(str(BASE)), folder / "cell", captions, settings, None, "drawn")
+    for i in range(3):
+        images[i] = cell.images[2 * i]
+    return arguments(image_folder(folder / "images", images, captions))
+
+
+def test_a_run_writes_tables_sheets_and_page_and_goes_on_where_it_was_cut(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    main([*command, "--out", str(out)])
+    first = json.loads((out / "comparison.json").read_text())
+    rows = first["models"]["a"]["mitigations"]
+    assert list(rows) == ["none", "STP", "RT"]
+    assert {"copies", "copied", "similarity", "alignment", "hits", "distance", "seconds"} == set(rows["STP"]["figures"])
+    assert (out / "a-STP.png").exists()
+    text = (out / "comparison.html").read_text()
+    assert "https://" not in text and "src='data:" in text
+    assert str(tmp_path) not in text + (out / "comparison.json").read_text() + (out / "claim.json").read_text()
+    said = capsys.readouterr().out
+    assert "| STP |" in said and "peak memory MB" in said and "<th>peak memory MB</th>" in text
+    # The command is whole, its places by name only.
+    words = shlex.split(first["command"])
+    data = Path(command[3])
+    assert first["models"]["a"]["memorized_prompts"] >= 2 and rows["none"]["figures"]["copies"]["value"] >= 0.5
+    assert words[:4] == ["ambient-sd", "compare", "a=base", "--data"] and words[4] == data.name
+    assert f"--out {out.name} " in first["command"] + " " and "--mitigated 2" in first["command"]
+    assert "/" not in first["command"] and html.escape(first["command"]) in text
+    places = [f"a={BASE}" if word == "a=base" else word for word in words[1:]]
+    again = [
+        str(data) if w == data.name else str(BASE) if w == "base" else str(out) if w == out.name else w for w in places
+    ]
+    assert vars(make_parser().parse_args(again)) == vars(make_parser().parse_args([*command, "--out", str(out)]))
+    if sys.platform == "linux":
+        assert 0 < rows["STP"]["peak_memory_mb"] < 500
+    # STP leaves guidance out for half of the way: other images, from the same noise.
+    assert (out / "a-STP.png").read_bytes() != (out / "a-none.png").read_bytes()
+
+    cells = sorted((out / "cells").rglob("*.json"))
+    images = {p: p.read_bytes() for p in (out / "cells").rglob("*.png")}
+    # As written by a version that did not measure memory on a CPU.
+    for cell in cells[1:]:
+        values = json.loads(cell.read_text())
+        if isinstance(values, list) and isinstance(values[0], dict):
+            cell.write_text(json.dumps([{k: v for k, v in row.items() if k != "memory_mb"} for row in values]))
+    kept = {p: p.stat().st_mtime_ns for p in cells[1:]}
+    for damaged, text in ((cells[0], "{"), (out / "claim.json", "[" * 10**5)):
+        whole = damaged.read_bytes()
+        damaged.write_text(text)
+        with pytest.raises(SystemExit):
+            main([*command, "--out", str(out)])
+        assert f"{damaged} cannot be read" in capsys.readouterr().err
+        damaged.write_bytes(whole)
+    cells[0].unlink()  # cut between a call's images and the file that says they are whole
+    main([*command, "--out", str(out)])
+    assert kept == {p: p.stat().st_mtime_ns for p in kept}
+    assert images == {p: p.read_bytes() for p in images}
+    assert (
+        json.loads((out / "comparison.json").read_text())["models"]["a"]["mitigations"]["STP"]["peak_memory_mb"] is None
+    )
+    assert capsys.readouterr().out.count(" - |") >= 2
+
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--guidance_scale", "3", "--out", str(out)])
+    assert caught.value.code == 2
+    assert "another --out" in capsys.readouterr().err
+
+    # Figures by an earlier definition of a copy would stand beside those of this one.
+    claim = json.loads((out / "claim.json").read_text())
+    del claim["definition of a copy"]
+    (out / "claim.json").write_text(json.dumps(claim | {"copy_ratio": 1 / 3}))
+    with pytest.raises(SystemExit):
+        main([*command, "--out", str(out)])
+    said = capsys.readouterr().err
+    assert "holds a comparison with other definition of a copy" in said and "another --out" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(["--guidance_scale", "1"], "guidance_scale is 1"), (["--guidance_scale", "inf"], "give a finite scale above 1"), (["--generations", "0"], "generations is 0"),
+     (["--mitigations", "Wenn"], "mitigation 'Wenn'"), (["--judge", "./nowhere"], "there is no folder"), (["--resolution", "15"], "multiple of")],
+)  # fmt: skip
+def test_mistakes_are_one_line(
+    change: list[str], said: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*command, *change, "--out", str(tmp_path / "out")])
+    assert caught.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(errors) == 1 and said in errors[0]
+
+
+def test_models_of_the_hub_are_told_apart_by_their_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Path
+) -> None:
+    """From the hub's cache, offline: three repositories, two of them with the same weights."""
+    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+        repo = tmp_path / f"models--owner--{name}"
+        unet = tiny.tiny_pipeline(seed=seed).unet
+        unet.save_pretrained(repo / "snapshots" / ("0" * 40) / "unet")
+        (repo / "refs").mkdir()
+        (repo / "refs" / "main").write_text("0" * 40)
+    for module in (huggingface_hub.constants, huggingface_hub.file_download.constants):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+    one, same, other = (comparison._digest(f"owner/{name}") for name in ("one", "same", "other"))
+    assert one == same != other
+    assert (
+        comparison._digest(str(tiny_base))
+        == hashlib.sha256((tiny_base / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    )  # of a folder as in claims written before
+    with pytest.raises(UserError, match="owner/none cannot be loaded"):
+        comparison._digest("owner/none")
+
+
+def test_a_norm_beside_the_bases_finds_what_the_norm_alone_cannot_tell() -> None:
+    base = torch.tensor([1.0, 1.0, 0.5, 1.0, 1.5, 2.0, 6.0]).double()
+    curves = (0.5 * base + 1 + torch.tensor([1.5, 1.2, 0, 0, 0, 0, 0]))[:, None, None].expand(7, 2, 6).double()
+    rows = relative_figures(curves, base[:, None, None].expand(7, 2, 5), 2, [0, 1], [2, 3, 4, 5, 6], 0)
+    assert {(r["steps"], r["generations"]) for r in rows} == {(1, 1), (5, 1), (1, 2), (5, 2)}
+    assert all(r["figures"][0]["value"] == 1 for r in rows)
+    alone = detector_figures(curves, 2, [0, 1], [2, 3, 4, 5, 6], 0)
+    assert all(r["figures"][0]["value"] == 0.8 for r in alone)  # Control: the loud one stands above both
+
+
+def test_hostile_prompts_are_text_on_the_page() -> None:
+    figure = {"value": 0.5, "low": 0.4, "high": 0.6}
+    figures: dict[str, Any] = dict.fromkeys(
+        ("copied", "similarity", "alignment", "hits", "distance", "seconds"), figure
+    )
+    result = {
+        "settings": {}, "command": HOSTILE, "prompts": 1, "mitigated_prompts": [HOSTILE],
+        "models": {"a": {"memorized_prompts": 1, "ordinary_prompts": 0, "clear_prompts": 0, "between": 0, "detectors": [],
+                         "mitigations": {"none": {"rule": HOSTILE, "figures": figures}}}},
+    }  # fmt: skip
+    text = page(result, [Image.new("RGB", (4, 4))], {"a": {"none": [Image.new("RGB", (4, 4))]}})
+    assert "<script>" not in text
+    assert "&lt;script&gt;" in text
+    # By the decision nothing was measured here: an earlier version's figures have an empty cell, not a number.
+    assert "| none | - | 50.0 % [40.0, 60.0] | 0.500" in tables(result)
+
+
+def test_copies_in_other_colours_are_counted_beside_those_by_the_published_measure(tmp_path: Path) -> None:
+    rows = load_rows(PICTURES, split="finetune").subset(range(0, 1000, 25))
+    reals = comparison.read_reals(rows, load_rows(PICTURES, split="heldout").subset(range(0, 320, 8)))
+    settings = comparison.Settings({"a": str(BASE)}, str(BASE), tmp_path, 64, generations=1)
+
+    def judge(images: Any, own: Any, captions: Any) -> Any:
+        return types.SimpleNamespace(value=torch.zeros(len(own)), hit=torch.zeros(len(own)))
+
+    judge.others = 4  # type: ignore[attr-defined]
+
+    def shares(images: list[Image.Image]) -> tuple[float, float]:
+        cell = comparison.Cell(images, [{"processor_seconds": 1.0} for _ in images])
+        made: Any = comparison.cell_figures(cell, reals, reals.captions, reals.captions, judge, settings)  # type: ignore[arg-type]
+        return made["copied"].value, made["copies"].value
+
+    assert shares(reals.images) == (1, 1)
+    negative = [ImageOps.invert(image) for image in reals.images]
+    published, copies = shares(negative)
+    assert published == 0 and copies > 0.95
+    # Control: images of other things, which the null does not hold, are copies by neither.
+    unseen = list(load_rows(PICTURES, split="finetune").subset(range(12, 1000, 100)))
+    assert max(shares([row.image for row in unseen] * 4)) <= 0.1
+
+
+def test_a_model_that_has_memorized_nothing_is_said(
+    unseen_command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*unseen_command, "--out", str(tmp_path / "out")])
+    assert "0 memorized and 11 ordinary prompts of a" in capsys.readouterr().err

@@ -1,0 +1,109 @@
+"""The demo from end to end, made short: real base, real images, two steps of training."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ambient_sd.assets import BASE, PICTURES
+from ambient_sd.cli import main
+from ambient_sd.commands.demo import _MARKER, DemoSettings, _clear, settings_of_run
+from ambient_sd.training.config import TrainConfig, load_yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_config_file_says_what_the_demo_does() -> None:
+    by_hand = TrainConfig(**load_yaml(ROOT / "configs" / "demo.yaml"))
+    in_demo = settings_of_run(DemoSettings(), "ambient")
+    assert (ROOT / str(by_hand.pretrained_model_name_or_path)).resolve() == BASE.resolve()
+    assert (ROOT / str(by_hand.train_data_dir)).resolve() == PICTURES.resolve()
+    same = {"pretrained_model_name_or_path": str(BASE), "train_data_dir": str(PICTURES)}
+    assert by_hand.to_dict() | same == in_demo.to_dict()
+
+
+def test_the_two_runs_differ_in_the_objective_alone() -> None:
+    plain, ambient = (settings_of_run(DemoSettings(), o).to_dict() for o in ("plain", "ambient"))
+    different = {key for key in plain | ambient if plain.get(key) != ambient.get(key)}
+    assert different == {"objective", "ambient_level", "reweight", "near_duplicates", "output_dir"}
+
+
+def test_demo_writes_page_figures_sheets_and_loadable_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    short = ["--steps", "2", "--prompts", "3", "--samples_per_prompt", "2", "--sampling_steps", "2"]
+    main(["demo", "--out", str(out), *short])
+    printed = capsys.readouterr().out
+    assert "memorized-pixels64" in printed and "report.html" in printed
+    page = (out / "report.html").read_text()
+    assert page.startswith("<!doctype html>") or page.startswith("<!DOCTYPE html>")
+    assert "http://" not in page.replace("http://www.w3.org", "") and "<script" not in page
+    figures = json.loads((out / "figures.json").read_text())
+    assert set(figures["runs"]) == {"plain", "ambient"}
+    for rows in figures["runs"].values():
+        # Copies by the audit's definition come first and decide the sentence; the published measure stands beside them.
+        assert next(iter(rows)) == "copies" and {"memorized-pixels64", "memorized-edges16"} < set(rows)
+    shares = [f"{100 * figures['runs'][name]['copies']['generated']['value']:.1f} %" for name in ("ambient", "plain")]
+    assert f"{shares[0]} of 6 samples against {shares[1]}" in figures["finding"]
+    assert printed.index("copies ") < printed.index("memorized-pixels64")
+    for rows in figures["runs"].values():
+        for row in rows.values():
+            for figure in row.values():
+                assert figure["n"] > 0 and figure["low"] <= figure["value"] <= figure["high"]
+    for name in ("plain", "ambient"):
+        assert (out / f"{name}.png").exists()
+        assert (out / name / "unet" / "diffusion_pytorch_model.safetensors").exists()
+        assert (out / name / "train_config.yaml").exists()
+    _clear(DemoSettings(out=out))  # an earlier demo in the folder makes way
+    assert [path.name for path in out.iterdir()] == [_MARKER]
+
+
+def test_demo_does_not_touch_a_folder_that_is_not_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--out", str(tmp_path)])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "thesis.tex" in message and message.count("\n") == 1
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_demo_does_not_take_trainings_named_like_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "weights").write_text("days of work")
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--out", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "not an earlier demo's" in capsys.readouterr().err
+    assert (tmp_path / "plain" / "weights").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(["demo", "--steps", "0"], "steps"), (["demo", "--guidance_scale", "1"], "guidance_scale"), (["demo", "--guidance_scale", "nan"], "guidance_scale"), (["dmeo"], "dmeo"),
+     (["demo", "--level", "-1"], "ambient_level"), (["demo", "--level", "99"], "99"), (["demo", "--seed", "x"], "seed")],
+)  # fmt: skip
+def test_bad_arguments_end_in_one_line_and_status_2(
+    arguments: list[str],
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("ambient-sd: error: ") and message.count("\n") == 1 and named in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_is_installed_and_its_help_is_quick_to_import() -> None:
+    code = "import sys; from ambient_sd.cli import make_parser; make_parser().format_help(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
