@@ -17,7 +17,7 @@ from ambient_sd.audit.metrics import MEMORIZED_RATIO
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import drawn
-from ambient_sd.reporting.report import cut_sheet
+from ambient_sd.reporting.sheets import cut_sheet
 from ambient_sd.utils.errors import UserError, one_line
 
 COLUMNS = 20  # of `samples.png`

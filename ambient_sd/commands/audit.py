@@ -41,7 +41,7 @@ from ambient_sd import __version__
 from ambient_sd.audit.clip_score import ClipScore
 from ambient_sd.audit.decision import EACH, HELDOUT, RATE, SAME, CopyDecision, Decided, Null, Rendition
 from ambient_sd.audit.embedding import EmbeddingStore
-from ambient_sd.audit.features import MIRROR, Features, as_rgb, embed
+from ambient_sd.audit.features import MIRROR, Features, embed
 from ambient_sd.audit.metrics import (
     Measurement,
     Row,
@@ -63,6 +63,7 @@ from ambient_sd.audit.stored import missing_features, recall
 from ambient_sd.commands.sample import SampleSettings, sample
 from ambient_sd.data.sources import ImageDataset, load_rows, not_listed, refuse_unlisted
 from ambient_sd.data.stream import drawn
+from ambient_sd.reporting.audit_page import write_report
 from ambient_sd.reporting.report import (
     Histogram,
     Report,
@@ -71,13 +72,13 @@ from ambient_sd.reporting.report import (
     TokenAttribution,
     find,
     ratio_histogram,
-    write_report,
 )
 from ambient_sd.sampling import SamplingConfig, digest, label, load, read_prompts
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.files import atomic_write, json_safe
 from ambient_sd.utils.hub_ids import resolve_model_id
 from ambient_sd.utils.json_schema import load_json
+from ambient_sd.utils.sheets import as_rgb
 from ambient_sd.utils.weight_files import adapter_files, unet_files
 
 _SHOWN = 24

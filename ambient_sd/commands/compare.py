@@ -18,11 +18,8 @@ Above the wings: it uses guard, audit and data.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import hashlib
-import html
-import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +46,8 @@ from ambient_sd.guard.calibration import ModelFingerprint
 from ambient_sd.guard.pipeline import AmbientSDPipeline, check_folder
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.guard.relative import Relation
-from ambient_sd.reporting.report import contact_sheet
+from ambient_sd.reporting import compare_page
+from ambient_sd.reporting.sheets import contact_sheet, png_bytes
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.files import atomic_write
 from ambient_sd.utils.hub_ids import resolve_model_id
@@ -203,7 +201,7 @@ def _draw_chunk(
         for r in reports
     ]  # fmt: skip
     sheet = np.concatenate([np.asarray(image.convert("RGB")) for image in out.images], axis=1)
-    atomic_write(folder / f"{number:05d}.png", _png(Image.fromarray(sheet)))
+    atomic_write(folder / f"{number:05d}.png", png_bytes(Image.fromarray(sheet)))
     atomic_write(folder / f"{number:05d}.json", json.dumps(rows))
 
 
@@ -492,7 +490,8 @@ def compare(settings: Settings, training: ImageDataset, heldout: ImageDataset, c
             }  # fmt: skip
             found["mitigations"][name]["peak_memory_mb"] = peak_of(cell)
             shown[model][name] = cell.images[::k]
-            contact_sheet(cell.images[::k], 10).save(settings.out / f"{model}-{_file_name(name)}.png")
+            sheet = contact_sheet(cell.images[::k], 10, prompts)
+            atomic_write(settings.out / f"{model}-{_file_name(name)}.png", png_bytes(sheet))
             print(
                 f"{model}, {name}: " + ", ".join(f"{f['name']} {f['value']:.3g}" for f in figures.values()), flush=True
             )
@@ -500,8 +499,8 @@ def compare(settings: Settings, training: ImageDataset, heldout: ImageDataset, c
     originals = [reals.images[reals.captions.index(captions[i])] for i in chosen]
     result["mitigated_prompts"] = [captions[i] for i in chosen]
     atomic_write(settings.out / "comparison.json", json.dumps(result, indent=1) + "\n")
-    atomic_write(settings.out / "comparison.md", tables(result))
-    atomic_write(settings.out / "comparison.html", page(result, originals, shown))
+    atomic_write(settings.out / "comparison.md", compare_page.tables(result))
+    compare_page.write(settings.out / "comparison.html", result, originals, shown)
     return result
 
 
@@ -584,113 +583,3 @@ def _digest(model: str) -> str:
 
 def _file_name(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name)
-
-
-# --- what people read ------------------------------------------------------------------------------------------------
-
-_COLUMNS = ((COPIES, "copies", 100, ".1f", " %"), ("copied", "d1/d2 < 1/3", 100, ".1f", " %"),
-            ("similarity", "similarity, 95th pct.", 1, ".3f", ""), ("alignment", "alignment x 1000", 1, ".2f", ""), ("hits", "own prompt first of 5", 100, ".0f", " %"),
-            ("distance", "Frechet distance", 1, ".1f", ""), ("seconds", "processor s an image", 1, ".2f", ""))  # fmt: skip
-
-
-_MEMORY = "peak memory MB"
-
-
-def _cell(figure: Mapping[str, Any] | None, factor: float, form: str, unit: str) -> str:
-    if figure is None:  # of a cell that an earlier version measured
-        return "-"
-    value, low, high = (format(figure[key] * factor, form) for key in ("value", "low", "high"))
-    return f"{value}{unit} [{low}, {high}]"
-
-
-def _memory(row: Mapping[str, Any]) -> str:
-    peak = row.get("peak_memory_mb")
-    return "-" if peak is None else f"{peak:.0f}"
-
-
-def tables(result: Mapping[str, Any]) -> str:
-    """Return both tables as Markdown."""
-    lines = []
-    for model, found in result["models"].items():
-        lines += [f"### {model}: detectors", "",
-                  f"{found['memorized_prompts']} memorized prompts, {found['clear_prompts']} clear of copying, {found['between']} in between.",
-                  "", "| detector | steps | generations | AUC | TPR@1%FPR |", "|---|---|---|---|---|"]  # fmt: skip
-        for row in found["detectors"]:
-            cells = [_cell(figure, 1, ".3f", "") for figure in row["figures"]]
-            lines.append(f"| {row['detector']} | {row['steps']} | {row['generations']} | {' | '.join(cells)} |")
-        lines += ["", f"### {model}: mitigations", "", "| | " + " | ".join(head for _, head, *_ in _COLUMNS) + f" | {_MEMORY} |",
-                  "|---" * (len(_COLUMNS) + 2) + "|"]  # fmt: skip
-        for name, row in found["mitigations"].items():
-            cells = [_cell(row["figures"].get(key), factor, form, unit) for key, _, factor, form, unit in _COLUMNS]
-            lines.append(f"| {name} | {' | '.join([*cells, _memory(row)])} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def page(
-    result: Mapping[str, Any],
-    originals: Sequence[Image.Image],
-    shown: Mapping[str, Mapping[str, Sequence[Image.Image]]],
-    most: int = 16,
-) -> str:
-    """Return one self-contained page: tables, and a row of images per prompt: the original, then every mitigation."""
-    prompts = result["mitigated_prompts"][:most]
-    parts = []
-    for model, found in result["models"].items():
-        parts.append(
-            f"<h2>{html.escape(model)}</h2><p>{found['memorized_prompts']} of {result['prompts']} prompts memorized.</p>"
-        )
-        head = "".join(f"<th>{html.escape(title)}</th>" for title in (*(title for _, title, *_ in _COLUMNS), _MEMORY))
-        body = "".join(
-            f"<tr><th title='{html.escape(row['rule'], quote=True)}'>{html.escape(name)}</th>"
-            + "".join(
-                f"<td>{html.escape(_cell(row['figures'].get(key), f, form, unit))}</td>"
-                for key, _, f, form, unit in _COLUMNS
-            )
-            + f"<td>{_memory(row)}</td></tr>"
-            for name, row in found["mitigations"].items()
-        )
-        parts.append(
-            f"<div class=scroll><table class=numbers><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-        )
-        names = list(shown[model])
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in ("training image", *names))
-        rows = "".join(
-            f"<tr><th>{html.escape(prompt)}</th>{_image(originals[i], 'training image')}"
-            + "".join(_image(shown[model][name][i], f"{name}: {prompt}") for name in names) + "</tr>"
-            for i, prompt in enumerate(prompts)
-        )  # fmt: skip
-        parts.append(
-            f"<div class=scroll><table class=images><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-        )
-    facts = html.escape(json.dumps(result["settings"]))
-    command, rule = html.escape(result["command"]), html.escape(result.get("rule", ""))
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>Mitigations side by side</title><style>{_STYLE}</style><h1>Mitigations side by side</h1>"
-        f"<p>The same memorized prompts and the same start noise in every column. Intervals: 95 %, prompts resampled. "
-        f"Memory: the peak of the median call of the pipeline; on a GPU weights included, on a CPU beyond what was there before. {rule}</p>{''.join(parts)}"
-        f"<h2>How it was made</h2><pre>{command}\n{facts}</pre></html>"
-    )
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _image(image: Image.Image, alt: str) -> str:
-    data = base64.b64encode(_png(image.convert("RGB"))).decode()
-    return f"<td><img alt='{html.escape(alt, quote=True)}' src='data:image/png;base64,{data}'></td>"
-
-
-_STYLE = """
-body{margin:0 auto;max-width:1500px;padding:24px;font:15px/1.5 system-ui,sans-serif;color:#1b1c20;background:#faf9f6}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2em}.scroll{overflow-x:auto}table{border-collapse:collapse}
-.numbers td,.numbers th{padding:4px 12px 4px 0;border-bottom:1px solid #e2dfd7;text-align:left;white-space:nowrap;font-variant-numeric:tabular-nums}
-.images th{font-size:.78rem;font-weight:500;padding:2px 6px 2px 0;text-align:left;max-width:11em}.images{margin-top:16px}
-.images td{padding:2px}.images img{display:block;width:72px;height:72px;object-fit:cover;border-radius:4px}
-pre{white-space:pre-wrap;font-size:.82rem;background:#fff;border:1px solid #e2dfd7;padding:10px}
-@media (prefers-color-scheme:dark){body{background:#121316;color:#ecebe7}.numbers td,.numbers th{border-color:#2e3138}pre{background:#1b1d22;border-color:#2e3138}}
-"""
