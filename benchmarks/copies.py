@@ -26,12 +26,12 @@ from torch import Tensor
 from ambient_sd.assets import BASE, PICTURES
 from ambient_sd.audit.decision import SAME, CopyDecision, discoveries
 from ambient_sd.audit.features import MIRROR, as_rgb, embed
-from ambient_sd.audit.metrics import wilson
 from ambient_sd.audit.neighbours import Neighbours
 from ambient_sd.audit.originals import originals
 from ambient_sd.audit.registry import choose
 from ambient_sd.audit.transformations import TRANSFORMATIONS, transformed
 from ambient_sd.data.sources import load_rows
+from ambient_sd.utils.estimate import wilson
 from ambient_sd.utils.files import atomic_write
 
 SERIES, MEMBERS = 24, 12

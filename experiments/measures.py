@@ -25,13 +25,14 @@ from torch import Tensor
 
 from ambient_sd.audit.decision import HELDOUT, CopyDecision
 from ambient_sd.audit.features import Edges, EffLite0, Features, Pixels, embed
-from ambient_sd.audit.metrics import Figure, bootstrap, memorized, memorized_fraction, quality_rows
+from ambient_sd.audit.metrics import bootstrap, memorized, memorized_fraction, quality_rows
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.shares import COPIES, copy_rate
 from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import drawn, keyed_generator
 from ambient_sd.families.lora import load_lora
 from ambient_sd.schedule import NoiseSchedule
+from ambient_sd.utils.estimate import Estimate
 from experiments.denoised import embedded, predicted_x0
 from experiments.plan import Sampling
 
@@ -108,7 +109,7 @@ def sample(pipe: Any, prompts: Sequence[str], sampling: Sampling, resolution: in
 
 def measure_samples(
     images: Sequence[Image.Image], prompts: Sequence[str], reals: Reals, seed: int, resamples: int = 1000
-) -> tuple[dict[str, Figure], dict[str, list[Any]]]:
+) -> tuple[dict[str, Estimate], dict[str, list[Any]]]:
     """Return the figures of sampled images; intervals resample prompts (images, where none is given).
 
     Returns:

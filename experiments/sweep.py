@@ -128,9 +128,7 @@ def do_run(plan: Plan, run: Run, out: Path, threads: int, position: int = 0) -> 
             })  # fmt: skip
         last = _read_step(folder, plan.measure_at[-1])
         figures = last["figures"]
-        copies = f"d1/d2 {figures['copied']['value']:.1%}"
-        if COPIES in figures:  # a step that an older version measured has none
-            copies = f"copies {figures[COPIES]['value']:.1%} ({copies})"
+        copies = f"copies {figures[COPIES]['value']:.1%} (d1/d2 {figures['copied']['value']:.1%})"
         return f"{run.name}: {copies}, distance {figures['distance']['value']:.1f}"
 
 
@@ -251,7 +249,7 @@ def _check_step(step: Any) -> None:
             for key in ("value", "low", "high", "n")
         ):
             raise TypeError("figure")
-    missing = {"copied", "copied-coarsely", "ratio", "distance", "distance floor", "kid"} - set(step["figures"])
+    missing = {COPIES, "copied", "copied-coarsely", "ratio", "distance", "distance floor", "kid"} - set(step["figures"])
     curves = [step["errors"][name][key] for name in ("training", "heldout") for key in ("level", "mean")]
     if (
         missing
@@ -275,7 +273,7 @@ def write_pages(plan: Plan, out: Path) -> list[Path]:
                     for f in folders
                     if (f / "samples.png").exists()
                     and (f / "figures.json").exists()
-                    and "ratios" in _read_json(f / "figures.json")
+                    and "copies" in _read_json(f / "figures.json")
                 ]
                 if done:
                     steps.append((label, done[-1]))

@@ -38,7 +38,7 @@ from ambient_sd.audit.alignment import DiffusionAlignment
 from ambient_sd.audit.decision import HELDOUT, RULE, CopyDecision, Decided
 from ambient_sd.audit.detection import detection_figures
 from ambient_sd.audit.features import EffLite0, Features, Pixels, Sscd, embed
-from ambient_sd.audit.metrics import MEMORIZED_RATIO, Figure, bootstrap, memorized, quality_rows
+from ambient_sd.audit.metrics import MEMORIZED_RATIO, bootstrap, memorized, quality_rows
 from ambient_sd.audit.neighbours import Neighbours, nearest
 from ambient_sd.audit.shares import COPIES, copy_rate
 from ambient_sd.data.sources import ImageDataset
@@ -51,6 +51,7 @@ from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.guard.relative import Relation
 from ambient_sd.reporting.report import contact_sheet
 from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.estimate import Estimate
 from ambient_sd.utils.files import atomic_write
 from ambient_sd.utils.hub_ids import resolve_model_id
 from ambient_sd.utils.memory import peak_memory
@@ -395,7 +396,7 @@ def cell_figures(
     captions: Sequence[str],
     judge: DiffusionAlignment,
     settings: Settings,
-) -> dict[str, Figure]:
+) -> dict[str, Estimate]:
     """Measure one model under one mitigation; intervals resample prompts."""
     groups = [c for c in prompts for _ in range(settings.generations)]
     made = embed(cell.images, reals.features)
@@ -514,7 +515,7 @@ def _read_kept(path: Path, remedy: str = "remove it, which is then made again") 
 
 
 def _kept_figures(
-    path: Path, prompts: Sequence[str], measure: Callable[[], dict[str, Figure]]
+    path: Path, prompts: Sequence[str], measure: Callable[[], dict[str, Estimate]]
 ) -> dict[str, dict[str, Any]]:
     """Return a cell's figures, measured once: the judge takes longer than the sampler."""
     if path.exists():
@@ -588,19 +589,17 @@ def _file_name(name: str) -> str:
 
 # --- what people read ------------------------------------------------------------------------------------------------
 
-_COLUMNS = ((COPIES, "copies", 100, ".1f", " %"), ("copied", "d1/d2 < 1/3", 100, ".1f", " %"),
-            ("similarity", "similarity, 95th pct.", 1, ".3f", ""), ("alignment", "alignment x 1000", 1, ".2f", ""), ("hits", "own prompt first of 5", 100, ".0f", " %"),
-            ("distance", "Frechet distance", 1, ".1f", ""), ("seconds", "processor s an image", 1, ".2f", ""))  # fmt: skip
-
-
+# Key, head, digits, factor, unit.
+_COLUMNS: tuple[tuple[str, str, int, float, str], ...] = (
+    (COPIES, "copies", 1, 100, " %"),
+    ("copied", "d1/d2 < 1/3", 1, 100, " %"),
+    ("similarity", "similarity, 95th pct.", 3, 1, ""),
+    ("alignment", "alignment x 1000", 2, 1, ""),
+    ("hits", "5-way prompt accuracy", 0, 100, " %"),
+    ("distance", "Frechet distance", 1, 1, ""),
+    ("seconds", "CPU s/image", 2, 1, ""),
+)
 _MEMORY = "peak memory MB"
-
-
-def _cell(figure: Mapping[str, Any] | None, factor: float, form: str, unit: str) -> str:
-    if figure is None:  # of a cell that an earlier version measured
-        return "-"
-    value, low, high = (format(figure[key] * factor, form) for key in ("value", "low", "high"))
-    return f"{value}{unit} [{low}, {high}]"
 
 
 def _memory(row: Mapping[str, Any]) -> str:
@@ -616,12 +615,15 @@ def tables(result: Mapping[str, Any]) -> str:
                   f"{found['memorized_prompts']} memorized prompts, {found['clear_prompts']} clear of copying, {found['between']} in between.",
                   "", "| detector | steps | generations | AUC | TPR@1%FPR |", "|---|---|---|---|---|"]  # fmt: skip
         for row in found["detectors"]:
-            cells = [_cell(figure, 1, ".3f", "") for figure in row["figures"]]
+            cells = [Estimate.from_dict(figure).show() for figure in row["figures"]]
             lines.append(f"| {row['detector']} | {row['steps']} | {row['generations']} | {' | '.join(cells)} |")
         lines += ["", f"### {model}: mitigations", "", "| | " + " | ".join(head for _, head, *_ in _COLUMNS) + f" | {_MEMORY} |",
                   "|---" * (len(_COLUMNS) + 2) + "|"]  # fmt: skip
         for name, row in found["mitigations"].items():
-            cells = [_cell(row["figures"].get(key), factor, form, unit) for key, _, factor, form, unit in _COLUMNS]
+            cells = [
+                Estimate.from_dict(row["figures"][key]).show(digits, factor, unit)
+                for key, _, digits, factor, unit in _COLUMNS
+            ]
             lines.append(f"| {name} | {' | '.join([*cells, _memory(row)])} |")
         lines.append("")
     return "\n".join(lines)
@@ -644,8 +646,8 @@ def page(
         body = "".join(
             f"<tr><th title='{html.escape(row['rule'], quote=True)}'>{html.escape(name)}</th>"
             + "".join(
-                f"<td>{html.escape(_cell(row['figures'].get(key), f, form, unit))}</td>"
-                for key, _, f, form, unit in _COLUMNS
+                f"<td>{html.escape(Estimate.from_dict(row['figures'][key]).show(digits, factor, unit))}</td>"
+                for key, _, digits, factor, unit in _COLUMNS
             )
             + f"<td>{_memory(row)}</td></tr>"
             for name, row in found["mitigations"].items()
