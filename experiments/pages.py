@@ -45,7 +45,7 @@ def sample_page(
         resolution: pixels of a sample's side.
     """
     training.fingerprint()  # fills in the keys that tell equal images
-    training_images = [training[i].image for i in training.one_of_each()]
+    training_images = training.subset(training.one_of_each()).images
     width, row = _LABEL + shown * (resolution + _GAP), 2 * resolution + 3 * _GAP
     sheet = Image.new("RGB", (width, len(steps) * row + _GAP), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default()

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 
 from ambient_sd.audit.decision import RULE
 from ambient_sd.audit.shares import COPIES
@@ -38,6 +39,7 @@ from ambient_sd.training.loop import open_images, plan_run
 from ambient_sd.training.loop import run as train
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.files import atomic_write, json_safe
+from ambient_sd.utils.hub_ids import resolve_model_id
 from ambient_sd.utils.quiet import quiet
 from experiments.fresh import fresh_base
 from experiments.measures import (
@@ -302,16 +304,20 @@ def _config(plan: Plan, run: Run, out: Path, step: int | None = None) -> TrainCo
     return config
 
 
-_known: dict[tuple[str, str], Reals] = {}
+_known: dict[tuple[object, ...], Reals] = {}
 
 
 def open_reals(plan: Plan, config: TrainConfig) -> Reals:
     """Return the embedded real images of a run; the next run on the same ones in this process finds them embedded."""
     training, heldout = open_images(config), _heldout(plan, config)
-    key = training.fingerprint(), heldout.fingerprint()
+    base = resolve_model_id(str(config.pretrained_model_name_or_path))
+    key = training.fingerprint(), heldout.fingerprint(), base, config.resolution
     if key not in _known:
+        vae: Any = AutoencoderKL.from_pretrained(base, subfolder="vae").eval()
         _known.clear()
-        _known[key] = read_reals(training, heldout)
+        _known[key] = read_reals(
+            training, heldout, vae.to("cuda" if torch.cuda.is_available() else "cpu"), config.resolution
+        )
     return _known[key]
 
 

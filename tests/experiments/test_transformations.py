@@ -9,8 +9,8 @@ from PIL import Image, ImageEnhance
 
 from ambient_sd.audit.features import Edges, Features, Pixels, embed
 from ambient_sd.audit.neighbours import nearest
-from ambient_sd.audit.transformations import TRANSFORMATIONS, detection, embed_all, table, transformed
 from ambient_sd.utils.errors import UserError
+from experiments.transformations import TRANSFORMATIONS, detection, embed_all, table, transformed
 
 
 def image(seed: int) -> Image.Image:
