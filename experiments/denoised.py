@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from ambient_sd.audit.metrics import Figure, bootstrap, difference
+from ambient_sd.audit.metrics import bootstrap, difference
 from ambient_sd.data.cache import fingerprint
 from ambient_sd.data.latents import encode_all
 from ambient_sd.data.noise import image_noise
@@ -42,6 +42,7 @@ from ambient_sd.reporting.report import contact_sheet, escaped
 from ambient_sd.sampling import SamplingConfig, label, load
 from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.utils.errors import UserError, exits_on_user_error
+from ambient_sd.utils.estimate import Estimate
 from ambient_sd.utils.files import atomic_write
 from experiments.lemmas import decoder, enlarged
 
@@ -57,9 +58,9 @@ class Error:
 
     model: str
     level: float
-    train: Figure
-    heldout: Figure
-    gap: Figure
+    train: Estimate
+    heldout: Estimate
+    gap: Estimate
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
@@ -178,7 +179,7 @@ def _errors(name: str, level: float, each: torch.Tensor, seen: int, seed: int) -
     return Error(name, level, train, heldout, _apart(heldout, train))
 
 
-def _apart(a: Figure, b: Figure) -> Figure:
+def _apart(a: Estimate, b: Estimate) -> Estimate:
     return difference(
         dataclasses.replace(a, draws=None), dataclasses.replace(b, draws=None), name="held-out minus train"
     )
