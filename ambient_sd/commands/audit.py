@@ -29,7 +29,6 @@ import shlex
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from torch import Tensor
 
 from ambient_sd import __version__
 from ambient_sd.audit.clip_score import ClipScore
-from ambient_sd.audit.decision import EACH, HELDOUT, RATE, SAME, CopyDecision, Decided, Null, Rendition
+from ambient_sd.audit.decision import BASE, EACH, HELDOUT, RATE, RENDERED, SAME, CopyDecision, Decided, Null
 from ambient_sd.audit.embedding import EmbeddingStore
 from ambient_sd.audit.features import MIRROR, Features, embed
 from ambient_sd.audit.metrics import (
@@ -57,7 +56,6 @@ from ambient_sd.audit.originals import one_of_each
 from ambient_sd.audit.record import AuditRecord, measures
 from ambient_sd.audit.registry import DEFAULT, choose, labels
 from ambient_sd.audit.registry import label as label_of
-from ambient_sd.audit.search import require_feature, search
 from ambient_sd.audit.shares import COPIES, by_group, copy_rate, returned
 from ambient_sd.audit.stored import missing_features, recall
 from ambient_sd.commands.sample import SampleSettings, sample
@@ -78,7 +76,6 @@ from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.files import atomic_write, json_safe
 from ambient_sd.utils.hub_ids import resolve_model_id
 from ambient_sd.utils.json_schema import load_json
-from ambient_sd.utils.sheets import as_rgb
 from ambient_sd.utils.weight_files import adapter_files, unet_files
 
 _SHOWN = 24
@@ -86,8 +83,6 @@ SEARCHED = (
     5000  # training images that are laid over the generated ones: beyond, those that a feature finds near, and a draw
 )
 _LEAST_P = -6  # log10, on the page
-_COARSE_VAE = 256  # pixels; of larger images an autoencoder changes nothing that is left at 64
-BASE = "images of the base model"
 _LIST = "samples.jsonl"  # of `ambient-sd sample`
 
 
@@ -225,30 +220,11 @@ class Generated:
         return None if self.prompts is None or len(set(self.prompts)) == 1 else self.prompts
 
 
-class Images(Sequence[Image.Image]):
-    """Show the images of a set, each decoded when it is asked for."""
-
-    def __init__(self, rows: ImageDataset) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        image = self._rows[index]
-        if self._rows.keys and image.key != self._rows.keys[index]:
-            raise UserError(f"{image.name} in {self._rows.source} is not the image that it was",
-                            remedy="leave the images alone while they are audited")  # fmt: skip
-        return image.image
-
-
 @dataclass(frozen=True)
 class MirrorVectors:
     """Embed the mirror images of the rows that are asked for."""
 
-    images: Images
+    images: Sequence[Image.Image]
     feature: Features
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -292,7 +268,7 @@ def _audit(settings: AuditSettings, command: str) -> Audit:
     compared = 0
     if stored:
         for feature in features:
-            require_feature(stored[feature.name], feature)
+            stored[feature.name].require_feature(feature)
         compared = recall(list(stored.values()), training, settings.seed, progress=True)
     else:
         training.check(progress=True, near_duplicates=True)
@@ -330,26 +306,26 @@ def _audit(settings: AuditSettings, command: str) -> Audit:
     base = _base_images(settings, prompts)
     # Equal images have equal vectors: a set that repeats its images is embedded and searched once.
     different = list(range(len(training))) if stored else one_of_each(training.keys).tolist()
-    of_training = Images(training if stored else training.subset(different))
+    of_training = (training if stored else training.subset(different)).images
     known_vectors: dict[str, Any] = dict(stored or embed(of_training, features, progress=True))
     if settings.mirrored:
         known_vectors |= {feature.name + MIRROR: MirrorVectors(of_training, feature) for feature in features}
     made, real = (
-        None if rows is None else embed(Images(rows), features, progress=True, mirrored=settings.mirrored)
+        None if rows is None else embed(rows.images, features, progress=True, mirrored=settings.mirrored)
         for rows in (generated.images, heldout)
     )
     assert made is not None
     measured = measure(
         made, known_vectors, real, features, generated.groups, settings.seed,
         duplicates=[training.noise_keys[i] for i in different], mirrored=settings.mirrored, resamples=settings.resamples,
-        search=partial(search, progress=True), quality_resamples=max(settings.resamples // 10, 10),
+        progress=True, quality_resamples=max(settings.resamples // 10, 10),
     )  # fmt: skip
     measured = _with_rows(measured, different)
     measured.rows.extend(row for one in align for row in one(generated, heldout))
     verdict = _decide(settings, training, heldout, generated, base, measured)
     measured.rows[:0] = verdict.rows
     pulls = _attributions(settings, generated, verdict.decided) if settings.attribution else []
-    used = _used(stored, compared, measured)
+    used = _used(stored, compared)
     return _write(
         settings, command, begun, training, heldout, generated, features, measured, verdict, pulls, used, files
     )
@@ -427,21 +403,18 @@ def _decide(
         }
         drawn_rows = {rows[i] for i in drawn(len(rows), SEARCHED // 2, settings.seed, "searched training images")}
         rows = sorted(close | drawn_rows)
-    unseen: dict[str, Sequence[Image.Image]] = {}
-    if heldout is not None:
-        unseen[HELDOUT] = Images(heldout)
-    if base is not None:
-        unseen[BASE] = Images(base)
-    shown = Images(training.subset(rows))
-    labels = [training.noise_keys[row] for row in rows]
-    decide = CopyDecision(shown, labels, unseen, _renditions(settings), settings.mirrored, progress=True)
+    vae, side = _vae(settings)
+    decide = CopyDecision.of(
+        training.subset(rows).images, [training.noise_keys[row] for row in rows], heldout=heldout.images if heldout else (),
+        base=base.images if base else (), vae=vae, side=side, mirrored=settings.mirrored, progress=True,
+    )  # fmt: skip
     near = next((n for n in measured.neighbours.values() if n.metric == "euclidean"), None)
-    found = decide(Images(generated.images), None if near is None else memorized(near))
+    found = decide(generated.images.images, None if near is None else memorized(near))
     decided = dataclasses.replace(found, row=torch.tensor(rows)[found.row])
     background = None
     if heldout is not None:
         background = decide.background(HELDOUT)
-        background = decide(Images(heldout)).copy if background is None else background
+        background = decide(heldout.images).copy if background is None else background
     options: dict[str, Any] = {"seed": settings.seed}
     given = [
         copy_rate(decided, background, generated.groups, resamples=settings.resamples, **options),
@@ -456,35 +429,22 @@ def _decide(
     return Decision(decided, decide.rule, decide.nulls, given, groups, len(rows), chance)
 
 
-def _renditions(settings: AuditSettings) -> list[Rendition]:
-    """Return the way through the model's autoencoder, where that changes what can be seen at 64 pixels."""
+def _vae(settings: AuditSettings) -> tuple[Any, int]:
+    """Return the model's autoencoder and the side that it is sampled at; None where that is more than `RENDERED`, or it has none."""
     from diffusers import AutoencoderKL
-    from diffusers.image_processor import VaeImageProcessor
 
     drawing = settings.drawing
     if drawing is None:
-        return []
+        return None, 0
     name = resolve_model_id(drawing.model)
     try:
         side = drawing.resolution or _own_resolution(name)
-        if side > _COARSE_VAE:
-            return []
-        vae: Any = AutoencoderKL.from_pretrained(name, subfolder="vae", use_safetensors=True).to(_device(settings))
+        if side > RENDERED:
+            return None, side
+        vae: Any = AutoencoderKL.from_pretrained(name, subfolder="vae", use_safetensors=True)
     except (OSError, ValueError, KeyError):
-        return []
-    processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1))
-
-    def through(images: Sequence[Image.Image]) -> list[Image.Image]:
-        out: list[Image.Image] = []
-        with torch.no_grad():
-            for start in range(0, len(images), 16):
-                pixels = processor.preprocess([as_rgb(i) for i in images[start : start + 16]], height=side, width=side)
-                out += processor.postprocess(
-                    vae.decode(vae.encode(pixels.to(vae.device)).latent_dist.mode()).sample.cpu(), output_type="pil"
-                )
-        return out
-
-    return [through]
+        return None, 0
+    return vae.to(_device(settings)), side
 
 
 def _own_resolution(model: str) -> int:
@@ -495,7 +455,7 @@ def _own_resolution(model: str) -> int:
     return int(size) * 2 ** (len(AutoencoderKL.load_config(model, subfolder="vae")["block_out_channels"]) - 1)
 
 
-def _used(stored: Mapping[str, EmbeddingStore], compared: int, measured: Measurement) -> dict[str, Any] | None:
+def _used(stored: Mapping[str, EmbeddingStore], compared: int) -> dict[str, Any] | None:
     """Return what audit.json says of stored embeddings; None where there are none."""
     if not stored:
         return None
@@ -503,7 +463,7 @@ def _used(stored: Mapping[str, EmbeddingStore], compared: int, measured: Measure
         "compared": compared,
         "features": {
             name: {"weights": store.about.weights, "dtype": store.about.dtype, "device": store.about.device,
-                   "digest": store.digest, "exact": measured.neighbours[name].exact}
+                   "digest": store.digest}
             for name, store in stored.items()
         },
     }  # fmt: skip
@@ -659,17 +619,17 @@ def _aligned(
     settings: AuditSettings,
     generated: Generated,
     heldout: ImageDataset | None,
-    score: Callable[[Images, list[str]], Tensor],
+    score: Callable[[Sequence[Image.Image], list[str]], Tensor],
     name: str,
     detail: str,
 ) -> Row:
     """Estimate a mean score of images with their prompts, beside that of held-out images with their captions."""
     options: dict[str, Any] = {"name": name, "seed": settings.seed, "resamples": settings.resamples, "detail": detail}
     assert generated.prompts is not None
-    made = bootstrap(score(Images(generated.images), generated.prompts), torch.mean, groups=generated.groups, **options)
+    made = bootstrap(score(generated.images.images, generated.prompts), torch.mean, groups=generated.groups, **options)
     if heldout is None or not all(heldout.captions):
         return Row(name, made, None, None)
-    real = bootstrap(score(Images(heldout), heldout.captions), torch.mean, **options)
+    real = bootstrap(score(heldout.images, heldout.captions), torch.mean, **options)
     return Row(name, made, real, difference(made, real))
 
 
@@ -885,7 +845,7 @@ def _report(
     published = measured.neighbours[features[0].name]
     order = decided.p + 1e-6 * decided.ratio.clamp(max=1e3) - 2 * decided.copy.double()
     # Only what is shown is decoded again.
-    decoded = Images(training)
+    decoded = training.images
     samples = [
         _sample(i, generated, decoded, training.captions, decided, published, float(order[i]))
         for i in order.argsort(stable=True)[: 3 * _SHOWN].tolist()
@@ -920,7 +880,7 @@ def _model_name(drawing: SamplingConfig) -> str:
 
 
 def _sample(
-    i: int, generated: Generated, originals: Images, captions: Sequence[str], decided: Decided, published: Neighbours, order: float
+    i: int, generated: Generated, originals: Sequence[Image.Image], captions: Sequence[str], decided: Decided, published: Neighbours, order: float
 ) -> Sample:  # fmt: skip
     row, p = int(decided.row[i]), float(decided.p[i])
     beside = (
@@ -1064,11 +1024,6 @@ def _notes(
             notes.append(
                 f"Stored embeddings of {', '.join(coarse)} were rounded to another precision, or computed on another kind of device than those "
                 "of the generated images: distances differ in their last digits, and an exact copy is near 0 instead of at it."
-            )
-        if missed := [name for name, one in used["features"].items() if not one["exact"]]:
-            notes.append(
-                f"The search by {', '.join(missed)} went through an index and can miss a neighbour: no pair is called more alike than it "
-                "is, but a missed nearest image hides a copy."
             )
     notes.append(
         f"These are {n} images of one model: few copies among them do not prove that it never copies, and prompts that were not "

@@ -32,11 +32,12 @@ import torch
 from PIL import Image
 
 from ambient_sd.audit.alignment import DiffusionAlignment
-from ambient_sd.audit.decision import HELDOUT, RULE, CopyDecision, Decided
+from ambient_sd.audit.decision import RULE, CopyDecision, Decided
 from ambient_sd.audit.detection import detection_figures
-from ambient_sd.audit.features import EffLite0, Features, Pixels, Sscd, embed
-from ambient_sd.audit.metrics import MEMORIZED_RATIO, Figure, bootstrap, memorized, quality_rows
+from ambient_sd.audit.features import Features, embed
+from ambient_sd.audit.metrics import MEMORIZED_RATIO, bootstrap, memorized, quality_rows
 from ambient_sd.audit.neighbours import Neighbours, nearest
+from ambient_sd.audit.registry import choose, with_sscd
 from ambient_sd.audit.shares import COPIES, copy_rate
 from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import drawn, keyed_generator
@@ -49,6 +50,7 @@ from ambient_sd.guard.relative import Relation
 from ambient_sd.reporting import compare_page
 from ambient_sd.reporting.sheets import contact_sheet, png_bytes
 from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.estimate import Estimate
 from ambient_sd.utils.files import atomic_write
 from ambient_sd.utils.hub_ids import resolve_model_id
 from ambient_sd.utils.memory import peak_memory
@@ -225,16 +227,17 @@ class Reals:
         return next((f for f in self.features if f.distance == "cosine"), self.features[-1])
 
 
-def read_reals(training: ImageDataset, heldout: ImageDataset) -> Reals:
-    """Embed both sets; of equal images one, so that the second nearest is another image."""
+def read_reals(training: ImageDataset, heldout: ImageDataset, vae: Any = None, side: int = 0) -> Reals:
+    """Embed both sets; of equal images one, so that the second nearest is another image. `vae` and `side`: as in `CopyDecision.of`."""
     training.fingerprint()  # fills in the keys that tell equal images, if nothing has
     once = training.one_of_each()
-    features: list[Features] = [Pixels(), EffLite0(), *([Sscd()] if Sscd.available() else [])]
+    features = choose(with_sscd("pixels", "efflite0"), device="cpu" if vae is None else vae.device)
     images = [training[i].image for i in once]
     real = embed(images, features, progress=True)
     others = [row.image for row in heldout]
     unseen = embed(others, features, progress=True)
-    decision = CopyDecision(images, [training.noise_keys[i] for i in once], {HELDOUT: others}, progress=True)
+    labels = [training.noise_keys[i] for i in once]
+    decision = CopyDecision.of(images, labels, heldout=others, vae=vae, side=side, progress=True)
     return Reals(real, unseen, images, [training.captions[i] for i in once], features, decision)
 
 
@@ -393,7 +396,7 @@ def cell_figures(
     captions: Sequence[str],
     judge: DiffusionAlignment,
     settings: Settings,
-) -> dict[str, Figure]:
+) -> dict[str, Estimate]:
     """Measure one model under one mitigation; intervals resample prompts."""
     groups = [c for c in prompts for _ in range(settings.generations)]
     made = embed(cell.images, reals.features)
@@ -429,12 +432,12 @@ def compare(settings: Settings, training: ImageDataset, heldout: ImageDataset, c
     for folder in (*settings.models.values(), settings.judge):  # the last one is loaded an hour after the first
         check_folder(resolve_model_id(folder))
     _claim(settings, training, heldout)
-    reals = read_reals(training, heldout)
+    judge_pipe = _load(settings.judge)
+    reals = read_reals(training, heldout, judge_pipe.vae, settings.resolution)
     captions = sorted(set(reals.captions))
     if settings.prompts and settings.prompts < len(captions):
         captions = [captions[i] for i in drawn(len(captions), settings.prompts, settings.seed, "comparison prompts")]
     k = settings.generations
-    judge_pipe = _load(settings.judge)
     judge = DiffusionAlignment(judge_pipe, resolution=settings.resolution, seed=settings.seed)
     result: dict[str, Any] = {"settings": _described(settings), "command": command, "rule": reals.decision.rule, "training": len(reals.images),
                               "heldout": len(heldout), "prompts": len(captions), "models": {}}  # fmt: skip
@@ -513,7 +516,7 @@ def _read_kept(path: Path, remedy: str = "remove it, which is then made again") 
 
 
 def _kept_figures(
-    path: Path, prompts: Sequence[str], measure: Callable[[], dict[str, Figure]]
+    path: Path, prompts: Sequence[str], measure: Callable[[], dict[str, Estimate]]
 ) -> dict[str, dict[str, Any]]:
     """Return a cell's figures, measured once: the judge takes longer than the sampler."""
     if path.exists():

@@ -21,7 +21,7 @@ from ambient_sd.reporting.report import Histogram, show, span, unit_of
 from ambient_sd.utils.errors import one_line
 
 if TYPE_CHECKING:
-    from ambient_sd.audit.metrics import Figure
+    from ambient_sd.utils.estimate import Estimate
 
 PALETTE = {
     "card": "#ffffff", "ink": "#1b1c20", "soft": "#5d626d", "line": "#e2dfd7", "run0": "#c2410c", "run1": "#0b6e69", "run2": "#5b4bb5",
@@ -168,7 +168,7 @@ def chart(
         return _svg(figure, title)
 
 
-def intervals(title: str, rows: Sequence[tuple[str, str, Figure]]) -> Markup:
+def intervals(title: str, rows: Sequence[tuple[str, str, Estimate]]) -> Markup:
     """Return figures of one measure as dots with their intervals on a common axis.
 
     Args:

@@ -10,28 +10,28 @@ from PIL import Image
 
 from ambient_sd.audit.shares import COPIES
 from ambient_sd.reporting import pages
+from ambient_sd.utils.estimate import Estimate
 
 _ROWS = 16  # prompts whose images are shown
-COLUMNS = (
-    (COPIES, "copy rate", 100, ".1f", " %"), ("copied", "d1/d2 < 1/3", 100, ".1f", " %"), ("similarity", "similarity, 95th pct.", 1, ".3f", ""),
-    ("alignment", "alignment x 1000", 1, ".2f", ""), ("hits", "5-way prompt accuracy", 100, ".0f", " %"),
-    ("distance", "Fréchet distance", 1, ".1f", ""), ("seconds", "CPU s/image", 1, ".2f", ""),
-)  # fmt: skip
+# Key, head, digits, factor, unit.
+COLUMNS: tuple[tuple[str, str, int, float, str], ...] = (
+    (COPIES, "copy rate", 1, 100, " %"),
+    ("copied", "d1/d2 < 1/3", 1, 100, " %"),
+    ("similarity", "similarity, 95th pct.", 3, 1, ""),
+    ("alignment", "alignment x 1000", 2, 1, ""),
+    ("hits", "5-way prompt accuracy", 0, 100, " %"),
+    ("distance", "Fréchet distance", 1, 1, ""),
+    ("seconds", "CPU s/image", 2, 1, ""),
+)
 MEMORY = "peak memory MB"
-
-
-def cell(figure: Mapping[str, Any] | None, factor: float, form: str, unit: str) -> str:
-    """Return a figure with its interval, or a hyphen where it was not measured."""
-    if figure is None:
-        return "-"
-    value, low, high = (format(figure[key] * factor, form) for key in ("value", "low", "high"))
-    return f"{value}{unit} [{low}, {high}]"
 
 
 def row(found: Mapping[str, Any]) -> list[str]:
     """Return the cells of a mitigation: `COLUMNS`, then the memory."""
     peak = found.get("peak_memory_mb")
-    cells = [cell(found["figures"].get(key), factor, form, unit) for key, _, factor, form, unit in COLUMNS]
+    cells = [
+        Estimate.from_dict(found["figures"][key]).show(digits, factor, unit) for key, _, digits, factor, unit in COLUMNS
+    ]
     return [*cells, "-" if peak is None else f"{peak:.0f}"]
 
 
@@ -55,7 +55,7 @@ def _detector(one: Mapping[str, Any]) -> list[object]:
         one["detector"],
         one["steps"],
         one["generations"],
-        *(cell(figure, 1, ".3f", "") for figure in one["figures"]),
+        *(Estimate.from_dict(figure).show() for figure in one["figures"]),
     ]
 
 
@@ -103,16 +103,10 @@ def _context(
     }  # fmt: skip
 
 
-def _copies(found: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    figures = found["figures"]
-    return figures.get(COPIES) or figures.get("copied")
-
-
 def _best(result: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return the first model and its mitigation of the fewest copies, if there is another than none."""
     for model, found in result["models"].items():
-        rates = {name: figure["value"] for name, one in found["mitigations"].items()
-                 if name != "none" and (figure := _copies(one)) is not None}  # fmt: skip
+        rates = {name: one["figures"][COPIES]["value"] for name, one in found["mitigations"].items() if name != "none"}
         if rates:
             return model, min(rates, key=lambda name: rates[name])
     return None
@@ -123,10 +117,6 @@ def _answer(result: Mapping[str, Any], best: tuple[str, str] | None) -> str:
         return f"{len(result['models'])} models were compared, without a mitigation."
     model, name = best
     rows = result["models"][model]["mitigations"]
-    figure = _copies(rows[name])
-    assert figure is not None
-    said = (
-        f"On {model}, {name} leaves the fewest copies: {100 * figure['value']:.0f} % of the images of memorized prompts"
-    )
-    none = _copies(rows["none"]) if "none" in rows else None
-    return said + (f", against {100 * none['value']:.0f} % without a mitigation." if none is not None else ".")
+    rate = {kept: f"{100 * rows[kept]['figures'][COPIES]['value']:.0f} %" for kept in (name, "none") if kept in rows}
+    said = f"On {model}, {name} leaves the fewest copies: {rate[name]} of the images of memorized prompts"
+    return said + (f", against {rate['none']} without a mitigation." if "none" in rate else ".")

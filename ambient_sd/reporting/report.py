@@ -13,12 +13,13 @@ from typing import Any
 from PIL import Image
 
 from ambient_sd.audit.decision import Decided
-from ambient_sd.audit.metrics import MEMORIZED_RATIO, Figure, Row, difference, memorized
+from ambient_sd.audit.metrics import MEMORIZED_RATIO, Row, difference, memorized
 from ambient_sd.audit.neighbours import Neighbours
 from ambient_sd.audit.record import is_share
 from ambient_sd.audit.shares import COPIES, RETURNED
 from ambient_sd.reporting.pages import Next
 from ambient_sd.utils.errors import UserError
+from ambient_sd.utils.estimate import Estimate
 
 # --- what a report holds ---------------------------------------------------------------------------------------------
 
@@ -350,12 +351,12 @@ def _number(value: float, name: str, signed: bool = False) -> str:
     return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
 
 
-def show(figure: Figure, signed: bool = False) -> str:
+def show(figure: Estimate, signed: bool = False) -> str:
     """Write a figure's value: shares in per cent, KID in thousandths, others with three digits."""
     return _number(figure.value, figure.name, signed) + unit_of(figure.name)[1]
 
 
-def span(figure: Figure) -> str:
+def span(figure: Estimate) -> str:
     """Write the interval of a figure, in its unit."""
     return f"{_number(figure.low, figure.name)} to {_number(figure.high, figure.name)}"
 

@@ -224,10 +224,8 @@ def test_a_norm_beside_the_bases_finds_what_the_norm_alone_cannot_tell() -> None
 
 
 def test_hostile_prompts_are_text_on_the_page(tmp_path: Path) -> None:
-    figure = {"value": 0.5, "low": 0.4, "high": 0.6}
-    figures: dict[str, Any] = dict.fromkeys(
-        ("copied", "similarity", "alignment", "hits", "distance", "seconds"), figure
-    )
+    figure = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10}
+    figures: dict[str, Any] = dict.fromkeys((name for name, *_ in compare_page.COLUMNS), figure)
     result = {
         "settings": {}, "command": HOSTILE, "prompts": 1, "mitigated_prompts": [HOSTILE],
         "models": {"a": {"memorized_prompts": 1, "ordinary_prompts": 0, "clear_prompts": 0, "between": 0, "detectors": [],
@@ -237,8 +235,7 @@ def test_hostile_prompts_are_text_on_the_page(tmp_path: Path) -> None:
     text = compare_page.write(tmp_path / "c.html", result, [Image.new("RGB", (4, 4))], shown).read_text()
     assert "<script>" not in text
     assert "&lt;script&gt;" in text
-    # By the decision nothing was measured here: an earlier version's figures have an empty cell, not a number.
-    assert "| none | - | 50.0 % [40.0, 60.0] | 0.500" in compare_page.tables(result)
+    assert "| none | 50.0 % [40.0, 60.0] | 50.0 % [40.0, 60.0] | 0.500" in compare_page.tables(result)
 
 
 def test_copies_in_other_colours_are_counted_beside_those_by_the_published_measure(tmp_path: Path) -> None:

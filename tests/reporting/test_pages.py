@@ -73,7 +73,7 @@ def sample(path: Path, text: str) -> Path:
 
 
 def compare(path: Path, text: str) -> Path:
-    figure = {"value": 0.5, "low": 0.4, "high": 0.6}
+    figure = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10}
     one = {"rule": text, "figures": {name: figure for name, *_ in compare_page.COLUMNS}, "peak_memory_mb": 12.0}
     detector = {"detector": text, "steps": 1, "generations": 2, "figures": [figure, figure]}
     result = {
