@@ -64,7 +64,7 @@ def sample(path: Path, text: str) -> Path:
     attribution = {"words": [text, ""], "word_scores": [2.0, 1.0], "padding_score": 0.1}
     record: dict[str, Any] = {
         "file": "images/a.png", "prompt": text, "prompt_index": 0, "image_index": 0, "model": text, "adapter": text, "base_above": 1.0,
-        "base": text, "sampler": text, "num_inference_steps": 5, "guidance_scale": 4.0, "seed": 0, "policy": None, "when": "always",
+        "base": text, "sampler": text, "num_inference_steps": 5, "guidance_scale": 4.0, "run_seed": 0, "policy": None, "when": "always",
         "score": 12.0, "curve": [12.0], "flagged": True, "threshold": 10.0, "threshold_origin": text, "undecided": text, "mitigated": True,
         "first_score_before": 1.0, "first_score_after": 0.5, "decision_score": 1.0, "truncated": True, "nsfw": False, "attribution": attribution,
     }  # fmt: skip
