@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -18,9 +19,10 @@ from report_tools import HOSTILE, Page, image, report, run
 
 from ambient_sd.data.noise_level import Levels
 from ambient_sd.data.sources import Fault
-from ambient_sd.reporting import charts, compare_page, inspect_page, level_page, pages, sample_page
+from ambient_sd.reporting import charts, compare_page, inspect_page, level_page, next_steps, pages, sample_page
 from ambient_sd.reporting.audit_page import write_report
 from ambient_sd.reporting.report import TokenAttribution
+from ambient_sd.utils.errors import UserError
 
 FOLDER = Path(pages.__file__).parent
 EVIL = HOSTILE + "$x_1$"
@@ -192,3 +194,37 @@ def test_nothing_is_wider_than_a_phone(make: Make, tmp_path: Path) -> None:
         with Image.open(shot) as seen:
             shots.append(seen.convert("RGB"))
     assert shots[0].width == 390
+
+
+# --- the commands to run next
+
+
+def offered() -> list[str]:
+    """Every command that a page may offer, but for those of the trainer's script."""
+    model = {"model": "base", "adapter": "my lora", "num_inference_steps": 20, "guidance_scale": 4.0}
+    kinds = ("copies", "copies-otherwise", "no-copies", "no-background")
+    steps = [step for kind in kinds for of in (model, None) for step in next_steps.after_audit(kind, of)]
+    return [step.command for step in (*steps, *next_steps.after_demo()) if step.command.startswith("ambient-sd")]
+
+
+def test_the_commands_that_pages_offer_are_understood(tmp_path: Path) -> None:
+    from ambient_sd.cli import make_parser
+
+    lines = offered()
+    for make in ALL:
+        page = make(tmp_path / "p.html", "words").read_text("utf-8")
+        codes = [html.unescape(line) for line in re.findall(r'<pre class="copy"><code>(.*?)</code>', page)]
+        lines += [line for line in codes if line.startswith("ambient-sd ")]
+    verbs = set()
+    for line in lines:
+        words = shlex.split(line)[1:]
+        if words[:2] != ["demo", "title"] and words[:2] != ["demo", "words"]:  # the made-up reports' own
+            verbs.add(make_parser().parse_args(words).verb)
+    assert verbs >= {"audit", "calibrate", "sample", "push", "inspect", "level"}
+    with pytest.raises(UserError):
+        make_parser().parse_args(["audit", "--no-such-flag"])
+
+
+def test_a_clean_audit_of_given_images_asks_for_nothing() -> None:
+    assert next_steps.after_audit("no-copies", None) == []
+    assert len(next_steps.after_audit("copies", None)) == 2
