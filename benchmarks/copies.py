@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ambient_sd.assets import BASE, PICTURES
 from ambient_sd.audit.decision import SAME, CopyDecision, discoveries
-from ambient_sd.audit.features import MIRROR, as_rgb, embed
+from ambient_sd.audit.features import MIRROR, embed
 from ambient_sd.audit.neighbours import Neighbours
 from ambient_sd.audit.originals import originals
 from ambient_sd.audit.registry import choose
@@ -33,6 +33,7 @@ from ambient_sd.data.sources import load_rows
 from ambient_sd.sampling import Request, SamplingConfig, generate, load_pipeline
 from ambient_sd.utils.estimate import wilson
 from ambient_sd.utils.files import atomic_write
+from ambient_sd.utils.sheets import as_rgb
 from experiments.transformations import TRANSFORMATIONS, transformed
 
 SERIES, MEMBERS = 24, 12

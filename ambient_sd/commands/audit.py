@@ -63,6 +63,7 @@ from ambient_sd.audit.stored import missing_features, recall
 from ambient_sd.commands.sample import SampleSettings, sample
 from ambient_sd.data.sources import ImageDataset, load_rows, not_listed, refuse_unlisted
 from ambient_sd.data.stream import drawn
+from ambient_sd.reporting.audit_page import write_report
 from ambient_sd.reporting.report import (
     Histogram,
     Report,
@@ -71,7 +72,6 @@ from ambient_sd.reporting.report import (
     TokenAttribution,
     find,
     ratio_histogram,
-    write_report,
 )
 from ambient_sd.sampling import (
     SamplingConfig,
