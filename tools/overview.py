@@ -17,7 +17,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.results import Estimate, points, sides
+from ambient_sd.utils.estimate import Estimate
+from experiments.results import points, sides
 
 SHOWN: Mapping[str, tuple[str, dict[str, Any]]] = {
     "plain": ("plain", {"color": "black", "marker": "o", "lw": 2.2}),
@@ -49,7 +50,7 @@ def _pairs(folder: Path) -> list[dict[str, Any]]:
 
 def _place(row: Mapping[str, Any], measure: str) -> Place:
     figures = row["figures"]
-    return Estimate.of(figures[measure]), Estimate.of(figures["distance"])
+    return Estimate.from_dict(figures[measure]), Estimate.from_dict(figures["distance"])
 
 
 def panel(axes: Any, folder: Path, measure: str) -> None:
