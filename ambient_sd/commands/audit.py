@@ -79,6 +79,7 @@ from ambient_sd.sampling import (
     check_images_per_prompt,
     digest,
     from_main,
+    image_seed,
     label,
     load_pipeline,
     processes,
@@ -665,14 +666,15 @@ def _attributions(settings: AuditSettings, generated: Generated, decided: Decide
     for prompt, copy in zip(generated.prompts, decided.copy.tolist(), strict=True):
         copies[prompt] = copies.get(prompt, 0) + int(copy)
     order = sorted(ranks, key=lambda prompt: (sum(ranks[prompt]) / len(ranks[prompt]), prompt))
+    places = {prompt: place for place, prompt in enumerate(ranks)}
     pipe = load_pipeline(config)
     sampling = config.describe(pipe)
     pulls = []
     for prompt in order[: settings.attribution]:
         try:
             seen = attribute(
-                pipe, prompt, num_inference_steps=config.num_inference_steps, seed=config.seed,
-                guidance_scale=config.guidance_scale, height=sampling.height, width=sampling.width,
+                pipe, prompt, num_inference_steps=config.num_inference_steps, 
+                seed=image_seed(config.seed, places[prompt]), guidance_scale=config.guidance_scale, height=sampling.height, width=sampling.width,
             )  # fmt: skip
         except (
             UserError
