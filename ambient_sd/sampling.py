@@ -398,6 +398,8 @@ def generate(
     """
 
     def sample(batch: Sequence[Request], options: dict[str, Any]) -> list[Sampled]:
+        if guard is not None:
+            guard.image_indices = [r.image_index for r in batch]
         with contextlib.nullcontext() if guard is None or active_guard(pipe) is guard else guard:
             out = pipe([r.prompt for r in batch], output_type="pil" if decode else "latent", **options)
         images = out.images if decode else [None] * len(batch)
