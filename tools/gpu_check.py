@@ -445,8 +445,8 @@ def embedded_pipeline() -> Any:
 def with_policies(ctx: Context, pipe: Any, keep: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:
     """Draw with every policy; return the images by name."""
     from ambient_sd import MemorizationGuard
+    from ambient_sd.guard.by_name import available
     from ambient_sd.guard.policies import Compose, OppositeGuidance, StaticTransition
-    from ambient_sd.guard.policies.by_name import available
 
     makers: dict[str, Callable[[], Any]] = {
         name: (lambda kind=kind, name=name: kind(**POLICIES.get(name, {})))

@@ -17,12 +17,13 @@ it too, in any case. Nothing heavy is imported before a feature is made, so that
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ambient_sd.utils.errors import UserError
+from ambient_sd.utils.settings import check, option
 
 if TYPE_CHECKING:
     import torch
@@ -47,14 +48,7 @@ DEFAULT = (
     "edges",
     "efflite0",
 )  # not what happens to be installed: one command, one verdict everywhere
-WEIGHTS = {
-    "sscd": ("FILE", "SSCD as TorchScript or ONNX, for sscd, sscd-wen and sscd-han"),
-    "dinov2": (
-        "MODEL",
-        "DINOv2, folder or hub id, for example facebook/dinov2-giant, for dinov2 and dinov2-paper (whose thresholds are the published ones)",
-    ),
-    "inception": ("FILE", "Inception-v3 as TorchScript"),
-}
+WEIGHTS = ("sscd", "dinov2", "inception")
 MAX_PIXELS = 256
 _LABELS = {
     "efflite0": "EffLite0", "sscd": "SSCD", "sscd-wen": "SSCD-wen", "sscd-han": "SSCD-han", "dinov2": "DINOv2",
@@ -105,30 +99,41 @@ def _weights(label: str) -> str:
     return label.lower().partition("-")[0]
 
 
-def add_features(parser: argparse.ArgumentParser, note: str = "") -> None:
-    """Give a command the flag `--features` and those of weights; `chosen` reads them."""
-    parser.add_argument("--features", default=None, metavar="NAME,...",
-                        help=f"of {', '.join(NAMES)}; {note}(default: {', '.join(DEFAULT)}, and those whose weights are given)")  # fmt: skip
-    for name, (metavar, text) in WEIGHTS.items():
-        parser.add_argument(f"--{name}", default=None, metavar=metavar, help=text)
+@dataclass(frozen=True)
+class FeatureOptions:
+    """Name features, and the weights of those that need them.
 
-
-def chosen(args: argparse.Namespace) -> tuple[list[str], dict[str, str | None]]:
-    """Return names and weights as `choose` takes them.
-
-    Raises:
-        UserError: a name is unknown or there twice, or weights are given for a feature that is not asked for.
+    Example:
+        >>> FeatureOptions(features="pixels,edges").chosen()[0]
+        ['pixels', 'edges']
     """
-    files: dict[str, str | None] = {name: getattr(args, name) for name in WEIGHTS}
-    given = [name for name, file in files.items() if file]
-    if args.features is None:
-        return [*DEFAULT, *given], files
-    names = [name.strip() for name in args.features.split(",") if name.strip()]
-    weighed = {_weights(name) for name in labels(names)}
-    if unused := [name for name in given if name not in weighed]:
-        raise UserError(f"--{unused[0]} without {unused[0]} among the features",
-                        remedy=f"add it: --features {args.features},{unused[0]}")  # fmt: skip
-    return names, files
+
+    # fmt: off
+    features: str | None = option(None, f"of {', '.join(NAMES)} (default: {', '.join(DEFAULT)}, and those whose weights are given)", metavar="NAME,...")
+    sscd: str | None = option(None, "SSCD as TorchScript or ONNX, for sscd, sscd-wen and sscd-han", metavar="FILE")
+    dinov2: str | None = option(None, "DINOv2, folder or hub id, for example facebook/dinov2-giant, for dinov2 and dinov2-paper (whose thresholds are the published ones)", metavar="MODEL")
+    inception: str | None = option(None, "Inception-v3 as TorchScript", metavar="FILE")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def chosen(self) -> tuple[list[str], dict[str, str | None]]:
+        """Return names and weights as `choose` takes them.
+
+        Raises:
+            UserError: a name is unknown or there twice, or weights are given for a feature that is not asked for.
+        """
+        files = {name: getattr(self, name) for name in WEIGHTS}
+        given = [name for name, file in files.items() if file]
+        if self.features is None:
+            return [*DEFAULT, *given], files
+        names = [name.strip() for name in self.features.split(",") if name.strip()]
+        weighed = {_weights(name) for name in labels(names)}
+        if unused := [name for name in given if name not in weighed]:
+            raise UserError(f"--{unused[0]} without {unused[0]} among the features",
+                            remedy=f"add it: --features {self.features},{unused[0]}")  # fmt: skip
+        return names, files
 
 
 def choose(

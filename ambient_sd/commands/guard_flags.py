@@ -18,7 +18,7 @@ class _HelpWithPolicies(argparse.Action):
     """Print the help with the policies that there are at its end."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from ambient_sd.guard.policies.by_name import listing
+        from ambient_sd.guard.by_name import listing
 
         parser.epilog = "policies and their settings, for --policy NAME[:key=value,...]:\n" + listing().replace(
             "%", "%%"

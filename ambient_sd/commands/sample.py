@@ -35,9 +35,9 @@ from ambient_sd import __version__
 from ambient_sd.families.guidance import distilled
 from ambient_sd.guard.attribution import TokenGradients
 from ambient_sd.guard.base_above import acting_base
+from ambient_sd.guard.by_name import make
 from ambient_sd.guard.calibration import Calibration, ModelFingerprint
 from ambient_sd.guard.pipeline import threshold_file
-from ambient_sd.guard.policies.by_name import make
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard
 from ambient_sd.guard.scores import Space
 from ambient_sd.reporting.report import contact_sheet, escaped

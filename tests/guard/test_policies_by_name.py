@@ -6,8 +6,7 @@ from typing import Literal
 
 import pytest
 
-from ambient_sd.guard import policies
-from ambient_sd.guard.policies import by_name
+from ambient_sd.guard import by_name, policies
 from ambient_sd.guard.policies.base import Policy
 from ambient_sd.utils.errors import UserError
 
