@@ -15,6 +15,7 @@ SCHEDULERS = {
     "pndm": "PNDMScheduler",
 }  # fmt: skip
 DTYPES = ("float32", "float16", "bfloat16")
+MOST_IMAGES = 1009  # of a prompt: seeds of more would collide (`ambient_sd.sampling.image_seed`)
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def wait(ctx: Context) -> None:
 
 def config(ctx: Context, name: str, **values: Any) -> Any:
     """Return the settings of a short run on the embedded base and its 60 images."""
-    from ambient_sd.commands.demo import TRAINING
+    from ambient_sd.commands.demo.work import TRAINING
     from ambient_sd.training.config import TrainConfig
 
     folder = Path(tempfile.mkdtemp(prefix=name, dir=ctx.work)) / "run"
@@ -908,7 +908,7 @@ def prepare() -> None:
     sys.path.insert(0, str(ROOT))
     import torch  # noqa: F401
 
-    import ambient_sd.commands.demo
+    import ambient_sd.commands.demo.work
     import ambient_sd.training.loop  # noqa: F401
     from ambient_sd.utils.quiet import quiet
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ambient_sd.sampling_options import MOST_IMAGES
 from ambient_sd.utils.settings import REQUIRED, option
 
 
@@ -17,7 +18,7 @@ class SharedOptions:
     output_dir: Path = option(REQUIRED, "folder for everything that is written", alias="out")
     overwrite: bool = option(False, "remove what an earlier run of this command left in the folder, and begin anew")
     prompts: Path | None = option(None, 'file of prompts: .jsonl with {"prompt": ...} rows, or text, one a line', metavar="FILE")
-    num_images_per_prompt: int = option(4, "images of each prompt", low=1)
+    num_images_per_prompt: int = option(4, "images of each prompt", low=1, high=MOST_IMAGES)
     num_prompts: int = option(0, "prompts that are sampled at most; 0: all", low=0)
     heldout: str | None = option(None, "real images of the same kind that no model has seen: what is hit by chance, and how good images can be", metavar="DATA")
     heldout_split: str | None = option(None, "split of the held-out images")

@@ -145,7 +145,7 @@ class TrainConfig:
     checkpoints_total_limit: int | None = option(None, "keep only that many newest checkpoints", group="checkpoints", low=1)
     resume_from_checkpoint: str | None = option(None, "a checkpoint folder, or `latest`: the newest whole one in output_dir (none yet: start anew)", group="checkpoints")
 
-    output_dir: str = option("sd-model-finetuned", "receives the pipeline or pytorch_lora_weights.safetensors, " + CONFIG_NAME + ", checkpoints, logs", group="output")
+    output_dir: str = option("sd-model-finetuned", "folder for everything that is written: the pipeline or pytorch_lora_weights.safetensors, " + CONFIG_NAME + ", checkpoints, logs", group="output", alias="out", metavar="PATH")
     report_to: str = option("tensorboard", "where curves go; all: wherever a package is installed for", group="output", choices=("tensorboard", "wandb", "all", "none"))
     tracker_project_name: str = option("text2image-fine-tune", "name under which curves are kept", group="output")
     logging_dir: str = option("logs", "folder of the TensorBoard files, inside output_dir", group="output")

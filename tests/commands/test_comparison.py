@@ -19,8 +19,9 @@ from PIL import Image, ImageOps
 
 from ambient_sd.assets import BASE, PICTURES
 from ambient_sd.cli import main, make_parser
-from ambient_sd.commands import compare as comparison
-from ambient_sd.commands.compare import (
+from ambient_sd.commands.compare import CompareSettings
+from ambient_sd.commands.compare import work as comparison
+from ambient_sd.commands.compare.work import (
     MITIGATIONS,
     detector_figures,
     ordinary_scores,
@@ -103,8 +104,8 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     images, captions = [r.image for r in rows], sorted(r.caption for r in rows)
     images = [images[[r.caption for r in rows].index(caption)] for caption in captions]
     folder = tmp_path_factory.mktemp("drawn")
-    settings = comparison.Settings(
-        {"a": str(BASE)}, str(BASE), folder, 64, generations=2, steps=2, guidance_scale=7.5
+    settings = CompareSettings(
+        {"a": str(BASE)}, str(BASE), folder, 64, num_images_per_prompt=2, num_inference_steps=2, guidance_scale=7.5
     )  # fmt: skip
     config = comparison.config_of(settings, str(BASE))
     requests, pipe = requests_for(captions, 2), load_pipeline(config)
@@ -253,7 +254,7 @@ def test_hostile_prompts_are_text_on_the_page() -> None:
 def test_copies_in_other_colours_are_counted_beside_those_by_the_published_measure(tmp_path: Path) -> None:
     rows = load_rows(PICTURES, split="finetune").subset(range(0, 1000, 25))
     reals = comparison.read_reals(rows, load_rows(PICTURES, split="heldout").subset(range(0, 320, 8)))
-    settings = comparison.Settings({"a": str(BASE)}, str(BASE), tmp_path, 64, generations=1)
+    settings = CompareSettings({"a": str(BASE)}, str(BASE), tmp_path, 64, num_images_per_prompt=1)
 
     def judge(images: Any, own: Any, captions: Any) -> Any:
         return types.SimpleNamespace(value=torch.zeros(len(own)), hit=torch.zeros(len(own)))

@@ -19,8 +19,9 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
 from ambient_sd.cli import main
-from ambient_sd.commands import sample
-from ambient_sd.commands.sample import SampleSettings, read_record
+from ambient_sd.commands.sample import SampleSettings
+from ambient_sd.commands.sample import work as sample
+from ambient_sd.commands.sample.work import read_record
 from ambient_sd.sampling import SamplingConfig, image_seed, load_pipeline
 from ambient_sd.utils.errors import UserError
 
