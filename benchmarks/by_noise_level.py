@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ambient_sd.audit.features import Edges, Pixels, embed
+from ambient_sd.audit.features import embed
 from ambient_sd.audit.metrics import bootstrap
 from ambient_sd.audit.neighbours import nearest
+from ambient_sd.audit.registry import choose
 from ambient_sd.guard.base_above import BaseAbove
 from ambient_sd.reporting.report import contact_sheet, cut_sheet
 from ambient_sd.sampling import load_pipeline
@@ -124,7 +125,7 @@ def measured(
     with around():
         images = sample(pipe, prompts, config_of("", Path(), False, plan.sampling, resolution, seed))
     figures, _ = measure_samples(images, prompts, reals, seed)
-    standardized, edges = Pixels(standardized=True), Edges()
+    standardized, edges = choose(["standardized", "edges"])
     found, known = embed(images, [standardized, edges]), embed(reals.images, [standardized, edges])
     ratio = nearest(found[standardized.name], known[standardized.name]).ratio
     mine = torch.tensor([list(reals.captions).index(prompt) for prompt in prompts])
@@ -140,7 +141,7 @@ def measured(
 
 def _by_chance(reals: Reals) -> int:
     """Return how many held-out images would count as copies by the looser rule."""
-    standardized = Pixels(standardized=True)
+    (standardized,) = choose(["standardized"])
     unseen, known = (
         embed(images, [standardized])[standardized.name] for images in (reals.heldout_images, reals.images)
     )

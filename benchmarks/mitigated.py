@@ -25,11 +25,12 @@ from ambient_sd.commands.compare.work import MITIGATIONS, OrdinaryScores, ordina
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.sampling import generate, requests_for
 from ambient_sd.utils.errors import UserError, exits_on_user_error
+from ambient_sd.utils.estimate import Estimate
 from ambient_sd.utils.files import atomic_write
 from ambient_sd.utils.quiet import quiet
 from experiments.measures import Reals, config_of
 from experiments.plan import Sampling, read_plan
-from experiments.results import Estimate, share, where_as_good
+from experiments.results import share, where_as_good
 
 
 @exits_on_user_error
@@ -84,9 +85,11 @@ def beside_plain(plain: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]
     for row in rows:
         figures, cells = row["figures"], []
         for measure in shown:
-            line = [(Estimate.of(p["figures"][measure]), Estimate.of(p["figures"]["distance"])) for p in plain]
+            line = [
+                (Estimate.from_dict(p["figures"][measure]), Estimate.from_dict(p["figures"]["distance"])) for p in plain
+            ]
             there = where_as_good(line, figures["distance"]["value"])
-            cells += [share(Estimate.of(figures[measure])), "" if there is None else share(there)]
+            cells += [share(Estimate.from_dict(figures[measure])), "" if there is None else share(there)]
         lines.append(f"| {row['name']} | {figures['distance']['value']:.1f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

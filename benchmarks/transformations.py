@@ -19,12 +19,12 @@ import torch
 from ambient_sd.assets import PICTURES
 from ambient_sd.audit.features import embed
 from ambient_sd.audit.registry import FeatureOptions, choose
-from ambient_sd.audit.transformations import detection, embed_all, table
 from ambient_sd.data.conditions import split_condition
 from ambient_sd.data.sources import load_rows
 from ambient_sd.utils.errors import exits_on_user_error
 from ambient_sd.utils.files import atomic_write
 from ambient_sd.utils.settings import add_flags, from_flags
+from experiments.transformations import detection, embed_all, table
 
 
 @exits_on_user_error

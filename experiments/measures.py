@@ -23,15 +23,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ambient_sd.audit.decision import HELDOUT, CopyDecision
-from ambient_sd.audit.features import Edges, EffLite0, Features, Pixels, embed
-from ambient_sd.audit.metrics import Figure, bootstrap, memorized, memorized_fraction, quality_rows
+from ambient_sd.audit.decision import CopyDecision
+from ambient_sd.audit.features import Features, embed
+from ambient_sd.audit.metrics import bootstrap, memorized, memorized_fraction, quality_rows
 from ambient_sd.audit.neighbours import nearest
+from ambient_sd.audit.registry import choose
 from ambient_sd.audit.shares import COPIES, copy_rate
 from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import drawn, keyed_generator
 from ambient_sd.sampling import SamplingConfig, generate, requests_for
 from ambient_sd.schedule import NoiseSchedule
+from ambient_sd.utils.estimate import Estimate
 from experiments.denoised import embedded, predicted_x0
 from experiments.plan import Sampling
 
@@ -51,22 +53,24 @@ class Reals:
     heldout_captions: Sequence[str]
     features: Sequence[Features]
     labels: Sequence[Hashable] | None = None
+    vae: Any = None
+    side: int = 0
 
     @cached_property
     def decision(self) -> CopyDecision:
         """The definition of a copy of these images; made once, at the first samples."""
-        return CopyDecision(self.images, self.labels, {HELDOUT: self.heldout_images})
+        return CopyDecision.of(self.images, self.labels, heldout=self.heldout_images, vae=self.vae, side=self.side)
 
 
-def read_reals(training: ImageDataset, heldout: ImageDataset) -> Reals:
-    """Embed both sets."""
+def read_reals(training: ImageDataset, heldout: ImageDataset, vae: Any = None, side: int = 0) -> Reals:
+    """Embed both sets; `vae` and `side`: as in `CopyDecision.of`."""
     training.fingerprint()  # fills in the keys that tell equal images
     rows = training.one_of_each()
-    features: list[Features] = [Pixels(), EffLite0(), Pixels(16), Edges()]
+    features = choose(["pixels", "efflite0", "pixels16", "edges"], device="cpu" if vae is None else vae.device)
     images, unseen = [training[i].image for i in rows], [row.image for row in heldout]
     return Reals(
         embed(images, features), embed(unseen, features), images, [training.captions[i] for i in rows], unseen,
-        heldout.captions, features, [training.noise_keys[i] for i in rows],
+        heldout.captions, features, [training.noise_keys[i] for i in rows], vae, side,
     )  # fmt: skip
 
 
@@ -99,7 +103,7 @@ def sample(pipe: Any, prompts: Sequence[str], config: SamplingConfig) -> list[Im
 
 def measure_samples(
     images: Sequence[Image.Image], prompts: Sequence[str], reals: Reals, seed: int, resamples: int = 1000
-) -> tuple[dict[str, Figure], dict[str, list[Any]]]:
+) -> tuple[dict[str, Estimate], dict[str, list[Any]]]:
     """Return the figures of sampled images; intervals resample prompts (images, where none is given).
 
     Returns:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 
 from ambient_sd.audit.decision import RULE
 from ambient_sd.audit.shares import COPIES
@@ -39,6 +40,7 @@ from ambient_sd.training.loop import open_images, plan_run
 from ambient_sd.training.loop import run as train
 from ambient_sd.utils.errors import UserError, exits_on_user_error, one_line
 from ambient_sd.utils.files import atomic_write, json_safe
+from ambient_sd.utils.hub_ids import resolve_model_id
 from ambient_sd.utils.output_folder import OutputFolder
 from ambient_sd.utils.quiet import quiet
 from ambient_sd.utils.settings import REQUIRED, Parser, add_flags, check, from_flags, option
@@ -131,9 +133,7 @@ def do_run(plan: Plan, run: Run, out: Path, threads: int, position: int = 0) -> 
             })  # fmt: skip
         last = _read_step(folder, plan.measure_at[-1])
         figures = last["figures"]
-        copies = f"d1/d2 {figures['copied']['value']:.1%}"
-        if COPIES in figures:  # a step that an older version measured has none
-            copies = f"copies {figures[COPIES]['value']:.1%} ({copies})"
+        copies = f"copies {figures[COPIES]['value']:.1%} (d1/d2 {figures['copied']['value']:.1%})"
         return f"{run.name}: {copies}, distance {figures['distance']['value']:.1f}"
 
 
@@ -255,7 +255,7 @@ def _check_step(step: Any) -> None:
             for key in ("value", "low", "high", "n")
         ):
             raise TypeError("figure")
-    missing = {"copied", "copied-coarsely", "ratio", "distance", "distance floor", "kid"} - set(step["figures"])
+    missing = {COPIES, "copied", "copied-coarsely", "ratio", "distance", "distance floor", "kid"} - set(step["figures"])
     curves = [step["errors"][name][key] for name in ("training", "heldout") for key in ("level", "mean")]
     if (
         missing
@@ -279,7 +279,7 @@ def write_pages(plan: Plan, out: Path) -> list[Path]:
                     for f in folders
                     if (f / "samples.png").exists()
                     and (f / "figures.json").exists()
-                    and "ratios" in _read_json(f / "figures.json")
+                    and "copies" in _read_json(f / "figures.json")
                 ]
                 if done:
                     steps.append((label, done[-1]))
@@ -308,16 +308,20 @@ def _config(plan: Plan, run: Run, out: Path, step: int | None = None) -> TrainCo
     return config
 
 
-_known: dict[tuple[str, str], Reals] = {}
+_known: dict[tuple[object, ...], Reals] = {}
 
 
 def open_reals(plan: Plan, config: TrainConfig) -> Reals:
     """Return the embedded real images of a run; the next run on the same ones in this process finds them embedded."""
     training, heldout = open_images(config), _heldout(plan, config)
-    key = training.fingerprint(), heldout.fingerprint()
+    base = resolve_model_id(str(config.pretrained_model_name_or_path))
+    key = training.fingerprint(), heldout.fingerprint(), base, config.resolution
     if key not in _known:
+        vae: Any = AutoencoderKL.from_pretrained(base, subfolder="vae").eval()
         _known.clear()
-        _known[key] = read_reals(training, heldout)
+        _known[key] = read_reals(
+            training, heldout, vae.to("cuda" if torch.cuda.is_available() else "cpu"), config.resolution
+        )
     return _known[key]
 
 

@@ -114,8 +114,9 @@ def level(config: TrainConfig, *, progress: bool = False) -> Levels:
     Raises:
         UserError: base or images are unusable, or too few.
     """
-    from ambient_sd.data.latents import ViewRule, encode_all
+    from ambient_sd.data.latents import encode_all
     from ambient_sd.data.noise_level import measure, representatives
+    from ambient_sd.data.views import ViewRule
     from ambient_sd.families.base import check_base
     from ambient_sd.training.loop import enlargement_note, open_images
 
@@ -127,8 +128,7 @@ def level(config: TrainConfig, *, progress: bool = False) -> Levels:
         print(f"ambient-sd: {images.unlisted} files in {images.source} are left out", file=sys.stderr, flush=True)
     rule = ViewRule(config.resolution, config.center_crop, config.random_flip, True, config.noise_seed)
     rows, total = representatives(images)
-    vae = base.load("vae").requires_grad_(False).eval()
-    x0 = encode_all(vae, images, rule, rows, progress=progress)
+    x0 = encode_all(base.images(), images, rule, rows, progress=progress)
     return measure(x0, total=total, max_level=base.schedule.max_level)
 
 

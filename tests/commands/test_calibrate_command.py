@@ -53,11 +53,11 @@ def test_rate_asked_is_kept_at_every_number_of_steps_and_images() -> None:
         upto = 12 if entry.steps == "all" else entry.steps
         scores = ordinary[:, :, :upto].mean(dim=2)
         scores = scores.flatten() if entry.images_per_prompt == 1 else scores.mean(dim=1)
-        assert float((scores >= entry.value).double().mean()) == entry.rate == 0.05
-        assert entry.rate_low < 0.05 < entry.rate_high
+        assert float((scores >= entry.value).double().mean()) == entry.rate.value == 0.05
+        assert entry.rate.low < 0.05 < entry.rate.high
     # More evaluations and images average the noise away: the same memorized prompts are told apart better.
     assert entries[0].auc is not None and entries[-1].auc is not None and entries[0].tpr is not None
-    assert entries[0].auc < 0.9 < entries[-1].auc and entries[0].tpr < 0.5
+    assert entries[0].auc.value < 0.9 < entries[-1].auc.value and entries[0].tpr.value < 0.5
     assert entries[0].value > entries[-1].value
 
 
@@ -117,7 +117,7 @@ def test_a_run_that_was_cut_goes_on_with_the_same_result(base: Path, tmp_path: P
     resumed, _ = calibrate.calibrate(chosen)
     assert len(calls) == 3 + 1  # prompts 4 and 5, two images each
     for a, b in zip(straight.entries, resumed.entries, strict=True):
-        assert a.value == pytest.approx(b.value, rel=1e-4) and a.rate == b.rate
+        assert a.value == pytest.approx(b.value, rel=1e-4) and a.rate.value == b.rate.value
     # Another rate is another reading of the same scores.
     other, _ = calibrate.calibrate(settings(base, output_dir=tmp_path / "cut", fpr=0.4))
     assert len(calls) == 4 and other.entries[-1].value < resumed.entries[-1].value
@@ -158,8 +158,8 @@ def test_mistakes_are_one_line(
 
 def test_too_few_prompts_for_the_rate_are_said(base: Path) -> None:
     found, _ = calibrate.calibrate(settings(base, ORDINARY[:2], fpr=0.01))
-    assert "cannot show a rate of 1 %" in calibrate.table(found) and found.entries[0].rate == 0
-    assert found.entries[0].rate_high > 0.5  # two prompts say next to nothing
+    assert "cannot show a rate of 1 %" in calibrate.table(found) and found.entries[0].rate.value == 0
+    assert found.entries[0].rate.high > 0.5  # two prompts say next to nothing
 
 
 def command(base: Path, tmp_path: Path, memorized: list[str], *words: str) -> None:
@@ -235,7 +235,7 @@ def test_zero_terminal_snr_is_calibrated_on_the_steps_with_a_signal(base: Path, 
     made = calibrate.CalibrateSettings(settings(base).sampling, ORDINARY, PULLING, 0.2, 1)
     found, path = calibrate.calibrate(made)
     assert path is not None and found.evaluations == 6 and found.entries[0].steps == 1
-    assert all(entry.value > 0.01 and entry.rate <= 0.2 for entry in found.entries)
+    assert all(entry.value > 0.01 and entry.rate.value <= 0.2 for entry in found.entries)
     pipe = AmbientSDPipeline.from_pretrained(base)
     pipe.set_progress_bar_config(disable=True)
     flags = [pipe(text, num_inference_steps=7, output_type="latent", generator=torch.Generator().manual_seed(0)).memorization[0]
@@ -336,7 +336,7 @@ def test_anisotropy_is_calibrated_from_the_same_noise_without_sampling_and_asked
     scores = (norms / norms.std() + angles / angles.std()).view(6, 2)
     for entry, flagged in zip(found.entries, (scores.flatten(), scores.mean(1)), strict=True):
         # The threshold lies on a score itself, which other batches round otherwise.
-        assert entry.rate == float((flagged >= entry.value * (1 - 1e-4)).double().mean()) <= 0.2
+        assert entry.rate.value == float((flagged >= entry.value * (1 - 1e-4)).double().mean()) <= 0.2
     # Asked before sampling.
     for noises in (1, 2):
         screened = screen(pipe, ["a cat", ""], found, noises=noises, generator=torch.Generator().manual_seed(1))

@@ -416,7 +416,7 @@ def test_the_pages_commands_and_code_run_as_written(
         assert name == "ambient-sd"
         main([*words, "--device", "cpu"])
     assert read_record("mitigated/images/00000-00.png")["iterations"] == 1
-    adapters, code = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    code, adapters = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     pipe = tiny.tiny_pipeline()
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
     given = {"pipe": tiny.tiny_pipeline(), "lora": get_peft_model_state_dict(pipe.unet)}

@@ -40,9 +40,9 @@ from torch import Tensor
 
 from ambient_sd import __version__
 from ambient_sd.audit.clip_score import ClipScore
-from ambient_sd.audit.decision import EACH, HELDOUT, RATE, SAME, CopyDecision, Decided, Null, Rendition
+from ambient_sd.audit.decision import BASE, EACH, HELDOUT, RATE, RENDERED, SAME, CopyDecision, Decided, Null
 from ambient_sd.audit.embedding import EmbeddingStore
-from ambient_sd.audit.features import MIRROR, Features, as_rgb, embed
+from ambient_sd.audit.features import MIRROR, Features, embed
 from ambient_sd.audit.metrics import (
     Measurement,
     Row,
@@ -95,8 +95,6 @@ SEARCHED = (
     5000  # training images that are laid over the generated ones: beyond, those that a feature finds near, and a draw
 )
 _LEAST_P = -6  # log10, on the page
-_COARSE_VAE = 256  # pixels; of larger images an autoencoder changes nothing that is left at 64
-BASE = "images of the base model"
 _LIST = "samples.jsonl"  # of `ambient-sd sample`
 CONTENTS = ("generated", "base", "images.jsonl", "audit.json", "audit.html", FILE)
 
@@ -125,30 +123,11 @@ class Generated:
         return None if self.prompts is None or len(set(self.prompts)) == 1 else self.prompts
 
 
-class Images(Sequence[Image.Image]):
-    """Show the images of a set, each decoded when it is asked for."""
-
-    def __init__(self, rows: ImageDataset) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        image = self._rows[index]
-        if self._rows.keys and image.key != self._rows.keys[index]:
-            raise UserError(f"{image.name} in {self._rows.source} is not the image that it was",
-                            remedy="leave the images alone while they are audited")  # fmt: skip
-        return image.image
-
-
 @dataclass(frozen=True)
 class MirrorVectors:
     """Embed the mirror images of the rows that are asked for."""
 
-    images: Images
+    images: Sequence[Image.Image]
     feature: Features
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -235,12 +214,12 @@ def _audit(settings: AuditSettings, command: str) -> Audit | None:
     base = None if base_place is None else read_generated(base_place).images
     # Equal images have equal vectors: a set that repeats its images is embedded and searched once.
     different = list(range(len(training))) if stored else one_of_each(training.keys).tolist()
-    of_training = Images(training if stored else training.subset(different))
+    of_training = (training if stored else training.subset(different)).images
     known_vectors: dict[str, Any] = dict(stored or embed(of_training, features, progress=True))
     if settings.mirrored:
         known_vectors |= {feature.name + MIRROR: MirrorVectors(of_training, feature) for feature in features}
     made, real = (
-        None if rows is None else embed(Images(rows), features, progress=True, mirrored=settings.mirrored)
+        None if rows is None else embed(rows.images, features, progress=True, mirrored=settings.mirrored)
         for rows in (generated.images, heldout)
     )
     assert made is not None
@@ -333,21 +312,18 @@ def _decide(
         }
         drawn_rows = {rows[i] for i in drawn(len(rows), SEARCHED // 2, settings.seed, "searched training images")}
         rows = sorted(close | drawn_rows)
-    unseen: dict[str, Sequence[Image.Image]] = {}
-    if heldout is not None:
-        unseen[HELDOUT] = Images(heldout)
-    if base is not None:
-        unseen[BASE] = Images(base)
-    shown = Images(training.subset(rows))
-    labels = [training.noise_keys[row] for row in rows]
-    decide = CopyDecision(shown, labels, unseen, _renditions(settings), settings.mirrored, progress=True)
+    vae, side = _vae(settings)
+    decide = CopyDecision.of(
+        training.subset(rows).images, [training.noise_keys[row] for row in rows], heldout=heldout.images if heldout else (),
+        base=base.images if base else (), vae=vae, side=side, mirrored=settings.mirrored, progress=True,
+    )  # fmt: skip
     near = next((n for n in measured.neighbours.values() if n.metric == "euclidean"), None)
-    found = decide(Images(generated.images), None if near is None else memorized(near))
+    found = decide(generated.images.images, None if near is None else memorized(near))
     decided = dataclasses.replace(found, row=torch.tensor(rows)[found.row])
     background = None
     if heldout is not None:
         background = decide.background(HELDOUT)
-        background = decide(Images(heldout)).copy if background is None else background
+        background = decide(heldout.images).copy if background is None else background
     options: dict[str, Any] = {"seed": settings.seed}
     given = [
         copy_rate(decided, background, generated.groups, resamples=settings.resamples, **options),
@@ -362,35 +338,22 @@ def _decide(
     return Decision(decided, decide.rule, decide.nulls, given, groups, len(rows), chance)
 
 
-def _renditions(settings: AuditSettings) -> list[Rendition]:
-    """Return the way through the model's autoencoder, where that changes what can be seen at 64 pixels."""
+def _vae(settings: AuditSettings) -> tuple[Any, int]:
+    """Return the model's autoencoder and the side that it is sampled at; None where that is more than `RENDERED`, or it has none."""
     from diffusers import AutoencoderKL
-    from diffusers.image_processor import VaeImageProcessor
 
     config = settings.sampling
     if config is None:
-        return []
+        return None, 0
     name = resolve_model_id(config.model)
     try:
         side = config.resolution or _own_resolution(name)
-        if side > _COARSE_VAE:
-            return []
-        vae: Any = AutoencoderKL.from_pretrained(name, subfolder="vae", use_safetensors=True).to(_device(settings))
+        if side > RENDERED:
+            return None, side
+        vae: Any = AutoencoderKL.from_pretrained(name, subfolder="vae", use_safetensors=True)
     except (OSError, ValueError, KeyError):
-        return []
-    processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1))
-
-    def through(images: Sequence[Image.Image]) -> list[Image.Image]:
-        out: list[Image.Image] = []
-        with torch.no_grad():
-            for start in range(0, len(images), 16):
-                pixels = processor.preprocess([as_rgb(i) for i in images[start : start + 16]], height=side, width=side)
-                out += processor.postprocess(
-                    vae.decode(vae.encode(pixels.to(vae.device)).latent_dist.mode()).sample.cpu(), output_type="pil"
-                )
-        return out
-
-    return [through]
+        return None, 0
+    return vae.to(_device(settings)), side
 
 
 def _own_resolution(model: str) -> int:
@@ -540,17 +503,17 @@ def _aligned(
     settings: AuditSettings,
     generated: Generated,
     heldout: ImageDataset | None,
-    score: Callable[[Images, list[str]], Tensor],
+    score: Callable[[Sequence[Image.Image], list[str]], Tensor],
     name: str,
     detail: str,
 ) -> Row:
     """Estimate a mean score of images with their prompts, beside that of held-out images with their captions."""
     options: dict[str, Any] = {"name": name, "seed": settings.seed, "resamples": settings.resamples, "detail": detail}
     assert generated.prompts is not None
-    made = bootstrap(score(Images(generated.images), generated.prompts), torch.mean, groups=generated.groups, **options)
+    made = bootstrap(score(generated.images.images, generated.prompts), torch.mean, groups=generated.groups, **options)
     if heldout is None or not all(heldout.captions):
         return Row(name, made, None, None)
-    real = bootstrap(score(Images(heldout), heldout.captions), torch.mean, **options)
+    real = bootstrap(score(heldout.images, heldout.captions), torch.mean, **options)
     return Row(name, made, real, difference(made, real))
 
 
@@ -766,7 +729,7 @@ def _report(
     published = measured.neighbours[features[0].name]
     order = decided.p + 1e-6 * decided.ratio.clamp(max=1e3) - 2 * decided.copy.double()
     # Only what is shown is decoded again.
-    decoded = Images(training)
+    decoded = training.images
     samples = [
         _sample(i, generated, decoded, training.captions, decided, published, float(order[i]))
         for i in order.argsort(stable=True)[: 3 * _SHOWN].tolist()
@@ -801,7 +764,7 @@ def _model_name(config: SamplingConfig) -> str:
 
 
 def _sample(
-    i: int, generated: Generated, originals: Images, captions: Sequence[str], decided: Decided, published: Neighbours, order: float
+    i: int, generated: Generated, originals: Sequence[Image.Image], captions: Sequence[str], decided: Decided, published: Neighbours, order: float
 ) -> Sample:  # fmt: skip
     row, p = int(decided.row[i]), float(decided.p[i])
     beside = (

@@ -28,7 +28,7 @@ import torch
 
 from ambient_sd import __version__
 from ambient_sd.audit.detection import detection_figures, threshold_at
-from ambient_sd.audit.metrics import bootstrap, wilson
+from ambient_sd.audit.metrics import bootstrap
 from ambient_sd.commands.calibrate import CalibrateSettings
 from ambient_sd.guard.anisotropy import anisotropy, fitted
 from ambient_sd.guard.calibration import FILE_NAMES, AnisotropyTerms, Calibration, Detector, Entry, ModelFingerprint
@@ -47,6 +47,7 @@ from ambient_sd.sampling import (
     say_cut,
 )
 from ambient_sd.utils.errors import UserError, one_line, require_guidance
+from ambient_sd.utils.estimate import Estimate, wilson
 from ambient_sd.utils.output_folder import difference
 
 SCORES_NAME = "memorization_scores.jsonl"
@@ -163,10 +164,10 @@ def useless(calibration: Calibration) -> str | None:
             f"useless: {fewest} {kind} prompt{'s' * (fewest != 1)} cannot show that the detector tells the two kinds apart: not even a "
             "perfect AUC of so few has a 95 % interval above 0.5. Give more, a few dozen in earnest"
         )
-    best = max(calibration.entries, key=lambda e: e.auc_low or 0.0)
+    best = max((entry.auc for entry in calibration.entries if entry.auc is not None), key=lambda auc: auc.low)
     return (
-        f"useless: the detector does not tell memorized prompts from ordinary ones on this model: its best AUC is {best.auc:.3f}, 95 % "
-        f"interval [{best.auc_low:.3f}, {best.auc_high:.3f}], which reaches 0.5. A threshold would flag by chance"
+        f"useless: the detector does not tell memorized prompts from ordinary ones on this model: its best AUC is {best.value:.3f}, 95 % "
+        f"interval [{best.low:.3f}, {best.high:.3f}], which reaches 0.5. A threshold would flag by chance"
     )
 
 
@@ -211,20 +212,18 @@ def thresholds(ordinary: torch.Tensor, memorized: torch.Tensor, fpr: float, *, s
             scores, groups = _scores(ordinary, upto, images)
             value = threshold_at(scores, fpr)
             rate = bootstrap(scores >= value, torch.mean, name="FPR", groups=groups, seed=seed, share=True)
-            detection: dict[str, float] = {}
+            detection: dict[str, Estimate] = {}
             if len(memorized):
                 hits, hit_groups = _scores(memorized, upto, images)
-                figures = detection_figures(
+                area, tpr = detection_figures(
                     hits, scores, rate=_TPR_RATE, memorized_groups=hit_groups, ordinary_groups=groups, seed=seed
                 )
-                for name, figure in zip(("auc", "tpr"), figures, strict=True):
-                    detection |= {name: figure.value, f"{name}_low": figure.low, f"{name}_high": figure.high}
-                # Resampling two or three prompts gives an interval that is far too narrow.
-                few = wilson(detection["auc"], min(len(memorized), len(ordinary)))[0]
-                if min(len(memorized), len(ordinary)) < _FEW:
-                    detection["auc_low"] = min(detection["auc_low"], few)
+                if (prompts := min(len(memorized), len(ordinary))) < _FEW:
+                    # Resampling two or three prompts gives an interval that is far too narrow.
+                    area = replace(area, low=min(area.low, wilson(area.value, prompts)[0]))
+                detection = {"auc": area, "tpr": tpr}
             known: Any = steps
-            entries.append(Entry(known, images, value, rate.value, rate.low, rate.high, **detection))
+            entries.append(Entry(known, images, value, rate, **detection))
     return entries
 
 
@@ -242,9 +241,9 @@ def table(calibration: Calibration) -> str:
     for e in calibration.entries:
         steps = f"all {calibration.evaluations}" if e.steps == "all" else str(e.steps)
         lines.append([
-            steps, str(e.images_per_prompt), f"{e.value:.5g}", _percent(e.rate, e.rate_low, e.rate_high),
-            "unknown" if e.auc is None else f"{e.auc:.3f} [{e.auc_low:.3f}, {e.auc_high:.3f}]" + " useless" * (e.tells is False),
-            "-" if e.tpr is None else f"{e.tpr:.3f} [{e.tpr_low:.3f}, {e.tpr_high:.3f}]",
+            steps, str(e.images_per_prompt), f"{e.value:.5g}", e.rate.show(2, 100, " %"),
+            "unknown" if e.auc is None else e.auc.show() + " useless" * (e.tells is False),
+            "-" if e.tpr is None else e.tpr.show(),
         ])  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
@@ -265,10 +264,6 @@ def table(calibration: Calibration) -> str:
             f"{round(1 / calibration.rate_asked)} or more, a few hundred in earnest."
         )
     return text
-
-
-def _percent(value: float, low: float, high: float) -> str:
-    return f"{value * 100:.2f} % [{low * 100:.2f}, {high * 100:.2f}]"
 
 
 # --- the file of scores ----------------------------------------------------------------------------------------------

@@ -36,11 +36,12 @@ import torch
 from PIL import Image
 
 from ambient_sd.audit.alignment import DiffusionAlignment
-from ambient_sd.audit.decision import HELDOUT, RULE, CopyDecision, Decided
+from ambient_sd.audit.decision import RULE, CopyDecision, Decided
 from ambient_sd.audit.detection import detection_figures
-from ambient_sd.audit.features import EffLite0, Features, Pixels, Sscd, embed
-from ambient_sd.audit.metrics import MEMORIZED_RATIO, Figure, bootstrap, memorized, quality_rows
+from ambient_sd.audit.features import Features, embed
+from ambient_sd.audit.metrics import MEMORIZED_RATIO, bootstrap, memorized, quality_rows
 from ambient_sd.audit.neighbours import Neighbours, nearest
+from ambient_sd.audit.registry import choose, with_sscd
 from ambient_sd.audit.shares import COPIES, copy_rate
 from ambient_sd.commands.compare import CompareSettings
 from ambient_sd.data.sources import ImageDataset
@@ -63,6 +64,7 @@ from ambient_sd.sampling import (
     requests_for,
 )
 from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.estimate import Estimate
 from ambient_sd.utils.files import atomic_write
 from ambient_sd.utils.hub_ids import resolve_model_id
 from ambient_sd.utils.memory import peak_memory
@@ -231,16 +233,17 @@ class Reals:
         return next((f for f in self.features if f.distance == "cosine"), self.features[-1])
 
 
-def read_reals(training: ImageDataset, heldout: ImageDataset) -> Reals:
-    """Embed both sets; of equal images one, so that the second nearest is another image."""
+def read_reals(training: ImageDataset, heldout: ImageDataset, vae: Any = None, side: int = 0) -> Reals:
+    """Embed both sets; of equal images one, so that the second nearest is another image. `vae` and `side`: as in `CopyDecision.of`."""
     training.fingerprint()  # fills in the keys that tell equal images, if nothing has
     once = training.one_of_each()
-    features: list[Features] = [Pixels(), EffLite0(), *([Sscd()] if Sscd.available() else [])]
+    features = choose(with_sscd("pixels", "efflite0"), device="cpu" if vae is None else vae.device)
     images = [training[i].image for i in once]
     real = embed(images, features, progress=True)
     others = [row.image for row in heldout]
     unseen = embed(others, features, progress=True)
-    decision = CopyDecision(images, [training.noise_keys[i] for i in once], {HELDOUT: others}, progress=True)
+    labels = [training.noise_keys[i] for i in once]
+    decision = CopyDecision.of(images, labels, heldout=others, vae=vae, side=side, progress=True)
     return Reals(real, unseen, images, [training.captions[i] for i in once], features, decision)
 
 
@@ -390,7 +393,7 @@ def mitigation_figures(
     captions: Sequence[str],
     judge: DiffusionAlignment,
     settings: CompareSettings,
-) -> dict[str, Figure]:
+) -> dict[str, Estimate]:
     """Measure one model under one mitigation; intervals resample prompts."""
     groups = [c for c in prompts for _ in range(settings.num_images_per_prompt)]
     made = embed(samples.images, reals.features)
@@ -437,14 +440,14 @@ def compare(
         check_folder(resolve_model_id(config.model))
         config.check()
     out = _claim(settings, training, heldout)
-    reals = read_reals(training, heldout)
+    judge_pipe = load_pipeline(judging, safety_checker=False)
+    reals = read_reals(training, heldout, judge_pipe.vae, settings.resolution)
     captions = sorted(set(reals.captions))
     if settings.num_prompts and settings.num_prompts < len(captions):
         captions = [
             captions[i] for i in drawn(len(captions), settings.num_prompts, settings.seed, "comparison prompts")
         ]
     k = settings.num_images_per_prompt
-    judge_pipe = load_pipeline(judging, safety_checker=False)
     judge = DiffusionAlignment(judge_pipe, resolution=settings.resolution, seed=settings.seed)
     result: dict[str, Any] = {"settings": _described(settings), "command": command, "rule": reals.decision.rule, "training": len(reals.images),
                               "heldout": len(heldout), "prompts": len(captions), "models": {}}  # fmt: skip
@@ -525,7 +528,7 @@ def _read_kept(path: Path, remedy: str = "remove it, which is then made again") 
 
 
 def _kept_figures(
-    path: Path, prompts: Sequence[str], measure: Callable[[], dict[str, Figure]]
+    path: Path, prompts: Sequence[str], measure: Callable[[], dict[str, Estimate]]
 ) -> dict[str, dict[str, Any]]:
     """Return a mitigation's figures, measured once: the judge takes longer than the sampler."""
     if path.exists():
@@ -599,19 +602,17 @@ def _sheet(model: str, mitigation: str) -> str:
 
 # --- what people read ------------------------------------------------------------------------------------------------
 
-_COLUMNS = ((COPIES, "copies", 100, ".1f", " %"), ("copied", "d1/d2 < 1/3", 100, ".1f", " %"),
-            ("similarity", "similarity, 95th pct.", 1, ".3f", ""), ("alignment", "alignment x 1000", 1, ".2f", ""), ("hits", "own prompt first of 5", 100, ".0f", " %"),
-            ("distance", "Frechet distance", 1, ".1f", ""), ("seconds", "processor s an image", 1, ".2f", ""))  # fmt: skip
-
-
+# Key, head, digits, factor, unit.
+_COLUMNS: tuple[tuple[str, str, int, float, str], ...] = (
+    (COPIES, "copies", 1, 100, " %"),
+    ("copied", "d1/d2 < 1/3", 1, 100, " %"),
+    ("similarity", "similarity, 95th pct.", 3, 1, ""),
+    ("alignment", "alignment x 1000", 2, 1, ""),
+    ("hits", "5-way prompt accuracy", 0, 100, " %"),
+    ("distance", "Frechet distance", 1, 1, ""),
+    ("seconds", "CPU s/image", 2, 1, ""),
+)
 _MEMORY = "peak memory MB"
-
-
-def _cell(figure: Mapping[str, Any] | None, factor: float, form: str, unit: str) -> str:
-    if figure is None:  # not measured
-        return "-"
-    value, low, high = (format(figure[key] * factor, form) for key in ("value", "low", "high"))
-    return f"{value}{unit} [{low}, {high}]"
 
 
 def _memory(row: Mapping[str, Any]) -> str:
@@ -627,12 +628,15 @@ def tables(result: Mapping[str, Any]) -> str:
                   f"{found['memorized_prompts']} memorized prompts, {found['clear_prompts']} clear of copying, {found['between']} in between.",
                   "", "| detector | steps | generations | AUC | TPR@1%FPR |", "|---|---|---|---|---|"]  # fmt: skip
         for row in found["detectors"]:
-            cells = [_cell(figure, 1, ".3f", "") for figure in row["figures"]]
+            cells = [Estimate.from_dict(figure).show() for figure in row["figures"]]
             lines.append(f"| {row['detector']} | {row['steps']} | {row['generations']} | {' | '.join(cells)} |")
         lines += ["", f"### {model}: mitigations", "", "| | " + " | ".join(head for _, head, *_ in _COLUMNS) + f" | {_MEMORY} |",
                   "|---" * (len(_COLUMNS) + 2) + "|"]  # fmt: skip
         for name, row in found["mitigations"].items():
-            cells = [_cell(row["figures"].get(key), factor, form, unit) for key, _, factor, form, unit in _COLUMNS]
+            cells = [
+                Estimate.from_dict(row["figures"][key]).show(digits, factor, unit)
+                for key, _, digits, factor, unit in _COLUMNS
+            ]
             lines.append(f"| {name} | {' | '.join([*cells, _memory(row)])} |")
         lines.append("")
     return "\n".join(lines)
@@ -655,8 +659,8 @@ def page(
         body = "".join(
             f"<tr><th title='{html.escape(row['rule'], quote=True)}'>{html.escape(name)}</th>"
             + "".join(
-                f"<td>{html.escape(_cell(row['figures'].get(key), f, form, unit))}</td>"
-                for key, _, f, form, unit in _COLUMNS
+                f"<td>{html.escape(Estimate.from_dict(row['figures'][key]).show(digits, factor, unit))}</td>"
+                for key, _, digits, factor, unit in _COLUMNS
             )
             + f"<td>{_memory(row)}</td></tr>"
             for name, row in found["mitigations"].items()

@@ -22,9 +22,10 @@ from PIL import Image
 
 from ambient_sd.assets import BASE, PICTURES
 from ambient_sd.audit.decision import HELDOUT, CopyDecision
-from ambient_sd.audit.features import Edges, EffLite0, Features, Pixels, Sscd, embed
+from ambient_sd.audit.features import embed
 from ambient_sd.audit.metrics import Measurement, Row, measure, memorized
 from ambient_sd.audit.neighbours import nearest
+from ambient_sd.audit.registry import choose, with_sscd
 from ambient_sd.audit.shares import COPIES, copy_rate
 from ambient_sd.commands.demo import DemoSettings
 from ambient_sd.data.sources import load_rows
@@ -101,18 +102,6 @@ def sample(
     return [i for i, _ in made if i is not None], [report.score for _, report in made if report is not None]
 
 
-@torch.no_grad()
-def _through_vae(images: Sequence[Image.Image]) -> list[Image.Image]:
-    """Encode and decode images with the base's VAE: the nearest to a copy that the model can come."""
-    from diffusers import AutoencoderKL
-    from diffusers.image_processor import VaeImageProcessor
-
-    vae: Any = AutoencoderKL.from_pretrained(BASE / "vae").eval()
-    processor = VaeImageProcessor(vae_scale_factor=1)
-    pixels: Any = processor.preprocess(list(images))
-    return list(processor.postprocess(vae.decode(vae.encode(pixels).latent_dist.mode()).sample))
-
-
 def _side_by_side(settings: DemoSettings, prompts: Sequence[str]) -> dict[str, Any]:
     """Train and sample every objective, each in a process of its own; return images, scores and summary by objective.
 
@@ -152,6 +141,8 @@ def run_demo(settings: DemoSettings) -> Report:
     Raises:
         UserError: settings are out of range, or `settings.output_dir` holds a finished demo or something else.
     """
+    from diffusers import AutoencoderKL
+
     begun = time.time()
     folder = OutputFolder(settings.output_dir, "demo", CONTENTS, overwrite=settings.overwrite, resumable=False)
     folder.check({})
@@ -169,19 +160,21 @@ def run_demo(settings: DemoSettings) -> Report:
     heldout = load_rows(PICTURES, split="heldout")
     training_images = [row.image for row in training]
     captions = [row.caption for row in training]
-    features: list[Features] = [Pixels(), Edges(), EffLite0(), *([Sscd()] if Sscd.available() else [])]
+    features = choose(with_sscd("pixels", "edges", "efflite0"))
     step = "of 4"
     print(f"1 {step}: looking at {len(training)} training and {len(heldout)} held-out images", flush=True)
     real = embed(training_images, features, progress=True)
     heldout_images = [row.image for row in heldout]
     unseen = embed(heldout_images, features, progress=True)
-    decoded = _through_vae(training_images)
-    decide = CopyDecision(
-        training_images, training.noise_keys, {HELDOUT: heldout_images}, renditions=[_through_vae], progress=True
-    )
+    vae: Any = AutoencoderKL.from_pretrained(BASE / "vae").eval()
+    decide = CopyDecision.of(
+        training_images, training.noise_keys, heldout=heldout_images, vae=vae, side=plans[0].config.resolution, progress=True
+    )  # fmt: skip
     by_chance = decide.background(HELDOUT)
 
-    ceiling = memorized(nearest(features[0](decoded), real["pixels64"])).double().mean().item()
+    assert decide.rendered is not None
+    decoded = decide.rendered.permute(0, 2, 3, 1).flatten(1)  # as Pixels lays them out
+    ceiling = memorized(nearest(decoded, real["pixels64"])).double().mean().item()
     prompts = captions[: settings.num_prompts or None]
     groups = [i for i in range(len(prompts)) for _ in range(settings.num_images_per_prompt)]
     print(f"2 {step}: fine-tuning {' and '.join(configs)} side by side, then sampling both under the guard", flush=True)
