@@ -526,7 +526,7 @@ def _group(parser: argparse.ArgumentParser, title: str, text: str | None) -> Any
 def _add(place: Any, item: dataclasses.Field[Any], hint: Any) -> None:
     meta, kind, default = item.metadata, _kind(hint), _default(item)
     text = meta["text"].replace("%", "%%")
-    if default not in (None, False, REQUIRED, (), []):
+    if default is not None and default is not False and default not in (REQUIRED, (), []):  # 0 is a default, too
         text += f" (default {_shown(default)})"
     extra: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
     if kind.bare is bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -117,3 +119,14 @@ def test_help_comes_without_torch_or_numpy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_page_of_all_commands_is_what_the_fields_say() -> None:
+    root = Path(__file__).parents[2]
+    spec = importlib.util.spec_from_file_location("command_page", root / "tools" / "command_page.py")
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    page = (root / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert page == made.page(), "run: python tools/command_page.py"
+    assert all(f"## ambient-sd {name}" in page for name in COMMANDS) and "`--ambient_level NUMBER\\|auto`" in page

@@ -41,6 +41,7 @@ class Every:
     token: str | None = option(None, "secret", secret=True)
     agc: float | None = option(None, "bare", bare=0.8)
     lora: bool = option(False, "mode")
+    seed: int = option(0, "nought")
     rank: int | None = option(None, "of the mode", needs="lora")
     whole: int | None = option(None, "of the other mode", needs="not lora", because="a LoRA has none")
     level: int | None = option(None, "one way")
@@ -121,6 +122,7 @@ def test_help_shows_every_option_and_each_default_once() -> None:
     assert all(f"--{item.name}" in text for item in dataclasses.fields(Every) if item.name not in ("data", "inner"))
     assert "usage: mine DATA --output_dir PATH [options]" in text and "--output_dir, --out PATH" in text
     assert text.count("(default 50)") == 1 and "(default on)" in text and "(default auto)" in text
+    assert "nought (default 0)" in text and "mode (default" not in text
     assert "None" not in text and "--mirrored, --no-mirrored" in text
 
 

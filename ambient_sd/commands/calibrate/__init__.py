@@ -78,6 +78,9 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> None:
     files = from_flags(CalibrationPrompts, args)
     require_guidance(from_flags(SamplingOptions, args).guidance_scale)  # a mistake is found before torch is loaded
     from_flags(CalibrateSettings, args, sampling=None, ordinary=[], memorized=[])
+    from ambient_sd.utils.quiet import quiet
+
+    quiet()  # before the imports below, which load what speaks
     from ambient_sd.commands.calibrate.work import calibrate, read_both, table, useless
     from ambient_sd.sampling import SamplingConfig, processes
 

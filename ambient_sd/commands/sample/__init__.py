@@ -91,6 +91,9 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> None:
     prompts = from_flags(PromptOptions, args)
     from_flags(SamplingOptions, args)  # a mistake is found before torch is loaded
     from_flags(SampleSettings, args, sampling=None, prompts=[])
+    from ambient_sd.utils.quiet import quiet
+
+    quiet()  # before the imports below, which load what speaks
     from ambient_sd.commands.sample.work import sample
     from ambient_sd.sampling import SamplingConfig, processes
 
