@@ -25,7 +25,7 @@ from ambient_sd.audit.registry import choose, with_sscd
 from ambient_sd.commands.demo import DemoSettings
 from ambient_sd.commands.demo.work import sample
 from ambient_sd.data.sources import load_rows
-from ambient_sd.reporting.report import contact_sheet
+from ambient_sd.reporting.sheets import contact_sheet
 
 PROMPTS = """red apple|dog face|sports car|cat face|house|pizza|tree|guitar|rocket|airplane|sun|blue heart|red heart|yellow star|
 panda face|bus|fish|banana|strawberry|pine tree|bicycle|umbrella|crown|happy face|ghost|red circle|blue square|cup of coffee|

@@ -3,16 +3,11 @@
 Training refuses a set at its first unusable row; this lists all of them, and what training would take but its user may
 regret: images smaller than the resolution (they are enlarged), captions that are empty, images of which a square
 crop keeps less than half, exact copies and near-duplicates (`ambient_sd.data.duplicates`).
-
-The page loads nothing and has no script; file names and captions come from strangers and are escaped.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
-import html
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,8 +25,6 @@ from ambient_sd.utils.files import check_target
 from ambient_sd.utils.settings import REQUIRED, Parser, add_flags, check, from_flags, option, same
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ambient_sd.data.duplicates import Group
     from ambient_sd.data.sources import Fault, ImageDataset
 
@@ -46,7 +39,6 @@ KINDS = {
 }
 _EXTREME = 2.0
 _SHOWN = 8  # rows of a kind in the terminal
-_PAGE_GROUPS, _PAGE_PICTURES, _PAGE_SIDE = 300, 12, 128  # what a page shows at most; JSON has all
 
 
 @dataclass(frozen=True)
@@ -240,76 +232,6 @@ def as_json(found: Inspection) -> dict[str, Any]:
     }
 
 
-def as_html(found: Inspection, images: ImageDataset) -> str:
-    """Return the page: counts, duplicate groups as images, all faults."""
-    text = lambda value, limit=200: html.escape(one_line(value, limit))  # noqa: E731
-    rows = [(found.count(k), k, KINDS[k]) for k in KINDS]
-    rows += [(found.exact, "exact", "copies of an earlier image"), (found.near, "near", "groups of near-duplicates")]
-    counts = "".join(f"<tr><td>{n}</td><th>{k}</th><td>{text(m)}</td></tr>" for n, k, m in rows)
-    groups = []
-    for group in found.groups[:_PAGE_GROUPS]:
-        cells = []
-        for i, mirrored in list(zip(group.rows, group.mirrored, strict=True))[:_PAGE_PICTURES]:
-            width, height = found.sizes[i]
-            note = ", mirrored" if mirrored else ""
-            cells.append(
-                f'<figure><img src="{_uri(images[i].image)}" alt=""><figcaption><b>{text(found.names[i], 60)}</b><br>'
-                f"{width} x {height}{note}<br>{text(found.captions[i], 120)}</figcaption></figure>"
-            )
-        exact = len({found.keys[i] for i in group.rows}) == 1
-        more = len(group.rows) - _PAGE_PICTURES
-        groups.append(
-            f"<section><h3>{len(group.rows)} {'exact copies' if exact else 'near-duplicates'}</h3><div>{''.join(cells)}"
-            f"{f'<p>and {more} more</p>' if more > 0 else ''}</div></section>"
-        )
-    left = len(found.groups) - _PAGE_GROUPS
-    if left > 0:
-        groups.append(f"<p>and {left} more groups: --json lists them</p>")
-    faults = "".join(
-        f"<tr><th>{f.kind}</th><td>{text(f.name, 120)}</td><td>{text(f.text)}</td></tr>" for f in found.faults
-    )
-    return _PAGE.format(
-        title=text(Path(found.source).name or found.source),
-        count=len(found.names),
-        resolution=found.resolution,
-        counts=counts,
-        groups="".join(groups) or "<p>none</p>",
-        faults=f"<table>{faults}</table>" if faults else "<p>none</p>",
-    )
-
-
-def _uri(image: Image.Image) -> str:
-    small, data = image.copy(), io.BytesIO()
-    small.thumbnail((_PAGE_SIDE, _PAGE_SIDE))
-    small.save(data, "WEBP", quality=85)
-    return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Images of {title}</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
-<style>
-body{{font:15px/1.45 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}}
-table{{border-collapse:collapse}} td,th{{padding:.25rem .8rem .25rem 0;text-align:left;vertical-align:top}}
-td{{overflow-wrap:anywhere;min-width:7rem}} td:first-child{{min-width:0}} td:first-child{{text-align:right;font-variant-numeric:tabular-nums}}
-section{{border-top:1px solid #8884;padding:.4rem 0}} section>div{{display:flex;flex-wrap:wrap;gap:.8rem}}
-h3{{margin:.2rem 0 .5rem;font-size:1rem}}
-figure{{margin:0;width:8rem}} figcaption{{font-size:12px;overflow-wrap:anywhere}} img{{max-width:8rem;display:block;background:#8882}}
-</style>
-<h1>Images of {title}</h1>
-<p>{count} readable images, compared with a training resolution of {resolution} px.</p>
-<table>{counts}</table>
-<h2>Duplicates</h2>
-<p>Images of a group share one noise in ambient training; a mirror image gets it mirrored. Copies that are cropped or shifted
-are only partly protected: remove them.</p>
-{groups}
-<h2>Rows with faults</h2>
-{faults}
-</html>
-"""
-
-
 @dataclass(frozen=True)
 class InspectSettings:
     """Say which images are inspected, for which training, and where the result goes.
@@ -366,9 +288,15 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
         row_filter=[split_condition(term) for term in settings.row_filter or ()], progress=True,
     )  # fmt: skip
     print(as_text(found), flush=True)
-    # Surrogates (undecodable file names) would stop the write half way.
     if settings.html is not None:
-        settings.html.write_bytes(as_html(found, images).encode("utf-8", "replace"))
+        from ambient_sd.reporting import inspect_page
+
+        counts = [(kind, found.count(kind), meaning) for kind, meaning in KINDS.items()]
+        counts += [
+            ("exact", found.exact, "copies of an earlier image"),
+            ("near", found.near, "groups of near-duplicates"),
+        ]
+        inspect_page.write(settings.html, found, images, counts)
     if settings.json is not None:
         settings.json.write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")
     return int(settings.fail_on == "problems" and not found.clean)

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from ambient_sd.commands.shared import SharedOptions
 from ambient_sd.data.dataset_options import DatasetOptions
 from ambient_sd.training.config import TrainConfig
-from ambient_sd.utils.errors import one_line
 from ambient_sd.utils.files import atomic_write, check_target
 from ambient_sd.utils.settings import REQUIRED, Parser, add_flags, check, from_flags, option, same
 
@@ -99,9 +98,10 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> None:
         values = {"version": 1, "resolution": config.resolution, **found.as_dict()}
         atomic_write(settings.json, json.dumps(values, indent=1) + "\n")
     if settings.html is not None:
-        atomic_write(
-            settings.html, page(found, Path(settings.data).name if Path(settings.data).exists() else settings.data)
-        )
+        from ambient_sd.reporting import level_page
+
+        name = Path(settings.data).name if Path(settings.data).exists() else settings.data
+        level_page.write(settings.html, found, name, resolution=config.resolution)
 
 
 def level(config: TrainConfig, *, progress: bool = False) -> Levels:
@@ -130,35 +130,3 @@ def level(config: TrainConfig, *, progress: bool = False) -> Levels:
     rows, total = representatives(images)
     x0 = encode_all(base.images(), images, rule, rows, progress=progress)
     return measure(x0, total=total, max_level=base.schedule.max_level)
-
-
-def page(found: Levels, name: str) -> str:
-    """Return the self-contained page: two charts over the noise level, and the table."""
-    from ambient_sd.data.noise_level import COPY, IDENTIFIED, TARGET, marks
-    from ambient_sd.reporting.charts import Line, Mark, chart, figure, table
-    from ambient_sd.reporting.charts import page as document
-    from ambient_sd.reporting.report import escaped
-
-    where = [Mark(f"{label} {at:.2g}", at, strong=label == "proposed")
-             for label, at in (("copy", found.copy), ("proposed", found.proposed), ("collapse", found.collapse))
-             if at is not None and found.levels[0] <= at <= found.levels[-1]]  # fmt: skip
-    ratios = Line(
-        "", found.levels, [q[1] for q in found.ratio_quantiles], [(q[0], q[2]) for q in found.ratio_quantiles]
-    )
-    weights = Line("", found.levels, found.own, [(q[0], q[2]) for q in found.own_quantiles])
-    cuts = [Mark("copy 1/3", COPY, upright=False), Mark("2/3", TARGET, upright=False)]
-    first, second = "What a noisy copy gives away", "Does a noisy copy tell which image it was?"
-    drawn = "" if found.used == found.images else f" {found.used} of them were measured and stand for the rest."
-    body = (
-        f"<h1>s<sub>n</sub> = {found.proposed:g}</h1><p>Proposed for {escaped(name, 80)}: {escaped(found.reason)}.</p>"
-        + figure(first, "d1/d2 of the copy, linearly denoised: median, 5 to 95 %",
-                 chart(first, [ratios], x_label="noise level s", marks=[*cuts, *where], top=1.5))
-        + figure(second, "posterior weight of the true image: mean, 5 to 95 %",
-                 chart(second, [weights], x_label="noise level s",
-                       marks=[Mark("1/2", IDENTIFIED, upright=False), *where], top=1.0))
-        + table(["s", "what it is"], [["none" if at is None else f"{at:.2g}", text] for at, text in marks(found)])
-        + f"<p class=note>{found.images} distinct images, {found.numbers} numbers each; nearest other image "
-        f"{found.nearest[1]:.2f} per number (5 to 95 %: {found.nearest[0]:.2f} to {found.nearest[2]:.2f}).{drawn} "
-        "A proposal from geometry, before training; what a trained network copies is for an audit to say.</p>"
-    )  # fmt: skip
-    return document(f"Nature level of {one_line(name, 80)}", body)

@@ -108,8 +108,9 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> None:
     from ambient_sd.utils.quiet import quiet
 
     quiet()  # before the imports below, which load what speaks
-    from ambient_sd.commands.compare.work import compare, tables
+    from ambient_sd.commands.compare.work import compare
     from ambient_sd.data.sources import load_rows
+    from ambient_sd.reporting.compare_page import tables
 
     columns: dict[str, Any] = {"image_column": rows.image_column, "caption_column": rows.caption_column, "unlisted": rows.unlisted}  # fmt: skip
     result = compare(
