@@ -285,7 +285,7 @@ def test_weights_are_named_only_with_the_features_that_are_missing(world: Path, 
             )
         command = str(error.value).split("make them: ")[-1]
         assert ("--inception i.pt" in command) == has and f"--features {features[1]} " in command
-        assert "nowhere.parquet --split train --row_filter 'a=b c'" in command
+        assert "nowhere.parquet --dataset_split train --row_filter 'a=b c'" in command
 
 
 def test_the_two_commands_work_together(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

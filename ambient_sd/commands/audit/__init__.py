@@ -104,7 +104,7 @@ class AuditSettings:
     group_column: str | None = option(None, "column of the training rows (a person, a patient, an artist): counts what comes back of each", metavar="COLUMN")
     features: tuple[str, ...] = DEFAULT
     files: Mapping[str, str | None] = field(default_factory=dict)
-    training_embeddings: Path | None = option(None, "what python -m ambient_sd.audit.embedding DATA --out DIR has written: the training images are not embedded again", metavar="DIR")
+    training_embeddings: Path | None = option(None, "what python -m ambient_sd.audit.embedding DATA --output_dir DIR has written: the training images are not embedded again", metavar="DIR")
     clip: str | None = option(None, "CLIP, folder or hub id: measures how well images show their prompts; after open_clip:, one of open_clip (the extra clip), as open_clip:ViT-g-14/laion2b_s12b_b42k", metavar="MODEL")
     judge: str | None = same(SharedOptions, "judge")
     mirrored: bool = option(True, "search for mirror images too")

@@ -255,7 +255,7 @@ def _stored(settings: AuditSettings) -> dict[str, EmbeddingStore]:
         return {name: EmbeddingStore.open(folder / name) for name in names}
     words = ["accelerate", "launch", "-m", "ambient_sd.audit.embedding", source.place]
     if source.split is not None:
-        words += ["--split", source.split]
+        words += ["--dataset_split", source.split]
     if source.unlisted != "refuse":
         words += ["--unlisted", source.unlisted]
     if source.row_filter:
@@ -263,7 +263,7 @@ def _stored(settings: AuditSettings) -> dict[str, EmbeddingStore]:
     options = {"image_column": source.image_column, "caption_column": source.caption_column}
     given = {name: value for name, value in options.items() if value != getattr(Source, name)}
     given |= {name: file for name, file in settings.files.items() if file and label_of(name) in missing}
-    given |= {"features": ",".join(names[name] for name in missing), "out": str(folder)}
+    given |= {"features": ",".join(names[name] for name in missing), "output_dir": str(folder)}
     words += [word for name, value in given.items() for word in (f"--{name}", value)]
     raise UserError(f"{folder} holds no embeddings of {', '.join(missing)}", rule="an audit needs each of its features",
                     remedy=f"make them: {shlex.join(words)}")  # fmt: skip
