@@ -367,7 +367,7 @@ def checked(owner: type, name: str, value: Any) -> Any:
             remedy = ""
         elif _default(item) is not None:
             remedy = f"the default is {_shown(_default(item))}"
-        shown = "(hidden)" if item.metadata["secret"] else _SHORT.repr(value)
+        shown = "(hidden)" if item.metadata["secret"] else _number(value) or _SHORT.repr(value)
         raise UserError(f"{name} is {shown}", rule=rule, remedy=remedy)
     return converted
 
@@ -512,6 +512,17 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _number(value: Any) -> str:
+    """Return a text that reads as a number as it stands, for a command line gives texts; nothing otherwise."""
+    if not isinstance(value, str) or len(value) > _SHORT.maxlong:
+        return ""
+    try:
+        float(value)
+    except ValueError:
+        return ""
+    return value
 
 
 def _group(parser: argparse.ArgumentParser, title: str, text: str | None) -> Any:

@@ -368,7 +368,7 @@ def test_an_adapter_is_held_against_images_of_its_base(
     assert run(sets, tiny_base, *given, "--base_images", "0") == 2
     config = SamplingConfig(str(tiny_base), str(tmp_path / "lora"))
     with_base = settings(sets, generated=None, sampling=config).base()
-    assert with_base is not None and with_base.model == str(tiny_base) and with_base.adapter is None
+    assert with_base is not None and with_base.model == str(tiny_base) and with_base.lora_weights is None
     assert settings(sets, generated=None, sampling=config, base_images=0).base() is None
     assert settings(sets, generated=None, sampling=dataclasses.replace(config, lora_weights=None)).base() is None
 
@@ -454,9 +454,9 @@ CASES: dict[str, tuple[Callable[[dict[str, Path]], dict[str, Any]], str]] = {
     ),
     "clip without prompts": (lambda s: {"clip": "x"}, "images without prompts"),
     "model and images": (lambda s: {"generated": None}, "neither"),
-    "limit": (lambda s: {"limit": float("nan")}, "fail-over is nan"),
-    "out is a file": (lambda s: {"out": s["fresh"] / "000.png"}, "must be a folder"),
-    "out holds something else": (lambda s: {"out": s["heldout"]}, "a folder of its own"),
+    "limit": (lambda s: {"fail_over": float("nan")}, "fail_over is nan"),
+    "out is a file": (lambda s: {"output_dir": s["fresh"] / "000.png"}, "must be a folder"),
+    "out holds something else": (lambda s: {"output_dir": s["heldout"]}, "a folder of its own"),
     "list that leaves the folder": (
         lambda s: ((s["fresh"] / "samples.jsonl").write_text('{"file": "../x.png", "prompt": "a"}\n'), {})[1], "no image of this folder",
     ),

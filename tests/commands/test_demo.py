@@ -97,7 +97,7 @@ def test_demo_does_not_take_trainings_named_like_its_own(tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [(["demo", "--steps", "0"], "steps"), (["demo", "--guidance_scale", "1"], "guidance_scale"), (["demo", "--guidance_scale", "nan"], "guidance_scale"), (["dmeo"], "dmeo"),
-     (["demo", "--level", "-1"], "ambient_level"), (["demo", "--level", "99"], "99"), (["demo", "--seed", "x"], "seed")],
+     (["demo", "--level", "-1"], "level is -1"), (["demo", "--level", "99"], "99"), (["demo", "--seed", "x"], "seed")],
 )  # fmt: skip
 def test_bad_arguments_end_in_one_line_and_status_2(
     arguments: list[str],

@@ -80,13 +80,13 @@ def test_hyphens_and_underscores_spell_the_same_flag() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--steps 0", "steps is '0'; it must be at least 1; the default is 50"),
-        ("--steps 1001", "steps is '1001'; it must be at most 1000"),
+        ("--steps 0", "steps is 0; it must be at least 1; the default is 50"),
+        ("--steps 1001", "steps is 1001; it must be at most 1000"),
         ("--steps 1.5", "it must be an integer"),
         ("--scale 0", "it must be above 0"),
         ("--scale 100", "it must be below 100"),
         ("--scale nan", "it must be a finite number"),
-        ("--side 12", "side is '12'; it must be a multiple of 8; leave it out for the default"),
+        ("--side 12", "side is 12; it must be a multiple of 8; leave it out for the default"),
         ("--kind c", "it must be one of a, b; the default is a"),
         ("--limit autp", "it must be a finite number or auto; the default is auto"),
         ("--seeds 1 x", "it must be a list of integers"),

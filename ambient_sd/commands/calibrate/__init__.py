@@ -55,7 +55,7 @@ class CalibrateSettings:
     def __post_init__(self) -> None:
         check(self)
         if self.score_space != "noise" and self.detector != "norm":
-            raise UserError(f"score_space is {self.score_space} with the detector {self.detector}",
+            raise UserError(f"score_space is {self.score_space!r} with the detector {self.detector}",
                             rule="anisotropy has the space noise alone", remedy="leave score_space out")  # fmt: skip
 
 
