@@ -78,7 +78,7 @@ def settings_of_run(settings: DemoSettings, objective: str) -> TrainConfig:
 def sample(
     folder: str | Path, prompts: Sequence[str], settings: DemoSettings, *, title: str, position: int = 0
 ) -> tuple[list[Image.Image], list[float]]:
-    """Sample `samples_per_prompt` images per prompt under the guard; return them with their scores, prompt by prompt.
+    """Sample `num_images_per_prompt` images per prompt under the guard; return them with their scores, prompt by prompt.
 
     Two models sampled with the same settings start from the same noise (`ambient_sd.sampling.image_seed`).
     """
