@@ -141,7 +141,7 @@ def test_scores_of_other_settings_are_refused(base: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("words", "named"),
-    [(["--fpr", "0"], "fpr is 0"), (["--fpr", "nan"], "fpr is nan"), (["--generations", "0"], "generations is 0"), (["--out", "p.txt"], "out is"),
+    [(["--fpr", "0"], "fpr is 0"), (["--fpr", "nan"], "fpr is nan"), (["--generations", "0"], "num_images_per_prompt is 0"), (["--out", "p.txt"], "output_dir is"),
      (["--memorized", "p.txt"], "stands in both"), (["--guidance_scale", "nan"], "guidance_scale")],
 )  # fmt: skip
 def test_mistakes_are_one_line(

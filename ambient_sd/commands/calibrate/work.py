@@ -79,7 +79,7 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path | None]:
         raise UserError(f"{config.model} lies on the hub", rule="the result cannot be written there",
                         remedy="give a folder with --output_dir")  # fmt: skip
     if out.is_file() and out.suffix != ".json":
-        raise UserError(f"out is {out}", rule="it must be a folder or a .json file")
+        raise UserError(f"output_dir is {out}", rule="it must be a folder or a .json file")
     prompts: dict[Kind, list[str]] = {"ordinary": settings.ordinary, "memorized": settings.memorized}
     given = {
         **config.public(), **({} if settings.score_space == "noise" else {"score_space": settings.score_space}), "num_images_per_prompt": settings.num_images_per_prompt,
