@@ -34,7 +34,6 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ambient_sd.commands.push import prepare, push
 from ambient_sd.data import latents as data
 from ambient_sd.data.buckets import BucketStream, assign, read_buckets
 from ambient_sd.data.captions import find_cut, in_one_line
@@ -47,6 +46,7 @@ from ambient_sd.data.views import Samples, ViewRule
 from ambient_sd.families.base import Base, check_base
 from ambient_sd.objective import AmbientObjective
 from ambient_sd.reporting.model_card import describe_run, write_card
+from ambient_sd.reporting.publishing import prepare, push
 from ambient_sd.sampling import collect_prompts
 from ambient_sd.training import (
     adapters,
