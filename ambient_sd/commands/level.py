@@ -17,7 +17,7 @@ from ambient_sd.reporting.charts import Line, Mark, chart, figure, table
 from ambient_sd.reporting.charts import page as document
 from ambient_sd.reporting.report import escaped
 from ambient_sd.training.config import TrainConfig
-from ambient_sd.training.loop import enlargement_note, open_images
+from ambient_sd.training.plan import enlargement_note, open_images
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.files import atomic_write
 

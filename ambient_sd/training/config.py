@@ -194,6 +194,7 @@ class TrainConfig:
     resume_from_checkpoint: str | None = option(None, "checkpoints", "a checkpoint folder, or `latest`: the newest whole one in output_dir (none yet: start anew)")
 
     output_dir: str = option("sd-model-finetuned", "output", "receives the pipeline or pytorch_lora_weights.safetensors, " + CONFIG_NAME + ", checkpoints, logs")
+    overwrite: bool = option(False, "output", "replace the result, checkpoints and records that an earlier training left in output_dir; every other file stays")
     report_to: str = option("tensorboard", "output", "where curves go; all: wherever a package is installed for", choices=("tensorboard", "wandb", "all", "none"))
     tracker_project_name: str = option("text2image-fine-tune", "output", "name under which curves are kept")
     logging_dir: str = option("logs", "output", "folder of the TensorBoard files, inside output_dir")
@@ -346,6 +347,9 @@ class TrainConfig:
             for name in ("probe_images", "stop_on_memorization"):
                 if getattr(self, name) is not None:
                     raise _foreign(name, "nobody looks for copies", "add --probe_steps, or leave it out")
+        if self.overwrite and self.resume_from_checkpoint is not None:
+            raise UserError("overwrite and resume_from_checkpoint are both given", rule="one starts anew, the other continues",
+                            remedy="leave one of them out")  # fmt: skip
         for name in ("adam_beta1", "adam_beta2"):
             if getattr(self, name) >= 1.0:
                 raise UserError(
@@ -366,9 +370,9 @@ class TrainConfig:
         """Write the resolved settings to `folder/train_config.yaml`, which `--config` reads back, and return the path."""
         path = folder / CONFIG_NAME
         head = "# Resolved settings of the run beside this file. Run it again: --config train_config.yaml\n"
-        files.atomic_write(
-            path, head + yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), synced=True
-        )
+        # A file that is read back must not overwrite anything, nor clash with --resume_from_checkpoint.
+        values = {name: value for name, value in self.to_dict().items() if name != "overwrite"}
+        files.atomic_write(path, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True), synced=True)
         return path
 
 

@@ -1,12 +1,11 @@
-"""The onset of memorization while a run trains: images drawn for a fixed probe of captions, held against the training set.
+"""The onset of memorization: during training, images are sampled for fixed captions and compared with the training images.
 
-    copies       share of the probe's images that are copies                        `ambient_sd.audit.decision`, as in an audit
-    published    share with d1 / d2 < 1/3, distances in pixels at 64 x 64           beside it (Yoon et al. 2023)
+    copies       copy rate of the probe's images                                    `ambient_sd.audit.decision`, as in an audit
+    published    share with d1 / d2 < 1/3, distances in pixels at 64 x 64           for comparison (Yoon et al. 2023)
 
-The null of the decision are the training images among themselves: held-out ones are not at hand. With fewer than 20 different ones there
-is none, and the published measure counts too. Captions of the training set are the prompts for which copies come first. The
-probe is small: it shows when copying begins, and an audit says how much there is. It is the one place where training looks through
-guard and audit.
+The decision's null is the training images among themselves, as a run has no held-out ones. With fewer than 20 different images
+there is no null, and the published measure counts too. Prompts are captions of the training set: copies appear for those first.
+The probe is small: it shows when copying begins; an audit says how much there is.
 """
 
 from __future__ import annotations
@@ -36,14 +35,22 @@ from ambient_sd.utils.files import atomic_write
 # Guidance of 7.5 drives the colours of a fine-tuned model away from the originals and hides copies from a distance in pixels.
 GUIDANCE_SCALE = 2.0
 MAX_SEARCHED = 4096  # 12,288 numbers an image: 200 MB
-MAX_DECIDED = 1000  # training images that the decision lays over the drawn ones
+MAX_DECIDED = 1000  # training images that the decision lays over the sampled ones
 _SIDE, _PER_ROW = 64, 8
 
 
 @dataclass(frozen=True)
 class ProbeEvaluation:
-    """Hold one look: the share of copies with its 95 % Wilson interval, that with d1/d2 < 1/3, medians of d1/d2 and of the guard's score, number
-    of images, and their sheet (None on processes other than the main one)."""
+    """Hold one evaluation.
+
+    Attributes:
+        step: optimizer steps done.
+        share, low, high: copy rate with its 95 % Wilson interval.
+        published: share of images with d1/d2 < 1/3.
+        median_ratio: of d1/d2; score: median of the guard's.
+        n: number of images.
+        sheet: the images, each row above the training images that explain it best; on the main process only.
+    """
 
     step: int
     share: float
@@ -62,11 +69,11 @@ class ProbeEvaluation:
 
 
 class Probe:
-    """Look at a model in training through a fixed set of its own captions.
+    """Measure how much a model in training copies, on a fixed set of its own captions.
 
     Args:
         images: the training set, checked (its keys tell copies apart).
-        count: how many captions are probed, one image each; drawn by `seed`, the same at every look.
+        count: how many captions are probed, one image each; chosen by `seed`, the same at every evaluation.
         resolution: side of the images, pixels.
         seed: seed of captions and start noise.
 
@@ -98,16 +105,16 @@ class Probe:
 
     @cached_property
     def decision(self) -> CopyDecision:
-        """The definition of a copy, made at the first look: its null alone takes a second for 30 training images."""
+        """The definition of a copy, made at the first evaluation: its null alone takes a second for 30 training images."""
         return CopyDecision(self.originals[: self._deciding], self.labels[: self._deciding])
 
     def evaluate(self, pipe: Any, accelerator: Accelerator, step: int) -> ProbeEvaluation:
-        """Draw the probe's images and measure them; to be called by every process. The main one decides, and all return its numbers."""
-        drawn = validation.draw(
+        """Sample the probe's images and measure them; to be called by every process. All return the main one's numbers."""
+        sampled = validation.draw(
             pipe, self.captions, 1, resolution=self.resolution, seed=self.seed, accelerator=accelerator,
             guidance_scale=GUIDANCE_SCALE,
         )  # fmt: skip
-        images, scores = [row[0] for row in drawn.rows], [row[0] for row in drawn.scores]
+        images, scores = [row[0] for row in sampled.rows], [row[0] for row in sampled.scores]
         if accelerator.num_processes == 1:
             return self.measure(images, scores, step)
         seen = self.measure(images, scores, step) if accelerator.is_main_process else None
@@ -128,7 +135,7 @@ class Probe:
         share = float(decided.copy.double().mean())
         low, high = wilson(share, len(images))
         originals = [self.originals[i].resize(images[0].size) for i in decided.row.tolist()]
-        # A row of drawn images, below it a row of the training images that explain them best.
+        # A row of sampled images, below it the training images that explain them best.
         rows = [part[i : i + _PER_ROW] for i in range(0, len(images), _PER_ROW) for part in (list(images), originals)]
         return ProbeEvaluation(
             step, share, low, high, float(published.double().mean()), float(near.ratio.median()),
@@ -137,7 +144,7 @@ class Probe:
 
 
 def add_evaluation(path: Path, record: Mapping[str, float]) -> None:
-    """Add a look to a file of JSON lines; later ones, which a resumed run repeats, go."""
+    """Add an evaluation to a file of JSON lines; those of later steps, which a resumed run repeats, are dropped."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] < record["step"]]
     atomic_write(path, "".join(f"{line}\n" for line in [*kept, json.dumps(dict(record))]))

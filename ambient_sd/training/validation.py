@@ -1,8 +1,8 @@
-"""Images during training: the same prompts with the same start noise at every look, shared out over the processes.
+"""Images during training: the same prompts with the same start noise each time, shared out over the processes.
 
-They are drawn under the memorization guard, whose score (mean norm of the guidance, Wen et al., ICLR 2024) comes with each.
-Every process draws its share and all meet in one gather, so none waits on another for longer than one image takes
-(drawing on the first process alone ends in NCCL's timeout). Training is left as it was: own generators, modes restored.
+They are sampled under the memorization guard, whose score (mean norm of the guidance, Wen et al., ICLR 2024) comes with each.
+Every process samples its share and all meet in one gather, so none waits for longer than one image takes (sampling on the
+first process alone ends in NCCL's timeout). Training is left as it was: own generators, modes restored.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SCORES = {
 
 
 class Drawn(NamedTuple):
-    """Hold drawn images, one row a prompt, and the guard's score of each, in the same rows."""
+    """Hold sampled images, one row a prompt, and the guard's score of each, in the same rows."""
 
     rows: list[list[Image.Image]]
     scores: list[list[float]]
@@ -144,7 +144,7 @@ def grid(rows: Sequence[Sequence[Image.Image]], gap: int = 2) -> Image.Image:
 
 
 def write_scores(folder: Path, step: int, scores: Sequence[float]) -> None:
-    """Write the guard's scores of the images drawn at a step into `folder`, in the sheet's order; one that is not finite is null."""
+    """Write the guard's scores of the images sampled at a step into `folder`, in the sheet's order; one that is not finite is null."""
     atomic_write(folder / SCORES_NAME, json.dumps(json_safe({"step": step, "scores": list(scores)})) + "\n")
 
 

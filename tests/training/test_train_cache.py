@@ -68,7 +68,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def trained(config: TrainConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
-    losses = run(config, progress=False)["losses"]
+    losses = run(config, progress=False).losses
     return losses, load_file(Path(config.output_dir) / UNET)
 
 
@@ -163,9 +163,9 @@ def test_a_damaged_shard_is_named_and_computed_again(
 def test_what_an_interrupted_run_has_written_counts(
     settings: Settings, encoded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ambient_sd.training import caching
+    from ambient_sd.training import encode as encoding
 
-    monkeypatch.setattr(caching, "_MAX_ROWS", 2)
+    monkeypatch.setattr(encoding, "_MAX_ROWS", 2)
     encode = latents.encode
 
     def cut(vae: Any, samples: Any, **options: Any) -> torch.Tensor:
@@ -190,7 +190,7 @@ def test_vae_and_text_encoder_leave_memory(settings: Settings, monkeypatch: pyte
     step = loop._Trainer._step
 
     def look(self: Any, *args: Any) -> Any:
-        held.append(self.vae is not None or self.captions.text_encoder is not None)
+        held.append(self.encoder.vae is not None or self.encoder.captions.text_encoder is not None)
         return step(self, *args)
 
     monkeypatch.setattr(loop._Trainer, "_step", look)

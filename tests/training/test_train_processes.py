@@ -28,7 +28,7 @@ def watch(batch):
         record["timestep"][position] = int(batch.timesteps[i])
 
 summary = run(config, progress=False, on_batch=watch)
-record.update(losses=summary["losses"], processes=summary["processes"], data=summary["data_fingerprint"], evaluations=summary["evaluations"])
+record.update(losses=summary.losses, processes=summary.processes, data=summary.fingerprint, evaluations=summary.evaluations)
 with open(f"{config.output_dir}-rank{os.environ.get('RANK', 0)}.json", "w") as file:
     json.dump(record, file)
 """
