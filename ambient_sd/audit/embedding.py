@@ -14,7 +14,7 @@ before anything is decoded, and `rows` of each block one of keys and captions. `
 whole set, the same as `ImageDataset.fingerprint`. `size` and `thumbnail` (16 x 16 RGB) are what near-duplicates are found by
 (`ambient_sd.data.duplicates`): with them an audit need not decode the set again (`ambient_sd.audit.stored`).
 
-It does not search (`ambient_sd.audit.search`) and does not resize, crop or merge: near-duplicates stay separate rows.
+It does not search (`ambient_sd.audit.neighbours`) and does not resize, crop or merge: near-duplicates stay separate rows.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from ambient_sd.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # of what turns an image into a row; a change must raise it
+VERSION = 1  # of what turns an image into a row; a change must raise it
 _ABOUT, _ROWS = b"ambient_sd.embedding", b"ambient_sd.rows"
 _BATCH = 64  # images decoded at once: a multiple of every extractor's own batch, so that blocks do not cut batches
 _PART = re.compile(r"part-(\d{5,})\.parquet")
@@ -196,15 +196,9 @@ class EmbeddingStore:
         return found
 
     def looks(self) -> Thumbnails:
-        """Return the sizes and thumbnails of all images, in order.
-
-        Raises:
-            UserError: the store was written without.
-        """
+        """Return the sizes and thumbnails of all images, in order."""
         found = Thumbnails()
         for part in range(self.about.parts):
-            if "thumbnail" not in pq.read_schema(self.path(part)).names:
-                raise UserError(f"{self.folder} holds no thumbnails", remedy="embed the set again into an empty folder")
             table = self._read(part, ["width", "height", "thumbnail"])
             sizes = zip(table.column("width").to_pylist(), table.column("height").to_pylist(), strict=True)
             found.extend(b"".join(table.column("thumbnail").to_pylist()), sizes)
@@ -242,6 +236,21 @@ class EmbeddingStore:
                 f"the embeddings in {self.folder} are not those of {images.source}",
                 rule=f"{len(self)} embedded images, {len(images)} in the set, and contents or captions differ",
                 remedy="embed the set again into an empty folder",
+            )  # fmt: skip
+
+    def require_feature(self, feature: Features) -> None:
+        """Refuse an extractor that did not make these embeddings.
+
+        Raises:
+            UserError: the store is of another feature, resolution, other weights or another version of the code.
+        """
+        have = (feature.name, getattr(feature, "size", None), weights_digest(feature), VERSION)
+        about = self.about
+        if have != (about.feature, about.resolution, about.weights, about.version):
+            raise UserError(
+                f"embeddings in {self.folder} are of {about.feature} at {about.resolution} px, weights {about.weights[:12] or 'none'}, version {about.version}",
+                rule=f"images would be embedded by {have[0]} at {have[1]} px, weights {have[2][:12] or 'none'}, version {have[3]}",
+                remedy="embed the training images again into an empty folder, or give those weights",
             )  # fmt: skip
 
     def _read(self, part: int, columns: list[str]) -> pa.Table:
@@ -475,7 +484,7 @@ def write_block(
     keys: Sequence[str],
     captions: Sequence[str],
     vectors: np.ndarray,
-    looks: Thumbnails | None = None,
+    looks: Thumbnails,
 ) -> None:
     """Write the block of a store.
 
@@ -486,7 +495,7 @@ def write_block(
         keys: their content keys.
         captions: their captions.
         vectors: `(B, dim)`, of the store's dtype.
-        looks: their sizes and thumbnails; without, no audit takes the store for its training images.
+        looks: their sizes and thumbnails.
 
     Raises:
         UserError: vectors are not finite, or the folder cannot be written.
@@ -501,11 +510,10 @@ def write_block(
         ("key", pa.string(), pa.array(keys, pa.string())),
         ("caption", pa.string(), pa.array(captions, pa.string())),
     ]
-    if looks is not None:
-        pixels = pa.binary(3 * SIDE * SIDE)
-        for name, values in zip(("width", "height"), zip(*looks.sizes, strict=True), strict=True):
-            columns.append((name, pa.int32(), pa.array(values, pa.int32())))
-        columns.append(("thumbnail", pixels, pa.array([look.tobytes() for look in looks.array()], pixels)))
+    pixels = pa.binary(3 * SIDE * SIDE)
+    for name, values in zip(("width", "height"), zip(*looks.sizes, strict=True), strict=True):
+        columns.append((name, pa.int32(), pa.array(values, pa.int32())))
+    columns.append(("thumbnail", pixels, pa.array([look.tobytes() for look in looks.array()], pixels)))
     kind = pa.list_(item, about.dim)
     columns.append(("embedding", kind, pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=kind)))
     schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind, _ in columns], metadata=metadata)

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from ambient_sd.audit.features import MIRROR, Features, embed
 from ambient_sd.audit.fidelity import EPSILON, NEAREST, copy_distance, coverage, density, inside, mifid, radii
-from ambient_sd.audit.neighbours import Neighbours, Rows, nearest
-from ambient_sd.audit.originals import Search, one_of_each, originals
+from ambient_sd.audit.neighbours import Neighbours, Rows
+from ambient_sd.audit.originals import one_of_each, originals
 from ambient_sd.utils.errors import UserError
 
 MEMORIZED_RATIO = 1 / 3
@@ -540,7 +540,7 @@ def measure(
     *,
     duplicates: Sequence[Hashable] | None = None,
     mirrored: bool = False,
-    search: Search = nearest,
+    progress: bool = False,
     resamples: int = 1000,
     quality_resamples: int = 100,
     project: int = PROJECT,
@@ -559,7 +559,7 @@ def measure(
         duplicates: one label per training image, equal for copies of one image (`originals`); None: all differ.
         mirrored: an image's mirror image is searched for too (`originals`); vectors must come from `embed` with the
             same setting.
-        search: what finds neighbours, as in `originals`; one that takes `Stored` where training vectors are.
+        progress: show bars of the searches.
 
     Returns:
         Measurement: `.rows`, and neighbours by feature name.
@@ -581,7 +581,7 @@ def measure(
         views = [name, *([name + MIRROR] if mirrored else [])]
         g, *h = ([s[view] for view in views] for s in sets)
         t = cast("Tensor | Stored", known[name])
-        found: dict[str, Any] = {"distance": feature.distance, "duplicates": duplicates, "search": search}
+        found: dict[str, Any] = {"distance": feature.distance, "duplicates": duplicates, "progress": progress}
         near[name] = originals(g, t, **found)
         sampled = copy_figures(feature, near[name], groups=groups, **options)
         real: list[Figure] | list[None] = [None] * len(sampled)

@@ -16,7 +16,7 @@ arithmetic rejects: float32 everywhere, bfloat16 where a trial shows that the pr
 come out in order of index.
 
 Memory is the queries, one block of rows and one block of products, whatever the size of the training set, which may lie on
-disk (`ambient_sd.audit.embedding`). An approximate index is not used here (`ambient_sd.audit.search`).
+disk (`ambient_sd.audit.embedding`).
 """
 
 from __future__ import annotations
@@ -62,15 +62,11 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Hold the nearest rows: `distance` float64 `(N, k)`, ascending, and `index` int64 `(N, k)` into the reference.
-
-    `exact` is False where a search may have missed rows; each distance is still that of its pair.
-    """
+    """Hold the nearest rows: `distance` float64 `(N, k)`, ascending, and `index` int64 `(N, k)` into the reference."""
 
     distance: Tensor
     index: Tensor
     metric: Distance = "euclidean"
-    exact: bool = True
 
     @property
     def ratio(self) -> Tensor:

@@ -10,12 +10,12 @@ labels. Which images are duplicates is the caller's to say (`ambient_sd.data.dup
 A mirrored copy is far away in pixels. Given the vectors of the mirror images of the queries as well, every distance is the smaller
 one of the two orientations, d2 too: what is searched twice must not halve d1 alone.
 
-The one place of the measures that searches: `search` is `neighbours.nearest`, or anything that answers like it.
+The one place where measures search.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,8 +23,6 @@ from torch import Tensor
 from ambient_sd.audit.features import Distance
 from ambient_sd.audit.neighbours import Neighbours, Rows, nearest
 from ambient_sd.utils.errors import UserError
-
-Search = Callable[..., Neighbours]
 
 
 def originals(
@@ -34,7 +32,7 @@ def originals(
     distance: Distance = "euclidean",
     duplicates: Sequence[Hashable] | None = None,
     own: Tensor | None = None,
-    search: Search = nearest,
+    progress: bool = False,
 ) -> Neighbours:
     """Find for every query the nearest training image and the nearest one that is no duplicate of it.
 
@@ -44,7 +42,7 @@ def originals(
         distance: as in `nearest`.
         duplicates: one label per training row; None: all differ.
         own: the queries are these training rows, int64 `(N,)` (`one_of_each`): they and what has their label are not found.
-        search: `(queries, training, k, distance=...) -> Neighbours`.
+        progress: show a bar of training rows.
 
     Returns:
         Neighbours with k = 2.
@@ -67,17 +65,15 @@ def originals(
     values = torch.full((len(views[0]), 2), torch.inf, dtype=torch.float64)
     index = torch.full((len(views[0]), 2), -1)
     pending, k = torch.arange(len(views[0])), 2 + int(own is not None)
-    exact = True
     while len(pending):
         k = min(k, total)
-        found = [search(view[pending], training, k, distance=distance) for view in views]
+        found = [nearest(view[pending], training, k, distance=distance, progress=progress) for view in views]
         v, i = _two_labels(found, label, not_found[pending])
-        exact &= all(one.exact for one in found)
         done = torch.isfinite(v[:, 1])
         values[pending[done]], index[pending[done]] = v[done], i[done]
         # The k nearest were all copies of one image: look further.
         pending, k = pending[~done], 4 * k
-    return Neighbours(values, index, distance, exact)
+    return Neighbours(values, index, distance)
 
 
 def one_of_each(labels: Sequence[Hashable], most: int | None = None, seed: int = 0) -> Tensor:

@@ -29,7 +29,6 @@ import shlex
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,6 @@ from ambient_sd.audit.originals import one_of_each
 from ambient_sd.audit.record import AuditRecord, measures
 from ambient_sd.audit.registry import DEFAULT, choose, labels
 from ambient_sd.audit.registry import label as label_of
-from ambient_sd.audit.search import require_feature, search
 from ambient_sd.audit.shares import COPIES, by_group, copy_rate, returned
 from ambient_sd.audit.stored import missing_features, recall
 from ambient_sd.commands.sample import SampleSettings, sample
@@ -291,7 +289,7 @@ def _audit(settings: AuditSettings, command: str) -> Audit:
     compared = 0
     if stored:
         for feature in features:
-            require_feature(stored[feature.name], feature)
+            stored[feature.name].require_feature(feature)
         compared = recall(list(stored.values()), training, settings.seed, progress=True)
     else:
         training.check(progress=True, near_duplicates=True)
@@ -341,14 +339,14 @@ def _audit(settings: AuditSettings, command: str) -> Audit:
     measured = measure(
         made, known_vectors, real, features, generated.groups, settings.seed,
         duplicates=[training.noise_keys[i] for i in different], mirrored=settings.mirrored, resamples=settings.resamples,
-        search=partial(search, progress=True), quality_resamples=max(settings.resamples // 10, 10),
+        progress=True, quality_resamples=max(settings.resamples // 10, 10),
     )  # fmt: skip
     measured = _with_rows(measured, different)
     measured.rows.extend(row for one in align for row in one(generated, heldout))
     verdict = _decide(settings, training, heldout, generated, base, measured)
     measured.rows[:0] = verdict.rows
     pulls = _attributions(settings, generated, verdict.decided) if settings.attribution else []
-    used = _used(stored, compared, measured)
+    used = _used(stored, compared)
     return _write(
         settings, command, begun, training, heldout, generated, features, measured, verdict, pulls, used, files
     )
@@ -494,7 +492,7 @@ def _own_resolution(model: str) -> int:
     return int(size) * 2 ** (len(AutoencoderKL.load_config(model, subfolder="vae")["block_out_channels"]) - 1)
 
 
-def _used(stored: Mapping[str, EmbeddingStore], compared: int, measured: Measurement) -> dict[str, Any] | None:
+def _used(stored: Mapping[str, EmbeddingStore], compared: int) -> dict[str, Any] | None:
     """Return what audit.json says of stored embeddings; None where there are none."""
     if not stored:
         return None
@@ -502,7 +500,7 @@ def _used(stored: Mapping[str, EmbeddingStore], compared: int, measured: Measure
         "compared": compared,
         "features": {
             name: {"weights": store.about.weights, "dtype": store.about.dtype, "device": store.about.device,
-                   "digest": store.digest, "exact": measured.neighbours[name].exact}
+                   "digest": store.digest}
             for name, store in stored.items()
         },
     }  # fmt: skip
@@ -1063,11 +1061,6 @@ def _notes(
             notes.append(
                 f"Stored embeddings of {', '.join(coarse)} were rounded to another precision, or computed on another kind of device than those "
                 "of the generated images: distances differ in their last digits, and an exact copy is near 0 instead of at it."
-            )
-        if missed := [name for name, one in used["features"].items() if not one["exact"]]:
-            notes.append(
-                f"The search by {', '.join(missed)} went through an index and can miss a neighbour: no pair is called more alike than it "
-                "is, but a missed nearest image hides a copy."
             )
     notes.append(
         f"These are {n} images of one model: few copies among them do not prove that it never copies, and prompts that were not "

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ambient_sd.audit.embedding import EmbeddingStore, embed_set, load_set, main
 from ambient_sd.audit.features import EffLite0, Pixels
+from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.registry import choose
 from ambient_sd.data.sources import content_key
 from ambient_sd.utils.errors import UserError
@@ -193,6 +194,21 @@ def test_a_store_knows_the_set_that_it_was_made_from(folder: Path, store: Path, 
     Image.new("RGB", (8, 8), "red").save(changed / "065.png")
     with pytest.raises(UserError, match="are not those of"):
         opened.require(load_set(changed))
+
+
+def test_search_in_a_store_equals_brute_force(store: Path) -> None:
+    opened = EmbeddingStore.open(store)
+    rows = torch.cat(list(opened.blocks()))
+    queries = torch.cat([rows[:3], torch.rand(20, opened.dim, generator=torch.Generator().manual_seed(1))])
+    d = torch.stack([(rows.double() - query.double()).norm(dim=1) for query in queries]).sort(dim=1, stable=True)
+    found = nearest(queries, opened, 3)
+    assert torch.equal(found.index, d.indices[:, :3]) and torch.equal(found.distance, d.values[:, :3])
+
+
+def test_a_store_refuses_other_extractors(store: Path) -> None:
+    EmbeddingStore.open(store).require_feature(Pixels(8))
+    with pytest.raises(UserError, match="would be embedded by pixels16"):
+        EmbeddingStore.open(store).require_feature(Pixels(16))
 
 
 def test_one_of_several_features_is_opened_by_its_name(folder: Path, tmp_path: Path) -> None:

@@ -98,15 +98,16 @@ def test_a_mirrored_copy_is_found_by_its_mirror_image_and_d2_is_taken_over_both(
     torch.testing.assert_close(originals(views, training).distance, values)
 
 
-def test_search_goes_through_the_function_that_is_given() -> None:
+def test_the_search_widens_only_where_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def search(queries: Tensor, training: Tensor, k: int, **options: object) -> Neighbours:
         asked.append(k)
         return nearest(queries, training, k, **options)  # type: ignore[arg-type]
 
+    monkeypatch.setattr("ambient_sd.audit.originals.nearest", search)
     training = torch.eye(20)
-    originals([training[:2]], training, duplicates=[0] * 10 + list(range(10, 20)), search=search)
+    originals([training[:2]], training, duplicates=[0] * 10 + list(range(10, 20)))
     assert asked and asked == sorted(asked)  # wider rings only where the first held one image alone
 
 

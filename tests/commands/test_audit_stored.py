@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +16,6 @@ from tiny import image_folder, noise_image
 
 from ambient_sd.audit import embedding as embedding_module
 from ambient_sd.audit import metrics, stored
-from ambient_sd.audit import search as search_module
 from ambient_sd.audit.embedding import EmbeddingStore, embed_set, load_set, write_block
 from ambient_sd.audit.registry import choose
 from ambient_sd.cli import main
@@ -87,7 +85,7 @@ def test_figures_neighbours_and_verdict_are_those_of_an_audit_that_embeds(
     used = told["images"]["training"]["embeddings"]
     assert plain["images"]["training"]["embeddings"] is None
     assert used["compared"] == 23 and list(used["features"]) == ["pixels8", "pixels64-standardized", "EffLite0"]
-    assert all(one["exact"] and one["dtype"] == "float32" for one in used["features"].values())
+    assert all(one["dtype"] == "float32" for one in used["features"].values())
     assert any("were embedded before" in note for note in told["notes"])
     page = (tmp_path / "told" / "audit.html").read_text()
     assert "were embedded before" in page and str(world) not in page + json.dumps(told)
@@ -204,22 +202,6 @@ def cut_block(world: Path, tmp: Path) -> dict[str, Any]:
     return {"training_embeddings": tmp / "s"}
 
 
-def old_version(world: Path, tmp: Path) -> dict[str, Any]:
-    before, embedding_module.VERSION = embedding_module.VERSION, 1
-    try:
-        images = load_set(world / "training")
-        about = embedding_module.describe(choose(["pixels8"])[0], images, dtype="float32", block=64, device="cpu")
-    finally:
-        embedding_module.VERSION = before
-    store = EmbeddingStore.open(world / "stored" / "pixels8")
-    keys, captions = zip(*store.rows(), strict=True)
-    old = json.loads(json.dumps(about.__dict__)) | {"version": 1}
-    path = tmp / "s" / "pixels8" / "part-00000.parquet"
-    write_block(path, embedding_module.About(**old), range(23), keys, captions, store.block(0).numpy())
-    assert "thumbnail" not in pq.read_schema(path).names
-    return {"features": ("pixels8",), "training_embeddings": tmp / "s"}
-
-
 REFUSED: dict[str, tuple[Callable[[Path, Path], dict[str, Any]], str]] = {
     "another image under a name": (other_image, "011.png in"),
     "another caption": (other_caption, "names or captions of"),
@@ -231,7 +213,6 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], dict[str, Any]], str]] = {
     "features of two sets": (two_sets, "hold embeddings of different images"),
     "other weights": (other_weights, "images would be embedded by Inception"),
     "a block that was cut": (cut_block, "part-00000.parquet cannot be read"),
-    "written before thumbnails": (old_version, "are of version 1"),
 }  # fmt: skip
 
 
@@ -304,19 +285,6 @@ def test_weights_are_named_only_with_the_features_that_are_missing(world: Path, 
         command = str(error.value).split("make them: ")[-1]
         assert ("--inception i.pt" in command) == has and f"--features {features[1]} " in command
         assert "nowhere.parquet --split train --row_filter 'a=b c'" in command
-
-
-def test_a_search_through_an_index_is_told(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("faiss")
-    shutil.copytree(world / "stored" / "pixels8", tmp_path / "s" / "pixels8")
-    search_module.main([str(tmp_path / "s"), "--feature", "pixels8"])
-    given: dict[str, Any] = {"features": ("pixels8",), "training_embeddings": tmp_path / "s"}
-    for most, exact in ((23, True), (22, False)):
-        monkeypatch.setattr(search_module, "EXACT_UP_TO", most)
-        found = audit(settings(world, tmp_path / f"out{most}", **given)).found
-        assert found["images"]["training"]["embeddings"]["features"]["pixels8"]["exact"] is exact
-        assert any("went through an index" in note for note in found["notes"]) is not exact
-        assert found["verdict"]["value"] == 0.5  # of so few rows none is missed
 
 
 def test_the_two_commands_work_together(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
