@@ -2,7 +2,7 @@
 
     python benchmarks/copies.py --out build/copies.json            # about 15 minutes on one core
 
-Training images are changed as a generated copy could be (`audit.transformations`, a shift, a round trip through the embedded autoencoder); images that
+Training images are changed as a generated copy could be (`experiments.transformations`, a shift, a round trip through the embedded autoencoder); images that
 cannot be copies are held-out ones and the embedded base model's own for the same captions. Two sets: the 300 embedded emoji of `subset_300`, and drawings in
 series (`benchmarks/series.py`). Half of the held-out images are the null, the others and the base's set every rule's threshold: 1 % of them lie beyond it.
 `decision` is what the project decides by: one call holds the changed copies and three times as many that are none, as an audit does.
@@ -26,13 +26,13 @@ from torch import Tensor
 from ambient_sd.assets import BASE, PICTURES
 from ambient_sd.audit.decision import SAME, CopyDecision, discoveries
 from ambient_sd.audit.features import MIRROR, as_rgb, embed
-from ambient_sd.audit.metrics import wilson
 from ambient_sd.audit.neighbours import Neighbours
 from ambient_sd.audit.originals import originals
 from ambient_sd.audit.registry import choose
-from ambient_sd.audit.transformations import TRANSFORMATIONS, transformed
 from ambient_sd.data.sources import load_rows
+from ambient_sd.utils.estimate import wilson
 from ambient_sd.utils.files import atomic_write
+from experiments.transformations import TRANSFORMATIONS, transformed
 
 SERIES, MEMBERS = 24, 12
 Images = list[Image.Image]

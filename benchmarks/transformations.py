@@ -19,11 +19,11 @@ import torch
 from ambient_sd.assets import PICTURES
 from ambient_sd.audit.features import embed
 from ambient_sd.audit.registry import add_features, choose, chosen
-from ambient_sd.audit.transformations import detection, embed_all, table
 from ambient_sd.data.conditions import split_condition
 from ambient_sd.data.sources import load_rows
 from ambient_sd.utils.errors import exits_on_user_error
 from ambient_sd.utils.files import atomic_write
+from experiments.transformations import detection, embed_all, table
 
 
 @exits_on_user_error

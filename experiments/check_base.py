@@ -18,9 +18,10 @@ import torch
 from PIL import ImageOps
 
 from ambient_sd.assets import BASE, PICTURES
-from ambient_sd.audit.features import EffLite0, Features, Pixels, Sscd, embed
+from ambient_sd.audit.features import embed
 from ambient_sd.audit.metrics import bootstrap, memorized, quality_rows
 from ambient_sd.audit.neighbours import nearest
+from ambient_sd.audit.registry import choose, with_sscd
 from ambient_sd.commands.demo import DemoSettings, sample
 from ambient_sd.data.sources import load_rows
 from ambient_sd.reporting.report import contact_sheet
@@ -47,7 +48,7 @@ def main() -> None:
     rows, heldout = load_rows(PICTURES, split="base"), load_rows(PICTURES, split="heldout")
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed))[: args.count].tolist()
     images, _ = sample(args.base, [rows[i].caption for i in chosen], settings, title="captions")
-    features: list[Features] = [Pixels(), EffLite0(), *([Sscd(size=160)] if Sscd.available() else [])]
+    features = choose(with_sscd("pixels", "efflite0"))
     real = embed([row.image for row in rows], features, progress=True)
     unseen = [row.image for row in heldout]
     result: dict[str, Any] = {"n": len(images), "seed": args.seed, "guidance": 4.0, "steps": 20, "figures": {}}

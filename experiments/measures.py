@@ -23,15 +23,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ambient_sd.audit.decision import HELDOUT, CopyDecision
-from ambient_sd.audit.features import Edges, EffLite0, Features, Pixels, embed
-from ambient_sd.audit.metrics import Figure, bootstrap, memorized, memorized_fraction, quality_rows
+from ambient_sd.audit.decision import CopyDecision
+from ambient_sd.audit.features import Features, embed
+from ambient_sd.audit.metrics import bootstrap, memorized, memorized_fraction, quality_rows
 from ambient_sd.audit.neighbours import nearest
+from ambient_sd.audit.registry import choose
 from ambient_sd.audit.shares import COPIES, copy_rate
 from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import drawn, keyed_generator
-from ambient_sd.families.lora import load_lora
+from ambient_sd.sampling import SamplingConfig, generate, requests_for
 from ambient_sd.schedule import NoiseSchedule
+from ambient_sd.utils.estimate import Estimate
 from experiments.denoised import embedded, predicted_x0
 from experiments.plan import Sampling
 
@@ -51,22 +53,24 @@ class Reals:
     heldout_captions: Sequence[str]
     features: Sequence[Features]
     labels: Sequence[Hashable] | None = None
+    vae: Any = None
+    side: int = 0
 
     @cached_property
     def decision(self) -> CopyDecision:
         """The definition of a copy of these images; made once, at the first samples."""
-        return CopyDecision(self.images, self.labels, {HELDOUT: self.heldout_images})
+        return CopyDecision.of(self.images, self.labels, heldout=self.heldout_images, vae=self.vae, side=self.side)
 
 
-def read_reals(training: ImageDataset, heldout: ImageDataset) -> Reals:
-    """Embed both sets."""
+def read_reals(training: ImageDataset, heldout: ImageDataset, vae: Any = None, side: int = 0) -> Reals:
+    """Embed both sets; `vae` and `side`: as in `CopyDecision.of`."""
     training.fingerprint()  # fills in the keys that tell equal images
     rows = training.one_of_each()
-    features: list[Features] = [Pixels(), EffLite0(), Pixels(16), Edges()]
+    features = choose(["pixels", "efflite0", "pixels16", "edges"], device="cpu" if vae is None else vae.device)
     images, unseen = [training[i].image for i in rows], [row.image for row in heldout]
     return Reals(
         embed(images, features), embed(unseen, features), images, [training.captions[i] for i in rows], unseen,
-        heldout.captions, features, [training.noise_keys[i] for i in rows],
+        heldout.captions, features, [training.noise_keys[i] for i in rows], vae, side,
     )  # fmt: skip
 
 
@@ -80,35 +84,26 @@ def prompts_of(reals: Reals, sampling: Sampling, seed: int) -> list[str]:
     return [captions[i % len(captions)] for i in range(sampling.images)]
 
 
-def load_pipeline(base: str | Path, folder: Path, lora: bool) -> Any:
-    """Load what a run left, under DPM-Solver++."""
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-
-    options = {"safety_checker": None, "requires_safety_checker": False}
-    pipe = StableDiffusionPipeline.from_pretrained(base if lora else folder, **options)
-    if lora:
-        load_lora(pipe, folder)
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+def config_of(
+    base: str | Path, folder: Path, lora: bool, sampling: Sampling, resolution: int, seed: int
+) -> SamplingConfig:
+    """Say how what a run left is sampled: under DPM-Solver++."""
+    return SamplingConfig(
+        str(base if lora else folder), str(folder) if lora else None, "dpm++", sampling.num_inference_steps, sampling.guidance_scale,
+        resolution, seed, batch_size=sampling.batch_size,
+    )  # fmt: skip
 
 
-def sample(pipe: Any, prompts: Sequence[str], sampling: Sampling, resolution: int, seed: int) -> list[Image.Image]:
-    """Draw one image per entry of `prompts`; its start noise is a function of seed and place."""
-    images: list[Image.Image] = []
-    for first in range(0, len(prompts), sampling.batch_size):
-        chunk = list(prompts[first : first + sampling.batch_size])
-        generators = [keyed_generator(seed, "study sample", first + i) for i in range(len(chunk))]
-        images += pipe(
-            chunk, num_inference_steps=sampling.num_inference_steps, guidance_scale=sampling.guidance_scale,
-            height=resolution, width=resolution, generator=generators,
-        ).images  # fmt: skip
-    return images
+def sample(pipe: Any, prompts: Sequence[str], config: SamplingConfig) -> list[Image.Image]:
+    """Sample one image per entry of `prompts`."""
+    return [
+        one.image for batch in generate(pipe, requests_for(prompts), config) for one in batch if one.image is not None
+    ]
 
 
 def measure_samples(
     images: Sequence[Image.Image], prompts: Sequence[str], reals: Reals, seed: int, resamples: int = 1000
-) -> tuple[dict[str, Figure], dict[str, list[Any]]]:
+) -> tuple[dict[str, Estimate], dict[str, list[Any]]]:
     """Return the figures of sampled images; intervals resample prompts (images, where none is given).
 
     Returns:

@@ -1,7 +1,6 @@
-"""Sample pages of a study: what each run draws for the same prompts, over the training image that explains it best.
+"""Sample pages of a study: what each run samples for the same prompts, above the training image that explains it best.
 
-A frame marks a copy, as the tables count them. Of steps that were measured before there was one definition of a copy: d1/d2 < 1/3 in pixels, over the nearest. Made of OUT's own files: `samples.png` and `figures.json` of each
-step; nothing is drawn again.
+A frame marks a copy, as the tables count them. Made of OUT's own files: `samples.png` and `figures.json` of each step; nothing is sampled again.
 """
 
 from __future__ import annotations
@@ -12,9 +11,6 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ambient_sd.audit.features import Pixels, embed
-from ambient_sd.audit.metrics import MEMORIZED_RATIO
-from ambient_sd.audit.neighbours import nearest
 from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import drawn
 from ambient_sd.reporting.report import cut_sheet
@@ -24,19 +20,16 @@ COLUMNS = 20  # of `samples.png`
 _GAP, _LABEL, _FRAME = 4, 130, "#d92d20"
 
 
-def samples_of(step: Path, resolution: int) -> tuple[list[Image.Image], list[bool], list[int] | None]:
-    """Return the images of a step, cut out of its sheet, which are copies, and the rows of their originals (None: not kept)."""
+def samples_of(step: Path, resolution: int) -> tuple[list[Image.Image], list[bool], list[int]]:
+    """Return the images of a step, cut out of its sheet, which are copies, and the rows of their originals."""
     try:
         sheet = Image.open(step / "samples.png").convert("RGB")
         kept = json.loads((step / "figures.json").read_text(encoding="utf-8"))
-        ratios = kept["ratios"]
-        copies, originals = kept.get("copies"), kept.get("originals")
-        if copies is None or originals is None:
-            copies, originals = [ratio < MEMORIZED_RATIO for ratio in ratios], None
+        copies, originals = kept["copies"], kept["originals"]
     except (OSError, ValueError, KeyError, SyntaxError) as error:
         raise UserError(f"the samples in {step} cannot be shown", rule=one_line(f"{type(error).__name__}: {error}", 160),
                         remedy="remove the folder; the step is then measured again") from None  # fmt: skip
-    return cut_sheet(sheet, len(ratios), resolution, COLUMNS), copies, originals
+    return cut_sheet(sheet, len(copies), resolution, COLUMNS), copies, originals
 
 
 def sample_page(
@@ -52,29 +45,25 @@ def sample_page(
         resolution: pixels of a sample's side.
     """
     training.fingerprint()  # fills in the keys that tell equal images
-    training_images = [training[i].image for i in training.one_of_each()]
-    pixels = Pixels()
-    known = embed(training_images, [pixels])[pixels.name]
+    training_images = training.subset(training.one_of_each()).images
     width, row = _LABEL + shown * (resolution + _GAP), 2 * resolution + 3 * _GAP
     sheet = Image.new("RGB", (width, len(steps) * row + _GAP), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     for r, (label, step) in enumerate(steps):
         images, copies, originals = samples_of(step, resolution)
         chosen = drawn(len(images), min(shown, len(images)), 0, "sample page")
-        if originals is None:
-            near = nearest(embed([images[i] for i in chosen], [pixels])[pixels.name], known).index[:, 0].tolist()
-        else:
-            near = [originals[i] for i in chosen]
         top = _GAP + r * row
         number = int(step.name.removeprefix("step-"))
-        text = f"{label}\nstep {number}\n\nbelow: nearest\ntraining image;\nframed: copies"
+        text = f"{label}\nstep {number}\n\nbelow: its\ntraining image;\nframed: copies"
         for line, words in enumerate(text.splitlines()):
             pen.text((_GAP, top + 12 * line), words, fill="black", font=font)
-        for column, (i, j) in enumerate(zip(chosen, near, strict=True)):
+        for column, i in enumerate(chosen):
             x = _LABEL + column * (resolution + _GAP)
             if copies[i]:
                 pen.rectangle((x - 2, top - 2, x + resolution + 1, top + 2 * resolution + 1), fill=_FRAME)
             sheet.paste(images[i], (x, top))
-            original = training_images[j].convert("RGB").resize((resolution, resolution), Image.Resampling.LANCZOS)
+            original = (
+                training_images[originals[i]].convert("RGB").resize((resolution, resolution), Image.Resampling.LANCZOS)
+            )
             sheet.paste(original, (x, top + resolution))
     return sheet

@@ -8,7 +8,7 @@ spread, and no interval is made of it.
 fewest copies. The baseline has the same right: stopped early it copies less too. That compares single points; `at_distance` compares whole
 curves: the copies of each run where it first is as good as the baseline was at some step.
 
-Copies are those of `ambient_sd.audit.decision` where every point has them, by one rule; else d1 / d2 < 1/3, by which earlier versions measured. The
+Copies are those of `ambient_sd.audit.decision` where every point has them, by one rule; else d1 / d2 < 1/3, which the published studies have. The
 heads say which.
 """
 
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ambient_sd.audit.shares import COPIES
+from ambient_sd.utils.estimate import Estimate
 from ambient_sd.utils.files import atomic_write
 
 PUBLISHED = "copied"  # d1 / d2 < 1/3, pixels
@@ -29,18 +30,10 @@ HIGH = 2.9  # noise levels from here on show that the noisy copies are learned
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MeanOverSeeds(Estimate):
     """Hold a mean over seeds, its 95 % interval within runs, and the value of each seed."""
 
-    value: float
-    low: float
-    high: float
-    seeds: tuple[float, ...]
-
-    @classmethod
-    def of(cls, figure: Mapping[str, Any]) -> Estimate:
-        """Return a figure of one run, as it stands in a file."""
-        return cls(figure["value"], figure["low"], figure["high"], ())
+    seeds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,6 @@ class Point:
     step: int
     figures: Mapping[str, Estimate]
     errors: Mapping[str, Mapping[str, Sequence[float]]]
-    n: int
     measure: str = PUBLISHED  # of copies, the same for all points of a study
 
     @property
@@ -75,23 +67,24 @@ def points(results: Mapping[str, Any]) -> list[Point]:
     return [
         Point(
             label, step, {name: _mean([p["figures"][name] for p in group]) for name in _shared(group)},
-            _mean_errors([p["errors"] for p in group]), sum(p["figures"][PUBLISHED]["n"] for p in group), measure,
+            _mean_errors([p["errors"] for p in group]), measure,
         )
         for (label, step), group in found.items()
     ]  # fmt: skip
 
 
 def _shared(group: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the figures that every seed has: one that was measured by an older version lacks the newer ones."""
+    """Return the figures that every seed has."""
     return [name for name in group[0]["figures"] if all(name in other["figures"] for other in group)]
 
 
-def _mean(figures: Sequence[Mapping[str, Any]]) -> Estimate:
+def _mean(figures: Sequence[Mapping[str, Any]]) -> MeanOverSeeds:
     values = [f["value"] for f in figures]
     mean, k = sum(values) / len(values), len(values)
     below = math.sqrt(sum((f["value"] - f["low"]) ** 2 for f in figures)) / k
     above = math.sqrt(sum((f["high"] - f["value"]) ** 2 for f in figures)) / k
-    return Estimate(mean, mean - below, mean + above, tuple(values))
+    n = sum(f["n"] for f in figures)
+    return MeanOverSeeds(mean, mean - below, mean + above, n, seeds=tuple(values))
 
 
 def _mean_errors(curves: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
@@ -131,13 +124,13 @@ def where_as_good(line: Sequence[tuple[Estimate, Estimate]], distance: float) ->
     for i, (now, reached) in enumerate(line):
         if reached.value <= distance:
             if i == 0:
-                return Estimate(now.value, now.low, now.high, ())
+                return Estimate(now.value, now.low, now.high, now.n)
             before, last = line[i - 1]
             w = (last.value - distance) / (last.value - reached.value)
             value, low, high = (
                 (1 - w) * getattr(before, end) + w * getattr(now, end) for end in ("value", "low", "high")
             )
-            return Estimate(value, low, high, ())
+            return Estimate(value, low, high, now.n)
     return None
 
 
@@ -178,8 +171,8 @@ def tables(results: Mapping[str, Any]) -> str:
         p = max((p for p in found if p.label == label), key=lambda p: p.step)
         both = [p.copied, p.figures[PUBLISHED]] if decided else [p.copied]
         lines.append(
-            f"| {label} | {_numbers(seeds[label])} | {p.step} | {p.n} | {' | '.join(share(e) for e in both)} | {share(p.figures['copied-coarsely'])} | {_recoloured(p)} | {_span(p.figures['ratio'], 2)} | "
-            f"{_span(p.distance, 1)} | {_span(p.figures['kid'], 1, 1000)} |"
+            f"| {label} | {_numbers(seeds[label])} | {p.step} | {p.copied.n} | {' | '.join(share(e) for e in both)} | {share(p.figures['copied-coarsely'])} | {_recoloured(p)} | {p.figures['ratio'].show(2)} | "
+            f"{p.distance.show(1)} | {p.figures['kid'].show(1, 1000)} |"
         )
     floor = found[0].figures["distance floor"]
     if decided:
@@ -189,7 +182,7 @@ def tables(results: Mapping[str, Any]) -> str:
         ]
     lines += [
         "",
-        f"A perfect model's distance at this n, half of the held-out images against the other: {_span(floor, 1)}.",
+        f"A perfect model's distance at this n, half of the held-out images against the other: {floor.show(1)}.",
         "",
     ]
     if BASELINE in labels:
@@ -205,9 +198,9 @@ def tables(results: Mapping[str, Any]) -> str:
             there = (
                 "none is as good | "
                 if equal is None
-                else f"{share(equal.copied)} ({equal.step}) | {_span(equal.distance, 1)}"
+                else f"{share(equal.copied)} ({equal.step}) | {equal.distance.show(1)}"
             )
-            lines.append(f"| {label} | {_span(top.distance, 1)} ({top.step}) | {share(top.copied)} | {there} |")
+            lines.append(f"| {label} | {top.distance.show(1)} ({top.step}) | {share(top.copied)} | {there} |")
         lines.append("")
     if BASELINE in labels and len(labels) > 1:
         line = [p for p in found if p.label == BASELINE]
@@ -228,7 +221,7 @@ def tables(results: Mapping[str, Any]) -> str:
         stop, end = at_least_error(found, label), max((p for p in found if p.label == label), key=lambda p: p.step)
         cells = [f"{_high_error(stop, name):.3f} ({_high_error(end, name):.3f})" for name in ("heldout", "training")]
         lines.append(
-            f"| {label} | {stop.step} | {' | '.join(cells)} | {share(stop.copied)} | {_span(stop.distance, 1)} |"
+            f"| {label} | {stop.step} | {' | '.join(cells)} | {share(stop.copied)} | {stop.distance.show(1)} |"
         )
     lines.append("")
     lines += ["### Along training", "", "| run | " + " | ".join(str(s) for s in sorted({p.step for p in found})) + " |",
@@ -246,7 +239,7 @@ def tables(results: Mapping[str, Any]) -> str:
 
 
 def _recoloured(p: Point) -> str:
-    """Studies that were measured before this figure existed do not have it."""
+    """Write the edge-based copy rate, which not every published study has."""
     return share(p.figures["copied-recoloured"]) if "copied-recoloured" in p.figures else ""
 
 
@@ -262,12 +255,9 @@ def _numbers(values: Sequence[int]) -> str:
 
 def share(e: Estimate) -> str:
     """Return a share in per cent with its interval, and the value of each seed where there are several."""
-    single = f"; {', '.join(f'{100 * v:.1f}' for v in e.seeds)}" if len(e.seeds) > 1 else ""
+    seeds = getattr(e, "seeds", ())
+    single = f"; {', '.join(f'{100 * v:.1f}' for v in seeds)}" if len(seeds) > 1 else ""
     return f"{100 * e.value:.1f} % [{100 * e.low:.1f}, {100 * e.high:.1f}{single}]"
-
-
-def _span(e: Estimate, digits: int, factor: float = 1) -> str:
-    return f"{factor * e.value:.{digits}f} [{factor * e.low:.{digits}f}, {factor * e.high:.{digits}f}]"
 
 
 def write_results(results: Mapping[str, Any], out: Path) -> Path:

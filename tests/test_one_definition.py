@@ -81,4 +81,4 @@ def test_all_commands_call_the_same_images_copies(tmp_path: Path) -> None:
     probe = Probe(checked, count=8, resolution=64, seed=0)
     seen = probe.measure(images, [1.0] * len(images), 1)
     assert probe.decision(images).copy.tolist() == expected
-    assert (seen.share, seen.published) == (rate, 0)
+    assert (seen.copies.value, seen.published) == (rate, 0)

@@ -2,7 +2,7 @@
 
     python tools/overview.py docs/study/text-60 docs/study/scratch-60 docs/study/text-300 --out docs/study/overview.png
 
-Above, copies are counted in pixels as published; below, by contours in any colour, for the seeds that were counted so. Each folder holds
+Above, copies are counted in pixels as published; below, by contours (edge-based), for the seeds that were counted so. Each folder holds
 a study's results.json and, where two networks were put together, by-noise-level.json. Nothing is measured here.
 """
 
@@ -17,7 +17,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.results import Estimate, points, sides
+from ambient_sd.utils.estimate import Estimate
+from experiments.results import points, sides
 
 SHOWN: Mapping[str, tuple[str, dict[str, Any]]] = {
     "plain": ("plain", {"color": "black", "marker": "o", "lw": 2.2}),
@@ -27,7 +28,7 @@ SHOWN: Mapping[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 AGAIN = {"color": "black", "marker": "o", "ms": 4, "lw": 1, "ls": ":", "mfc": "white"}
 ABOVE = {"color": "#b83280", "marker": "*", "ms": 14, "ls": "none"}
-MEASURES = {"copied": "copied, %", "copied-recoloured": "copied in any colour, %"}
+MEASURES = {"copied": "copied, %", "copied-recoloured": "copied, edge-based, %"}
 TITLES = {"text": "with captions", "scratch": "from scratch, no captions"}
 
 Place = tuple[Estimate, Estimate]  # copies, distance
@@ -49,7 +50,7 @@ def _pairs(folder: Path) -> list[dict[str, Any]]:
 
 def _place(row: Mapping[str, Any], measure: str) -> Place:
     figures = row["figures"]
-    return Estimate.of(figures[measure]), Estimate.of(figures["distance"])
+    return Estimate.from_dict(figures[measure]), Estimate.from_dict(figures["distance"])
 
 
 def panel(axes: Any, folder: Path, measure: str) -> None:

@@ -21,18 +21,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ambient_sd.audit.features import as_rgb
 from ambient_sd.audit.neighbours import workers
 from ambient_sd.audit.registration import SCALES, Poses, Registered, prepare, register
 from ambient_sd.utils.errors import UserError
 
-RULE = "registration-1"  # stands beside figures that are kept: those of another rule are no longer comparable
-HELDOUT = "held-out images"  # the null's name, for whoever asks for its background
+RULE = "registration-2"  # stands beside figures that are kept: those of another rule are no longer comparable
+HELDOUT, BASE = "held-out images", "images of the base model"  # names of nulls
+RENDERED = 256  # pixels; of larger images an autoencoder changes nothing that is left at 64
 RATE = 0.05  # of false discoveries among the copies
 EACH = 0.01  # of images that are no copies
 SAME = 0.1  # residual of two images that differ by colour, blur and pose alone
@@ -79,12 +82,37 @@ class Decided:
 Rendition = Callable[[Sequence[Image.Image]], Sequence[Image.Image]]
 
 
+def through_vae(vae: Any, side: int, batch: int = 16) -> Rendition:
+    """Return a rendition: images encoded and decoded by an autoencoder, the nearest to a copy that its model can come.
+
+    Args:
+        vae: a diffusers `AutoencoderKL`; its mode is decoded.
+        side: pixels that images are brought to, a multiple of its factor.
+        batch: images at a time.
+    """
+    from diffusers.image_processor import VaeImageProcessor
+
+    processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1))
+
+    def through(images: Sequence[Image.Image]) -> list[Image.Image]:
+        out: list[Image.Image] = []
+        with torch.no_grad():
+            for start in range(0, len(images), batch):
+                some: Any = [as_rgb(image) for image in images[start : start + batch]]
+                pixels: Any = processor.preprocess(some, height=side, width=side)
+                latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+                out += processor.postprocess(vae.decode(latents).sample.float().cpu(), output_type="pil")
+        return out
+
+    return through
+
+
 @dataclass
 class CopyDecision:
     """Decide which images are copies of a training set.
 
     Args:
-        training: one of each training image (no two equal ones).
+        training: one of each training image (no two equal ones); each is asked for once.
         labels: one per training image, equal for near-duplicates; None: all differ.
         unseen: name -> images that cannot be copies ("held-out", "base model"); at most `MOST` of each are used, evenly spaced.
         renditions: functions that return images as a generated copy would show them: through the model's autoencoder.
@@ -110,12 +138,29 @@ class CopyDecision:
     mirrored: bool = True
     progress: bool = False
 
+    @classmethod
+    def of(
+        cls, training: Sequence[Image.Image], labels: Sequence[Hashable] | None = None, *, heldout: Sequence[Image.Image] = (),
+        base: Sequence[Image.Image] = (), vae: Any = None, side: int = 0, mirrored: bool = True, progress: bool = False,
+    ) -> CopyDecision:  # fmt: skip
+        """Build the decision as every command does.
+
+        Args:
+            training, labels, mirrored, progress: as above.
+            heldout: images that the model never saw. base: images of the base model for the same captions.
+            vae: the model's autoencoder; where it samples at `side` <= `RENDERED` pixels, training images are searched as the
+                autoencoder renders them too. The cost is one pass of it over the training images.
+        """
+        unseen = {name: images for name, images in ((HELDOUT, heldout), (BASE, base)) if len(images)}
+        renditions = [through_vae(vae, side)] if vae is not None and side <= RENDERED else []
+        return cls(training, labels, unseen, renditions, mirrored, progress)
+
     def __post_init__(self) -> None:
         count = len(self.training)
         given = list(range(count)) if self.labels is None else list(self.labels)
         if len(given) != count:
             raise UserError(f"{len(given)} labels for {count} training images", rule="one each")
-        shown, self._row, self._images = self._views()
+        self._row, self._images, self._versions = self._views()
         given = [given[row] for row in self._row.tolist()]
         numbers: dict[Hashable, int] = {}
         self._label = torch.tensor([numbers.setdefault(name, len(numbers)) for name in given], dtype=torch.int64)
@@ -123,7 +168,6 @@ class CopyDecision:
             raise UserError(
                 f"{len(numbers)} different training image", rule="an image is held against the others of its set"
             )
-        self._versions = [prepare(rendition(shown)) for rendition in self.renditions]
         self._poses = Poses(self._images)
         self._raw: dict[str, dict[float, Tensor]] = {}
         self._own: dict[int, tuple[Tensor, dict[float, Tensor]]] = {}
@@ -132,23 +176,31 @@ class CopyDecision:
         if not self.nulls and (own := self._leave_one_out()).n >= LEAST:
             self.nulls = [own]
 
-    def _views(self) -> tuple[list[Image.Image], Tensor, Tensor]:
-        """Return the training images as they may be seen, the row of each view, and the views prepared.
+    def _views(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return the row of each view of a training image, the views prepared, and each rendition of them prepared.
 
         A trainer squeezes an image that is not square, or cuts a square from its middle or anywhere: the whole, the middle and both ends are
-        searched. Views themselves are kept only where a rendition needs them.
+        searched.
         """
-        kept: list[Image.Image] = []
         rows: list[int] = []
-        parts: list[Tensor] = []
-        for row, image in enumerate(self.training):
-            views = [image, *squares(image)]
-            rows += [row] * len(views)
+        parts: list[Tensor] = [prepare([])]
+        versions: list[list[Tensor]] = [[prepare([])] for _ in self.renditions]
+        for start in range(0, len(self.training), 16):  # images as they are take memory
+            views: list[Image.Image] = []
+            for row in range(start, min(start + 16, len(self.training))):
+                image = self.training[row]
+                every = [image, *squares(image)]
+                rows += [row] * len(every)
+                views += every
             parts.append(prepare(views))
-            kept += views if self.renditions else []
-        if not parts:
-            return kept, torch.empty(0, dtype=torch.int64), prepare([])
-        return kept, torch.tensor(rows), torch.cat(parts)
+            for version, rendition in zip(versions, self.renditions, strict=True):
+                version.append(prepare(rendition(views)))
+        return torch.tensor(rows, dtype=torch.int64), torch.cat(parts), [torch.cat(version) for version in versions]
+
+    @property
+    def rendered(self) -> Tensor | None:
+        """Return the views of the training images in their first rendition, float32 `(V, 3, SIDE, SIDE)` in [0, 1]; None without one."""
+        return self._versions[0] if self._versions else None
 
     def __call__(self, images: Sequence[Image.Image], published: Tensor | None = None) -> Decided:
         """Decide for images that were drawn together: the rate of false discoveries is that among them.

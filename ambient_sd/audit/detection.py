@@ -17,8 +17,9 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-from ambient_sd.audit.metrics import Figure, Resampler, wilson
+from ambient_sd.audit.metrics import Resampler
 from ambient_sd.utils.errors import UserError
+from ambient_sd.utils.estimate import Estimate, wilson
 
 # Above the largest score by this part of it: the same image in another batch differs in its last digits.
 _MARGIN = 1e-4
@@ -67,7 +68,7 @@ def detection_figures(
     ordinary_groups: Sequence[Hashable] | None = None,
     seed: int = 0,
     resamples: int = 1000,
-) -> tuple[Figure, Figure]:
+) -> tuple[Estimate, Estimate]:
     """Estimate AUC and TPR at a false-positive rate, with intervals.
 
     Args:
@@ -98,5 +99,5 @@ def detection_figures(
         if low == high:  # every resample agrees: resampling has nothing to say
             low, high = wilson(value, min(first.count, second.count))
             detail += f"; Wilson interval on {min(first.count, second.count)} prompts"
-        figures.append(Figure(name, value, low, high, len(memorized), seed, detail, draws=draws))
+        figures.append(Estimate(value, low, high, len(memorized), name, seed, detail, draws))
     return figures[0], figures[1]

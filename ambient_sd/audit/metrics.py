@@ -32,6 +32,7 @@ from ambient_sd.audit.fidelity import EPSILON, NEAREST, copy_distance, coverage,
 from ambient_sd.audit.neighbours import Neighbours, Rows
 from ambient_sd.audit.originals import one_of_each, originals
 from ambient_sd.utils.errors import UserError
+from ambient_sd.utils.estimate import Estimate, wilson
 
 MEMORIZED_RATIO = 1 / 3
 SSCD_THRESHOLDS = (0.5, 0.75)
@@ -39,31 +40,6 @@ PERCENTILES = (75, 90, 95)
 PROJECT = 64
 BACKGROUND = 2000  # training images at most whose own neighbours are looked for: all against all grows with the square
 _MOST = 2000  # images a side for density and coverage, whose cost grows with the square
-_Z95 = 1.959963984540054
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Hold one measured number: value, 95 % interval, sample count, the seed of its resampling, and how it was made.
-
-    `draws` are the bootstrap values behind the interval and `pairing` names the resampling that made them: two figures
-    with one pairing were resampled together, so their difference may be taken draw by draw.
-    """
-
-    name: str
-    value: float
-    low: float
-    high: float
-    n: int
-    seed: int
-    detail: str = ""
-    draws: Tensor | None = field(default=None, repr=False, compare=False)
-    pairing: str = field(default="", repr=False, compare=False)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figure for JSON, without its draws."""
-        names = ("name", "value", "low", "high", "n", "seed", "detail")
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -78,10 +54,10 @@ class Row:
     """
 
     name: str
-    generated: Figure
-    heldout: Figure | None
-    excess: Figure | None
-    background: Figure | None = None
+    generated: Estimate
+    heldout: Estimate | None
+    excess: Estimate | None
+    background: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -103,20 +79,6 @@ class Measurement:
 
 
 # --- intervals -------------------------------------------------------------------------------------------------------
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """Return Wilson's 95 % score interval of a share of `n` independent trials (Wilson 1927).
-
-    `(p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)`; for share 0 the upper end is z^2 / (n + z^2).
-    """
-    z2 = _Z95 * _Z95
-    middle = share + z2 / (2 * n)
-    half = _Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    # The formula gives exactly 0 and 1 at the ends; rounding must not push the interval past the value.
-    low = 0.0 if share == 0 else (middle - half) / (1 + z2 / n)
-    high = 1.0 if share == 1 else (middle + half) / (1 + z2 / n)
-    return low, high
 
 
 class Resampler:
@@ -157,7 +119,7 @@ def bootstrap(
     resamples: int = 1000,
     share: bool = False,
     detail: str = "",
-) -> Figure:
+) -> Estimate:
     """Estimate a statistic of per-sample values with a percentile interval (Efron 1979).
 
     Args:
@@ -179,12 +141,12 @@ def bootstrap(
     if share and low == high:
         low, high = wilson(point, resampler.count)
         note = f"Wilson interval on {resampler.count} groups"
-        return Figure(name, point, low, high, len(values), seed, "; ".join(filter(None, (detail, note))))
+        return Estimate(point, low, high, len(values), name, seed, "; ".join(filter(None, (detail, note))))
     pairing = f"{resampler.pairing}:{resamples}"
-    return Figure(name, point, low, high, len(values), seed, detail, draws=draws, pairing=pairing)
+    return Estimate(point, low, high, len(values), name, seed, detail, draws, pairing)
 
 
-def difference(a: Figure, b: Figure, name: str | None = None) -> Figure:
+def difference(a: Estimate, b: Estimate, name: str | None = None) -> Estimate:
     """Estimate `a - b` with an interval.
 
     Figures resampled together (one pairing) are subtracted draw by draw, which keeps what they share: prompts,
@@ -200,7 +162,7 @@ def difference(a: Figure, b: Figure, name: str | None = None) -> Figure:
         low = value - math.hypot(a.value - a.low, b.high - b.value)
         high = value + math.hypot(a.high - a.value, b.value - b.low)
         detail = "independent intervals combined"
-    return Figure(name or f"{a.name}: difference", value, low, high, min(a.n, b.n), a.seed, detail)
+    return Estimate(value, low, high, min(a.n, b.n), name or f"{a.name}: difference", a.seed, detail)
 
 
 # --- copying ---------------------------------------------------------------------------------------------------------
@@ -234,7 +196,7 @@ def memorized_fraction(
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
     resamples: int = 1000,
-) -> Figure:
+) -> Estimate:
     """Estimate the share of samples with d1 / d2 < `ratio`."""
     return bootstrap(
         memorized(neighbours, ratio), torch.mean, name=name, groups=groups, seed=seed, resamples=resamples, share=True,
@@ -250,7 +212,7 @@ def similarity_figures(
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
     resamples: int = 1000,
-) -> list[Figure]:
+) -> list[Estimate]:
     """Estimate mean, percentiles and shares above the thresholds of the similarity to the nearest training image."""
     values = neighbours.similarity
     options: dict[str, Any] = {"groups": groups, "seed": seed, "resamples": resamples}
@@ -264,7 +226,7 @@ def similarity_figures(
     return figures
 
 
-def copy_figures(feature: Features, neighbours: Neighbours, **options: Any) -> list[Figure]:
+def copy_figures(feature: Features, neighbours: Neighbours, **options: Any) -> list[Estimate]:
     """Give the copying figures that suit a feature: similarities for a cosine one, the memorized fraction else."""
     if feature.distance == "cosine":
         thresholds = getattr(feature, "thresholds", SSCD_THRESHOLDS)
@@ -449,13 +411,13 @@ def quality_rows(
 
 def _figure(
     name: str, value: float, draws: Tensor, n: int, seed: int, detail: str, pairing: str, share: bool = False
-) -> Figure:
+) -> Estimate:
     """Make a figure of an estimate and draws that scatter about another mean; a share stays within 0 and 1."""
     draws = draws - draws.mean() + value
     if share:
         draws = draws.clamp(0, 1)
     low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Figure(name, value, low, high, n, seed, detail, draws=draws, pairing=pairing)
+    return Estimate(value, low, high, n, name, seed, detail, draws, pairing)
 
 
 def _density_rows(
@@ -584,11 +546,11 @@ def measure(
         found: dict[str, Any] = {"distance": feature.distance, "duplicates": duplicates, "progress": progress}
         near[name] = originals(g, t, **found)
         sampled = copy_figures(feature, near[name], groups=groups, **options)
-        real: list[Figure] | list[None] = [None] * len(sampled)
+        real: list[Estimate] | list[None] = [None] * len(sampled)
         if h:
             held[name] = originals(h[0], t, **found)
             real = copy_figures(feature, held[name], **options)
-        background: list[Figure] | list[None] = [None] * len(sampled)
+        background: list[Estimate] | list[None] = [None] * len(sampled)
         # Leave-one-out needs three different images to offer two neighbours.
         own = one_of_each(range(t.shape[0]) if duplicates is None else duplicates, BACKGROUND, seed)
         if len(own) > 2:

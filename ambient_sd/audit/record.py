@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ambient_sd.audit.metrics import Figure, Row
+from ambient_sd.audit.metrics import Row
 from ambient_sd.audit.shares import COPIES, RETURNED
 from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.estimate import Estimate
 from ambient_sd.utils.files import atomic_write, json_safe
 from ambient_sd.utils.json_schema import load_json, shortened, violation
 
@@ -128,7 +129,7 @@ class AuditRecord:
     def rows(self) -> list[Row]:
         """Return every measure with its figures; a number that is not known is NaN."""
         return [
-            Row(one["name"], *(None if one[side] is None else _figure(one[side]) for side in _SIDES))  # type: ignore[arg-type]
+            Row(one["name"], *(None if one[side] is None else Estimate.from_dict(one[side]) for side in _SIDES))  # type: ignore[arg-type]
             for one in self.measures
         ]
 
@@ -149,11 +150,6 @@ def measures(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def is_share(name: str) -> bool:
     """Tell whether a measure is a share of images, in [0, 1]."""
     return name.removesuffix(": difference") in (COPIES, RETURNED) or name.startswith("memorized-") or " > " in name
-
-
-def _figure(values: dict[str, Any]) -> Figure:
-    numbers = {end: float("nan") if values[end] is None else float(values[end]) for end in ("value", "low", "high")}
-    return Figure(**{**values, **numbers})
 
 
 def _wrong(given: Any) -> str | None:

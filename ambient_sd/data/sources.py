@@ -121,6 +121,17 @@ class ImageDataset(Sequence[ImageRow]):
         shared = (self.noise_keys[index], self.mirrored[index]) if self.noise_keys else (key, False)
         return ImageRow(image, self.captions[index], key, self.names[index], *shared)
 
+    @property
+    def images(self) -> Sequence[Image.Image]:
+        """Return the images alone, each decoded when it is asked for; of a checked dataset one that has changed since is refused."""
+        return _Picked(self._same_image, range(len(self)))
+
+    def _same_image(self, index: int) -> Image.Image:
+        row = self[index]
+        if self.keys and row.key != self.keys[index]:
+            raise UserError(f"{row.name} in {self.source} is not the image that it was", remedy="leave the images alone while they are used")  # fmt: skip
+        return row.image
+
     def subset(self, indices: Sequence[int]) -> ImageDataset:
         """Return the rows `indices` in that order, unchecked."""
         rows = list(indices)
@@ -409,6 +420,8 @@ class _Picked(Sequence[Any]):
         return len(self._indices)
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._image(i) for i in self._indices[index]]
         return self._image(self._indices[index])
 
 

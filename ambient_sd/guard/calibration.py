@@ -38,6 +38,7 @@ import torch
 from ambient_sd.guard.base_above import base_acts
 from ambient_sd.guard.scores import SPACES, Space, require_supported
 from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.estimate import Estimate
 from ambient_sd.utils.files import atomic_write
 from ambient_sd.utils.json_schema import load_json
 
@@ -54,14 +55,14 @@ _REMEDY = "calibrate for this: ambient-sd calibrate --help"
 
 @dataclass(frozen=True)
 class Entry:
-    """Hold one threshold and how well it was seen to do. Intervals are 95 %.
+    """Hold one threshold and how well it was seen to do.
 
     Attributes:
         steps: evaluations of the network whose norms are averaged, the first ones that carry a signal (`scores`); "all": the whole run; 0: no step is
             taken (anisotropy).
         images_per_prompt: images of one prompt whose scores are averaged before they are compared.
         value: a score of at least this is flagged.
-        rate: share of ordinary scores that it flags; `rate_low`, `rate_high`: its interval.
+        rate: share of ordinary scores that it flags.
         auc: probability that a memorized prompt scores higher than an ordinary one; None without memorized prompts.
         tpr: share of memorized scores above the threshold that flags 1 % of ordinary ones; None as above.
     """
@@ -69,20 +70,28 @@ class Entry:
     steps: int | Literal["all"]
     images_per_prompt: int
     value: float
-    rate: float
-    rate_low: float
-    rate_high: float
-    auc: float | None = None
-    auc_low: float | None = None
-    auc_high: float | None = None
-    tpr: float | None = None
-    tpr_low: float | None = None
-    tpr_high: float | None = None
+    rate: Estimate
+    auc: Estimate | None = None
+    tpr: Estimate | None = None
 
     @property
     def tells(self) -> bool | None:
         """Say whether memorized prompts score higher: the AUC's interval lies above 0.5. None: nobody tried."""
-        return None if self.auc is None else self.auc_low is not None and self.auc_low > 0.5
+        return None if self.auc is None else self.auc.low > 0.5
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the entry for JSON."""
+        shares = {name: getattr(self, name) for name in ("rate", "auc", "tpr")}
+        numbers = {"steps": self.steps, "images_per_prompt": self.images_per_prompt, "value": self.value}
+        return {**numbers, **{name: None if one is None else one.as_dict() for name, one in shares.items()}}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Entry:
+        """Build an entry from `as_dict`."""
+        shares = {
+            name: None if values[name] is None else Estimate.from_dict(values[name]) for name in ("rate", "auc", "tpr")
+        }
+        return cls(**{**values, **shares})
 
 
 @dataclass(frozen=True)
@@ -270,9 +279,8 @@ class Calibration:
         if not known:
             return f"{said}; AUC unknown: nothing shows that it works on this model"
         last = next((e for e in reversed(known) if e.images_per_prompt == 1), known[-1])
-        return (
-            f"{said}, AUC {last.auc:.2f} [{last.auc_low:.2f}, {last.auc_high:.2f}] on {self.memorized} memorized ones"
-        )
+        assert last.auc is not None
+        return f"{said}, AUC {last.auc.show(2)} on {self.memorized} memorized ones"
 
     def entry(self, steps: int, images_per_prompt: int, *, stopped: bool = False) -> Entry:
         """Return the entry for the mean over `steps` evaluations and `images_per_prompt` images.
@@ -289,9 +297,9 @@ class Calibration:
         for wanted in (_ALL, steps) if whole else (steps,):
             for entry in self.entries:
                 if entry.steps == wanted and entry.images_per_prompt == images_per_prompt:
-                    if entry.tells is False:
+                    if entry.auc is not None and not entry.tells:
                         raise UserError(
-                            f"the threshold for {steps} steps is useless: AUC {entry.auc:.3f}, 95 % interval from {entry.auc_low:.3f}",
+                            f"the threshold for {steps} steps is useless: AUC {entry.auc.value:.3f}, 95 % interval from {entry.auc.low:.3f}",
                             rule="an interval that reaches 0.5 does not show that memorized prompts score higher",
                             remedy=_REMEDY,
                         )
@@ -348,7 +356,8 @@ class Calibration:
 
     def text(self) -> str:
         """Return what the file holds: JSON, with nothing of this machine in it."""
-        return json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1, allow_nan=False) + "\n"
+        values = {**dataclasses.asdict(self), "entries": [entry.as_dict() for entry in self.entries]}
+        return json.dumps({"format": _FORMAT, **values}, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def load(cls, place: str | os.PathLike[str], pipe: Any = None, *, detector: Detector = "norm") -> Calibration:
@@ -381,7 +390,7 @@ class Calibration:
         found = cls(
             **{
                 **values,
-                "entries": [Entry(**entry) for entry in values["entries"]],
+                "entries": [Entry.from_dict(entry) for entry in values["entries"]],
                 "model": ModelFingerprint(**values["model"]),
                 "sampling": Sampling(**values["sampling"]),
                 "anisotropy": AnisotropyTerms(**values["anisotropy"]) if values.get("anisotropy") is not None else None,
@@ -391,10 +400,8 @@ class Calibration:
         for entry in found.entries:
             if entry.steps != _ALL and not _whole(entry.steps, least):
                 raise ValueError(f"steps {entry.steps}")
-            figures = [v for k, v in dataclasses.asdict(entry).items() if k not in ("steps", "images_per_prompt")]
-            if not all(map(_finite, (entry.rate, entry.rate_low, entry.rate_high))):
-                raise ValueError("an entry without a rate")
-            if not _whole(entry.images_per_prompt) or not all(_finite(v) for v in figures if v is not None):
+            shares = [share for share in (entry.rate, entry.auc, entry.tpr) if share is not None]
+            if not _whole(entry.images_per_prompt) or entry.rate is None or not all(s.is_finite for s in shares):
                 raise ValueError("an entry holds no finite numbers")
             if not _finite(entry.value) or (entry.value <= 0 and found.anisotropy is None):
                 raise ValueError(f"threshold {entry.value}")

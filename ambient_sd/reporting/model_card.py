@@ -24,7 +24,6 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData, hf_hub_download
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from ambient_sd.audit.metrics import Figure
 from ambient_sd.audit.record import FILE_NAME as AUDIT_NAME
 from ambient_sd.audit.record import AuditRecord
 from ambient_sd.guard.calibration import FILE_NAME as THRESHOLD_NAME
@@ -33,6 +32,7 @@ from ambient_sd.reporting.report import show
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.validation import read_scores
 from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.estimate import Estimate
 from ambient_sd.utils.json_schema import load_json
 from ambient_sd.utils.weight_files import adapter_files, unet_files
 
@@ -546,7 +546,7 @@ def _verdict(audit: AuditRecord) -> str:
     return f"{said}."
 
 
-def _cells(figure: Figure | None, signed: bool = False) -> tuple[str, str]:
+def _cells(figure: Estimate | None, signed: bool = False) -> tuple[str, str]:
     """Return a figure with its interval, and its n, for a table."""
     if figure is None:
         return "not measured", ""
@@ -615,7 +615,7 @@ def _threshold(facts: Facts, folder: Path) -> list[str]:
         return []
     return [
         f"The memorization guard flags an image from a score of {single.value:.4g} over the whole run ({inline(found.origin)}; "
-        f"of them it flags {single.rate:.1%}, 95 % interval {single.rate_low:.1%} to {single.rate_high:.1%}): "
+        f"of them it flags {single.rate.value:.1%}, 95 % interval {single.rate.low:.1%} to {single.rate.high:.1%}): "
         f"{inline(how.sampler)}, {how.num_inference_steps} steps, guidance {how.guidance_scale:g}, "
         f"{how.height} x {how.width} px. All thresholds: {inline(THRESHOLD_NAME)}."
     ]

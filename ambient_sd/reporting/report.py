@@ -23,11 +23,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ambient_sd.audit.decision import Decided
 from ambient_sd.audit.features import as_rgb
-from ambient_sd.audit.metrics import MEMORIZED_RATIO, Figure, Row, difference, memorized
+from ambient_sd.audit.metrics import MEMORIZED_RATIO, Row, difference, memorized
 from ambient_sd.audit.neighbours import Neighbours
 from ambient_sd.audit.record import is_share
 from ambient_sd.audit.shares import COPIES, RETURNED
 from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.estimate import Estimate
 from ambient_sd.utils.files import atomic_write
 
 _LOSSLESS = 96  # images up to this side go in as they are; larger ones as WebP thumbnails
@@ -362,12 +363,12 @@ def _number(value: float, name: str, signed: bool = False) -> str:
     return text.replace("-", "−")
 
 
-def show(figure: Figure, signed: bool = False) -> str:
+def show(figure: Estimate, signed: bool = False) -> str:
     """Write a figure's value: shares in per cent, KID in thousandths, others with three digits."""
     return _number(figure.value, figure.name, signed) + _unit(figure.name)[1]
 
 
-def _span(figure: Figure) -> str:
+def _span(figure: Estimate) -> str:
     return f"{_number(figure.low, figure.name)} to {_number(figure.high, figure.name)}"
 
 
@@ -410,7 +411,7 @@ def _img(image: Image.Image, alt: str) -> str:
     return f'<img src="{_uri(image)}" alt="{escaped(alt, 160)}" loading="lazy" width="96" height="96">'
 
 
-def _figure_cell(figure: Figure | None, title: str, tone: str = "") -> str:
+def _figure_cell(figure: Estimate | None, title: str, tone: str = "") -> str:
     if figure is None:
         return f'<td data-head="{escaped(title)}" class="none">–</td>'
     return (
@@ -460,7 +461,7 @@ def _table(report: Report) -> str:
     )
 
 
-def _whiskers(title: str, rows: Sequence[tuple[str, str, Figure]], note: str) -> str:
+def _whiskers(title: str, rows: Sequence[tuple[str, str, Estimate]], note: str) -> str:
     """Draw figures as dots with their intervals on one axis that starts at 0 (or at the lowest end, if negative)."""
     measure = rows[0][2].name
     ticks = _ticks(min(0.0, *(f.low for _, _, f in rows)), max(f.high for _, _, f in rows))

@@ -25,10 +25,12 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ambient_sd.data import latents as data
+from ambient_sd.data import latents
 from ambient_sd.data.cache import SHARD_BYTES, Store, entry_id, fingerprint
 from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import SampleStream
+from ambient_sd.data.views import Samples, View, ViewRule
+from ambient_sd.families.encoders import CaptionEncoder, ImageEncoder
 from ambient_sd.training.caption_augmentation import LIVE
 from ambient_sd.training.plan import Plan
 from ambient_sd.utils.errors import UserError
@@ -53,26 +55,26 @@ class Encoder:
         progress: show bars.
 
     Attributes:
-        vae, captions: the frozen makers, to draw images with; without prompts and probe they may be gone.
+        image_encoder, caption_encoder: frozen; without prompts and probe they may be gone.
     """
 
     def __init__(
-        self, plan: Plan, rule: data.ViewRule, stream: SampleStream, accelerator: Accelerator, *, progress: bool
+        self, plan: Plan, rule: ViewRule, stream: SampleStream, accelerator: Accelerator, *, progress: bool
     ) -> None:
         self.config, self.images, self.rule, self.stream = plan.config, plan.images, rule, stream
         self.accelerator, self.progress = accelerator, progress
-        self.shapes = [data.latent_shape(plan.base.vae_config, rule.target(key)) for key in plan.images.noise_keys]
-        self.vae: Any = plan.base.load("vae").to(accelerator.device).requires_grad_(False).eval()
-        self.captions = plan.base.captions().to(accelerator.device)
+        self.shapes = [plan.base.latent_shape(rule.target(key)) for key in plan.images.noise_keys]
+        self.image_encoder: Any = plan.base.images().to(accelerator.device)
+        self.caption_encoder = plan.base.captions().to(accelerator.device)
         self._embed = self._embed_once()
         self._cached = self._cache_latents()
         self._held = self._hold_latents() if self._cached is None else None
         if not plan.prompts and plan.config.probe_steps is None:
             # Whatever is kept makes its maker superfluous.
             if self._held is not None or self._cached is not None:
-                self.vae = None
-            if (self.captions.held or self._embed is not self.captions) and not self._captions_change:
-                self.captions.release()
+                self.image_encoder = None
+            if (self.caption_encoder.held or self._embed is not self.caption_encoder) and not self._captions_change:
+                self.caption_encoder.release()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -101,7 +103,7 @@ class Encoder:
                 rows = [self.stream.image(p) for p in positions]
                 yield positions, [self.images.keys[i] for i in rows], self.latents(rows)
             return
-        samples: Dataset[Any] = self._cached or data.Samples(self.images, self.rule, self.stream)
+        samples: Dataset[Any] = self._cached or Samples(self.images, self.rule, self.stream)
         loader: DataLoader[Any] = DataLoader(
             samples,
             batch_sampler=list(places),
@@ -114,7 +116,11 @@ class Encoder:
             if self._cached is not None:
                 yield positions, [key for key, _ in batch], torch.stack([x0 for _, x0 in batch])
             else:
-                yield positions, [s.key for s in batch], data.encode(self.vae, batch, noise_seed=self.config.noise_seed)
+                yield (
+                    positions,
+                    [s.key for s in batch],
+                    latents.encode(self.image_encoder, batch, noise_seed=self.config.noise_seed),
+                )
 
     @property
     def _captions_change(self) -> bool:
@@ -123,7 +129,7 @@ class Encoder:
 
     def _embed_once(self) -> Callable[[Sequence[str]], dict[str, torch.Tensor]]:
         """Encode all captions of the images, into the cache or into memory, and return what gives their embeddings."""
-        captions, texts = self.captions, self.images.all_captions
+        captions, texts = self.caption_encoder, self.images.all_captions
         rest = self.accelerator.device if self._captions_change else "cpu"
         if self.config.latent_cache_dir is not None:
             store = fill_captions(
@@ -131,7 +137,7 @@ class Encoder:
             )
             captions.to(rest)
             return CachedCaptions(store, captions if self._captions_change else None)
-        if captions.hold(texts, limit=data.MAX_HELD_BYTES, progress=self.progress):
+        if captions.hold(texts, limit=latents.MAX_HELD_BYTES, progress=self.progress):
             captions.to(rest)
         return captions
 
@@ -146,21 +152,26 @@ class Encoder:
                 )
             return None
         store = fill_latents(
-            self.config.latent_cache_dir, self.vae, self.images, self.rule, self.accelerator, progress=self.progress
+            self.config.latent_cache_dir,
+            self.image_encoder,
+            self.images,
+            self.rule,
+            self.accelerator,
+            progress=self.progress,
         )
-        self.vae.to("cpu")
+        self.image_encoder.to("cpu")
         return CachedLatents(store, self.images, self.rule, self.stream)
 
     def _hold_latents(self) -> list[torch.Tensor] | None:
         """Encode all images into memory, if their views are fixed and they fit."""
-        if not self.rule.fixed(self.images) or sum(map(math.prod, self.shapes)) * 4 > data.MAX_HELD_BYTES:
+        if not self.rule.fixed(self.images) or sum(map(math.prod, self.shapes)) * 4 > latents.MAX_HELD_BYTES:
             return None
         held = [torch.empty(0)] * len(self.images)
         for shape in sorted(set(self.shapes)):
             rows = [i for i, other in enumerate(self.shapes) if other == shape]
             for i, latent in zip(rows, self._encode_shared(rows), strict=True):
                 held[i] = latent
-        self.vae.to("cpu")
+        self.image_encoder.to("cpu")
         return held
 
     def _encode_shared(self, rows: Sequence[int]) -> torch.Tensor:
@@ -168,7 +179,7 @@ class Encoder:
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         share = -(-len(rows) // ranks)
         mine = [rows[min(i * ranks + rank, len(rows) - 1)] for i in range(share)]
-        part = data.encode_all(self.vae, self.images, self.rule, mine, progress=self.progress)
+        part = latents.encode_all(self.image_encoder, self.images, self.rule, mine, progress=self.progress)
         if ranks > 1:
             gathered = self.accelerator.gather(part.to(self.accelerator.device)).cpu()
             part = gathered.reshape(ranks, share, *part.shape[1:]).transpose(0, 1).reshape(-1, *part.shape[1:])
@@ -178,7 +189,7 @@ class Encoder:
 class CachedLatents(Dataset[tuple[str, torch.Tensor]]):
     """Give key and latent of the sample at each position, from a store that `fill_latents` has filled."""
 
-    def __init__(self, store: Store, images: ImageDataset, rule: data.ViewRule, stream: SampleStream) -> None:
+    def __init__(self, store: Store, images: ImageDataset, rule: ViewRule, stream: SampleStream) -> None:
         self.store, self.images, self.rule, self.stream = store, images, rule, stream
 
     def __getitem__(self, position: int) -> tuple[str, torch.Tensor]:
@@ -186,7 +197,7 @@ class CachedLatents(Dataset[tuple[str, torch.Tensor]]):
         view = self.rule.view(self.images.noise_keys[index], self.stream, position)
         return self.images.keys[index], self.latent(index, view)
 
-    def latent(self, index: int, view: data.View) -> torch.Tensor:
+    def latent(self, index: int, view: View) -> torch.Tensor:
         """Return the latent of a view of an image."""
         (entry,) = self.store.read([_latent_id(self.images, index, self.rule, view)])
         return entry["latent"]
@@ -200,7 +211,7 @@ class CachedCaptions:
         encoder: encodes what is not in the store, on its own device; without it that is an error.
     """
 
-    def __init__(self, store: Store, encoder: data.CaptionEncoder | None = None) -> None:
+    def __init__(self, store: Store, encoder: CaptionEncoder | None = None) -> None:
         self.store, self.encoder = store, encoder
 
     def __call__(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -217,13 +228,19 @@ class CachedCaptions:
 
 
 def fill_latents(
-    root: str | Path, vae: Any, images: ImageDataset, rule: data.ViewRule, accelerator: Accelerator, *, progress: bool
+    root: str | Path,
+    encoder: ImageEncoder,
+    images: ImageDataset,
+    rule: ViewRule,
+    accelerator: Accelerator,
+    *,
+    progress: bool,
 ) -> Store:
     """Compute the latents of all views that a run can meet, where the cache lacks them; to be called by every process.
 
     Args:
         root: the cache's folder.
-        vae: an AutoencoderKL, float32.
+        encoder: of the base.
         images: checked.
         rule: of the views; `rule.views` must be finite.
         accelerator: who is here.
@@ -233,7 +250,7 @@ def fill_latents(
         UserError: the folder cannot be written, or not all processes see it.
     """
     about = {
-        "what": "latents", "version": _VERSION, "vae": fingerprint(vae), "resolution": rule.resolution,
+        "what": "latents", "version": _VERSION, "vae": fingerprint(encoder.vae), "resolution": rule.resolution,
         "noise_seed": rule.noise_seed, "device": accelerator.device.type,
     }  # fmt: skip
     store = Store(root, "latents", about)
@@ -245,14 +262,14 @@ def fill_latents(
     def make(place: int) -> dict[str, torch.Tensor]:
         index, view = wanted[place]
         sample = rule.see(images[index], view)
-        return {"latent": data.encode(vae, [sample], noise_seed=rule.noise_seed)[0]}
+        return {"latent": latents.encode(encoder, [sample], noise_seed=rule.noise_seed)[0]}
 
     _fill(store, ids, make, accelerator, what="latents", progress=progress)
     return store
 
 
 def fill_captions(
-    root: str | Path, encoder: data.CaptionEncoder, captions: Sequence[str], accelerator: Accelerator, *, progress: bool
+    root: str | Path, encoder: CaptionEncoder, captions: Sequence[str], accelerator: Accelerator, *, progress: bool
 ) -> Store:
     """Compute the embeddings of all distinct captions and of the empty one, where the cache lacks them.
 
@@ -262,14 +279,9 @@ def fill_captions(
     about: dict[str, Any] = {
         "what": "caption embeddings", "version": _VERSION, "device": accelerator.device.type, "zero_empty": encoder.zero_empty,
     }  # fmt: skip
-    for tokenizer, model in (
-        (encoder.tokenizer, encoder.text_encoder),
-        (encoder.tokenizer_2, encoder.text_encoder_2),
-    ):
-        if model is not None:
-            tokens = tokenizer.backend_tokenizer.to_str()
-            mine = fingerprint(model, tokens, str(tokenizer.model_max_length))
-            about[f"text_encoder_{len(about)}"] = mine
+    for tokenizer, model in zip(encoder.tokenizers, encoder.models, strict=True):
+        tokens = tokenizer.backend_tokenizer.to_str()
+        about[f"text_encoder_{len(about)}"] = fingerprint(model, tokens, str(tokenizer.model_max_length))
     store = Store(root, "captions", about)
     distinct = list(dict.fromkeys(["", *captions]))
     _fill(store, [entry_id(c) for c in distinct], lambda place: encoder.encode(distinct[place]), accelerator,
@@ -277,7 +289,7 @@ def fill_captions(
     return store
 
 
-def _latent_id(images: ImageDataset, index: int, rule: data.ViewRule, view: data.View) -> bytes:
+def _latent_id(images: ImageDataset, index: int, rule: ViewRule, view: View) -> bytes:
     mirrored = images.mirrored[index]
     _, _, draw_key = rule.place(images.sizes[index], view, images.noise_keys[index], mirrored)
     return entry_id(images.keys[index], draw_key)

@@ -29,11 +29,10 @@ from diffusers.optimization import get_scheduler
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ambient_sd.data import conditioning
-from ambient_sd.data import latents as data
 from ambient_sd.data.buckets import BucketStream
 from ambient_sd.data.duplicates import shared_noise
 from ambient_sd.data.stream import SampleStream, process_batches
+from ambient_sd.data.views import ViewRule
 from ambient_sd.training import (
     adapters,
     auto_level,
@@ -174,7 +173,7 @@ class _Trainer:
         if plan.buckets is not None:
             bucket_of = [plan.buckets[key] for key in plan.images.noise_keys]
             self.stream = BucketStream(bucket_of, self.global_batch, config.seed)
-        self.rule = data.ViewRule(
+        self.rule = ViewRule(
             config.resolution, config.center_crop, config.random_flip, plan.fixed_noise, config.noise_seed, plan.buckets
         )
         self.levels = None
@@ -211,11 +210,11 @@ class _Trainer:
             plan = plan.with_level(*auto_level.propose(
                 plan.images, self.encoder.shapes, self.encoder.latents, accelerator, schedule.max_level
             ))  # fmt: skip
-        self.plan, self.config, self.base = plan, plan.config, plan.base
+        self.plan, self.config, self.base, self.family = plan, plan.config, plan.base, plan.base.family
         self.identity = plan.identity(self.global_batch)
         self.augmentation = CaptionAugmentation(
             config.caption_mitigation, config.caption_mitigation_p or 0.0, config.caption_noise_std or 0.0,
-            images=plan.images, stream=self.stream, tokenizer=self.encoder.captions.tokenizer,
+            images=plan.images, stream=self.stream, tokenizer=self.encoder.caption_encoder.tokenizers[0],
         )  # fmt: skip
 
         # The network, its optimizer and its average.
@@ -328,7 +327,7 @@ class _Trainer:
                 eps_n = torch.stack(draws).to(eps_n)
         fresh = noising.offset(torch.stack(noise), self.stream, positions, self.config.noise_offset)
         extra = noising.perturbation_at(self.stream, positions, shape, self.config.input_perturbation)
-        sizes = conditioning.time_ids(self.plan.images, self.rule, self.stream, positions) if self.base.is_xl else None
+        sizes = self.rule.sizes(self.plan.images, self.stream, positions) if self.family.takes_sizes else None
         return TrainingBatch(positions, keys, captions, torch.stack(timesteps), x0, eps_n, fresh, extra, sizes)
 
     def _step(
@@ -355,13 +354,13 @@ class _Trainer:
             embeddings = self.augmentation.embeddings(
                 self.encoder.embed(batch.captions), batch.captions, batch.positions
             )
-            inputs = conditioning.unet_inputs(embeddings, batch.time_ids, device)
+            inputs = self.family.inputs(embeddings, batch.time_ids, device)
             uncond = None if config.memorization_threshold is None else self._unconditional(corrupted.x_t, batch)
             with accelerator.no_sync(self.model) if part < parts - 1 else contextlib.nullcontext():
                 with accelerator.autocast():
-                    output = self.model(
-                        corrupted.x_t.to(device), batch.timesteps.to(device), **inputs, return_dict=False
-                    )[0]  # fmt: skip
+                    output = self.family.predict(
+                        self.model, corrupted.x_t.to(device), batch.timesteps.to(device), inputs
+                    )
                 error = (output.float() - corrupted.target.to(device)).square().flatten(1).mean(1)
                 each = corrupted.weight.to(device) * error
                 if self.dropping is not None:
@@ -417,7 +416,7 @@ class _Trainer:
     def _unconditional(self, x_t: torch.Tensor, batch: TrainingBatch) -> torch.Tensor:
         """Return the network's output for the empty caption."""
         device = self.accelerator.device
-        inputs = conditioning.unet_inputs(self.encoder.embed([""] * len(batch.captions)), batch.time_ids, device)
+        inputs = self.family.inputs(self.encoder.embed([""] * len(batch.captions)), batch.time_ids, device)
         # An autocast of its own, before the other: one block keeps its casts, and these know no gradient.
         with self.accelerator.autocast():
             output: torch.Tensor = self.model(x_t.to(device), batch.timesteps.to(device), **inputs, return_dict=False)[
@@ -466,7 +465,9 @@ class _Trainer:
         return samples // every > (samples - self.global_batch) // every or step == self.steps
 
     def _pipeline(self) -> Any:
-        return self.base.assemble(unet=self.unet, vae=self.encoder.vae, **self.encoder.captions.parts())
+        return self.base.assemble(
+            unet=self.unet, vae=self.encoder.image_encoder.vae, **self.encoder.caption_encoder.parts
+        )
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         """Lend the averaged weights, which will be the result, to the U-Net."""
@@ -474,7 +475,7 @@ class _Trainer:
 
     def _validate(self, step: int) -> None:
         with self._averaged():
-            drawn = validation.draw(
+            sampled = validation.sample(
                 self._pipeline(),
                 self.plan.prompts,
                 self.config.num_validation_images or 4,
@@ -483,8 +484,8 @@ class _Trainer:
                 accelerator=self.accelerator,
             )
         if self.accelerator.is_main_process:
-            self._show("validation", validation.grid(drawn.rows), step)
-            scores = [score for row in drawn.scores for score in row]
+            self._show("validation", validation.grid(sampled.rows), step)
+            scores = [score for row in sampled.scores for score in row]
             self._track({"guard/validation_score": sum(scores) / len(scores)}, step)
             validation.write_scores(self.output / "validation", step, scores)
         self.accelerator.wait_for_everyone()

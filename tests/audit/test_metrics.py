@@ -10,9 +10,10 @@ import scipy.linalg
 import torch
 
 from ambient_sd.audit import metrics
-from ambient_sd.audit.metrics import Figure, bootstrap, difference, frechet_distance, kid, measure, wilson
+from ambient_sd.audit.metrics import bootstrap, difference, frechet_distance, kid, measure
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.utils.errors import UserError
+from ambient_sd.utils.estimate import Estimate, wilson
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -128,7 +129,7 @@ def test_difference_is_paired_for_runs_resampled_together_and_combined_otherwise
     loose = difference(a, bootstrap(base, torch.mean, name="b", seed=5))
     assert loose.detail != paired.detail and loose.high - loose.low > 0.3
     # MOVER by hand on figures without draws.
-    mover = difference(Figure("a", 0.5, 0.4, 0.7, 9, 0), Figure("b", 0.2, 0.1, 0.3, 9, 0))
+    mover = difference(Estimate(0.5, 0.4, 0.7, 9, "a"), Estimate(0.2, 0.1, 0.3, 9, "b"))
     assert mover.low == pytest.approx(0.3 - (0.1**2 + 0.1**2) ** 0.5)
     assert mover.high == pytest.approx(0.3 + (0.2**2 + 0.1**2) ** 0.5)
 

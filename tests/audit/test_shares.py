@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ambient_sd.audit.decision import Decided
-from ambient_sd.audit.metrics import wilson
 from ambient_sd.audit.shares import COPIES, RETURNED, by_group, copy_rate, returned
+from ambient_sd.utils.estimate import wilson
 
 # Ten generated images; six are copies of rows 0, 0, 1, 2, 5 and 5. Rows 1 and 2 are near-duplicates; 4 is near, but no copy.
 COPY = [1, 1, 1, 1, 1, 1, 0, 0, 0, 0]

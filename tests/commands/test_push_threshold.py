@@ -65,7 +65,7 @@ def test_card_names_the_threshold_and_leaves_out_one_of_earlier_weights(folder: 
 @pytest.mark.parametrize(
     ("place", "key", "value"),
     [("sampling", "guidance_scale", "x"), ("sampling", "guidance_scale", None), ("sampling", "height", 3.5), ("sampling", "sampler", 7),
-     ("sampling", "sampler_settings", []), ("entry", "rate", None), ("entry", "rate_low", "x"), ("entry", "value", float("nan"))],
+     ("sampling", "sampler_settings", []), ("entry", "rate", None), ("entry", "rate", {"value": 0.1, "low": "x", "high": 1.0, "n": 5}), ("entry", "value", float("nan"))],
 )  # fmt: skip
 def test_a_damaged_threshold_is_one_line_and_not_half_a_card(folder: Path, place: str, key: str, value: Any) -> None:
     given = json.loads((folder / FILE_NAME).read_text())

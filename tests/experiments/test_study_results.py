@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from ambient_sd.utils.estimate import Estimate
 from experiments.results import (
-    Estimate,
     at_distance,
     at_equal_quality,
     at_least_error,
@@ -51,7 +51,7 @@ RESULTS: dict[str, Any] = {
 def test_a_point_is_the_mean_of_its_seeds_with_the_interval_of_independent_runs() -> None:
     found = points(RESULTS)
     last = next(p for p in found if p.label == "plain" and p.step == 200)
-    assert (last.copied.value, last.copied.seeds, last.n) == (pytest.approx(0.6), (0.5, 0.7), 200)
+    assert (last.copied.value, last.copied.seeds, last.copied.n) == (pytest.approx(0.6), (0.5, 0.7), 200)
     assert last.copied.high - last.copied.value == pytest.approx(0.03 / 2**0.5)
     assert last.distance.value == 32.0 and last.errors["training"]["mean"] == [0.1, 1.0]
     single = next(p for p in found if p.label == "ambient level=0.8" and p.step == 100)

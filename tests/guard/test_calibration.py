@@ -15,6 +15,7 @@ from peft import LoraConfig
 
 from ambient_sd.guard.calibration import FILE_NAME, Calibration, ModelFingerprint, Sampling
 from ambient_sd.utils.errors import UserError
+from ambient_sd.utils.estimate import Estimate
 
 
 def test_threshold_is_that_of_the_steps_and_images_and_errors_say_what_there_is() -> None:
@@ -133,9 +134,7 @@ def test_no_file_is_one_line(tmp_path: Path) -> None:
 
 def test_figures_of_detection_survive_the_file(tmp_path: Path) -> None:
     made = calibration(tools.pipeline())
-    entry = dataclasses.replace(
-        made.entries[0], auc=0.99, auc_low=0.9, auc_high=1.0, tpr=0.8, tpr_low=0.5, tpr_high=1.0
-    )
+    entry = dataclasses.replace(made.entries[0], auc=Estimate(0.99, 0.9, 1.0, 20), tpr=Estimate(0.8, 0.5, 1.0, 20))
     made = dataclasses.replace(made, entries=[entry], memorized=20)
     made.save(tmp_path / "x.json")
     assert Calibration.load(tmp_path / "x.json").entry(1, 1) == entry

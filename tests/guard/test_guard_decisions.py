@@ -22,6 +22,7 @@ from ambient_sd.guard.pipeline import AmbientSDPipeline
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.guard.relative import Relation
 from ambient_sd.utils.errors import UserError
+from ambient_sd.utils.estimate import Estimate
 
 STEPS = 3
 
@@ -308,11 +309,11 @@ def test_custom_timesteps_are_not_the_calibrated_ones() -> None:
 
 def test_a_useless_threshold_is_refused_and_an_untried_one_says_so() -> None:
     pipe = tools.pipeline()
-    bad = Entry("all", 1, 1e9, 0.01, 0.0, 0.05, auc=0.45, auc_low=0.3, auc_high=0.6)
+    bad = Entry("all", 1, 1e9, Estimate(0.01, 0.0, 0.05, 500), Estimate(0.45, 0.3, 0.6, 20))
     with pytest.raises(UserError, match=r"useless: AUC 0\.450"):
         scored(pipe, threshold=fitting(pipe, entries=[bad], memorized=20))
     untried = scored(pipe, threshold=fitting(pipe))
     assert "AUC unknown: nothing shows that it works" in untried[0].threshold_origin
-    good = Entry("all", 1, 1e9, 0.01, 0.0, 0.05, auc=0.95, auc_low=0.9, auc_high=0.99)
+    good = Entry("all", 1, 1e9, Estimate(0.01, 0.0, 0.05, 500), Estimate(0.95, 0.9, 0.99, 20))
     told = scored(pipe, threshold=fitting(pipe, entries=[good], memorized=20))
     assert "AUC 0.95 [0.90, 0.99] on 20 memorized ones" in told[0].threshold_origin

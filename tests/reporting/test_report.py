@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ambient_sd.audit.metrics import Figure, Row, difference
+from ambient_sd.audit.metrics import Row, difference
 from ambient_sd.audit.neighbours import Neighbours, nearest
 from ambient_sd.reporting.report import (
     Report,
@@ -24,13 +24,14 @@ from ambient_sd.reporting.report import (
     write_report,
 )
 from ambient_sd.utils.errors import UserError
+from ambient_sd.utils.estimate import Estimate
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=http://evil.example/x onerror=alert(2)>\u202e&amp;"
 COPIES, QUALITY = "memorized-pixels64", "FD-EffLite0-pca64"
 
 
-def figure(name: str, value: float, half: float, n: int = 240) -> Figure:
-    return Figure(name, value, value - half, value + half, n, 0)
+def figure(name: str, value: float, half: float, n: int = 240) -> Estimate:
+    return Estimate(value, value - half, value + half, n, name)
 
 
 def row(name: str, value: float, half: float, held: float) -> Row:

@@ -69,12 +69,12 @@ def test_changed_copies_are_counted_and_images_that_were_never_seen_are_not(
     probe = Probe(images, count=8, resolution=64, seed=0)
     copies = [changed(images[i].image) for i in range(4)]
     seen = probe.measure(copies + unseen[:4], [1.0] * 8, step=5)
-    assert (seen.share, seen.n, seen.step) == (0.5, 8, 5)
-    assert seen.low < 0.5 < seen.high
+    assert (seen.copies.value, seen.copies.n, seen.step) == (0.5, 8, 5)
+    assert seen.copies.low < 0.5 < seen.copies.high
     # The published measure sees none of them; it stands beside.
     assert seen.published == 0 and seen.record()["published"] == 0
     assert probe.measure([images[i].image.convert("RGB") for i in range(4)], [1.0] * 4, 1).published == 1
-    assert probe.measure(unseen, [1.0] * 8, 1).share == 0
+    assert probe.measure(unseen, [1.0] * 8, 1).copies.value == 0
     # What was drawn lies above the training image that explains it.
     sheet, size = probe.measure(copies, [1.0] * 4, 1).sheet, 64
     assert sheet is not None
@@ -98,7 +98,7 @@ def test_without_a_null_the_published_measure_counts_too(images: ImageDataset) -
     published = memorized(nearest(Pixels()(mixed), probe.real))
     alone = probe.decision(mixed).copy
     assert bool(published.any()) and not bool((published & alone).all())
-    assert probe.measure(mixed, [1.0] * 4, 1).share == float((published | alone).double().mean())
+    assert probe.measure(mixed, [1.0] * 4, 1).copies.value == float((published | alone).double().mean())
 
 
 def test_a_set_of_one_image_is_refused(images: ImageDataset) -> None:
@@ -114,7 +114,7 @@ def test_an_image_that_is_twice_in_the_set_does_not_hide_its_copies(tmp_path: Pa
         rows.write(json.dumps({"file_name": "again.png", "text": "a red square again"}) + "\n")
     doubled = load_rows(folder).check()
     copy = noisy(doubled[0].image, 3, 1)
-    assert Probe(doubled, count=4, resolution=48, seed=0).measure([copy], [0.0], 1).share == 1
+    assert Probe(doubled, count=4, resolution=48, seed=0).measure([copy], [0.0], 1).copies.value == 1
 
 
 def test_the_probe_is_a_function_of_the_seed(images: ImageDataset) -> None:
@@ -158,13 +158,13 @@ def test_a_run_ends_at_the_first_look_with_changed_copies_above_the_limit(
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     # An untrained network of this size copies nothing: what it draws is replaced, all else is as in earnest.
     planted = [changed(rows[i].image) for i in range(4)] if copied else unseen[:4]
-    draw = validation.draw
+    sample = validation.sample
 
-    def drawn(*args: Any, **options: Any) -> Any:
-        found = draw(*args, **options)
-        return validation.Drawn([[image] for image in planted], found.scores)
+    def planting(*args: Any, **options: Any) -> Any:
+        found = sample(*args, **options)
+        return validation.Samples([[image] for image in planted], found.scores)
 
-    monkeypatch.setattr(validation, "draw", drawn)
+    monkeypatch.setattr(validation, "sample", planting)
     config = settings(
         "stopped", train_data_dir=str(folder), probe_steps=1, probe_images=4, max_train_steps=2, stop_on_memorization=0.2
     )  # fmt: skip

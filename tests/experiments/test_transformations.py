@@ -9,8 +9,8 @@ from PIL import Image, ImageEnhance
 
 from ambient_sd.audit.features import Edges, Features, Pixels, embed
 from ambient_sd.audit.neighbours import nearest
-from ambient_sd.audit.transformations import TRANSFORMATIONS, detection, embed_all, table, transformed
 from ambient_sd.utils.errors import UserError
+from experiments.transformations import TRANSFORMATIONS, detection, embed_all, table, transformed
 
 
 def image(seed: int) -> Image.Image:
@@ -39,7 +39,7 @@ def cells() -> dict[tuple[str, bool], tuple[float, float]]:
             embed_all([image(100 + i) for i in range(20)], features, names=names), embed(training, features), features,
             duplicates=list(range(30)), mirrored=mirrored,
         ):  # fmt: skip
-            found[cell.transformation, mirrored] = (cell.detected[0], cell.false_alarms[0])
+            found[cell.transformation, mirrored] = (cell.detected.value, cell.false_alarms.value)
     return found
 
 
@@ -63,7 +63,7 @@ def test_a_copy_that_is_nearest_to_another_image_is_not_detected() -> None:
     heldout = embed_all([image(9), image(8)], features, names=["none"])
     training = embed([image(i) for i in range(3)], features)
     (cell,) = detection(queries, [1], heldout, training, features, duplicates=[0, 1, 2], mirrored=False)
-    assert cell.detected[0] == 0.0
+    assert cell.detected.value == 0.0
 
 
 def test_toned_pixels_do_not_see_brightness_and_contrast_but_see_what_differs() -> None:

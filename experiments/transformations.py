@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ambient_sd.audit.detection import threshold_at
 from ambient_sd.audit.features import MIRROR, Features, as_rgb, embed
-from ambient_sd.audit.metrics import copied, wilson
+from ambient_sd.audit.metrics import copied
 from ambient_sd.audit.neighbours import Neighbours
 from ambient_sd.audit.originals import originals
+from ambient_sd.utils.estimate import Estimate
 
 Change = Callable[[Image.Image, int], Image.Image]
 
@@ -110,14 +111,14 @@ TRANSFORMATIONS: dict[str, Change] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """Hold one transformation by one feature: shares in [0, 1], each with Wilson's 95 % interval: (share, low, high)."""
+    """Hold one transformation by one feature: shares in [0, 1], with Wilson's intervals."""
 
     transformation: str
     feature: str
     mirrored: bool
-    detected: tuple[float, float, float]
-    false_alarms: tuple[float, float, float]
-    at_one_percent: tuple[float, float, float]
+    detected: Estimate
+    false_alarms: Estimate
+    at_one_percent: Estimate
 
 
 def transformed(images: Sequence[Image.Image], change: Change, seed: int) -> list[Image.Image]:
@@ -184,9 +185,8 @@ def _score(near: Neighbours) -> Tensor:
     return near.similarity if near.metric == "cosine" else -near.ratio
 
 
-def _share(marks: Tensor) -> tuple[float, float, float]:
-    value = float(marks.double().mean())
-    return (value, *wilson(value, len(marks)))
+def _share(marks: Tensor) -> Estimate:
+    return Estimate.of_share(int(marks.sum()), len(marks))
 
 
 def table(cells: Sequence[Cell], of: str = "detected") -> str:
@@ -200,7 +200,5 @@ def table(cells: Sequence[Cell], of: str = "detected") -> str:
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(columns) + 1) + "|"]
     found = {(c.transformation, c.feature, c.mirrored): getattr(c, of) for c in cells}
     for name in dict.fromkeys(c.transformation for c in cells):
-        figures = [found[name, *column] for column in columns]
-        shown = [f"{100 * v:.0f} [{100 * low:.0f}, {100 * high:.0f}]" for v, low, high in figures]
-        lines.append(f"| {name} | {' | '.join(shown)} |")
+        lines.append(f"| {name} | {' | '.join(found[name, *column].show(0, 100) for column in columns)} |")
     return "\n".join(lines)
