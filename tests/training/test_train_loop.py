@@ -391,7 +391,7 @@ def test_checkpoints_are_whole_limited_and_belong_to_their_run(settings: Setting
         "trainer_state.json",
         "unet",
     ]
-    # Killed in mid-save: the part has no name; an empty folder is passed over.
+    # Killed in mid-save: the part has no name; an empty folder is skipped.
     (out / ".checkpoint-9.part").mkdir()
     (out / "checkpoint-8").mkdir()
     assert checkpoints.find(out, "latest") == out / "checkpoint-4"
@@ -407,7 +407,7 @@ def test_checkpoints_are_whole_limited_and_belong_to_their_run(settings: Setting
     with pytest.raises(UserError, match=r"optimizer.safetensors has 7 bytes"):
         run(settings(resume_from_checkpoint="checkpoint-4", **{**options, "max_train_steps": 6}), progress=False)
     more = run(settings(resume_from_checkpoint="checkpoint-3", **{**options, "max_train_steps": 6}), progress=False)
-    assert (more["first_step"], more["steps"]) == (3, 6)
+    assert (more.first_step, more.steps) == (3, 6)
     assert not (out / ".checkpoint-9.part").exists()
 
 
