@@ -18,8 +18,8 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("ambient_sd").setLevel(logging.INFO)
     quiet()
-    from ambient_sd.commands.push import prepare, push
     from ambient_sd.reporting.model_card import write_run_card
+    from ambient_sd.reporting.publishing import prepare, push
     from ambient_sd.training import run
 
     repo, access = str(config.hub_model_id), {"token": config.hub_token, "private": config.hub_private_repo or None}

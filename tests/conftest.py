@@ -40,6 +40,6 @@ def tiny_audit(tiny_base: Path, tiny_images: Path, tmp_path_factory: pytest.Temp
     root = tmp_path_factory.mktemp("tiny-audit")
     heldout = tiny.image_folder(root / "heldout", [tiny.noise_image(100 + i) for i in range(6)])
     main(["audit", str(tiny_base), str(tiny_images), "--heldout", str(heldout), "--out", str(root / "audit"), "--features", "pixels,edges",
-          "--max_prompts", "2", "--samples_per_prompt", "2", "--num_inference_steps", "2", "--attribution", "1", "--device", "cpu",
+          "--max_prompts", "2", "--samples_per_prompt", "2", "--num_inference_steps", "2", "--attributed_prompts", "1", "--device", "cpu",
           "--fail-over", "0.99"])  # fmt: skip
     return root / "audit"

@@ -131,7 +131,7 @@ def wait(ctx: Context) -> None:
 
 def config(ctx: Context, name: str, **values: Any) -> Any:
     """Return the settings of a short run on the embedded base and its 60 images."""
-    from ambient_sd.commands.demo import TRAINING
+    from ambient_sd.commands.demo.work import TRAINING
     from ambient_sd.training.config import TrainConfig
 
     folder = Path(tempfile.mkdtemp(prefix=name, dir=ctx.work)) / "run"
@@ -445,8 +445,8 @@ def embedded_pipeline() -> Any:
 def with_policies(ctx: Context, pipe: Any, keep: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:
     """Draw with every policy; return the images by name."""
     from ambient_sd import MemorizationGuard
+    from ambient_sd.guard.by_name import available
     from ambient_sd.guard.policies import Compose, OppositeGuidance, StaticTransition
-    from ambient_sd.guard.policies.by_name import available
 
     makers: dict[str, Callable[[], Any]] = {
         name: (lambda kind=kind, name=name: kind(**POLICIES.get(name, {})))
@@ -908,7 +908,7 @@ def prepare() -> None:
     sys.path.insert(0, str(ROOT))
     import torch  # noqa: F401
 
-    import ambient_sd.commands.demo
+    import ambient_sd.commands.demo.work
     import ambient_sd.training.loop  # noqa: F401
     from ambient_sd.utils.quiet import quiet
 

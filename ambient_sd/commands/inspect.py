@@ -3,30 +3,30 @@
 Training refuses a set at its first unusable row; this lists all of them, and what training would take but its user may
 regret: images smaller than the resolution (they are enlarged), captions that are empty, images of which a square
 crop keeps less than half, exact copies and near-duplicates (`ambient_sd.data.duplicates`).
-
-The page loads nothing and has no script; file names and captions come from strangers and are escaped.
 """
 
 from __future__ import annotations
 
-import base64
-import html
-import io
+import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from PIL import Image
-from tqdm.auto import tqdm
-
+from ambient_sd.commands.shared import SharedOptions
 from ambient_sd.data.captions import Cut, find_cut, surely_cut
-from ambient_sd.data.duplicates import Group, Thumbnails, find_groups
+from ambient_sd.data.conditions import split_condition
+from ambient_sd.data.dataset_options import DatasetOptions
 from ambient_sd.data.enlargement import WARNED, median_enlargement
-from ambient_sd.data.sources import FRAMES, Fault, ImageDataset, content_key, load_rows
+from ambient_sd.training.config import TrainConfig
 from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.files import check_target
+from ambient_sd.utils.settings import REQUIRED, Parser, add_flags, check, from_flags, option, same
+
+if TYPE_CHECKING:
+    from ambient_sd.data.duplicates import Group
+    from ambient_sd.data.sources import Fault, ImageDataset
 
 KINDS = {
     "broken": "unusable: training refuses the set",
@@ -39,7 +39,6 @@ KINDS = {
 }
 _EXTREME = 2.0
 _SHOWN = 8  # rows of a kind in the terminal
-_PAGE_GROUPS, _PAGE_PICTURES, _PAGE_SIDE = 300, 12, 128  # what a page shows at most; JSON has all
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,7 @@ def inspect(
     image_column: str = "image",
     caption_column: str = "text",
     split: str | None = None,
+    row_filter: Sequence[tuple[str, str, str]] = (),
     unlisted: str = "refuse",
     tokenizers: Sequence[Any] = (),
     progress: bool = False,
@@ -107,7 +107,7 @@ def inspect(
     """Read every row of an image set and return what is wrong, with the readable rows' images.
 
     Args:
-        source, image_column, caption_column, split, unlisted: as `load_rows` takes them; unlisted files are faults here.
+        source, image_column, caption_column, split, row_filter, unlisted: as `load_rows` takes them; unlisted files are faults here.
         resolution: of the training, pixels.
         tokenizers: of the base model, to count what its text encoders do not read of a caption; without them captions
             count as cut where every CLIP cuts them.
@@ -116,8 +116,15 @@ def inspect(
     Raises:
         UserError: the source cannot be opened at all.
     """
+    from tqdm.auto import tqdm
+
+    from ambient_sd.data.duplicates import Thumbnails, find_groups
+    from ambient_sd.data.sources import FRAMES, Fault, content_key, load_rows
+
     faults: list[Fault] = []
-    images = load_rows(source, image_column, caption_column, split, unlisted=unlisted, faults=faults)
+    images = load_rows(
+        source, image_column, caption_column, split, row_filter=row_filter, unlisted=unlisted, faults=faults
+    )
     cuts: dict[int, Cut] = {}  # of several captions of a row, the first is the one that is looked at
     for cut in find_cut(images.captions, tokenizers) if tokenizers else surely_cut(images.captions):
         cuts[cut.index] = cut
@@ -225,106 +232,83 @@ def as_json(found: Inspection) -> dict[str, Any]:
     }
 
 
-def as_html(found: Inspection, images: ImageDataset) -> str:
-    """Return the page: counts, duplicate groups as images, all faults."""
-    text = lambda value, limit=200: html.escape(one_line(value, limit))  # noqa: E731
-    rows = [(found.count(k), k, KINDS[k]) for k in KINDS]
-    rows += [(found.exact, "exact", "copies of an earlier image"), (found.near, "near", "groups of near-duplicates")]
-    counts = "".join(f"<tr><td>{n}</td><th>{k}</th><td>{text(m)}</td></tr>" for n, k, m in rows)
-    groups = []
-    for group in found.groups[:_PAGE_GROUPS]:
-        cells = []
-        for i, mirrored in list(zip(group.rows, group.mirrored, strict=True))[:_PAGE_PICTURES]:
-            width, height = found.sizes[i]
-            note = ", mirrored" if mirrored else ""
-            cells.append(
-                f'<figure><img src="{_uri(images[i].image)}" alt=""><figcaption><b>{text(found.names[i], 60)}</b><br>'
-                f"{width} x {height}{note}<br>{text(found.captions[i], 120)}</figcaption></figure>"
-            )
-        exact = len({found.keys[i] for i in group.rows}) == 1
-        more = len(group.rows) - _PAGE_PICTURES
-        groups.append(
-            f"<section><h3>{len(group.rows)} {'exact copies' if exact else 'near-duplicates'}</h3><div>{''.join(cells)}"
-            f"{f'<p>and {more} more</p>' if more > 0 else ''}</div></section>"
-        )
-    left = len(found.groups) - _PAGE_GROUPS
-    if left > 0:
-        groups.append(f"<p>and {left} more groups: --json lists them</p>")
-    faults = "".join(
-        f"<tr><th>{f.kind}</th><td>{text(f.name, 120)}</td><td>{text(f.text)}</td></tr>" for f in found.faults
-    )
-    return _PAGE.format(
-        title=text(Path(found.source).name or found.source),
-        count=len(found.names),
-        resolution=found.resolution,
-        counts=counts,
-        groups="".join(groups) or "<p>none</p>",
-        faults=f"<table>{faults}</table>" if faults else "<p>none</p>",
-    )
-
-
-def _uri(image: Image.Image) -> str:
-    small, data = image.copy(), io.BytesIO()
-    small.thumbnail((_PAGE_SIDE, _PAGE_SIDE))
-    small.save(data, "WEBP", quality=85)
-    return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Images of {title}</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
-<style>
-body{{font:15px/1.45 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}}
-table{{border-collapse:collapse}} td,th{{padding:.25rem .8rem .25rem 0;text-align:left;vertical-align:top}}
-td{{overflow-wrap:anywhere;min-width:7rem}} td:first-child{{min-width:0}} td:first-child{{text-align:right;font-variant-numeric:tabular-nums}}
-section{{border-top:1px solid #8884;padding:.4rem 0}} section>div{{display:flex;flex-wrap:wrap;gap:.8rem}}
-h3{{margin:.2rem 0 .5rem;font-size:1rem}}
-figure{{margin:0;width:8rem}} figcaption{{font-size:12px;overflow-wrap:anywhere}} img{{max-width:8rem;display:block;background:#8882}}
-</style>
-<h1>Images of {title}</h1>
-<p>{count} readable images, compared with a training resolution of {resolution} px.</p>
-<table>{counts}</table>
-<h2>Duplicates</h2>
-<p>Images of a group share one noise in ambient training; a mirror image gets it mirrored. Copies that are cropped or shifted
-are only partly protected: remove them.</p>
-{groups}
-<h2>Rows with faults</h2>
-{faults}
-</html>
-"""
-
-
-def check_target(path: Path | None, option: str) -> None:
-    """Check that a file can be written, before the images are read.
+@dataclass(frozen=True)
+class InspectSettings:
+    """Say which images are inspected, for which training, and where the result goes.
 
     Raises:
-        UserError: it cannot.
+        UserError: a value breaks its rule, or a file cannot be written.
+
+    Example:
+        >>> InspectSettings("my-images").fail_on
+        'nothing'
     """
-    if path is None:
-        return
-    folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        rule = "that is a folder" if path.is_dir() else "its folder does not exist or cannot be written to"
-        raise UserError(f"{option} is {path}", rule=rule, remedy="name a file in a folder that exists")
+
+    data: str = option(
+        REQUIRED,
+        "folder with metadata.jsonl, parquet file, tar shards, or hub dataset",
+        positional=True,
+        metavar="DATA",
+    )
+    resolution: int = same(TrainConfig, "resolution", low=1)
+    model: str | None = option(
+        None, "base model: pipeline folder or hub id; its tokenizers count which captions are cut", metavar="MODEL"
+    )
+    image_column: str = same(DatasetOptions, "image_column")
+    caption_column: str = same(DatasetOptions, "caption_column")
+    dataset_split: str | None = same(DatasetOptions, "dataset_split")
+    row_filter: list[str] | None = same(DatasetOptions, "row_filter")
+    unlisted: str = same(DatasetOptions, "unlisted")
+    html: Path | None = same(SharedOptions, "html")
+    json: Path | None = same(SharedOptions, "json")
+    fail_on: Literal["nothing", "problems"] = option("nothing", "problems: exit with status 1 if anything is found")
+
+    def __post_init__(self) -> None:
+        check(self)
+        check_target(self.html, "html")
+        check_target(self.json, "json")
 
 
-def run(
-    source: str,
-    *,
-    html_path: Path | None = None,
-    json_path: Path | None = None,
-    progress: bool = True,
-    **options: Any,
-) -> Inspection:
-    """Inspect an image set, print the table and write page and JSON where asked; return what was found."""
-    check_target(html_path, "html")
-    check_target(json_path, "json")
-    found, images = inspect(source, progress=progress, **options)
+def make_parser() -> Parser:
+    """Build the command line from the settings."""
+    parser = Parser(
+        prog="ambient-sd inspect",
+        description="Read every image of DATA and list unusable, small, captionless and extreme ones, and groups of duplicates.",
+    )
+    add_flags(parser, InspectSettings)
+    return parser
+
+
+def run(args: argparse.Namespace, words: Sequence[str]) -> int:
+    """Print the table, write page and JSON where asked, and return the exit status."""
+    settings = from_flags(InspectSettings, args)
+    found, images = inspect(
+        settings.data, resolution=settings.resolution, unlisted=settings.unlisted, tokenizers=_tokenizers(settings.model),
+        image_column=settings.image_column, caption_column=settings.caption_column, split=settings.dataset_split,
+        row_filter=[split_condition(term) for term in settings.row_filter or ()], progress=True,
+    )  # fmt: skip
     print(as_text(found), flush=True)
-    # Surrogates (undecodable file names) would stop the write half way.
-    if html_path is not None:
-        html_path.write_bytes(as_html(found, images).encode("utf-8", "replace"))
-    if json_path is not None:
-        json_path.write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")
-    return found
+    if settings.html is not None:
+        from ambient_sd.reporting import inspect_page
+
+        counts = [(kind, found.count(kind), meaning) for kind, meaning in KINDS.items()]
+        counts += [
+            ("exact", found.exact, "copies of an earlier image"),
+            ("near", found.near, "groups of near-duplicates"),
+        ]
+        inspect_page.write(settings.html, found, images, counts)
+    if settings.json is not None:
+        settings.json.write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")
+    return int(settings.fail_on == "problems" and not found.clean)
+
+
+def _tokenizers(model: str | None) -> list[object]:
+    if model is None:
+        return []
+    from ambient_sd.utils.quiet import quiet
+
+    quiet()
+    from ambient_sd.families.base import check_base
+
+    base = check_base(TrainConfig(pretrained_model_name_or_path=model, train_data_dir="."))
+    return base.tokenizers()

@@ -6,9 +6,6 @@ have the setting. Values are checked here, before anything heavy is imported; wh
 load. This module imports no torch: `--help` must come at once.
 """
 
-# ruff: noqa: RUF009
-# (`option` returns a dataclasses.field.)
-
 from __future__ import annotations
 
 import dataclasses
@@ -20,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from ambient_sd.data.conditions import split_condition
+from ambient_sd.data.dataset_options import DatasetOptions
 from ambient_sd.utils import files, settings
 from ambient_sd.utils.errors import UserError
-from ambient_sd.utils.settings import Parser, add_flags, option
+from ambient_sd.utils.settings import Parser, add_flags, option, same
 
 GROUPS = {
     "model": "Which base model is fine-tuned: a local pipeline folder or a hub id.",
@@ -55,7 +53,7 @@ class TrainConfig:
     """
 
     # fmt: off
-    pretrained_model_name_or_path: str | None = option(None, "base pipeline: local folder or hub id (required)", group="model")
+    pretrained_model_name_or_path: str | None = option(None, "base model: pipeline folder or hub id (required)", group="model")
     pretrained_vae_model_name_or_path: str | None = option(None, "another VAE in place of the base's: folder with config.json, or hub id. A full fine-tune saves it; a LoRA must be sampled with it", group="model")
     revision: str | None = option(None, "revision of the hub repository", group="model")
     variant: str | None = option(None, "variant of the weight files, e.g. fp16", group="model")
@@ -63,16 +61,16 @@ class TrainConfig:
 
     dataset_name: str | None = option(None, "hub id of a dataset; a local folder or parquet file works too", group="data")
     dataset_config_name: str | None = option(None, "configuration of the hub dataset", group="data", needs="dataset_name")
-    dataset_split: str | None = option(None, "split: of a hub dataset (default train), or the value of a local source's `split` column", group="data")
+    dataset_split: str | None = same(DatasetOptions, "dataset_split", group="data")
     train_data_dir: str | None = option(None, "folder with images and metadata.jsonl, a parquet file, or WebDataset shards: a folder of .tar files, one, or part-{000..010}.tar", group="data", rival="dataset_name")
-    image_column: str = option("image", "column of the images (parquet, hub; a folder uses file_name)", group="data")
-    caption_column: str = option("text", "column of the captions", group="data")
-    unlisted: str = option("refuse", "images in a folder that its list does not name, hidden ones, and kinds that are not read: refuse = end the run in one line; ignore = leave them out and say how many", group="data", choices=("refuse", "ignore"))
-    row_filter: list[str] | None = option(None, "keep rows where all of these hold: column=value, 'column<=number' or 'column>=number'", group="data")
+    image_column: str = same(DatasetOptions, "image_column", group="data")
+    caption_column: str = same(DatasetOptions, "caption_column", group="data")
+    unlisted: str = same(DatasetOptions, "unlisted", group="data")
+    row_filter: list[str] | None = same(DatasetOptions, "row_filter", group="data")
     max_train_samples: int | None = option(None, "train on N images only, chosen by seed", group="data", low=1)
     cache_dir: str | None = option(None, "where hub downloads are kept", group="data")
     latent_cache_dir: str | None = option(None, "keep latents and caption embeddings in this folder: computed once, for this run and later ones; VAE and text encoder leave memory", group="data")
-    resolution: int = option(512, "images are resized (shorter side) and cropped to this many pixels", group="data", low=8)
+    resolution: int = option(512, "side of the images in pixels: they are resized (shorter side) and cropped to it", group="data", low=8)
     allow_upscaling: bool = option(False, "train although most images are enlarged several times to the resolution", group="data")
     center_crop: bool = option(False, "crop the centre; otherwise crop at random (ambient: one fixed place per image)", group="data")
     aspect_ratio_buckets: str | None = option(None, "let images keep their shape: auto (sides for the area of resolution, 1:2 to 2:1), or height,width pairs such as 512,768;640,640;768,512; otherwise all are cropped to squares", group="data")
@@ -103,7 +101,7 @@ class TrainConfig:
     caption_mitigation_p: float | None = option(None, "share of samples whose caption is changed (default as published: 0.1 for rc, rt and cwr, 1 for mc and gn)", group="mitigation", low=0.0, high=1.0, needs="caption_mitigation")
     caption_noise_std: float | None = option(None, "gn: standard deviation of the noise, in the embedding's own units (default 0.1)", group="mitigation", above=0.0, needs="caption_mitigation=gn")
 
-    seed: int = option(0, "seed of order, timesteps, fresh noise, caption dropout and LoRA start", group="optimisation", low=0, high=MAX_SEED)
+    seed: int = option(0, "seed: order, timesteps, fresh noise, caption dropout and LoRA start", group="optimisation", low=0, high=MAX_SEED)
     train_batch_size: int = option(16, "images per process and forward pass", group="optimisation", low=1)
     gradient_accumulation_steps: int = option(1, "forward passes per optimizer step", group="optimisation", low=1)
     num_train_epochs: int = option(100, "passes over the images; max_train_steps overrides it", group="optimisation", low=1)
@@ -113,8 +111,8 @@ class TrainConfig:
     scale_lr: bool = option(False, "multiply the learning rate by the global batch size", group="optimisation")
     lr_scheduler: str = option("constant", "learning-rate schedule, counted in optimizer steps", group="optimisation", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = option(500, "warm-up, in optimizer steps (constant has none)", group="optimisation", low=0)
-    adam_beta1: float = option(0.9, "decay of the first moment", group="optimisation", low=0.0, high=1.0)
-    adam_beta2: float = option(0.999, "decay of the second moment", group="optimisation", low=0.0, high=1.0)
+    adam_beta1: float = option(0.9, "decay of the first moment", group="optimisation", low=0.0, below=1.0)
+    adam_beta2: float = option(0.999, "decay of the second moment", group="optimisation", low=0.0, below=1.0)
     adam_weight_decay: float = option(1e-2, "decoupled weight decay", group="optimisation", low=0.0)
     adam_epsilon: float = option(1e-8, "added to the root of the second moment", group="optimisation", above=0.0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm over all trained weights", group="optimisation", above=0.0)
@@ -130,7 +128,7 @@ class TrainConfig:
     rank: int | None = option(None, "rank of the update (default 4)", group="LoRA", low=1, needs="lora")
     lora_alpha: float | None = option(None, "the update is scaled by lora_alpha / rank (default: the rank); kept in the saved file", group="LoRA", above=0.0, needs="lora")
     lora_target_modules: list[str] | None = option(None, "names of the layers that get an adapter (default: the attention projections to_k to_q to_v to_out.0)", group="LoRA", needs="lora")
-    lora_dropout: float | None = option(None, "share of the update's input that is dropped in training (default 0); a function of seed, layer and place in the run", group="LoRA", low=0.0, high=1.0, needs="lora")
+    lora_dropout: float | None = option(None, "share of the update's input that is dropped in training (default 0); a function of seed, layer and place in the run", group="LoRA", low=0.0, below=1.0, needs="lora")
     use_dora: bool = option(False, "train DoRA: the length of each row of the weights too", group="LoRA", needs="lora")
     output_kohya_format: bool = option(False, "write pytorch_lora_weights_kohya.safetensors too, for ComfyUI, AUTOMATIC1111 and others", group="LoRA", needs="lora")
 
@@ -147,7 +145,7 @@ class TrainConfig:
     checkpoints_total_limit: int | None = option(None, "keep only the N newest checkpoints", group="checkpoints", low=1)
     resume_from_checkpoint: str | None = option(None, "a checkpoint folder, or `latest`: the newest whole one in output_dir (none yet: start anew)", group="checkpoints")
 
-    output_dir: str = option("sd-model-finetuned", "receives the pipeline or pytorch_lora_weights.safetensors, " + CONFIG_NAME + ", checkpoints, logs", group="output")
+    output_dir: str = option("sd-model-finetuned", "folder for everything that is written: the pipeline or pytorch_lora_weights.safetensors, " + CONFIG_NAME + ", checkpoints, logs", group="output", alias="out", metavar="PATH")
     overwrite: bool = option(False, "replace the result, checkpoints and records that an earlier training left in output_dir; every other file stays", group="output")
     report_to: str = option("tensorboard", "where curves go; all: wherever a package is installed for", group="output", choices=("tensorboard", "wandb", "all", "none"))
     tracker_project_name: str = option("text2image-fine-tune", "name under which curves are kept", group="output")
@@ -218,8 +216,6 @@ class TrainConfig:
 
         if self.lora:
             self.lora_dropout = self.lora_dropout or 0.0
-            if self.lora_dropout == 1.0:
-                raise UserError("lora_dropout is 1", rule="nothing would be trained", remedy="try 0.1")
             self.rank = self.rank or 4
             self.lora_alpha = self.lora_alpha or float(self.rank)
             self.lora_target_modules = self.lora_target_modules or list(DEFAULT_TARGETS)
@@ -238,11 +234,6 @@ class TrainConfig:
         if self.overwrite and self.resume_from_checkpoint is not None:
             raise UserError("overwrite and resume_from_checkpoint are both given", rule="one starts anew, the other continues",
                             remedy="leave one of them out")  # fmt: skip
-        for name in ("adam_beta1", "adam_beta2"):
-            if getattr(self, name) >= 1.0:
-                raise UserError(
-                    f"{name} is {getattr(self, name)}", rule="it must be below 1", remedy="try 0.9 and 0.999"
-                )
 
     @property
     def source(self) -> str:

@@ -25,7 +25,7 @@ from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
-SHORT = ["--features", "pixels,edges", "--max_prompts", "3", "--samples_per_prompt", "1", "--num_inference_steps", "2", "--attribution", "1",
+SHORT = ["--features", "pixels,edges", "--max_prompts", "3", "--samples_per_prompt", "1", "--num_inference_steps", "2", "--attributed_prompts", "1",
          "--device", "cpu"]  # fmt: skip
 
 

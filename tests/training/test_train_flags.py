@@ -327,7 +327,7 @@ def test_a_missing_package_is_named_before_anything_is_read_or_written(
         ({"use_dora": True}, ["use_dora", "--lora"]),
         ({"lora_dropout": 0.1}, ["lora_dropout", "--lora"]),
         ({"output_kohya_format": True}, ["output_kohya_format", "--lora"]),
-        ({"lora": True, "lora_dropout": 1.0}, ["lora_dropout is 1", "0.1"]),
+        ({"lora": True, "lora_dropout": 1.0}, ["lora_dropout is 1.0", "below 1.0"]),
         ({"lora": True, "use_dora": True, "output_kohya_format": True}, ["output_kohya_format", "use_dora"]),
     ],
 )
