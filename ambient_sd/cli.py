@@ -141,10 +141,8 @@ def _tokenizers(model: str | None) -> list[object]:
 
     quiet()
     from ambient_sd.families.base import check_base
-    from ambient_sd.training.config import TrainConfig
 
-    base = check_base(TrainConfig(pretrained_model_name_or_path=model, train_data_dir="."))
-    return base.tokenizers()
+    return check_base(model).tokenizers()
 
 
 def _positive(text: str) -> int:

@@ -13,12 +13,11 @@ from pathlib import Path
 from ambient_sd.data.latents import encode_all
 from ambient_sd.data.noise_level import COPY, IDENTIFIED, TARGET, Levels, as_text, marks, measure, representatives
 from ambient_sd.data.views import ViewRule
-from ambient_sd.families.base import check_base
 from ambient_sd.reporting.charts import Line, Mark, chart, figure, table
 from ambient_sd.reporting.charts import page as document
 from ambient_sd.reporting.report import escaped
 from ambient_sd.training.config import TrainConfig
-from ambient_sd.training.loop import enlargement_note, open_images
+from ambient_sd.training.loop import base_of, enlargement_note, open_images
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.files import atomic_write
 
@@ -33,7 +32,7 @@ def level(config: TrainConfig, *, progress: bool = False) -> Levels:
     Raises:
         UserError: base or images are unusable, or too few.
     """
-    base = check_base(config)
+    base = base_of(config)
     images = open_images(config).check(progress, near_duplicates=True)
     if (note := enlargement_note(config, images, base.pixel_step)) is not None:
         print(f"ambient-sd: {note}", file=sys.stderr, flush=True)

@@ -32,7 +32,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from ambient_sd import __version__
-from ambient_sd.families.guidance import distilled
+from ambient_sd.families import distilled
 from ambient_sd.guard.attribution import TokenGradients
 from ambient_sd.guard.base_above import acting_base
 from ambient_sd.guard.calibration import Calibration, ModelFingerprint

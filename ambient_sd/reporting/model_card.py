@@ -215,7 +215,7 @@ def describe_run(
         timesteps=objective.schedule.num_train_timesteps,
         gap_upper=config.gap_upper,
         reweight=config.reweight,
-        xl=base.is_xl,
+        xl=base.family.takes_sizes,
         vae=_public(config.pretrained_vae_model_name_or_path),
         lora=None
         if not config.lora

@@ -181,14 +181,14 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
     """
     extras.check_packages(config)
     sharding.check(config)
-    base = check_base(config)
+    base = base_of(config)
     objective = make_objective(config, base)
     if config.snr_gamma is not None:
         noising.min_snr_weight(base.schedule, torch.tensor([0]), config.snr_gamma, objective.prediction_type)
     if config.memorization_threshold is not None:
         check_scheduler(base.scheduler)
     if config.lora:
-        adapters.check_targets(base.unet_config, config.lora_target_modules or ())
+        adapters.check_targets(base.skeleton()[base.family.network], config.lora_target_modules or ())
     prompts = validation.read_prompts(config.validation_prompts)
     checkpoint = _check_output(config)
     images = open_images(config)
@@ -208,6 +208,19 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         buckets,
         _notes(config, base, images, prompts, buckets),
     )
+
+
+def base_of(config: TrainConfig) -> Base:
+    """Read and check the base that the settings name.
+
+    Raises:
+        UserError: as `check_base`.
+    """
+    return check_base(
+        str(config.pretrained_model_name_or_path), revision=config.revision, variant=config.variant, cache_dir=config.cache_dir,
+        vae=config.pretrained_vae_model_name_or_path, prediction_type=config.prediction_type, lora=config.lora,
+        resolution=config.resolution,
+    )  # fmt: skip
 
 
 def _notes(
@@ -574,7 +587,7 @@ class _Trainer:
                 raise UserError(f"unet of {folder} cannot be read", rule=f"{type(error).__name__}: {error}"[:300],
                                 remedy="resume from another checkpoint") from None  # fmt: skip
         else:
-            unet = self.base.load("unet")
+            unet = self.base.load(self.family.network)
         if config.lora:
             frozen = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(
                 self.accelerator.mixed_precision, torch.float32
@@ -826,7 +839,7 @@ class _Trainer:
 
     def _write_weights(self, unet: Any, folder: Path) -> None:
         if self.config.lora:
-            adapters.save(unet, folder)
+            adapters.save(unet, folder, self.family)
         else:
             unet.save_pretrained(folder / "unet")
         if self.average is not None:
@@ -935,9 +948,9 @@ class _Trainer:
         if self.average is not None:
             self.average.give()
         if config.lora:
-            adapters.save(unet, staging)
+            adapters.save(unet, staging, self.family)
             if config.output_kohya_format:
-                adapters.save_kohya(unet, staging, xl=self.base.is_xl)
+                adapters.save_kohya(unet, staging, self.family)
         else:
             try:
                 pipe = self.base.pipeline(unet)
