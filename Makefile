@@ -22,7 +22,7 @@ help:
 	@touch $@
 
 demo: .venv/ready
-	$(BIN)/ambient-sd demo --out demo-out --open
+	$(BIN)/ambient-sd demo --out demo-out --overwrite --open
 
 # A worker per core; files stay together, since their tests share what they trained. Tiny networks are fastest on one thread.
 test: lint

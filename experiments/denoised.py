@@ -39,7 +39,7 @@ from ambient_sd.families.sd import SD
 from ambient_sd.oracle import ideal_ambient_denoiser, ideal_denoiser
 from ambient_sd.reporting.charts import Line, chart, figure, image, page, table
 from ambient_sd.reporting.report import contact_sheet, escaped
-from ambient_sd.sampling import SamplingConfig, label, load
+from ambient_sd.sampling import SamplingConfig, label, load_pipeline
 from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.utils.errors import UserError, exits_on_user_error
 from ambient_sd.utils.estimate import Estimate
@@ -315,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         load_rows(where, row_filter=[split_condition(term) for term in terms]).check(near_duplicates=True)
         for where, terms in ((args.data, args.row_filter), (args.heldout, args.heldout_filter))
     )
-    pipes = {name: load(one) for name, one in settings.items()}
+    pipes = {name: load_pipeline(one) for name, one in settings.items()}
     errors, outputs = compare(
         pipes, train, heldout, resolution=args.resolution, levels=args.levels, nature=args.nature, count=args.count,
         unconditional=args.unconditional, seed=args.seed, noise_seed=args.noise_seed,

@@ -47,6 +47,7 @@ from ambient_sd.data.views import Samples, ViewRule
 from ambient_sd.families.base import Base, check_base
 from ambient_sd.objective import AmbientObjective
 from ambient_sd.reporting.model_card import describe_run, write_card
+from ambient_sd.sampling import collect_prompts
 from ambient_sd.training import (
     adapters,
     averaging,
@@ -189,7 +190,7 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         check_scheduler(base.scheduler)
     if config.lora:
         adapters.check_targets(base.skeleton()[base.family.network], config.lora_target_modules or ())
-    prompts = validation.read_prompts(config.validation_prompts)
+    prompts = collect_prompts(config.validation_prompts)
     checkpoint = _check_output(config)
     images = open_images(config)
     check_augmentation(config, images)
@@ -867,7 +868,7 @@ class _Trainer:
 
     def _draw(self, step: int) -> None:
         with self._averaged():
-            drawn = validation.draw(
+            sampled = validation.sample(
                 self._pipeline(),
                 self.plan.prompts,
                 self.config.num_validation_images or 4,
@@ -876,8 +877,8 @@ class _Trainer:
                 accelerator=self.accelerator,
             )
         if self.accelerator.is_main_process:
-            self._show("validation", validation.grid(drawn.rows), step)
-            scores = [score for row in drawn.scores for score in row]
+            self._show("validation", validation.grid(sampled.rows), step)
+            scores = [score for row in sampled.scores for score in row]
             self._track({"guard/validation_score": sum(scores) / len(scores)}, step)
             validation.write_scores(self.output / "validation", step, scores)
         self.accelerator.wait_for_everyone()
