@@ -20,7 +20,7 @@ from ambient_sd.utils.errors import UserError
 
 FAMILIES: tuple[Family, ...] = (SD, SDXL, SD3, FLUX)
 # What a guard can watch.
-SUPPORTED = (*(kind for family in FAMILIES for kind in family.guidance), "AmbientSDPipeline")
+SUPPORTED = (*(kind for family in FAMILIES for kind in family.guidance), *(f.guarded for f in FAMILIES if f.guarded))
 
 
 def of_class(kind: str) -> Family | None:

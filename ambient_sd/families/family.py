@@ -28,6 +28,7 @@ class Family:
     Attributes:
         name: what messages call it.
         pipeline: the class that samples from a caption alone, as model_index.json names it.
+        guarded: the class of this package that samples with the guard built in, if there is one.
         guidance: by class of pipeline, how it calls its network; what a `MemorizationGuard` can watch.
         unready: why its models cannot be loaded by name, trained or adapted yet; empty: they can. With a reason only
             `guidance` is described.
@@ -41,6 +42,7 @@ class Family:
 
     name: str
     pipeline: str
+    guarded: str | None = None
     guidance: Mapping[str, Guidance]
     unready: str = ""
     network: str = "transformer"
@@ -126,6 +128,10 @@ class Family:
 
     def start_shape(self, pipe: Any, size: tuple[int, int]) -> tuple[int, ...]:
         """Return the shape of one image's start noise as the pipeline takes it, for (width, height) pixels."""
+        raise NotImplementedError(self.unready)
+
+    def native_side(self, network: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
+        """Return the side that the pipeline samples at by default, pixels, from the parts' settings."""
         raise NotImplementedError(self.unready)
 
     # --- what the network is given and what it returns ---

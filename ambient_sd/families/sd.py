@@ -31,6 +31,7 @@ class StableDiffusion(Family):
 
     name = "Stable Diffusion 1.x or 2.x"
     pipeline = "StableDiffusionPipeline"
+    guarded: str | None = "AmbientSDPipeline"
     guidance: Mapping[str, Guidance] = {
         "StableDiffusionPipeline": LAYOUT, "StableDiffusionImg2ImgPipeline": LAYOUT, "StableDiffusionInpaintPipeline": LAYOUT,
     }  # fmt: skip
@@ -117,6 +118,9 @@ class StableDiffusion(Family):
     def start_shape(self, pipe: Any, size: tuple[int, int]) -> tuple[int, ...]:
         factor = pipe.vae_scale_factor
         return pipe.unet.config.in_channels, size[1] // factor, size[0] // factor
+
+    def native_side(self, network: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
+        return int(network["sample_size"]) * self.vae_factor(vae)
 
     def inputs(
         self, embeddings: Mapping[str, torch.Tensor], sizes: torch.Tensor | None, device: torch.device | str

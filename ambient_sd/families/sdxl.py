@@ -29,6 +29,7 @@ class StableDiffusionXL(StableDiffusion):
 
     name = "SDXL base"
     pipeline = "StableDiffusionXLPipeline"
+    guarded = None
     guidance: Mapping[str, Guidance] = {
         "StableDiffusionXLPipeline": _XL, "StableDiffusionXLImg2ImgPipeline": _XL,
         "StableDiffusionXLInpaintPipeline": replace(_XL, latents_end_early=True),
