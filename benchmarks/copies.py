@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from series import caption, member
@@ -25,13 +25,15 @@ from torch import Tensor
 
 from ambient_sd.assets import BASE, PICTURES
 from ambient_sd.audit.decision import SAME, CopyDecision, discoveries
-from ambient_sd.audit.features import MIRROR, as_rgb, embed
+from ambient_sd.audit.features import MIRROR, embed
 from ambient_sd.audit.neighbours import Neighbours
 from ambient_sd.audit.originals import originals
 from ambient_sd.audit.registry import choose
 from ambient_sd.data.sources import load_rows
+from ambient_sd.sampling import Request, SamplingConfig, generate, load_pipeline
 from ambient_sd.utils.estimate import wilson
 from ambient_sd.utils.files import atomic_write
+from ambient_sd.utils.sheets import as_rgb
 from experiments.transformations import TRANSFORMATIONS, transformed
 
 SERIES, MEMBERS = 24, 12
@@ -54,16 +56,13 @@ def round_trip(images: Sequence[Image.Image]) -> Images:
     return out
 
 
-def drawn_by_base(captions: Sequence[str]) -> Images:
-    pipe: Any = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None, dtype=torch.float32)
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    out: Images = []
-    for start in range(0, len(captions), 16):
-        part = list(captions[start : start + 16])
-        seeds = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-        out += pipe(part, num_inference_steps=15, guidance_scale=1.5, height=64, width=64, generator=seeds).images
-    return out
+def sampled_from_base(captions: Sequence[str]) -> Images:
+    config = SamplingConfig(str(BASE), None, "dpm++", 15, 1.5, 64, batch_size=16)
+    pipe = load_pipeline(config, safety_checker=False)
+    requests = [
+        Request(caption, 0, i) for i, caption in enumerate(captions)
+    ]  # the seeds of the published figures: 0, 1, ...
+    return [one.image for batch in generate(pipe, requests, config) for one in batch if one.image is not None]
 
 
 def emoji() -> tuple[Images, Images, list[str], list[Any]]:
@@ -110,7 +109,7 @@ def study(
     order = torch.randperm(len(unseen), generator=torch.Generator().manual_seed(seed)).tolist()
     null, test = [unseen[i] for i in order[::2]], [unseen[i] for i in order[1::2]]
     different = list(dict.fromkeys(captions))
-    base = drawn_by_base((different * 8)[:128])
+    base = sampled_from_base((different * 8)[:128])
     rows = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))[:queries].tolist()
     originals_of = [training[i] for i in rows]
     changed = {

@@ -25,8 +25,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from ambient_sd.audit.features import Batched, Distance, as_rgb, imagenet
+from ambient_sd.audit.features import Batched, Distance, imagenet
 from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.sheets import as_rgb
 
 
 def pretrained(kind: str, name: str, wanted: Sequence[str]) -> Any:

@@ -65,7 +65,8 @@ def guidance_of(pipe: Any) -> Guidance:
 
 def tokenizers_of(pipe: Any) -> list[Any]:
     """Return the tokenizers of a pipeline, the first one first."""
-    names = [name for name in of_pipeline(pipe).text_parts if name.startswith("tokenizer")]
+    family = of_pipeline(pipe)
+    names = [name for name in family.text_parts if name.startswith("tokenizer")]
     return [one for name in names if (one := getattr(pipe, name, None)) is not None]
 
 
