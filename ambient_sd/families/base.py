@@ -34,6 +34,13 @@ class Model:
         revision: branch, tag or commit on the hub.
         variant: of the weight files, such as fp16.
         cache_dir: where the hub's files are kept, if not in the usual place.
+
+    Example:
+        >>> from ambient_sd.assets import BASE
+        >>> Model(str(BASE)).family.pipeline
+        'StableDiffusionPipeline'
+        >>> sorted(Model(str(BASE)).skeleton())
+        ['text_encoder', 'unet']
     """
 
     name: str
@@ -326,7 +333,12 @@ def check_same_space(model: Model, base: Model) -> None:
 
 
 def nowhere(name: str) -> bool:
-    """Tell whether a name is neither a folder nor what a hub id looks like."""
+    """Tell whether a name is neither a folder nor what a hub id looks like.
+
+    Example:
+        >>> nowhere("owner/model"), nowhere("./none")
+        (False, True)
+    """
     # os.path: unlike pathlib it takes a name of any length
     path = os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
     return not os.path.isdir(name) and path

@@ -230,6 +230,10 @@ def choose(names: Sequence[str], where: str, weight_name: str | None = None) -> 
 
     Raises:
         UserError: there is none, only pickle, or several of which none has such a name.
+
+    Example:
+        >>> choose(["adapter_model.safetensors", "other.safetensors"], "a folder")
+        'adapter_model.safetensors'
     """
     if weight_name is not None:
         refuse_pickle(weight_name)

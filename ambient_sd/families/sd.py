@@ -27,7 +27,12 @@ LAYOUT = Guidance(network="unet", sample="sample", embeds="encoder_hidden_states
 
 
 class StableDiffusion(Family):
-    """Describe Stable Diffusion 1.x and 2.x."""
+    """Describe Stable Diffusion 1.x and 2.x.
+
+    Example:
+        >>> SD.latent_shape({"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}, (512, 768))
+        (4, 96, 64)
+    """
 
     name = "Stable Diffusion 1.x or 2.x"
     pipeline = "StableDiffusionPipeline"
