@@ -15,7 +15,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,75 +31,26 @@ from ambient_sd.families.lora import fit, load_lora, locate, read, told
 from ambient_sd.guard.base_above import BaseAbove
 from ambient_sd.guard.calibration import Sampling
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard, active_guard
+from ambient_sd.sampling_options import MOST_IMAGES, SCHEDULERS, SamplingOptions
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.hub_ids import OPEN_CLIP, resolve_model_id
 from ambient_sd.utils.quiet import quiet
 
 T = TypeVar("T")
-SCHEDULERS = {
-    "ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteScheduler",
-    "pndm": "PNDMScheduler",
-}  # fmt: skip
-DTYPES = ("float32", "float16", "bfloat16")
 _HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    """Say with which model and how images are sampled.
+class SamplingConfig(SamplingOptions):
+    """Say with which model and how images are sampled; the options are those of `SamplingOptions`.
 
-    Attributes:
-        model: folder or hub id of a pipeline.
-        lora_weights: LoRA on it: folder, .safetensors file or hub id (`ambient_sd.families.lora`); None: none.
-        scheduler: a key of `SCHEDULERS`; None: the model's own.
-        num_inference_steps, guidance_scale: as diffusers takes them. A scale of 1 or less is none, and the guard, which measures
-            guidance, then measures nothing.
-        resolution: side in pixels, a multiple of 8; None: the model's own.
-        seed: with the place of an image it gives the image's own seed (`image_seed`).
-        dtype: precision of the weights, one of `DTYPES`.
-        device: torch device; None: a GPU if there is one.
-        base_above: noise level above which the base's U-Net stands in for the model's (`guard.base_above`); None: nowhere.
-        base: folder or hub id of the base that `base_above` takes; None: the model without its adapter.
-        batch_size: images that go through the network together; changes rounding and nothing else.
+    Example:
+        >>> SamplingConfig("my-model", scheduler="ddim").num_inference_steps
+        50
     """
-
-    model: str
-    lora_weights: str | None = None
-    scheduler: str | None = None
-    num_inference_steps: int = 50
-    guidance_scale: float = 7.5
-    resolution: int | None = None
-    seed: int = 0
-    dtype: str = "float32"
-    device: str | None = None
-    batch_size: int = 4
-    base_above: float | None = None
-    base: str | None = None
 
     def check(self) -> None:
         """Raise a `UserError` for what can be seen to be wrong without the model's weights; of an adapter that is everything."""
-        if not 0 <= self.guidance_scale < math.inf:
-            raise UserError(f"guidance_scale is {self.guidance_scale}", rule="it must be a finite number of at least 0")
-        for name in ("num_inference_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}", rule="it must be at least 1")
-        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
-            raise UserError(f"resolution is {self.resolution}", rule="it must be a multiple of 8 pixels")
-        for name, known in (("scheduler", [None, *SCHEDULERS]), ("dtype", DTYPES)):
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"{name} is {getattr(self, name)!r}", rule=f"it must be one of {', '.join(filter(None, known))}"
-                )
-        if self.base_above is not None and not 0 <= self.base_above < math.inf:
-            raise UserError(
-                f"base_above is {self.base_above}", rule="it must be a noise level, a finite number of at least 0"
-            )
-        if self.base is not None and self.base_above is None:
-            raise UserError("base without base_above", rule="it says above which noise level the base is used")
-        if self.base_above is not None and self.base is None and self.lora_weights is None:
-            raise UserError(
-                "base_above without a base", rule="a model without adapter holds none", remedy="give --base MODEL"
-            )
         try:
             torch.device(self.device or "cpu")
         except RuntimeError:
@@ -287,8 +237,6 @@ def load_pipeline(settings: SamplingConfig, *, safety_checker: bool = True) -> A
 
 # --- the seeds -------------------------------------------------------------------------------------------------------
 
-MOST_IMAGES = 1009  # of one prompt: the seeds of more would be those of the next prompt's
-
 
 def image_seed(seed: int, prompt_index: int, image_index: int = 0) -> int:
     """Return the seed of one image: `(seed * 1_000_003 + prompt_index * 1_009 + image_index) mod 2**63`.
@@ -388,6 +336,8 @@ def generate(
     """
 
     def sample(batch: Sequence[Request], options: dict[str, Any]) -> list[Sampled]:
+        if guard is not None:
+            guard.image_indices = [r.image_index for r in batch]
         with contextlib.nullcontext() if guard is None or active_guard(pipe) is guard else guard:
             out = pipe([r.prompt for r in batch], output_type="pil" if decode else "latent", **options)
         images = out.images if decode else [None] * len(batch)

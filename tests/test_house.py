@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 PACKAGE = Path(__file__).parents[1] / "ambient_sd"
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
@@ -146,7 +144,6 @@ def test_loops_over_a_pipeline_are_seen() -> None:
     assert looped_calls("pipe(prompts)\nfor p in prompts:\n    load_pipeline(p)\n    pipe.unet(p)\n") == []
 
 
-@pytest.mark.xfail(strict=False, reason="pages are moving into reporting/templates")
 def test_html_is_written_in_reporting_alone() -> None:
     found = {name: markup(path.read_text()) for name, path in MODULES.items() if part_of(name) != "reporting"}
     assert {name: tags[:3] for name, tags in found.items() if tags and name not in KNOWN_HTML} == {}

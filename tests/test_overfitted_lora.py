@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from test_lora import KOHYA, renamed
 
 from ambient_sd.assets import BASE, PICTURES
-from ambient_sd.commands.audit import AuditSettings, Source, audit
+from ambient_sd.commands.audit import AuditSettings, Source
+from ambient_sd.commands.audit.work import audit
 from ambient_sd.data.sources import load_rows
 from ambient_sd.families import sgm
 from ambient_sd.sampling import SamplingConfig
@@ -54,8 +55,8 @@ def test_an_overfitted_lora_has_one_verdict_under_five_names(tmp_path: Path) -> 
         found = audit(AuditSettings(
             Source(str(folder)), tmp_path / f"audit-{name}",
             SamplingConfig(str(BASE), None if adapter is None else str(adapter), scheduler="dpm++", num_inference_steps=15, guidance_scale=1.5),
-            heldout=Source(str(PICTURES), split="heldout"), samples_per_prompt=2, base_images=0, features=("pixels",), resamples=10,
-            attribution=0, limit=0.01,
+            heldout=Source(str(PICTURES), split="heldout"), num_images_per_prompt=2, base_images=0, features=("pixels",), resamples=10,
+            attributed_prompts=0, fail_over=0.01,
         )).found  # fmt: skip
         return found["verdict"], [
             json.loads(line) for line in (tmp_path / f"audit-{name}" / "images.jsonl").read_text().splitlines()

@@ -196,11 +196,17 @@ class MemorizationGuard:
             on v-prediction models (SD2) is another number, and what published targets for them are of. Scores, thresholds and
             the targets of policies are all in it. None: that of calibrated thresholds, else "noise".
 
+    Attributes:
+        image_indices: which image of its prompt each image of the next call is, counted from 0, for a caller that spreads the images of
+            a prompt over several calls; policies with random numbers of their own go by it. None: counted within the call.
+
     Raises:
         UserError: the pipeline, its scheduler or an argument cannot be used.
 
     Source: Wen, Liu, Chen, Lyu, ICLR 2024.
     """
+
+    image_indices: Sequence[int] | None = None
 
     def __init__(
         self,
@@ -766,7 +772,9 @@ class MemorizationGuard:
         if call.prompts is not None:
             prompts = [call.prompts[i // call.images_per_prompt] for i in range(call.images)]
         ids, mask = self._tokens(call, halves.cond.embeds.shape[1])
-        change = self.policy.begin(SamplingStart(halves, list(call.active), prompts, call.encode, ids, mask))
+        change = self.policy.begin(
+            SamplingStart(halves, list(call.active), prompts, call.encode, ids, mask, self.image_indices)
+        )
         if change is None:
             return
         call.change = change

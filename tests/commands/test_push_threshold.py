@@ -14,9 +14,9 @@ import guard_calibration
 import pytest
 from hub_server import HubServer
 
-from ambient_sd.commands.push import collect
 from ambient_sd.guard.calibration import FILE_NAME, AnisotropyTerms, Calibration
 from ambient_sd.reporting.model_card import Facts, make_card
+from ambient_sd.reporting.publishing import collect
 from ambient_sd.utils.errors import UserError
 
 

@@ -30,7 +30,8 @@ from ambient_sd.data.views import ViewRule
 from ambient_sd.families.encoders import ImageEncoder
 from ambient_sd.families.sd import SD
 from ambient_sd.training.config import TrainConfig
-from ambient_sd.training.loop import base_of, run
+from ambient_sd.training.loop import run
+from ambient_sd.training.plan import base_of
 
 COUNT, COPIES, STEPS, LEVEL = 4, 8, 100, 2.0
 LEVELS = (3.0, 5.0, 8.0)
@@ -95,7 +96,7 @@ def a_seed(seed: int, folder: Path) -> dict[str, dict[float, float]]:
         config = settings(copies, folder / name, seed, "share" if name == "base" else name)
         base = base_of(config)
         if name != "base":
-            groups = run(config, progress=False)["near_duplicate_groups"]
+            groups = len(run(config, progress=False).plan.images.groups)
             assert groups == (COUNT if name == "share" else 0)
         unet: Any = UNet2DConditionModel.from_pretrained(BASE if name == "base" else folder / name, subfolder="unet")
         text = base.captions()(originals.captions)["hidden"]

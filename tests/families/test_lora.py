@@ -24,9 +24,12 @@ from torch import Tensor
 
 from ambient_sd import AmbientSDPipeline
 from ambient_sd.cli import main
-from ambient_sd.commands.audit import AuditSettings, Source, audit
-from ambient_sd.commands.calibrate import CalibrateSettings, calibrate
-from ambient_sd.commands.sample import SampleSettings, sample
+from ambient_sd.commands.audit import AuditSettings, Source
+from ambient_sd.commands.audit.work import audit
+from ambient_sd.commands.calibrate import CalibrateSettings
+from ambient_sd.commands.calibrate.work import calibrate
+from ambient_sd.commands.sample import SampleSettings
+from ambient_sd.commands.sample.work import sample
 from ambient_sd.families import lora, sgm
 from ambient_sd.families.sd import SD
 from ambient_sd.families.sdxl import SDXL
@@ -173,8 +176,8 @@ def test_audit_says_the_same_of_all_five(
 ) -> None:
     def figures(adapter: Path | None, name: str) -> tuple[Any, Any]:
         found = audit(AuditSettings(
-            Source(str(tiny_images)), tmp_path / name, config(tiny_base, adapter), samples_per_prompt=1, max_prompts=1,
-            features=("pixels",), resamples=10, attribution=0,
+            Source(str(tiny_images)), tmp_path / name, config(tiny_base, adapter), num_images_per_prompt=1, num_prompts=1,
+            features=("pixels",), resamples=10, attributed_prompts=0,
         )).found  # fmt: skip
         seen = (tmp_path / name / "images.jsonl").read_text()  # with the distance of each image
         return (found["verdict"], found["measures"], seen), found["model"].get("lora")
@@ -626,7 +629,7 @@ def test_another_adapter_under_one_name_does_not_go_on(
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["settings"]["lora"] == known
     assert sample(settings) == [record]
     save_file({k: v * 1.0001 for k, v in state.items()}, place, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="the adapter's contents are others"):
+    with pytest.raises(UserError, match=r"lora\.sha256 changed"):
         sample(settings)
 
 
@@ -637,8 +640,8 @@ def test_a_threshold_beside_a_lora_is_used_by_commands_and_python_alike(
         Path(shutil.copytree(tiny_base, tmp_path / "base")),
         Path(shutil.copytree(files["kohya"], tmp_path / "lora")),
     )
-    calibrate(CalibrateSettings(config(base, None), ["a cat", "a dog"], generations=1, fpr=0.5))
-    found, _ = calibrate(CalibrateSettings(config(base, folder), ["a cat", "a dog"], generations=1, fpr=0.5))
+    calibrate(CalibrateSettings(config(base, None), ["a cat", "a dog"], num_images_per_prompt=1, fpr=0.5))
+    found, _ = calibrate(CalibrateSettings(config(base, folder), ["a cat", "a dog"], num_images_per_prompt=1, fpr=0.5))
     assert found.lora is not None and found.lora["scheme"] == "kohya" and Calibration.load(folder) == found
     (record,) = sample(SampleSettings(config(base, folder), tmp_path / "out", ["a cat"]))
     assert record["threshold"] == found.threshold(2, 1)
