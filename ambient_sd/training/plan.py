@@ -105,6 +105,19 @@ class Plan:
         }
 
 
+def base_of(config: TrainConfig) -> Base:
+    """Read and check the base that the settings name.
+
+    Raises:
+        UserError: as `check_base`.
+    """
+    return check_base(
+        str(config.pretrained_model_name_or_path), revision=config.revision, variant=config.variant, cache_dir=config.cache_dir,
+        vae=config.pretrained_vae_model_name_or_path, prediction_type=config.prediction_type, lora=config.lora,
+        resolution=config.resolution,
+    )  # fmt: skip
+
+
 def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
     """Check all that can be known before weights load, cheapest first; write nothing.
 
@@ -113,14 +126,14 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
     """
     _check_packages(config)
     sharding.check(config)
-    base = check_base(config)
+    base = base_of(config)
     objective = make_objective(config, base)
     if config.snr_gamma is not None:
         noising.min_snr_weight(base.schedule, torch.tensor([0]), config.snr_gamma, objective.prediction_type)
     if config.memorization_threshold is not None:
         dropping.check_scheduler(base.scheduler)
     if config.lora:
-        adapters.check_targets(base.unet_config, config.lora_target_modules or ())
+        adapters.check_targets(base.skeleton()[base.family.network], config.lora_target_modules or ())
     prompts = collect_prompts(config.validation_prompts)
     checkpoint = _check_output(config)
     images = open_images(config)
