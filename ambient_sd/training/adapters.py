@@ -119,7 +119,7 @@ def _install(unet: Any, *, p: float, seed: int) -> list[AddressedDropout]:
 def save(unet: Any, folder: Path, family: Family) -> None:
     """Write the LoRA with its metadata to `folder/pytorch_lora_weights.safetensors`."""
     settings = unet.peft_config["default"].to_dict()
-    # The base's path on this machine is nobody's business, and neither are sets JSON.
+    # The file may be published without the base's path on this machine; and JSON has no sets.
     settings["base_model_name_or_path"] = None
     # diffusers leaves the dropout of a loaded LoRA on while it samples, and no two images of a seed are equal.
     settings["lora_dropout"] = 0.0

@@ -137,7 +137,7 @@ def _accelerated(config: TrainConfig) -> Iterator[Accelerator]:
         if accelerator is not None:
             accelerator.free_memory()
         if not embedded:
-            # Another run in this process may want another precision; accelerate keeps the first one's for ever.
+            # Another run in this process may want another precision; accelerate never gives up the first one's.
             if accelerator is not None:
                 accelerator.end_training()
             AcceleratorState._reset_state(reset_partial_state=True)

@@ -67,7 +67,7 @@ class Plan:
         checkpoint: where the run continues, known on the first process only; None at the start.
         buckets: (width, height) by noise key; None: all images are seen as squares.
         notes: what the user should know before the run, a line each.
-        level_reason: where the level comes from, if nobody gave it.
+        level_reason: where a measured level comes from; None if the settings give it.
     """
 
     config: TrainConfig
@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def fixed_noise(self) -> bool:
-        """Tell whether each image has one noise, and one view, for ever; at level 0 the ambient run is the plain one."""
+        """Tell whether each image keeps one noise and one view; at level 0 the ambient run is the plain one."""
         return self.objective.mode == "ambient" and self.objective.level > 0
 
     def with_level(self, level: float, reason: str) -> Plan:
