@@ -118,7 +118,7 @@ def level(config: TrainConfig, *, progress: bool = False) -> Levels:
     from ambient_sd.data.noise_level import measure, representatives
     from ambient_sd.data.views import ViewRule
     from ambient_sd.families.base import check_base
-    from ambient_sd.training.loop import enlargement_note, open_images
+    from ambient_sd.training.plan import enlargement_note, open_images
 
     base = check_base(config)
     images = open_images(config).check(progress, near_duplicates=True)

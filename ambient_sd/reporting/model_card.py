@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ambient_sd.data.sources import ImageDataset
     from ambient_sd.families.base import Base
     from ambient_sd.objective import AmbientObjective
+    from ambient_sd.training import RunRecord
 
 logger = logging.getLogger(__name__)
 
@@ -255,6 +256,22 @@ def given_settings(config: TrainConfig) -> dict[str, Any]:
 def _public(name: str | None) -> str | None:
     """Return a hub id as it is, and of a folder only that it is one."""
     return None if name is None else name if HUB_ID.fullmatch(name) and not Path(name).exists() else "another VAE"
+
+
+def write_run_card(record: RunRecord) -> None:
+    """Write card.json and README.md of a finished training beside its result.
+
+    The weights are on disk by then: what goes wrong here is a warning.
+    """
+    plan = record.plan
+    try:
+        facts = describe_run(
+            plan.config, base=plan.base, objective=plan.objective, images=plan.images, prompts=plan.prompts,
+            steps=record.steps, batch=record.global_batch, level_proposed=plan.level_reason is not None,
+        )  # fmt: skip
+        write_card(record.output, facts)
+    except Exception as error:
+        logger.warning("no model card: %s; the results in %s are whole", one_line(error, 300), record.output)
 
 
 def write_card(folder: Path, facts: Facts) -> None:

@@ -16,18 +16,46 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import (
-    convert_state_dict_to_kohya,
-)
+from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from ambient_sd.data.stream import keyed_seed
 from ambient_sd.families.lora import WEIGHTS_NAME, sgm_names
-from ambient_sd.training.dropout import AddressedDropout, install
 from ambient_sd.utils.errors import UserError
 
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
+
+
+class AddressedDropout(torch.nn.Module):
+    """Drop entries of x by masks that are a function of (seed, layer, place in the run): `y = m x / (1 - p)`, m ~ Bernoulli(1 - p).
+
+    `torch.nn.Dropout` takes from the global generator of its device: a resumed run, another cut into batches or a recomputed
+    activation would drop other entries. Masks are drawn on the device of x; another kind of device gives another mask.
+    x is (B, ...), and `positions` must name the B samples before each forward pass in training.
+
+    Args:
+        p: share that is dropped, in [0, 1).
+        seed: seed of the run.
+        layer: name of the layer, so that two layers drop other entries.
+    """
+
+    def __init__(self, p: float, *, seed: int, layer: str) -> None:
+        super().__init__()
+        self.p, self.seed, self.layer = p, seed, layer
+        self.positions: Sequence[int] = ()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        if len(self.positions) != len(x):
+            raise ValueError(f"{len(self.positions)} positions for {len(x)} samples")
+        keep = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for row, position in zip(keep, self.positions, strict=True):
+            g = torch.Generator(x.device).manual_seed(keyed_seed(self.seed, "lora_dropout", self.layer, position))
+            row.bernoulli_(1.0 - self.p, generator=g)
+        return x * keep / (1.0 - self.p)
 
 
 def check_targets(unet_config: dict[str, Any], targets: Sequence[str]) -> None:
@@ -77,7 +105,17 @@ def attach(
         unet.add_adapter(settings)
     # Trained weights in half precision lose small updates, and the fp16 scaler refuses them.
     cast_training_params(unet, dtype=torch.float32)
-    return install(unet, p=dropout, seed=seed) if dropout else []
+    return _install(unet, p=dropout, seed=seed) if dropout else []
+
+
+def _install(unet: Any, *, p: float, seed: int) -> list[AddressedDropout]:
+    """Put addressed dropout of share `p` in place of peft's own into every adapted layer, and return the modules."""
+    placed = []
+    for name, layer in unet.named_modules():
+        if "default" in getattr(layer, "lora_dropout", {}):
+            layer.lora_dropout["default"] = AddressedDropout(p, seed=seed, layer=name)
+            placed.append(layer.lora_dropout["default"])
+    return placed
 
 
 def save(unet: Any, folder: Path) -> None:

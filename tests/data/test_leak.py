@@ -96,7 +96,7 @@ def a_seed(seed: int, folder: Path) -> dict[str, dict[float, float]]:
         config = settings(copies, folder / name, seed, "share" if name == "base" else name)
         base = check_base(config)
         if name != "base":
-            groups = run(config, progress=False)["near_duplicate_groups"]
+            groups = len(run(config, progress=False).plan.images.groups)
             assert groups == (COUNT if name == "share" else 0)
         unet: Any = UNet2DConditionModel.from_pretrained(BASE if name == "base" else folder / name, subfolder="unet")
         text = base.captions()(originals.captions)["hidden"]

@@ -34,6 +34,7 @@ from ambient_sd.families.base import Base, check_base
 from ambient_sd.families.encoders import CaptionEncoder
 from ambient_sd.families.lora import sgm_names
 from ambient_sd.families.sdxl import SDXL
+from ambient_sd.reporting.model_card import write_run_card
 from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.training import adapters, validation
 from ambient_sd.training.config import TrainConfig
@@ -113,11 +114,11 @@ def test_a_base_is_trained_resumed_to_the_bit_and_read_back_by_its_stock_pipelin
     monkeypatch.setattr(Base, "pipeline", lambda self, unet: (live.append(unet), pipeline(self, unet))[1])
     more = {"lora": True, "rank": 2, "lora_alpha": 6.0, "output_kohya_format": True} if lora else {}
     config = settings(base, checkpointing_steps=1, **more)
-    losses, whole = run(config, progress=False)["losses"], weights(config)
+    losses, whole = run(config, progress=False).losses, weights(config)
     trained, out = live[-1], Path(config.output_dir)
 
     config.resume_from_checkpoint = "checkpoint-1"
-    assert run(config, progress=False)["losses"] == losses
+    assert run(config, progress=False).losses == losses
     assert all(torch.equal(weights(config)[k], v) for k, v in whole.items())
 
     kind = StableDiffusionXLPipeline if base == "sdxl" else StableDiffusionPipeline
@@ -231,7 +232,7 @@ def watch(batch):
         seen[position] = [batch.captions[i], *(
             hashlib.sha256(t[i].numpy().tobytes()).hexdigest() for t in (batch.time_ids, batch.noise, batch.eps_n)
         )]
-losses = run(config, progress=False, on_batch=watch)["losses"]
+losses = run(config, progress=False, on_batch=watch).losses
 with open(f"{config.output_dir}-rank{os.environ.get('RANK', 0)}.json", "w") as file:
     json.dump({"seen": seen, "losses": losses}, file)
 """
@@ -256,7 +257,7 @@ def test_two_processes_and_one_give_sdxl_the_same_samples_to_the_bit(
         assert {**ranks[0]["seen"], **ranks[1]["seen"]}[place] == [batch.captions[i], *bits]
     assert len(seen) == 8
     assert ranks[0]["seen"].keys().isdisjoint(ranks[1]["seen"])
-    assert ranks[0]["losses"] == pytest.approx(summary["losses"], rel=1e-4)
+    assert ranks[0]["losses"] == pytest.approx(summary.losses, rel=1e-4)
     assert list(process_batches(0, 1, batch_size=2, accumulation=1, rank=1, processes=2)) == [[2, 3]]
 
 
@@ -270,9 +271,10 @@ def test_sdxl_is_watched_drawn_and_described_as_what_it_is(
         settings("sdxl", "quiet", max_train_steps=1),
     )
     summary = run(watched, progress=False)
-    assert summary["losses"] == run(quiet, progress=False)["losses"]
+    write_run_card(summary)
+    assert summary.losses == run(quiet, progress=False).losses
     assert all(torch.equal(weights(quiet)[k], v) for k, v in weights(watched).items())
-    assert summary["looks"][0]["guard_score"] > 0
+    assert summary.evaluations[0]["guard_score"] > 0
     assert (tmp_path / "watched" / "validation" / "step-1.png").is_file()
     card = (tmp_path / "watched" / "README.md").read_text()
     code = card.partition("```python\n")[2].partition("```")[0].replace("THIS_FOLDER", watched.output_dir)
@@ -308,7 +310,7 @@ def test_the_vae_stays_float32_and_may_be_another(
     lora = settings(
         "sdxl", "lora", pretrained_vae_model_name_or_path=str(tmp_path / "vae"), lora=True, max_train_steps=1
     )
-    run(lora, progress=False)
+    write_run_card(run(lora, progress=False))
     card = (tmp_path / "lora" / "README.md").read_text()
     assert "trained with another VAE" in card
     assert str(tmp_path) not in card
