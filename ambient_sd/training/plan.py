@@ -35,6 +35,7 @@ from ambient_sd.training import (
     checkpoints,
     dropping,
     noising,
+    processes,
     results,
     sharding,
 )
@@ -199,7 +200,7 @@ def _check_output(config: TrainConfig) -> Path | None:
         if given is not None and folder.exists() and folder.resolve() == Path(given).expanduser().resolve():
             raise UserError(f"output_dir is {config.output_dir}", rule=f"that is {name} too, and would be overwritten",
                             remedy="name another one")  # fmt: skip
-    if os.environ.get("RANK", "0") != "0":
+    if not processes.is_first():
         return None  # one process looks and decides
     if config.resume_from_checkpoint is not None:
         return checkpoints.find(folder, config.resume_from_checkpoint)
