@@ -33,11 +33,12 @@ from ambient_sd.audit.decision import RULE
 from ambient_sd.audit.shares import COPIES
 from ambient_sd.data.conditions import split_condition
 from ambient_sd.data.sources import ImageDataset, load_rows
+from ambient_sd.reporting.model_card import write_run_card
 from ambient_sd.reporting.sheets import contact_sheet
 from ambient_sd.sampling import load_pipeline
+from ambient_sd.training import run as train
 from ambient_sd.training.config import TrainConfig
-from ambient_sd.training.loop import open_images, plan_run
-from ambient_sd.training.loop import run as train
+from ambient_sd.training.plan import open_images, plan_run
 from ambient_sd.utils.errors import UserError, exits_on_user_error, one_line
 from ambient_sd.utils.files import atomic_write, json_safe
 from ambient_sd.utils.hub_ids import resolve_model_id
@@ -124,12 +125,13 @@ def do_run(plan: Plan, run: Run, out: Path, threads: int, position: int = 0) -> 
             config = _config(plan, run, out, step)
             begin = time.perf_counter()
             summary = train(config, bar={"desc": run.name, "position": position, "leave": False})
+            write_run_card(summary)
             trained = time.perf_counter() - begin
             if reals is None:
                 reals = open_reals(plan, config)
             _measure(plan, run, config, reals, step, folder, {
-                "seconds_trained": round(trained, 1), "loss": summary["loss"], "clean_loss": summary["clean_loss"],
-                "ambient_loss": summary["ambient_loss"],
+                "seconds_trained": round(trained, 1), "loss": summary.loss, "clean_loss": summary.means["clean_loss"],
+                "ambient_loss": summary.means["ambient_loss"],
             })  # fmt: skip
         last = _read_step(folder, plan.measure_at[-1])
         figures = last["figures"]

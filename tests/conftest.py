@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,13 @@ import torch
 
 # One thread: on networks this small a second one costs more than it brings, many times more on a busy machine.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_garbage_collection() -> None:
+    """Each training ends in a full collection, which need not walk through all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

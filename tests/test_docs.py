@@ -215,7 +215,7 @@ class _Captured(BaseException):
 
 @cache
 def parser_of(script: str) -> argparse.ArgumentParser:
-    """Return the parser that a script (path), a module or "ambient-sd" parses with, caught in the act."""
+    """Return the parser that a script (path) or a module parses with, caught in the act."""
 
     def caught(self: argparse.ArgumentParser, *args: object, **kwargs: object) -> None:
         raise _Captured(self)
@@ -225,12 +225,10 @@ def parser_of(script: str) -> argparse.ArgumentParser:
         patch.setattr(argparse.ArgumentParser, "parse_known_args", caught)
         patch.setattr(sys, "argv", [script])
         patch.syspath_prepend(str((ROOT / script).parent))
-        if script == "ambient-sd":
-            cli.main([])
-        elif script.endswith(".py"):
+        if script.endswith(".py"):
             runpy.run_path(str(ROOT / script), run_name="__main__")
         else:
-            runpy.run_module(script, run_name="__main__")
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
     return found.value.parser
 
 
@@ -241,11 +239,7 @@ def refused(parser: argparse.ArgumentParser, words: list[str]) -> str | None:
         raise UserError(message)
 
     with pytest.MonkeyPatch.context() as patch:
-        for each in [
-            parser,
-            *(p for a in parser._actions if isinstance(a, argparse._SubParsersAction) for p in a.choices.values()),
-        ]:
-            patch.setattr(each, "error", error)
+        patch.setattr(parser, "error", error)
         try:
             parser.parse_args([word for word in words if word != "..."])
         except UserError as wrong:
@@ -259,7 +253,9 @@ def wrong_with(words: list[str]) -> str | None:
     """Return what is wrong with a command of ours, or None."""
     words = list(dropwhile(lambda word: re.fullmatch(r"[A-Z_]+=\S*", word), words))
     if words and words[0].endswith("ambient-sd"):
-        return refused(parser_of("ambient-sd"), words[1:])
+        if words[1].startswith("-"):
+            return refused(cli.make_parser(), words[1:])
+        return refused(cli.parser_of(words[1]), words[2:]) if words[1] in cli.COMMANDS else f"no command {words[1]}"
     if words[:2] == ["accelerate", "launch"]:
         launcher = launch_command_parser()
         at = next((i for i, word in enumerate(words) if word in (SCRIPT, "-m")), len(words) - 1)

@@ -8,7 +8,7 @@ An entry is computed under a key that says all it depends on, and never changes.
 weights are another folder, a changed image is another entry, and images that were added cost themselves alone. What an
 interrupted run has written counts. Shards are memory-mapped: a million latents take no memory.
 
-It does not decide what is computed, or where: `ambient_sd.training.caching`.
+It does not decide what is computed, or where: `ambient_sd.training.encode`.
 """
 
 from __future__ import annotations

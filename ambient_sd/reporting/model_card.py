@@ -18,12 +18,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+import ambient_sd
 from ambient_sd.audit.record import FILE_NAME as AUDIT_NAME
 from ambient_sd.audit.record import AuditRecord
 from ambient_sd.guard.calibration import FILE_NAME as THRESHOLD_NAME
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from ambient_sd.data.sources import ImageDataset
     from ambient_sd.families.base import Base
     from ambient_sd.objective import AmbientObjective
+    from ambient_sd.training import RunRecord
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ class Facts:
         licence: license, license_name, license_link of the base, as in a card's head.
         objective: ambient, plain, gap or weighted; level: s_n or the gap's lower edge; timestep: where `level` lies on the base's
             schedule of `timesteps` steps, None below its first.
-        xl: the base is an SDXL; vae: public name of a VAE that stood in for the base's own, else None.
+        pipeline: the class that samples it, of this package or of diffusers; vae: public name of a VAE that stood in for the base's own, else None.
         lora: rank, alpha, dropout, dora, targets; None for a full fine-tune.
         batch: samples per optimizer step.
         images: how many; distinct: without exact copies; groups: near-duplicate groups, None where not looked for;
@@ -92,7 +95,7 @@ class Facts:
     timesteps: int
     gap_upper: float | None
     reweight: int | None
-    xl: bool
+    pipeline: str
     vae: str | None
     lora: dict[str, Any] | None
     averaged: bool
@@ -142,21 +145,15 @@ class Facts:
 
     def _check(self) -> None:
         """Refuse values of other kinds than `describe_run` gives: the card trusts them."""
-        kinds: dict[type | tuple[type, ...], str] = {
-            int: "timesteps steps batch resolution images distinct grouped captioned",
-            (int, float): "level learning_rate finished",
-            (int, float, type(None)): "timestep gap_upper reweight groups",
-            str: "base objective prediction_type lr_scheduler fingerprint",
-            (str, type(None)): "base_id dataset vae",
-            bool: "xl averaged fresh_copies level_proposed",
-            (dict, type(None)): "lora",
-            dict: "also base_files",
-            list: "prompts",
-        }
-        for kind, names in kinds.items():
-            for name in names.split():
-                if not isinstance(getattr(self, name), kind):
-                    raise TypeError(f"{name} is {one_line(repr(getattr(self, name)), 40)}")
+        for name, hint in get_type_hints(type(self)).items():
+            kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+            allowed = tuple(
+                kind for each in kinds for kind in ((int, float) if each is float else (get_origin(each) or each,))
+            )
+            if not isinstance(getattr(self, name), allowed):
+                raise TypeError(f"{name} is {one_line(repr(getattr(self, name)), 40)}")
+        if not self.pipeline.isidentifier():
+            raise ValueError("pipeline is no name of a class")
         numbers = [value for value in vars(self).values() if isinstance(value, (int, float))]
         if not all(abs(number) <= sys.float_info.max for number in numbers) or self.images < 1:
             raise ValueError("a number is out of range")
@@ -216,7 +213,7 @@ def describe_run(
         timesteps=objective.schedule.num_train_timesteps,
         gap_upper=config.gap_upper,
         reweight=config.reweight,
-        xl=base.is_xl,
+        pipeline=base.family.guarded or base.family.pipeline,
         vae=_public(config.pretrained_vae_model_name_or_path),
         lora=None
         if not config.lora
@@ -256,6 +253,22 @@ def given_settings(config: TrainConfig) -> dict[str, Any]:
 def _public(name: str | None) -> str | None:
     """Return a hub id as it is, and of a folder only that it is one."""
     return None if name is None else name if HUB_ID.fullmatch(name) and not Path(name).exists() else "another VAE"
+
+
+def write_run_card(record: RunRecord) -> None:
+    """Write card.json and README.md of a finished training beside its result.
+
+    The weights are on disk by then: what goes wrong here is a warning.
+    """
+    plan = record.plan
+    try:
+        facts = describe_run(
+            plan.config, base=plan.base, objective=plan.objective, images=plan.images, prompts=plan.prompts,
+            steps=record.steps, batch=record.global_batch, level_proposed=plan.level_reason is not None,
+        )  # fmt: skip
+        write_card(record.output, facts)
+    except Exception as error:
+        logger.warning("no model card: %s; the results in %s are whole", one_line(error, 300), record.output)
 
 
 def write_card(folder: Path, facts: Facts) -> None:
@@ -376,7 +389,7 @@ def _code(facts: Facts, repo: str | None, revision: str | None) -> str:
     # ascii(): a Python literal on one line, whatever the name holds.
     source = ascii(repo or PLACEHOLDER).replace("'", '"')
     at = "" if revision is None else f", revision={revision!a}"
-    pipeline, guarded = ("StableDiffusionXLPipeline", False) if facts.xl else ("AmbientSDPipeline", True)
+    pipeline, guarded = facts.pipeline, facts.pipeline in ambient_sd.__all__
     if facts.lora:
         start = "pipe.load_lora_weights(" if guarded else "load_lora(pipe, "
         load = [

@@ -189,7 +189,7 @@ def test_a_run_that_goes_out_of_bounds_costs_no_other_run(
         with pytest.raises(SystemExit) as stopped:
             main([str(study), "--out", str(out)])
         said = capsys.readouterr()
-        assert stopped.value.code == 2 and "wild seed=0 among them; the loss is no finite number" in said.err
+        assert stopped.value.code == 2 and "wild seed=0 among them; the loss is NaN or Inf" in said.err
         assert "plain seed=0: copies" in said.out and (out / "results.md").exists()
         results = json.loads((out / "results.json").read_text())
         assert "failed" not in results  # a message may hold a local path

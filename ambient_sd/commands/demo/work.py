@@ -31,13 +31,14 @@ from ambient_sd.commands.demo import DemoSettings
 from ambient_sd.data.sources import load_rows
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.reporting.audit_page import write_report
+from ambient_sd.reporting.model_card import write_run_card
 from ambient_sd.reporting.next_steps import after_demo
 from ambient_sd.reporting.report import Histogram, Report, RunSection, find, make_samples, ratio_histogram, show
 from ambient_sd.reporting.sheets import contact_sheet
 from ambient_sd.sampling import SamplingConfig, generate, load_pipeline, requests_for
+from ambient_sd.training import plan_run
+from ambient_sd.training import run as train
 from ambient_sd.training.config import TrainConfig
-from ambient_sd.training.loop import plan_run
-from ambient_sd.training.loop import run as train
 from ambient_sd.utils.output_folder import FILE, OutputFolder
 from ambient_sd.utils.quiet import quiet
 
@@ -123,9 +124,10 @@ def _train_and_sample(
     quiet()
     config = settings_of_run(settings, objective)
     bar = {"desc": f"train {objective:7}", "position": place}  # each process owns one line of the terminal
-    summary = train(config, bar=bar)
+    record = train(config, bar=bar)
+    write_run_card(record)
     images, scores = sample(config.output_dir, prompts, settings, title=f"sample {objective:7}", position=place)
-    return images, scores, {key: summary[key] for key in ("steps", "seconds", "loss")}
+    return images, scores, {key: getattr(record, key) for key in ("steps", "seconds", "loss")}
 
 
 def run_demo(settings: DemoSettings) -> Report:
