@@ -137,7 +137,7 @@ def _accelerated(config: TrainConfig) -> Iterator[Accelerator]:
         if accelerator is not None:
             accelerator.free_memory()
         if not embedded:
-            # Another run in this process may want another precision; accelerate keeps the first one's for ever.
+            # Another run in this process may want another precision; accelerate never gives up the first one's.
             if accelerator is not None:
                 accelerator.end_training()
             AcceleratorState._reset_state(reset_partial_state=True)
@@ -421,7 +421,7 @@ class _Trainer:
 
     def _write_weights(self, unet: Any, folder: Path) -> None:
         if self.config.lora:
-            adapters.save(unet, folder)
+            adapters.save(unet, folder, self.family)
         else:
             unet.save_pretrained(folder / "unet")
         if self.average is not None:
@@ -532,7 +532,7 @@ def _load_unet(plan: Plan, checkpoint: Path | None, precision: str) -> tuple[Any
             raise UserError(f"unet of {checkpoint} cannot be read", rule=f"{type(error).__name__}: {error}"[:300],
                             remedy="resume from another checkpoint") from None  # fmt: skip
     else:
-        unet = base.load("unet")
+        unet = base.load(base.family.network)
     if config.lora:
         unet.to({"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32))  # frozen weights
         dropouts = adapters.attach(
