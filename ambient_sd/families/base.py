@@ -133,18 +133,16 @@ class Model:
         """Build the parts that a LoRA can change, without weights."""
         found = {}
         for part in self.family.lora_prefixes:
-            library, kind = (self.index.get(part) or (None, None))[:2]
-            if kind is None or library not in ("diffusers", "transformers"):
-                continue
-            settings = self.read(f"{part}/config.json")
+            match self.index.get(part):
+                case ["diffusers" | "transformers" as library, str(kind)]:
+                    settings = self.read(f"{part}/config.json")
+                case _:
+                    continue
             try:
                 cls = _class(library, kind)
+                own = library == "diffusers"
                 with torch.device("meta"):
-                    found[part] = (
-                        cls.from_config(settings)
-                        if library == "diffusers"
-                        else cls(cls.config_class.from_dict(settings))
-                    )
+                    found[part] = cls.from_config(settings) if own else cls(cls.config_class.from_dict(settings))
             except Exception as error:  # whatever a damaged configuration leads to
                 raise UserError(f"{part} of {self.name!r} cannot be built from its configuration",
                                 rule=one_line(f"{type(error).__name__}: {error}", 240),

@@ -6,6 +6,7 @@ import ast
 import importlib
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,14 @@ def test_a_skeleton_has_the_model_s_layers_without_weights(half: Path) -> None:
         assert {n: p.shape for n, p in part.named_parameters()} == {
             n: p.shape for n, p in getattr(pipe, name).named_parameters()
         }
+
+
+@pytest.mark.parametrize("entry", [None, 3, "UNet2DConditionModel", ["os", "system"], ["diffusers", None], []])
+def test_an_index_entry_that_is_no_class_builds_nothing(half: Path, tmp_path: Path, entry: Any) -> None:
+    folder = Path(shutil.copytree(half, tmp_path / "copy"))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"text_encoder": entry}))
+    assert Model(str(folder)).skeleton().keys() == {"unet"}
 
 
 @pytest.mark.parametrize(
