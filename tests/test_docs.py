@@ -156,6 +156,34 @@ def test_missing_files_and_modules_are_noticed() -> None:
     ]
 
 
+def mapped(page: str) -> set[str]:
+    """Return the modules and folders of the package that the map in docs/architecture.md names, as paths."""
+    found, folders = set(), [""]
+    for line in page.partition("\nambient_sd/\n")[2].partition("\n```")[0].splitlines():
+        if entry := re.match(r"^( +)([\w.]+/?)( |$)", line):
+            depth = len(entry[1]) // 2
+            folders = [*folders[:depth], entry[2]]
+            found.add("".join(folders))
+    return found
+
+
+def test_the_map_names_every_module() -> None:
+    there = {path.relative_to(ROOT / "ambient_sd") for path in (ROOT / "ambient_sd").rglob("*.py")}
+    # One line stands for the policies, and one for a command that has a folder.
+    shown = {
+        f"{path.parent}/" if path.name == "__init__.py" or len(path.parts) > 2 else str(path)
+        for path in there
+        if path.parts[0] != "__init__.py"
+    }
+    named = mapped((ROOT / "docs/architecture.md").read_text())
+    assert {name for name in named if not name.startswith("guard/policies/")} | {"guard/policies/"} == shown
+
+
+def test_the_map_is_read_by_indentation() -> None:
+    text = "```\ndocs/ x\n\nambient_sd/\n  a.py   x\n  b/     y\n    c.py z\n```\n"
+    assert mapped(text) == {"a.py", "b/", "b/c.py"}
+
+
 # --- code and commands ----------------------------------------------------------------------------------------------
 
 

@@ -310,5 +310,5 @@ def _tokenizers(model: str | None) -> list[object]:
     quiet()
     from ambient_sd.families.base import check_base
 
-    base = check_base(TrainConfig(pretrained_model_name_or_path=model, train_data_dir="."))
+    base = check_base(model)
     return base.tokenizers()

@@ -117,10 +117,9 @@ def level(config: TrainConfig, *, progress: bool = False) -> Levels:
     from ambient_sd.data.latents import encode_all
     from ambient_sd.data.noise_level import measure, representatives
     from ambient_sd.data.views import ViewRule
-    from ambient_sd.families.base import check_base
-    from ambient_sd.training.plan import enlargement_note, open_images
+    from ambient_sd.training.plan import base_of, enlargement_note, open_images
 
-    base = check_base(config)
+    base = base_of(config)
     images = open_images(config).check(progress, near_duplicates=True)
     if (note := enlargement_note(config, images, base.pixel_step)) is not None:
         print(f"ambient-sd: {note}", file=sys.stderr, flush=True)

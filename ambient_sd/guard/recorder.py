@@ -31,7 +31,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
-from ambient_sd.families.guidance import SUPPORTED, layout_of, refuse_distilled
+from ambient_sd.families import SUPPORTED, guidance_of, refuse_distilled, tokenizers_of
 from ambient_sd.guard import scores
 from ambient_sd.guard.attention import require_weighable, weighed
 from ambient_sd.guard.branches import NetworkHalves, get, put, rows_of
@@ -218,7 +218,7 @@ class MemorizationGuard:
         stop_after: int | None = None,
         score_space: scores.Space | None = None,
     ) -> None:
-        self._layout = layout_of(pipe)
+        self._layout = guidance_of(pipe)
         if policy is not None and not isinstance(policy, Policy):
             raise UserError(
                 f"policy is a {type(policy).__name__}",
@@ -846,7 +846,7 @@ class MemorizationGuard:
         """Return ids and mask of every image's prompt, or None where tokens are not the rows of the embeddings."""
         if call.prompts is None or not self._layout.tokens:
             return None, None
-        tokenizer = getattr(self.pipe, "tokenizer", None) or self.pipe.tokenizer_2
+        tokenizer = tokenizers_of(self.pipe)[0]
         texts: Any = call.prompts
         if hasattr(self.pipe, "maybe_convert_prompt"):  # textual inversion: one word, several tokens
             texts = self.pipe.maybe_convert_prompt(texts, tokenizer)

@@ -24,6 +24,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData, hf_hub_download
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+import ambient_sd
 from ambient_sd.audit.record import FILE_NAME as AUDIT_NAME
 from ambient_sd.audit.record import AuditRecord
 from ambient_sd.guard.calibration import FILE_NAME as THRESHOLD_NAME
@@ -69,7 +70,7 @@ class Facts:
         licence: license, license_name, license_link of the base, as in a card's head.
         objective: ambient, plain, gap or weighted; level: s_n or the gap's lower edge; timestep: where `level` lies on the base's
             schedule of `timesteps` steps, None below its first.
-        xl: the base is an SDXL; vae: public name of a VAE that stood in for the base's own, else None.
+        pipeline: the class that samples it, of this package or of diffusers; vae: public name of a VAE that stood in for the base's own, else None.
         lora: rank, alpha, dropout, dora, targets; None for a full fine-tune.
         batch: samples per optimizer step.
         images: how many; distinct: without exact copies; groups: near-duplicate groups, None where not looked for;
@@ -92,7 +93,7 @@ class Facts:
     timesteps: int
     gap_upper: float | None
     reweight: int | None
-    xl: bool
+    pipeline: str
     vae: str | None
     lora: dict[str, Any] | None
     averaged: bool
@@ -216,7 +217,7 @@ def describe_run(
         timesteps=objective.schedule.num_train_timesteps,
         gap_upper=config.gap_upper,
         reweight=config.reweight,
-        xl=base.is_xl,
+        pipeline=base.family.guarded or base.family.pipeline,
         vae=_public(config.pretrained_vae_model_name_or_path),
         lora=None
         if not config.lora
@@ -445,22 +446,22 @@ def _usage(facts: Facts, repo: str | None, revision: str | None) -> list[str]:
     # ascii(): a Python literal on one line, whatever the name holds.
     source = ascii(repo or PLACEHOLDER).replace("'", '"')
     at = "" if revision is None else f", revision={revision!a}"
-    pipeline = "StableDiffusionXLPipeline" if facts.xl else "AmbientSDPipeline"
+    guarded = facts.pipeline in ambient_sd.__all__
     if facts.lora:
         base = f'"{facts.base_id or "BASE_MODEL"}"'
         load = [
-            f"pipe = {pipeline}.from_pretrained({base})",
-            f"{'load_lora(pipe, ' if facts.xl else 'pipe.load_lora_weights('}{source}, "
+            f"pipe = {facts.pipeline}.from_pretrained({base})",
+            f"{'pipe.load_lora_weights(' if guarded else 'load_lora(pipe, '}{source}, "
             f'weight_name="pytorch_lora_weights.safetensors"{at})',
         ]
     else:
-        load = [f"pipe = {pipeline}.from_pretrained({source}{at})"]
+        load = [f"pipe = {facts.pipeline}.from_pretrained({source}{at})"]
     high = "  # how strongly the prompt pulled: high where an image may be copied"
-    if facts.xl:
+    if not guarded:
         code = [
             "from ambient_sd import MemorizationGuard",
             *(["from ambient_sd.families.lora import load_lora"] if facts.lora else []),
-            "from diffusers import StableDiffusionXLPipeline",
+            f"from diffusers import {facts.pipeline}",
             "",
             *load,
             "with MemorizationGuard(pipe) as guard:",
@@ -470,7 +471,7 @@ def _usage(facts: Facts, repo: str | None, revision: str | None) -> list[str]:
         ]
     else:
         code = [
-            "from ambient_sd import AmbientSDPipeline",
+            f"from ambient_sd import {facts.pipeline}",
             "",
             *load,
             'output = pipe("a caption")',

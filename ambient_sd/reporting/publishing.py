@@ -26,6 +26,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RemoteEntryNotFoundError
 from PIL import Image
 
+from ambient_sd.families import FAMILIES
 from ambient_sd.guard.calibration import FILE_NAMES as THRESHOLD_NAMES
 from ambient_sd.guard.calibration import Calibration
 from ambient_sd.reporting.model_card import CARD_NAME, HUB_ID, Facts, is_ours, make_card, renamed
@@ -34,13 +35,15 @@ from ambient_sd.utils.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
-_MODELS = ("unet", "vae", "text_encoder", "text_encoder_2", "safety_checker")
+_PARTS = tuple(dict.fromkeys(part for family in FAMILIES for part in family.parts))
+_TOKENIZERS = tuple(part for part in _PARTS if part.startswith("tokenizer"))
+_MODELS = (*(part for part in _PARTS if part not in _TOKENIZERS), "safety_checker")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 ALLOWED = (
     CARD_NAME, "model_index.json", "pytorch_lora_weights.safetensors", CONFIG_NAME, *THRESHOLD_NAMES.values(),
     "scheduler/scheduler_config.json", "feature_extractor/preprocessor_config.json", "validation/step-*.png",
     *(f"{part}/{name}" for part in _MODELS for name in ("config.json", "*model*.safetensors", "*.safetensors.index.json")),
-    *(f"{part}/{name}" for part in ("tokenizer", "tokenizer_2") for name in _TOKENIZER),
+    *(f"{part}/{name}" for part in _TOKENIZERS for name in _TOKENIZER),
 )  # fmt: skip
 _PATHS = ("train_data_dir", "cache_dir", "latent_cache_dir", "output_dir", "logging_dir", "resume_from_checkpoint")
 _NAMES = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name")  # a path or a hub id

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
@@ -22,7 +21,8 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from ambient_sd.data.stream import keyed_seed
-from ambient_sd.families.lora import WEIGHTS_NAME, sgm_names
+from ambient_sd.families.family import Family
+from ambient_sd.families.lora import WEIGHTS_NAME
 from ambient_sd.utils.errors import UserError
 
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
@@ -58,15 +58,13 @@ class AddressedDropout(torch.nn.Module):
         return x * keep / (1.0 - self.p)
 
 
-def check_targets(unet_config: dict[str, Any], targets: Sequence[str]) -> None:
-    """Check that every target names a layer of the U-Net, without building its weights.
+def check_targets(network: torch.nn.Module, targets: Sequence[str]) -> None:
+    """Check that every target names a layer of the network; it needs no weights.
 
     Raises:
         UserError: a name fits no layer.
     """
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(unet_config)
-    names = [name for name, module in unet.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
+    names = [name for name, module in network.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             ends = sorted({name.rsplit(".", 1)[-1] for name in names if not name[-1].isdigit()})
@@ -118,37 +116,31 @@ def _install(unet: Any, *, p: float, seed: int) -> list[AddressedDropout]:
     return placed
 
 
-def save(unet: Any, folder: Path) -> None:
+def save(unet: Any, folder: Path, family: Family) -> None:
     """Write the LoRA with its metadata to `folder/pytorch_lora_weights.safetensors`."""
     settings = unet.peft_config["default"].to_dict()
-    # The base's path on this machine is nobody's business, and neither are sets JSON.
+    # The file may be published without the base's path on this machine; and JSON has no sets.
     settings["base_model_name_or_path"] = None
     # diffusers leaves the dropout of a loaded LoRA on while it samples, and no two images of a seed are equal.
     settings["lora_dropout"] = 0.0
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
-    StableDiffusionPipeline.save_lora_weights(
-        folder,
-        # In peft's names. `convert_state_dict_to_diffusers` renames the attention layers only, and a reader that takes a
-        # file with both kinds of names drops one kind without a word.
-        unet_lora_layers=get_peft_model_state_dict(unet),
-        unet_lora_adapter_metadata=plain,
-    )
+    # In peft's names. `convert_state_dict_to_diffusers` renames the attention layers only, and a reader that takes a file
+    # with both kinds of names drops one kind without a word.
+    family.save_lora(folder, get_peft_model_state_dict(unet), plain)
     _settle(folder / WEIGHTS_NAME)
 
 
-def save_kohya(unet: Any, folder: Path, *, xl: bool = False) -> None:
+def save_kohya(unet: Any, folder: Path, family: Family) -> None:
     """Write the LoRA to `folder/pytorch_lora_weights_kohya.safetensors`, as sd-scripts and ComfyUI name things.
 
-    Readers of this format scale the update by `alpha / rank` with the alpha of each layer in the file. For Stable
-    Diffusion 1 and 2 sd-scripts names layers as diffusers does, for SDXL (`xl`) as Stability's own U-Net.
+    Readers of this format scale the update by `alpha / rank` with the alpha of each layer in the file.
     """
     settings = unet.peft_config["default"]
-    layers = get_peft_model_state_dict(unet)
-    if xl:
-        theirs = sgm_names(unet)
-        layers = {f"{theirs[path]}.lora_{rest}": value for (path, rest), value in
-                  ((name.split(".lora_", 1), value) for name, value in layers.items())}  # fmt: skip
-    layers = {f"unet.{name}": value for name, value in layers.items()}
+    theirs = family.kohya_names(unet)
+    layers = {}
+    for name, value in get_peft_model_state_dict(unet).items():
+        path, rest = name.split(".lora_", 1)
+        layers[f"unet.{theirs.get(path, path)}.lora_{rest}"] = value
     converted = convert_state_dict_to_kohya(layers)
     # diffusers writes the rank as every layer's alpha.
     state = {

@@ -50,13 +50,11 @@ from ambient_sd.training.dropping import Dropping
 from ambient_sd.training.encode import Encoder
 from ambient_sd.training.plan import Plan, make_accelerator, plan_run
 from ambient_sd.training.probe import Probe, add_evaluation
-from ambient_sd.training.record import LossLog, RunRecord, describe_start
+from ambient_sd.training.record import LossLog, RunRecord, StepSums, describe_start
 from ambient_sd.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Noise levels s = sigma / alpha whose errors get a curve each: the loss of one step says more of its timesteps than of the model.
-_BANDS = ((0.0, 0.3), (0.3, 1.0), (1.0, 3.0), (3.0, math.inf))
 _FINAL_STEPS = 100  # the record's losses are means over that many last steps
 
 
@@ -139,7 +137,7 @@ def _accelerated(config: TrainConfig) -> Iterator[Accelerator]:
         if accelerator is not None:
             accelerator.free_memory()
         if not embedded:
-            # Another run in this process may want another precision; accelerate keeps the first one's for ever.
+            # Another run in this process may want another precision; accelerate never gives up the first one's.
             if accelerator is not None:
                 accelerator.end_training()
             AcceleratorState._reset_state(reset_partial_state=True)
@@ -335,11 +333,7 @@ class _Trainer:
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Make one optimizer step; return its record, and the mean error of each band of noise levels."""
         config, accelerator, device = self.config, self.accelerator, self.accelerator.device
-        # Loss and count of all samples, of the clean ones, of the ambient ones, then unweighted error and count of each band
-        # of noise levels, on this process.
-        sums = torch.zeros(
-            6 + 2 * len(_BANDS), dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
-        )
+        sums = StepSums(device)
         parts = config.gradient_accumulation_steps
         for part in range(parts):
             batch = self._draw_batch(*next(batches))
@@ -366,13 +360,8 @@ class _Trainer:
                 if self.dropping is not None:
                     each = each * self.dropping.keep(error, output, uncond, batch.timesteps)
                 accelerator.backward(each.mean() / parts)
-            clean = corrupted.clean.to(device)
-            with torch.no_grad():
-                kinds = [torch.ones_like(clean), clean, ~clean]
-                level = self.plan.objective.schedule.level(batch.timesteps).to(device)
-                inside = [(level >= low) & (level < high) for low, high in _BANDS]
-                pairs = [(each, k) for k in kinds] + [(error, k) for k in inside]
-                sums += torch.stack([s for value, k in pairs for s in ((value * k).sum(), k.sum())]).to(sums.dtype)
+            level = self.plan.objective.schedule.level(batch.timesteps)
+            sums.add(each, error, clean=corrupted.clean.to(device), level=level.to(device))
         kept = None
         if self.dropping is not None and config.dropped_mean == "kept":
             # So far each gradient is that of the sum of losses over the number of all samples.
@@ -387,23 +376,10 @@ class _Trainer:
             self.average.update()
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
+        dropped = {} if self.dropping is None else dict(zip(self.dropping.names, self.dropping.counts(), strict=True))
         if self.dropping is not None:
-            sums = torch.cat([sums, self.dropping.counts().to(sums)])
             self.dropping.end_step(accelerator.gather, device)
-        total, n, clean_total, clean_n, ambient_total, ambient_n, *rest = accelerator.reduce(sums, "sum").tolist()
-        bands = {
-            f"error/s {low:g} to {high:g}": rest[2 * i] / rest[2 * i + 1] if rest[2 * i + 1] else math.nan
-            for i, (low, high) in enumerate(_BANDS)
-        }
-        record = {
-            "loss": total / (n if kept is None else kept),
-            "clean_loss": clean_total / clean_n if clean_n else math.nan,
-            "ambient_loss": ambient_total / ambient_n if ambient_n else math.nan,
-            "lr": rate,
-        }
-        if self.dropping is not None:
-            shares = [count / n for count in rest[2 * len(_BANDS) :]]
-            record |= dict(zip(self.dropping.names, shares, strict=True))
+        record, bands = sums.means(accelerator, rate=rate, kept=kept, dropped=dropped)
         if not math.isfinite(record["loss"]):
             raise UserError(
                 "the loss is NaN or Inf",
@@ -445,7 +421,7 @@ class _Trainer:
 
     def _write_weights(self, unet: Any, folder: Path) -> None:
         if self.config.lora:
-            adapters.save(unet, folder)
+            adapters.save(unet, folder, self.family)
         else:
             unet.save_pretrained(folder / "unet")
         if self.average is not None:
@@ -556,7 +532,7 @@ def _load_unet(plan: Plan, checkpoint: Path | None, precision: str) -> tuple[Any
             raise UserError(f"unet of {checkpoint} cannot be read", rule=f"{type(error).__name__}: {error}"[:300],
                             remedy="resume from another checkpoint") from None  # fmt: skip
     else:
-        unet = base.load("unet")
+        unet = base.load(base.family.network)
     if config.lora:
         unet.to({"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32))  # frozen weights
         dropouts = adapters.attach(

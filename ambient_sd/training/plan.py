@@ -35,6 +35,7 @@ from ambient_sd.training import (
     checkpoints,
     dropping,
     noising,
+    processes,
     results,
     sharding,
 )
@@ -67,7 +68,7 @@ class Plan:
         checkpoint: where the run continues, known on the first process only; None at the start.
         buckets: (width, height) by noise key; None: all images are seen as squares.
         notes: what the user should know before the run, a line each.
-        level_reason: where the level comes from, if nobody gave it.
+        level_reason: where a measured level comes from; None if the settings give it.
     """
 
     config: TrainConfig
@@ -82,7 +83,7 @@ class Plan:
 
     @property
     def fixed_noise(self) -> bool:
-        """Tell whether each image has one noise, and one view, for ever; at level 0 the ambient run is the plain one."""
+        """Tell whether each image keeps one noise and one view; at level 0 the ambient run is the plain one."""
         return self.objective.mode == "ambient" and self.objective.level > 0
 
     def with_level(self, level: float, reason: str) -> Plan:
@@ -105,6 +106,19 @@ class Plan:
         }
 
 
+def base_of(config: TrainConfig) -> Base:
+    """Read and check the base that the settings name.
+
+    Raises:
+        UserError: as `check_base`.
+    """
+    return check_base(
+        str(config.pretrained_model_name_or_path), revision=config.revision, variant=config.variant, cache_dir=config.cache_dir,
+        vae=config.pretrained_vae_model_name_or_path, prediction_type=config.prediction_type, lora=config.lora,
+        resolution=config.resolution,
+    )  # fmt: skip
+
+
 def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
     """Check all that can be known before weights load, cheapest first; write nothing.
 
@@ -113,14 +127,14 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
     """
     _check_packages(config)
     sharding.check(config)
-    base = check_base(config)
+    base = base_of(config)
     objective = make_objective(config, base)
     if config.snr_gamma is not None:
         noising.min_snr_weight(base.schedule, torch.tensor([0]), config.snr_gamma, objective.prediction_type)
     if config.memorization_threshold is not None:
         dropping.check_scheduler(base.scheduler)
     if config.lora:
-        adapters.check_targets(base.unet_config, config.lora_target_modules or ())
+        adapters.check_targets(base.skeleton()[base.family.network], config.lora_target_modules or ())
     prompts = collect_prompts(config.validation_prompts)
     checkpoint = _check_output(config)
     images = open_images(config)
@@ -186,7 +200,7 @@ def _check_output(config: TrainConfig) -> Path | None:
         if given is not None and folder.exists() and folder.resolve() == Path(given).expanduser().resolve():
             raise UserError(f"output_dir is {config.output_dir}", rule=f"that is {name} too, and would be overwritten",
                             remedy="name another one")  # fmt: skip
-    if os.environ.get("RANK", "0") != "0":
+    if not processes.is_first():
         return None  # one process looks and decides
     if config.resume_from_checkpoint is not None:
         return checkpoints.find(folder, config.resume_from_checkpoint)

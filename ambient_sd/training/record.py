@@ -1,4 +1,4 @@
-"""What a run tells: the lines at its start and end, its record for callers, and losses.jsonl.
+"""What a run tells: the means of each step, the lines at its start and end, its record for callers, and losses.jsonl.
 
     {"step": 1, "loss": 0.5, "clean_loss": null, "ambient_loss": 0.5, "lr": 1e-05}        null: no sample of that kind
 
@@ -15,10 +15,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from accelerate import Accelerator
+
 from ambient_sd.training.plan import Plan
 from ambient_sd.utils import files
 from ambient_sd.utils.errors import UserError
 
+# Noise levels s = sigma / alpha whose errors get a curve each: the loss of one step says more of its timesteps than of the model.
+_BANDS = ((0.0, 0.3), (0.3, 1.0), (1.0, 3.0), (3.0, math.inf))
 LOSSES_NAME = "losses.jsonl"
 
 
@@ -122,6 +127,60 @@ def describe_start(
         "output": config.output_dir,
     }
     return "\n".join(f"{name:<10} {text}" for name, text in rows.items())
+
+
+class StepSums:
+    """Sum up one step: losses of all samples, of clean and of ambient ones, and errors by band of noise levels.
+
+    Args:
+        device: of the samples.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # Not every accelerator has float64.
+        dtype = torch.float64 if device.type == "cpu" else torch.float32
+        self.sums = torch.zeros(6 + 2 * len(_BANDS), dtype=dtype, device=device)
+
+    @torch.no_grad()
+    def add(self, loss: torch.Tensor, error: torch.Tensor, *, clean: torch.Tensor, level: torch.Tensor) -> None:
+        """Take in the samples of one forward pass.
+
+        Args:
+            loss: (B,) weighted errors, 0 where a sample is dropped.
+            error: (B,) unweighted errors.
+            clean: (B,) bool: the sample's input was made from the clean image.
+            level: (B,) noise levels s_t of the inputs.
+        """
+        kinds = [torch.ones_like(clean), clean, ~clean]
+        inside = [(level >= low) & (level < high) for low, high in _BANDS]
+        pairs = [(loss, k) for k in kinds] + [(error, k) for k in inside]
+        self.sums += torch.stack([s for value, k in pairs for s in ((value * k).sum(), k.sum())]).to(self.sums.dtype)
+
+    def means(
+        self, accelerator: Accelerator, *, rate: float, kept: float | None, dropped: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the step's record and the mean error of each band, over all processes; to be called by each of them.
+
+        Args:
+            accelerator: who is here.
+            rate: learning rate of the step.
+            kept: what the loss is divided by in place of the number of samples, or None.
+            dropped: samples that each rule dropped on this process.
+        """
+        mine = torch.cat([self.sums, *(count.reshape(1).to(self.sums) for count in dropped.values())])
+        total, n, clean_total, clean_n, ambient_total, ambient_n, *rest = accelerator.reduce(mine, "sum").tolist()
+        record = {
+            "loss": total / (n if kept is None else kept),
+            "clean_loss": clean_total / clean_n if clean_n else math.nan,
+            "ambient_loss": ambient_total / ambient_n if ambient_n else math.nan,
+            "lr": rate,
+            **{name: count / n for name, count in zip(dropped, rest[2 * len(_BANDS) :], strict=True)},
+        }
+        bands = {
+            f"error/s {low:g} to {high:g}": rest[2 * i] / rest[2 * i + 1] if rest[2 * i + 1] else math.nan
+            for i, (low, high) in enumerate(_BANDS)
+        }
+        return record, bands
 
 
 class LossLog:

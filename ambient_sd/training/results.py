@@ -87,9 +87,9 @@ def write(folder: Path, unet: Any, base: Base, config: TrainConfig) -> None:
     staging.mkdir()
     lost: Exception | None = None
     if config.lora:
-        adapters.save(unet, staging)
+        adapters.save(unet, staging, base.family)
         if config.output_kohya_format:
-            adapters.save_kohya(unet, staging, xl=base.is_xl)
+            adapters.save_kohya(unet, staging, base.family)
     else:
         try:
             pipe = base.pipeline(unet)

@@ -48,7 +48,9 @@ class Samples(NamedTuple):
 def _ready_to_sample(pipe: Any, device: torch.device) -> Iterator[None]:
     """Lend the parts of a pipeline in training to sampling: on the device, in evaluation mode, and back as they were."""
     unet, parts = pipe.unet, pipe.components
-    homes = {name: parts[name].device for name in ("vae", "text_encoder", "text_encoder_2") if name in parts}
+    homes = {
+        name: part.device for name, part in parts.items() if isinstance(part, torch.nn.Module) and part is not unet
+    }
     training = unet.training
     unet.eval()
     try:

@@ -217,7 +217,7 @@ def test_models_of_the_hub_are_told_apart_by_their_weights(
         comparison._digest(str(tiny_base))
         == hashlib.sha256((tiny_base / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
     )  # of a folder as in claims written before
-    with pytest.raises(UserError, match="owner/none cannot be loaded"):
+    with pytest.raises(UserError, match="owner/none cannot be read"):
         comparison._digest("owner/none")
 
 

@@ -243,7 +243,7 @@ def test_other_settings_in_the_same_folder_are_one_line(tiny_base: Path, tmp_pat
 
 @pytest.mark.parametrize(
     ("words", "named"),
-    [(["--prompt", "a", "--prompts", "b"], "given both"), ([], "given neither"), (["--prompt", "a", "--threshold", "high"], "threshold is 'high'"),
+    [(["--prompt", "a", "--prompts", "b"], "both prompt and prompts are given"), ([], "neither prompt nor prompts is given"), (["--prompt", "a", "--threshold", "high"], "threshold is 'high'"),
      (["--prompt", "a", "--threshold", "-1"], "threshold is -1"), (["--prompt", "a", "--threshold", "0"], "threshold is 0"), (["--prompt", "a", "--guidance_scale", "-1"], "guidance_scale is -1"),
      (["--prompt", "a", "--guidance_scale", "1", "--threshold", "3"], "guard measures guidance"),
      (["--prompt", "a", "--guidance_scale", "0", "--attribution", "all"], "attribution is 'all'"),

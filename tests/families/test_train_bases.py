@@ -30,9 +30,9 @@ from ambient_sd.data import latents as data
 from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.data.stream import SampleStream, process_batches
 from ambient_sd.data.views import Samples, ViewRule
+from ambient_sd.families import sgm
 from ambient_sd.families.base import Base, check_base
 from ambient_sd.families.encoders import CaptionEncoder
-from ambient_sd.families.lora import sgm_names
 from ambient_sd.families.sdxl import SDXL
 from ambient_sd.reporting.model_card import write_run_card
 from ambient_sd.schedule import NoiseSchedule
@@ -110,7 +110,7 @@ def test_a_base_is_trained_resumed_to_the_bit_and_read_back_by_its_stock_pipelin
 ) -> None:
     live: list[Any] = []
     save, pipeline = adapters.save, Base.pipeline
-    monkeypatch.setattr(adapters, "save", lambda unet, folder: (live.append(unet), save(unet, folder)))
+    monkeypatch.setattr(adapters, "save", lambda unet, *rest: (live.append(unet), save(unet, *rest)))
     monkeypatch.setattr(Base, "pipeline", lambda self, unet: (live.append(unet), pipeline(self, unet))[1])
     more = {"lora": True, "rank": 2, "lora_alpha": 6.0, "output_kohya_format": True} if lora else {}
     config = settings(base, checkpointing_steps=1, **more)
@@ -337,7 +337,7 @@ def test_kohya_names_of_sdxl_are_those_of_its_own_unet_and_every_layer_comes_bac
             transformer_layers_per_block=(1, 2, 10), use_linear_projection=True, addition_embed_type="text_time",
             addition_time_embed_dim=8, projection_class_embeddings_input_dim=64,
         )  # fmt: skip
-    names = sgm_names(unet)
+    names = sgm.names(unet)
     assert len(set(names.values())) == len(names), "no two layers have one name"
     # From sd-scripts' and Stability's files, which have two layers a block.
     for ours, theirs in {
@@ -361,7 +361,7 @@ def test_kohya_names_of_sdxl_are_those_of_its_own_unet_and_every_layer_comes_bac
     for name, value in pipe.unet.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(value, std=0.05, generator=torch.Generator().manual_seed(len(name)))
-    adapters.save_kohya(pipe.unet, tmp_path, xl=True)
+    adapters.save_kohya(pipe.unet, tmp_path, SDXL)
     state = load_file(tmp_path / adapters.KOHYA_NAME)
     assert len([k for k in state if k.endswith(".alpha")]) == len(names)
     assert {k.split("_blocks_")[0].split("_block_")[0] for k in state} == {
@@ -423,4 +423,4 @@ def test_bases_that_cannot_be_trained_are_refused_in_one_line(
         assert "\n" not in text
         assert all(part in text for part in parts), text
     assert not (tmp_path / "never").exists()
-    assert check_base(settings("sdxl")).is_xl, "negative control: the base itself is taken"
+    assert check_base(str(bases / "sdxl")).family is SDXL, "negative control: the base itself is taken"

@@ -7,7 +7,7 @@ import diffusers
 import pytest
 from guard_calibration import calibration
 
-from ambient_sd.families.guidance import SUPPORTED
+from ambient_sd.families import SUPPORTED
 from ambient_sd.guard.calibration import AnisotropyTerms, Entry
 
 PAGE = (Path(__file__).parents[2] / "docs" / "guard.md").read_text(encoding="utf-8")

@@ -21,10 +21,10 @@ from ambient_sd.data import latents as data
 from ambient_sd.data.noise_level import measure, representatives
 from ambient_sd.data.sources import load_rows
 from ambient_sd.data.views import ViewRule
-from ambient_sd.families.base import check_base
 from ambient_sd.reporting.model_card import write_run_card
 from ambient_sd.training.config import TrainConfig, parse
 from ambient_sd.training.loop import run
+from ambient_sd.training.plan import base_of
 from ambient_sd.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ def settings(tiny_base: Path, images: Path, tmp_path: Path) -> Settings:
 
 def by_hand(config: TrainConfig) -> float:
     """The level from the images and the VAE, without the trainer."""
-    base = check_base(config)
+    base = base_of(config)
     images = load_rows(config.source).check(near_duplicates=True)
     rows, total = representatives(images)
     rule = ViewRule(32, True, False, True, 0)

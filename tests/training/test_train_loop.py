@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from ambient_sd.data import latents
 from ambient_sd.data.stream import SampleStream
-from ambient_sd.families.base import Base, check_base
+from ambient_sd.families.base import Base
 from ambient_sd.reporting.model_card import write_run_card
 from ambient_sd.sampling import collect_prompts
 from ambient_sd.training import adapters, checkpoints, noising, validation
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import TrainingBatch, run
+from ambient_sd.training.plan import base_of
 from ambient_sd.utils.errors import UserError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -223,7 +224,7 @@ def test_gradient_clipping_clips(settings: Settings, tiny_base: Path, lora: bool
 def test_lora_reloads_at_its_own_scale(settings: Settings, tiny_base: Path) -> None:
     config = settings(lora=True, rank=2, lora_alpha=8.0, learning_rate=1e-2)
     run(config, progress=False)
-    trained = check_base(config).load("unet")
+    trained = base_of(config).load("unet")
     adapters.attach(trained, rank=2, alpha=8.0, targets=config.lora_target_modules or (), seed=0)
     adapters.load(trained, Path(config.output_dir))
     g = torch.Generator().manual_seed(0)
@@ -344,7 +345,7 @@ def test_noise_levels_are_lognormal_when_asked_for_and_nothing_else_of_a_run_mov
     usual, drawn = batches(settings(max_train_steps=3)), batches(settings("e", max_train_steps=3, **edm))
     for a, b in zip(usual, drawn, strict=True):
         assert torch.equal(a.noise, b.noise) and a.captions == b.captions and not torch.equal(a.timesteps, b.timesteps)
-    schedule = check_base(settings("b")).schedule
+    schedule = base_of(settings("b")).schedule
     draw, stream = noising.LogNormalLevels(schedule, -0.5, 1.2), SampleStream(1, 0)
     assert torch.cat([b.timesteps for b in drawn]).tolist() == [
         int(draw(stream, p)) for b in drawn for p in b.positions
@@ -448,18 +449,18 @@ def test_bad_input_ends_in_one_line_before_weights_load_and_writes_nothing(
     a_file.write_text("")
     cases: list[tuple[dict[str, Any], list[str]]] = [
         ({"pretrained_model_name_or_path": str(no_unet)}, ["no-unet", "no unet/"]),
-        ({"pretrained_model_name_or_path": str(broken_json)}, ["unet of base model", "broken"]),
+        ({"pretrained_model_name_or_path": str(broken_json)}, ["unet/config.json of model", "broken"]),
         (base("odd", write("model_index.json", _class_name="WuerstchenPipeline")), ["odd is a", "StableDiffusionPipeline"]),
         (base("alt", write("model_index.json", text_encoder=["x", "RobertaModel"])), ["text_encoder", "RobertaModel"]),
         (base("unclip", write("unet/config.json", class_embed_type="projection")), ["class_embed_type", "text-to-image"]),
-        (base("betas", write("scheduler/scheduler_config.json", beta_schedule="x")), ["scheduler of base model", "betas"]),
+        (base("betas", write("scheduler/scheduler_config.json", beta_schedule="x")), ["scheduler of model", "betas"]),
         (base("cut", lambda p: (p / "vae" / "config.json").write_text("{}")), ["vae/config.json", "latent_channels"]),
-        (base("list", lambda p: (p / "unet" / "config.json").write_text("[1]")), ["unet of base model", "list"]),
+        (base("list", lambda p: (p / "unet" / "config.json").write_text("[1]")), ["unet/config.json of model", "list"]),
         (
             base("bin", lambda p: (p / "vae" / f"{weights_of}.safetensors").rename(p / "vae" / f"{weights_of}.bin")),
             ["vae/", ".safetensors", "save_pretrained"],
         ),
-        (base("mute", lambda p: (p / "tokenizer" / "tokenizer.json").unlink()), ["tokenizer of base model", "no words"]),
+        (base("mute", lambda p: (p / "tokenizer" / "tokenizer.json").unlink()), ["tokenizer of model", "no words"]),
         ({"train_data_dir": "my-images"}, ["no file or folder my-images"]),
         ({"output_dir": str(tiny_images)}, ["output_dir", "train_data_dir too"]),
         ({"output_dir": str(tiny_base)}, ["output_dir", "pretrained_model_name_or_path too"]),

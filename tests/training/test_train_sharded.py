@@ -246,5 +246,5 @@ def test_processors_are_not_mistaken_for_an_accelerator(tmp_path: Path, monkeypa
     for variable, value in (FSDP | {"ACCELERATE_USE_CPU": "true"}).items():
         monkeypatch.setenv(variable, value)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    with pytest.raises(UserError, match="FSDP on processors is asked for"):
+    with pytest.raises(UserError, match="FSDP on CPUs is asked for"):
         run(TrainConfig(pretrained_model_name_or_path="no-base", train_data_dir="no-images"), progress=False)

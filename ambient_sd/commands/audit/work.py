@@ -65,6 +65,7 @@ from ambient_sd.commands.sample import SampleSettings
 from ambient_sd.commands.sample.work import sample
 from ambient_sd.data.sources import ImageDataset, load_rows, not_listed, refuse_unlisted
 from ambient_sd.data.stream import drawn
+from ambient_sd.families.base import Model
 from ambient_sd.reporting.audit_page import write_report
 from ambient_sd.reporting.report import (
     Histogram,
@@ -359,10 +360,8 @@ def _vae(settings: AuditSettings) -> tuple[Any, int]:
 
 def _own_resolution(model: str) -> int:
     """Return the side that a pipeline samples at by default, from its configuration."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
-    size = UNet2DConditionModel.load_config(model, subfolder="unet")["sample_size"]
-    return int(size) * 2 ** (len(AutoencoderKL.load_config(model, subfolder="vae")["block_out_channels"]) - 1)
+    found = Model(model)
+    return found.family.native_side(found.read(f"{found.family.network}/config.json"), found.read("vae/config.json"))
 
 
 def _used(stored: Mapping[str, EmbeddingStore], compared: int) -> dict[str, Any] | None:

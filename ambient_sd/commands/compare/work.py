@@ -43,6 +43,7 @@ from ambient_sd.audit.shares import COPIES, copy_rate
 from ambient_sd.commands.compare import CompareSettings
 from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import drawn
+from ambient_sd.families.base import Model
 from ambient_sd.guard import by_name, policies
 from ambient_sd.guard.anisotropy import anisotropy, fitted
 from ambient_sd.guard.calibration import ModelFingerprint
@@ -579,15 +580,8 @@ def _digest(model: str) -> str:
     """Tell one model's U-Net from another's: a folder by its files, of the hub's the weights."""
     files = sorted((Path(model) / "unet").glob("*.safetensors"))
     if not files:
-        from diffusers import UNet2DConditionModel
-
-        name = resolve_model_id(model)
-        try:
-            unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", use_safetensors=True)
-        except Exception as error:  # OSError, ValueError, SafetensorError, ...: all mean unusable files
-            raise UserError(f"{model} cannot be loaded", rule=one_line(f"{type(error).__name__}: {error}", 240),
-                            remedy="give a Stable Diffusion pipeline with safetensors weights") from None  # fmt: skip
-        found = ModelFingerprint.of(unet)
+        source = Model(resolve_model_id(model))
+        found = ModelFingerprint.of(source.load(source.family.network))
         return found.weights or found.structure
     digest = hashlib.sha256()
     for path in files:

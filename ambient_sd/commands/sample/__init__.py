@@ -29,7 +29,7 @@ class PromptOptions:
         check(self)
         if (self.prompt is None) == (self.prompts is None):
             raise UserError(
-                "prompt and prompts are given " + ("both" if self.prompt else "neither"),
+                "both prompt and prompts are given" if self.prompt else "neither prompt nor prompts is given",
                 rule="prompts come from the command line or from a file",
                 remedy="give one of --prompt and --prompts",
             )

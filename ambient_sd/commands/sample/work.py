@@ -33,7 +33,7 @@ from PIL import Image, PngImagePlugin
 from ambient_sd import __version__
 from ambient_sd.commands.sample import SampleSettings
 from ambient_sd.data.captions import Cut
-from ambient_sd.families.guidance import distilled
+from ambient_sd.families import distilled
 from ambient_sd.guard.attribution import TokenGradients
 from ambient_sd.guard.base_above import acting_base
 from ambient_sd.guard.by_name import make
