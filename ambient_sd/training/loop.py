@@ -460,7 +460,7 @@ class _Trainer:
                 accelerator=self.accelerator,
             )
         if self.accelerator.is_main_process:
-            self._show("validation", validation.grid(sampled.rows), step)
+            self._show("validation", validation.sheet(sampled, self.plan.prompts), step)
             scores = [score for row in sampled.scores for score in row]
             self._track({"guard/validation_score": sum(scores) / len(scores)}, step)
             validation.write_scores(self.output / "validation", step, scores)

@@ -35,6 +35,7 @@ from ambient_sd.training import validation
 from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.estimate import Estimate
 from ambient_sd.utils.files import atomic_write
+from ambient_sd.utils.sheets import above, contact_sheet
 
 # Guidance of 7.5 drives the colours of a fine-tuned model away from the originals and hides copies from a distance in pixels.
 GUIDANCE_SCALE = 2.0
@@ -140,11 +141,15 @@ class Probe:
         decided = self.decision(images, published)
         copies = Estimate.of_share(int(decided.copy.sum()), len(images))
         originals = [self.originals[i].resize(images[0].size) for i in decided.row.tolist()]
-        # A row of sampled images, below it a row of the training images that explain them best.
-        rows = [part[i : i + _PER_ROW] for i in range(0, len(images), _PER_ROW) for part in (list(images), originals)]
+        pairs = [above(*pair) for pair in zip(images, originals, strict=True)]
+        marks = [", copy" if copy else "" for copy in decided.copy.tolist()]
+        captions = [
+            f"{prompt}\nscore {score:.3g}{mark}"
+            for prompt, score, mark in zip(self.captions, scores, marks, strict=False)
+        ]
         return ProbeEvaluation(
             step, copies, float(published.double().mean()), float(near.ratio.median()),
-            float(torch.tensor(scores).median()), validation.grid(rows),
+            float(torch.tensor(scores).median()), contact_sheet(pairs, _PER_ROW, captions),
         )  # fmt: skip
 
 

@@ -254,7 +254,7 @@ def test_damaged_facts_are_one_line(tmp_path: Path, text: str) -> None:
         Facts.read(tmp_path)
 
 
-@pytest.mark.parametrize(("key", "value"), [("steps", "</b>"), ("base_id", "../x"), ("dataset", "a b"), ("level", None),
+@pytest.mark.parametrize(("key", "value"), [("steps", "</b>"), ("pipeline", "x; import os"), ("averaged", "no"), ("vae", 3), ("base_id", "../x"), ("dataset", "a b"), ("level", None),
                                             ("licence", {"license": "x\n---"}), ("prompts", [3]), ("lora", {}), ("base_files", []), ("base_files", {"a": 1}),
                                             ("level", float("nan")), ("images", 0), ("steps", 10**400),
                                             ("lora", {**LORA, "alpha": 10**400})])  # fmt: skip

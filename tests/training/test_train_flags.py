@@ -266,7 +266,7 @@ def test_averaging_leaves_training_as_it_is_and_validation_draws_from_the_averag
         again = pipe("a red disc", height=32, width=32, num_inference_steps=validation.INFERENCE_STEPS,
                      guidance_scale=validation.GUIDANCE_SCALE, generator=torch.Generator().manual_seed(image_seed(0, 0))).images[0]  # fmt: skip
         with Image.open(Path(config.output_dir) / "validation" / "step-3.png") as sheet:
-            assert sheet.convert("RGB").tobytes() == again.tobytes()
+            assert sheet.convert("RGB").crop((4, 17, 36, 49)).tobytes() == again.tobytes()
         sheets.append(again.tobytes())
     assert sheets[0] != sheets[1], "negative control: the trained weights draw another image"
 

@@ -79,8 +79,8 @@ def test_changed_copies_are_counted_and_images_that_were_never_seen_are_not(
     sheet, size = probe.measure(copies, [1.0] * 4, 1).sheet, 64
     assert sheet is not None
     for i in range(4):
-        x = i * (size + 2)
-        below = sheet.crop((x, size + 2, x + size, 2 * size + 2))
+        x = 4 + i * 100
+        below = sheet.crop((x, 4 + size, x + size, 4 + 2 * size))
         assert below.tobytes() == images[i].image.convert("RGB").tobytes()
 
 

@@ -67,6 +67,7 @@ from ambient_sd.data.sources import ImageDataset, load_rows, not_listed, refuse_
 from ambient_sd.data.stream import drawn
 from ambient_sd.families.base import Model
 from ambient_sd.reporting.audit_page import write_report
+from ambient_sd.reporting.next_steps import after_audit
 from ambient_sd.reporting.report import (
     Histogram,
     Report,
@@ -744,7 +745,7 @@ def _report(
         counted=(int(decided.copy.sum()), len(generated.images)),
     )
     quality = next((row.name for row in measured.rows if row.name.startswith("FD-")), "")
-    return Report(
+    report = Report(
         title=f"Audit of {name} against {len(training)} training images",
         command=command,
         runs=[run],
@@ -758,6 +759,8 @@ def _report(
         groups=decision.groups,
         shown=_SHOWN,
     )
+    model = None if settings.sampling is None else settings.sampling.public()
+    return dataclasses.replace(report, next=after_audit(find(report).kind, model))
 
 
 def _model_name(config: SamplingConfig) -> str:

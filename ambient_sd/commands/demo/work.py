@@ -32,6 +32,7 @@ from ambient_sd.data.sources import load_rows
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.reporting.audit_page import write_report
 from ambient_sd.reporting.model_card import write_run_card
+from ambient_sd.reporting.next_steps import after_demo
 from ambient_sd.reporting.report import Histogram, Report, RunSection, find, make_samples, ratio_histogram, show
 from ambient_sd.reporting.sheets import contact_sheet
 from ambient_sd.sampling import SamplingConfig, generate, load_pipeline, requests_for
@@ -184,7 +185,9 @@ def run_demo(settings: DemoSettings) -> Report:
         near = measured[objective].neighbours["pixels64"]
         decided = decide(images, memorized(near))
         copies = copy_rate(decided, by_chance, groups, seed=settings.seed)
-        contact_sheet(images[:: settings.num_images_per_prompt], 10).save(settings.output_dir / f"{objective}.png")
+        shown = range(0, len(images), settings.num_images_per_prompt)
+        said = [f"{prompts[groups[i]]}\nscore {scores[i]:.3g}{', copy' if decided.copy[i] else ''}" for i in shown]
+        contact_sheet([images[i] for i in shown], 10, said).save(settings.output_dir / f"{objective}.png")
         sections.append(
             RunSection(
                 name=objective,
@@ -217,6 +220,7 @@ def run_demo(settings: DemoSettings) -> Report:
         copies=COPIES,
         quality=next(row.name for row in sections[0].figures if row.name.startswith("FD-")),
         histograms=[_published(measured)],
+        next=after_demo(),
         made=_made(settings, begun, training.fingerprint()),
         notes=(
             decide.rule,
