@@ -239,7 +239,7 @@ def test_a_number_against_a_negative_prompt_is_said(capsys: Any) -> None:
 
 def fitting(pipe: Any, **changes: Any) -> Calibration:
     how = Sampling.of(pipe, num_inference_steps=STEPS, guidance_scale=7.5, height=32, width=32)
-    entries = [Entry(1, 1, 1e-9, 0.01, 0.0, 0.05), Entry("all", 1, 1e9, 0.01, 0.0, 0.05)]
+    entries = [Entry(1, 1, 1e-9, Estimate(0.01, 0.0, 0.05, 500)), Entry("all", 1, 1e9, Estimate(0.01, 0.0, 0.05, 500))]
     return calibration(pipe, **({"sampling": how, "entries": entries, "evaluations": STEPS} | changes))
 
 
