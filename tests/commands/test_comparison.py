@@ -19,14 +19,16 @@ from PIL import Image, ImageOps
 
 from ambient_sd.assets import BASE, PICTURES
 from ambient_sd.cli import main, parser_of
-from ambient_sd.commands.compare import CompareSettings
+from ambient_sd.commands.compare import ComparedOptions, CompareSettings
 from ambient_sd.commands.compare import work as comparison
 from ambient_sd.commands.compare.work import MITIGATIONS, detector_figures, ordinary_scores, relative_figures, truth
+from ambient_sd.data.dataset_options import DatasetOptions
 from ambient_sd.data.sources import load_rows
 from ambient_sd.guard.policies import Policy
 from ambient_sd.reporting import compare_page
 from ambient_sd.sampling import load_pipeline, requests_for
 from ambient_sd.utils.errors import UserError
+from ambient_sd.utils.settings import from_flags
 
 HOSTILE = "<script>alert(1)</script> & \u202e ../../etc"
 
@@ -135,8 +137,10 @@ def test_a_run_writes_tables_sheets_and_page_and_goes_on_where_it_was_cut(
         str(data) if w == data.name else str(BASE) if w == "base" else str(out) if w == out.name else w for w in places
     ]
 
-    def read(line: list[str]) -> dict[str, Any]:
-        return vars(parser_of("compare").parse_args(line[1:]))
+    def read(line: list[str]) -> list[Any]:
+        args = parser_of("compare").parse_args(line[1:])
+        places, rows = from_flags(ComparedOptions, args), from_flags(DatasetOptions, args)
+        return [places, rows, from_flags(CompareSettings, args, models={}, lora_weights={})]
 
     assert read(again) == read([*command, "--out", str(out)])
     if sys.platform == "linux":
