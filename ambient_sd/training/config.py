@@ -146,7 +146,7 @@ class TrainConfig:
     resume_from_checkpoint: str | None = option(None, "a checkpoint folder, or `latest`: the newest whole one in output_dir (none yet: start anew)", group="checkpoints")
 
     output_dir: str = option("sd-model-finetuned", "folder for everything that is written: the pipeline or pytorch_lora_weights.safetensors, " + CONFIG_NAME + ", checkpoints, logs", group="output", alias="out", metavar="PATH")
-    overwrite: bool = option(False, "replace the result, checkpoints and records that an earlier training left in output_dir; every other file stays", group="output")
+    overwrite: bool = option(False, "remove what an earlier run of this command left in the folder, and begin anew: result, checkpoints and records; every other file stays", group="output")
     report_to: str = option("tensorboard", "where curves go; all: wherever a package is installed for", group="output", choices=("tensorboard", "wandb", "all", "none"))
     tracker_project_name: str = option("text2image-fine-tune", "name under which curves are kept", group="output")
     logging_dir: str = option("logs", "folder of the TensorBoard files, inside output_dir", group="output")
