@@ -32,7 +32,12 @@ LEVELS = (0.5, 0.8, 1.2, 1.8, 2.7, 4.0)
 
 
 class Alignment(NamedTuple):
-    """Hold A, float64 `(n,)`, and the hits, bool `(n,)`."""
+    """Hold A, float64 `(n,)`, and the hits, bool `(n,)`.
+
+    Example:
+        >>> Alignment(value=torch.tensor([0.02]), hit=torch.tensor([True])).hit.tolist()
+        [True]
+    """
 
     value: Tensor
     hit: Tensor
@@ -48,6 +53,12 @@ class DiffusionAlignment:
         repeats: noises per level.
         seed: of noises and other prompts.
         batch_size: images at once.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> judge = DiffusionAlignment(tiny_pipeline(), resolution=32, others=1)
+        >>> len(judge([Image.new("RGB", (32, 32))], ["a cat"], pool=["a cat", "a dog"]).value)
+        1
     """
 
     name = "alignment"

@@ -48,7 +48,12 @@ _SMALLEST = 1e-4
 
 @dataclass(frozen=True)
 class Null:
-    """Hold r of images that cannot be copies, by blur, ascending, and how many twins of training images left it."""
+    """Hold r of images that cannot be copies, by blur, ascending, and how many twins of training images left it.
+
+    Example:
+        >>> Null("held-out images", {0.7: torch.ones(30), 1.5: torch.ones(30)}).n
+        30
+    """
 
     name: str
     ratios: Mapping[float, Tensor]
@@ -67,6 +72,11 @@ class Decided:
         copy: bool `(N,)`. p: float64 `(N,)`.
         row: int64 `(N,)`, the training image that explains each best.
         residual, ratio: D and r at the finest blur, float64 `(N,)`.
+
+    Example:
+        >>> one = torch.tensor([0.05], dtype=torch.float64)
+        >>> len(Decided(copy=torch.tensor([True]), p=one, row=torch.tensor([3]), residual=one, ratio=one))
+        1
     """
 
     copy: Tensor
@@ -89,6 +99,11 @@ def through_vae(vae: Any, side: int, batch: int = 16) -> Rendition:
         vae: a diffusers `AutoencoderKL`; its mode is decoded.
         side: pixels that images are brought to, a multiple of its factor.
         batch: images at a time.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> through_vae(tiny_pipeline().vae, 32)([Image.new("RGB", (48, 32), "red")])[0].size
+        (32, 32)
     """
     from diffusers.image_processor import VaeImageProcessor
 
@@ -339,7 +354,12 @@ def _some(images: Sequence[Image.Image]) -> list[Image.Image]:
 
 
 def squares(image: Image.Image) -> list[Image.Image]:
-    """Return the middle square of an image and those at its ends; none of an image that is square within 5 %."""
+    """Return the middle square of an image and those at its ends; none of an image that is square within 5 %.
+
+    Example:
+        >>> [square.size for square in squares(Image.new("RGB", (96, 64)))]
+        [(64, 64), (64, 64), (64, 64)]
+    """
     wide, high = image.size
     side = min(wide, high)
     if max(wide, high) <= 1.05 * side:
@@ -349,7 +369,13 @@ def squares(image: Image.Image) -> list[Image.Image]:
 
 
 def combined(null: Null, ratio: Mapping[float, Tensor]) -> Tensor:
-    """Return p over both blurs, float64 `(N,)`: `min(1, 2 min_s p_s)` (Bonferroni)."""
+    """Return p over both blurs, float64 `(N,)`: `min(1, 2 min_s p_s)` (Bonferroni).
+
+    Example:
+        >>> null = Null("", {s: torch.linspace(0.5, 1.5, 99, dtype=torch.float64) for s in SCALES})
+        >>> [round(float(p), 2) for p in combined(null, {s: torch.tensor([0.7, 1.5], dtype=torch.float64) for s in SCALES})]
+        [0.42, 1.0]
+    """
     each = torch.stack([tail(null.ratios[s], ratio[s]) for s in SCALES])
     return (len(SCALES) * each.amin(0)).clamp(max=1)
 

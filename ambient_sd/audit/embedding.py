@@ -73,6 +73,11 @@ class About:
         count: images in the set.
         block: rows of a part.
         version: of the code that makes rows.
+
+    Example:
+        >>> about = About("pixels8", "euclidean", 192, "float32", 8, "", "cpu", "", count=5000, block=2048)
+        >>> about.parts, about.rows_of(2)
+        (3, range(4096, 5000))
     """
 
     feature: str
@@ -114,6 +119,16 @@ class EmbeddingStore:
     Args:
         folder: holds the parts of one feature.
         about: of every part.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> from ambient_sd.audit.features import Pixels
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+        >>> [stored] = embed_set(load_set(folder), [Pixels(4)], folder / "vectors")
+        >>> EmbeddingStore.open(stored).shape
+        (1, 48)
     """
 
     def __init__(self, folder: Path, about: About) -> None:
@@ -308,12 +323,26 @@ def load_set(source: str | Path, **options: Any) -> ImageDataset:
 
     Raises:
         UserError: as for `load_rows`.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+        >>> load_set(folder).names
+        ['a.png']
     """
     return load_rows(source, need_captions=False, **options)
 
 
 def weights_digest(feature: Any) -> str:
-    """Return a SHA-256 over an extractor's weights, of its network or model file; empty if it has none."""
+    """Return a SHA-256 over an extractor's weights, of its network or model file; empty if it has none.
+
+    Example:
+        >>> from ambient_sd.audit.features import Pixels
+        >>> weights_digest(Pixels())  # has none
+        ''
+    """
     if (known := getattr(feature, "digest", None)) is not None:  # a script is more than its weights
         return str(known)
     if isinstance(getattr(feature, "network", None), torch.nn.Module):
@@ -325,7 +354,17 @@ def weights_digest(feature: Any) -> str:
 
 
 def describe(feature: Any, images: ImageDataset, *, dtype: Dtype, block: int, device: str) -> About:
-    """Return what the rows of `feature` on `images` depend on; no image is decoded."""
+    """Return what the rows of `feature` on `images` depend on; no image is decoded.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> from ambient_sd.audit.features import Pixels
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+        >>> describe(Pixels(4), load_set(folder), dtype="float16", block=64, device="cpu").dim
+        48
+    """
     return About(
         feature.name, feature.distance, feature.dim, dtype, feature.size, weights_digest(feature), device, names_digest(images),
         len(images), block,
@@ -333,7 +372,16 @@ def describe(feature: Any, images: ImageDataset, *, dtype: Dtype, block: int, de
 
 
 def names_digest(images: ImageDataset) -> str:
-    """Return the SHA-256 over names and captions that `About.data` is; no image is decoded."""
+    """Return the SHA-256 over names and captions that `About.data` is; no image is decoded.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+        >>> len(names_digest(load_set(folder)))
+        64
+    """
     digest = hashlib.sha256()
     for name, caption in zip(images.names, images.captions, strict=True):
         digest.update(_line(name, caption))
@@ -366,6 +414,15 @@ def embed_set(
 
     Raises:
         UserError: the folder holds embeddings of something else or cannot be written, or an image does not decode.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> from ambient_sd.audit.features import Pixels
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+        >>> embed_set(load_set(folder), [Pixels(4)], folder / "vectors")[0].name
+        'pixels4'
     """
     if block < 1 or block % _BATCH:
         raise UserError(f"block {block}", rule=f"must be a multiple of {_BATCH}, such as 2048")
@@ -499,6 +556,16 @@ def write_block(
 
     Raises:
         UserError: vectors are not finite, or the folder cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> looks = Thumbnails()
+        >>> looks.extend(bytes(2 * 3 * SIDE * SIDE), [(8, 8)] * 2)
+        >>> about = About("made", "euclidean", 3, "float32", 1, "", "cpu", "", count=2, block=64)
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> write_block(folder / "part-00000.parquet", about, range(2), ["a", "b"], ["", ""], np.eye(2, 3, dtype=np.float32), looks)
+        >>> EmbeddingStore.open(folder).block(0).tolist()
+        [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
     """
     if not np.isfinite(vectors).all():
         raise UserError(f"{about.feature} does not fit into {about.dtype}", remedy="use --dtype float32")

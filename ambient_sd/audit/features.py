@@ -51,7 +51,12 @@ class Features(Protocol):
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Return `image` as RGB, transparency laid on white (what a browser and the demo's images show)."""
+    """Return `image` as RGB, transparency laid on white (what a browser and the demo's images show).
+
+    Example:
+        >>> as_rgb(Image.new("RGBA", (1, 1), (255, 0, 0, 0))).getpixel((0, 0))
+        (255, 255, 255)
+    """
     if image.mode == "RGB":
         return image
     if "A" in image.getbands() or "transparency" in image.info:
@@ -63,13 +68,27 @@ def as_rgb(image: Image.Image) -> Image.Image:
 def square(
     images: Sequence[Image.Image], size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
 ) -> np.ndarray:
-    """Return uint8 `(B, size, size, 3)`; PIL's bicubic and bilinear filters are antialiased when they shrink."""
+    """Return uint8 `(B, size, size, 3)`; PIL's bicubic and bilinear filters are antialiased when they shrink.
+
+    Example:
+        >>> square([Image.new("RGB", (96, 64))], 32).shape
+        (1, 32, 32, 3)
+    """
     resized = [rgb if rgb.size == (size, size) else rgb.resize((size, size), resample) for rgb in map(as_rgb, images)]
     return np.stack([np.asarray(image, dtype=np.uint8) for image in resized])
 
 
 class Batched:
-    """Turn a function of one batch, uint8 `(B, S, S, 3)` -> float32 `(B, D)`, into an extractor."""
+    """Turn a function of one batch, uint8 `(B, S, S, 3)` -> float32 `(B, D)`, into an extractor.
+
+    Example:
+        >>> class Mean(Batched):
+        ...     name, size, batch_size, dim = "mean", 8, 4, 3
+        ...     def _embed(self, batch):
+        ...         return torch.from_numpy(batch).float().mean((1, 2))
+        >>> Mean()([Image.new("RGB", (16, 16), "red")]).tolist()
+        [[255.0, 0.0, 0.0]]
+    """
 
     name: str
     distance: Distance = "euclidean"
@@ -105,6 +124,12 @@ class Batched:
 
 
 def batches(images: Iterable[Image.Image], size: int) -> Iterator[list[Image.Image]]:
+    """Yield images in lists of `size`, the last one shorter.
+
+    Example:
+        >>> [len(batch) for batch in batches([Image.new("L", (1, 1))] * 5, 2)]
+        [2, 2, 1]
+    """
     source = iter(images)
     while batch := list(islice(source, size)):
         yield batch
@@ -116,6 +141,10 @@ class Pixels(Batched):
     Args:
         size: side in pixels that every image is brought to; D = 3 size^2.
         standardized: take each image's own mean and deviation out, so that brightness and contrast do not count.
+
+    Example:
+        >>> Pixels(8)([Image.new("RGB", (64, 64), "white")]).shape
+        torch.Size([1, 192])
     """
 
     def __init__(self, size: int = 64, batch_size: int = 256, *, standardized: bool = False) -> None:
@@ -136,6 +165,13 @@ class Edges(Batched):
 
     Args:
         size: side that the map is averaged to, a divisor of 64 from 4 on; D = size^2. Coarser maps call strangers copies.
+
+    Example:
+        >>> bar, none = Image.linear_gradient("L"), Image.new("L", (256, 256))
+        >>> red, blue = Image.merge("RGB", (bar, none, none)), Image.merge("RGB", (none, none, bar))
+        >>> rows = Edges(8)([red, blue])
+        >>> torch.allclose(rows[0], rows[1], atol=1e-4)
+        True
     """
 
     def __init__(self, size: int = 16, batch_size: int = 256) -> None:
@@ -188,6 +224,10 @@ class EffLite0(Batched):
 
     Raises:
         UserError: the two packages are not installed.
+
+    Example:
+        >>> EffLite0.distance, EffLite0.quality
+        ('euclidean', True)
     """
 
     quality = True
@@ -220,6 +260,10 @@ def cropped(images: Sequence[Image.Image], side: int, size: int) -> np.ndarray:
     """Return uint8 `(B, size, size, 3)`: the shorter side brought to `side`, then the middle cut out, as torchvision does.
 
     `Resize(side)` keeps the shape, the longer side is rounded down; bilinear, antialiased. `CenterCrop(size)` starts at half the rest.
+
+    Example:
+        >>> cropped([Image.new("RGB", (96, 64))], 32, 28).shape
+        (1, 28, 28, 3)
     """
     rows = []
     for rgb in map(as_rgb, images):
@@ -262,6 +306,10 @@ class Sscd(Batched):
     Raises:
         UserError: no model is found, the file does not exist, it does not take such images, or an ONNX file is given without
             `onnxruntime`.
+
+    Example:
+        >>> Sscd.SIZES
+        {'squeeze288': 288, 'wen': 224, 'han': 320}
     """
 
     SIZES: ClassVar[dict[str, int]] = {"squeeze288": 288, "wen": 224, "han": 320}
@@ -337,12 +385,23 @@ _IMAGENET_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
 
 
 def imagenet(batch: np.ndarray) -> np.ndarray:
-    """uint8 NHWC to float32 NCHW, ImageNet mean and deviation."""
+    """uint8 NHWC to float32 NCHW, ImageNet mean and deviation.
+
+    Example:
+        >>> imagenet(np.zeros((1, 4, 4, 3), np.uint8)).shape
+        (1, 3, 4, 4)
+    """
     return scaled(batch, _IMAGENET_MEAN, _IMAGENET_STD)
 
 
 def scaled(batch: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """uint8 NHWC to float32 NCHW, a mean and deviation per channel of values in [0, 1]."""
+    """uint8 NHWC to float32 NCHW, a mean and deviation per channel of values in [0, 1].
+
+    Example:
+        >>> half = np.array([0.5, 0.5, 0.5], np.float32)
+        >>> float(scaled(np.full((1, 2, 2, 3), 255, np.uint8), half, half).max())
+        1.0
+    """
     return np.ascontiguousarray(((batch.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2))
 
 
@@ -391,6 +450,10 @@ def embed(
 
     Args:
         mirrored: the mirror images (left to right) too, under the feature's name followed by `MIRROR`.
+
+    Example:
+        >>> sorted(embed([Image.new("RGB", (8, 8))], [Pixels(4)], mirrored=True))
+        ['pixels4', 'pixels4 mirrored']
     """
     vectors = {feature.name: feature(images, progress=progress) for feature in features}
     if mirrored:
@@ -400,7 +463,14 @@ def embed(
 
 
 class MirrorImages(Sequence[Image.Image]):
-    """Show images mirrored left to right, one at a time."""
+    """Show images mirrored left to right, one at a time.
+
+    Example:
+        >>> image = Image.new("L", (2, 1))
+        >>> image.putpixel((0, 0), 9)
+        >>> MirrorImages([image])[0].getpixel((1, 0))
+        9
+    """
 
     def __init__(self, images: Sequence[Image.Image]) -> None:
         self._images = images

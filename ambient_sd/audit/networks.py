@@ -30,7 +30,15 @@ from ambient_sd.utils.errors import UserError, one_line
 
 
 def pretrained(kind: str, name: str, wanted: Sequence[str]) -> Any:
-    """Load a transformers model of one of the `wanted` types, whole; raise a `UserError` where that cannot be."""
+    """Load a transformers model of one of the `wanted` types, whole; raise a `UserError` where that cannot be.
+
+    Example:
+        >>> try:
+        ...     pretrained("Dinov2Model", "no/such/folder", ("dinov2",))
+        ... except UserError as error:
+        ...     str(error).split(";")[0]
+        'no/such/folder cannot be loaded'
+    """
     import transformers
 
     try:
@@ -73,6 +81,10 @@ class Dinov2(Batched):
 
     Raises:
         UserError: it cannot be loaded whole, or is another model; with "paper", an image is too small to be padded.
+
+    Example:
+        >>> Dinov2.thresholds
+        (0.9, 0.875)
     """
 
     distance: Distance = "cosine"
@@ -135,6 +147,13 @@ class Inception(Batched):
 
     Raises:
         UserError: the file is not there, is no TorchScript, or gives no features `(B, D)`.
+
+    Example:
+        >>> try:
+        ...     Inception("inception.pt")
+        ... except UserError as error:
+        ...     print(error)
+        Inception model inception.pt; the file does not exist
     """
 
     quality = True

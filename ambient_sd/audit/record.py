@@ -30,7 +30,12 @@ _SIDES = ("generated", "heldout", "excess", "background")
 
 @functools.cache
 def schema() -> dict[str, Any]:
-    """Return the schema of audit.json (JSON Schema, draft 2020-12)."""
+    """Return the schema of audit.json (JSON Schema, draft 2020-12).
+
+    Example:
+        >>> schema()["properties"]["format"]["enum"]
+        [2]
+    """
     found: dict[str, Any] = json.loads(_SCHEMA.read_text(encoding="utf-8"))
     return found
 
@@ -53,9 +58,13 @@ class AuditRecord:
         made: versions, command, device, seconds.
 
     Example:
-        record = AuditRecord.read("my-lora/audit")
-        copies = record.row(record.verdict["measure"]).generated
-        print(f"{copies.value:.1%} [{copies.low:.1%}, {copies.high:.1%}] of {copies.n}")
+        With an audit in `folder`, `AuditRecord.read(folder).row("copies").generated` is its copy rate.
+
+        >>> try:
+        ...     AuditRecord.read("no-audit.json")
+        ... except UserError as error:
+        ...     print(error)
+        no-audit.json cannot be read; No such file or directory; run the audit again, or remove the file
     """
 
     finding: dict[str, Any]
@@ -139,7 +148,12 @@ class AuditRecord:
 
 
 def measures(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return rows as the record's `measures`."""
+    """Return rows as the record's `measures`.
+
+    Example:
+        >>> measures([Row("copies", Estimate(0.2, 0.1, 0.4, 50, "copies"), None, None)])[0]["generated"]["value"]
+        0.2
+    """
     sides = [{side: getattr(row, side) for side in _SIDES} for row in rows]
     return [
         {"name": row.name, **{side: None if figure is None else figure.as_dict() for side, figure in found.items()}}
@@ -148,7 +162,12 @@ def measures(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def is_share(name: str) -> bool:
-    """Tell whether a measure is a share of images, in [0, 1]."""
+    """Tell whether a measure is a share of images, in [0, 1].
+
+    Example:
+        >>> is_share("copies"), is_share("FD-EffLite0-pca64")
+        (True, False)
+    """
     return name.removesuffix(": difference") in (COPIES, RETURNED) or name.startswith("memorized-") or " > " in name
 
 

@@ -43,7 +43,12 @@ _GREY = torch.tensor([0.299, 0.587, 0.114])
 
 
 def prepare(images: Sequence[Image.Image]) -> Tensor:
-    """Return RGB in [0, 1], float32 `(N, 3, SIDE, SIDE)`; images that are not square are squeezed."""
+    """Return RGB in [0, 1], float32 `(N, 3, SIDE, SIDE)`; images that are not square are squeezed.
+
+    Example:
+        >>> prepare([Image.new("RGB", (96, 64))]).shape
+        torch.Size([1, 3, 64, 64])
+    """
     if not len(images):
         return torch.empty(0, 3, SIDE, SIDE)
     parts = [square(images[i : i + 256], SIDE) for i in range(0, len(images), 256)]
@@ -57,6 +62,11 @@ class Registered:
     Attributes:
         index: int64 `(N, K)`, rows of the training set; one can stand there twice.
         residual: D of each pair by blur, `{scale: (N, K)}`; infinite where nothing can be compared.
+
+    Example:
+        >>> found = Registered(torch.tensor([[4, 2]]), {0.7: torch.tensor([[0.3, 0.05]])})
+        >>> int(found.index[0, found.residual[0.7][0].argmin()])
+        2
     """
 
     index: Tensor
@@ -215,7 +225,13 @@ def _grid_of_poses() -> Iterator[tuple[float, float, float, float]]:
 
 
 class Poses:
-    """Correlate queries in every pose of a grid with all training images, by brightness at 16 x 16."""
+    """Correlate queries in every pose of a grid with all training images, by brightness at 16 x 16.
+
+    Example:
+        >>> x = torch.rand(3, 3, SIDE, SIDE, generator=torch.manual_seed(0))
+        >>> Poses(x).search(x[1:2], 1, None)[0].tolist()
+        [[1]]
+    """
 
     def __init__(self, training: Tensor) -> None:
         self.grid = torch.tensor(list(_grid_of_poses()))

@@ -29,7 +29,13 @@ CHECKED = 1000
 
 
 def missing_features(folder: Path, features: Sequence[str]) -> list[str]:
-    """Return those of `features` (`registry.labels`) that the folder holds nothing of."""
+    """Return those of `features` (`registry.labels`) that the folder holds nothing of.
+
+    Example:
+        >>> import tempfile
+        >>> missing_features(Path(tempfile.mkdtemp()), ["pixels64"])
+        ['pixels64']
+    """
     return [name for name in features if not any((folder / name).glob("part-*.parquet"))]
 
 
@@ -46,6 +52,17 @@ def recall(stores: Sequence[EmbeddingStore], images: ImageDataset, seed: int = 0
 
     Raises:
         UserError: the embeddings are of other images, captions or rows, or of different ones.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> from ambient_sd.audit.embedding import embed_set, load_set
+        >>> from ambient_sd.audit.features import Pixels
+        >>> folder, vectors = (Path(tempfile.mkdtemp()) for _ in range(2))
+        >>> Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+        >>> [stored] = embed_set(load_set(folder), [Pixels(4)], vectors)
+        >>> recall([EmbeddingStore.open(stored)], load_set(folder))
+        1
     """
     first, *others = stores
     again = "give the images that were embedded, or embed these into an empty folder"

@@ -34,7 +34,12 @@ _ID_BYTES = 16
 
 
 def entry_id(*parts: str) -> bytes:
-    """Return the 16-byte id of an entry that depends on these texts."""
+    """Return the 16-byte id of an entry that depends on these texts.
+
+    Example:
+        >>> len(entry_id("an image's key", "its view"))
+        16
+    """
     digest = hashlib.blake2b(digest_size=_ID_BYTES)
     for part in parts:
         raw = part.encode("utf-8", "surrogatepass")
@@ -46,6 +51,11 @@ def fingerprint(module: torch.nn.Module, *more: str) -> str:
     """Return a SHA-256 over a module's class, config and weights, and further texts.
 
     The names under which weights were loaded do not count, nor do their files: only what is computed with.
+
+    Example:
+        >>> a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        >>> fingerprint(a) == fingerprint(b), len(fingerprint(a))
+        (False, 64)
     """
     config: Any = getattr(module, "config", {})
     config = dict(config) if isinstance(config, Mapping) else config.to_dict()
@@ -64,6 +74,15 @@ class Store:
         root: folder of all stores; made by `create`.
         name: first part of the folder's name, for people.
         about: all that the values depend on besides the id; no paths.
+
+    Example:
+        >>> import tempfile
+        >>> store = Store(tempfile.mkdtemp(), "latents", {"vae": "its digest"})
+        >>> store.create()
+        >>> shard = store.add([entry_id("a")], [{"mean": torch.ones(2)}])
+        >>> store.open([shard])
+        >>> store.fault(shard), store.read([entry_id("a")])[0]["mean"].tolist(), store.missing([entry_id("b")])
+        (None, [1.0, 1.0], [0])
     """
 
     def __init__(self, root: str | Path, name: str, about: Mapping[str, Any]) -> None:

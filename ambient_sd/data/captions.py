@@ -27,6 +27,10 @@ class Cut:
         tokens: how many it has; without a tokenizer at least so many.
         limit: how many are read.
         lost: the end that is not read, as the tokenizer writes it (in small letters).
+
+    Example:
+        >>> Cut(index=0, tokens=77, limit=75, lost="the end").lost
+        'the end'
     """
 
     index: int
@@ -64,7 +68,12 @@ def find_cut(texts: Sequence[str], tokenizers: Sequence[Any]) -> list[Cut]:
 
 
 def surely_cut(texts: Sequence[str], limit: int = CLIP_TOKENS) -> list[Cut]:
-    """Return the texts that every CLIP tokenizer cuts: a lower bound, for which none is needed."""
+    """Return the texts that every CLIP tokenizer cuts: a lower bound, for which none is needed.
+
+    Example:
+        >>> [cut.lost for cut in surely_cut(["a red apple on a table"], limit=4)]
+        ['a table']
+    """
     found = []
     for i, text in enumerate(texts):
         pieces = list(_PIECE.finditer(text))
@@ -81,6 +90,10 @@ def in_one_line(cuts: Sequence[Cut], total: int, what: str, first: str) -> str:
         total: number of texts.
         what: "captions" or "prompts".
         first: name of the first one.
+
+    Example:
+        >>> in_one_line([Cut(0, 77, 75, "a table")], total=9, what="captions", first="a.png")
+        '1 of 9 captions are longer than the text encoder reads and are cut; the first, a.png, has 77 tokens of 75, lost: a table'
     """
     one = cuts[0]
     return one_line(

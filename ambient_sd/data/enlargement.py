@@ -51,6 +51,10 @@ def check_enlargement(
 
     Raises:
         UserError: the median is too large.
+
+    Example:
+        >>> check_enlargement([(400, 400)], [(512, 512)], resolution=512) is None  # 1.28 times: nothing to say
+        True
     """
     factor = median_enlargement(sizes, targets)
     if factor < WARNED:

@@ -72,6 +72,11 @@ def image_noise(
 
     Raises:
         UserError: keys is one string or holds something else than non-empty strings, or shape or seed is not whole.
+
+    Example:
+        >>> noise = image_noise(["a", "b", "a"], (4, 8, 8))
+        >>> torch.equal(noise[0], noise[2]), torch.equal(noise[0], noise[1])
+        (True, False)
     """
     # A bare string is a sequence of one-letter keys; an index as a key is the leak that keys exist to prevent.
     bad = [keys] if isinstance(keys, str) else [k for k in keys if not (isinstance(k, str) and k)]

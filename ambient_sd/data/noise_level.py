@@ -69,6 +69,12 @@ class Levels:
         speciation: root of the largest eigenvalue.
         proposed: s_n, two significant digits.
         reason: one line.
+
+    Example:
+        >>> latents = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        >>> found = measure(latents)
+        >>> found.images, found.as_dict()["numbers"]
+        (8, 64)
     """
 
     images: int
@@ -103,6 +109,14 @@ def representatives(images: ImageDataset, shapes: Sequence[Any] | None = None) -
 
     Raises:
         UserError: fewer than `FEWEST` are left.
+
+    Example:
+        >>> class Nine:
+        ...     noise_keys = keys = [f"{i}" for i in range(9)]
+        ...     def one_of_each(self):
+        ...         return list(range(9))
+        >>> representatives(Nine())[1]
+        9
     """
     rows = images.one_of_each()
     if shapes is not None:
@@ -131,6 +145,11 @@ def measure(latents: torch.Tensor, *, total: int | None = None, max_level: float
 
     Raises:
         UserError: fewer than `FEWEST` images, all alike, or values that are not finite.
+
+    Example:
+        >>> latents = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        >>> measure(latents).proposed
+        1.1
     """
     m, n = len(latents), total or len(latents)
     if latents.ndim != 4 or m < FEWEST:
@@ -233,7 +252,13 @@ def _quantiles(values: torch.Tensor) -> Quantiles:
 
 
 def as_text(found: Levels) -> str:
-    """Return the table for the terminal."""
+    """Return the table for the terminal.
+
+    Example:
+        >>> latents = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        >>> as_text(measure(latents)).splitlines()[0]
+        '8 distinct images, 64 numbers each'
+    """
     drawn = "" if found.used == found.images else f" ({found.used} of them measured)"
     low, middle, high = found.nearest
     lines = [
@@ -252,7 +277,13 @@ def as_text(found: Levels) -> str:
 
 
 def marks(found: Levels) -> list[tuple[float | None, str]]:
-    """Return the levels that mean something, each with its meaning."""
+    """Return the levels that mean something, each with its meaning.
+
+    Example:
+        >>> latents = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        >>> [meaning for _, meaning in marks(measure(latents))][1]
+        'the noise of neighbouring images overlaps'
+    """
     return [
         (found.copy, "below, a noisy copy is a copy: linearly denoised, d1/d2 < 1/3 for half of them"),
         (found.overlap, "the noise of neighbouring images overlaps"),

@@ -40,6 +40,18 @@ class ShardRows(Sequence[Mapping[str, Any]]):
     Args:
         paths: the shards.
         caption_column: column under which the text of a `.txt` member appears.
+
+    Example:
+        >>> import io, tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with tarfile.open(folder / "a.tar", "w") as tar:
+        ...     for name, data in (("1.jpg", b"an image"), ("1.txt", b"a cat")):
+        ...         info = tarfile.TarInfo(name)
+        ...         info.size = len(data)
+        ...         tar.addfile(info, io.BytesIO(data))
+        >>> rows = index_shards(find_shards(folder), "text")
+        >>> rows[0], rows.image(0)
+        ({'text': 'a cat'}, b'an image')
     """
 
     def __init__(self, paths: Sequence[Path], caption_column: str) -> None:
@@ -131,6 +143,11 @@ def has_shards(folder: Path) -> bool:
 
     Raises:
         UserError: the folder cannot be listed.
+
+    Example:
+        >>> import tempfile
+        >>> has_shards(Path(tempfile.mkdtemp()))
+        False
     """
     try:
         with os.scandir(folder) as entries:
@@ -140,7 +157,12 @@ def has_shards(folder: Path) -> bool:
 
 
 def names_shards(source: Path) -> bool:
-    """Tell whether a path is a tar file, compressed or not, or a pattern such as `part-{000..010}.tar`."""
+    """Tell whether a path is a tar file, compressed or not, or a pattern such as `part-{000..010}.tar`.
+
+    Example:
+        >>> names_shards(Path("part-{000..010}.tar"))
+        True
+    """
     return _is_shard(source.name) and (os.path.isfile(source) or bool(_RANGE.search(str(source))))
 
 
@@ -153,6 +175,13 @@ def find_shards(source: Path) -> list[Path]:
 
     Raises:
         UserError: a shard is compressed or missing, or a range is wrong.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / "a.tar").touch()
+        >>> [path.name for path in find_shards(folder)]
+        ['a.tar']
     """
     if source.is_dir():
         # A file and a link to it are one shard, under the file's own name.
@@ -209,6 +238,17 @@ def index_shards(paths: Sequence[Path], caption_column: str, faults: list[tuple[
 
     Raises:
         UserError: a shard is damaged, compressed or empty, or its members do not make rows.
+
+    Example:
+        >>> import io, tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with tarfile.open(folder / "a.tar", "w") as tar:
+        ...     for name, data in (("1.jpg", b"an image"), ("1.txt", b"a cat")):
+        ...         info = tarfile.TarInfo(name)
+        ...         info.size = len(data)
+        ...         tar.addfile(info, io.BytesIO(data))
+        >>> index_shards(find_shards(folder), "text").names
+        ['a.tar/1.jpg']
     """
     rows = ShardRows(paths, caption_column)
 

@@ -54,6 +54,11 @@ class ImageRow:
         name: file name or row, for messages.
         noise_key: key of what is fixed for it and its near-duplicates; empty means `key`.
         mirrored: it is the mirror image of the image that `noise_key` belongs to.
+
+    Example:
+        >>> image = Image.new("RGB", (8, 8))
+        >>> ImageRow(image, "a black square", content_key(image), "a.png").mirrored
+        False
     """
 
     image: Image.Image
@@ -66,7 +71,12 @@ class ImageRow:
 
 @dataclass(frozen=True)
 class Fault:
-    """Say what is wrong with one row: its `name`, the `kind` of fault, and a `text` for people."""
+    """Say what is wrong with one row: its `name`, the `kind` of fault, and a `text` for people.
+
+    Example:
+        >>> Fault("a.png", "broken", "the file does not exist").kind
+        'broken'
+    """
 
     name: str
     kind: str
@@ -87,6 +97,15 @@ class ImageDataset(Sequence[ImageRow]):
     Attributes:
         unlisted: files of the folder that hold or may hold images and were left out, because the caller wanted it so.
         animated: names of the rows with more than one frame, of which the first is the image; known after `check`.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+        >>> atomic = (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a red square"}')
+        >>> rows = load_rows(folder).check()
+        >>> len(rows), rows[0].caption, rows.images[0].size
+        (1, 'a red square', (8, 8))
     """
 
     def __init__(
@@ -228,7 +247,12 @@ class _Undecodable(Exception):
 
 
 def content_key(image: Image.Image) -> str:
-    """Return the SHA-256 of an RGB image's size and pixels, in hexadecimal."""
+    """Return the SHA-256 of an RGB image's size and pixels, in hexadecimal.
+
+    Example:
+        >>> len(content_key(Image.new("RGB", (8, 8))))
+        64
+    """
     width, height = image.size
     return hashlib.sha256(f"{width}x{height} RGB\n".encode() + image.tobytes()).hexdigest()
 
@@ -237,6 +261,12 @@ def decode(source: bytes | Path) -> Image.Image:
     """Decode an image to RGB: upright, the first frame, transparency laid on white.
 
     A PNG's comments are not read where they are too large for Pillow; no pixel hangs on them.
+
+    Example:
+        >>> buffer = io.BytesIO()
+        >>> Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(buffer, "PNG")
+        >>> decode(buffer.getvalue()).getpixel((0, 0))  # transparency is laid on white
+        (255, 255, 255)
     """
     try:
         try:
@@ -354,6 +384,14 @@ def load_rows(
     Raises:
         UserError: the source does not exist, has no images, lacks a column or a file, or no row is left; images in it
             would be left out, or lie behind a link that cannot be followed.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+        >>> atomic = (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a red square"}')
+        >>> load_rows(folder).captions
+        ['a red square']
     """
     if unlisted not in UNLISTED:
         raise UserError(f"unlisted is {unlisted!r}", rule=f"it must be {' or '.join(UNLISTED)}")
@@ -593,6 +631,14 @@ def not_listed(folder: Path, listed: Sequence[str], listing: Path, faults: list[
 
     Raises:
         UserError: a link in it cannot be followed.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+        >>> atomic = (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a red square"}')
+        >>> not_listed(folder, [], folder / "metadata.jsonl")
+        {'a.png': 'not in metadata.jsonl'}
     """
     seen = _walked(folder, faults)
     names = {os.path.normpath(name) for name in listed}
@@ -621,7 +667,12 @@ def _tell_unlisted(folder: Path, left: Mapping[str, str], unlisted: str, faults:
 
 
 def refuse_unlisted(folder: Path, left: Mapping[str, str]) -> UserError:
-    """Return the refusal of a folder of which files would be left out: each name with its reason."""
+    """Return the refusal of a folder of which files would be left out: each name with its reason.
+
+    Example:
+        >>> print(refuse_unlisted(Path("images"), {"b.heic": "a kind that is not read"}))
+        1 files in images would be left out: b.heic (a kind that is not read); what is not read is not seen; list, convert, unpack or move them, or give --unlisted ignore
+    """
     shown = _some([f"{one_line(name, 60)} ({why})" for name, why in left.items()])
     return UserError(f"{len(left)} files in {folder} would be left out: {shown}", rule="what is not read is not seen",
                      remedy="list, convert, unpack or move them, or give --unlisted ignore")  # fmt: skip

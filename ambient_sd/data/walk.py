@@ -49,6 +49,10 @@ class Found:
         broken: path -> what is wrong with it, of links and folders that cannot be followed.
         again: further paths to files that are counted already.
         real: image -> its real path.
+
+    Example:
+        >>> Found().images
+        []
     """
 
     images: list[str] = field(default_factory=list)
@@ -77,6 +81,15 @@ def walk(folder: Path) -> Found:
 
     Raises:
         UserError: links form a cycle: a path without end.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for name in ("a.png", "b.heic", "notes.txt"):
+        ...     (folder / name).touch()
+        >>> found = walk(folder)
+        >>> found.images, found.unread
+        (['a.png'], {'b.heic': 'a kind that is not read'})
     """
     found = Found()
     start = _Folder(False, False, "", os.path.realpath(folder))

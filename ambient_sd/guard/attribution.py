@@ -47,6 +47,12 @@ class TokenAttribution:
         steps: over how many evaluations of the network.
         words: the text between beginning and end, word by word; a token by itself may be part of a character.
         word_scores: each word's score, the root of the sum of its tokens' squared scores.
+
+    Example:
+        >>> found = TokenAttribution("a cat", ["a", "cat"], [1.0, 4.0], padding_score=None, images=1, steps=50)
+        >>> print(found.table(width=8))
+        a           1  ##
+        cat         4  ########
     """
 
     prompt: str
@@ -115,6 +121,14 @@ class TokenGradients(Policy):
 
     Raises:
         UserError: when sampling, it is unknown which token each embedding belongs to.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> pipe, watch = tiny_pipeline(), TokenGradients()
+        >>> with MemorizationGuard(pipe, watch, stop_after=1):
+        ...     drawn = pipe("a cat", num_inference_steps=2, output_type="latent")
+        >>> watch.result("a cat", pipe.tokenizer).words
+        ['a', 'cat']
     """
 
     mitigates = False
@@ -248,6 +262,11 @@ def attribute(
         UserError: an argument is out of range; the embeddings are not tokens, one by one; the gradient is not finite.
 
     Source: Wen, Liu, Chen, Lyu, ICLR 2024.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> attribute(tiny_pipeline(), "a cat", num_inference_steps=2, stop_after=1).tokens
+        ['<|startoftext|>', 'a', 'c', 'a', 't', '<|endoftext|>']
     """
     if not isinstance(prompt, str):
         raise UserError(f"prompt is a {type(prompt).__name__}", rule="attribution explains one prompt, a string")

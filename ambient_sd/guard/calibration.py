@@ -65,6 +65,11 @@ class Entry:
         rate: share of ordinary scores that it flags.
         auc: probability that a memorized prompt scores higher than an ordinary one; None without memorized prompts.
         tpr: share of memorized scores above the threshold that flags 1 % of ordinary ones; None as above.
+
+    Example:
+        >>> entry = Entry("all", 1, value=5.0, rate=Estimate(0.01, 0.0, 0.05, 100), auc=Estimate(0.9, 0.8, 0.97, 20))
+        >>> entry.tells, Entry.from_dict(entry.as_dict()) == entry
+        (True, True)
     """
 
     steps: int | Literal["all"]
@@ -101,6 +106,10 @@ class AnisotropyTerms:
     Attributes:
         norm_weight, alignment_weight: of `Anisotropy.score`.
         low_timestep: at which the alignment is taken.
+
+    Example:
+        >>> AnisotropyTerms(norm_weight=1.0, alignment_weight=2.0, low_timestep=41).low_timestep
+        41
     """
 
     norm_weight: float
@@ -117,6 +126,11 @@ class ModelFingerprint:
         weights: SHA-256 of the structure and of every weight as loaded; None where they are not in memory (disk offload).
         dtype: of the weights as loaded ("float32", "float16", "bfloat16"; of the first where they differ).
         probe: one weight of each of up to 128 tensors, spread evenly over them.
+
+    Example:
+        >>> a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        >>> ModelFingerprint.of(a).differs(ModelFingerprint.of(b))
+        'its weights are others'
     """
 
     structure: str
@@ -188,6 +202,12 @@ class Sampling:
         sampler: class of the scheduler; sampler_settings: its configuration.
         prediction_type: epsilon, v_prediction or sample.
         num_inference_steps, guidance_scale: as the pipeline takes them.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> how = Sampling.of(tiny_pipeline(), num_inference_steps=20, guidance_scale=7.5, height=None, width=None)
+        >>> how.height, how.differs(dataclasses.replace(how, guidance_scale=3.0))
+        (32, 'guidance_scale 7.5 was calibrated, not 3.0')
     """
 
     height: int
@@ -250,6 +270,16 @@ class Calibration:
         anisotropy: how its terms add up; None: the thresholds are of the norm.
         score_space: what the norm is of: "noise", or the network's "output" as it is (`scores`). The two do not mix.
         lora: record of the adapter that was loaded (`ambient_sd.families.lora`); None: none was.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> pipe, how = tiny_pipeline(), {"num_inference_steps": 20, "guidance_scale": 7.5, "height": None, "width": None}
+        >>> made = Calibration(
+        ...     [Entry("all", 1, 5.0, Estimate(0.01, 0.0, 0.05, 100))], ModelFingerprint.of(pipe.unet), Sampling.of(pipe, **how), evaluations=20,
+        ...     rate_asked=0.01, ordinary=100, memorized=0, prompts={}, seed=0, versions={},
+        ... )
+        >>> made.threshold(20, 1), made.misfit(pipe)
+        (5.0, None)
     """
 
     entries: list[Entry]

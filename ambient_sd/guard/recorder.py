@@ -86,6 +86,11 @@ class ImageReport:
         decision_steps: over how many evaluations it is the mean.
         undecided: why there is a threshold and `flagged` is None all the same: the score is no finite number, the threshold does not
             fit, or the policy leaves no unmitigated score of its kind.
+
+    Example:
+        >>> report = ImageReport(3.0, [4.0, 2.0], [500.0, 0.0], True, 2.5, "given by caller", "a cat", None, "empty prompt", 7.5, 0)
+        >>> report.score, report.flagged
+        (3.0, True)
     """
 
     score: float
@@ -112,7 +117,12 @@ class ImageReport:
 
 @dataclass(frozen=True)
 class PromptReport:
-    """The score of one prompt: the mean over the images sampled for it in one call (Wen's `n` generations)."""
+    """The score of one prompt: the mean over the images sampled for it in one call (Wen's `n` generations).
+
+    Example:
+        >>> PromptReport(prompt_index=0, prompt="a cat", score=3.0, images=4).score
+        3.0
+    """
 
     prompt_index: int
     prompt: str | None
@@ -200,6 +210,14 @@ class MemorizationGuard:
         UserError: the pipeline, its scheduler or an argument cannot be used.
 
     Source: Wen, Liu, Chen, Lyu, ICLR 2024.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> pipe = tiny_pipeline()
+        >>> with MemorizationGuard(pipe, threshold=1e9) as guard:
+        ...     images = pipe("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+        >>> len(guard.report[0].curve), guard.report[0].flagged
+        (2, False)
     """
 
     def __init__(
@@ -978,7 +996,13 @@ class MemorizationGuard:
 
 
 def active_guard(pipe: Any) -> MemorizationGuard | None:
-    """Return the guard that is on for this pipeline, or None."""
+    """Return the guard that is on for this pipeline, or None.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> active_guard(tiny_pipeline()) is None
+        True
+    """
     return getattr(vars(pipe).get("encode_prompt"), "guard", None)
 
 

@@ -18,7 +18,15 @@ from ambient_sd.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Relation:
-    """Hold how the norm of a fine-tune hangs on its base's for prompts that are not memorized: `slope d_base + offset`."""
+    """Hold how the norm of a fine-tune hangs on its base's for prompts that are not memorized: `slope d_base + offset`.
+
+    Example:
+        >>> import torch
+        >>> base = torch.tensor([1.0, 2.0, 3.0])
+        >>> relation = Relation.fit(norms=2 * base + 1, base=base)
+        >>> relation.score(torch.tensor([9.0]), torch.tensor([2.0])).round(decimals=3).tolist()
+        [4.0]
+    """
 
     slope: float
     offset: float

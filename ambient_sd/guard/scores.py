@@ -44,6 +44,10 @@ def guidance_norm(*, cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
 
     Returns:
         `(B,)` tensor on the same device, float32 or wider: half-precision outputs are summed in float32.
+
+    Example:
+        >>> guidance_norm(cond=torch.ones(1, 4, 2, 2), uncond=torch.zeros(1, 4, 2, 2)).tolist()
+        [4.0]
     """
     wide = torch.promote_types(cond.dtype, torch.float32)
     return torch.linalg.vector_norm((cond.to(wide) - uncond.to(wide)).flatten(1), dim=1)
@@ -64,6 +68,11 @@ def noise_factor(scheduler: Any, timesteps: torch.Tensor) -> torch.Tensor:
 
     Raises:
         UserError: the schedule is not variance preserving, or predicts something else than noise, v or the sample.
+
+    Example:
+        >>> from diffusers import DDIMScheduler
+        >>> noise_factor(DDIMScheduler(prediction_type="v_prediction"), torch.tensor([0])).round(decimals=3).tolist()
+        [1.0]
     """
     schedule = require_supported(scheduler)
     return _factor(schedule.prediction_type, _level(schedule, timesteps.detach().to("cpu", torch.float64)))
@@ -85,6 +94,12 @@ class StepFactor:
 
     Raises:
         UserError: the score is not defined for this scheduler.
+
+    Example:
+        >>> from diffusers import DDIMScheduler
+        >>> factor = StepFactor(DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True))
+        >>> factor.quantity, factor.silent(999.0), factor.silent(0.0)
+        ('noise', True, False)
     """
 
     def __init__(self, scheduler: Any, space: Space = "noise") -> None:
@@ -131,7 +146,13 @@ class StepFactor:
 
 
 def require_supported(scheduler: Any) -> NoiseSchedule:
-    """Return the noise schedule of a scheduler, or raise a `UserError` when the score is not defined for it."""
+    """Return the noise schedule of a scheduler, or raise a `UserError` when the score is not defined for it.
+
+    Example:
+        >>> from diffusers import DDIMScheduler
+        >>> require_supported(DDIMScheduler()).prediction_type
+        'epsilon'
+    """
     schedule = NoiseSchedule.from_scheduler(scheduler)
     if schedule.is_flow or schedule.prediction_type not in PREDICTION_TYPES:
         raise UserError(

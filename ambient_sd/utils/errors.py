@@ -15,7 +15,12 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Raise for a mistake of the user's: `what` went wrong, `where`, which `rule` it breaks, and the `remedy`."""
+    """Raise for a mistake of the user's: `what` went wrong, `where`, which `rule` it breaks, and the `remedy`.
+
+    Example:
+        >>> print(UserError("level is -1", rule="it must be at least 0", remedy="leave it out"))
+        level is -1; it must be at least 0; leave it out
+    """
 
     def __init__(self, what: str, *, rule: str = "", remedy: str = "") -> None:
         # Values that come from files may hold line breaks or control characters: the promise is ONE line. A value without
@@ -25,13 +30,26 @@ class UserError(ValueError):
 
 
 def one_line(text: object, limit: int = 600) -> str:
-    """Return `text` on one line: control characters become spaces, and more than `limit` characters are cut."""
+    """Return `text` on one line: control characters become spaces, and more than `limit` characters are cut.
+
+    Example:
+        >>> one_line("a text\tof two parts", limit=15)
+        'a text of two …'
+    """
     flat = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     return flat if len(flat) <= limit else flat[: limit - 1] + "…"
 
 
 def require_guidance(scale: float) -> None:
-    """Raise a `UserError` unless a guidance scale is finite and above 1: where guidance is off nothing can be measured."""
+    """Raise a `UserError` unless a guidance scale is finite and above 1: where guidance is off nothing can be measured.
+
+    Example:
+        >>> try:
+        ...     require_guidance(1.0)
+        ... except UserError as error:
+        ...     print(str(error).split(";")[0])
+        guidance_scale is 1.0
+    """
     if not 1 < scale < math.inf:
         raise UserError(
             f"guidance_scale is {scale}", rule="the guard measures guidance", remedy="give a finite scale above 1"
@@ -39,7 +57,15 @@ def require_guidance(scale: float) -> None:
 
 
 def exits_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a command's `main`: a `UserError` prints one line to stderr and exits with status 2."""
+    """Decorate a command's `main`: a `UserError` prints one line to stderr and exits with status 2.
+
+    Example:
+        >>> @exits_on_user_error
+        ... def main(count):
+        ...     return count + 1
+        >>> main(1)
+        2
+    """
 
     @functools.wraps(main)
     def wrapper(*args: Any, **kwargs: Any) -> Any:

@@ -223,9 +223,9 @@ def test_a_norm_beside_the_bases_finds_what_the_norm_alone_cannot_tell() -> None
 
 
 def test_hostile_prompts_are_text_on_the_page() -> None:
-    figure = {"value": 0.5, "low": 0.4, "high": 0.6}
+    figure = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
     figures: dict[str, Any] = dict.fromkeys(
-        ("copied", "similarity", "alignment", "hits", "distance", "seconds"), figure
+        ("copies", "copied", "similarity", "alignment", "hits", "distance", "seconds"), figure
     )
     result = {
         "settings": {}, "command": HOSTILE, "prompts": 1, "mitigated_prompts": [HOSTILE],
@@ -235,8 +235,7 @@ def test_hostile_prompts_are_text_on_the_page() -> None:
     text = page(result, [Image.new("RGB", (4, 4))], {"a": {"none": [Image.new("RGB", (4, 4))]}})
     assert "<script>" not in text
     assert "&lt;script&gt;" in text
-    # By the decision nothing was measured here: an earlier version's figures have an empty cell, not a number.
-    assert "| none | - | 50.0 % [40.0, 60.0] | 0.500" in tables(result)
+    assert "| none | 50.0 % [40.0, 60.0] | 50.0 % [40.0, 60.0] | 0.500" in tables(result)
 
 
 def test_copies_in_other_colours_are_counted_beside_those_by_the_published_measure(tmp_path: Path) -> None:

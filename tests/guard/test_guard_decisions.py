@@ -237,9 +237,12 @@ def test_a_number_against_a_negative_prompt_is_said(capsys: Any) -> None:
 # -- thresholds that do not fit ------------------------------------------------------------------------------------
 
 
+RATE = Estimate(0.01, 0.0, 0.05, 500)
+
+
 def fitting(pipe: Any, **changes: Any) -> Calibration:
     how = Sampling.of(pipe, num_inference_steps=STEPS, guidance_scale=7.5, height=32, width=32)
-    entries = [Entry(1, 1, 1e-9, 0.01, 0.0, 0.05), Entry("all", 1, 1e9, 0.01, 0.0, 0.05)]
+    entries = [Entry(1, 1, 1e-9, RATE), Entry("all", 1, 1e9, RATE)]
     return calibration(pipe, **({"sampling": how, "entries": entries, "evaluations": STEPS} | changes))
 
 
@@ -309,11 +312,11 @@ def test_custom_timesteps_are_not_the_calibrated_ones() -> None:
 
 def test_a_useless_threshold_is_refused_and_an_untried_one_says_so() -> None:
     pipe = tools.pipeline()
-    bad = Entry("all", 1, 1e9, Estimate(0.01, 0.0, 0.05, 500), Estimate(0.45, 0.3, 0.6, 20))
+    bad = Entry("all", 1, 1e9, RATE, Estimate(0.45, 0.3, 0.6, 20))
     with pytest.raises(UserError, match=r"useless: AUC 0\.450"):
         scored(pipe, threshold=fitting(pipe, entries=[bad], memorized=20))
     untried = scored(pipe, threshold=fitting(pipe))
     assert "AUC unknown: nothing shows that it works" in untried[0].threshold_origin
-    good = Entry("all", 1, 1e9, Estimate(0.01, 0.0, 0.05, 500), Estimate(0.95, 0.9, 0.99, 20))
+    good = Entry("all", 1, 1e9, RATE, Estimate(0.95, 0.9, 0.99, 20))
     told = scored(pipe, threshold=fitting(pipe, entries=[good], memorized=20))
     assert "AUC 0.95 [0.90, 0.99] on 20 memorized ones" in told[0].threshold_origin

@@ -20,7 +20,12 @@ Half = Literal["cond", "uncond"]
 
 
 class Encoded(NamedTuple):
-    """Hold a text encoder's output: `(m, L, D)`, and the pooled `(m, P)` where the network takes one (SDXL), else None."""
+    """Hold a text encoder's output: `(m, L, D)`, and the pooled `(m, P)` where the network takes one (SDXL), else None.
+
+    Example:
+        >>> Encoded(torch.zeros(1, 77, 768), pooled=None).embeds.shape[1]
+        77
+    """
 
     embeds: torch.Tensor
     pooled: torch.Tensor | None
@@ -36,6 +41,15 @@ class GuidanceBranches(abc.ABC):
         timestep: `()` tensor on the device, in the scheduler's units: reading it with `.item()` costs a synchronisation.
         noise_factor: `()` tensor on the device: what turns a norm of output differences into the score's: one of noise (`scores`), or 1
             with `score_space="output"`.
+
+    Example:
+        >>> class Fake(GuidanceBranches):
+        ...     def predict(self, half, **other):
+        ...         return torch.ones(1) if half == "cond" else torch.zeros(1)
+        ...     def enable_grad(self):
+        ...         return torch.enable_grad()
+        >>> Fake().predict("cond").tolist()
+        [1.0]
     """
 
     sample: torch.Tensor
@@ -97,6 +111,11 @@ class SamplingStart:
         token_ids: `(n, L)` long, on the CPU: the tokens of each image's prompt as the (first) tokenizer gives them, padding
             included; None if the pipeline was called with embeddings.
         token_mask: `(n, L)` bool, on the CPU: True from BOS to the first EOS, False on padding; None as above.
+
+    Example:
+        >>> start = SamplingStart(None, [True], ["a cat"], encode=lambda texts: None, token_ids=None, token_mask=None)
+        >>> start.prompts
+        ['a cat']
     """
 
     halves: GuidanceBranches
@@ -123,6 +142,10 @@ class Change:
         first_score_before: for each image, `|| eps_c - eps_u ||` at the first step as the pipeline had it, if measured.
         first_score_after: the same with what is now in place.
         iterations: for each image, the optimizer steps taken.
+
+    Example:
+        >>> Change([True, False], embeds=torch.zeros(2, 77, 768)).changed
+        [True, False]
     """
 
     changed: list[bool]
@@ -154,6 +177,12 @@ class Step:
         silent: whether this step carries no signal (`scores.NO_SIGNAL`): the last of `norms` then says nothing.
         output_norms: as `norms`, of the outputs as the network gives them: `|| o_c - o_u ||`, the same for epsilon.
         total: how many evaluations the whole run has (the sampler's timesteps); None if unknown.
+
+    Example:
+        >>> one = torch.ones(1, 4, 2, 2)
+        >>> step = Step(0, torch.tensor(999), one, 0 * one, norms=[torch.tensor([4.0])], guidance_scale=7.5, halves=None)
+        >>> step.silent, step.norms[-1].tolist()
+        (False, [4.0])
     """
 
     index: int
@@ -180,6 +209,13 @@ class Policy:
         moves_latent: `begin` replaces the initial latent, which it cannot once sampling has begun.
         mitigates: it changes images; a policy that only watches says False, and images are then flagged as without it.
         gradient_checkpointing: under `GuidanceBranches.enable_grad` activations are recomputed; the guard, which owns the network, reads it.
+
+    Example:
+        >>> class Halve(Policy):
+        ...     def step(self, step):
+        ...         return step.uncond + (step.cond - step.uncond) / 2, step.uncond
+        >>> Halve().begins, Halve().mitigates
+        (False, True)
     """
 
     rewrites_prompt = False
@@ -209,6 +245,13 @@ class ScalePolicy(Policy):
 
     The pipeline computes `uncond + g (cond' - uncond)`; `cond' = uncond + (w / g) (cond - uncond)` makes that `uncond +
     w (cond - uncond)`. Nothing on the way leaves the device.
+
+    Example:
+        >>> class Gentle(ScalePolicy):
+        ...     def scale(self, step):
+        ...         return torch.full_like(step.norms[-1], 2.0)
+        >>> Gentle().begins
+        False
     """
 
     def scale(self, step: Step) -> torch.Tensor:

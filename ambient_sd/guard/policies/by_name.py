@@ -19,7 +19,12 @@ from ambient_sd.utils.errors import UserError, one_line
 
 
 def available() -> dict[str, type[Policy]]:
-    """Return every policy that can be asked for, by the name that is shown."""
+    """Return every policy that can be asked for, by the name that is shown.
+
+    Example:
+        >>> "sail" in available()
+        True
+    """
     from ambient_sd.guard import policies
 
     found = [getattr(policies, name) for name in policies.__all__]
@@ -34,7 +39,12 @@ def available() -> dict[str, type[Policy]]:
 
 
 def usage(name: str, kind: type[Policy]) -> str:
-    """Return how a policy is asked for: its name, its settings and their defaults."""
+    """Return how a policy is asked for: its name, its settings and their defaults.
+
+    Example:
+        >>> usage("scale_cap", available()["scale_cap"])
+        'scale_cap:cap=FLOAT'
+    """
     parts = [
         f"{p.name}=" + (_shown(annotation) if p.default is p.empty else str(p.default).lower())
         for p, annotation in _settings(kind)
@@ -43,7 +53,12 @@ def usage(name: str, kind: type[Policy]) -> str:
 
 
 def listing() -> str:
-    """Return one line for each policy, for `--help`."""
+    """Return one line for each policy, for `--help`.
+
+    Example:
+        >>> listing().splitlines()[0]
+        '  attention_guard:repulsion=2.0,attenuation=0.3,threshold=none,statistic=logits,all_blocks=false,decay=cosine,orthogonalize=true'
+    """
     lines = []
     for name, kind in sorted(available().items()):
         first = (inspect.getdoc(kind) or "").split("\n")[0]
@@ -59,6 +74,10 @@ def make(text: str) -> Policy:
 
     Raises:
         UserError: no policy or setting of that name, a value that it does not take, or policies that do not combine.
+
+    Example:
+        >>> make("static_transition:until=400").until
+        400.0
     """
     parts = re.split(r"\+(?![\d.])", text)
     return _make(text) if len(parts) == 1 else Compose(*map(_make, parts))

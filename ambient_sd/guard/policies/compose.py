@@ -47,6 +47,11 @@ class Compose(Policy):
 
     Raises:
         UserError: there is none, one is not a policy, or two cannot be combined in this order.
+
+    Example:
+        >>> from ambient_sd.guard.policies import OppositeGuidance, StaticTransition
+        >>> len(Compose(OppositeGuidance(until=650), StaticTransition(until=500)).policies)
+        2
     """
 
     def __init__(self, *policies: Policy) -> None:
