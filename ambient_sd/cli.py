@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from ambient_sd.commands.audit_flags import add_audit
 from ambient_sd.commands.audit_flags import run as run_audit
-from ambient_sd.commands.guard_flags import add_unlisted, add_verbs
+from ambient_sd.commands.guard_flags import add_overwrite, add_unlisted, add_verbs
 from ambient_sd.commands.guard_flags import run as run_guard
 from ambient_sd.utils.errors import UserError, exits_on_user_error, require_guidance
 
@@ -39,9 +39,8 @@ def make_parser() -> argparse.ArgumentParser:
         "both under the memorization guard, measure, and write OUT/report.html. About 8 minutes on two CPU cores.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument(
-        "--out", type=Path, default=Path("demo-out"), help="folder for the page; an earlier demo in it goes"
-    )
+    demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the page and the models")
+    add_overwrite(demo)
     demo.add_argument("--subset", type=int, default=60, choices=[60, 300, 1000], help="how many training images")
     demo.add_argument(
         "--steps", type=_positive, default=None, help="optimizer steps of each run (as in configs/demo.yaml)"

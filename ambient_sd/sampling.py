@@ -1,35 +1,40 @@
-"""What `ambient-sd sample` and `ambient-sd calibrate` share: settings, loading, prompt files, and start noise by address.
+"""How images are sampled, for any purpose: the settings, the loading, the seed of an image, and the one loop over a pipeline.
 
-The noise of an image is a function of (seed, place of its prompt, place of the image among those of its prompt) alone, drawn in
-float32 on the CPU: another batch size, precision or device, or a run that was cut and goes on, starts from the same noise.
-Every image is sampled as a prompt of its own, so that nothing depends on which images share a batch but rounding.
+The seed of an image is `image_seed(seed, prompt_index, image_index)`. Its start noise is what `torch.Generator().manual_seed(...)` of it
+gives first, in float32 on the CPU, and a sampler that adds noise on the way goes on with the same generator. Batch size, precision, device, number of
+processes and resuming change nothing but rounding, and in float32 diffusers' own pipeline makes the same image:
+
+    pipe(prompt, generator=torch.Generator().manual_seed(image_seed(seed, 0, 0)))
+
+Under `accelerate launch` the processes share the batches out and all of them see every result.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 
 from ambient_sd.data.captions import Cut, find_cut, in_one_line
-from ambient_sd.data.stream import keyed_generator
 from ambient_sd.families.lora import fit, load_lora, locate, read, told
 from ambient_sd.guard.base_above import BaseAbove
 from ambient_sd.guard.calibration import Sampling
-from ambient_sd.guard.recorder import ImageReport, MemorizationGuard
+from ambient_sd.guard.recorder import ImageReport, MemorizationGuard, active_guard
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.hub_ids import OPEN_CLIP, resolve_model_id
 from ambient_sd.utils.quiet import quiet
 
+T = TypeVar("T")
 SCHEDULERS = {
     "ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteScheduler",
     "pndm": "PNDMScheduler",
@@ -45,12 +50,12 @@ class SamplingConfig:
 
     Attributes:
         model: folder or hub id of a pipeline.
-        adapter: LoRA on it: folder, .safetensors file or hub id (`ambient_sd.families.lora`); None: none.
+        lora_weights: LoRA on it: folder, .safetensors file or hub id (`ambient_sd.families.lora`); None: none.
         scheduler: a key of `SCHEDULERS`; None: the model's own.
         num_inference_steps, guidance_scale: as diffusers takes them. A scale of 1 or less is none, and the guard, which measures
             guidance, then measures nothing.
         resolution: side in pixels, a multiple of 8; None: the model's own.
-        seed: of the start noise.
+        seed: with the place of an image it gives the image's own seed (`image_seed`).
         dtype: precision of the weights, one of `DTYPES`.
         device: torch device; None: a GPU if there is one.
         base_above: noise level above which the base's U-Net stands in for the model's (`guard.base_above`); None: nowhere.
@@ -59,7 +64,7 @@ class SamplingConfig:
     """
 
     model: str
-    adapter: str | None = None
+    lora_weights: str | None = None
     scheduler: str | None = None
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
@@ -91,7 +96,7 @@ class SamplingConfig:
             )
         if self.base is not None and self.base_above is None:
             raise UserError("base without base_above", rule="it says above which noise level the base is used")
-        if self.base_above is not None and self.base is None and self.adapter is None:
+        if self.base_above is not None and self.base is None and self.lora_weights is None:
             raise UserError(
                 "base_above without a base", rule="a model without adapter holds none", remedy="give --base MODEL"
             )
@@ -111,25 +116,27 @@ class SamplingConfig:
         Raises:
             UserError: it cannot be loaded whole into this model.
         """
-        if self.adapter is None:
+        if self.lora_weights is None:
             return None
-        path = locate(self.adapter)
+        path = locate(self.lora_weights)
         seen = path.stat()
         return dict(
-            _fitted(self.adapter, path, (seen.st_mtime_ns, seen.st_size, seen.st_ino), resolve_model_id(self.model))
+            _fitted(
+                self.lora_weights, path, (seen.st_mtime_ns, seen.st_size, seen.st_ino), resolve_model_id(self.model)
+            )
         )
 
     def public(self) -> dict[str, Any]:
         """Return what images depend on, fit to be written down: of local folders the last part of their name only."""
         return {
-            "model": label(self.model), "adapter": None if self.adapter is None else label(self.adapter),
-            **({} if self.adapter is None else {"lora": self.lora()}),
+            "model": label(self.model), "adapter": None if self.lora_weights is None else label(self.lora_weights),
+            **({} if self.lora_weights is None else {"lora": self.lora()}),
             "scheduler": self.scheduler, "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale, "resolution": self.resolution, "seed": self.seed, "dtype": self.dtype,
             **({} if self.base_above is None else {"base_above": self.base_above, "base": None if self.base is None else label(self.base)}),
         }  # fmt: skip
 
-    def sampling(self, pipe: Any) -> Sampling:
+    def describe(self, pipe: Any) -> Sampling:
         """Describe the sampling of a loaded pipeline, as a calibration compares it."""
         return Sampling.of(
             pipe, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale,
@@ -150,7 +157,7 @@ def label(name: str) -> str:
 
 def home(settings: SamplingConfig) -> Path | None:
     """Return the folder that a threshold of this model belongs in: the adapter's, else the model's; None on the hub."""
-    place = Path(settings.adapter if settings.adapter is not None else settings.model)
+    place = Path(settings.lora_weights if settings.lora_weights is not None else settings.model)
     return place if place.is_dir() else place.parent if place.is_file() else None
 
 
@@ -160,20 +167,46 @@ def read_prompts(path: str | Path) -> list[str]:
     Raises:
         UserError: the file cannot be read, holds no prompt, or one that no tokenizer takes.
     """
-    from ambient_sd.training.validation import read_prompts as read_rows
-
-    if str(path).endswith(".jsonl"):
-        prompts = read_rows([str(path)])
+    try:
+        # By line feeds only: other characters that split lines for Python may stand in a prompt.
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt file {path} cannot be read", rule=str(error), remedy="check the path") from None
+    if rows := str(path).endswith(".jsonl"):
+        prompts = [_prompt(line, f"line {number} of {path}") for number, line in enumerate(lines, 1) if line.strip()]
     else:
-        try:
-            # By line feeds only: other characters that split lines for Python may stand in a prompt.
-            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"prompt file {path} cannot be read", rule=str(error), remedy="check the path") from None
         prompts = [line.rstrip("\r") for line in lines if line.strip()]
-        if not prompts:
-            raise UserError(f"{path} holds no prompt", remedy="write one a line")
+    if not prompts:
+        raise UserError(
+            f"{path} holds no prompt", remedy='write one {"prompt": "..."} a line' if rows else "write one a line"
+        )
     check_prompts(prompts)
+    return prompts
+
+
+def _prompt(line: str, where: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        prompt = None
+    if not isinstance(prompt, str):
+        raise UserError(f"{where} holds no prompt", rule='it must read {"prompt": "..."}')
+    return prompt
+
+
+def collect_prompts(entries: Sequence[str] | None) -> list[str]:
+    """Return the prompts meant by a list in which each entry is a prompt, or a .jsonl file with "prompt" rows.
+
+    Raises:
+        UserError: a file cannot be read or holds no prompt.
+
+    Example:
+        >>> collect_prompts(["a cat", "a dog"])
+        ['a cat', 'a dog']
+    """
+    prompts: list[str] = []
+    for entry in entries or ():
+        prompts += read_prompts(entry) if entry.endswith(".jsonl") else [entry]
     return prompts
 
 
@@ -193,7 +226,7 @@ def say_cut(pipe: Any, prompts: Sequence[str]) -> dict[str, Cut]:
     tokenizers = [one for name in ("tokenizer", "tokenizer_2") if (one := getattr(pipe, name, None)) is not None]
     cuts = find_cut(prompts, tokenizers)
     if cuts:
-        print(f"ambient-sd: {in_one_line(cuts, len(prompts), 'prompts', f'number {cuts[0].index + 1}')}", flush=True)
+        say(in_one_line(cuts, len(prompts), "prompts", f"number {cuts[0].index + 1}"))
     return {prompts[cut.index]: cut for cut in cuts}
 
 
@@ -202,8 +235,12 @@ def digest(prompts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
 
 
-def load(settings: SamplingConfig) -> Any:
+def load_pipeline(settings: SamplingConfig, *, safety_checker: bool = True) -> Any:
     """Load the pipeline with adapter and scheduler, quietly, on its device.
+
+    Args:
+        settings: which model, and how.
+        safety_checker: keep the model's own, if it has one; it blanks images that it takes offence at.
 
     Raises:
         UserError: something cannot be loaded.
@@ -218,17 +255,18 @@ def load(settings: SamplingConfig) -> Any:
     kind = getattr(diffusers, _check_model(name))
     dtype: torch.dtype = getattr(torch, settings.dtype)
     try:
-        pipe = kind.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        options = {} if safety_checker else {"safety_checker": None, "requires_safety_checker": False}
+        pipe = kind.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
     except Exception as error:  # OSError, ValueError, SafetensorError, ...: all mean unusable files
         raise UserError(f"{settings.model} cannot be loaded", rule=one_line(f"{type(error).__name__}: {error}", 240),
                         remedy="give a whole Stable Diffusion pipeline with safetensors weights") from None  # fmt: skip
-    if settings.adapter is not None:
-        found = load_lora(pipe, settings.adapter)
+    if settings.lora_weights is not None:
+        found = load_lora(pipe, settings.lora_weights)
         if found != settings.lora():
             raise UserError(
-                f"the adapter {settings.adapter} changed while it was loaded", remedy="leave it alone meanwhile"
+                f"the adapter {settings.lora_weights} changed while it was loaded", remedy="leave it alone meanwhile"
             )
-        print(f"ambient-sd: adapter {label(settings.adapter)}: {told(found)}", flush=True)
+        say(f"adapter {label(settings.lora_weights)}: {told(found)}")
     if settings.scheduler is not None:
         scheduler = getattr(diffusers, SCHEDULERS[settings.scheduler])
         # PNDM's first steps run the network on other inputs four times each; Stable Diffusion is sampled without.
@@ -236,7 +274,7 @@ def load(settings: SamplingConfig) -> Any:
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **extra)
     pipe.set_progress_bar_config(disable=True)
     try:
-        pipe = pipe.to(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        pipe = pipe.to(settings.device or own_device())
     except (RuntimeError, AssertionError) as error:  # no such device, or not enough memory on it
         raise UserError(f"the model does not go to {settings.device or 'the GPU'}", rule=one_line(error, 240),
                         remedy="give another --device") from None  # fmt: skip
@@ -257,59 +295,198 @@ def _unet_of(model: str, dtype: torch.dtype) -> Any:
                         remedy="give the base that the model was fine-tuned from") from None  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """Hold one image, what the guard saw (None: it was off), and whether the pipeline's own safety checker blanked it (None: it has none)."""
+# --- the seeds -------------------------------------------------------------------------------------------------------
 
+MOST_IMAGES = 1009  # of one prompt: the seeds of more would be those of the next prompt's
+
+
+def image_seed(seed: int, prompt_index: int, image_index: int = 0) -> int:
+    """Return the seed of one image: `(seed * 1_000_003 + prompt_index * 1_009 + image_index) mod 2**63`.
+
+    Args:
+        seed: of the whole run.
+        prompt_index: place of the image's prompt, from 0.
+        image_index: place of the image among those of its prompt, from 0 to 1008.
+
+    Raises:
+        UserError: there are more images of one prompt.
+
+    Example:
+        >>> image_seed(0, 2, 3)
+        2021
+    """
+    check_images_per_prompt(image_index + 1)
+    return (seed * 1_000_003 + prompt_index * MOST_IMAGES + image_index) % 2**63
+
+
+def check_images_per_prompt(count: int, name: str = "images per prompt") -> None:
+    """Raise a `UserError` unless from 1 to 1009 images of each prompt are asked for."""
+    if not 1 <= count <= MOST_IMAGES:
+        raise UserError(f"{name} is {count}", rule=f"it must be from 1 to {MOST_IMAGES}: seeds of more would collide")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Ask for one image: its prompt, and the two places that give its seed."""
+
+    prompt: str
+    prompt_index: int
+    image_index: int = 0
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.prompt_index, self.image_index
+
+
+def requests_for(prompts: Sequence[str], images_per_prompt: int = 1) -> list[Request]:
+    """Return a request for every image, prompt by prompt.
+
+    Example:
+        >>> [request.place for request in requests_for(["a cat", "a dog"], 2)]
+        [(0, 0), (0, 1), (1, 0), (1, 1)]
+    """
+    check_images_per_prompt(images_per_prompt)
+    return [Request(prompt, p, i) for p, prompt in enumerate(prompts) for i in range(images_per_prompt)]
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Hold one sampled image and what is known of it.
+
+    Attributes:
+        request: what was asked for.
+        image: None where images were not decoded.
+        report: what the guard saw; None without a guard.
+        nsfw: whether the pipeline's own safety checker blanked it; None: it has none.
+    """
+
+    request: Request
     image: Image.Image | None
     report: ImageReport | None
     nsfw: bool | None
 
 
-def start_noise(pipe: Any, settings: SamplingConfig, places: Sequence[tuple[object, ...]]) -> torch.Tensor:
-    """Return the noise of each image by its address, `(n, C, H, W)` as the pipeline takes it."""
-    sampling, size = settings.sampling(pipe), pipe.vae_scale_factor
-    shape = (1, pipe.unet.config.in_channels, sampling.height // size, sampling.width // size)
-    noise = [torch.randn(shape, generator=keyed_generator(settings.seed, "start noise", *place)) for place in places]
-    return torch.cat(noise).to(pipe.device, pipe.unet.dtype)
-
-
-def draw(
+def generate(
     pipe: Any,
-    guard: MemorizationGuard | None,
-    settings: SamplingConfig,
-    prompts: Sequence[str],
-    places: Sequence[tuple[object, ...]],
+    requests: Sequence[Request],
+    config: SamplingConfig,
     *,
+    guard: MemorizationGuard | None = None,
     decode: bool = True,
-) -> list[Drawn]:
-    """Sample one batch, under an enabled guard if one is given.
+    state: Any = None,
+    bar: Mapping[str, Any] | None = None,
+) -> Iterator[list[Sampled]]:
+    """Sample images and yield them as they come, in the order of the requests. Every image is a prompt of its own for the pipeline.
+
+    To resume, ask only for what is missing.
 
     Args:
-        pipe: from `load`.
-        guard: of this pipeline, on; None: nothing watches.
-        prompts: one per image.
-        places: address of each image; with the seed it gives its noise.
+        pipe: from `load_pipeline`, or one of a model in training.
+        requests: what is wanted.
+        config: steps, scale, size, seed and batch size; the model that it names is not looked at.
+        guard: of this pipeline: it is on during the pipeline's calls. None: nothing watches.
         decode: decode the latents; without, only the guard's reports are made.
+        state: accelerate's `PartialState` or `Accelerator`: process r of N samples the batches r, r + N, ..., and every process yields the
+            results of all. None: this process samples everything.
+        bar: options of a tqdm progress bar, shown by the main process; None: none.
+
+    Yields:
+        The results of one batch; of several processes those of one batch each.
     """
-    sampling = settings.sampling(pipe)
-    out = pipe(
-        list(prompts),
-        latents=start_noise(pipe, settings, places),
-        # Samplers that add noise on the way draw it from here.
-        generator=[keyed_generator(settings.seed, "noise on the way", *place) for place in places],
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        height=sampling.height,
-        width=sampling.width,
-        output_type="pil" if decode else "latent",
-    )
-    images = out.images if decode else [None] * len(prompts)
-    blanked = getattr(out, "nsfw_content_detected", None) if decode else None
-    return [
-        Drawn(image, report, None if blanked is None else bool(blanked[i]))
-        for i, (image, report) in enumerate(zip(images, guard.report if guard else [None] * len(prompts), strict=True))
-    ]
+
+    def sample(batch: Sequence[Request], options: dict[str, Any]) -> list[Sampled]:
+        with contextlib.nullcontext() if guard is None or active_guard(pipe) is guard else guard:
+            out = pipe([r.prompt for r in batch], output_type="pil" if decode else "latent", **options)
+        images = out.images if decode else [None] * len(batch)
+        blanked = (getattr(out, "nsfw_content_detected", None) if decode else None) or [None] * len(batch)
+        reports = [None] * len(batch) if guard is None else guard.report
+        rows = zip(batch, images, reports, blanked, strict=True)
+        return [Sampled(r, image, report, None if nsfw is None else bool(nsfw)) for r, image, report, nsfw in rows]
+
+    pipe.set_progress_bar_config(disable=True)
+    yield from in_batches(pipe, requests, config, sample, state=state, bar=bar)
+
+
+def in_batches(
+    pipe: Any,
+    requests: Sequence[Request],
+    config: SamplingConfig,
+    ask: Callable[[Sequence[Request], dict[str, Any]], list[T]],
+    *,
+    state: Any = None,
+    bar: Mapping[str, Any] | None = None,
+) -> Iterator[list[T]]:
+    """Ask something of a pipeline for every request, from the noise with which `generate` would sample it.
+
+    Args:
+        ask: takes the requests of a batch and the options of the pipeline's call; returns one result, which can be pickled, for each.
+        pipe, requests, config, state, bar: as in `generate`.
+    """
+    from accelerate.utils import gather_object
+    from tqdm.auto import tqdm
+
+    rank, ranks = (0, 1) if state is None else (state.process_index, state.num_processes)
+    batches = [requests[i : i + config.batch_size] for i in range(0, len(requests), config.batch_size)]
+    with tqdm(**{"total": len(requests), "unit": "image", **(bar or {}), "disable": bar is None or rank > 0}) as shown:
+        for first in range(0, len(batches), ranks):
+            # A process that is left without a batch does the last one again: of a sharded network each must call as often as the others.
+            batch = batches[min(first + rank, len(batches) - 1)]
+            found = ask(batch, _options(pipe, config, batch))
+            if ranks > 1:
+                found = gather_object(found if first + rank < len(batches) else [])
+            yield found
+            shown.update(len(found))
+
+
+def _options(pipe: Any, config: SamplingConfig, batch: Sequence[Request]) -> dict[str, Any]:
+    """Return the options of a pipeline's call for a batch: steps, scale, size, the generators and what they give first."""
+    how, factor = config.describe(pipe), pipe.vae_scale_factor
+    shape = (1, pipe.unet.config.in_channels, how.height // factor, how.width // factor)
+    generators = [torch.Generator().manual_seed(image_seed(config.seed, *request.place)) for request in batch]
+    noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+    # In the precision in which the pipeline would draw it, which in training need not be the network's.
+    encoder = getattr(pipe, "text_encoder", None) or pipe.unet
+    return {
+        "latents": noise.to(pipe.device, encoder.dtype), "generator": generators, "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale, "height": how.height, "width": how.width,
+    }  # fmt: skip
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+def processes() -> Any:
+    """Return accelerate's `PartialState`: of one process, or of those that `accelerate launch` has started."""
+    from accelerate import PartialState
+
+    return PartialState()
+
+
+def own_device() -> str:
+    """Return the device of this process: its GPU where there is one, else the CPU."""
+    state = processes()
+    return str(state.device) if state.num_processes > 1 else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def say(text: str) -> None:
+    """Print a line of the command's, once however many processes there are."""
+    if processes().is_main_process:
+        print(f"ambient-sd: {text}", flush=True)
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """Return on every process what `make` gives on the main one: what it reads or writes may lie on that machine alone."""
+    from accelerate.utils import broadcast_object_list
+
+    state = processes()
+    made: list[Any] = [make() if state.is_main_process else None]
+    return broadcast_object_list(made)[0] if state.num_processes > 1 else made[0]
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
 
 
 def _check_model(name: str) -> str:

@@ -32,11 +32,12 @@ from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.registry import choose
 from ambient_sd.guard.base_above import BaseAbove
 from ambient_sd.reporting.report import contact_sheet, cut_sheet
+from ambient_sd.sampling import load_pipeline
 from ambient_sd.training.loop import run as train
 from ambient_sd.utils.errors import UserError, exits_on_user_error
 from ambient_sd.utils.files import atomic_write
 from ambient_sd.utils.quiet import quiet
-from experiments.measures import Reals, load_pipeline, measure_samples, prompts_of, sample
+from experiments.measures import Reals, config_of, measure_samples, prompts_of, sample
 from experiments.plan import Plan, read_plan
 from experiments.sweep import open_reals
 
@@ -105,7 +106,8 @@ def networks_of(plan: Plan, out: Path) -> tuple[dict[str, Any], Any, Reals, int]
             shutil.copytree(out / "model" / "unet", out / f".unet-{step}.part", dirs_exist_ok=True)
             (out / f".unet-{step}.part").rename(kept)
     base = str(config.pretrained_model_name_or_path)
-    pipe = load_pipeline(base, out / "model", False)
+    how = config_of(base, out / "model", False, plan.sampling, config.resolution, run.seed)
+    pipe = load_pipeline(how, safety_checker=False)
     load = type(pipe.unet).from_pretrained
     networks = {"base": load(base, subfolder="unet").to(pipe.device)}
     networks |= {f"step {step}": load(out / f"unet-{step}").to(pipe.device) for step in plan.measure_at}
@@ -121,7 +123,7 @@ def measured(
         return dict(json.loads(path.read_text(encoding="utf-8")))
     prompts = prompts_of(reals, plan.sampling, seed)
     with around():
-        images = sample(pipe, prompts, plan.sampling, resolution, seed)
+        images = sample(pipe, prompts, config_of("", Path(), False, plan.sampling, resolution, seed))
     figures, _ = measure_samples(images, prompts, reals, seed)
     standardized, edges = choose(["standardized", "edges"])
     found, known = embed(images, [standardized, edges]), embed(reals.images, [standardized, edges])

@@ -15,18 +15,20 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
 from by_noise_level import COLUMNS, make_parser, measured, networks_of, page, table
 
-from ambient_sd.commands.compare import MITIGATIONS, Levels, levels_of
+from ambient_sd.commands.compare import MITIGATIONS, OrdinaryScores, ordinary_scores
 from ambient_sd.guard.recorder import MemorizationGuard
+from ambient_sd.sampling import generate, requests_for
 from ambient_sd.utils.errors import UserError, exits_on_user_error
 from ambient_sd.utils.estimate import Estimate
 from ambient_sd.utils.files import atomic_write
 from ambient_sd.utils.quiet import quiet
-from experiments.measures import Reals, sample
+from experiments.measures import Reals, config_of
 from experiments.plan import Sampling, read_plan
 from experiments.results import share, where_as_good
 
@@ -58,9 +60,9 @@ def main() -> None:
     for step in args.steps:
         pipe.unet = networks[f"step {step}"]
         rows.append(row(f"step {step}", contextlib.nullcontext))
-    levels = _levels(pipe, plan.sampling, reals, resolution, args.seed)
+    scores = _ordinary(pipe, plan.sampling, reals, resolution, args.seed)
     for name in args.policies:
-        around = functools.partial(MemorizationGuard, pipe, MITIGATIONS[name][0](levels))
+        around = functools.partial(MemorizationGuard, pipe, MITIGATIONS[name][0](scores))
         rows.append(row(f"{name}, step {args.steps[-1]}", around))
         print(rows[-1]["name"], {k: round(v["value"], 3) for k, v in rows[-1]["figures"].items()}, flush=True)
     stem = f"mitigated{at.replace(' ', '-')}"
@@ -92,15 +94,13 @@ def beside_plain(plain: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]
     return "\n".join(lines)
 
 
-def _levels(pipe: Any, sampling: Sampling, reals: Reals, resolution: int, seed: int) -> Levels:
+def _ordinary(pipe: Any, sampling: Sampling, reals: Reals, resolution: int, seed: int) -> OrdinaryScores:
     """Return what the norms of captions are like that the network never saw."""
-    curves: list[list[float]] = []
     captions = list(dict.fromkeys(reals.heldout_captions))[:96]
-    for first in range(0, len(captions), sampling.batch_size):
-        with MemorizationGuard(pipe) as guard:
-            sample(pipe, captions[first : first + sampling.batch_size], sampling, resolution, seed + first)
-            curves += [report.curve for report in guard.report]
-    return levels_of(torch.tensor(curves)[:, None], range(len(curves)), sampling.guidance_scale)
+    config = config_of("", Path(), False, sampling, resolution, seed)
+    batches = generate(pipe, requests_for(captions), config, guard=MemorizationGuard(pipe), decode=False)
+    curves = [one.report.curve for batch in batches for one in batch if one.report is not None]
+    return ordinary_scores(torch.tensor(curves)[:, None], range(len(curves)), sampling.guidance_scale)
 
 
 if __name__ == "__main__":

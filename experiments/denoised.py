@@ -29,14 +29,17 @@ import torch
 
 from ambient_sd.audit.metrics import bootstrap, difference
 from ambient_sd.data.cache import fingerprint
-from ambient_sd.data.latents import CaptionEncoder, ViewRule, encode_all
+from ambient_sd.data.latents import encode_all
 from ambient_sd.data.noise import image_noise
 from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.data.stream import keyed_generator
+from ambient_sd.data.views import ViewRule
+from ambient_sd.families.encoders import CaptionEncoder, ImageEncoder
+from ambient_sd.families.sd import SD
 from ambient_sd.oracle import ideal_ambient_denoiser, ideal_denoiser
 from ambient_sd.reporting.charts import Line, chart, figure, image, page, table
 from ambient_sd.reporting.report import contact_sheet, escaped
-from ambient_sd.sampling import SamplingConfig, label, load
+from ambient_sd.sampling import SamplingConfig, label, load_pipeline
 from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.utils.errors import UserError, exits_on_user_error
 from ambient_sd.utils.estimate import Estimate
@@ -67,7 +70,7 @@ class Error:
 
 def embedded(pipe: Any, captions: Sequence[str]) -> torch.Tensor:
     """Return the text encoder's hidden states of B captions, (B, L, D) float32 on the CPU."""
-    return CaptionEncoder(pipe.tokenizer, pipe.text_encoder)(captions)["hidden"]
+    return CaptionEncoder(SD, {"tokenizer": pipe.tokenizer, "text_encoder": pipe.text_encoder})(captions)["hidden"]
 
 
 def denoise(pipe: Any, y: torch.Tensor, timestep: int, captions: Sequence[str]) -> torch.Tensor:
@@ -137,12 +140,13 @@ def compare(
         raise UserError(
             f"{len(known)} training and {len(unseen)} held-out images", rule="at least two and one are needed"
         )
-    data = encode_all(first.vae, known, rule, range(len(known)))
+    encoder = ImageEncoder(SD, first.vae)
+    data = encode_all(encoder, known, rule, range(len(known)))
     shape = tuple(data.shape[1:])
     y_n = data.double() + nature * image_noise(known.keys, shape, seed=noise_seed).double()
     seen = sorted(range(len(known)), key=lambda i: known.keys[i])[:count]
     fresh = unseen.subset(sorted(range(len(unseen)), key=lambda i: unseen.keys[i])[:count]).check()
-    x0 = torch.cat([data[seen], encode_all(first.vae, fresh, rule, range(len(fresh)))])
+    x0 = torch.cat([data[seen], encode_all(encoder, fresh, rule, range(len(fresh)))])
     keys = [known.keys[i] for i in seen] + fresh.keys
     captions = [""] * len(x0) if unconditional else [known.captions[i] for i in seen] + fresh.captions
     hidden = {name: embedded(pipe, captions) for name, pipe in pipes.items()}  # once, not at every level
@@ -311,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         load_rows(where, row_filter=[split_condition(term) for term in terms]).check(near_duplicates=True)
         for where, terms in ((args.data, args.row_filter), (args.heldout, args.heldout_filter))
     )
-    pipes = {name: load(one) for name, one in settings.items()}
+    pipes = {name: load_pipeline(one) for name, one in settings.items()}
     errors, outputs = compare(
         pipes, train, heldout, resolution=args.resolution, levels=args.levels, nature=args.nature, count=args.count,
         unconditional=args.unconditional, seed=args.seed, noise_seed=args.noise_seed,

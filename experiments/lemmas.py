@@ -33,10 +33,12 @@ from PIL import Image
 from ambient_sd.audit.metrics import MEMORIZED_RATIO
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.data.duplicates import shared_noise
-from ambient_sd.data.latents import View, ViewRule, encode
+from ambient_sd.data.latents import encode
 from ambient_sd.data.noise import image_noise
 from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.data.stream import keyed_generator
+from ambient_sd.data.views import View, ViewRule
+from ambient_sd.families.encoders import ImageEncoder
 from ambient_sd.oracle import ideal_ambient_denoiser, ideal_denoiser
 from ambient_sd.reporting.charts import Line, Mark, chart, figure, image, page, table
 from ambient_sd.reporting.report import contact_sheet
@@ -133,19 +135,19 @@ def leakage(
     return found, averages
 
 
-def ways_to_leak(vae: Any, images: ImageDataset, s_n: float, seed: int) -> list[dict[str, Any]]:
+def ways_to_leak(encoder: ImageEncoder, images: ImageDataset, s_n: float, seed: int) -> list[dict[str, Any]]:
     """Return what is left of the noise in what a training shows of one image, for ways of making its copies.
 
     Each row: what is done, the residual noise of the best average in units of s_n, and its closed form.
     """
     still = ViewRule(images.sizes[0][0], True, False, True, seed)
-    x0 = _encode(vae, images, still, View())
-    turned = _encode(vae, images, still, View(flip=True)).flip(-1)  # mirrored as an image, and back as a latent
+    x0 = _encode(encoder, images, still, View())
+    turned = _encode(encoder, images, still, View(flip=True)).flip(-1)  # mirrored as an image, and back as a latent
     shape, keys = tuple(x0.shape[1:]), images.keys
     eps = image_noise(keys, shape, seed=seed)
     again = image_noise(keys, shape, seed=seed + 1)
     other = _recompressed(images)
-    copies = _encode(vae, other, still, View())
+    copies = _encode(encoder, other, still, View())
     own = image_noise(other.keys, shape, seed=seed)
     both = _joined(images, other).check(near_duplicates=True)
     grouped = shared_noise(both.noise_keys, both.mirrored, shape, seed=seed)
@@ -203,9 +205,9 @@ def _mean(values: torch.Tensor, seed: int, expected: float | None = None) -> Val
     return Value(float(values.mean()), low, high, expected)
 
 
-def _encode(vae: Any, images: ImageDataset, rule: ViewRule, view: View) -> torch.Tensor:
+def _encode(encoder: ImageEncoder, images: ImageDataset, rule: ViewRule, view: View) -> torch.Tensor:
     samples = [rule.see(images[i], view) for i in range(len(images))]
-    return encode(vae, samples, noise_seed=rule.noise_seed)
+    return encode(encoder, samples, noise_seed=rule.noise_seed)
 
 
 def _recompressed(images: ImageDataset) -> ImageDataset:
@@ -264,14 +266,14 @@ def study(
     images = images.subset(images.one_of_each()).check()
     if len(images) < shown:
         raise UserError(f"{len(images)} distinct images", rule=f"at least {shown} are shown")
-    vae = base.load("vae").requires_grad_(False).eval()
-    decode = decoder(vae)
+    encoder = base.images()
+    decode = decoder(encoder.vae)
     rule = ViewRule(resolution, True, False, True, seed)
-    x0 = _encode(vae, images, rule, View())
+    x0 = _encode(encoder, images, rule, View())
     y_n = x0.double() + level * image_noise(images.keys, tuple(x0.shape[1:]), seed=seed).double()
     first, outputs = optima(x0, y_n, level, seed)
     second, averages = leakage(x0, images.keys, level, seed)
-    ways = ways_to_leak(vae, images, level, seed)
+    ways = ways_to_leak(encoder, images, level, seed)
     size, apart = x0[0].numel(), float(_nearest(x0).median())
     result = {
         "version": 1, "images": len(images), "numbers": size, "level": level, "seed": seed, "resolution": resolution,

@@ -31,7 +31,7 @@ from ambient_sd.audit.registry import choose
 from ambient_sd.audit.shares import COPIES, copy_rate
 from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import drawn, keyed_generator
-from ambient_sd.families.lora import load_lora
+from ambient_sd.sampling import SamplingConfig, generate, requests_for
 from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.utils.estimate import Estimate
 from experiments.denoised import embedded, predicted_x0
@@ -84,30 +84,21 @@ def prompts_of(reals: Reals, sampling: Sampling, seed: int) -> list[str]:
     return [captions[i % len(captions)] for i in range(sampling.images)]
 
 
-def load_pipeline(base: str | Path, folder: Path, lora: bool) -> Any:
-    """Load what a run left, under DPM-Solver++."""
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-
-    options = {"safety_checker": None, "requires_safety_checker": False}
-    pipe = StableDiffusionPipeline.from_pretrained(base if lora else folder, **options)
-    if lora:
-        load_lora(pipe, folder)
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+def config_of(
+    base: str | Path, folder: Path, lora: bool, sampling: Sampling, resolution: int, seed: int
+) -> SamplingConfig:
+    """Say how what a run left is sampled: under DPM-Solver++."""
+    return SamplingConfig(
+        str(base if lora else folder), str(folder) if lora else None, "dpm++", sampling.num_inference_steps, sampling.guidance_scale,
+        resolution, seed, batch_size=sampling.batch_size,
+    )  # fmt: skip
 
 
-def sample(pipe: Any, prompts: Sequence[str], sampling: Sampling, resolution: int, seed: int) -> list[Image.Image]:
-    """Draw one image per entry of `prompts`; its start noise is a function of seed and place."""
-    images: list[Image.Image] = []
-    for first in range(0, len(prompts), sampling.batch_size):
-        chunk = list(prompts[first : first + sampling.batch_size])
-        generators = [keyed_generator(seed, "study sample", first + i) for i in range(len(chunk))]
-        images += pipe(
-            chunk, num_inference_steps=sampling.num_inference_steps, guidance_scale=sampling.guidance_scale,
-            height=resolution, width=resolution, generator=generators,
-        ).images  # fmt: skip
-    return images
+def sample(pipe: Any, prompts: Sequence[str], config: SamplingConfig) -> list[Image.Image]:
+    """Sample one image per entry of `prompts`."""
+    return [
+        one.image for batch in generate(pipe, requests_for(prompts), config) for one in batch if one.image is not None
+    ]
 
 
 def measure_samples(

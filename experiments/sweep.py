@@ -1,7 +1,7 @@
 """Run a study: train every run up to each of its steps, measure there, keep what is done, on several processes.
 
 OUT/study.yaml          the plan as it was read
-OUT/runs/NAME/          one run: model/ (the trainer's own folder, at the last measured step), identity.json,
+OUT/runs/NAME/          one run: model/ (the trainer's own folder, at the last measured step), settings.json,
     step-000400/        figures.json (written last: the step is done), samples.png
 OUT/results.json        everything measured, for `experiments.results`, for `merge` and for other programs
 
@@ -34,18 +34,20 @@ from ambient_sd.audit.shares import COPIES
 from ambient_sd.data.conditions import split_condition
 from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.reporting.report import contact_sheet
+from ambient_sd.sampling import load_pipeline
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import open_images, plan_run
 from ambient_sd.training.loop import run as train
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.files import atomic_write, json_safe
 from ambient_sd.utils.hub_ids import resolve_model_id
+from ambient_sd.utils.output_folder import OutputFolder
 from ambient_sd.utils.quiet import quiet
 from experiments.fresh import fresh_base
 from experiments.measures import (
     Reals,
+    config_of,
     error_curves,
-    load_pipeline,
     measure_samples,
     prompts_of,
     read_reals,
@@ -79,7 +81,7 @@ def sweep(plan: Plan, out: Path, *, workers: int = 1, only: Sequence[str] = ()) 
     for run in todo:
         plan_run(_config(plan, run, out))
     for run in runs:
-        _claim(plan, run, out)
+        _folder(run, out).claim(identity(plan, run))
     atomic_write(out / "study.yaml", plan.text)
     threads = max(1, (torch.get_num_threads() if workers == 1 else (os.cpu_count() or 1) // workers))
     print(f"{plan.name}: {len(runs) - len(todo)} of {len(runs)} runs done", flush=True)
@@ -139,9 +141,10 @@ def _measure(
 ) -> None:
     begin = time.perf_counter()
     base = str(config.pretrained_model_name_or_path)
-    pipe = load_pipeline(base, folder / "model", config.lora)
+    how = config_of(base, folder / "model", config.lora, plan.sampling, config.resolution, run.seed)
+    pipe = load_pipeline(how, safety_checker=False)
     prompts = prompts_of(reals, plan.sampling, run.seed)
-    images = sample(pipe, prompts, plan.sampling, config.resolution, run.seed)
+    images = sample(pipe, prompts, how)
     figures, each = measure_samples(images, prompts, reals, run.seed)
     errors = error_curves(pipe, reals, plan.sampling, config.resolution, run.seed)
     into = folder / f"step-{step:06d}"
@@ -223,7 +226,7 @@ def merge(plan: Plan, out: Path, path: Path) -> int:
             )
     for run in plan.runs:
         if (run.label, run.seed) in theirs:
-            _claim(plan, run, out)
+            _folder(run, out).claim(identity(plan, run))
     taken = 0
     for run in plan.runs:
         for step in theirs.get((run.label, run.seed), []):
@@ -336,8 +339,8 @@ def _heldout(plan: Plan, config: TrainConfig) -> ImageDataset:
 def _check_folders(plan: Plan, out: Path) -> None:
     """Refuse runs of other settings that lie where the plan's would: their figures would pass for the plan's."""
     for run in plan.runs:
-        if (out / "runs" / run.folder / "identity.json").exists():
-            _claim(plan, run, out)
+        if (folder := _folder(run, out)).claimed:
+            folder.check(identity(plan, run))
 
 
 def _check_reals(plan: Plan, runs: Sequence[Run]) -> None:
@@ -359,20 +362,9 @@ def _check_reals(plan: Plan, runs: Sequence[Run]) -> None:
                             rule="held-out images are ones that no run has seen", remedy="give others, for example dataset_split: heldout")  # fmt: skip
 
 
-def _claim(plan: Plan, run: Run, out: Path) -> None:
-    """Let a run's folder belong to one identity."""
-    path = out / "runs" / run.folder / "identity.json"
-    own = identity(plan, run)
-    if path.exists():
-        before = _read_json(path)
-        if before != own:
-            other = [k for k in own if before.get(k) != own[k]]
-            named = [k for k in own["settings"] if before.get("settings", {}).get(k) != own["settings"][k]]
-            raise UserError(f"{path.parent} holds a run with other {', '.join(named or other)}",
-                            rule="a study goes on with what it began", remedy="give another --out, or remove the folder")  # fmt: skip
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, json.dumps(own, indent=1) + "\n")
+def _folder(run: Run, out: Path) -> OutputFolder:
+    """Return the folder of a run, which belongs to one identity."""
+    return OutputFolder(out / "runs" / run.folder, "run of a study", ())
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
     python tools/overview.py docs/study/text-60 docs/study/scratch-60 docs/study/text-300 --out docs/study/overview.png
 
-Above, copies are counted in pixels as published; below, by contours in any colour, for the seeds that were counted so. Each folder holds
+Above, copies are counted in pixels as published; below, by contours (edge-based), for the seeds that were counted so. Each folder holds
 a study's results.json and, where two networks were put together, by-noise-level.json. Nothing is measured here.
 """
 
@@ -28,7 +28,7 @@ SHOWN: Mapping[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 AGAIN = {"color": "black", "marker": "o", "ms": 4, "lw": 1, "ls": ":", "mfc": "white"}
 ABOVE = {"color": "#b83280", "marker": "*", "ms": 14, "ls": "none"}
-MEASURES = {"copied": "copied, %", "copied-recoloured": "copied in any colour, %"}
+MEASURES = {"copied": "copied, %", "copied-recoloured": "copied, edge-based, %"}
 TITLES = {"text": "with captions", "scratch": "from scratch, no captions"}
 
 Place = tuple[Estimate, Estimate]  # copies, distance

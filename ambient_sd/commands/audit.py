@@ -1,11 +1,13 @@
 """`ambient-sd audit`: how much of a model's output is copied from its training images, and how good the output is.
 
-    OUT/generated/       the images, drawn under the guard for the training captions (`ambient_sd.commands.sample`); not with --generated
+    OUT/generated/       the images, sampled under the guard for the training captions (`ambient_sd.commands.sample`); not with --generated
     OUT/base/            images of the base model for the same captions, which cannot be copies: they calibrate the decision
     OUT/images.jsonl   one line a generated image: prompt, score, nearest training image by every feature, copy or not
     OUT/audit.json       figures with intervals, n and seeds; fingerprints of model and data; the verdict
     OUT/audit.html       the same to look at, with the most copied images beside their originals; one file, no script
-    OUT/settings.json    what the folder belongs to: a run that was cut goes on, one of other images or another model is refused
+    OUT/settings.json    what the folder belongs to (`utils.output_folder`): interrupted audits resume, those of other images or another model are refused
+
+Under `accelerate launch` the processes share the sampling out; the rest is the main one's.
 
 Duplicates in the training set count as one image in every search; mirror images are searched for unless told otherwise.
 What is a copy is decided by `ambient_sd.audit.decision`, calibrated by held-out images, by images of the base model, or both; d1 / d2 < 1/3 and
@@ -71,11 +73,20 @@ from ambient_sd.reporting.report import (
     ratio_histogram,
     write_report,
 )
-from ambient_sd.sampling import SamplingConfig, digest, label, load, read_prompts
+from ambient_sd.sampling import (
+    SamplingConfig,
+    check_images_per_prompt,
+    digest,
+    from_main,
+    label,
+    load_pipeline,
+    processes,
+    read_prompts,
+)
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.files import atomic_write, json_safe
 from ambient_sd.utils.hub_ids import resolve_model_id
-from ambient_sd.utils.json_schema import load_json
+from ambient_sd.utils.output_folder import FILE, OutputFolder
 from ambient_sd.utils.weight_files import adapter_files, unet_files
 
 _SHOWN = 24
@@ -84,6 +95,7 @@ SEARCHED = (
 )
 _LEAST_P = -6  # log10, on the page
 _LIST = "samples.jsonl"  # of `ambient-sd sample`
+CONTENTS = ("generated", "base", "images.jsonl", "audit.json", "audit.html", FILE)
 
 
 @dataclass(frozen=True)
@@ -115,7 +127,7 @@ class AuditSettings:
     Attributes:
         training: the images that the model was trained on.
         out: folder for everything.
-        drawing: model and sampler, or None with `generated`.
+        sampling: model and sampler, or None with `generated`.
         generated: folder of images made elsewhere: of `ambient-sd sample`, with metadata.jsonl, or of images alone.
         heldout: real images of the same kind that the model never saw; None: there is no background, no excess, no quality.
         prompts: file of prompts; None: the training captions.
@@ -133,15 +145,16 @@ class AuditSettings:
         attribution: for so many of the most copied prompts, which tokens pull; 0: none.
         limit: the audit fails if the share of copies exceeds this, or if another measure's excess over held-out images does
             with its whole interval; None: it never fails.
-        seed: of choice of prompts and intervals (`drawing.seed` is that of the start noise).
+        seed: of choice of prompts and intervals (`sampling.seed` is that of the start noise).
         resamples: of every interval but those of quality, which take a tenth.
+        overwrite: remove what an earlier audit left in `out` and begin anew.
         unlisted: what becomes of files of `generated` that would not be read, as in `load_rows`; of the real images it is their
             `Source` that says so.
     """
 
     training: Source
     out: Path
-    drawing: SamplingConfig | None = None
+    sampling: SamplingConfig | None = None
     generated: Path | None = None
     heldout: Source | None = None
     prompts: str | None = None
@@ -161,14 +174,14 @@ class AuditSettings:
     seed: int = 0
     resamples: int = 1000
     unlisted: str = "refuse"
+    overwrite: bool = False
 
     def check(self) -> None:
         """Raise a `UserError` for what can be seen to be wrong without opening anything."""
-        if (self.drawing is None) == (self.generated is None):
-            raise UserError("a model and generated images are given " + ("both" if self.drawing else "neither"),
+        if (self.sampling is None) == (self.generated is None):
+            raise UserError("a model and generated images are given " + ("both" if self.sampling else "neither"),
                             rule="an audit is of one of them")  # fmt: skip
-        if self.samples_per_prompt < 1:
-            raise UserError(f"samples_per_prompt is {self.samples_per_prompt}", rule="it must be at least 1")
+        check_images_per_prompt(self.samples_per_prompt, "samples_per_prompt")
         if abs(self.seed) >= 2**63:
             raise UserError(f"seed is {self.seed}", rule="it must be a whole number of at most 63 bits")
         for name in ("max_prompts", "attribution", "base_images"):
@@ -178,21 +191,21 @@ class AuditSettings:
             raise UserError(f"fail-over is {self.limit}", rule="it is a share of the images, from 0 to below 1")
         if self.generated is not None and self.prompts is not None:
             raise UserError("prompts with generated images", rule="their prompts are in the folder's own list")
-        if self.base_model is not None and self.drawing is None:
+        if self.base_model is not None and self.sampling is None:
             raise UserError("base_model with generated images", rule="their prompts and sampler are not known here",
                             remedy="give held-out images with --heldout")  # fmt: skip
-        if self.drawing is not None:
-            self.drawing.check()
+        if self.sampling is not None:
+            self.sampling.check()
             if (base := self.base()) is not None:
                 base.check()
 
     def base(self) -> SamplingConfig | None:
         """Return how images of the base are sampled; None where none are."""
-        drawing = self.drawing
-        if drawing is None or not self.base_images or (self.base_model is None and drawing.adapter is None):
+        config = self.sampling
+        if config is None or not self.base_images or (self.base_model is None and config.lora_weights is None):
             return None
         return dataclasses.replace(
-            drawing, model=self.base_model or drawing.model, adapter=None, base=None, base_above=None
+            config, model=self.base_model or config.model, lora_weights=None, base=None, base_above=None
         )
 
 
@@ -232,8 +245,11 @@ class MirrorVectors:
         return self.feature((ImageOps.mirror(self.images[row]) for row in rows.tolist()), progress=True)
 
 
-def audit(settings: AuditSettings, command: str = "ambient-sd audit") -> Audit:
-    """Draw what is missing, measure, and write everything into `settings.out`.
+def audit(settings: AuditSettings, command: str = "ambient-sd audit") -> Audit | None:
+    """Sample what is missing, measure, and write everything into `settings.out`.
+
+    Returns:
+        The outcome; None on processes other than the main one, whose part ends with the sampling.
 
     Raises:
         UserError: settings, images or models cannot be used, or `out` belongs to something else or cannot be written.
@@ -251,15 +267,16 @@ def audit(settings: AuditSettings, command: str = "ambient-sd audit") -> Audit:
             errno.ENOTDIR,
         ):
             raise UserError(f"{settings.out} cannot be written", rule=str(error.strerror),
-                            remedy="make room, or name another folder with --out; what is drawn is kept") from None  # fmt: skip
+                            remedy="make room, or name another folder with --out; what is sampled is kept") from None  # fmt: skip
         raise
 
 
-def _audit(settings: AuditSettings, command: str) -> Audit:
+def _audit(settings: AuditSettings, command: str) -> Audit | None:
     begun = time.time()
     settings.check()
-    _own(settings.out)
-    own_prompts = settings.drawing is not None and settings.prompts is None
+    folder = OutputFolder(settings.out, "audit", CONTENTS, overwrite=settings.overwrite)
+    folder.check({})
+    own_prompts = settings.sampling is not None and settings.prompts is None
     device = _device(settings)
     stored = _stored(settings)
     training = settings.training.open(need_captions=own_prompts)
@@ -283,27 +300,28 @@ def _audit(settings: AuditSettings, command: str) -> Audit:
                         remedy="give other images, or the right split with --heldout_split")  # fmt: skip
     if settings.group_column is not None:
         training.column(settings.group_column)  # a column that is not there ends it here
-    prompts = None if settings.drawing is None else _prompts(settings, training)
+    prompts = None if settings.sampling is None else _prompts(settings, training)
     existing = None if settings.generated is None else read_generated(settings.generated, settings.unlisted)
-    _claim(settings, training, heldout, prompts, existing)
+    from_main(lambda: folder.claim(_contents_depend_on(settings, training, heldout, prompts, existing)))
     known = prompts if existing is None else existing.prompts
     align = _aligners(settings, known, device)
 
     files: dict[str, Any] = {}
-    if settings.drawing is not None:
+    place, base_place = settings.out / "generated", None
+    if settings.sampling is not None:
         assert prompts is not None
-        folder, before = settings.out / "generated", _weight_files(settings.drawing)
-        sample(SampleSettings(settings.drawing, folder, prompts, settings.samples_per_prompt))
-        files = _weight_files(settings.drawing)
+        before = _weight_files(settings.sampling)
+        sample(SampleSettings(settings.sampling, place, prompts, settings.samples_per_prompt))
+        files = _weight_files(settings.sampling)
         # Files of the hub may have come only now; what was here must be what was sampled.
         if changed := [name for name, digests in before.items() if digests and digests != files[name]]:
             raise UserError(f"the weight files of the {changed[0]} changed while they were audited",
                             rule="figures are of one model", remedy="audit again, into another folder with --out")  # fmt: skip
-        generated = read_generated(folder)
-    else:
-        assert existing is not None
-        generated = existing
-    base = _base_images(settings, prompts)
+        base_place = _sample_base(settings, prompts)
+    if not processes().is_main_process:
+        return None
+    generated = read_generated(place) if existing is None else existing
+    base = None if base_place is None else read_generated(base_place).images
     # Equal images have equal vectors: a set that repeats its images is embedded and searched once.
     different = list(range(len(training))) if stored else one_of_each(training.keys).tolist()
     of_training = (training if stored else training.subset(different)).images
@@ -326,9 +344,11 @@ def _audit(settings: AuditSettings, command: str) -> Audit:
     measured.rows[:0] = verdict.rows
     pulls = _attributions(settings, generated, verdict.decided) if settings.attribution else []
     used = _used(stored, compared)
-    return _write(
+    outcome = _write(
         settings, command, begun, training, heldout, generated, features, measured, verdict, pulls, used, files
     )
+    folder.finish()
+    return outcome
 
 
 # --- what goes in ----------------------------------------------------------------------------------------------------
@@ -358,17 +378,16 @@ def _stored(settings: AuditSettings) -> dict[str, EmbeddingStore]:
                     remedy=f"make them: {shlex.join(words)}")  # fmt: skip
 
 
-def _base_images(settings: AuditSettings, prompts: Sequence[str] | None) -> ImageDataset | None:
-    """Draw what the base makes of the same prompts, one image each: a model that cannot have copied."""
+def _sample_base(settings: AuditSettings, prompts: Sequence[str]) -> Path | None:
+    """Sample the base for the same prompts, one image each: a model that cannot have copied. Return the images' folder."""
     if (base := settings.base()) is None:
         return None
-    assert prompts is not None
     chosen = list(prompts)
     if settings.base_images < len(chosen):
         chosen = [chosen[i] for i in drawn(len(chosen), settings.base_images, settings.seed, "base prompts")]
     folder = settings.out / "base"
     sample(SampleSettings(base, folder, chosen, 1))
-    return read_generated(folder).images
+    return folder
 
 
 @dataclass(frozen=True)
@@ -433,12 +452,12 @@ def _vae(settings: AuditSettings) -> tuple[Any, int]:
     """Return the model's autoencoder and the side that it is sampled at; None where that is more than `RENDERED`, or it has none."""
     from diffusers import AutoencoderKL
 
-    drawing = settings.drawing
-    if drawing is None:
+    config = settings.sampling
+    if config is None:
         return None, 0
-    name = resolve_model_id(drawing.model)
+    name = resolve_model_id(config.model)
     try:
-        side = drawing.resolution or _own_resolution(name)
+        side = config.resolution or _own_resolution(name)
         if side > RENDERED:
             return None, side
         vae: Any = AutoencoderKL.from_pretrained(name, subfolder="vae", use_safetensors=True)
@@ -469,45 +488,20 @@ def _used(stored: Mapping[str, EmbeddingStore], compared: int) -> dict[str, Any]
     }  # fmt: skip
 
 
-def _own(out: Path) -> None:
-    """Refuse a folder that holds anything else, before anything is read."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out is {out}", rule="it must be a folder")
-    if out.is_dir() and not (out / "settings.json").is_file():
-        foreign = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
-        if foreign:
-            raise UserError(f"{out} holds {foreign[0]!r} and no settings.json", rule="an audit goes into a folder of its own",
-                            remedy="name another with --out")  # fmt: skip
-
-
-def _claim(
+def _contents_depend_on(
     settings: AuditSettings, training: ImageDataset, heldout: ImageDataset | None, prompts: Sequence[str] | None,
     existing: Generated | None,
-) -> None:  # fmt: skip
-    """Write what the folder belongs to, or refuse to go on with something else; figures may be made again in other ways."""
-    given: dict[str, Any] = {
+) -> dict[str, Any]:  # fmt: skip
+    """Return what the folder belongs to; figures of the same images may be made again in other ways."""
+    return {
         "training": training.fingerprint(),
         "heldout": None if heldout is None else heldout.fingerprint(),
         "prompts": None if prompts is None else digest(prompts),
         "samples_per_prompt": None if prompts is None else settings.samples_per_prompt,
-        "drawing": None if settings.drawing is None else settings.drawing.public(),
+        "sampling": None if settings.sampling is None else settings.sampling.public(),
         "generated": None if existing is None else existing.images.fingerprint(),
         "base": None if (base := settings.base()) is None else {**base.public(), "images": settings.base_images},
     }
-    path = settings.out / "settings.json"
-    if path.is_file():
-        try:
-            before = load_json(path, 2**20)["given"]
-            other = next((name for name in given if before[name] != given[name]), None)
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is not an audit's", remedy="name another folder with --out") from None
-        if other is not None:
-            shown = {"training": "the training images are others", "heldout": "the held-out images are others",
-                     "prompts": "the prompts are others", "generated": "the generated images are others"}  # fmt: skip
-            raise UserError(f"{settings.out} belongs to another audit: {shown.get(other, f'{other} differs')}",
-                            rule="a folder holds one audit", remedy="name another with --out")  # fmt: skip
-        return
-    atomic_write(path, json.dumps({"given": given}, indent=1) + "\n")
 
 
 def _prompts(settings: AuditSettings, training: ImageDataset) -> list[str]:
@@ -520,7 +514,7 @@ def _prompts(settings: AuditSettings, training: ImageDataset) -> list[str]:
 
 
 def _device(settings: AuditSettings) -> str:
-    given = settings.drawing.device if settings.drawing is not None else None
+    given = settings.sampling.device if settings.sampling is not None else None
     return given or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -572,7 +566,7 @@ Aligner = Callable[[Generated, ImageDataset | None], list[Row]]
 
 
 def _aligners(settings: AuditSettings, prompts: Sequence[str] | None, device: str) -> list[Aligner]:
-    """Load what measures how well images show their prompts, before anything is drawn."""
+    """Load what measures how well images show their prompts, before anything is sampled."""
     for name in ("clip", "judge"):
         if getattr(settings, name) is not None and prompts is None:
             raise UserError(f"{name} for images without prompts", rule="it measures how well an image shows its prompt",
@@ -589,11 +583,11 @@ def _aligners(settings: AuditSettings, prompts: Sequence[str] | None, device: st
     if settings.judge is not None:
         from ambient_sd.audit.alignment import DiffusionAlignment
 
-        pipe = load(
+        pipe = load_pipeline(
             dataclasses.replace(
-                settings.drawing or SamplingConfig(""),
+                settings.sampling or SamplingConfig(""),
                 model=settings.judge,
-                adapter=None,
+                lora_weights=None,
                 base_above=None,
                 base=None,
                 scheduler=None,
@@ -660,8 +654,8 @@ def _attributions(settings: AuditSettings, generated: Generated, decided: Decide
     """Return the pull of the tokens of the most copied prompts, by the mean rank of their images."""
     from ambient_sd.guard.attribution import attribute
 
-    drawing = settings.drawing
-    if drawing is None or generated.prompts is None or drawing.guidance_scale <= 1:  # without guidance no prompt pulls
+    config = settings.sampling
+    if config is None or generated.prompts is None or config.guidance_scale <= 1:  # without guidance no prompt pulls
         return []
     ranks: dict[str, list[float]] = {}
     for prompt, value in zip(generated.prompts, decided.ratio.clamp(max=10).tolist(), strict=True):
@@ -670,14 +664,14 @@ def _attributions(settings: AuditSettings, generated: Generated, decided: Decide
     for prompt, copy in zip(generated.prompts, decided.copy.tolist(), strict=True):
         copies[prompt] = copies.get(prompt, 0) + int(copy)
     order = sorted(ranks, key=lambda prompt: (sum(ranks[prompt]) / len(ranks[prompt]), prompt))
-    pipe = load(drawing)
-    sampling = drawing.sampling(pipe)
+    pipe = load_pipeline(config)
+    sampling = config.describe(pipe)
     pulls = []
     for prompt in order[: settings.attribution]:
         try:
             seen = attribute(
-                pipe, prompt, num_inference_steps=drawing.num_inference_steps, seed=drawing.seed,
-                guidance_scale=drawing.guidance_scale, height=sampling.height, width=sampling.width,
+                pipe, prompt, num_inference_steps=config.num_inference_steps, seed=config.seed,
+                guidance_scale=config.guidance_scale, height=sampling.height, width=sampling.width,
             )  # fmt: skip
         except (
             UserError
@@ -718,14 +712,14 @@ def _write(
         "finding": dataclasses.asdict(finding),
         "verdict": verdict,
         "model": None
-        if settings.drawing is None
-        else {**settings.drawing.public(), "weights": generated.weights, **_of_base(generated), "files": files},
+        if settings.sampling is None
+        else {**settings.sampling.public(), "weights": generated.weights, **_of_base(generated), "files": files},
         "images": {
             "generated": {
                 "n": len(generated.images), "fingerprint": generated.images.fingerprint(),
                 "prompts": None if generated.prompts is None else len(set(generated.prompts)),
-                "samples_per_prompt": None if settings.drawing is None else settings.samples_per_prompt,
-                "source": "training captions" if settings.drawing is not None and settings.prompts is None else "given",
+                "samples_per_prompt": None if settings.sampling is None else settings.samples_per_prompt,
+                "source": "training captions" if settings.sampling is not None and settings.prompts is None else "given",
                 "weights": generated.weights, "unlisted": generated.images.unlisted,
             },
             "training": {**settings.training.public(), **_counted(training), "groups_of_duplicates": len(training.groups),
@@ -757,11 +751,11 @@ def _write(
     return Audit(record.as_dict(), bool(verdict["exceeded"]))
 
 
-def _weight_files(drawing: SamplingConfig) -> dict[str, Any]:
+def _weight_files(config: SamplingConfig) -> dict[str, Any]:
     """Return the digests of the files that are sampled: the U-Net's and the adapter's, None without one."""
     return {
-        "unet": unet_files(drawing.model),
-        "adapter": None if drawing.adapter is None else adapter_files(drawing.adapter),
+        "unet": unet_files(config.model),
+        "adapter": None if config.lora_weights is None else adapter_files(config.lora_weights),
     }
 
 
@@ -850,7 +844,7 @@ def _report(
         _sample(i, generated, decoded, training.captions, decided, published, float(order[i]))
         for i in order.argsort(stable=True)[: 3 * _SHOWN].tolist()
     ]
-    name = "this folder" if settings.drawing is None else _model_name(settings.drawing)
+    name = "this folder" if settings.sampling is None else _model_name(settings.sampling)
     run = RunSection(
         name=name,
         objective="",
@@ -875,8 +869,8 @@ def _report(
     )
 
 
-def _model_name(drawing: SamplingConfig) -> str:
-    return label(drawing.model) + (f" with {label(drawing.adapter)}" if drawing.adapter else "")
+def _model_name(config: SamplingConfig) -> str:
+    return label(config.model) + (f" with {label(config.lora_weights)}" if config.lora_weights else "")
 
 
 def _sample(
@@ -969,7 +963,7 @@ def _notes(
     if decision.nulls and near > by_chance + 2 * math.sqrt(by_chance) and near > int(decision.decided.copy.sum()):
         notes.append(
             f"{near} of {n} images are nearer than {1 - EACH:.0%} of the images that cannot be copies come, where {by_chance:.1f} would be by chance: too "
-            "few to tell which are copies, too many for none. Look at the first ones, and draw more."
+            "few to tell which are copies, too many for none. Look at the first ones, and sample more."
         )
     for null in decision.nulls:
         if null.twins:
@@ -987,7 +981,7 @@ def _notes(
             "No held-out images were given: nothing says how many hits are chance, and quality is not measured. "
             "Give real images of the same kind that the model never saw: --heldout FOLDER."
         )
-    if settings.drawing is not None and settings.prompts is None:
+    if settings.sampling is not None and settings.prompts is None:
         notes.append("Prompts are the training captions: the case in which copying is easiest.")
     for seen, name in ((generated.images, "generated"), (training, "training"), (heldout, "held-out")):
         if seen is not None and seen.unlisted:
@@ -1035,13 +1029,13 @@ def _notes(
 def _made(
     settings: AuditSettings, training: ImageDataset, heldout: ImageDataset | None, generated: Generated
 ) -> dict[str, object]:
-    drawing = settings.drawing
+    config = settings.sampling
     made: dict[str, object] = {**_versions(), "seed": settings.seed}
-    if drawing is not None:
-        steps = f"{drawing.scheduler or 'its own sampler'}, {drawing.num_inference_steps} steps, guidance {drawing.guidance_scale:g}"
-        above = "" if drawing.base_above is None else f", its base above noise level {drawing.base_above:g}"
-        made["model"] = _model_name(drawing) + above
-        made["sampling"] = f"{steps}, seed {drawing.seed}, {settings.samples_per_prompt} images a prompt"
+    if config is not None:
+        steps = f"{config.scheduler or 'its own sampler'}, {config.num_inference_steps} steps, guidance {config.guidance_scale:g}"
+        above = "" if config.base_above is None else f", its base above noise level {config.base_above:g}"
+        made["model"] = _model_name(config) + above
+        made["sampling"] = f"{steps}, seed {config.seed}, {settings.samples_per_prompt} images a prompt"
     made["weights of the U-Net (sha256)"] = generated.weights or "not known"
     if generated.base_weights is not None:
         made["weights of the base's U-Net (sha256)"] = generated.base_weights

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ambient_sd.audit.registry import add_features, chosen
-from ambient_sd.commands.guard_flags import add_base, add_sampling, add_unlisted
+from ambient_sd.commands.guard_flags import add_base, add_overwrite, add_sampling, add_unlisted
 from ambient_sd.utils.errors import UserError
 
 _CONDITION = re.compile(r"\w+\s*(=|<=|>=)")  # of a row: its value may hold a slash
@@ -21,9 +21,9 @@ def add_audit(verbs: Any) -> None:
     audit = verbs.add_parser(
         "audit",
         help="measure how much a model copies its training images, and how good its images are",
-        description="Draw images for the training captions (or take a folder of images), search each one's nearest training "
+        description="Sample images for the training captions (or take a folder of images), search each one's nearest training "
         "image, and write figures, the most copied images beside their originals, and a page to OUT. Exit status: 0; 1 if the share "
-        "of copies exceeds --fail-over; 2 for a mistake. A run that was cut goes on where it stopped.",
+        "of copies exceeds --fail-over; 2 for a mistake. Interrupted runs resume.",
         usage="ambient-sd audit MODEL DATA --out OUT [options]\n       ambient-sd audit --generated FOLDER DATA --out OUT [options]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -40,7 +40,7 @@ def add_audit(verbs: Any) -> None:
     audit.add_argument("--max_prompts", type=int, default=0, help="prompts at most, drawn by the seed; 0: all")
     audit.add_argument("--base_model", default=None, metavar="MODEL",
                        help="the pipeline that MODEL was fine-tuned from: its images for the same captions cannot be copies and calibrate the "
-                       "decision (default: with --adapter, MODEL without it)")  # fmt: skip
+                       "decision (default: with --lora_weights, MODEL without it)")  # fmt: skip
     audit.add_argument(
         "--base_images", type=int, default=128, metavar="N", help="images of the base model, one a prompt; 0: none"
     )
@@ -77,6 +77,7 @@ def add_audit(verbs: Any) -> None:
     audit.add_argument(
         "--heldout_row_filter", nargs="+", default=[], metavar="CONDITION", help="the same for held-out rows"
     )
+    add_overwrite(audit)
     add_unlisted(audit)
     add_sampling(audit)
     add_base(audit)
@@ -91,10 +92,10 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
             f"{len(args.places)} places are given", rule=f"there must be {said}", remedy="see ambient-sd audit --help"
         )
     if args.generated is not None:
-        for name in ("adapter", "base", "base_above"):
+        for name in ("lora_weights", "base", "base_above"):
             if getattr(args, name) is not None:
                 raise UserError(
-                    f"{name} with generated images", rule="no model is drawn from", remedy="leave one of them out"
+                    f"{name} with generated images", rule="no model is sampled from", remedy="leave one of them out"
                 )
     from ambient_sd.utils.quiet import quiet
 
@@ -103,11 +104,11 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
     from ambient_sd.data.conditions import split_condition
     from ambient_sd.sampling import SamplingConfig
 
-    names = ("adapter", "scheduler", "num_inference_steps", "guidance_scale", "resolution", "seed", "dtype", "device",
+    names = ("lora_weights", "scheduler", "num_inference_steps", "guidance_scale", "resolution", "seed", "dtype", "device",
              "batch_size", "base_above", "base")  # fmt: skip
-    drawing = None
+    sampling = None
     if args.generated is None:
-        drawing = SamplingConfig(model=args.places[0], **{name: getattr(args, name) for name in names})
+        sampling = SamplingConfig(model=args.places[0], **{name: getattr(args, name) for name in names})
     features, files = chosen(args)
 
     def source(place: str, split: str | None, conditions: list[str]) -> Source:
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
     settings = AuditSettings(
         training=source(args.places[-1], args.dataset_split, args.row_filter),
         out=args.out,
-        drawing=drawing,
+        sampling=sampling,
         generated=args.generated,
         heldout=None if args.heldout is None else source(args.heldout, args.heldout_split, args.heldout_row_filter),
         prompts=args.prompts,
@@ -142,8 +143,11 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
         limit=args.fail_over,
         seed=args.seed,
         unlisted=args.unlisted,
+        overwrite=args.overwrite,
     )  # fmt: skip
     result = audit(settings, _command(words))
+    if result is None:  # on another process than the main one
+        return 0
     finding, verdict = result.found["finding"], result.found["verdict"]
     print(f"\n{finding['sentence']}\n{finding['detail']}", flush=True)
     if verdict["limit"] is not None:

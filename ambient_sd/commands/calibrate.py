@@ -9,18 +9,17 @@ and nothing is written. Without memorized prompts nobody knows, and the file say
 With the detector anisotropy nothing is sampled: its two terms are asked for from the same start noise, added with the weights
 that `guard.anisotropy.fitted` finds on the ordinary prompts, and their thresholds found likewise, for 0 evaluations.
 
-Norms go to memorization_scores.jsonl (of anisotropy: memorization_scores_anisotropy.jsonl) beside the result as they come: a run that was cut goes on, and another rate costs
+Norms go to memorization_scores.jsonl (of anisotropy: memorization_scores_anisotropy.jsonl) beside the result as they come: interrupted runs resume, and another rate costs
 no sampling. The threshold is chosen on the very prompts whose rate is reported: the interval says how far a rate scatters, and
 prompts of another kind may fare worse.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -35,18 +34,23 @@ from ambient_sd.guard.calibration import FILE_NAMES, AnisotropyTerms, Calibratio
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.guard.scores import SPACES, Space
 from ambient_sd.sampling import (
+    Request,
     SamplingConfig,
+    check_images_per_prompt,
     check_prompts,
     digest,
-    draw,
+    from_main,
+    generate,
     home,
-    load,
+    in_batches,
+    load_pipeline,
+    processes,
     read_prompts,
     say_cut,
-    start_noise,
 )
 from ambient_sd.utils.errors import UserError, one_line, require_guidance
 from ambient_sd.utils.estimate import Estimate, wilson
+from ambient_sd.utils.output_folder import difference
 
 SCORES_NAME = "memorization_scores.jsonl"
 SCORES_NAMES: dict[Detector, str] = {"norm": SCORES_NAME, "anisotropy": "memorization_scores_anisotropy.jsonl"}
@@ -61,7 +65,7 @@ class CalibrateSettings:
     """Say what is calibrated.
 
     Attributes:
-        drawing: model, sampler, seed.
+        sampling: model, sampler, seed.
         ordinary: prompts that the model cannot have memorized.
         memorized: prompts that it has; may be empty.
         fpr: the false-positive rate asked for, in (0, 1).
@@ -71,7 +75,7 @@ class CalibrateSettings:
         score_space: of the norm: "noise", or the network's "output" as it is, as published scores of v-prediction models are.
     """
 
-    drawing: SamplingConfig
+    sampling: SamplingConfig
     ordinary: list[str] = field(repr=False)
     memorized: list[str] = field(default_factory=list, repr=False)
     fpr: float = 0.01
@@ -91,11 +95,9 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path | None]:
         UserError: settings are out of range, scores of other settings lie where the result goes, a score is no finite number, or
             every score is 0.
     """
-    from tqdm.auto import tqdm
-
-    drawing, detector = settings.drawing, settings.detector
-    drawing.check()
-    require_guidance(drawing.guidance_scale)
+    config, detector = settings.sampling, settings.detector
+    config.check()
+    require_guidance(config.guidance_scale)
     if detector not in SCORES_NAMES:
         raise UserError(f"detector is {detector!r}", rule=f"it must be one of {', '.join(SCORES_NAMES)}")
     if settings.score_space not in SPACES or (settings.score_space != "noise" and detector != "norm"):
@@ -104,63 +106,51 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path | None]:
     check_prompts([*settings.ordinary, *settings.memorized])
     if not 0 < settings.fpr < 1:
         raise UserError(f"fpr is {settings.fpr}", rule="it must lie between 0 and 1", remedy="for example 0.01")
-    if settings.generations < 1 or not settings.ordinary:
-        raise UserError(f"{settings.generations} images of {len(settings.ordinary)} ordinary prompts",
-                        rule="at least one of each is needed")  # fmt: skip
-    out = settings.out or home(drawing)
+    check_images_per_prompt(settings.generations, "generations")
+    if not settings.ordinary:
+        raise UserError("there are no ordinary prompts", rule="at least one is needed")
+    out = settings.out or home(config)
     if out is None:
-        raise UserError(f"{drawing.model} lies on the hub", rule="the result cannot be written there",
+        raise UserError(f"{config.model} lies on the hub", rule="the result cannot be written there",
                         remedy="give a folder with --out")  # fmt: skip
     if out.is_file() and out.suffix != ".json":
         raise UserError(f"out is {out}", rule="it must be a folder or a .json file")
     prompts: dict[Kind, list[str]] = {"ordinary": settings.ordinary, "memorized": settings.memorized}
     given = {
-        **drawing.public(), **({} if settings.score_space == "noise" else {"score_space": settings.score_space}), "generations": settings.generations,
+        **config.public(), **({} if settings.score_space == "noise" else {"score_space": settings.score_space}), "generations": settings.generations,
         "prompts": {kind: digest(texts) if texts else None for kind, texts in prompts.items()},
     }  # fmt: skip
     path = (out.parent if out.suffix == ".json" else out) / SCORES_NAMES[detector]
-    header, curves = _read(path, given)
+    header, curves = from_main(lambda: _read(path, given))
 
-    pipe = load(drawing)
+    pipe = load_pipeline(config)
     say_cut(pipe, [*settings.ordinary, *settings.memorized])
-    model = ModelFingerprint.of(pipe.unet)
+    model, writes = ModelFingerprint.of(pipe.unet), processes().is_main_process
     if header is not None and header.get("model") != asdict(model):
         raise _differs(path, "the model's weights")
-    if header is None:
+    if header is None and writes:
         path.parent.mkdir(parents=True, exist_ok=True)
         _append(path, {"given": given, "model": asdict(model)}, "w")
-    wanted: list[tuple[Kind, int, int]] = [
-        (kind, i, k)
-        for kind, texts in prompts.items()
-        for i in range(len(texts))
+    # The memorized prompts are counted on from the ordinary ones: all start from noise of their own.
+    places: list[tuple[Kind, int]] = [(kind, i) for kind, texts in prompts.items() for i in range(len(texts))]
+    wanted = [
+        Request(prompts[kind][i], place, k)
+        for place, (kind, i) in enumerate(places)
         if (kind, i) not in curves
         for k in range(settings.generations)
     ]
     waiting: dict[tuple[Kind, int], list[list[float]]] = {}
-    with (
-        contextlib.nullcontext()
-        if detector == "anisotropy"
-        else MemorizationGuard(pipe, score_space=settings.score_space) as guard,
-        tqdm(total=sum(map(len, prompts.values())), initial=len(curves), desc="calibrate", unit="prompt") as bar,
-    ):
-        for first in range(0, len(wanted), drawing.batch_size):
-            chunk = wanted[first : first + drawing.batch_size]
-            texts = [prompts[kind][i] for kind, i, _ in chunk]
-            if guard is None:
-                measured = _terms(pipe, drawing, texts, chunk)
-            else:
-                draw(pipe, guard, drawing, texts, chunk, decode=False)
-                measured = [report.curve for report in guard.report]
-            for (kind, i, _), curve in zip(chunk, measured, strict=True):
-                if not all(map(math.isfinite, curve)):
-                    raise UserError(f"the score of {kind} prompt {i + 1} is no finite number",
-                                    rule=f"the network overflows in {drawing.dtype}", remedy="give --dtype float32 or bfloat16")  # fmt: skip
-                rows = waiting.setdefault((kind, i), [])
-                rows.append(curve)
-                if len(rows) == settings.generations:
-                    curves[kind, i] = waiting.pop((kind, i))
-                    _append(path, {"kind": kind, "prompt": i, "curves": curves[kind, i]})
-                    bar.update()
+    for place, curve in _measured(pipe, wanted, settings):
+        kind, i = places[place]
+        if not all(map(math.isfinite, curve)):
+            raise UserError(f"the score of {kind} prompt {i + 1} is no finite number",
+                            rule=f"the network overflows in {config.dtype}", remedy="give --dtype float32 or bfloat16")  # fmt: skip
+        rows = waiting.setdefault((kind, i), [])
+        rows.append(curve)
+        if len(rows) == settings.generations:
+            curves[kind, i] = waiting.pop((kind, i))
+            if writes:
+                _append(path, {"kind": kind, "prompt": i, "curves": curves[kind, i]})
     lengths = {len(curve) for rows in curves.values() for curve in rows}
     if len(lengths) > 1 or not all(math.isfinite(x) for rows in curves.values() for curve in rows for x in curve):
         raise UserError(f"{path} holds curves of other lengths, or numbers that are not finite", rule="they do not mix",
@@ -170,7 +160,7 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path | None]:
     if detector == "anisotropy":
         terms, evaluations = fitted(found["ordinary"]), 2  # of the network, for both halves
         found = {kind: _weighted(values, terms) for kind, values in found.items()}
-    entries = thresholds(found["ordinary"], found["memorized"], settings.fpr, seed=drawing.seed)
+    entries = thresholds(found["ordinary"], found["memorized"], settings.fpr, seed=config.seed)
     for entry in entries:
         if not (math.isfinite(entry.value) and (terms is not None or entry.value > 0)):
             raise UserError(f"the threshold of {entry.steps} evaluations is {entry.value:g}", rule="every ordinary score is 0, and all would be flagged",
@@ -178,22 +168,23 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path | None]:
     result = Calibration(
         entries=entries if terms is None else [replace(entry, steps=0) for entry in entries],
         model=model,
-        sampling=drawing.sampling(pipe),
+        sampling=config.describe(pipe),
         evaluations=evaluations,
         rate_asked=settings.fpr,
         ordinary=len(settings.ordinary),
         memorized=len(settings.memorized),
         prompts={str(kind): value for kind, value in given["prompts"].items()},
-        seed=drawing.seed,
+        seed=config.seed,
         versions={"ambient_sd": __version__}
         | {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
         anisotropy=terms,
         score_space=settings.score_space,
-        lora=drawing.lora(),
+        lora=config.lora(),
     )
     if useless(result) is None:
-        return result, result.save(out)
-    (out if out.suffix == ".json" else out / FILE_NAMES[detector]).unlink(missing_ok=True)
+        return result, from_main(lambda: result.save(out))
+    if writes:
+        (out if out.suffix == ".json" else out / FILE_NAMES[detector]).unlink(missing_ok=True)
     return result, None
 
 
@@ -215,16 +206,21 @@ def useless(calibration: Calibration) -> str | None:
     )
 
 
-def _terms(
-    pipe: Any, drawing: SamplingConfig, texts: Sequence[str], places: Sequence[tuple[object, ...]]
-) -> list[list[float]]:
-    """Return norm and alignment of each text, from the start noise of its place."""
-    how = drawing.sampling(pipe)
-    found = anisotropy(
-        pipe, texts, latents=start_noise(pipe, drawing, places), num_inference_steps=how.num_inference_steps,
-        guidance_scale=how.guidance_scale, height=how.height, width=how.width,
-    )  # fmt: skip
-    return [[one.norm, one.alignment] for one in found]
+def _measured(pipe: Any, wanted: Sequence[Request], settings: CalibrateSettings) -> Iterator[tuple[int, list[float]]]:
+    """Yield the place of each wanted prompt and what is measured of it: the norms, or the two terms of anisotropy."""
+    config, state, bar = settings.sampling, processes(), {"desc": "calibrate"}
+    if settings.detector == "norm":
+        guard = MemorizationGuard(pipe, score_space=settings.score_space)
+        for batch in generate(pipe, wanted, config, guard=guard, decode=False, state=state, bar=bar):
+            yield from ((one.request.prompt_index, one.report.curve) for one in batch if one.report is not None)
+        return
+
+    def terms(batch: Sequence[Request], options: dict[str, Any]) -> list[tuple[int, list[float]]]:
+        found = anisotropy(pipe, [request.prompt for request in batch], **options)
+        return [(r.prompt_index, [one.norm, one.alignment]) for r, one in zip(batch, found, strict=True)]
+
+    for rows in in_batches(pipe, wanted, config, terms, state=state, bar=bar):
+        yield from rows
 
 
 def _weighted(found: torch.Tensor, terms: AnisotropyTerms) -> torch.Tensor:
@@ -329,10 +325,8 @@ def _read(path: Path, given: dict[str, Any]) -> tuple[dict[str, Any] | None, dic
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{path} cannot be read", rule=one_line(f"{type(error).__name__}: {error}", 200),
                         remedy="remove it to begin anew") from None  # fmt: skip
-    for name in {**before, **given}:
-        if before.get(name) != given.get(name):
-            shown = "the prompts" if name == "prompts" else f"{name} was {one_line(before.get(name), 60)}"
-            raise _differs(path, shown)
+    if (other := difference(before, given)) is not None:
+        raise _differs(path, other)
     if whole != text:
         path.write_text(whole, encoding="utf-8")
     return header, curves

@@ -12,7 +12,7 @@
    model that has not seen the images), Frechet distance to held-out images, processor time, memory (`memory`: on a GPU the
    allocator's peak, weights included; on Linux's CPU what a call adds to the resident size at its highest; elsewhere none).
 
-Several models are held side by side on the memorized prompts of the first. A run that was cut goes on where it was.
+Several models are held side by side on the memorized prompts of the first. Interrupted runs resume.
 Above the wings: it uses guard, audit and data.
 """
 
@@ -25,7 +25,7 @@ import html
 import io
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,19 +43,31 @@ from ambient_sd.audit.neighbours import Neighbours, nearest
 from ambient_sd.audit.registry import choose, with_sscd
 from ambient_sd.audit.shares import COPIES, copy_rate
 from ambient_sd.data.sources import ImageDataset
-from ambient_sd.data.stream import drawn, keyed_generator
+from ambient_sd.data.stream import drawn
 from ambient_sd.guard import policies
 from ambient_sd.guard.anisotropy import anisotropy, fitted
 from ambient_sd.guard.calibration import ModelFingerprint
-from ambient_sd.guard.pipeline import AmbientSDPipeline, check_folder
+from ambient_sd.guard.pipeline import check_folder
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.guard.relative import Relation
 from ambient_sd.reporting.report import contact_sheet
+from ambient_sd.sampling import (
+    Request,
+    Sampled,
+    SamplingConfig,
+    check_images_per_prompt,
+    generate,
+    in_batches,
+    load_pipeline,
+    processes,
+    requests_for,
+)
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.estimate import Estimate
 from ambient_sd.utils.files import atomic_write
 from ambient_sd.utils.hub_ids import resolve_model_id
 from ambient_sd.utils.memory import peak_memory
+from ambient_sd.utils.output_folder import FILE, OutputFolder
 
 
 @dataclass(frozen=True)
@@ -67,10 +79,12 @@ class Settings:
         judge: pipeline folder of the model that judges alignment, and beside whose norms those of the models are held; it should
             not have seen the images: the models' base, best.
         generations: images per prompt.
-        prompts: how many captions are sampled at most, drawn by the seed; 0: all.
+        prompts: how many captions are sampled at most, chosen by the seed; 0: all.
         mitigated: how many memorized prompts are mitigated at most.
         steps, guidance_scale: of DPM-Solver++.
         chosen: names of mitigations; all if empty.
+        lora_weights: name of a model -> LoRA on it.
+        overwrite: remove an earlier comparison from `out`.
     """
 
     models: Mapping[str, str]
@@ -85,6 +99,8 @@ class Settings:
     batch_size: int = 16
     seed: int = 0
     chosen: tuple[str, ...] = ()
+    lora_weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    overwrite: bool = False
 
 
 EARLY = 5  # steps of the early detectors
@@ -92,39 +108,39 @@ CLEAR = 0.05  # least p of images that keep clear of copying
 
 
 @dataclass(frozen=True)
-class Levels:
+class OrdinaryScores:
     """Hold what the scores of the ordinary prompts say about a model: the scale of every setting that is per model.
 
     Attributes:
-        first: median of the first step's norm.
-        first_high: its 99th percentile.
-        norm_high: 95th percentile of the norm over all steps.
+        first_step: median of the first step's norm.
+        first_step_high: its 99th percentile.
+        all_steps_high: 95th percentile of the norm over all steps.
         guidance_scale: of the sampling.
     """
 
-    first: float
-    first_high: float
-    norm_high: float
+    first_step: float
+    first_step_high: float
+    all_steps_high: float
     guidance_scale: float
 
 
-# Name -> (how it is made from the ordinary prompts' levels, the rule for what is per model).
-MITIGATIONS: dict[str, tuple[Callable[[Levels], policies.Policy | None], str]] = {
+# Name -> (how it is made from the ordinary prompts' scores, the rule for what is per model).
+MITIGATIONS: dict[str, tuple[Callable[[OrdinaryScores], policies.Policy | None], str]] = {
     "none": (lambda v: None, ""),
-    "Wen": (lambda v: policies.PromptOptimization(target=v.first), "target: median first norm of ordinary prompts"),
+    "Wen": (lambda v: policies.PromptOptimization(target=v.first_step), "target: median first norm of ordinary prompts"),
     "STP": (lambda v: policies.StaticTransition(), "as published, until 500"),
     "STP until 400": (lambda v: policies.StaticTransition(until=400), "later than published"),
     "STP until 300": (lambda v: policies.StaticTransition(until=300), "later than published"),
     "DTP": (lambda v: policies.DynamicTransition(), "as published, of the raw outputs"),
     "OG": (lambda v: policies.OppositeGuidance(), "as published for SD2.1, -2 until 650"),
     "OG+STP": (lambda v: policies.Compose(policies.OppositeGuidance(), policies.StaticTransition()), "as published"),
-    "cap": (lambda v: policies.ScaleCap(cap=v.norm_high), "cap: 95th percentile of ordinary norms"),
-    "G_spe": (lambda v: policies.Despecification(strength=v.guidance_scale / (2 * v.norm_high), threshold=v.norm_high),
+    "cap": (lambda v: policies.ScaleCap(cap=v.all_steps_high), "cap: 95th percentile of ordinary norms"),
+    "G_spe": (lambda v: policies.Despecification(strength=v.guidance_scale / (2 * v.all_steps_high), threshold=v.all_steps_high),
               "threshold: 95th percentile of ordinary norms; half the scale is lost at it"),
-    "PRSS": (lambda v: policies.Reanchoring(threshold=v.first_high), "threshold: 99th percentile of ordinary first norms; steps from 3 to 5 times it, as published"),
+    "PRSS": (lambda v: policies.Reanchoring(threshold=v.first_step_high), "threshold: 99th percentile of ordinary first norms; steps from 3 to 5 times it, as published"),
     "GUARD": (lambda v: policies.AttentionGuard(), "as published"),
-    "Han": (lambda v: policies.LatentOptimization(target=v.first, max_steps=10), "target and most steps as Wen's"),
-    "SAIL": (lambda v: policies.SAIL(target=v.first**2 / 10), "target: a tenth of the squared median first norm"),
+    "Han": (lambda v: policies.LatentOptimization(target=v.first_step, max_steps=10), "target and most steps as Wen's"),
+    "SAIL": (lambda v: policies.SAIL(target=v.first_step**2 / 10), "target: a tenth of the squared median first norm"),
     "Ren": (lambda v: policies.AttentionRescaling(), "as published"),
     "RT": (lambda v: policies.RandomTokens(), "as published, 2 to 4 tokens"),
     "RT+STP": (lambda v: policies.Compose(policies.RandomTokens(), policies.StaticTransition()), "each as published"),
@@ -135,8 +151,8 @@ MITIGATIONS: dict[str, tuple[Callable[[Levels], policies.Policy | None], str]] =
 
 
 @dataclass
-class Cell:
-    """One model under one mitigation: images prompt by prompt, and a record of each (curve, seconds, iterations)."""
+class Samples:
+    """Hold images of one model under one mitigation, prompt by prompt, and a record of each (curve, seconds, iterations)."""
 
     images: list[Image.Image]
     records: list[dict[str, Any]]
@@ -145,67 +161,62 @@ class Cell:
         return [record[name] for record in self.records]
 
 
-def draw_cell(
+def sample_requests(
     pipe: Any,
     folder: Path,
-    prompts: Sequence[str],
-    settings: Settings,
+    requests: Sequence[Request],
+    config: SamplingConfig,
     policy: policies.Policy | None,
     title: str,
-) -> Cell:
-    """Sample `generations` images of each prompt into `folder`; what is there already is kept.
+) -> Samples:
+    """Sample images into `folder`; what is there already is kept.
 
-    An image's start noise is a function of seed, prompt and its number alone: every mitigation and every model starts
-    from the same noise.
+    Every mitigation and every model starts from the same noise: an image's seed hangs on the place of its prompt among all captions.
     """
-    from tqdm.auto import tqdm
-
     folder.mkdir(parents=True, exist_ok=True)
-    k = settings.generations
-    per_call = max(1, settings.batch_size // k)
-    chunks = [prompts[i : i + per_call] for i in range(0, len(prompts), per_call)]
+    chunks = [requests[i : i + config.batch_size] for i in range(0, len(requests), config.batch_size)]
+    missing = [number for number in range(len(chunks)) if not (folder / f"{number:05d}.json").exists()]
+    wanted = [request for number in missing for request in chunks[number]]
+    batches = generate(pipe, wanted, config, guard=MemorizationGuard(pipe, policy), bar={"desc": title, "leave": False})
+    for number, (batch, cost) in zip(missing, _with_cost(batches, pipe.device), strict=True):
+        _keep(folder, number, batch, cost)
     images: list[Image.Image] = []
     records: list[dict[str, Any]] = []
-    for number, chunk in enumerate(tqdm(chunks, desc=title, leave=False)):
-        done = folder / f"{number:05d}.json"
-        if not done.exists():
-            _draw_chunk(pipe, folder, number, list(chunk), settings, policy)
-        rows = _read_kept(done)
-        if [row["prompt"] for row in rows] != [c for c in chunk for _ in range(k)]:
+    for number, chunk in enumerate(chunks):
+        rows = _read_kept(folder / f"{number:05d}.json")
+        if [row["prompt"] for row in rows] != [request.prompt for request in chunk]:
             raise UserError(f"{folder} holds images of other prompts", rule="a comparison goes on with what it began",
                             remedy="give another --out, or remove the folder")  # fmt: skip
         sheet = np.asarray(Image.open(folder / f"{number:05d}.png"))
-        side = settings.resolution
+        side = sheet.shape[1] // len(rows)
         images += [Image.fromarray(sheet[:, i * side : (i + 1) * side]) for i in range(len(rows))]
         records += rows
-    return Cell(images, records)
+    return Samples(images, records)
 
 
-def _draw_chunk(
-    pipe: Any, folder: Path, number: int, chunk: list[str], settings: Settings, policy: policies.Policy | None
-) -> None:
-    """Draw one call's images; they lie side by side in one PNG, and the JSON beside it says that they are whole."""
-    k = settings.generations
-    generators = [keyed_generator(settings.seed, f"comparison {c}", j) for c in chunk for j in range(k)]
-    with peak_memory(pipe.device) as peak:
-        clock, busy = time.perf_counter(), time.process_time()
-        with MemorizationGuard(pipe, policy) as guard:
-            out = pipe(
-                chunk, num_images_per_prompt=k, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale,
-                height=settings.resolution, width=settings.resolution, generator=generators,
-            )  # fmt: skip
-            reports = guard.report
-        if pipe.device.type == "cuda":
-            torch.cuda.synchronize()
-        clock, busy = time.perf_counter() - clock, time.process_time() - busy
-    rows = [
-        {"prompt": chunk[r.prompt_index], "curve": r.curve, "timesteps": r.timesteps, "iterations": r.iterations,
-         "mitigated": r.mitigated, "seconds": clock / len(reports), "processor_seconds": busy / len(reports),
-         "memory_mb": peak.mb}
-        for r in reports
-    ]  # fmt: skip
-    sheet = np.concatenate([np.asarray(image.convert("RGB")) for image in out.images], axis=1)
-    atomic_write(folder / f"{number:05d}.png", _png(Image.fromarray(sheet)))
+def _with_cost(
+    batches: Iterator[list[Sampled]], device: torch.device
+) -> Iterator[tuple[list[Sampled], dict[str, float | None]]]:
+    """Yield each batch with what it took: seconds and processor seconds per image, and the highest memory."""
+    while True:
+        with peak_memory(device) as peak:
+            clock, busy = time.perf_counter(), time.process_time()
+            batch = next(batches, None)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            clock, busy = time.perf_counter() - clock, time.process_time() - busy
+        if batch is None:
+            return
+        n = len(batch)
+        yield batch, {"seconds": clock / n, "processor_seconds": busy / n, "memory_mb": peak.mb}
+
+
+def _keep(folder: Path, number: int, batch: Sequence[Sampled], cost: Mapping[str, Any]) -> None:
+    """Write one call's images side by side into one PNG; the JSON beside it says that they are whole."""
+    names = ("curve", "timesteps", "iterations", "mitigated")
+    rows = [{"prompt": one.request.prompt, **{n: getattr(one.report, n) for n in names}, **cost} for one in batch]
+    images = [np.asarray(one.image.convert("RGB")) for one in batch if one.image is not None]
+    atomic_write(folder / f"{number:05d}.png", _png(Image.fromarray(np.concatenate(images, axis=1))))
     atomic_write(folder / f"{number:05d}.json", json.dumps(rows))
 
 
@@ -284,34 +295,26 @@ def detector_figures(
 
 
 def _of_each_image(
+    pipe: Any,
     path: Path,
-    prompts: Sequence[str],
-    settings: Settings,
+    requests: Sequence[Request],
+    config: SamplingConfig,
     ask: Callable[[list[str], dict[str, Any]], list[list[float]]],
 ) -> torch.Tensor:
-    """Return what `ask` says of each image of a call's prompts, `(prompts, generations, numbers)`; kept in a file."""
-    k = settings.generations
+    """Return what `ask` says of each image, from the noise that it was sampled from, `(images, numbers)`; kept in a file."""
     if not path.exists():
-        rows: list[list[float]] = []
-        per_call = max(1, settings.batch_size // k)
-        for i in range(0, len(prompts), per_call):
-            chunk = list(prompts[i : i + per_call])
-            rows += ask(chunk, {
-                "num_images_per_prompt": k, "num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale,
-                "height": settings.resolution, "width": settings.resolution,
-                "generator": [keyed_generator(settings.seed, f"comparison {c}", j) for c in chunk for j in range(k)],
-            })  # fmt: skip
-        atomic_write(path, json.dumps(rows))
-    return torch.tensor(_read_kept(path), dtype=torch.float64).view(len(prompts), k, -1)
+        batches = in_batches(pipe, requests, config, lambda batch, options: ask([r.prompt for r in batch], options))
+        atomic_write(path, json.dumps([row for batch in batches for row in batch]))
+    return torch.tensor(_read_kept(path), dtype=torch.float64).view(len(requests), -1)
 
 
-def anisotropy_terms(pipe: Any, path: Path, prompts: Sequence[str], settings: Settings) -> torch.Tensor:
-    """Return norm and alignment of each prompt's generations, `(prompts, generations, 2)`; kept in a file."""
+def anisotropy_terms(pipe: Any, path: Path, requests: Sequence[Request], config: SamplingConfig) -> torch.Tensor:
+    """Return norm and alignment of each image, `(images, 2)`; kept in a file."""
 
-    def ask(chunk: list[str], options: dict[str, Any]) -> list[list[float]]:
-        return [[found.norm, found.alignment] for found in anisotropy(pipe, chunk, **options)]
+    def ask(prompts: list[str], options: dict[str, Any]) -> list[list[float]]:
+        return [[found.norm, found.alignment] for found in anisotropy(pipe, prompts, **options)]
 
-    return _of_each_image(path, prompts, settings, ask)
+    return _of_each_image(pipe, path, requests, config, ask)
 
 
 def anisotropy_figures(
@@ -329,15 +332,14 @@ def anisotropy_figures(
     return rows
 
 
-def base_norms(pipe: Any, path: Path, prompts: Sequence[str], settings: Settings) -> torch.Tensor:
-    """Return the norms of a model that has not seen the images, `(prompts, generations, EARLY)`, from the same noise; kept in a file."""
+def base_norms(pipe: Any, path: Path, requests: Sequence[Request], config: SamplingConfig) -> torch.Tensor:
+    """Return the norms of a model that has not seen the images, `(images, EARLY)`, from the same noise; kept in a file."""
+    guard = MemorizationGuard(pipe, stop_after=min(EARLY, config.num_inference_steps))
 
-    def ask(chunk: list[str], options: dict[str, Any]) -> list[list[float]]:
-        with MemorizationGuard(pipe, stop_after=min(EARLY, settings.steps)) as guard:
-            pipe(chunk, output_type="latent", **options)
-            return [report.curve for report in guard.report]
+    def ask(prompts: list[str], options: dict[str, Any]) -> list[list[float]]:
+        return [report.curve for report in guard.decide(prompts, **options)]
 
-    return _of_each_image(path, prompts, settings, ask)
+    return _of_each_image(pipe, path, requests, config, ask)
 
 
 def relative_figures(
@@ -370,29 +372,29 @@ def relative_figures(
     return rows
 
 
-def levels_of(curves: torch.Tensor, ordinary: Sequence[int], guidance_scale: float) -> Levels:
+def ordinary_scores(curves: torch.Tensor, ordinary: Sequence[int], guidance_scale: float) -> OrdinaryScores:
     """Return what the ordinary prompts' norms are like. `curves` as in `detector_figures`."""
     chosen = curves[list(ordinary)].double()
     first = chosen[:, :, 0].flatten()
     high = torch.quantile(first, 0.99)
     # torch.quantile stops at 2**24 values, numpy does not.
-    return Levels(float(first.median()), float(high), float(np.quantile(chosen.numpy(), 0.95)), guidance_scale)
+    return OrdinaryScores(float(first.median()), float(high), float(np.quantile(chosen.numpy(), 0.95)), guidance_scale)
 
 
-def peak_of(cell: Cell) -> float | None:
+def peak_of(samples: Samples) -> float | None:
     """Return the peak of the median call, MiB; None if it was not measured at every call (earlier versions did not).
 
     The median, because the first call of a process pays for what libraries set up once, whichever mitigation it is of.
     """
-    measured = [record["memory_mb"] for record in cell.records if record.get("memory_mb") is not None]
-    return float(np.median(measured)) if measured and len(measured) == len(cell.records) else None
+    measured = [record["memory_mb"] for record in samples.records if record.get("memory_mb") is not None]
+    return float(np.median(measured)) if measured and len(measured) == len(samples.records) else None
 
 
 # --- mitigations -----------------------------------------------------------------------------------------------------
 
 
-def cell_figures(
-    cell: Cell,
+def mitigation_figures(
+    samples: Samples,
     reals: Reals,
     prompts: Sequence[str],
     captions: Sequence[str],
@@ -401,16 +403,16 @@ def cell_figures(
 ) -> dict[str, Estimate]:
     """Measure one model under one mitigation; intervals resample prompts."""
     groups = [c for c in prompts for _ in range(settings.generations)]
-    made = embed(cell.images, reals.features)
-    decided, near = decide(cell.images, reals)
+    made = embed(samples.images, reals.features)
+    decided, near = decide(samples.images, reals)
     similar = reals.similar
     close = nearest(made[similar.name], reals.training[similar.name], distance="cosine").similarity
-    aligned = judge(cell.images, groups, captions)
+    aligned = judge(samples.images, groups, captions)
     options: dict[str, Any] = {"groups": groups, "seed": settings.seed}
     quality = quality_rows(
         made["EffLite0"], reals.heldout["EffLite0"], name="EffLite0", groups=groups, seed=settings.seed
     )
-    seconds = torch.tensor(cell.column("processor_seconds"), dtype=torch.float64)
+    seconds = torch.tensor(samples.column("processor_seconds"), dtype=torch.float64)
     return {
         COPIES: copy_rate(decided, None, **options).generated,
         "copied": bootstrap(memorized(near), torch.mean, name="d1/d2 < 1/3", share=True, **options),
@@ -431,10 +433,22 @@ def compare(settings: Settings, training: ImageDataset, heldout: ImageDataset, c
     for name in settings.chosen:
         if name not in MITIGATIONS:
             raise UserError(f"mitigation {name!r}", rule=f"there are {', '.join(MITIGATIONS)}")
-    for folder in (*settings.models.values(), settings.judge):  # the last one is loaded an hour after the first
-        check_folder(resolve_model_id(folder))
-    _claim(settings, training, heldout)
-    judge_pipe = _load(settings.judge)
+    if processes().num_processes > 1:
+        raise UserError(
+            "compare on several processes",
+            rule="it measures what each image costs",
+            remedy="start it without accelerate launch",
+        )
+    check_images_per_prompt(settings.generations, "generations")
+    configs = {
+        name: config_of(settings, place, settings.lora_weights.get(name)) for name, place in settings.models.items()
+    }
+    judging = config_of(settings, settings.judge)
+    for config in (*configs.values(), judging):  # the last one is loaded an hour after the first
+        check_folder(resolve_model_id(config.model))
+        config.check()
+    out = _claim(settings, training, heldout)
+    judge_pipe = load_pipeline(judging, safety_checker=False)
     reals = read_reals(training, heldout, judge_pipe.vae, settings.resolution)
     captions = sorted(set(reals.captions))
     if settings.prompts and settings.prompts < len(captions):
@@ -445,11 +459,11 @@ def compare(settings: Settings, training: ImageDataset, heldout: ImageDataset, c
                               "heldout": len(heldout), "prompts": len(captions), "models": {}}  # fmt: skip
     shown: dict[str, dict[str, list[Image.Image]]] = {}
     chosen: list[int] = []
-    for model, folder in settings.models.items():
-        pipe = _load(folder)
-        base = draw_cell(
-            pipe, settings.out / "cells" / model / "all", captions, settings, None, f"{model}, all prompts"
-        )
+    requests = requests_for(captions, k)
+    for model, config in configs.items():
+        pipe = load_pipeline(config, safety_checker=False)
+        cells = settings.out / "cells"
+        base = sample_requests(pipe, cells / model / "all", requests, config, None, f"{model}, all prompts")
         decided, near = decide(base.images, reals)
         known, ordinary = truth(decided.copy, k)
         clear = clear_of_copying(decided.p, k, ordinary, CLEAR)
@@ -463,10 +477,12 @@ def compare(settings: Settings, training: ImageDataset, heldout: ImageDataset, c
                                  "clear_prompts": len(clear), "between": len(captions) - len(known) - len(clear), "detectors": []}  # fmt: skip
         if known and clear:
             found["detectors"] = detector_figures(curves, k, known, clear, settings.seed)
-            terms = anisotropy_terms(pipe, settings.out / "cells" / model / "anisotropy.json", captions, settings)
+            terms = anisotropy_terms(pipe, cells / model / "anisotropy.json", requests, config).view(
+                len(captions), k, -1
+            )
             found["detectors"] += anisotropy_figures(terms, k, known, clear, settings.seed)
         if known and len(clear) >= 3:
-            unseen = base_norms(judge_pipe, settings.out / "cells" / "base.json", captions, settings)
+            unseen = base_norms(judge_pipe, cells / "base.json", requests, judging).view(len(captions), k, -1)
             found["detectors"] += relative_figures(curves, unseen, k, known, clear, settings.seed)
         if not chosen:
             if not known or len(ordinary) < 2:
@@ -475,27 +491,29 @@ def compare(settings: Settings, training: ImageDataset, heldout: ImageDataset, c
                                 remedy="train longer, or repeat images (experiments.memorized)")  # fmt: skip
             chosen = known[: settings.mitigated]
         prompts = [captions[i] for i in chosen]
-        levels = levels_of(curves, ordinary, settings.guidance_scale)
-        found["levels"] = dataclasses.asdict(levels)
+        mitigated = [request for request in requests if request.prompt_index in chosen]
+        scores = ordinary_scores(curves, ordinary, settings.guidance_scale)
+        found["ordinary_scores"] = dataclasses.asdict(scores)
         found["mitigations"] = {}
         shown[model] = {}
         for name, (make, rule) in MITIGATIONS.items():
             if settings.chosen and name not in settings.chosen and name != "none":
                 continue
-            cell = draw_cell(
-                pipe, settings.out / "cells" / model / name, prompts, settings, make(levels), f"{model}, {name}"
-            )
+            place = settings.out / "cells" / model / name
+            samples = sample_requests(pipe, place, mitigated, config, make(scores), f"{model}, {name}")
             figures = _kept_figures(
-                settings.out / "cells" / model / name / "figures.json",
+                place / "figures.json",
                 prompts,
-                lambda cell=cell, prompts=prompts: cell_figures(cell, reals, prompts, captions, judge, settings),  # type: ignore[misc]
+                lambda samples=samples, prompts=prompts: mitigation_figures(  # type: ignore[misc]
+                    samples, reals, prompts, captions, judge, settings
+                ),
             )
             found["mitigations"][name] = {
-                "rule": rule, "figures": figures, "iterations": float(np.mean(cell.column("iterations"))),
+                "rule": rule, "figures": figures, "iterations": float(np.mean(samples.column("iterations"))),
             }  # fmt: skip
-            found["mitigations"][name]["peak_memory_mb"] = peak_of(cell)
-            shown[model][name] = cell.images[::k]
-            contact_sheet(cell.images[::k], 10).save(settings.out / f"{model}-{_file_name(name)}.png")
+            found["mitigations"][name]["peak_memory_mb"] = peak_of(samples)
+            shown[model][name] = samples.images[::k]
+            contact_sheet(samples.images[::k], 10).save(settings.out / _sheet(model, name))
             print(
                 f"{model}, {name}: " + ", ".join(f"{f['name']} {f['value']:.3g}" for f in figures.values()), flush=True
             )
@@ -505,6 +523,7 @@ def compare(settings: Settings, training: ImageDataset, heldout: ImageDataset, c
     atomic_write(settings.out / "comparison.json", json.dumps(result, indent=1) + "\n")
     atomic_write(settings.out / "comparison.md", tables(result))
     atomic_write(settings.out / "comparison.html", page(result, originals, shown))
+    out.finish()
     return result
 
 
@@ -519,7 +538,7 @@ def _read_kept(path: Path, remedy: str = "remove it, which is then made again") 
 def _kept_figures(
     path: Path, prompts: Sequence[str], measure: Callable[[], dict[str, Estimate]]
 ) -> dict[str, dict[str, Any]]:
-    """Return a cell's figures, measured once: the judge takes longer than the sampler."""
+    """Return a mitigation's figures, measured once: the judge takes longer than the sampler."""
     if path.exists():
         kept = _read_kept(path)
         if kept["prompts"] == list(prompts):
@@ -529,40 +548,36 @@ def _kept_figures(
     return figures
 
 
-def _load(folder: str) -> Any:
-    from diffusers import DPMSolverMultistepScheduler
-
-    pipe = AmbientSDPipeline.from_pretrained(folder, safety_checker=None)
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+def config_of(settings: Settings, model: str, lora_weights: str | None = None) -> SamplingConfig:
+    """Say how a model is sampled; whole prompts share a batch."""
+    k = settings.generations
+    return SamplingConfig(
+        model, lora_weights, "dpm++", settings.steps, settings.guidance_scale, settings.resolution, settings.seed,
+        batch_size=max(1, settings.batch_size // k) * k,
+    )  # fmt: skip
 
 
 def _described(settings: Settings) -> dict[str, Any]:
     """Return the settings without local paths: models by name."""
     fields = dataclasses.asdict(settings)
-    return {name: value for name, value in fields.items() if name not in {"models", "judge", "out"}} | {
-        "names": list(settings.models)
-    }
+    places = {"models", "judge", "out", "lora_weights", "overwrite"}
+    return {name: value for name, value in fields.items() if name not in places} | {"names": list(settings.models)}
 
 
-def _claim(settings: Settings, training: ImageDataset, heldout: ImageDataset) -> None:
-    """Let a folder belong to one comparison: the images in it are kept, and must be of the same settings and models."""
-    models = {name: _digest(folder) for name, folder in settings.models.items()}
-    own = {key: value for key, value in _described(settings).items() if key not in {"names", "chosen", "mitigated"}}
-    own |= {"models": models, "training": training.fingerprint(), "heldout": heldout.fingerprint()}
-    own |= {"definition of a copy": RULE}
-    path = settings.out / "claim.json"
-    if path.exists():
-        before = _read_kept(path, "give another --out")
-        before["models"], shared = {n: m for n, m in before["models"].items() if n in models}, before["models"]
-        own["models"] = {n: m for n, m in models.items() if n in shared}
-        if before != json.loads(json.dumps(own)):
-            other = sorted(key for key in own if before.get(key) != json.loads(json.dumps(own[key])))
-            raise UserError(f"{settings.out} holds a comparison with other {', '.join(other)}",
-                            rule="a comparison goes on with what it began", remedy="give another --out")  # fmt: skip
-        own["models"] = shared | models
-    atomic_write(path, json.dumps(own, indent=1) + "\n")
+def _claim(settings: Settings, training: ImageDataset, heldout: ImageDataset) -> OutputFolder:
+    """Let the folder belong to this comparison: the images in it are kept, and must be of the same settings and models."""
+    models = {name: _digest(place) for name, place in settings.models.items()}
+    for name, place in settings.lora_weights.items():
+        models[name] += " " + config_of(settings, settings.models[name], place).lora()["sha256"]  # type: ignore[index]
+    free = {"names", "chosen", "mitigated"}
+    own = {key: value for key, value in _described(settings).items() if key not in free} | {
+        "models": models, "training": training.fingerprint(), "heldout": heldout.fingerprint(), "definition of a copy": RULE,
+    }  # fmt: skip
+    sheets = [_sheet(model, name) for model in settings.models for name in MITIGATIONS]
+    contents = ("cells", "comparison.json", "comparison.md", "comparison.html", *sheets, FILE)
+    folder = OutputFolder(settings.out, "comparison", contents, overwrite=settings.overwrite, grows=("models",))
+    folder.claim(own)
+    return folder
 
 
 def _digest(model: str) -> str:
@@ -585,8 +600,8 @@ def _digest(model: str) -> str:
     return digest.hexdigest()
 
 
-def _file_name(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name)
+def _sheet(model: str, mitigation: str) -> str:
+    return f"{model}-{''.join(c if c.isalnum() else '-' for c in mitigation)}.png"
 
 
 # --- what people read ------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,7 +28,6 @@ from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.registry import choose, with_sscd
 from ambient_sd.audit.shares import COPIES, copy_rate
 from ambient_sd.data.sources import load_rows
-from ambient_sd.guard.pipeline import AmbientSDPipeline
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.reporting.report import (
     Histogram,
@@ -42,14 +40,14 @@ from ambient_sd.reporting.report import (
     show,
     write_report,
 )
+from ambient_sd.sampling import SamplingConfig, check_images_per_prompt, generate, load_pipeline, requests_for
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import plan_run
 from ambient_sd.training.loop import run as train
-from ambient_sd.utils.errors import UserError
+from ambient_sd.utils.output_folder import FILE, OutputFolder
 from ambient_sd.utils.quiet import quiet
 
-_MARKER = ".ambient-sd-demo"
-_FILES = {_MARKER, "report.html", "figures.json", "plain.png", "ambient.png", "plain", "ambient"}
+CONTENTS = ("report.html", "figures.json", "plain.png", "ambient.png", "plain", "ambient", FILE)
 # The fine-tune, but for objective and output. configs/demo.yaml says the same for a run by hand; a test holds them equal.
 TRAINING: dict[str, Any] = {
     "pretrained_model_name_or_path": str(BASE),
@@ -77,6 +75,7 @@ class DemoSettings:
         samples_per_prompt: images per training caption.
         prompts: how many captions are sampled (all of them if there are no more).
         sampling_steps, guidance_scale: of DPM-Solver++.
+        overwrite: remove an earlier demo from `out`.
     """
 
     out: Path = Path("demo-out")
@@ -89,6 +88,7 @@ class DemoSettings:
     guidance_scale: float = 1.5
     seed: int = 0
     objectives: tuple[str, ...] = ("plain", "ambient")
+    overwrite: bool = False
 
 
 def settings_of_run(settings: DemoSettings, objective: str) -> TrainConfig:
@@ -112,44 +112,20 @@ def settings_of_run(settings: DemoSettings, objective: str) -> TrainConfig:
 def sample(
     folder: str | Path, prompts: Sequence[str], settings: DemoSettings, *, title: str, position: int = 0
 ) -> tuple[list[Image.Image], list[float]]:
-    """Draw `samples_per_prompt` images per prompt under the guard; return them with their scores, prompt by prompt.
+    """Sample `samples_per_prompt` images per prompt under the guard; return them with their scores, prompt by prompt.
 
-    The starting noise of an image depends on the seed, its prompt's place and its number alone: two models sampled with
-    the same settings start from the same noise.
+    Two models sampled with the same settings start from the same noise (`ambient_sd.sampling.image_seed`).
     """
-    from diffusers import DPMSolverMultistepScheduler
-    from tqdm.auto import tqdm
-
-    pipe = AmbientSDPipeline.from_pretrained(folder, safety_checker=None)
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
     k = settings.samples_per_prompt
-    per_call = max(1, 16 // k)
-    images: list[Image.Image] = []
-    scores: list[float] = []
-    with (
-        MemorizationGuard(pipe) as guard,
-        tqdm(total=len(prompts) * k, desc=title, unit="image", position=position) as bar,
-    ):
-        for first in range(0, len(prompts), per_call):
-            chunk = list(prompts[first : first + per_call])
-            generators = [
-                torch.Generator().manual_seed(settings.seed * 1_000_003 + (first + i) * 1_009 + j)
-                for i in range(len(chunk))
-                for j in range(k)
-            ]
-            out = pipe(
-                chunk,
-                num_images_per_prompt=k,
-                num_inference_steps=settings.sampling_steps,
-                guidance_scale=settings.guidance_scale,
-                generator=generators,
-            )
-            assert not isinstance(out, tuple)
-            images += out.images
-            scores += [report.score for report in guard.report]
-            bar.update(len(chunk) * k)
-    return images, scores
+    config = SamplingConfig(
+        str(folder), scheduler="dpm++", num_inference_steps=settings.sampling_steps, guidance_scale=settings.guidance_scale,
+        seed=settings.seed, batch_size=max(1, 16 // k) * k,
+    )  # fmt: skip
+    pipe = load_pipeline(config, safety_checker=False)
+    bar = {"desc": title, "position": position}
+    batches = generate(pipe, requests_for(prompts, k), config, guard=MemorizationGuard(pipe), bar=bar)
+    made = [(one.image, one.report) for batch in batches for one in batch]
+    return [i for i, _ in made if i is not None], [report.score for _, report in made if report is not None]
 
 
 def _side_by_side(settings: DemoSettings, prompts: Sequence[str]) -> dict[str, Any]:
@@ -189,16 +165,21 @@ def run_demo(settings: DemoSettings) -> Report:
     """Train, sample, measure, and write `report.html`, `figures.json` and the sample sheets into `settings.out`.
 
     Raises:
-        UserError: settings are out of range, or `settings.out` holds something that is not a demo's.
+        UserError: settings are out of range, or `settings.out` holds a finished demo or something else.
     """
     from diffusers import AutoencoderKL
 
     begun = time.time()
+    check_images_per_prompt(settings.samples_per_prompt, "samples_per_prompt")
+    folder = OutputFolder(settings.out, "demo", CONTENTS, overwrite=settings.overwrite, resumable=False)
+    folder.check({})
     configs = {objective: settings_of_run(settings, objective) for objective in settings.objectives}
     # Both runs train on these images; they are decoded and checked here, before anything is removed or trained.
     plans = [plan_run(config) for config in configs.values()]
     training = plans[0].images
-    _clear(settings)
+    folder.claim(
+        {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name not in ("out", "overwrite")}
+    )
     heldout = load_rows(PICTURES, split="heldout")
     training_images = [row.image for row in training]
     captions = [row.caption for row in training]
@@ -275,6 +256,7 @@ def run_demo(settings: DemoSettings) -> Report:
     )
     write_report(settings.out / "report.html", report)
     (settings.out / "figures.json").write_text(json.dumps(_figures(report), indent=1) + "\n")
+    folder.finish()
     return report
 
 
@@ -320,24 +302,6 @@ def finding(report: Report) -> str:
 def _cell(row: Row) -> str:
     low, high = (show(dataclasses.replace(row.generated, value=v)) for v in (row.generated.low, row.generated.high))
     return f"{show(row.generated)} [{low}, {high}]"
-
-
-def _clear(settings: DemoSettings) -> None:
-    """Remove what an earlier demo left, known by its marker; refuse a folder that holds anything else."""
-    out = settings.out
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise UserError(f"out is {out}", rule="it must be a folder, and no link", remedy="name another one with --out")
-    if out.exists() and any(out.iterdir()):
-        foreign = sorted(p.name for p in out.iterdir() if p.name not in _FILES)
-        if foreign or not (out / _MARKER).exists():
-            raise UserError(
-                f"{out} holds {foreign[0]!r}" if foreign else f"{out} is not an earlier demo's",
-                rule="the demo empties its folder and must not take what is not its own",
-                remedy="name another folder with --out",
-            )
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / _MARKER).write_text("Made by `ambient-sd demo`, which may empty this folder.\n")
 
 
 def _made(settings: DemoSettings, begun: float, fingerprint: str) -> dict[str, object]:

@@ -35,9 +35,9 @@ def add_verbs(verbs: Any) -> None:
     """Add `sample`, `calibrate` and `compare` to the command's verbs."""
     sample = verbs.add_parser(
         "sample",
-        help="draw images under the memorization guard, with scores, a sheet and a page",
-        description="Draw images under the memorization guard and write them, their scores, a contact sheet and a page to OUT. "
-        "A run that was cut goes on where it stopped.",
+        help="sample images under the memorization guard, with scores, a sheet and a page",
+        description="Sample images under the memorization guard and write them, their scores, a contact sheet and a page to OUT. "
+        "Interrupted runs resume.",
         formatter_class=_Help,
         add_help=False,
     )
@@ -61,16 +61,17 @@ def add_verbs(verbs: Any) -> None:
                         "models (SD2) are (default: that of a calibrated threshold, else noise)")  # fmt: skip
     sample.add_argument("--attribution", choices=["flagged", "all", "none"], default="flagged",
                         help="images of which the page shows how far the score hangs on each word; each is sampled once more, with a "
-                        "backward pass at every step: about 2.6 times the price of drawing it")  # fmt: skip
+                        "backward pass at every step: about 2.6 times the price of sampling it")  # fmt: skip
     sample.add_argument("--num_images_per_prompt", type=int, default=1, help="images of each prompt")
     sample.add_argument("--out", type=Path, required=True, help="folder for the images")
+    add_overwrite(sample)
     add_sampling(sample)
     add_base(sample)
     calibrate = verbs.add_parser(
         "calibrate",
         help="find the score above which an image is flagged, for one model and sampler",
         description="Sample ordinary prompts under the guard and find the thresholds that at most the asked share of them reaches. "
-        "Writes memorization_threshold.json, which the guard then uses (of anisotropy: memorization_threshold_anisotropy.json). A run that was cut goes on where it stopped.",
+        "Writes memorization_threshold.json, which the guard then uses (of anisotropy: memorization_threshold_anisotropy.json). Interrupted runs resume.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     calibrate.add_argument("model", metavar="MODEL", help="pipeline folder or hub id")
@@ -97,7 +98,7 @@ def add_verbs(verbs: Any) -> None:
         "compare",
         help="try every detector and every mitigation on models whose training images are at hand, side by side",
         description="Sample the training captions, see which are memorized, score the detectors on them, and sample the memorized "
-        "ones again under every mitigation. Writes tables, sheets and a page to OUT. A run that was cut goes on where it stopped.",
+        "ones again under every mitigation. Writes tables, sheets and a page to OUT. Interrupted runs resume.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     compare.add_argument("models", nargs="+", metavar="NAME=MODEL", help="pipeline folders or hub ids, each with a name of yours; "
@@ -119,14 +120,33 @@ def add_verbs(verbs: Any) -> None:
     compare.add_argument("--guidance_scale", type=float, default=7.5, help="classifier-free guidance, above 1")
     compare.add_argument("--batch_size", type=int, default=16, help="images that go through the network together")
     compare.add_argument("--seed", type=int, default=0, help="of start noise, choice of prompts and intervals")
+    compare.add_argument(
+        "--lora_weights",
+        nargs="+",
+        default=[],
+        metavar="NAME=LORA",
+        help="LoRAs on some of the models: folder, .safetensors file or hub id",
+    )
     compare.add_argument("--out", type=Path, required=True, help="folder for everything")
+    add_overwrite(compare)
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base_above", type=float, default=None, metavar="LEVEL", help="noise level (sigma / alpha) above which the base stands in "
                         "for the fine-tuned network: fewer copies, nothing to train; try 1.6")  # fmt: skip
     parser.add_argument(
-        "--base", default=None, metavar="MODEL", help="the base of --base_above (default: MODEL without its --adapter)"
+        "--base",
+        default=None,
+        metavar="MODEL",
+        help="the base of --base_above (default: MODEL without its --lora_weights)",
+    )
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="remove what an earlier run of this command left in OUT, and begin anew",
     )
 
 
@@ -136,7 +156,9 @@ def add_unlisted(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--adapter", metavar="LORA", default=None, help="LoRA: folder, .safetensors file or hub id")
+    parser.add_argument(
+        "--lora_weights", "--adapter", metavar="LORA", default=None, help="LoRA: folder, .safetensors file or hub id"
+    )
     parser.add_argument(
         "--scheduler", choices=["ddim", "dpm++", "euler", "pndm"], default=None, help="sampler (default: the model's)"
     )
@@ -155,19 +177,21 @@ def run(args: argparse.Namespace) -> None:
     if args.verb == "compare":
         _compare(args)
         return
-    from ambient_sd.sampling import SamplingConfig
+    from ambient_sd.sampling import SamplingConfig, processes
 
-    names = ["model", "adapter", "scheduler", "num_inference_steps", "guidance_scale", "resolution", "seed", "dtype",
+    names = ["model", "lora_weights", "scheduler", "num_inference_steps", "guidance_scale", "resolution", "seed", "dtype",
              "device", "batch_size", *(["base_above", "base"] if args.verb == "sample" else [])]  # fmt: skip
-    drawing = SamplingConfig(**{name: getattr(args, name) for name in names})
+    sampling = SamplingConfig(**{name: getattr(args, name) for name in names})
     if args.verb == "sample":
-        _sample(args, drawing)
+        _sample(args, sampling)
     else:
         from ambient_sd.commands.calibrate import CalibrateSettings, calibrate, read_both, table, useless
 
         ordinary, memorized = read_both(args.ordinary, args.memorized)
-        found, path = calibrate(CalibrateSettings(drawing, ordinary, memorized, args.fpr, args.generations, args.out,
+        found, path = calibrate(CalibrateSettings(sampling, ordinary, memorized, args.fpr, args.generations, args.out,
                                                   args.detector, args.score_space))  # fmt: skip
+        if not processes().is_main_process:
+            return
         if path is None:
             print(f"\n{table(found)}\n", flush=True)
             print(f"ambient-sd: {useless(found)}; no threshold is written", file=sys.stderr, flush=True)
@@ -175,8 +199,9 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{table(found)}\n\n{found.origin}; written to {path}", flush=True)
 
 
-def _sample(args: argparse.Namespace, drawing: Any) -> None:
+def _sample(args: argparse.Namespace, sampling: Any) -> None:
     from ambient_sd.commands.sample import SampleSettings, prompts_of, sample
+    from ambient_sd.sampling import processes
 
     threshold: Any = args.threshold
     if threshold != "auto":
@@ -185,9 +210,11 @@ def _sample(args: argparse.Namespace, drawing: Any) -> None:
         except ValueError:
             raise UserError(f"threshold is {threshold!r}", rule="it must be a number or auto") from None
     records = sample(
-        SampleSettings(drawing, args.out, prompts_of(args.prompt, args.prompts), args.num_images_per_prompt, args.policy,
-                       args.when, threshold, args.attribution, getattr(args, "score_space", None))
+        SampleSettings(sampling, args.out, prompts_of(args.prompt, args.prompts), args.num_images_per_prompt, args.policy,
+                       args.when, threshold, args.attribution, getattr(args, "score_space", None), args.overwrite)
     )  # fmt: skip
+    if not processes().is_main_process:
+        return
     flagged = sum(bool(record["flagged"]) for record in records)
     scores = sorted(record["score"] for record in records if record["score"] is not None)
     undecided = [record for record in records if record["undecided"]]
@@ -213,6 +240,12 @@ def _compare(args: argparse.Namespace) -> None:
             raise UserError(f"model {entry!r}", rule="each is NAME=MODEL, with a name of its own of letters, digits, - and _",
                             remedy="for example plain=out/plain ambient=out/ambient")  # fmt: skip
         models[name] = folder
+    adapters = dict(entry.partition("=")[::2] for entry in args.lora_weights)
+    for name, place in adapters.items():
+        if name not in models or not place:
+            raise UserError(
+                f"lora_weights {name}={place}", rule=f"each is NAME=LORA, with a name of a model: {', '.join(models)}"
+            )
     require_guidance(args.guidance_scale)
     for name in ("generations", "mitigated", "num_inference_steps", "batch_size", "resolution"):
         if getattr(args, name) < 1:
@@ -225,7 +258,7 @@ def _compare(args: argparse.Namespace) -> None:
     settings = Settings(
         models=models, judge=args.judge, out=args.out, resolution=args.resolution, generations=args.generations,
         prompts=args.prompts, mitigated=args.mitigated, steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
-        batch_size=args.batch_size, seed=args.seed, chosen=tuple(args.mitigations),
+        batch_size=args.batch_size, seed=args.seed, chosen=tuple(args.mitigations), lora_weights=adapters, overwrite=args.overwrite,
     )  # fmt: skip
     result = compare(
         settings,
@@ -242,11 +275,13 @@ def _command(args: argparse.Namespace, models: dict[str, str]) -> str:
 
     words = ["ambient-sd", "compare", *(f"{name}={label(place)}" for name, place in models.items())]
     for name, value in vars(args).items():
-        if name in ("verb", "version", "models") or value is None or value == []:
+        if name in ("verb", "version", "models", "overwrite") or value is None or value == []:
             continue
         values = value if isinstance(value, list) else [value]
         if name in ("data", "heldout", "judge"):
             values = [label(value)]
+        elif name == "lora_weights":
+            values = [f"{of}={label(place)}" for of, _, place in (entry.partition("=") for entry in value)]
         elif name == "out":
             values = [value.resolve().name]  # no hub id, even where it looks like one
         words += [f"--{name}", *map(str, values)]

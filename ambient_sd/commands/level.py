@@ -10,8 +10,9 @@ import json
 import sys
 from pathlib import Path
 
-from ambient_sd.data.latents import ViewRule, encode_all
+from ambient_sd.data.latents import encode_all
 from ambient_sd.data.noise_level import COPY, IDENTIFIED, TARGET, Levels, as_text, marks, measure, representatives
+from ambient_sd.data.views import ViewRule
 from ambient_sd.families.base import check_base
 from ambient_sd.reporting.charts import Line, Mark, chart, figure, table
 from ambient_sd.reporting.charts import page as document
@@ -40,8 +41,7 @@ def level(config: TrainConfig, *, progress: bool = False) -> Levels:
         print(f"ambient-sd: {images.unlisted} files in {images.source} are left out", file=sys.stderr, flush=True)
     rule = ViewRule(config.resolution, config.center_crop, config.random_flip, True, config.noise_seed)
     rows, total = representatives(images)
-    vae = base.load("vae").requires_grad_(False).eval()
-    x0 = encode_all(vae, images, rule, rows, progress=progress)
+    x0 = encode_all(base.images(), images, rule, rows, progress=progress)
     return measure(x0, total=total, max_level=base.schedule.max_level)
 
 

@@ -1,15 +1,16 @@
 """`ambient-sd sample`: images under the memorization guard, each with its score in the file, a list, a sheet and a page.
 
-    OUT/images/00000-00.png   image 0 of prompt 0; its PNG text `ambient_sd` holds prompt, seed, settings, score as JSON
+    OUT/images/00000-00.png   image 0 of prompt 0; its PNG text `ambient_sd` holds prompt, the image's own seed, settings, score as JSON
     OUT/samples.jsonl         the same records, one line an image
     OUT/contact_sheet.png     the images with their scores
     OUT/index.html            the same with the prompts; one file, no script, nothing from elsewhere
-    OUT/settings.json         what the images depend on: a run that was cut goes on, one with other settings is refused
+    OUT/settings.json         what the images depend on (`utils.output_folder`): interrupted runs resume, other settings are refused
 
-Names of files hold numbers only, whatever the prompts hold. An image's file appears whole or not at all.
+Names of files hold numbers only, whatever the prompts hold. An image's file appears whole or not at all. Under `accelerate launch` the
+processes share the images out, and the main one writes them: the files are those of one process.
 
 Without guidance (a scale of 1 or less, or a model that is distilled to need none) the guard has nothing to measure: the images
-are drawn all the same, and what it would have said is null.
+are sampled all the same, and what it would have said is null.
 
 Images that are flagged are sampled once more, from the same noise and without the policy, to see which words pull
 (`guard.attribution`): a record holds it as data, the page as coloured words.
@@ -23,7 +24,7 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from ambient_sd import __version__
+from ambient_sd.data.captions import Cut
 from ambient_sd.families.guidance import distilled
 from ambient_sd.guard.attribution import TokenGradients
 from ambient_sd.guard.base_above import acting_base
@@ -41,18 +43,34 @@ from ambient_sd.guard.policies.by_name import make
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard
 from ambient_sd.guard.scores import Space
 from ambient_sd.reporting.report import contact_sheet, escaped
-from ambient_sd.sampling import Drawn, SamplingConfig, check_prompts, digest, draw, load, read_prompts, say_cut
+from ambient_sd.sampling import (
+    Request,
+    Sampled,
+    SamplingConfig,
+    check_images_per_prompt,
+    check_prompts,
+    digest,
+    from_main,
+    generate,
+    image_seed,
+    in_batches,
+    load_pipeline,
+    processes,
+    read_prompts,
+    requests_for,
+    say,
+    say_cut,
+)
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.files import atomic_write
 from ambient_sd.utils.hub_ids import resolve_model_id
-from ambient_sd.utils.json_schema import load_json
+from ambient_sd.utils.output_folder import FILE, OutputFolder
 
 TEXT_KEY = "ambient_sd"
 _SHOWN = 600  # images on sheet and page
 _THUMBNAIL = 256
 _STRONGEST = 3  # words whose scores stand on the page as numbers
-_LARGEST = 16 * 2**20  # bytes of settings.json
-_FILES = {"images", "samples.jsonl", "contact_sheet.png", "index.html", "settings.json"}
+CONTENTS = ("images", "samples.jsonl", "contact_sheet.png", "index.html", FILE)
 
 
 @dataclass(frozen=True)
@@ -60,7 +78,7 @@ class SampleSettings:
     """Say what is sampled.
 
     Attributes:
-        drawing: model, sampler, seed.
+        sampling: model, sampler, seed.
         out: folder for the images.
         prompts: texts.
         num_images_per_prompt: images of each.
@@ -71,9 +89,10 @@ class SampleSettings:
         attribution: whose words are looked at: of flagged images (with `when` those that the policy acted on, too), of
             all, or of none. It changes no image and may differ from run to run in one folder.
         score_space: as `MemorizationGuard` takes it; None: that of a calibrated threshold, else "noise".
+        overwrite: remove what an earlier run left in `out` and begin anew.
     """
 
-    drawing: SamplingConfig
+    sampling: SamplingConfig
     out: Path
     prompts: list[str] = field(repr=False)
     num_images_per_prompt: int = 1
@@ -82,57 +101,48 @@ class SampleSettings:
     threshold: float | Literal["auto"] = "auto"
     attribution: Literal["flagged", "all", "none"] = "flagged"
     score_space: Space | None = None
+    overwrite: bool = False
 
 
 def sample(settings: SampleSettings) -> list[dict[str, Any]]:
-    """Draw what is missing in `settings.out`, write list, sheet and page, and return the records of all images.
+    """Sample what is missing in `settings.out`, write list, sheet and page, and return the records of all images.
 
     Raises:
         UserError: settings are out of range, `out` holds something else, or a policy, a threshold or an attribution is asked
             for where the guard cannot measure.
     """
-    from tqdm.auto import tqdm
-
-    drawing, out = settings.drawing, settings.out
-    drawing.check()
+    config, out = settings.sampling, settings.out
+    config.check()
     check_prompts(settings.prompts)
-    if settings.num_images_per_prompt < 1 or not settings.prompts:
-        raise UserError(f"{settings.num_images_per_prompt} images of {len(settings.prompts)} prompts",
-                        rule="at least one of each is needed")  # fmt: skip
+    check_images_per_prompt(settings.num_images_per_prompt, "num_images_per_prompt")
+    if not settings.prompts:
+        raise UserError("there are no prompts", rule="at least one is needed")
     if settings.attribution not in ("flagged", "all", "none"):
         raise UserError(f"attribution is {settings.attribution!r}", rule="it must be flagged, all or none")
     if settings.when == "flagged" and settings.policy is None:
         raise UserError("when is flagged without a policy", rule="it says on which images a policy acts")
     policy = None if settings.policy is None else make(settings.policy)
-    if drawing.guidance_scale <= 1:
-        _need_no_guard(settings, f"guidance_scale is {drawing.guidance_scale:g}", "give a scale above 1")
+    if config.guidance_scale <= 1:
+        _need_no_guard(settings, f"guidance_scale is {config.guidance_scale:g}", "give a scale above 1")
     calibration = _calibration(settings)
+    folder = OutputFolder(out, "sample", CONTENTS, overwrite=settings.overwrite)
     given = {
-        **drawing.public(), "prompts": digest(settings.prompts), "num_images_per_prompt": settings.num_images_per_prompt,
-        "policy": settings.policy, "when": settings.when, "threshold": settings.threshold,
-        **({} if settings.score_space is None else {"score_space": settings.score_space}),
+        "base_above": None, "base": None, "lora": None, **config.public(), "prompts": digest(settings.prompts), "num_images_per_prompt": settings.num_images_per_prompt,
+        "policy": settings.policy, "when": settings.when, "threshold": settings.threshold, "score_space": settings.score_space,
     }  # fmt: skip
-    _open(out, given)
+    folder.check(given)
 
-    pipe = load(drawing)
+    pipe = load_pipeline(config)
     cuts = say_cut(pipe, settings.prompts)
     if (why := distilled(pipe)) is not None:
         _need_no_guard(settings, why, "leave it out")
-    watched = drawing.guidance_scale > 1 and why is None
+    watched = config.guidance_scale > 1 and why is None
     if not watched:
-        print("ambient-sd: images without scores: the guard measures guidance, and there is none", flush=True)
+        say("images without scores: the guard measures guidance, and there is none")
         calibration = None
-    if calibration is not None:
-        why = calibration.misfit(pipe, drawing.sampling(pipe))
-        if why is not None:
-            print(f"ambient-sd: the calibrated threshold is not used: {one_line(why, 300)}", flush=True)
-            calibration = None
-    if calibration is not None:
-        try:
-            calibration.threshold(drawing.num_inference_steps if policy is None else 1, 1)
-        except UserError as error:
-            print(f"ambient-sd: the calibrated threshold is not used: {one_line(error, 300)}", flush=True)
-            calibration = None
+    if calibration is not None and (why := _unfit(calibration, pipe, settings)) is not None:
+        say(f"the calibrated threshold is not used: {one_line(why, 300)}")
+        calibration = None
     threshold: Any = calibration if settings.threshold == "auto" else settings.threshold
     if settings.when == "flagged" and threshold is None:
         raise UserError("when is flagged, and there is no threshold", rule="it is what flags an image",
@@ -143,44 +153,58 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
     weights = {"weights": _weights(pipe.unet)}
     if (base := acting_base(pipe.unet)) is not None:
         weights["base_weights"] = _weights(base)
+    sampler = type(pipe.scheduler).__name__
     used = {
-        **weights, "sampler": type(pipe.scheduler).__name__,
-        "threshold": threshold if isinstance(threshold, (float, int, type(None))) else dataclasses.asdict(threshold)["entries"],
-        **({} if guard is None or guard.score_space == "noise" else {"quantity": guard.score_space}),
+        **weights, "sampler": sampler, "quantity": None if guard is None else guard.score_space,
+        "threshold_in_use": dataclasses.asdict(threshold)["entries"] if isinstance(threshold, Calibration) else threshold,
     }  # fmt: skip
-    _settle(out, given, used)
+    from_main(lambda: folder.claim(given | used))
 
-    places = [(p, k) for p in range(len(settings.prompts)) for k in range(settings.num_images_per_prompt)]
-    records = {place: record for place in places if (record := _finished(out, place)) is not None}
+    requests = requests_for(settings.prompts, settings.num_images_per_prompt)
+    records: dict[tuple[int, int], dict[str, Any]] = from_main(lambda: _kept(out, requests))
     common = {
-        **drawing.public(), "sampler": used["sampler"], **weights, "policy": settings.policy, "when": settings.when,
+        **config.public(), "sampler": sampler, **weights, "policy": settings.policy, "when": settings.when,
         "ambient_sd": __version__,
     }  # fmt: skip
-    listing = out / "samples.jsonl"
-    _write_list(listing, [records[place] for place in places if place in records])
-    missing = [place for place in places if place not in records]
-    with (
-        guard or contextlib.nullcontext(),
-        tqdm(total=len(places), initial=len(records), desc="sample", unit="image") as bar,
-    ):
-        for first in range(0, len(missing), drawing.batch_size):
-            chunk = missing[first : first + drawing.batch_size]
-            drawn = draw(pipe, guard, drawing, [settings.prompts[p] for p, _ in chunk], chunk)
+    listing, writes = out / "samples.jsonl", processes().is_main_process
+
+    def write_list() -> None:
+        if writes:
+            atomic_write(listing, "".join(_line(records[r.place]) for r in requests if r.place in records))
+
+    write_list()
+    missing = [request for request in requests if request.place not in records]
+    if not missing:
+        say(f"all {len(requests)} images are there; sheet and page are written again")
+    bar = {"total": len(requests), "initial": len(records), "desc": "sample"}
+    for batch in generate(pipe, missing, config, guard=guard, state=processes(), bar=bar):
+        made = [_record(one, config.seed, common, cuts) for one in batch]
+        records |= {one.request.place: record for one, record in zip(batch, made, strict=True)}
+        if writes:
+            for one, record in zip(batch, made, strict=True):
+                assert one.image is not None
+                _write_image(out / record["file"], record, one.image)
             with listing.open("a", encoding="utf-8") as lines:
-                for place, one in zip(chunk, drawn, strict=True):
-                    prompt = settings.prompts[place[0]]
-                    lost = cuts[prompt].lost if prompt in cuts else None
-                    records[place] = _keep(
-                        out, place, one, prompt, common | {"truncated": lost is not None, "lost_text": lost}
-                    )
-                    lines.write(_line(records[place]))
-            bar.update(len(chunk))
-    _write_list(listing, [records[place] for place in places])  # an image drawn again stands in its place now
-    if _explain(pipe, out, settings, records):
-        _write_list(listing, [records[place] for place in places])
-    ordered = [records[place] for place in places]
-    _show(out, ordered, settings)
+                lines.writelines(map(_line, made))
+    write_list()  # an image sampled again stands in its place now
+    if _explain(pipe, settings, [r for r in requests if _wanted(settings, records[r.place])], records):
+        write_list()
+    ordered = [records[request.place] for request in requests]
+    if writes:
+        _show(out, ordered, settings)
+        folder.finish()
     return ordered
+
+
+def _unfit(calibration: Calibration, pipe: Any, settings: SampleSettings) -> str | None:
+    """Say why a calibrated threshold cannot be used here; None: it can."""
+    if (why := calibration.misfit(pipe, settings.sampling.describe(pipe))) is not None:
+        return why
+    try:
+        calibration.threshold(settings.sampling.num_inference_steps if settings.policy is None else 1, 1)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _need_no_guard(settings: SampleSettings, why: str, remedy: str) -> None:
@@ -195,43 +219,40 @@ def _need_no_guard(settings: SampleSettings, why: str, remedy: str) -> None:
                         rule="the guard measures guidance", remedy=remedy)  # fmt: skip
 
 
-def _explain(pipe: Any, out: Path, settings: SampleSettings, records: dict[tuple[int, int], dict[str, Any]]) -> bool:
-    """Find which words pull, of the images that are to be explained and are not yet; say whether there was one."""
-    from tqdm.auto import tqdm
+def _wanted(settings: SampleSettings, record: dict[str, Any]) -> bool:
+    """Tell whether the words of an image are to be looked at, and have not been."""
+    acted = settings.when == "flagged" and record["active"]
+    chosen = settings.attribution == "all" or (settings.attribution == "flagged" and (record["flagged"] or acted))
+    return bool(chosen) and record.get("attribution") is None
 
-    drawing = settings.drawing
-    wanted = [
-        place
-        for place, record in records.items()
-        if record.get("attribution") is None
-        and (
-            settings.attribution == "all"
-            or (
-                settings.attribution == "flagged"
-                and (record["flagged"] or (settings.when == "flagged" and record["active"]))
-            )
-        )
-    ]
+
+def _explain(
+    pipe: Any, settings: SampleSettings, wanted: Sequence[Request], records: dict[tuple[int, int], dict[str, Any]]
+) -> bool:
+    """Find which words pull, of the wanted images; say whether there was one."""
     if not wanted:
         return False
     watch = TokenGradients()
-    with MemorizationGuard(pipe, watch) as guard, tqdm(total=len(wanted), desc="explain", unit="image") as bar:
-        for first in range(0, len(wanted), drawing.batch_size):
-            chunk = wanted[first : first + drawing.batch_size]
-            prompts = [settings.prompts[p] for p, _ in chunk]
-            try:
-                draw(pipe, guard, drawing, prompts, chunk, decode=False)
-                found = [watch.result(prompt, pipe.tokenizer, [i]) for i, prompt in enumerate(prompts)]
-            except (UserError, torch.OutOfMemoryError) as error:
-                raise UserError(f"which words pull cannot be found: {one_line(error, 240)}",
-                                rule="the images are drawn", remedy="give --attribution none") from None  # fmt: skip
-            for place, one in zip(chunk, found, strict=True):
-                seen = dataclasses.asdict(one)
-                records[place] |= {"attribution": {k: v for k, v in seen.items() if k not in ("prompt", "images")}}
-                with Image.open(out / _file(place)) as image:
+    guard = MemorizationGuard(pipe, watch)
+
+    def explain(batch: Sequence[Request], options: dict[str, Any]) -> list[tuple[Request, dict[str, Any]]]:
+        try:
+            guard.decide([request.prompt for request in batch], **options)
+            found = [watch.result(request.prompt, pipe.tokenizer, [i]) for i, request in enumerate(batch)]
+        except (UserError, torch.OutOfMemoryError) as error:
+            raise UserError(f"which words pull cannot be found: {one_line(error, 240)}",
+                            rule="the images are sampled", remedy="give --attribution none") from None  # fmt: skip
+        return [(request, dataclasses.asdict(one)) for request, one in zip(batch, found, strict=True)]
+
+    state = processes()
+    for batch in in_batches(pipe, wanted, settings.sampling, explain, state=state, bar={"desc": "explain"}):
+        for request, seen in batch:
+            record = records[request.place]
+            record["attribution"] = {k: v for k, v in seen.items() if k not in ("prompt", "images")}
+            if state.is_main_process:
+                with Image.open(settings.out / record["file"]) as image:
                     image.load()
-                    _write_image(out / _file(place), records[place], image)
-            bar.update(len(chunk))
+                    _write_image(settings.out / record["file"], record, image)
     return True
 
 
@@ -256,8 +277,8 @@ def _calibration(settings: SampleSettings) -> Calibration | None:
         if not (math.isfinite(settings.threshold) and settings.threshold > 0):
             raise UserError(f"threshold is {settings.threshold}", rule="it must be a finite number above 0, or auto")
         return None
-    drawing = settings.drawing
-    path = threshold_file(resolve_model_id(drawing.model) if drawing.adapter is None else drawing.adapter, {})
+    config = settings.sampling
+    path = threshold_file(resolve_model_id(config.model) if config.lora_weights is None else config.lora_weights, {})
     return None if path is None else Calibration.load(path)
 
 
@@ -269,80 +290,34 @@ def _weights(unet: Any) -> str | None:
 # --- the folder ------------------------------------------------------------------------------------------------------
 
 
-def _open(out: Path, given: dict[str, Any]) -> None:
-    """Refuse a folder that is not ours, or was begun with other settings, before anything is loaded."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out is {out}", rule="it must be a folder")
-    path = out / "settings.json"
-    if not path.is_file():
-        foreign = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
-        if foreign:
-            raise UserError(f"{out} holds {foreign[0]!r} and no settings.json", rule="images go into a folder of their own",
-                            remedy="name another with --out")  # fmt: skip
-        return
-    try:
-        kept = load_json(path, _LARGEST)
-        before = kept["given"]
-        if not isinstance(kept.get("used", {}), dict):
-            raise TypeError
-        other = next((name for name in {**before, **given} if before.get(name) != given.get(name)), None)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} cannot be read", remedy="name another folder with --out") from None
-    if other is not None:
-        raise _differs(out, other, before.get(other), given.get(other))
-
-
-def _differs(out: Path, name: str, before: object, now: object) -> UserError:
-    shown = {
-        "prompts": "the prompts",
-        "lora": "the adapter's contents",
-        "weights": "the model's weights",
-        "base_weights": "the base's weights",
-    }.get(name)
-    what = f"{shown} are others" if shown else f"{name} was {one_line(before, 60)} and is {one_line(now, 60)}"
-    return UserError(f"{out} was begun with other settings: {what}", rule="a folder holds one run",
-                     remedy="name another with --out, or sample as before")  # fmt: skip
-
-
-def _settle(out: Path, given: dict[str, Any], used: dict[str, Any]) -> None:
-    """Write the settings of a new run; of one that goes on, check what only the loaded model tells."""
-    path = out / "settings.json"
-    if path.is_file():
-        before = load_json(path, _LARGEST).get("used", {})
-        for name, now in used.items():
-            if before.get(name) != json.loads(json.dumps(now)):
-                raise _differs(out, name, before.get(name), now)
-        return
-    (out / "images").mkdir(parents=True, exist_ok=True)
-    atomic_write(path, json.dumps({"given": given, "used": used}, indent=1) + "\n")
-
-
 def _file(place: tuple[int, int]) -> str:
     return f"images/{place[0]:05d}-{place[1]:02d}.png"
 
 
-def _finished(out: Path, place: tuple[int, int]) -> dict[str, Any] | None:
-    """Return the record of an image that is there and whole."""
-    try:
-        record = read_record(out / _file(place))
-    except UserError:
-        return None
-    # Images of versions that flagged by mitigated scores are drawn again.
-    whole = (record.get("prompt_index"), record.get("image_index")) == place and "undecided" in record
-    return record if whole else None
+def _kept(out: Path, requests: Sequence[Request]) -> dict[tuple[int, int], dict[str, Any]]:
+    """Return the records of the images that are there and whole."""
+    records = {}
+    for request in requests:
+        with contextlib.suppress(UserError):
+            record = read_record(out / _file(request.place))
+            if (record.get("prompt_index"), record.get("image_index")) == request.place:
+                records[request.place] = record
+    return records
 
 
-def _keep(out: Path, place: tuple[int, int], drawn: Drawn, prompt: str, common: dict[str, Any]) -> dict[str, Any]:
-    """Write an image with its record and return the record."""
-    assert drawn.image is not None
+def _record(one: Sampled, seed: int, common: dict[str, Any], cuts: Mapping[str, Cut]) -> dict[str, Any]:
+    """Return what is written down of an image."""
+    assert one.image is not None
+    request = one.request
     names = [f.name for f in dataclasses.fields(ImageReport) if f.name not in ("prompt", "prompt_index")]
-    seen = {name: getattr(drawn.report, name, None) for name in names}  # of no report: null
-    record = {
-        "file": _file(place), "prompt": prompt, "prompt_index": place[0], "image_index": place[1], **common,
-        **_plain(seen), "guidance_scale": common["guidance_scale"], "width": drawn.image.width, "height": drawn.image.height, "nsfw": drawn.nsfw, "attribution": None,
+    seen = {name: getattr(one.report, name, None) for name in names}  # of no report: null
+    lost = cuts[request.prompt].lost if request.prompt in cuts else None
+    return {
+        "file": _file(request.place), "prompt": request.prompt, "prompt_index": request.prompt_index, "image_index": request.image_index,
+        **common, "seed": image_seed(seed, *request.place), "run_seed": seed, "truncated": lost is not None, "lost_text": lost,
+        **_plain(seen), "guidance_scale": common["guidance_scale"], "width": one.image.width, "height": one.image.height,
+        "nsfw": one.nsfw, "attribution": None,
     }  # fmt: skip
-    _write_image(out / _file(place), record, drawn.image)
-    return record
 
 
 def _write_image(path: Path, record: dict[str, Any], image: Image.Image) -> None:
@@ -367,10 +342,6 @@ def _plain(value: Any) -> Any:
 
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(record) + "\n"
-
-
-def _write_list(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    atomic_write(path, "".join(map(_line, records)))
 
 
 # --- to look at ------------------------------------------------------------------------------------------------------
@@ -427,7 +398,7 @@ def _page(records: Sequence[dict[str, Any]], small: Sequence[Image.Image], setti
             if "base_above" in first
             else []
         ),
-        f"{first['sampler']}, {first['num_inference_steps']} steps, guidance {first['guidance_scale']:g}, seed {first['seed']}",
+        f"{first['sampler']}, {first['num_inference_steps']} steps, guidance {first['guidance_scale']:g}, seed {first['run_seed']}",
         f"Policy {first['policy']}" + (", on flagged images only" if first["when"] == "flagged" else "")
         if first["policy"]
         else "No policy",
@@ -476,7 +447,7 @@ def _page(records: Sequence[dict[str, Any]], small: Sequence[Image.Image], setti
         "Below each image its score: the mean norm of what the prompt adds to the predicted noise. It compares within this model, "
         "size and number of steps."
         if scored
-        else "No scores: the guard measures guidance, and these images are drawn without."
+        else "No scores: the guard measures guidance, and these images are sampled without."
     )
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'

@@ -18,7 +18,10 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from ambient_sd.data.latents import CaptionEncoder
+from ambient_sd.families.encoders import CaptionEncoder, ImageEncoder
+from ambient_sd.families.family import Family
+from ambient_sd.families.sd import SD
+from ambient_sd.families.sdxl import SDXL
 from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.utils.errors import UserError
@@ -63,6 +66,11 @@ class Base:
     kind: str = "StableDiffusionPipeline"
     vae_name: str | None = None
     zero_empty: bool = False
+
+    @property
+    def family(self) -> Family:
+        """Return the family that the base belongs to."""
+        return SDXL if self.is_xl else SD
 
     @property
     def is_xl(self) -> bool:
@@ -135,7 +143,15 @@ class Base:
         for name, part in parts.items():
             if name.startswith("text_encoder"):
                 part.requires_grad_(False).eval()
-        return CaptionEncoder(**parts, zero_empty=self.zero_empty)
+        return CaptionEncoder(self.family, parts, zero_empty=self.zero_empty)
+
+    def images(self) -> ImageEncoder:
+        """Load the VAE, frozen, float32, as the maker of this family's latents."""
+        return ImageEncoder(self.family, self.load("vae").requires_grad_(False).eval())
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """Return the shape of one latent of an image of (width, height) pixels, without the VAE."""
+        return self.family.latent_shape(self.vae_config, size)
 
     def pipeline(self, unet: Any) -> Any:
         """Return the whole base pipeline, float32, with another U-Net and this run's scheduler."""

@@ -23,10 +23,12 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ambient_sd.data import latents as data
+from ambient_sd.data import latents
 from ambient_sd.data.cache import SHARD_BYTES, Store, entry_id, fingerprint
 from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import SampleStream
+from ambient_sd.data.views import View, ViewRule
+from ambient_sd.families.encoders import CaptionEncoder, ImageEncoder
 from ambient_sd.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ _MAX_ROWS = 1024
 class CachedLatents(Dataset[tuple[str, torch.Tensor]]):
     """Give key and latent of the sample at each position, from a store that `fill_latents` has filled."""
 
-    def __init__(self, store: Store, images: ImageDataset, rule: data.ViewRule, stream: SampleStream) -> None:
+    def __init__(self, store: Store, images: ImageDataset, rule: ViewRule, stream: SampleStream) -> None:
         self.store, self.images, self.rule, self.stream = store, images, rule, stream
 
     def __getitem__(self, position: int) -> tuple[str, torch.Tensor]:
@@ -47,7 +49,7 @@ class CachedLatents(Dataset[tuple[str, torch.Tensor]]):
         view = self.rule.view(self.images.noise_keys[index], self.stream, position)
         return self.images.keys[index], self.latent(index, view)
 
-    def latent(self, index: int, view: data.View) -> torch.Tensor:
+    def latent(self, index: int, view: View) -> torch.Tensor:
         """Return the latent of a view of an image."""
         (entry,) = self.store.read([_latent_id(self.images, index, self.rule, view)])
         return entry["latent"]
@@ -61,7 +63,7 @@ class CachedCaptions:
         encoder: encodes what is not in the store, on its own device; without it that is an error.
     """
 
-    def __init__(self, store: Store, encoder: data.CaptionEncoder | None = None) -> None:
+    def __init__(self, store: Store, encoder: CaptionEncoder | None = None) -> None:
         self.store, self.encoder = store, encoder
 
     def __call__(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -78,13 +80,19 @@ class CachedCaptions:
 
 
 def fill_latents(
-    root: str | Path, vae: Any, images: ImageDataset, rule: data.ViewRule, accelerator: Accelerator, *, progress: bool
+    root: str | Path,
+    encoder: ImageEncoder,
+    images: ImageDataset,
+    rule: ViewRule,
+    accelerator: Accelerator,
+    *,
+    progress: bool,
 ) -> Store:
     """Compute the latents of all views that a run can meet, where the cache lacks them; to be called by every process.
 
     Args:
         root: the cache's folder.
-        vae: an AutoencoderKL, float32.
+        encoder: of the base.
         images: checked.
         rule: of the views; `rule.views` must be finite.
         accelerator: who is here.
@@ -94,7 +102,7 @@ def fill_latents(
         UserError: the folder cannot be written, or not all processes see it.
     """
     about = {
-        "what": "latents", "version": _VERSION, "vae": fingerprint(vae), "resolution": rule.resolution,
+        "what": "latents", "version": _VERSION, "vae": fingerprint(encoder.vae), "resolution": rule.resolution,
         "noise_seed": rule.noise_seed, "device": accelerator.device.type,
     }  # fmt: skip
     store = Store(root, "latents", about)
@@ -106,14 +114,14 @@ def fill_latents(
     def make(place: int) -> dict[str, torch.Tensor]:
         index, view = wanted[place]
         sample = rule.see(images[index], view)
-        return {"latent": data.encode(vae, [sample], noise_seed=rule.noise_seed)[0]}
+        return {"latent": latents.encode(encoder, [sample], noise_seed=rule.noise_seed)[0]}
 
     _fill(store, ids, make, accelerator, what="latents", progress=progress)
     return store
 
 
 def fill_captions(
-    root: str | Path, encoder: data.CaptionEncoder, captions: Sequence[str], accelerator: Accelerator, *, progress: bool
+    root: str | Path, encoder: CaptionEncoder, captions: Sequence[str], accelerator: Accelerator, *, progress: bool
 ) -> Store:
     """Compute the embeddings of all distinct captions and of the empty one, where the cache lacks them.
 
@@ -123,14 +131,9 @@ def fill_captions(
     about: dict[str, Any] = {
         "what": "caption embeddings", "version": _VERSION, "device": accelerator.device.type, "zero_empty": encoder.zero_empty,
     }  # fmt: skip
-    for tokenizer, model in (
-        (encoder.tokenizer, encoder.text_encoder),
-        (encoder.tokenizer_2, encoder.text_encoder_2),
-    ):
-        if model is not None:
-            tokens = tokenizer.backend_tokenizer.to_str()
-            mine = fingerprint(model, tokens, str(tokenizer.model_max_length))
-            about[f"text_encoder_{len(about)}"] = mine
+    for tokenizer, model in zip(encoder.tokenizers, encoder.models, strict=True):
+        tokens = tokenizer.backend_tokenizer.to_str()
+        about[f"text_encoder_{len(about)}"] = fingerprint(model, tokens, str(tokenizer.model_max_length))
     store = Store(root, "captions", about)
     distinct = list(dict.fromkeys(["", *captions]))
     _fill(store, [entry_id(c) for c in distinct], lambda place: encoder.encode(distinct[place]), accelerator,
@@ -138,7 +141,7 @@ def fill_captions(
     return store
 
 
-def _latent_id(images: ImageDataset, index: int, rule: data.ViewRule, view: data.View) -> bytes:
+def _latent_id(images: ImageDataset, index: int, rule: ViewRule, view: View) -> bytes:
     mirrored = images.mirrored[index]
     _, _, draw_key = rule.place(images.sizes[index], view, images.noise_keys[index], mirrored)
     return entry_id(images.keys[index], draw_key)

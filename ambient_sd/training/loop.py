@@ -35,7 +35,6 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ambient_sd.commands.push import prepare, push
-from ambient_sd.data import conditioning
 from ambient_sd.data import latents as data
 from ambient_sd.data.buckets import BucketStream, assign, read_buckets
 from ambient_sd.data.captions import find_cut, in_one_line
@@ -44,9 +43,11 @@ from ambient_sd.data.duplicates import noise_fingerprint, shared_noise
 from ambient_sd.data.enlargement import check_enlargement
 from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.data.stream import SampleStream, process_batches
+from ambient_sd.data.views import Samples, ViewRule
 from ambient_sd.families.base import Base, check_base
 from ambient_sd.objective import AmbientObjective
 from ambient_sd.reporting.model_card import describe_run, write_card
+from ambient_sd.sampling import collect_prompts
 from ambient_sd.training import (
     adapters,
     averaging,
@@ -189,7 +190,7 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         check_scheduler(base.scheduler)
     if config.lora:
         adapters.check_targets(base.unet_config, config.lora_target_modules or ())
-    prompts = validation.read_prompts(config.validation_prompts)
+    prompts = collect_prompts(config.validation_prompts)
     checkpoint = _check_output(config)
     images = open_images(config)
     check_augmentation(config, images)
@@ -368,6 +369,7 @@ class _Trainer:
         on_batch: Callable[[TrainingBatch], None] | None,
     ) -> None:
         self.plan, self.config, self.base = plan, plan.config, plan.base
+        self.family = self.base.family
         self.accelerator, self.progress, self.bar = accelerator, progress, bar or {}
         self.on_step, self.on_batch = on_step, on_batch
         config = self.config
@@ -380,7 +382,7 @@ class _Trainer:
             self.stream = BucketStream(bucket_of, self.global_batch, config.seed)
         # At level 0 there is no fixed noise, and the run is the plain one in its views too.
         fixed_noise = plan.objective.mode == "ambient" and plan.objective.level > 0
-        self.rule = data.ViewRule(
+        self.rule = ViewRule(
             config.resolution, config.center_crop, config.random_flip, fixed_noise, config.noise_seed, plan.buckets
         )
         self.data_fingerprint = plan.images.fingerprint()
@@ -485,14 +487,14 @@ class _Trainer:
         # First: where VAE and text encoder are let go, they are gone before the largest part comes.
         self._encode_once()
         if self.config.ambient_level == AUTO:
-            shapes = [data.latent_shape(self.base.vae_config, self.rule.target(k)) for k in self.plan.images.noise_keys]
+            shapes = [self.base.latent_shape(self.rule.target(k)) for k in self.plan.images.noise_keys]
             self._take_level(*leveling.propose(
                 self.plan.images, shapes, self._some_latents, accelerator, self.plan.objective.schedule.max_level
             ))  # fmt: skip
             config = self.config
         self.wording = CaptionAugmentation(
             config.caption_mitigation, config.caption_mitigation_p or 0.0, config.caption_noise_std or 0.0,
-            images=self.plan.images, stream=self.stream, tokenizer=self.captions.tokenizer,
+            images=self.plan.images, stream=self.stream, tokenizer=self.captions.tokenizers[0],
         )  # fmt: skip
         self.unet = self._load_unet()
         trained = [p for p in self.unet.parameters() if p.requires_grad]
@@ -600,7 +602,7 @@ class _Trainer:
     def _encode_once(self) -> None:
         """Compute what never changes, sharing the work out; let VAE and text encoder go if nothing needs them more."""
         images, accelerator, config = self.plan.images, self.accelerator, self.config
-        self.vae = self.base.load("vae").to(accelerator.device).requires_grad_(False).eval()
+        self.latent_encoder: Any = self.base.images().to(accelerator.device)
         self.captions = self.base.captions().to(accelerator.device)
         self.embed: Callable[[Sequence[str]], dict[str, torch.Tensor]] = self.captions
         self.cached: Dataset[tuple[str, torch.Tensor]] | None = None
@@ -618,25 +620,25 @@ class _Trainer:
                     "latents are not cached: crops are drawn anew at each step; --center_crop makes them fixed"
                 )
             else:
-                store = caching.fill_latents(folder, self.vae, images, self.rule, accelerator, **options)
+                store = caching.fill_latents(folder, self.latent_encoder, images, self.rule, accelerator, **options)
                 self.cached = caching.CachedLatents(store, images, self.rule, self.stream)
-                self.vae.to("cpu")
+                self.latent_encoder.to("cpu")
             self.captions.to(resting)
         elif self.captions.hold(images.all_captions, limit=data.MAX_HELD_BYTES, progress=self.progress):
             self.captions.to(resting)
         self.latents: list[torch.Tensor] | None = None
-        shapes = [data.latent_shape(self.base.vae_config, self.rule.target(key)) for key in images.noise_keys]
+        shapes = [self.base.latent_shape(self.rule.target(key)) for key in images.noise_keys]
         if self.cached is None and self.rule.fixed(images) and sum(map(math.prod, shapes)) * 4 <= data.MAX_HELD_BYTES:
             self.latents = [torch.empty(0)] * len(images)
             for shape in sorted(set(shapes)):
                 rows = [i for i, other in enumerate(shapes) if other == shape]
                 for i, latent in zip(rows, self._encode_shared(rows), strict=True):
                     self.latents[i] = latent
-            self.vae.to("cpu")
+            self.latent_encoder.to("cpu")
         if not self.plan.prompts and self.config.probe_steps is None:
             # Whatever is held in memory makes its maker superfluous.
             if self.latents is not None or self.cached is not None:
-                self.vae = None
+                self.latent_encoder = None
             if (self.captions.held or self.embed is not self.captions) and not live:
                 self.captions.release()
         if torch.cuda.is_available():
@@ -647,7 +649,7 @@ class _Trainer:
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         share = -(-len(rows) // ranks)
         mine = [rows[min(i * ranks + rank, len(rows) - 1)] for i in range(share)]
-        part = data.encode_all(self.vae, self.plan.images, self.rule, mine, progress=self.progress)
+        part = data.encode_all(self.latent_encoder, self.plan.images, self.rule, mine, progress=self.progress)
         if ranks > 1:
             gathered = self.accelerator.gather(part.to(self.accelerator.device)).cpu()
             part = gathered.reshape(ranks, share, *part.shape[1:]).transpose(0, 1).reshape(-1, *part.shape[1:])
@@ -672,7 +674,7 @@ class _Trainer:
                     torch.stack([self.latents[i] for i in rows]),
                 )
             return
-        samples: Dataset[Any] = self.cached or data.Samples(self.plan.images, self.rule, self.stream)
+        samples: Dataset[Any] = self.cached or Samples(self.plan.images, self.rule, self.stream)
         loader: DataLoader[Any] = DataLoader(
             samples,
             batch_sampler=list(places),
@@ -685,7 +687,11 @@ class _Trainer:
             if self.cached is not None:
                 yield positions, [key for key, _ in batch], torch.stack([x0 for _, x0 in batch])
             else:
-                yield positions, [s.key for s in batch], data.encode(self.vae, batch, noise_seed=self.config.noise_seed)
+                yield (
+                    positions,
+                    [s.key for s in batch],
+                    data.encode(self.latent_encoder, batch, noise_seed=self.config.noise_seed),
+                )
 
     def _make_batch(self, positions: list[int], keys: list[str], x0: torch.Tensor) -> TrainingBatch:
         """Draw what is fresh at these positions and look up what is fixed for these images."""
@@ -707,7 +713,7 @@ class _Trainer:
                 eps_n = torch.stack(draws).to(eps_n)
         fresh = noising.offset(torch.stack(noise), self.stream, positions, self.config.noise_offset)
         extra = noising.perturbation_at(self.stream, positions, shape, self.config.input_perturbation)
-        sizes = conditioning.time_ids(self.plan.images, self.rule, self.stream, positions) if self.base.is_xl else None
+        sizes = self.rule.sizes(self.plan.images, self.stream, positions) if self.family.takes_sizes else None
         return TrainingBatch(positions, keys, captions, torch.stack(timesteps), x0, eps_n, fresh, extra, sizes)
 
     def _step(
@@ -735,13 +741,11 @@ class _Trainer:
             for dropout in self.dropouts:
                 dropout.positions = batch.positions
             embeddings = self.wording.embeddings(self.embed(batch.captions), batch.captions, batch.positions)
-            inputs = conditioning.unet_inputs(embeddings, batch.time_ids, device)
+            inputs = self.family.inputs(embeddings, batch.time_ids, device)
             uncond = None if config.memorization_threshold is None else self._unconditional(model, corrupted.x_t, batch)
             with accelerator.no_sync(model) if part < parts - 1 else contextlib.nullcontext():
                 with accelerator.autocast():
-                    output = model(
-                        corrupted.x_t.to(device), batch.timesteps.to(device), **inputs, return_dict=False
-                    )[0]  # fmt: skip
+                    output = self.family.predict(model, corrupted.x_t.to(device), batch.timesteps.to(device), inputs)
                 error = (output.float() - corrupted.target.to(device)).square().flatten(1).mean(1)
                 each = corrupted.weight.to(device) * error
                 if self.dropping is not None:
@@ -797,11 +801,10 @@ class _Trainer:
     def _unconditional(self, model: Any, x_t: torch.Tensor, batch: TrainingBatch) -> torch.Tensor:
         """Return the network's output for the empty caption."""
         device = self.accelerator.device
-        inputs = conditioning.unet_inputs(self.embed([""] * len(batch.captions)), batch.time_ids, device)
+        inputs = self.family.inputs(self.embed([""] * len(batch.captions)), batch.time_ids, device)
         # An autocast of its own, before the other: one block keeps its casts, and these know no gradient.
         with self.accelerator.autocast():
-            output: torch.Tensor = model(x_t.to(device), batch.timesteps.to(device), **inputs, return_dict=False)[0]
-        return output
+            return self.family.predict(model, x_t.to(device), batch.timesteps.to(device), inputs)
 
     def _save_checkpoint(self, step: int) -> None:
         unet, optimizer = sharding.whole_unet(self.unet), sharding.whole_state(self.optimizer)
@@ -844,7 +847,7 @@ class _Trainer:
         return samples // every > (samples - self.global_batch) // every or step == self.steps
 
     def _pipeline(self) -> Any:
-        return self.base.assemble(unet=self.unet, vae=self.vae, **self.captions.parts())
+        return self.base.assemble(unet=self.unet, vae=self.latent_encoder.vae, **self.captions.parts)
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         """Lend the averaged weights, which will be the result, to the U-Net."""
@@ -852,7 +855,7 @@ class _Trainer:
 
     def _draw(self, step: int) -> None:
         with self._averaged():
-            drawn = validation.draw(
+            sampled = validation.sample(
                 self._pipeline(),
                 self.plan.prompts,
                 self.config.num_validation_images or 4,
@@ -861,8 +864,8 @@ class _Trainer:
                 accelerator=self.accelerator,
             )
         if self.accelerator.is_main_process:
-            self._show("validation", validation.grid(drawn.rows), step)
-            scores = [score for row in drawn.scores for score in row]
+            self._show("validation", validation.grid(sampled.rows), step)
+            scores = [score for row in sampled.scores for score in row]
             self._track({"guard/validation_score": sum(scores) / len(scores)}, step)
             validation.write_scores(self.output / "validation", step, scores)
         self.accelerator.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""The onset of memorization while a run trains: images drawn for a fixed probe of captions, held against the training set.
+"""The onset of memorization while a run trains: images sampled for a fixed probe of captions, held against the training set.
 
     copies       share of the probe's images that are copies                        `ambient_sd.audit.decision`, as in an audit
     published    share with d1 / d2 < 1/3, distances in pixels at 64 x 64           beside it (Yoon et al. 2023)
@@ -40,7 +40,7 @@ from ambient_sd.utils.files import atomic_write
 # Guidance of 7.5 drives the colours of a fine-tuned model away from the originals and hides copies from a distance in pixels.
 GUIDANCE_SCALE = 2.0
 MAX_SEARCHED = 4096  # 12,288 numbers an image: 200 MB
-MAX_DECIDED = 1000  # training images that the decision lays over the drawn ones
+MAX_DECIDED = 1000  # training images that the decision lays over the sampled ones
 _SIDE, _PER_ROW = 64, 8
 
 
@@ -108,11 +108,11 @@ class Probe:
     def evaluate(self, pipe: Any, accelerator: Accelerator, step: int) -> ProbeEvaluation:
         """Sample the probe's images and measure them; to be called by every process. The main one decides, and all return its numbers."""
         self.vae = pipe.vae
-        drawn = validation.draw(
+        sampled = validation.sample(
             pipe, self.captions, 1, resolution=self.resolution, seed=self.seed, accelerator=accelerator,
             guidance_scale=GUIDANCE_SCALE,
         )  # fmt: skip
-        images, scores = [row[0] for row in drawn.rows], [row[0] for row in drawn.scores]
+        images, scores = [row[0] for row in sampled.rows], [row[0] for row in sampled.scores]
         if accelerator.num_processes == 1:
             return self.measure(images, scores, step)
         seen = self.measure(images, scores, step) if accelerator.is_main_process else None
@@ -134,7 +134,7 @@ class Probe:
         decided = self.decision(images, published)
         copies = Estimate.of_share(int(decided.copy.sum()), len(images))
         originals = [self.originals[i].resize(images[0].size) for i in decided.row.tolist()]
-        # A row of drawn images, below it a row of the training images that explain them best.
+        # A row of sampled images, below it a row of the training images that explain them best.
         rows = [part[i : i + _PER_ROW] for i in range(0, len(images), _PER_ROW) for part in (list(images), originals)]
         return ProbeEvaluation(
             step, copies, float(published.double().mean()), float(near.ratio.median()),

@@ -1,24 +1,24 @@
-"""Images during training: the same prompts with the same start noise at every look, shared out over the processes.
+"""Images during training: the same prompts with the same start noise every time, shared out over the processes.
 
-They are drawn under the memorization guard, whose score (mean norm of the guidance, Wen et al., ICLR 2024) comes with each.
-Every process draws its share and all meet in one gather, so none waits on another for longer than one image takes
-(drawing on the first process alone ends in NCCL's timeout). Training is left as it was: own generators, modes restored.
+They are sampled under the memorization guard, whose score (mean norm of the guidance, Wen et al., ICLR 2024) comes with each.
+Every process samples its share and all meet in a gather after each image, so none waits on another for longer than one image takes
+(sampling on the first process alone ends in NCCL's timeout). Training is left as it was: own generators, modes restored.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from ambient_sd.data.stream import keyed_generator
 from ambient_sd.guard.recorder import MemorizationGuard
+from ambient_sd.sampling import SamplingConfig, generate, requests_for
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.files import atomic_write, json_safe
 from ambient_sd.utils.json_schema import load_json, violation
@@ -37,45 +37,31 @@ _SCORES = {
 }
 
 
-class Drawn(NamedTuple):
-    """Hold drawn images, one row a prompt, and the guard's score of each, in the same rows."""
+class Samples(NamedTuple):
+    """Hold sampled images, one row a prompt, and the guard's score of each, in the same rows."""
 
     rows: list[list[Image.Image]]
     scores: list[list[float]]
 
 
-def read_prompts(entries: Sequence[str] | None) -> list[str]:
-    """Return the prompts meant by `--validation_prompts`: each entry a prompt, or a .jsonl file with "prompt" rows.
-
-    Raises:
-        UserError: a file is missing or empty, or a line of it holds no prompt.
-    """
-    prompts: list[str] = []
-    for entry in entries or ():
-        if not entry.endswith(".jsonl"):
-            prompts.append(entry)
-            continue
-        try:
-            lines = Path(entry).read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"prompt file {entry} cannot be read", rule=str(error), remedy="check the path") from None
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                prompt = json.loads(line)["prompt"]
-            except (ValueError, KeyError, TypeError):
-                prompt = None
-            if not isinstance(prompt, str):
-                raise UserError(f"line {number} of {entry} holds no prompt", rule='it must read {"prompt": "..."}')
-            prompts.append(prompt)
-    if entries and not prompts:
-        raise UserError(f"{' '.join(entries)} holds no prompt", remedy='write one {"prompt": "..."} a line')
-    return prompts
+@contextlib.contextmanager
+def _ready_to_sample(pipe: Any, device: torch.device) -> Iterator[None]:
+    """Lend the parts of a pipeline in training to sampling: on the device, in evaluation mode, and back as they were."""
+    unet, parts = pipe.unet, pipe.components
+    homes = {name: parts[name].device for name in ("vae", "text_encoder", "text_encoder_2") if name in parts}
+    training = unet.training
+    unet.eval()
+    try:
+        for name in homes:
+            parts[name].to(device)
+        yield
+    finally:
+        unet.train(training)
+        for name, home in homes.items():
+            parts[name].to(home)
 
 
-@torch.no_grad()
-def draw(
+def sample(
     pipe: Any,
     prompts: Sequence[str],
     per_prompt: int,
@@ -84,53 +70,32 @@ def draw(
     seed: int,
     accelerator: Accelerator,
     guidance_scale: float = GUIDANCE_SCALE,
-) -> Drawn:
-    """Draw `per_prompt` images of each prompt; to be called by every process.
+) -> Samples:
+    """Sample `per_prompt` images of each prompt; to be called by every process.
 
     Args:
         pipe: a pipeline of the model in training (`Base.assemble`).
         prompts: one row of images each.
         per_prompt: images in a row.
         resolution: side in pixels.
-        seed: with the image's place in the grid it gives its start noise.
+        seed: of the run; an image's own is `ambient_sd.sampling.image_seed` of it and of the place in the grid.
         accelerator: who is here.
         guidance_scale: of classifier-free guidance, above 1.
 
     Returns:
         One row of images and of scores per prompt, on every process.
     """
-    pipe.set_progress_bar_config(disable=True)
-    unet, parts = pipe.unet, pipe.components
-    homes = {name: parts[name].device for name in ("vae", "text_encoder", "text_encoder_2") if name in parts}
-    training = unet.training
-    unet.eval()
-    try:
-        for name in homes:
-            parts[name].to(accelerator.device)
-        total, ranks = len(prompts) * per_prompt, accelerator.num_processes
-        shares = -(-total // ranks)
-        mine, scores = [], []
-        for turn in range(shares):
-            # The last round may run out of places: draw one again, so that every process brings equally much.
-            place = min(turn * ranks + accelerator.process_index, total - 1)
-            with MemorizationGuard(pipe) as guard:
-                array = pipe(
-                    prompts[place // per_prompt], height=resolution, width=resolution, num_inference_steps=INFERENCE_STEPS,
-                    guidance_scale=guidance_scale, generator=keyed_generator(seed, "validation", place), output_type="np",
-                ).images[0]  # fmt: skip
-            scores.append(guard.report[0].score)
-            mine.append(torch.from_numpy((array * 255).round().astype(np.uint8)))
-        gathered = accelerator.gather(torch.stack(mine).to(accelerator.device)).cpu().numpy()
-        gathered_scores = accelerator.gather(torch.tensor(scores, device=accelerator.device)).tolist()
-    finally:
-        unet.train(training)
-        for name, home in homes.items():
-            parts[name].to(home)
-    # Process r brought places r, r + ranks, ...: row r * shares + turn of the gathered stack.
-    order = [(place % ranks) * shares + place // ranks for place in range(total)]
-    starts = range(0, total, per_prompt)
-    flat, flat_scores = [Image.fromarray(gathered[i]) for i in order], [gathered_scores[i] for i in order]
-    return Drawn([flat[i : i + per_prompt] for i in starts], [flat_scores[i : i + per_prompt] for i in starts])
+    config = SamplingConfig(
+        "the model in training", num_inference_steps=INFERENCE_STEPS, guidance_scale=guidance_scale, resolution=resolution,
+        seed=seed, batch_size=1,
+    )  # fmt: skip
+    requests, images, scores = requests_for(prompts, per_prompt), [], []
+    with _ready_to_sample(pipe, accelerator.device):
+        for batch in generate(pipe, requests, config, guard=MemorizationGuard(pipe), state=accelerator):
+            images += [one.image for one in batch if one.image is not None]
+            scores += [one.report.score for one in batch if one.report is not None]
+    starts = range(0, len(requests), per_prompt)
+    return Samples([images[i : i + per_prompt] for i in starts], [scores[i : i + per_prompt] for i in starts])
 
 
 def grid(rows: Sequence[Sequence[Image.Image]], gap: int = 2) -> Image.Image:
@@ -144,7 +109,7 @@ def grid(rows: Sequence[Sequence[Image.Image]], gap: int = 2) -> Image.Image:
 
 
 def write_scores(folder: Path, step: int, scores: Sequence[float]) -> None:
-    """Write the guard's scores of the images drawn at a step into `folder`, in the sheet's order; one that is not finite is null."""
+    """Write the guard's scores of the images sampled at a step into `folder`, in the sheet's order; one that is not finite is null."""
     atomic_write(folder / SCORES_NAME, json.dumps(json_safe({"step": step, "scores": list(scores)})) + "\n")
 
 

@@ -350,7 +350,7 @@ def test_an_adapter_is_held_against_images_of_its_base(
     unet = tiny.tiny_pipeline().unet
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
     StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=get_peft_model_state_dict(unet))
-    given = ["--adapter", str(tmp_path / "lora"), "--max_prompts", "7", "--samples_per_prompt", "1", "--num_inference_steps", "1",
+    given = ["--lora_weights", str(tmp_path / "lora"), "--max_prompts", "7", "--samples_per_prompt", "1", "--num_inference_steps", "1",
              "--attribution", "0", "--guidance_scale", "1"]  # fmt: skip
     assert run(sets, tiny_base, *given, "--base_images", "6") == 0
     found = json.loads((sets["out"] / "audit.json").read_text())
@@ -365,11 +365,11 @@ def test_an_adapter_is_held_against_images_of_its_base(
     assert [len(files) for files in images] == [7, 6]
     # What was sampled belongs to this number of them; without any there is no folder of them.
     assert run(sets, tiny_base, *given, "--base_images", "0") == 2
-    drawing = SamplingConfig(str(tiny_base), str(tmp_path / "lora"))
-    with_base = settings(sets, generated=None, drawing=drawing).base()
+    config = SamplingConfig(str(tiny_base), str(tmp_path / "lora"))
+    with_base = settings(sets, generated=None, sampling=config).base()
     assert with_base is not None and with_base.model == str(tiny_base) and with_base.adapter is None
-    assert settings(sets, generated=None, drawing=drawing, base_images=0).base() is None
-    assert settings(sets, generated=None, drawing=dataclasses.replace(drawing, adapter=None)).base() is None
+    assert settings(sets, generated=None, sampling=config, base_images=0).base() is None
+    assert settings(sets, generated=None, sampling=dataclasses.replace(config, lora_weights=None)).base() is None
 
 
 def test_hostile_prompts_are_text_on_the_page_and_the_page_loads_nothing(sets: dict[str, Path], tmp_path: Path) -> None:
@@ -491,18 +491,29 @@ def test_a_folder_of_another_audit_is_refused_but_figures_may_be_made_again(sets
     again = audit(settings(sets, mirrored=False, resamples=30)).found
     assert again["mirrored"] is False and first["images"] == again["images"]
     before = (sets["out"] / "audit.json").read_bytes()
-    with pytest.raises(UserError, match="belongs to another audit: the generated images are others"):
+    with pytest.raises(UserError, match="begun with other settings: generated changed"):
         audit(settings(sets, generated=sets["training"]))
-    with pytest.raises(UserError, match="the held-out images are others"):
+    with pytest.raises(UserError, match="heldout changed"):
         audit(settings(sets, heldout=None))
     assert (sets["out"] / "audit.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"given": 3}', '{"given": {}}', "[" * 10**5, '{"given": NaN}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"kind": "audit"}',
+        '{"kind": "audit", "settings": 3, "finished": false}',
+        "[" * 10**5,
+        '{"kind": NaN}',
+    ],
+)
 def test_a_folder_whose_settings_are_damaged_is_refused(sets: dict[str, Path], text: str) -> None:
     sets["out"].mkdir()
     (sets["out"] / "settings.json").write_text(text)
-    with pytest.raises(UserError, match="not an audit's; name another folder"):
+    with pytest.raises(UserError, match=r"settings\.json cannot be read; name another folder"):
         audit(settings(sets))
     assert {path.name for path in sets["out"].iterdir()} == {"settings.json"}
 

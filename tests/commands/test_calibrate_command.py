@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from ambient_sd import AmbientSDPipeline, MemorizationGuard
 from ambient_sd.cli import main
@@ -17,7 +18,7 @@ from ambient_sd.commands import calibrate, sample
 from ambient_sd.commands.calibrate import SCORES_NAME, CalibrateSettings, thresholds
 from ambient_sd.guard.anisotropy import anisotropy, screen
 from ambient_sd.guard.calibration import FILE_NAME, FILE_NAMES, Calibration
-from ambient_sd.sampling import SamplingConfig, draw, load, start_noise
+from ambient_sd.sampling import SamplingConfig, image_seed, load_pipeline
 from ambient_sd.utils.errors import UserError
 
 ORDINARY = [f"a cat {i}" for i in range(6)]
@@ -32,9 +33,9 @@ def base(tiny_base: Path, tmp_path: Path) -> Path:
 
 
 def settings(base: Path, ordinary: list[str] = ORDINARY, **changes: Any) -> CalibrateSettings:
-    drawing = {"model": str(base), "num_inference_steps": 7, "batch_size": 5, "device": "cpu"}
-    drawing |= {name: changes.pop(name) for name in list(changes) if name in SamplingConfig.__dataclass_fields__}
-    return CalibrateSettings(SamplingConfig(**drawing), ordinary, **{"generations": 2, "fpr": 0.2, **changes})
+    config = {"model": str(base), "num_inference_steps": 7, "batch_size": 5, "device": "cpu"}
+    config |= {name: changes.pop(name) for name in list(changes) if name in SamplingConfig.__dataclass_fields__}
+    return CalibrateSettings(SamplingConfig(**config), ordinary, **{"generations": 2, "fpr": 0.2, **changes})
 
 
 def curves(prompts: int, images: int, steps: int, shift: float = 0.0, seed: int = 0) -> torch.Tensor:
@@ -95,13 +96,15 @@ def test_a_run_that_was_cut_goes_on_with_the_same_result(base: Path, tmp_path: P
     straight, _ = calibrate.calibrate(settings(base, out=tmp_path / "straight"))
     calls = []
 
+    call = StableDiffusionPipeline.__call__
+
     def stops(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return draw(*args, **kwargs)
+        return call(*args, **kwargs)
 
-    monkeypatch.setattr(calibrate, "draw", stops)
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", stops)
     chosen = settings(base, out=tmp_path / "cut")
     with pytest.raises(KeyboardInterrupt):
         calibrate.calibrate(chosen)
@@ -124,7 +127,7 @@ def test_scores_of_other_settings_are_refused(base: Path, tmp_path: Path) -> Non
     for change, named in (
         ({"seed": 1}, "seed was 0"),
         ({"generations": 3}, "generations"),
-        ({"memorized": ["b"]}, "the prompts"),
+        ({"memorized": ["b"]}, "prompts.memorized changed"),
     ):
         with pytest.raises(UserError, match=named):
             calibrate.calibrate(settings(base, ORDINARY[:2], **change))
@@ -136,7 +139,7 @@ def test_scores_of_other_settings_are_refused(base: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("words", "named"),
-    [(["--fpr", "0"], "fpr is 0"), (["--fpr", "nan"], "fpr is nan"), (["--generations", "0"], "0 images"), (["--out", "p.txt"], "out is"),
+    [(["--fpr", "0"], "fpr is 0"), (["--fpr", "nan"], "fpr is nan"), (["--generations", "0"], "generations is 0"), (["--out", "p.txt"], "out is"),
      (["--memorized", "p.txt"], "stands in both"), (["--guidance_scale", "nan"], "guidance_scale")],
 )  # fmt: skip
 def test_mistakes_are_one_line(
@@ -204,8 +207,8 @@ def test_without_memorized_prompts_nothing_shows_that_it_works(base: Path, tmp_p
         and "AUC unknown: nothing shows that it works" in said
     )
     assert all(entry["auc"] is None for entry in json.loads((base / FILE_NAME).read_text())["entries"])
-    drawing = settings(base, num_inference_steps=2).drawing
-    sample.sample(sample.SampleSettings(drawing, tmp_path / "out", ["a cat"]))
+    config = settings(base, num_inference_steps=2).sampling
+    sample.sample(sample.SampleSettings(config, tmp_path / "out", ["a cat"]))
     assert "AUC unknown: nothing shows that it works" in (tmp_path / "out" / "index.html").read_text()
 
 
@@ -213,21 +216,21 @@ def test_a_threshold_of_zero_or_of_no_number_is_never_written(base: Path, monkey
     with pytest.raises(UserError, match="every ordinary score is 0"):
         calibrate.calibrate(settings(base, ["", " "], num_inference_steps=2))
     (base / SCORES_NAME).unlink()
-    pipe = load(settings(base).drawing)
+    pipe = load_pipeline(settings(base).sampling)
     torch.nn.init.constant_(pipe.unet.conv_out.bias, float("inf"))
-    monkeypatch.setattr(calibrate, "load", lambda _: pipe)
+    monkeypatch.setattr(calibrate, "load_pipeline", lambda _: pipe)
     with pytest.raises(UserError, match="score of ordinary prompt 1 is no finite number"):
         calibrate.calibrate(settings(base, num_inference_steps=2))
     assert not (base / FILE_NAME).exists() and len((base / SCORES_NAME).read_text().splitlines()) == 1
 
 
 def test_zero_terminal_snr_is_calibrated_on_the_steps_with_a_signal(base: Path, tmp_path: Path) -> None:
-    pipe = load(settings(base).drawing)
+    pipe = load_pipeline(settings(base).sampling)
     pipe.scheduler = type(pipe.scheduler).from_config(
         pipe.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
     )
     pipe.save_pretrained(base)
-    made = calibrate.CalibrateSettings(settings(base).drawing, ORDINARY, PULLING, 0.2, 1)
+    made = calibrate.CalibrateSettings(settings(base).sampling, ORDINARY, PULLING, 0.2, 1)
     found, path = calibrate.calibrate(made)
     assert path is not None and found.evaluations == 6 and found.entries[0].steps == 1
     assert all(entry.value > 0.01 and entry.rate.value <= 0.2 for entry in found.entries)
@@ -242,16 +245,16 @@ def test_zero_terminal_snr_is_calibrated_on_the_steps_with_a_signal(base: Path, 
 
 
 def test_ordinary_prompts_are_not_flagged_because_of_a_policy(base: Path, tmp_path: Path) -> None:
-    drawing = settings(base, num_inference_steps=7).drawing
-    calibrate.calibrate(calibrate.CalibrateSettings(drawing, ORDINARY, [], 0.01, 1))
+    config = settings(base, num_inference_steps=7).sampling
+    calibrate.calibrate(calibrate.CalibrateSettings(config, ORDINARY, [], 0.01, 1))
     for policy in ("static_transition", "opposite_guidance", "gaussian_embedding_noise:std=5"):
-        rows = sample.sample(sample.SampleSettings(drawing, tmp_path / policy[:6], ORDINARY, policy=policy))
+        rows = sample.sample(sample.SampleSettings(config, tmp_path / policy[:6], ORDINARY, policy=policy))
         assert [row["flagged"] for row in rows] == [False] * 6 and {row["decision_steps"] for row in rows} == {1}
         assert all(row["decision_score"] != pytest.approx(row["score"]) for row in rows)
     assert "unmitigated first step" in (tmp_path / policy[:6] / "index.html").read_text()
     # A number is one of a whole run, which there is not.
     (row,) = sample.sample(
-        sample.SampleSettings(drawing, tmp_path / "n", ["a cat"], policy="static_transition", threshold=1e-9)
+        sample.SampleSettings(config, tmp_path / "n", ["a cat"], policy="static_transition", threshold=1e-9)
     )
     assert row["flagged"] is None and "not known" in (tmp_path / "n" / "index.html").read_text()
 
@@ -296,8 +299,8 @@ def test_sample_uses_the_calibrated_threshold_and_says_where_it_does_not_fit(
     base: Path, tmp_path: Path, capsys: Any
 ) -> None:
     found, _ = calibrate.calibrate(settings(base))
-    drawing = settings(base).drawing
-    (row,) = sample.sample(sample.SampleSettings(drawing, tmp_path / "a", ["a cat"]))
+    config = settings(base).sampling
+    (row,) = sample.sample(sample.SampleSettings(config, tmp_path / "a", ["a cat"]))
     assert row["threshold"] == found.threshold(7, 1) and row["threshold_origin"] == found.origin
     other = SamplingConfig(str(base), num_inference_steps=2, device="cpu")
     (row,) = sample.sample(sample.SampleSettings(other, tmp_path / "b", ["a cat"]))
@@ -309,22 +312,22 @@ def test_anisotropy_is_calibrated_from_the_same_noise_without_sampling_and_asked
 ) -> None:
     (tmp_path / "o.txt").write_text("\n".join(ORDINARY))
     (tmp_path / "m.txt").write_text("\n".join(PULLING))
-    monkeypatch.setattr(calibrate, "draw", None)  # nothing is sampled
+    monkeypatch.setattr(calibrate, "generate", None)  # nothing is sampled
     main(["calibrate", str(base), "--detector", "anisotropy", "--ordinary", str(tmp_path / "o.txt"), "--memorized", str(tmp_path / "m.txt"),
           "--num_inference_steps", "7", "--generations", "2", "--fpr", "0.2", "--device", "cpu"])  # fmt: skip
     said = capsys.readouterr().out
     assert "cannot use this threshold while sampling" in said and "alignment" in said
     assert sorted(p.name for p in base.glob("memorization*")) == ["memorization_scores_anisotropy.jsonl",
                                                                    FILE_NAMES["anisotropy"]]  # fmt: skip
-    pipe = load(settings(base).drawing)
+    pipe = load_pipeline(settings(base).sampling)
     found = Calibration.load(base, pipe, detector="anisotropy")
     terms = found.anisotropy
     assert terms is not None and [(e.steps, e.images_per_prompt) for e in found.entries] == [(0, 1), (0, 2)]
     assert found.entries[0].auc is not None and (found.ordinary, found.memorized) == (6, 5)
     # The terms again, from the noise of the same addresses, and the weights: each term over its spread.
-    places: list[tuple[object, ...]] = [("ordinary", i, k) for i in range(6) for k in range(2)]
+    generators = [torch.Generator().manual_seed(image_seed(0, i, k)) for i in range(6) for k in range(2)]
     texts = [ORDINARY[i] for i in range(6) for _ in range(2)]
-    each = anisotropy(pipe, texts, latents=start_noise(pipe, settings(base).drawing, places), num_inference_steps=7)
+    each = anisotropy(pipe, texts, generator=generators, num_inference_steps=7)
     norms, angles = torch.tensor([[a.norm, a.alignment] for a in each], dtype=torch.float64).T
     assert terms.norm_weight * float(norms.std()) == pytest.approx(1, rel=1e-3)
     assert terms.alignment_weight * float(angles.std()) == pytest.approx(1, rel=1e-3)
@@ -374,7 +377,7 @@ def test_scores_lie_beside_an_adapter_where_one_is_calibrated(base: Path, tmp_pa
     lora.mkdir()
     (lora / "pytorch_lora_weights.safetensors").write_bytes(b"none")
     with pytest.raises(UserError, match="cannot be loaded"):
-        calibrate.calibrate(settings(base, adapter=str(lora)))
+        calibrate.calibrate(settings(base, lora_weights=str(lora)))
     assert json.dumps([p.name for p in lora.iterdir()]) == '["pytorch_lora_weights.safetensors"]'
 
 

@@ -20,9 +20,18 @@ from PIL import Image, ImageOps
 from ambient_sd.assets import BASE, PICTURES
 from ambient_sd.cli import main, make_parser
 from ambient_sd.commands import compare as comparison
-from ambient_sd.commands.compare import MITIGATIONS, detector_figures, levels_of, page, relative_figures, tables, truth
+from ambient_sd.commands.compare import (
+    MITIGATIONS,
+    detector_figures,
+    ordinary_scores,
+    page,
+    relative_figures,
+    tables,
+    truth,
+)
 from ambient_sd.data.sources import load_rows
 from ambient_sd.guard.policies import Policy
+from ambient_sd.sampling import load_pipeline, requests_for
 from ambient_sd.utils.errors import UserError
 
 HOSTILE = "<script>alert(1)</script> & \u202e ../../etc"
@@ -50,17 +59,17 @@ def test_detectors_average_over_the_steps_and_generations_that_they_are_named_af
     assert rows[1, 2][1]["name"] == "TPR@1%FPR"
 
 
-def test_levels_are_those_of_the_ordinary_prompts() -> None:
+def test_the_scale_is_that_of_the_ordinary_prompts() -> None:
     curves = torch.arange(24, dtype=torch.float64).view(4, 2, 3)
-    levels = levels_of(curves, [0, 1], 3.0)
-    assert levels.first == 3.0  # of 0, 3, 6, 9 the lower middle one
-    assert levels.norm_high == pytest.approx(11 * 0.95)
-    assert levels.first_high == pytest.approx(6 + 3 * 0.97)
+    scores = ordinary_scores(curves, [0, 1], 3.0)
+    assert scores.first_step == 3.0  # of 0, 3, 6, 9 the lower middle one
+    assert scores.all_steps_high == pytest.approx(11 * 0.95)
+    assert scores.first_step_high == pytest.approx(6 + 3 * 0.97)
 
 
-def test_every_mitigation_can_be_made_from_the_levels_of_a_model() -> None:
-    levels = comparison.Levels(first=3.0, first_high=5.0, norm_high=4.0, guidance_scale=7.5)
-    made = {name: make(levels) for name, (make, _) in MITIGATIONS.items()}
+def test_every_mitigation_can_be_made_from_a_models_scores() -> None:
+    scores = comparison.OrdinaryScores(first_step=3.0, first_step_high=5.0, all_steps_high=4.0, guidance_scale=7.5)
+    made = {name: make(scores) for name, (make, _) in MITIGATIONS.items()}
     assert made.pop("none") is None
     assert all(isinstance(policy, Policy) for policy in made.values())
 
@@ -89,7 +98,7 @@ def unseen_command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Of three captions the training image is what the base draws for them: it has memorized these, whatever it has seen."""
+    """Of three captions the training image is what the base makes of them: it has memorized these, whatever it has seen."""
     rows = list(load_rows(PICTURES, split="finetune"))[::100]
     images, captions = [r.image for r in rows], sorted(r.caption for r in rows)
     images = [images[[r.caption for r in rows].index(caption)] for caption in captions]
@@ -97,9 +106,11 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     settings = comparison.Settings(
         {"a": str(BASE)}, str(BASE), folder, 64, generations=2, steps=2, guidance_scale=7.5
     )  # fmt: skip
-    cell = comparison.draw_cell(comparison._load(str(BASE)), folder / "cell", captions, settings, None, "drawn")
+    config = comparison.config_of(settings, str(BASE))
+    requests, pipe = requests_for(captions, 2), load_pipeline(config)
+    made = comparison.sample_requests(pipe, folder / "made", requests, config, None, "made")
     for i in range(3):
-        images[i] = cell.images[2 * i]
+        images[i] = made.images[2 * i]
     return arguments(image_folder(folder / "images", images, captions))
 
 
@@ -115,7 +126,7 @@ def test_a_run_writes_tables_sheets_and_page_and_goes_on_where_it_was_cut(
     assert (out / "a-STP.png").exists()
     text = (out / "comparison.html").read_text()
     assert "https://" not in text and "src='data:" in text
-    assert str(tmp_path) not in text + (out / "comparison.json").read_text() + (out / "claim.json").read_text()
+    assert str(tmp_path) not in text + (out / "comparison.json").read_text() + (out / "settings.json").read_text()
     said = capsys.readouterr().out
     assert "| STP |" in said and "peak memory MB" in said and "<th>peak memory MB</th>" in text
     # The command is whole, its places by name only.
@@ -143,7 +154,7 @@ def test_a_run_writes_tables_sheets_and_page_and_goes_on_where_it_was_cut(
         if isinstance(values, list) and isinstance(values[0], dict):
             cell.write_text(json.dumps([{k: v for k, v in row.items() if k != "memory_mb"} for row in values]))
     kept = {p: p.stat().st_mtime_ns for p in cells[1:]}
-    for damaged, text in ((cells[0], "{"), (out / "claim.json", "[" * 10**5)):
+    for damaged, text in ((cells[0], "{"), (out / "settings.json", "[" * 10**5)):
         whole = damaged.read_bytes()
         damaged.write_text(text)
         with pytest.raises(SystemExit):
@@ -162,16 +173,16 @@ def test_a_run_writes_tables_sheets_and_page_and_goes_on_where_it_was_cut(
     with pytest.raises(SystemExit) as caught:
         main([*command, "--guidance_scale", "3", "--out", str(out)])
     assert caught.value.code == 2
-    assert "another --out" in capsys.readouterr().err
+    assert "guidance_scale was 7.5 and is 3.0" in capsys.readouterr().err
 
     # Figures by an earlier definition of a copy would stand beside those of this one.
-    claim = json.loads((out / "claim.json").read_text())
-    del claim["definition of a copy"]
-    (out / "claim.json").write_text(json.dumps(claim | {"copy_ratio": 1 / 3}))
+    claim = json.loads((out / "settings.json").read_text())
+    del claim["settings"]["definition of a copy"]
+    (out / "settings.json").write_text(json.dumps(claim))
     with pytest.raises(SystemExit):
         main([*command, "--out", str(out)])
     said = capsys.readouterr().err
-    assert "holds a comparison with other definition of a copy" in said and "another --out" in said
+    assert "other settings: definition of a copy changed" in said and "--overwrite" in said
 
 
 @pytest.mark.parametrize(
@@ -249,8 +260,8 @@ def test_copies_in_other_colours_are_counted_beside_those_by_the_published_measu
     judge.others = 4  # type: ignore[attr-defined]
 
     def shares(images: list[Image.Image]) -> tuple[float, float]:
-        cell = comparison.Cell(images, [{"processor_seconds": 1.0} for _ in images])
-        made: Any = comparison.cell_figures(cell, reals, reals.captions, reals.captions, judge, settings)  # type: ignore[arg-type]
+        samples = comparison.Samples(images, [{"processor_seconds": 1.0} for _ in images])
+        made: Any = comparison.mitigation_figures(samples, reals, reals.captions, reals.captions, judge, settings)  # type: ignore[arg-type]
         return made["copied"].value, made["copies"].value
 
     assert shares(reals.images) == (1, 1)

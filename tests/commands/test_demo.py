@@ -11,8 +11,9 @@ import pytest
 
 from ambient_sd.assets import BASE, PICTURES
 from ambient_sd.cli import main
-from ambient_sd.commands.demo import _MARKER, DemoSettings, _clear, settings_of_run
+from ambient_sd.commands.demo import CONTENTS, DemoSettings, settings_of_run
 from ambient_sd.training.config import TrainConfig, load_yaml
+from ambient_sd.utils.output_folder import OutputFolder
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,8 +60,17 @@ def test_demo_writes_page_figures_sheets_and_loadable_models(
         assert (out / f"{name}.png").exists()
         assert (out / name / "unet" / "diffusion_pytorch_model.safetensors").exists()
         assert (out / name / "train_config.yaml").exists()
-    _clear(DemoSettings(out=out))  # an earlier demo in the folder makes way
-    assert [path.name for path in out.iterdir()] == [_MARKER]
+    # A finished demo is kept, unless asked otherwise; what is not the demo's own stays then too.
+    (out / "notes.txt").write_text("mine")
+    weights = (out / "plain" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    with pytest.raises(SystemExit):
+        main(["demo", "--out", str(out), *short])
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "holds a finished demo" in message and "--overwrite" in message
+    assert (out / "plain" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == weights
+    folder = OutputFolder(out, "demo", CONTENTS, overwrite=True, resumable=False)
+    folder.claim({})
+    assert sorted(path.name for path in out.iterdir()) == ["notes.txt", "settings.json"] and not folder.finished
 
 
 def test_demo_does_not_touch_a_folder_that_is_not_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +89,7 @@ def test_demo_does_not_take_trainings_named_like_its_own(tmp_path: Path, capsys:
     with pytest.raises(SystemExit) as stop:
         main(["demo", "--out", str(tmp_path)])
     assert stop.value.code == 2
-    assert "not an earlier demo's" in capsys.readouterr().err
+    assert "a folder of its own" in capsys.readouterr().err
     assert (tmp_path / "plain" / "weights").exists()
 
 

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
-from ambient_sd import MemorizationGuard
 from ambient_sd.cli import main
 from ambient_sd.commands import sample
 from ambient_sd.commands.sample import SampleSettings, read_record
-from ambient_sd.sampling import SamplingConfig, draw, load, start_noise
+from ambient_sd.sampling import SamplingConfig, image_seed, load_pipeline
 from ambient_sd.utils.errors import UserError
 
 HOSTILE = [
@@ -37,9 +37,9 @@ HOSTILE = [
 
 
 def settings(model: Path, out: Path, prompts: list[str], **changes: Any) -> SampleSettings:
-    drawing = {"model": str(model), "num_inference_steps": 2, "batch_size": 3, "device": "cpu"}
-    drawing |= {name: changes.pop(name) for name in list(changes) if name in SamplingConfig.__dataclass_fields__}
-    return SampleSettings(SamplingConfig(**drawing), out, prompts, **changes)
+    config = {"model": str(model), "num_inference_steps": 2, "batch_size": 3, "device": "cpu"}
+    config |= {name: changes.pop(name) for name in list(changes) if name in SamplingConfig.__dataclass_fields__}
+    return SampleSettings(SamplingConfig(**config), out, prompts, **changes)
 
 
 def pixels(out: Path) -> dict[str, bytes]:
@@ -75,9 +75,10 @@ def test_command_writes_images_list_sheet_and_page_and_all_agree(tiny_base: Path
     assert [read_record(out / row["file"]) for row in rows] == rows
     assert [row["prompt"] for row in rows] == ["a cat", "a cat", "the red dog", "the red dog"]
     for row in rows:
-        assert row["score"] == pytest.approx(sum(row["curve"]) / len(row["curve"])) and row["seed"] == 5
+        assert row["score"] == pytest.approx(sum(row["curve"]) / len(row["curve"])) and row["run_seed"] == 5
         assert row["flagged"] is (row["score"] >= 0.01) is True and row["threshold_origin"] == "given by caller"
         assert (row["sampler"], row["num_inference_steps"], row["policy"]) == ("DPMSolverMultistepScheduler", 2, None)
+    assert [row["seed"] for row in rows] == [image_seed(5, p, i) for p in range(2) for i in range(2)]
     assert len({tuple(row["curve"]) for row in rows}) == 4
     page = (out / "index.html").read_text()
     assert page.count("<figure") == 4 and all(f"{row['score']:.4g}" in page for row in rows)
@@ -154,25 +155,28 @@ def test_a_run_that_was_cut_goes_on_and_ends_as_if_it_had_not_been(
     sample.sample(settings(tiny_base, straight, prompts, num_images_per_prompt=3, batch_size=2))
     calls = []
 
-    def stops(*args: Any, **kwargs: Any) -> Any:
-        calls.append(len(args[3]))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return draw(*args, **kwargs)
+    call = StableDiffusionPipeline.__call__
+    stop = True
 
-    monkeypatch.setattr(sample, "draw", stops)
+    def stops(pipe: Any, prompts: list[str], **options: Any) -> Any:
+        calls.append(len(prompts))
+        if stop and len(calls) == 3:
+            raise KeyboardInterrupt
+        return call(pipe, prompts, **options)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", stops)
     with pytest.raises(KeyboardInterrupt):
         sample.sample(settings(tiny_base, cut, prompts, num_images_per_prompt=3, batch_size=2))
     assert len((cut / "samples.jsonl").read_text().splitlines()) == 4 and not (cut / "index.html").exists()
-    # An image that broke on the disk is drawn again, too.
+    # An image that broke on the disk is sampled again, too.
     broken = cut / "images" / "00000-01.png"
     broken.write_bytes(broken.read_bytes()[:200])
-    monkeypatch.setattr(sample, "draw", lambda *a, **k: calls.append(len(a[3])) or draw(*a, **k))
+    stop = False
     sample.sample(settings(tiny_base, cut, prompts, num_images_per_prompt=3, batch_size=2))
     assert calls == [2, 2, 2, 2, 1]
     # Other batches were formed, so the last digits may differ: images by their bytes of 256 levels.
     assert all(near(data, pixels(cut)[name]) for name, data in pixels(straight).items())
-    # Once more: nothing is drawn.
+    # Once more: nothing is sampled.
     sample.sample(settings(tiny_base, cut, prompts, num_images_per_prompt=3, batch_size=2))
     assert len(calls) == 5
 
@@ -193,12 +197,9 @@ def test_without_guidance_images_are_the_stock_pipelines_and_have_no_scores(
     records = sample.sample(given)
     assert [r["score"] for r in records] == [None, None] and [r["guidance_scale"] for r in records] == [scale] * 2
     assert "no guidance" not in capsys.readouterr().err
-    pipe = load(given.drawing)
-    noise = start_noise(pipe, given.drawing, [(0, 0), (1, 0)])
-    size = given.drawing.sampling(pipe).height
-    stock = pipe(
-        ["a cat", "<b>dog"], latents=noise, num_inference_steps=2, guidance_scale=scale, height=size, width=size
-    )
+    pipe = load_pipeline(given.sampling)
+    generators = [torch.Generator().manual_seed(image_seed(0, p)) for p in (0, 1)]
+    stock = pipe(["a cat", "<b>dog"], generator=generators, num_inference_steps=2, guidance_scale=scale)
     assert [near(data, image.tobytes()) for data, image in zip(pixels(out).values(), stock.images, strict=True)] == [
         True
     ] * 2
@@ -210,14 +211,25 @@ def test_without_guidance_images_are_the_stock_pipelines_and_have_no_scores(
         assert all(r["score"] > 0 for r in guided) and pixels(tmp_path / "guided") != pixels(out)
     with pytest.raises(UserError, match="guard measures guidance"):
         sample.sample(settings(base, tmp_path / "policy", ["a cat"], guidance_scale=scale, policy="random_tokens"))
-    sample.sample(given)  # goes on: nothing left to draw
+    sample.sample(given)  # resumes: nothing left to sample
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"given": 3}', '{"given": {}, "used": 3}', "[" * 10**5])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"kind": "sample"}', '{"kind": "sample", "settings": 3, "finished": true}', "[" * 10**5]
+)
 def test_a_folder_whose_settings_are_damaged_is_one_line(tiny_base: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "settings.json").write_text(text)
     with pytest.raises(UserError, match=r"settings\.json cannot be read; name another folder"):
         sample.sample(settings(tiny_base, tmp_path, ["a cat"]))
+
+
+def test_overwriting_removes_the_earlier_run_alone(tiny_base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sample.sample(settings(tiny_base, out, ["a cat", "a dog"]))
+    (out / "notes.txt").write_text("mine")
+    sample.sample(settings(tiny_base, out, ["a bird"], seed=1, overwrite=True))
+    assert sorted(pixels(out)) == ["00000-00.png"] and (out / "notes.txt").read_text() == "mine"
+    assert len((out / "samples.jsonl").read_text().splitlines()) == 1
 
 
 def test_other_settings_in_the_same_folder_are_one_line(tiny_base: Path, tmp_path: Path) -> None:
@@ -226,7 +238,7 @@ def test_other_settings_in_the_same_folder_are_one_line(tiny_base: Path, tmp_pat
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     for change, named in (
         ({"seed": 1}, "seed was 0 and is 1"), ({"guidance_scale": 3.0}, "guidance_scale"), ({"num_images_per_prompt": 2}, "num_images"),
-        ({"prompts": ["a dog"]}, "the prompts are others"), ({"threshold": 3.0}, "threshold"),
+        ({"prompts": ["a dog"]}, "prompts changed"), ({"threshold": 3.0}, "threshold"),
     ):  # fmt: skip
         prompts = change.pop("prompts", ["a cat"])
         with pytest.raises(UserError, match=named):
@@ -234,7 +246,7 @@ def test_other_settings_in_the_same_folder_are_one_line(tiny_base: Path, tmp_pat
     other = tmp_path / tiny_base.name
     shutil.copytree(tiny_base, other)
     tiny.tiny_pipeline(seed=1).save_pretrained(other)
-    with pytest.raises(UserError, match="weights are others"):
+    with pytest.raises(UserError, match="weights changed"):
         sample.sample(settings(other, out, ["a cat"]))
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
     with pytest.raises(UserError, match=r"no settings\.json"):
@@ -254,7 +266,8 @@ def test_other_settings_in_the_same_folder_are_one_line(tiny_base: Path, tmp_pat
      (["--prompt", "a", "--resolution", "30"], "multiple of 8"), (["--prompt", "a", "--policy", "nothing"], "it must be one of"),
      (["--prompt", "a", "--policy", "prompt_optimization"], "needs target"), (["--prompt", "a", "--when", "flagged"], "without a policy"),
      (["--prompt", "a", "--adapter", "./none"], "adapter is ./none"), (["--prompt", "a", "--device", "toaster"], "device is"),
-     (["--prompts", "none.jsonl"], "cannot be read"), (["--prompt", "a", "--num_images_per_prompt", "0"], "0 images")],
+     (["--prompts", "none.jsonl"], "cannot be read"), (["--prompt", "a", "--num_images_per_prompt", "0"], "num_images_per_prompt is 0"),
+     (["--prompt", "a", "--num_images_per_prompt", "1010"], "num_images_per_prompt is 1010")],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_leave_nothing(
     tiny_base: Path, tmp_path: Path, capsys: Any, words: list[str], named: str
@@ -291,13 +304,13 @@ def test_an_adapter_changes_the_images_and_is_named(tiny_base: Path, tmp_path: P
     folder = tmp_path / "my-lora"
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(unet))
     plain = sample.sample(settings(tiny_base, tmp_path / "plain", ["a cat"]))
-    adapted = sample.sample(settings(tiny_base, tmp_path / "adapted", ["a cat"], adapter=str(folder)))
+    adapted = sample.sample(settings(tiny_base, tmp_path / "adapted", ["a cat"], lora_weights=str(folder)))
     assert adapted[0]["adapter"] == "my-lora" and plain[0]["adapter"] is None
     assert abs(adapted[0]["score"] / plain[0]["score"] - 1) > 1e-4
     # Above a level the base: at the ends these very images.
     for level, same in ((0.0, "plain"), (1.0, None), (1e6, "adapted")):
         out = tmp_path / f"above-{level}"
-        both = sample.sample(settings(tiny_base, out, ["a cat"], adapter=str(folder), base_above=level))
+        both = sample.sample(settings(tiny_base, out, ["a cat"], lora_weights=str(folder), base_above=level))
         assert both[0]["base_above"] == level and both[0]["base"] is None
         assert [n for n in ("plain", "adapted") if pixels(tmp_path / n) == pixels(out)] == ([same] if same else [])
         assert f"Above noise level {level:g} the base, without the adapter" in (out / "index.html").read_text()
@@ -309,7 +322,7 @@ def test_an_adapter_changes_the_images_and_is_named(tiny_base: Path, tmp_path: P
     assert pixels(tmp_path / "whole") != pixels(tmp_path / "plain")  # text encoder and VAE are the fine-tune's
     (folder / "pytorch_lora_weights.safetensors").write_bytes(b"none")
     with pytest.raises(UserError, match="cannot be loaded"):
-        sample.sample(settings(tiny_base, tmp_path / "broken", ["a cat"], adapter=str(folder)))
+        sample.sample(settings(tiny_base, tmp_path / "broken", ["a cat"], lora_weights=str(folder)))
 
 
 def test_words_of_flagged_images_are_explained_as_attribute_would_and_images_stay(
@@ -324,17 +337,15 @@ def test_words_of_flagged_images_are_explained_as_attribute_would_and_images_sta
     flagged = sample.sample(settings(tiny_base, tmp_path / "flagged", prompts, threshold=edge * (1 - 1e-4)))
     assert [row["attribution"] is not None for row in flagged] == [row["flagged"] for row in flagged]
     assert sum(bool(row["flagged"]) for row in flagged) == 1 and all(row["attribution"] is None for row in plain)
-    # The same folder, asked for all: what is there is explained, nothing is drawn again.
+    # The same folder, asked for all: what is there is explained, nothing is sampled again.
     rows = sample.sample(settings(tiny_base, out, prompts, attribution="all"))
     assert pixels(out) == before
     assert [{**row, "attribution": None} for row in rows] == plain
     assert [read_record(out / row["file"]) for row in rows] == rows
     assert [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()] == rows
-    drawing = settings(tiny_base, out, prompts).drawing
-    from ambient_sd.data.stream import keyed_generator
-
-    noise = torch.randn((1, 4, 16, 16), generator=keyed_generator(0, "start noise", 0, 0))
-    expected = attribute(load(drawing), "a cat", num_inference_steps=2, latents=noise)
+    noise = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(image_seed(0, 0)))
+    pipe = load_pipeline(settings(tiny_base, out, prompts).sampling)
+    expected = attribute(pipe, "a cat", num_inference_steps=2, latents=noise)
     found = rows[0]["attribution"]
     assert found["tokens"] == expected.tokens and found["scores"] == pytest.approx(expected.scores, rel=1e-3)
     assert found["words"] == ["a", "cat"] and found["steps"] == 2
@@ -368,7 +379,7 @@ def test_words_that_cannot_be_explained_leave_the_images_and_say_what_to_do(
     monkeypatch.setattr(sample.TokenGradients, "step", fails)
     with pytest.raises(UserError, match="--attribution none"):
         sample.sample(settings(tiny_base, tmp_path, ["a cat"], attribution="all"))
-    monkeypatch.setattr(sample, "draw", fails)  # nothing is drawn again
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", fails)  # nothing is sampled again
     (row,) = sample.sample(settings(tiny_base, tmp_path, ["a cat"], attribution="none"))
     assert row["attribution"] is None and (tmp_path / "index.html").exists()
 
@@ -404,7 +415,7 @@ def test_the_pages_commands_and_code_run_as_written(
         assert name == "ambient-sd"
         main([*words, "--device", "cpu"])
     assert read_record("mitigated/images/00000-00.png")["iterations"] == 1
-    adapters, code = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    code, adapters = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     pipe = tiny.tiny_pipeline()
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
     given = {"pipe": tiny.tiny_pipeline(), "lora": get_peft_model_state_dict(pipe.unet)}
@@ -412,22 +423,6 @@ def test_the_pages_commands_and_code_run_as_written(
     assert "bare 16 2 2.0 " in capsys.readouterr().out
     exec(compile(code, "docs/sampling.md", "exec"), {})
     assert capsys.readouterr().out.splitlines()[-1].startswith("a cat ")
-
-
-def test_images_under_the_guard_are_the_stock_pipelines(tiny_base: Path) -> None:
-    chosen = SamplingConfig(str(tiny_base), num_inference_steps=2, device="cpu")
-    pipe = load(chosen)
-    with MemorizationGuard(pipe) as guard:
-        watched = draw(pipe, guard, chosen, ["a cat"], [(0, 0)])
-    assert torch.is_tensor(pipe.unet.conv_in.weight) and watched[0].nsfw is None
-    from diffusers import StableDiffusionPipeline
-
-    from ambient_sd.data.stream import keyed_generator
-
-    stock = StableDiffusionPipeline.from_pretrained(tiny_base)
-    noise = torch.randn((1, 4, 16, 16), generator=keyed_generator(0, "start noise", 0, 0))
-    expected = stock("a cat", latents=noise, num_inference_steps=2).images[0]
-    assert watched[0].image is not None and watched[0].image.tobytes() == expected.tobytes()
 
 
 def test_scores_of_raw_outputs_are_asked_for_on_the_command_line(tiny_base: Path, tmp_path: Path) -> None:
@@ -438,7 +433,7 @@ def test_scores_of_raw_outputs_are_asked_for_on_the_command_line(tiny_base: Path
               "--attribution", "none", "--device", "cpu", "--out", str(out)])  # fmt: skip
         (rows[space],) = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
         assert rows[space]["quantity"] == space
-    alpha = load(SamplingConfig(str(tiny_base), device="cpu")).scheduler.alphas_cumprod.sqrt()
+    alpha = load_pipeline(SamplingConfig(str(tiny_base), device="cpu")).scheduler.alphas_cumprod.sqrt()
     for t, noise, raw in zip(rows["noise"]["timesteps"], rows["noise"]["curve"], rows["output"]["curve"], strict=True):
         assert noise == pytest.approx(float(alpha[int(t)]) * raw, rel=1e-3)
     assert pixels(tmp_path / "noise") == pixels(tmp_path / "output")

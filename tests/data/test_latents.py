@@ -10,11 +10,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from ambient_sd.data import latents
-from ambient_sd.data.latents import CaptionEncoder, Samples, View, ViewRule, encode, encode_all
+from ambient_sd.data.latents import encode, encode_all
 from ambient_sd.data.noise import image_noise
 from ambient_sd.data.sources import ImageDataset, ImageRow, load_rows
 from ambient_sd.data.stream import SampleStream, keyed_generator, process_batches
+from ambient_sd.data.views import Samples, View, ViewRule
+from ambient_sd.families.encoders import CaptionEncoder, ImageEncoder
+from ambient_sd.families.sd import SD
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def test_average_of_x_n_over_epochs_and_runs_keeps_its_noise(pipe: StableDiffusi
                 for position in range(epoch * len(wide), (epoch + 1) * len(wide)):
                     sample = samples[position]
                     key = f"{run}/{position}" if fresh else sample.key
-                    x0 = encode(pipe.vae, [sample], noise_seed=0)[0]
+                    x0 = encode(ImageEncoder(SD, pipe.vae), [sample], noise_seed=0)[0]
                     x_n = x0 + sigma_n * image_noise([key], shape)[0]
                     sums[sample.key] = sums.get(sample.key, 0) + x_n - x0
                 count += 1
@@ -94,21 +96,21 @@ def test_mirrored_views_with_one_noise_would_leak_and_ours_do_not(
 
 
 def test_held_and_on_the_fly_latents_have_the_same_bits(pipe: StableDiffusionPipeline, wide: ImageDataset) -> None:
-    held = encode_all(pipe.vae, wide, rule(), range(4))
+    held = encode_all(ImageEncoder(SD, pipe.vae), wide, rule(), range(4))
     stream = SampleStream(4, 3)
     samples = Samples(wide, rule(), stream)
-    batch = encode(pipe.vae, [samples[p] for p in range(8)], noise_seed=0)
+    batch = encode(ImageEncoder(SD, pipe.vae), [samples[p] for p in range(8)], noise_seed=0)
     assert torch.equal(batch, held[[stream.image(p) for p in range(8)]])
-    assert held.shape[1:] == latents.latent_shape(pipe.vae.config, (32, 32))
+    assert held.shape[1:] == SD.latent_shape(pipe.vae.config, (32, 32))
 
 
 def test_the_vae_draw_is_fixed_real_and_apart_from_the_noise(pipe: StableDiffusionPipeline, wide: ImageDataset) -> None:
     sample = Samples(wide, rule(), SampleStream(4, 0))[0]
     posterior = pipe.vae.encode(sample.pixels[None]).latent_dist
-    x0 = encode(pipe.vae, [sample], noise_seed=0)
+    x0 = encode(ImageEncoder(SD, pipe.vae), [sample], noise_seed=0)
     drawn = (x0 / pipe.vae.config.scaling_factor - posterior.mean) / posterior.std
-    assert torch.equal(x0, encode(pipe.vae, [sample], noise_seed=0))
-    assert not torch.equal(x0, encode(pipe.vae, [sample], noise_seed=1))
+    assert torch.equal(x0, encode(ImageEncoder(SD, pipe.vae), [sample], noise_seed=0))
+    assert not torch.equal(x0, encode(ImageEncoder(SD, pipe.vae), [sample], noise_seed=1))
     assert drawn.std().item() == pytest.approx(1.0, abs=0.1)
     eps_n = image_noise([sample.key], (4, 16, 16))
     assert abs((drawn * eps_n).mean().item()) < 0.12, "VAE draw and image noise are independent"
@@ -130,14 +132,14 @@ def test_crop_and_mirror_take_the_right_pixels() -> None:
 
 
 def test_captions_are_embedded_as_the_pipeline_embeds_a_prompt(pipe: StableDiffusionPipeline) -> None:
-    encoder = CaptionEncoder(pipe.tokenizer, pipe.text_encoder)
+    encoder = CaptionEncoder(SD, {"tokenizer": pipe.tokenizer, "text_encoder": pipe.text_encoder})
     captions = ["a red disc 1", "", "a caption much longer than the context of the tokenizer allows"]
     expected = [pipe.encode_prompt(c, "cpu", 1, False)[0][0] for c in captions]
     assert torch.allclose(encoder(captions)["hidden"], torch.stack(expected), atol=1e-6)
     on_the_fly = encoder(captions)
     assert not encoder.hold(captions, limit=100)
     assert encoder.held == {}
-    assert encoder.hold(captions)
+    assert encoder.hold(captions, limit=2**30)
     assert torch.equal(encoder(captions)["hidden"], on_the_fly["hidden"])
 
 

@@ -23,10 +23,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image, ImageEnhance
 
 from ambient_sd.assets import BASE, PICTURES
-from ambient_sd.data.latents import CaptionEncoder, ViewRule, encode
+from ambient_sd.data.latents import encode
 from ambient_sd.data.sources import ImageDataset, ImageRow, load_rows
 from ambient_sd.data.stream import SampleStream
+from ambient_sd.data.views import ViewRule
 from ambient_sd.families.base import check_base
+from ambient_sd.families.encoders import ImageEncoder
+from ambient_sd.families.sd import SD
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
 
@@ -63,10 +66,10 @@ def settings(folder: Path, out: Path, seed: int, near_duplicates: str) -> TrainC
 @torch.no_grad()
 def errors(unet: Any, base: Any, images: ImageDataset, captions: torch.Tensor, seed: int) -> dict[float, float]:
     """Error of the predicted x0 against the clean latents, by level, on the same inputs for every network."""
-    vae: Any = AutoencoderKL.from_pretrained(BASE / "vae").eval()
+    encoder = ImageEncoder(SD, AutoencoderKL.from_pretrained(BASE / "vae").eval())
     rule = ViewRule(64, center_crop=True, random_flip=False, per_image=True, noise_seed=seed)
     stream = SampleStream(len(images), 0)
-    x0 = encode(vae, [rule.sample(images[i], stream, i) for i in range(len(images))], noise_seed=seed)
+    x0 = encode(encoder, [rule.sample(images[i], stream, i) for i in range(len(images))], noise_seed=seed)
     schedule, predicts = base.schedule, base.scheduler.config.prediction_type
     found = {}
     for level in LEVELS:
@@ -96,7 +99,7 @@ def a_seed(seed: int, folder: Path) -> dict[str, dict[float, float]]:
             groups = run(config, progress=False)["near_duplicate_groups"]
             assert groups == (COUNT if name == "share" else 0)
         unet: Any = UNet2DConditionModel.from_pretrained(BASE if name == "base" else folder / name, subfolder="unet")
-        text = CaptionEncoder(base.load("tokenizer"), base.load("text_encoder"))(originals.captions)
+        text = base.captions()(originals.captions)["hidden"]
         result[name] = errors(unet.eval(), base, originals, text, seed)
     return result
 

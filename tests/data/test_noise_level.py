@@ -162,12 +162,15 @@ def test_too_few_images_and_broken_latents_are_refused(tmp_path: Path) -> None:
 def test_the_embedded_images_propose_a_level_between_a_copy_and_the_collapse() -> None:
     from diffusers import AutoencoderKL
 
-    from ambient_sd.data.latents import ViewRule, encode_all
+    from ambient_sd.data.latents import encode_all
+    from ambient_sd.data.views import ViewRule
+    from ambient_sd.families.encoders import ImageEncoder
+    from ambient_sd.families.sd import SD
 
     images = load_rows(PICTURES, row_filter=[("subset_60", "=", "true")]).check(near_duplicates=True)
     rows, total = representatives(images)
-    vae = AutoencoderKL.from_pretrained(BASE / "vae").eval()
-    found = measure(encode_all(vae, images, ViewRule(64, True, False, True, 0), rows), total=total)
+    encoder = ImageEncoder(SD, AutoencoderKL.from_pretrained(BASE / "vae").eval())
+    found = measure(encode_all(encoder, images, ViewRule(64, True, False, True, 0), rows), total=total)
     assert found.proposed == pytest.approx(1.0, abs=0.05)
     assert found.copy and found.collapse
     assert found.copy < found.proposed < found.collapse

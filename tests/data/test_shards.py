@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 from ambient_sd.cli import main
 from ambient_sd.commands.inspect import inspect
 from ambient_sd.data import shards
-from ambient_sd.data.latents import Samples, ViewRule
 from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.data.stream import SampleStream
+from ambient_sd.data.views import Samples, ViewRule
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
 from ambient_sd.utils.errors import UserError

@@ -29,7 +29,7 @@ from ambient_sd.commands.calibrate import CalibrateSettings, calibrate
 from ambient_sd.commands.sample import SampleSettings, sample
 from ambient_sd.families import lora
 from ambient_sd.guard.calibration import FILE_NAME, Calibration
-from ambient_sd.sampling import SamplingConfig, load
+from ambient_sd.sampling import SamplingConfig, load_pipeline
 from ambient_sd.training import adapters
 from ambient_sd.utils.errors import UserError
 
@@ -101,7 +101,7 @@ def image(pipe: Any) -> Tensor:
     )
 
 
-def drawing(base: Path, adapter: Path | None, **values: Any) -> SamplingConfig:
+def config(base: Path, adapter: Path | None, **values: Any) -> SamplingConfig:
     return SamplingConfig(
         str(base), None if adapter is None else str(adapter), num_inference_steps=2, device="cpu", **values
     )
@@ -137,8 +137,8 @@ def test_five_naming_schemes_are_one_model(kind: Any, tiny_base: Path, tmp_path:
     assert not torch.allclose(start, hand, atol=1e-2), "control: it is seen"
     python = AmbientSDPipeline.from_pretrained(base) if kind is StableDiffusionPipeline else None
     for name, place in made.items():
-        settings = drawing(base, place)
-        ours[name] = image(load(settings))
+        settings = config(base, place)
+        ours[name] = image(load_pipeline(settings))
         record = settings.lora()
         assert record is not None and (record["scheme"], record["rank"], record["alpha"]) == (name, RANK, ALPHA)
         tensors = load_file(next(place.glob("*.safetensors")))
@@ -170,7 +170,7 @@ def test_audit_says_the_same_of_all_five(
 ) -> None:
     def figures(adapter: Path | None, name: str) -> tuple[Any, Any]:
         found = audit(AuditSettings(
-            Source(str(tiny_images)), tmp_path / name, drawing(tiny_base, adapter), samples_per_prompt=1, max_prompts=1,
+            Source(str(tiny_images)), tmp_path / name, config(tiny_base, adapter), samples_per_prompt=1, max_prompts=1,
             features=("pixels",), resamples=10, attribution=0,
         )).found  # fmt: skip
         seen = (tmp_path / name / "images.jsonl").read_text()  # with the distance of each image
@@ -601,7 +601,7 @@ def test_the_file_of_a_folder_is_chosen_by_a_rule_that_is_said(
         "pickle/pytorch_lora_weights.bin": "pickle can run any code", "nowhere/at/all": "no .safetensors file",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=words):
-            drawing(tiny_base, tmp_path / place).check()
+            config(tiny_base, tmp_path / place).check()
     for options, words in (({"weight_name": "a.pt"}, "pickle"), ({"weight_name": "b.safetensors"}, "has no file"),
                            ({"use_safetensors": False}, "pickle"), ({"hotswap": True}, "hotswap")):  # fmt: skip
         with pytest.raises(UserError, match=words):
@@ -616,11 +616,11 @@ def test_another_adapter_under_one_name_does_not_go_on(
 ) -> None:
     place = tmp_path / "mine.safetensors"
     shutil.copy(files["diffusers"] / lora.WEIGHTS_NAME, place)
-    settings = SampleSettings(drawing(tiny_base, place), tmp_path / "out", ["a cat"])
+    settings = SampleSettings(config(tiny_base, place), tmp_path / "out", ["a cat"])
     (record,) = sample(settings)
-    known = settings.drawing.lora()
+    known = settings.sampling.lora()
     assert known is not None and known["sha256"] == lora.read(place).sha256 and record["lora"] == known
-    assert json.loads((tmp_path / "out" / "settings.json").read_text())["given"]["lora"] == known
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["settings"]["lora"] == known
     assert sample(settings) == [record]
     save_file({k: v * 1.0001 for k, v in state.items()}, place, metadata={"format": "pt"})
     with pytest.raises(UserError, match="the adapter's contents are others"):
@@ -634,10 +634,10 @@ def test_a_threshold_beside_a_lora_is_used_by_commands_and_python_alike(
         Path(shutil.copytree(tiny_base, tmp_path / "base")),
         Path(shutil.copytree(files["kohya"], tmp_path / "lora")),
     )
-    calibrate(CalibrateSettings(drawing(base, None), ["a cat", "a dog"], generations=1, fpr=0.5))
-    found, _ = calibrate(CalibrateSettings(drawing(base, folder), ["a cat", "a dog"], generations=1, fpr=0.5))
+    calibrate(CalibrateSettings(config(base, None), ["a cat", "a dog"], generations=1, fpr=0.5))
+    found, _ = calibrate(CalibrateSettings(config(base, folder), ["a cat", "a dog"], generations=1, fpr=0.5))
     assert found.lora is not None and found.lora["scheme"] == "kohya" and Calibration.load(folder) == found
-    (record,) = sample(SampleSettings(drawing(base, folder), tmp_path / "out", ["a cat"]))
+    (record,) = sample(SampleSettings(config(base, folder), tmp_path / "out", ["a cat"]))
     assert record["threshold"] == found.threshold(2, 1)
     pipe = AmbientSDPipeline.from_pretrained(base)
     own = pipe.calibration

@@ -26,12 +26,14 @@ from launching import launch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
-from ambient_sd.data import conditioning
 from ambient_sd.data import latents as data
 from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.data.stream import SampleStream, process_batches
+from ambient_sd.data.views import Samples, ViewRule
 from ambient_sd.families.base import Base, check_base
+from ambient_sd.families.encoders import CaptionEncoder
 from ambient_sd.families.lora import sgm_names
+from ambient_sd.families.sdxl import SDXL
 from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.training import adapters, validation
 from ambient_sd.training.config import TrainConfig
@@ -90,6 +92,10 @@ def sample(pipe: Any, prompt: str = "a red disc") -> torch.Tensor:
     pipe.unet.eval()
     g = torch.Generator().manual_seed(0)
     return pipe(prompt, height=32, width=32, num_inference_steps=2, generator=g, output_type="latent").images
+
+
+def encoder_parts(pipe: Any) -> dict[str, Any]:
+    return {n: getattr(pipe, n) for n in ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")}
 
 
 def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
@@ -154,18 +160,19 @@ def test_a_safety_checker_stays_where_it_was_and_works(settings: Settings, bases
 @pytest.mark.parametrize("zero_empty", [True, False])
 def test_sdxl_captions_are_embedded_as_its_pipeline_embeds_a_prompt(zero_empty: bool) -> None:
     pipe = tiny.tiny_sdxl_pipeline(zero_empty=zero_empty)
-    names = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
-    encoder = data.CaptionEncoder(**{n: getattr(pipe, n) for n in names}, zero_empty=zero_empty)
+    encoder = CaptionEncoder(SDXL, encoder_parts(pipe), zero_empty=zero_empty)
     captions = ["a red disc 1", "x", "a caption much longer than the context of the tokenizer allows"]
     hidden, none, pooled, none_pooled = pipe.encode_prompt(captions, device="cpu")
     found = encoder([*captions, ""])
     torch.testing.assert_close(found["hidden"], torch.cat([hidden, none[:1]]), rtol=0, atol=1e-6)
     torch.testing.assert_close(found["pooled"], torch.cat([pooled, none_pooled[:1]]), rtol=0, atol=1e-6)
     assert bool((found["hidden"][3] == 0).all()) == zero_empty, "the branch that the pipeline samples with"
-    assert encoder.hold(captions)
+    assert encoder.hold(captions, limit=2**30)
     encoder.release()
     assert torch.equal(encoder([*captions, ""])["pooled"], found["pooled"])
-    swapped = data.CaptionEncoder(pipe.tokenizer_2, pipe.text_encoder, pipe.tokenizer, pipe.text_encoder_2)
+    swapped = CaptionEncoder(
+        SDXL, {**encoder_parts(pipe), "tokenizer": pipe.tokenizer_2, "tokenizer_2": pipe.tokenizer}
+    )
     assert not torch.allclose(swapped(captions)["hidden"], hidden, atol=1e-4), "negative control: padding differs"
 
 
@@ -177,8 +184,8 @@ def test_a_dropped_caption_trains_the_branch_that_the_pipeline_samples_with(
     pipe.save_pretrained(tmp_path / "base")
     _, none, _, none_pooled = pipe.encode_prompt("a disc", device="cpu")
     given: list[dict[str, Any]] = []
-    make = conditioning.unet_inputs
-    monkeypatch.setattr(conditioning, "unet_inputs", lambda *a: given.append(make(*a)) or given[-1])
+    make = SDXL.inputs
+    monkeypatch.setattr(SDXL, "inputs", lambda *a: given.append(make(*a)) or given[-1])
     run(settings("sdxl", pretrained_model_name_or_path=str(tmp_path / "base"), caption_dropout=1.0, max_train_steps=1),
         progress=False)  # fmt: skip
     (inputs,) = given
@@ -191,10 +198,10 @@ def test_a_dropped_caption_trains_the_branch_that_the_pipeline_samples_with(
 def test_time_ids_say_where_the_pixels_of_a_sample_lie(wide: ImageDataset, per_image: bool, center: bool) -> None:
     """Independent of the view: the image, mirrored as a whole where the sample is, cropped at the corner that is told."""
     assert sum(wide.mirrored) == 1
-    rule = data.ViewRule(32, center_crop=center, random_flip=True, per_image=per_image, noise_seed=1)
+    rule = ViewRule(32, center_crop=center, random_flip=True, per_image=per_image, noise_seed=1)
     stream = SampleStream(len(wide), 3)
-    samples, flips = data.Samples(wide, rule, stream), set()
-    for position, ids in enumerate(conditioning.time_ids(wide, rule, stream, range(24)).int().tolist()):
+    samples, flips = Samples(wide, rule, stream), set()
+    for position, ids in enumerate(rule.sizes(wide, stream, range(24)).int().tolist()):
         image, seen = wide[stream.image(position)].image, samples[position]
         height, width, top, left, *target = ids
         assert (width, height, target) == (*image.size, [32, 32])
@@ -208,8 +215,8 @@ def test_time_ids_say_where_the_pixels_of_a_sample_lie(wide: ImageDataset, per_i
 
 
 def test_time_ids_have_the_order_of_the_pipeline(tiny_images: Path) -> None:
-    images, rule = load_rows(tiny_images).check(), data.ViewRule(32, True, False, True, 0)
-    ids = conditioning.time_ids(images, rule, SampleStream(8, 0), [0])
+    images, rule = load_rows(tiny_images).check(), ViewRule(32, True, False, True, 0)
+    ids = rule.sizes(images, SampleStream(8, 0), [0])
     told = tiny.tiny_sdxl_pipeline()._get_add_time_ids((48, 48), (0, 0), (32, 32), torch.float32, 20)
     assert torch.equal(ids, told)
 
@@ -285,7 +292,7 @@ def test_the_vae_stays_float32_and_may_be_another(
     other.save_pretrained(tmp_path / "vae")
     seen: list[Any] = []
     encode = data.encode
-    monkeypatch.setattr(data, "encode", lambda vae, *a, **k: seen.append(vae) or encode(vae, *a, **k))
+    monkeypatch.setattr(data, "encode", lambda encoder, *a, **k: seen.append(encoder.vae) or encode(encoder, *a, **k))
     x0: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {"max_train_steps": 1, "mixed_precision": "bf16"}
     own = settings("sdxl", "own", **values, lora=True, validation_prompts=["a disc"], num_validation_images=1)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from ambient_sd.data import latents as data
 from ambient_sd.data.noise_level import measure, representatives
 from ambient_sd.data.sources import load_rows
+from ambient_sd.data.views import ViewRule
 from ambient_sd.families.base import check_base
 from ambient_sd.training.config import TrainConfig, parse
 from ambient_sd.training.loop import run
@@ -53,8 +54,8 @@ def by_hand(config: TrainConfig) -> float:
     base = check_base(config)
     images = load_rows(config.source).check(near_duplicates=True)
     rows, total = representatives(images)
-    rule = data.ViewRule(32, True, False, True, 0)
-    x0 = data.encode_all(base.load("vae"), images, rule, rows)
+    rule = ViewRule(32, True, False, True, 0)
+    x0 = data.encode_all(base.images(), images, rule, rows)
     return measure(x0, total=total, max_level=base.schedule.max_level).proposed
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ambient_sd.data import latents
+from ambient_sd.families.encoders import CaptionEncoder
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
 
@@ -52,7 +53,7 @@ def settings(tiny_base: Path, images: Path, tmp_path: Path) -> Settings:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Everything that the VAE or the text encoder is asked for."""
     seen: list[str] = []
-    encode, embed = latents.encode, latents.CaptionEncoder.encode
+    encode, embed = latents.encode, CaptionEncoder.encode
 
     def counted(vae: Any, samples: Any, **options: Any) -> torch.Tensor:
         seen.extend(s.draw_key for s in samples)
@@ -63,7 +64,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return embed(self, caption)
 
     monkeypatch.setattr(latents, "encode", counted)
-    monkeypatch.setattr(latents.CaptionEncoder, "encode", counted_captions)
+    monkeypatch.setattr(CaptionEncoder, "encode", counted_captions)
     yield seen
 
 
@@ -190,7 +191,7 @@ def test_vae_and_text_encoder_leave_memory(settings: Settings, monkeypatch: pyte
     step = loop._Trainer._step
 
     def look(self: Any, *args: Any) -> Any:
-        held.append(self.vae is not None or self.captions.text_encoder is not None)
+        held.append(self.latent_encoder is not None or bool(self.captions.models))
         return step(self, *args)
 
     monkeypatch.setattr(loop._Trainer, "_step", look)

@@ -53,8 +53,44 @@ def test_command_line_wins_over_the_file(tmp_path: Path) -> None:
     # 1e-5 is a text and `no` is false to YAML 1.1: both must mean what a person means.
     assert (config.learning_rate, config.rank, config.mixed_precision) == (1e-5, 2, "no")
     assert config.validation_prompts == ["a red apple"]
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "dropped"),
+    [
+        ("ambient_level: 0.5\nreweight: 1\nsnr_gamma: 5", "--objective plain", ["ambient_level", "reweight"]),
+        ("ambient_level: 0.5\nnear_duplicates: 'off'", "--objective gap --gap_upper 2", ["near_duplicates"]),
+        ("objective: plain\nnoise_offset: 0.1", "--objective ambient", ["noise_offset"]),
+        ("lora: true\nrank: 8\nuse_dora: true", "--no-lora", ["rank", "use_dora"]),
+        ("use_ema: true\noffload_ema: true", "--lora", ["use_ema", "offload_ema"]),
+        ("agc: 0.5\nlora: true\nrank: 8", "--rank 2", []),
+    ],
+)
+def test_the_file_loses_options_of_modes_switched_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, flags: str, dropped: list[str]
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(file)
+    config = parse([*BASE, "--config", str(path), *flags.split()])
+    default = given(objective=config.objective, gap_upper=config.gap_upper, lora=config.lora,
+                    ambient_level=config.ambient_level if config.objective == "gap" else None)  # fmt: skip
+    for name in dropped:
+        assert getattr(config, name) == getattr(default, name)
+    said = capsys.readouterr().err
+    assert said.count("\n") == bool(dropped)
+    assert all(name in said for name in dropped)
+    assert "snr_gamma" not in said
+
+
+def test_the_command_lines_own_options_are_still_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("lora: true\nrank: 8\nambient_level: 0.5\n")
+    for flags, name in (("--objective plain --reweight 2", "reweight"), ("--no-lora --rank 4", "rank")):
+        with pytest.raises(UserError, match=f"{name} is given"):
+            parse([*BASE, "--config", str(path), *flags.split()])
+    path.write_text("rank: 8\n")  # wrong in itself: the command line has nothing to do with it
     with pytest.raises(UserError, match="rank is given"):
-        parse([*BASE, "--config", str(path), "--no-lora"])
+        parse([*BASE, "--config", str(path), "--objective", "plain"])
 
 
 def test_a_flag_replaces_the_settings_of_the_file_that_answer_the_same_question(tmp_path: Path) -> None:
@@ -110,7 +146,7 @@ def test_saved_settings_read_back_equal(tmp_path: Path) -> None:
         ({"objective": "plain", "reweight": 2}, ["reweight", "objective is plain"]),
         ({"objective": "gap", "ambient_level": 1.0}, ["gap", "gap_upper"]),
         ({"objective": "weighted", "gap_upper": 1.0}, ["gap_upper", "objective is weighted"]),
-        ({"logit_mean": 0.5}, ["logit_mean", "drawn uniformly"]),
+        ({"logit_mean": 0.5}, ["logit_mean", "weighting_scheme is none"]),
         ({"objective": "plain", "fresh_copies": True}, ["fresh_copies", "objective is plain"]),
         ({"objective": "gap", "ambient_level": 1.0, "gap_upper": 0.5}, ["gap_upper", "above ambient_level"]),
         ({"rank": 4}, ["rank", "--lora"]),

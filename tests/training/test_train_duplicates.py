@@ -11,9 +11,9 @@ import tiny
 import torch
 from PIL import Image, ImageOps
 
-from ambient_sd.data.latents import ViewRule
 from ambient_sd.data.sources import load_rows
 from ambient_sd.data.stream import SampleStream
+from ambient_sd.data.views import ViewRule
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import TrainingBatch, run
 from ambient_sd.utils.errors import UserError

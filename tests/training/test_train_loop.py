@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from ambient_sd.data import latents
 from ambient_sd.data.stream import SampleStream
 from ambient_sd.families.base import Base, check_base
+from ambient_sd.sampling import collect_prompts
 from ambient_sd.training import adapters, checkpoints, noising, validation
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import TrainingBatch, run
@@ -439,7 +440,7 @@ def test_bad_input_ends_in_one_line_before_weights_load_and_writes_nothing(
     weights_of = "diffusion_pytorch_model"
     for file, text in {"empty.jsonl": "\n", "marked.jsonl": '\ufeff{"prompt": "a disc"}\r\n'}.items():
         (tmp_path / file).write_text(text, encoding="utf-8")
-    assert validation.read_prompts([str(tmp_path / "marked.jsonl")]) == ["a disc"]
+    assert collect_prompts([str(tmp_path / "marked.jsonl")]) == ["a disc"]
     a_file = tmp_path / "a-file"
     a_file.write_text("")
     cases: list[tuple[dict[str, Any], list[str]]] = [

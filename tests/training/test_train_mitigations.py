@@ -450,7 +450,7 @@ def test_a_list_with_something_else_than_texts_is_refused(tmp_path: Path, cell: 
         ({"memorization_threshold": 0}, ["memorization_threshold", "above 0"]),
         ({"agc": 1.5}, ["agc", "at most 1"]),
         ({"caption_mitigation": "xx"}, ["caption_mitigation", "mc, gn, rc, rt, cwr"]),
-        ({"dropped_mean": "kept"}, ["dropped_mean", "no sample is dropped"]),
+        ({"dropped_mean": "kept"}, ["dropped_mean", "memorization_threshold and agc are off"]),
         ({"dropped_mean": "some", "agc": 0.8}, ["dropped_mean", "all, kept"]),
         ({"caption_mitigation_p": 0.1}, ["caption_mitigation_p", "--caption_mitigation"]),
         ({"caption_noise_std": 0.1, "caption_mitigation": "rc"}, ["caption_noise_std", "gn"]),

@@ -158,13 +158,13 @@ def test_a_run_ends_at_the_first_look_with_changed_copies_above_the_limit(
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     # An untrained network of this size copies nothing: what it draws is replaced, all else is as in earnest.
     planted = [changed(rows[i].image) for i in range(4)] if copied else unseen[:4]
-    draw = validation.draw
+    sample = validation.sample
 
-    def drawn(*args: Any, **options: Any) -> Any:
-        found = draw(*args, **options)
-        return validation.Drawn([[image] for image in planted], found.scores)
+    def planting(*args: Any, **options: Any) -> Any:
+        found = sample(*args, **options)
+        return validation.Samples([[image] for image in planted], found.scores)
 
-    monkeypatch.setattr(validation, "draw", drawn)
+    monkeypatch.setattr(validation, "sample", planting)
     config = settings(
         "stopped", train_data_dir=str(folder), probe_steps=1, probe_images=4, max_train_steps=2, stop_on_memorization=0.2
     )  # fmt: skip

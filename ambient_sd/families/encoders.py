@@ -1,0 +1,102 @@
+"""A base's VAE and text encoders, frozen and on a device, as makers of latents and embeddings.
+
+Captions are encoded one at a time: the result has the same bits held in memory and made on the fly, alone and in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ambient_sd.families.family import Family
+
+
+class ImageEncoder:
+    """Turn pixels into the clean latents that the network sees.
+
+    Args:
+        family: of the base; its `encode` and `latent_shape` are used.
+        vae: the base's autoencoder, float32.
+    """
+
+    def __init__(self, family: Family, vae: Any) -> None:
+        self.family, self.vae = family, vae
+
+    def to(self, device: torch.device | str) -> ImageEncoder:
+        """Move the VAE and return self."""
+        self.vae.to(device)
+        return self
+
+    def shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """Return the shape of one latent of an image of (width, height) pixels."""
+        return self.family.latent_shape(self.vae.config, size)
+
+    @torch.no_grad()
+    def __call__(self, pixels: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
+        """Return x0 of pixels, float32 on the CPU.
+
+        Args:
+            pixels: (B, 3, H, W) in [-1, 1].
+            draw: (B, C, h, w) standard normal, what is drawn from the VAE's posterior.
+        """
+        return self.family.encode(self.vae, pixels, draw)
+
+
+class CaptionEncoder:
+    """Turn captions into the frozen text encoders' embeddings, as the stock pipelines do for a prompt.
+
+    Args:
+        family: of the base; its `embed` is used.
+        parts: tokenizers and text encoders (float32) under the names that pipelines give them.
+        zero_empty: the empty caption is all zeros, as SDXL's pipeline samples its unconditional half.
+    """
+
+    def __init__(self, family: Family, parts: Mapping[str, Any], *, zero_empty: bool = False) -> None:
+        self.family, self.parts, self.zero_empty = family, dict(parts), zero_empty
+        self.held: dict[str, dict[str, torch.Tensor]] = {}
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        """Return the tokenizers, the first one first."""
+        return [part for name, part in self.parts.items() if name.startswith("tokenizer")]
+
+    @property
+    def models(self) -> list[Any]:
+        """Return the text encoders, in the order of `tokenizers`; none after `release`."""
+        return [part for name, part in self.parts.items() if name.startswith("text_encoder")]
+
+    def to(self, device: torch.device | str) -> CaptionEncoder:
+        """Move the text encoders and return self."""
+        for model in self.models:
+            model.to(device)
+        return self
+
+    def release(self) -> None:
+        """Let the text encoders go; only held captions can be asked for from now on."""
+        self.parts = {name: part for name, part in self.parts.items() if name.startswith("tokenizer")}
+
+    @torch.no_grad()
+    def encode(self, caption: str) -> dict[str, torch.Tensor]:
+        """Return one caption's embedding, float32 on the CPU: `hidden` (L, D), and what else the family has."""
+        found = self.family.embed(self.parts, caption)
+        if caption == "" and self.zero_empty:
+            return {name: torch.zeros_like(value) for name, value in found.items()}
+        return found
+
+    def hold(self, captions: Sequence[str], *, limit: int, progress: bool = False) -> bool:
+        """Encode all distinct captions and the empty one now, if they fit in `limit` bytes; tell whether they do."""
+        # dict keeps the order of the first use, so that progress and memory do not depend on hashing.
+        distinct = list(dict.fromkeys(["", *captions]))
+        if len(distinct) * sum(value.nbytes for value in self.encode("").values()) > limit:
+            return False
+        for caption in tqdm(distinct, desc="encoding captions", disable=not progress, leave=False):
+            self.held[caption] = self.encode(caption)
+        return True
+
+    def __call__(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return the embeddings of captions, float32 on the CPU: `hidden` (B, L, D), and what else the family has."""
+        found = [self.held[c] if c in self.held else self.encode(c) for c in captions]
+        return {name: torch.stack([entry[name] for entry in found]) for name in found[0]}
