@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
-from diffusers.image_processor import VaeImageProcessor
+from diffusers import AutoencoderKL
 from PIL import Image
 from series import caption, member
 from torch import Tensor
 
 from ambient_sd.assets import BASE, PICTURES
-from ambient_sd.audit.decision import SAME, CopyDecision, discoveries
+from ambient_sd.audit.decision import SAME, CopyDecision, discoveries, through_vae
 from ambient_sd.audit.features import MIRROR, as_rgb, embed
 from ambient_sd.audit.neighbours import Neighbours
 from ambient_sd.audit.originals import originals
 from ambient_sd.audit.registry import choose
 from ambient_sd.data.sources import load_rows
+from ambient_sd.sampling import SamplingConfig, generate, load_pipeline, requests_for
 from ambient_sd.utils.estimate import wilson
 from ambient_sd.utils.files import atomic_write
 from experiments.transformations import TRANSFORMATIONS, transformed
@@ -44,26 +44,11 @@ def shifted(p: Image.Image, _: int) -> Image.Image:
     return out
 
 
-def round_trip(images: Sequence[Image.Image]) -> Images:
-    vae: Any = AutoencoderKL.from_pretrained(BASE, subfolder="vae", dtype=torch.float32)
-    processor, out = VaeImageProcessor(vae_scale_factor=4), []
-    with torch.no_grad():
-        for start in range(0, len(images), 32):
-            x = processor.preprocess(list(images[start : start + 32]), height=64, width=64)
-            out += processor.postprocess(vae.decode(vae.encode(x).latent_dist.mode()).sample, output_type="pil")
-    return out
-
-
-def drawn_by_base(captions: Sequence[str]) -> Images:
-    pipe: Any = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None, dtype=torch.float32)
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    out: Images = []
-    for start in range(0, len(captions), 16):
-        part = list(captions[start : start + 16])
-        seeds = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-        out += pipe(part, num_inference_steps=15, guidance_scale=1.5, height=64, width=64, generator=seeds).images
-    return out
+def sampled_by_base(captions: Sequence[str]) -> Images:
+    config = SamplingConfig(str(BASE), scheduler="dpm++", num_inference_steps=15, guidance_scale=1.5, resolution=64)
+    pipe = load_pipeline(config)
+    batches = generate(pipe, requests_for(captions), config)
+    return [one.image for batch in batches for one in batch if one.image is not None]
 
 
 def emoji() -> tuple[Images, Images, list[str], list[Any]]:
@@ -110,16 +95,17 @@ def study(
     order = torch.randperm(len(unseen), generator=torch.Generator().manual_seed(seed)).tolist()
     null, test = [unseen[i] for i in order[::2]], [unseen[i] for i in order[1::2]]
     different = list(dict.fromkeys(captions))
-    base = drawn_by_base((different * 8)[:128])
+    base = sampled_by_base((different * 8)[:128])
     rows = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))[:queries].tolist()
     originals_of = [training[i] for i in rows]
     changed = {
         k: transformed(originals_of, change, seed)
         for k, change in {**TRANSFORMATIONS, "shifted by 6 % and 4 %": shifted}.items()
     }
-    changed["VAE round trip"] = round_trip(originals_of)
-    decide = CopyDecision(training, labels, {"held-out images": null}, progress=True)
-    aware = CopyDecision(training, labels, {"held-out images": null}, [round_trip], progress=True)
+    vae: Any = AutoencoderKL.from_pretrained(BASE, subfolder="vae").eval()
+    changed["VAE round trip"] = through_vae(vae, 64)(originals_of)
+    decide = CopyDecision.of(training, labels, heldout=null, progress=True)
+    aware = CopyDecision.of(training, labels, heldout=null, vae=vae, side=64, progress=True)
     published = Published(training, labels, features)
     clean = test + base
     none = {"decision": decide(clean), "decision, with renditions": aware(clean)}

@@ -47,6 +47,7 @@ from ambient_sd.data.duplicates import SIDE, Thumbnails
 from ambient_sd.data.sources import UNLISTED, ImageDataset, ImageRow, load_rows
 from ambient_sd.utils.errors import UserError, exits_on_user_error
 from ambient_sd.utils.files import atomic_write
+from ambient_sd.utils.weight_files import file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -348,8 +349,7 @@ def weights_digest(feature: Any) -> str:
     if isinstance(getattr(feature, "network", None), torch.nn.Module):
         return fingerprint(feature.network)
     if isinstance(getattr(feature, "path", None), Path):
-        with feature.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(feature.path)
     return ""
 
 

@@ -14,7 +14,6 @@ nothing here can tell of a file: figures on `Inception` are called FD-Inception,
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +26,7 @@ from torch.nn import functional
 
 from ambient_sd.audit.features import Batched, Distance, as_rgb, imagenet
 from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.weight_files import file_digest
 
 
 def pretrained(kind: str, name: str, wanted: Sequence[str]) -> Any:
@@ -162,7 +162,7 @@ class Inception(Batched):
         path = Path(path)
         if not path.is_file():
             raise UserError(f"Inception model {path}", rule="the file does not exist")
-        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.digest = file_digest(path)
         try:
             self.network = torch.jit.load(str(path), map_location=device).eval()
         except (RuntimeError, ValueError) as error:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ambient_sd.data.walk import PICTURE_SUFFIXES, UNREAD_SUFFIXES
-from ambient_sd.utils.errors import UserError
+from ambient_sd.utils.errors import UserError, first_of
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("txt", "json")
@@ -30,7 +30,6 @@ _COMPRESSED_NAME = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|Z)|tgz|tbz2?|txz|tzst
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST_SHARDS = 1_000_000
 _MOST_CAPTION = 2**20  # bytes; an image under the name of a caption would be read whole
-_SHOWN = 3
 _NONE = -1
 
 
@@ -194,7 +193,7 @@ def find_shards(source: Path) -> list[Path]:
         absent = [p.name for p in paths if not p.is_file()]
         if absent:
             raise UserError(
-                f"{len(absent)} of {len(paths)} shards of {source} do not exist: {_some(absent)}",
+                f"{len(absent)} of {len(paths)} shards of {source} do not exist: {first_of(absent)}",
                 remedy="add them, or correct the range",
             )
     for path in paths:
@@ -282,7 +281,7 @@ def index_shards(paths: Sequence[Path], caption_column: str, faults: list[tuple[
             )
     if faults is None and (absent := rows.without_caption()):
         raise UserError(
-            f"{len(absent)} of {len(rows)} images have no caption: {_some([rows.names[i] for i in absent])}",
+            f"{len(absent)} of {len(rows)} images have no caption: {first_of([rows.names[i] for i in absent])}",
             rule="an image KEY.jpg needs KEY.txt, or KEY.json with the caption column, in the same shard",
             remedy="add the members; an empty KEY.txt is an image without caption",
         )
@@ -403,8 +402,3 @@ def _read(file: Any, place: int, size: int) -> bytes:
     if len(data) < size:
         raise OSError(f"the shard ends {size - len(data)} bytes before the member does")
     return data
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

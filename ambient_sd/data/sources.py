@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from ambient_sd.data.duplicates import Group, Thumbnails, find_groups, noise_keys
 from ambient_sd.data.shards import ShardRows, find_shards, has_shards, index_shards, names_shards
 from ambient_sd.data.walk import METADATA, Found, walk
-from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.errors import UserError, first_of, one_line
 
 UNLISTED = ("refuse", "ignore")
 NAME_COLUMNS = (
@@ -40,7 +40,6 @@ NAME_COLUMNS = (
     "path",
 )  # where there is no file_name
 FRAMES = "ambient_sd_frames"  # in the info of a decoded image: its file has more frames than this one
-_SHOWN = 3  # names listed in an error line before "and N more"
 
 
 @dataclass(frozen=True)
@@ -217,7 +216,7 @@ class ImageDataset(Sequence[ImageRow]):
                 thumbnails.add(image)
         if broken:
             raise UserError(
-                f"{len(broken)} of {len(self)} images in {self.source} cannot be read: {_some(broken)}",
+                f"{len(broken)} of {len(self)} images in {self.source} cannot be read: {first_of(broken)}",
                 rule="every image must decode",
                 remedy="replace the files or remove their rows",
             )
@@ -581,7 +580,7 @@ def _from_folder(
     missing = {r["file_name"]: None for r in rows if not _is_file(folder / r["file_name"])}
     if missing and faults is None:
         raise UserError(
-            f"{len(missing)} of {len(rows)} images named in {listing} do not exist: {_some(list(missing))}",
+            f"{len(missing)} of {len(rows)} images named in {listing} do not exist: {first_of(list(missing))}",
             remedy="add the files or remove their lines",
         )
     there = [str(r["file_name"]) for r in rows if r["file_name"] not in missing]
@@ -673,7 +672,7 @@ def refuse_unlisted(folder: Path, left: Mapping[str, str]) -> UserError:
         >>> print(refuse_unlisted(Path("images"), {"b.heic": "a kind that is not read"}))
         1 files in images would be left out: b.heic (a kind that is not read); what is not read is not seen; list, convert, unpack or move them, or give --unlisted ignore
     """
-    shown = _some([f"{one_line(name, 60)} ({why})" for name, why in left.items()])
+    shown = first_of([f"{one_line(name, 60)} ({why})" for name, why in left.items()])
     return UserError(f"{len(left)} files in {folder} would be left out: {shown}", rule="what is not read is not seen",
                      remedy="list, convert, unpack or move them, or give --unlisted ignore")  # fmt: skip
 
@@ -909,8 +908,3 @@ def _meets(table: _Table, index: int, conditions: Sequence[tuple[str, str, str]]
                 f"row filter {column}{operator}{wanted} compares {have!r}", rule=f"{operator} needs numbers"
             ) from None
     return True
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(one_line(name, 120) for name in names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -38,6 +38,17 @@ def one_line(text: object, limit: int = 600) -> str:
     """
     flat = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     return flat if len(flat) <= limit else flat[: limit - 1] + "…"
+
+
+def first_of(names: Sequence[str], shown: int = 3) -> str:
+    """Return the first names, and how many more there are.
+
+    Example:
+        >>> first_of(["a.png", "b.png", "c.png", "d.png"])
+        'a.png, b.png, c.png and 1 more'
+    """
+    more = len(names) - shown
+    return ", ".join(one_line(name, 120) for name in names[:shown]) + (f" and {more} more" if more > 0 else "")
 
 
 def require_guidance(scale: float) -> None:
