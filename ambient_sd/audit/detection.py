@@ -6,7 +6,7 @@
     TPR@FPR     share of memorized scores that reach that threshold
 
 Intervals are 95 % and resample memorized and ordinary prompts apart, each prompt with all its images; the threshold is
-found anew in every resample, for it is part of what is uncertain. A score is higher for memorized prompts, or it is no score.
+found anew in every resample, since it is uncertain too. A score must be higher for memorized prompts.
 """
 
 from __future__ import annotations

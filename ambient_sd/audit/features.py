@@ -4,7 +4,7 @@ Every extractor maps an iterable of PIL images to a float32 tensor `(N, D)` on t
 its vectors are made for. Images are read in batches, so a generator over a large folder costs one batch of memory.
 
     Pixels      RGB in [0, 1] at a fixed size, Euclidean: sees copies that keep their place, misses a shifted one.
-    Edges       how strong the contours are, whatever their colours, Euclidean: sees recoloured copies that keep their place.
+    Edges       strength of the contours in any colour, Euclidean: sees recoloured copies that keep their place.
     EffLite0    the 1280 pooled features of EfficientNet-Lite0 (Tan & Le, ICML 2019, arXiv 1905.11946; the Lite variant
                 and its weights are Google's, Apache-2.0), Euclidean: semantics and layout; also the quality features.
     Sscd        the copy-detection descriptor of Pizzi et al., CVPR 2022 (arXiv 2202.10261, eq. 4 to 8), 512 numbers (the large
@@ -40,7 +40,7 @@ MIRROR = " mirrored"  # the name of a feature's vectors of the mirror images end
 
 
 class Features(Protocol):
-    """Name what the measures need of an extractor: a name, the distance it is made for, and the call."""
+    """Define an extractor: a name, the distance it is made for, and the call."""
 
     name: str
     distance: Distance
@@ -79,7 +79,7 @@ def square(
 
 
 class Batched:
-    """Turn a function of one batch, uint8 `(B, S, S, 3)` -> float32 `(B, D)`, into an extractor.
+    """Turn a function of one batch, uint8 `(B, S, S, 3)` -> float32 `(B, D)`, into an extractor: override `_embed`.
 
     Example:
         >>> class Mean(Batched):
@@ -157,7 +157,7 @@ class Pixels(Batched):
 
 
 class Edges(Batched):
-    """Say where the contours of an image are and how strong, whatever its colours.
+    """Describe where the contours of an image are and how strong, independent of its colours.
 
     `m(x) = (sum_c |grad c(x)|^2)^(1/2)` over the channels c of 64 x 64 pixels, the gradient by Sobel's filter: the root of the trace of
     the structure tensor of a colour image (Di Zenzo, CVGIP 1986). It is averaged to `size` x `size`, and each image's own mean and deviation

@@ -11,7 +11,7 @@
 Intervals are 95 %: a bootstrap that resamples whole groups (all samples of one prompt stand or fall together), Wilson's
 score interval where resampling shows no spread (a share of 0 or 1). `docs/measures.md` says what each is not.
 
-None of these can tell whether copying is harmful, nor that a model does not copy: they speak of the n samples drawn.
+None of these can tell whether copying is harmful, or prove that a model does not copy: they describe the n samples at hand.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class Row:
     """Hold one measure of generated images beside the same measure of held-out images.
 
     Attributes:
-        heldout: None where there are no held-out images; the measure with held-out real images in the place of generated ones; for distances between
-            distributions the floor: one half of the held-out images against the other.
+        heldout: the same measure with held-out real images in place of generated ones; for distances between distributions the floor, one half
+            of the held-out images against the other; None without held-out images.
         excess: generated minus held-out; None without.
-        background: training image to training image, each leaving itself out, of at most `BACKGROUND` drawn ones; None where that means nothing.
+        background: training images among themselves, each without itself, of at most `BACKGROUND` at random; None where that means nothing.
 
     Example:
         >>> Row("copies", Estimate(0.2, 0.1, 0.4, 50), heldout=None, excess=None).generated.value
@@ -66,8 +66,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Hold the rows of one run, and neighbours by feature name (for galleries and histograms): of the generated images, the
-    held-out ones (empty without) and the training images among themselves.
+    """Hold the rows of one run, and neighbours by feature name: of the generated images, of the held-out ones (empty without), and of the
+    training images among themselves.
 
     Example:
         >>> Measurement([Row("copies", Estimate(0.2, 0.1, 0.4, 50), None, None)], {}, {}).row("copies").generated.n
@@ -193,8 +193,8 @@ def memorized(neighbours: Neighbours, ratio: float = MEMORIZED_RATIO) -> Tensor:
     """Mark the samples that are copies: d1 / d2 < `ratio`, bool `(N,)`.
 
     An exact copy (d1 = 0) is marked whatever d2 is, so 0 / 0 - a copy of an image that the training set holds twice -
-    is marked too. A NEAR copy of a duplicated image is not (d1 and d2 are both small): the ratio is blind to
-    near-duplicates in the training set; merge them before the search.
+    is marked too. A NEAR copy of a duplicated image is not (d1 and d2 are both small): merge near-duplicates before
+    the search (`originals`).
 
     Example:
         >>> memorized(Neighbours(torch.tensor([[1.0, 4.0], [2.0, 3.0]]), torch.tensor([[0, 1], [0, 1]]))).tolist()

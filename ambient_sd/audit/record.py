@@ -1,7 +1,7 @@
-"""What an audit leaves for other programs: audit.json, written and read here and nowhere else.
+"""audit.json, an audit's output for other programs: written and read here alone.
 
-`audit.schema.json` beside this module says what the file holds; reading and writing check with that very file, and with what a schema
-cannot say: shares lie in [0, 1], intervals are not turned round, and the verdict is the one that its figures give.
+`audit.schema.json` beside this module defines the file. Reading and writing check against it, and against what a schema cannot
+express: shares lie in [0, 1], intervals are ordered, and the verdict follows from its figures.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def schema() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class AuditRecord:
-    """Hold what audit.json holds, one attribute a key; `audit.schema.json` describes each.
+    """Hold the contents of audit.json, one attribute per key; `audit.schema.json` describes each.
 
     Attributes:
         finding: the outcome in words.

@@ -1,7 +1,7 @@
-"""The two shares of an audit, from one decision: generated images that are copies, and training images that come back.
+"""The two rates of an audit, from one decision: generated images that are copies, and training images that come back.
 
-A studio asks the first, a hospital the second: whose images are in there? Near-duplicates count as one training image. What did not come
-back in n images may come back in more: the second share only grows with n, and its interval is that of the images asked for, not of all.
+A studio asks for the first, a hospital for the second: whose images are in there? Near-duplicates count as one training image. The second rate grows
+with the number of generated images: what did not come back may still come back in more of them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ RETURNED = "training-copied"
 def copy_rate(
     decided: Decided, unseen: Tensor | None, groups: Sequence[Hashable] | None = None, *, seed: int = 0, resamples: int = 1000
 ) -> Row:  # fmt: skip
-    """Estimate the share of generated images that are copies, beside that of real images that the model never saw.
+    """Estimate the copy rate: the share of generated images that are copies, beside that of real images that the model never saw.
 
     Args:
-        unseen: bool `(M,)`, which of those would be called copies; None: there are none.
+        unseen: bool `(M,)`, which of the real images would be called copies; None: there are none.
         groups: one label per generated image, its prompt.
 
     Example:

@@ -1,15 +1,14 @@
-"""Training images that were embedded before: what an audit takes from a folder of `ambient_sd.audit.embedding`.
+"""Stored embeddings of the training images: what an audit reads from a folder of `ambient_sd.audit.embedding`.
 
 A training set is embedded once and many models are audited against it. Vectors, content keys and the thumbnails by which
 near-duplicates are found are read from the folder; no training image is embedded again, and few are decoded:
 
-    up to CHECKED images, drawn by the seed, to see that the embeddings are theirs: all of a small set
+    up to CHECKED images, chosen by the seed, to verify that the embeddings are theirs: all of a small set
     BACKGROUND of them (`metrics`), whose mirror images the folder does not hold
     the originals that are shown beside copies
 
-What this does not see: in a set of more than CHECKED images, one that was replaced under its name and caption since it was
-embedded, if it is none of those. Of n images of which a share p was replaced, one is seen with 1 - (1 - p)^CHECKED:
-63 % at p = 0.1 %. `EmbeddingStore.require` decodes every image.
+Limit: in a set of more than CHECKED images, one that was replaced under its name and caption since may be missed. If a share p was
+replaced, this is noticed with probability 1 - (1 - p)^CHECKED: 63 % at p = 0.1 %. `EmbeddingStore.require` decodes every image.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def missing_features(folder: Path, features: Sequence[str]) -> list[str]:
 
 
 def recall(stores: Sequence[EmbeddingStore], images: ImageDataset, seed: int = 0, progress: bool = False) -> int:
-    """Tell an image set its keys, sizes and near-duplicates from its embeddings, as `ImageDataset.check` finds them.
+    """Give a dataset its keys, sizes and near-duplicates from its embeddings instead of `ImageDataset.check`.
 
     Args:
         stores: one or more, of different features.
@@ -83,6 +82,6 @@ def recall(stores: Sequence[EmbeddingStore], images: ImageDataset, seed: int = 0
         if images[i].key != keys[i]:
             raise UserError(f"{first.folder} holds embeddings of other images", remedy=again,
                             rule=f"{images.names[i]} in {images.source} is another one")  # fmt: skip
-    looks = first.looks()
-    images.known(keys, looks.sizes, find_groups(keys, looks))
+    thumbnails = first.thumbnails()
+    images.known(keys, thumbnails.sizes, find_groups(keys, thumbnails))
     return len(chosen)

@@ -77,9 +77,9 @@ class Thumbnails:
     """Collect the thumbnails and sizes of images, in an unnamed file that the system may keep in memory.
 
     Example:
-        >>> looks = Thumbnails()
-        >>> looks.add(Image.new("RGB", (64, 32), "red"))
-        >>> looks.array().shape, looks.aspects
+        >>> thumbnails = Thumbnails()
+        >>> thumbnails.add(Image.new("RGB", (64, 32), "red"))
+        >>> thumbnails.array().shape, thumbnails.aspects
         ((1, 16, 16, 3), [2.0])
     """
 
@@ -121,10 +121,10 @@ def find_groups(keys: Sequence[str], thumbnails: Thumbnails) -> list[Group]:
         Groups of two or more, in the order of their first rows.
 
     Example:
-        >>> ramp, looks = Image.linear_gradient("L").convert("RGB"), Thumbnails()
+        >>> ramp, thumbnails = Image.linear_gradient("L").convert("RGB"), Thumbnails()
         >>> for image in (ramp, ramp.resize((128, 128)), Image.new("RGB", (256, 256), "red")):
-        ...     looks.add(image)
-        >>> find_groups(["a", "b", "c"], looks)
+        ...     thumbnails.add(image)
+        >>> find_groups(["a", "b", "c"], thumbnails)
         [Group(rows=(0, 1), mirrored=(False, False), key='a')]
     """
     if not keys:

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ambient_sd.data.walk import PICTURE_SUFFIXES, UNREAD_SUFFIXES
+from ambient_sd.data.walk import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from ambient_sd.utils.errors import UserError, first_of
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
-CAPTIONS = ("txt", "json")
+IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
+CAPTION_KINDS = ("txt", "json")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _COMPRESSED_NAME = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|Z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -275,7 +275,7 @@ def index_shards(paths: Sequence[Path], caption_column: str, faults: list[tuple[
                 path.name,
                 UserError(
                     f"shard {path} has no images",
-                    rule=f"a row is a member KEY.{PICTURES[0]} (or {', '.join(PICTURES[1:])}) and KEY.txt or KEY.json",
+                    rule=f"a row is a member KEY.{IMAGE_KINDS[0]} (or {', '.join(IMAGE_KINDS[1:])}) and KEY.txt or KEY.json",
                     remedy="remove the shard, or name its members so",
                 ),
             )
@@ -291,22 +291,20 @@ def index_shards(paths: Sequence[Path], caption_column: str, faults: list[tuple[
 def _add_row(rows: ShardRows, shard: int, path: Path, file: BinaryIO, members: list[_Member], tell: Any) -> None:
     """Make one row of the members with one key, or tell what is wrong with them."""
     first = members[0].name
-    images = [m for m in members if m.kind in PICTURES]
-    twice = [m for m in members if m.kind in CAPTIONS and sum(o.kind == m.kind for o in members) > 1]
+    images = [m for m in members if m.kind in IMAGE_KINDS]
+    twice = [m for m in members if m.kind in CAPTION_KINDS and sum(o.kind == m.kind for o in members) > 1]
     if not images:
-        dotted = next((m for m in members if m.kind.rpartition(".")[2] in PICTURES), None)
-        other = next(
-            (m for m in members if "." + m.kind.rpartition(".")[2] in PICTURE_SUFFIXES | UNREAD_SUFFIXES), None
-        )
+        dotted = next((m for m in members if m.kind.rpartition(".")[2] in IMAGE_KINDS), None)
+        other = next((m for m in members if "." + m.kind.rpartition(".")[2] in IMAGE_SUFFIXES | UNREAD_SUFFIXES), None)
         if dotted is None and other is not None:  # left alone, it would count as looked at
             tell(f"{path.name}/{other.name}", UserError(f"{other.name} in shard {path} is an image of a kind that is not read there",
-                 rule=f"an image is a member KEY.{', KEY.'.join(PICTURES)}", remedy="convert it"))  # fmt: skip
+                 rule=f"an image is a member KEY.{', KEY.'.join(IMAGE_KINDS)}", remedy="convert it"))  # fmt: skip
             return
         if dotted is not None:
             rule, remedy = "a key ends at the first dot of a name", "take the other dots out of its name"
         else:
             rule, remedy = "it needs one with the same name up to the dot", "add it, or take the member out"
-        if dotted is not None or any(m.kind in CAPTIONS for m in members):
+        if dotted is not None or any(m.kind in CAPTION_KINDS for m in members):
             name = dotted.name if dotted is not None else first
             tell(f"{path.name}/{name}", UserError(f"{name} in shard {path} has no image", rule=rule, remedy=remedy))
         return
@@ -317,7 +315,7 @@ def _add_row(rows: ShardRows, shard: int, path: Path, file: BinaryIO, members: l
         tell(name, UserError(f"{both} in shard {path} are two {what} of one key", rule="a row has one of each",
                              remedy="rename or remove one"))  # fmt: skip
         return
-    if large := next((m for m in members if m.kind in CAPTIONS and m.size > _MOST_CAPTION), None):
+    if large := next((m for m in members if m.kind in CAPTION_KINDS and m.size > _MOST_CAPTION), None):
         tell(name, UserError(f"{large.name} in shard {path} has {large.size} bytes",
                              rule=f"a caption has at most {_MOST_CAPTION}", remedy="is it a caption?"))  # fmt: skip
         return

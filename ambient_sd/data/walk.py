@@ -24,7 +24,7 @@ from pathlib import Path
 from ambient_sd.utils.errors import UserError, one_line
 
 METADATA = ("metadata.jsonl", "metadata.csv")
-PICTURE_SUFFIXES = {
+IMAGE_SUFFIXES = {
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
     ".pnm", ".pbm",
 }  # fmt: skip
@@ -118,7 +118,7 @@ def walk(folder: Path) -> Found:
                 heapq.heappush(pending, _Folder(hidden, at.linked or link, shown, real))
             elif is_file:
                 files.append((hidden, at.linked or link, shown, real))
-            elif not is_folder and _suffix(shown) in PICTURE_SUFFIXES | UNREAD_SUFFIXES:
+            elif not is_folder and _suffix(shown) in IMAGE_SUFFIXES | UNREAD_SUFFIXES:
                 found.broken[shown] = "no regular file"
     if (name := _cycle(inside, start.real)) is not None:
         raise UserError(f"link {one_line(name, 120)} in {folder} leads back to a folder above it", rule="such a path has no end",
@@ -189,7 +189,7 @@ def _what(real: str, base: str, hidden: bool) -> str | None:
     if hidden:
         # A Mac's ._a.jpg and a file that was being written are no images, whatever their names say.
         return "hidden" if not base.endswith(".part") and _image_kind(real) else None
-    if suffix in PICTURE_SUFFIXES:
+    if suffix in IMAGE_SUFFIXES:
         return ""
     if suffix in UNREAD_SUFFIXES:
         return "a kind that is not read"
