@@ -1,14 +1,12 @@
-"""A folder of tensors found by their content: what was computed once for an image or caption, for all runs that need it.
+"""A content-addressed folder of tensors: computed once for an image or caption, for every run that needs them.
 
     folder = name-SHA256(about)[:16]        about: all that decides the values (weights, preprocessing, seed), in words
     entry  = id -> tensors                  id: 16 bytes, a hash of the input (pixels and view, or caption)
     shard  = ids, tensors, crc32 per entry  one safetensors file, written aside and renamed when whole
 
-An entry is computed under a key that says all it depends on, and never changes. So there is nothing that could be stale: other
-weights are another folder, a changed image is another entry, and images that were added cost themselves alone. What an
-interrupted run has written counts. Shards are memory-mapped: a million latents take no memory.
-
-It does not decide what is computed, or where: `ambient_sd.training.caching`.
+An entry's key names everything it depends on, and an entry never changes. So nothing can be stale: other weights are another
+folder, a changed image is another entry, and only added images are computed. The shards of an interrupted run are kept.
+Shards are memory-mapped: a million latents take no memory.
 """
 
 from __future__ import annotations

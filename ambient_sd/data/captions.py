@@ -1,6 +1,6 @@
-"""What text encoders do not read: the end of a text with more tokens than they have places, 77 with start and end for CLIP.
+"""Find captions that text encoders cut: texts with more tokens than they have positions, 77 with start and end for CLIP.
 
-diffusers and transformers cut it off without a word. Of SDXL both tokenizers count: a text is cut where either cuts it.
+diffusers and transformers cut the rest silently. SDXL has two tokenizers: a text is cut where either cuts it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PIECE = re.compile(r"'(?:s|t|re|ve|m|ll|d)(?=\W|$)|[^\W\d_]+|\d|(?:[^\s\w]|_)+"
 
 @dataclass(frozen=True)
 class Cut:
-    """Say what is lost of one text.
+    """Hold what one text loses.
 
     Attributes:
         index: its place among the texts.

@@ -17,7 +17,7 @@ Cost for n images: n decodings, 0.75 KiB an image in an unnamed temporary file, 
 O(n log n) in the tree, all in compiled code; images with more than `_MOST_NEIGHBOURS` look-alikes are linked to that
 many of them only.
 
-It does not find crops, rotations, mirrorings top to bottom, recolourings, or images with added borders or text.
+It does not find crops, rotations, vertical flips, recoloured copies, or images with added borders or text.
 """
 
 from __future__ import annotations

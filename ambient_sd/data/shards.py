@@ -1,9 +1,9 @@
 """WebDataset shards: tar files whose members `KEY.jpg` and `KEY.txt` (or `KEY.json`) are one row.
 
-A key is a member's name up to the first dot of its last part, as in WebDataset; members that belong together need not
-follow one another. Every shard's headers are read once (`tarfile`); what stays per row is a name and 42 bytes: shard,
-and place and size of image and caption. A row is then read by opening its shard, seeking and reading: nothing is
-extracted, no handle is shared, so any number of worker processes, forked or not, may read at once.
+A key is a member's name up to the first dot of its last part, as in WebDataset; members of one key need not be
+adjacent. Every shard's headers are read once (`tarfile`); a row keeps a name and 42 bytes: shard, and place and size of
+image and caption. Reading a row opens its shard, seeks and reads: nothing is extracted and no handle is shared, so any
+number of worker processes, forked or not, may read at once.
 
 Not read: compressed archives (no random access), links, sparse members. Shards on other machines are not fetched.
 """
@@ -34,7 +34,7 @@ _NONE = -1
 
 
 class ShardRows(Sequence[Mapping[str, Any]]):
-    """Hold where the rows of shards lie; `rows[i]` reads the columns of one from its shard, `image(i)` its image.
+    """Index the rows of shards; `rows[i]` reads the columns of one from its shard, `image(i)` its image.
 
     Args:
         paths: the shards.
@@ -232,7 +232,7 @@ def index_shards(paths: Sequence[Path], caption_column: str, faults: list[tuple[
     Args:
         paths: the shards.
         caption_column: column of the captions.
-        faults: receives (name, text) of what is wrong, and reading goes on with what is whole; without it the first
+        faults: collects (name, text) of what is wrong, and reading continues with the intact rows; without it the first
             fault raises.
 
     Raises:
@@ -353,7 +353,7 @@ def _members(path: Path, file: BinaryIO, tell: Any) -> Iterator[_Member]:
                     continue
                 if bad := _refused(info, name):
                     tell(f"{path.name}/{name}", UserError(f"{name} in shard {path} {bad}",
-                         rule="a row's members are plain files inside the shard", remedy="write the shard anew"))  # fmt: skip
+                         rule="a row's members are plain files inside the shard", remedy="write the shard again"))  # fmt: skip
                     continue
                 yield _Member(name, folder + slash + key, kind.lower(), info.offset_data, info.size)
             end = tar.offset
@@ -366,7 +366,7 @@ def _members(path: Path, file: BinaryIO, tell: Any) -> Iterator[_Member]:
         raise _damaged(path, f"byte {end} begins neither a member nor the end mark")
     while tail := file.read(2**20):
         if any(tail):
-            raise UserError(f"shard {path} goes on after its end mark", rule="what follows would never be read",
+            raise UserError(f"shard {path} continues after its end mark", rule="the rest would never be read",
                             remedy="two archives were joined: give them one by one")  # fmt: skip
 
 
@@ -380,7 +380,7 @@ def _refused(info: tarfile.TarInfo, name: str) -> str:
 
 
 def _damaged(path: Path, why: str) -> UserError:
-    return UserError(f"shard {path} is damaged or cut short", rule=why, remedy="fetch or write it anew")
+    return UserError(f"shard {path} is damaged or cut short", rule=why, remedy="download it or write it again")
 
 
 def _compressed(path: Path, kind: str) -> UserError:

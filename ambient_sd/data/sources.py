@@ -1,7 +1,7 @@
 """Images and captions from a folder with metadata.jsonl or .csv, a parquet file, tar shards or a hub dataset, checked before use.
 
 An image's `key` is the SHA-256 of its decoded RGB content, size included. Whatever is fixed per image (its noise,
-its VAE draw, its view) hangs on it, so a copy under another name or in another lossless format shares all of them.
+its VAE sample, its view) follows from the key, so a copy under another name or in another lossless format shares all of it.
 
 It does not resize or encode anything; near-duplicates are found by `ambient_sd.data.duplicates`.
 """
@@ -39,7 +39,7 @@ NAME_COLUMNS = (
     "image_file",
     "path",
 )  # where there is no file_name
-FRAMES = "ambient_sd_frames"  # in the info of a decoded image: its file has more frames than this one
+FRAMES = "ambient_sd_frames"  # in a decoded image's info: the file has further frames
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class ImageDataset(Sequence[ImageRow]):
         rows: per row its plain columns, for `column`.
 
     Attributes:
-        unlisted: files of the folder that hold or may hold images and were left out, because the caller wanted it so.
+        unlisted: number of files in the folder that hold or may hold images and were left out on request.
         animated: names of the rows with more than one frame, of which the first is the image; known after `check`.
 
     Example:
@@ -174,7 +174,7 @@ class ImageDataset(Sequence[ImageRow]):
     def one_of_each(self, rows: Sequence[int] | None = None) -> list[int]:
         """Return of each group of duplicates (`noise_keys` where there are any, else `keys`) the first of `rows`, or of all.
 
-        Of two copies neither is much nearer to an image than the other: d1 / d2 would say 1.
+        Two copies are equally near to an image: d1 / d2 would be 1.
         """
         groups = self.noise_keys or self.keys
         rows = range(len(self)) if rows is None else rows
@@ -195,7 +195,7 @@ class ImageDataset(Sequence[ImageRow]):
         With `near_duplicates` their `groups` are found, and `noise_keys` and `mirrored` follow them; otherwise
         `noise_keys` are `keys`.
 
-        Training calls this before any model loads: a broken file in hour three costs the three hours.
+        Training calls this before any model loads: a broken file found in hour three would cost the three hours.
 
         Raises:
             UserError: images cannot be decoded; the first ones are named.
@@ -259,7 +259,7 @@ def content_key(image: Image.Image) -> str:
 def decode(source: bytes | Path) -> Image.Image:
     """Decode an image to RGB: upright, the first frame, transparency laid on white.
 
-    A PNG's comments are not read where they are too large for Pillow; no pixel hangs on them.
+    A PNG's comments are skipped where they are too large for Pillow; no pixel depends on them.
 
     Example:
         >>> buffer = io.BytesIO()
@@ -368,13 +368,13 @@ def load_rows(
         row_filter: (column, operator, value) conditions, operator one of = <= >=; rows must meet all of them.
         config_name: configuration of a hub dataset.
         cache_dir: where hub downloads are kept.
-        local: `source` is a path, whatever it looks like: a mistyped folder is then not looked for on the hub.
+        local: `source` is a path whatever its form: a mistyped folder is then not searched on the hub.
         need_captions: without, a row that has none gets an empty one, and a folder without a list is all images in it.
         several_captions: a row's caption may be a list of texts too; its first one is the caption where one is asked for.
-        unlisted: what becomes of images in a local folder that would not be read (`ambient_sd.data.walk`): those that its list
-            does not name, of a kind that is not read, hidden, or perhaps in an archive. "refuse", or "ignore": they are
-            left out, and `ImageDataset.unlisted` counts them.
-        faults: receives the faults of single rows, which are then left out (a row without caption stays, with an empty
+        unlisted: what to do with images in a local folder that would not be read (`ambient_sd.data.walk`): not in its list,
+            of an unsupported kind, hidden, or perhaps in an archive. "refuse", or "ignore": they are left out, and
+            `ImageDataset.unlisted` counts them.
+        faults: collects the faults of single rows, which are then left out (a row without caption stays, with an empty
             one); without it the first fault raises.
 
     Returns:
@@ -602,12 +602,12 @@ def _from_folder(
 
 
 def _walked(folder: Path, faults: list[Fault] | None) -> Found:
-    """Look through a folder; what cannot be followed there is a mistake, for images may lie behind it."""
+    """List a folder; a link that cannot be followed is a mistake, since images may lie behind it."""
     seen = walk(folder)
     if seen.broken and faults is None:
         name, why = next(iter(sorted(seen.broken.items())))
         raise UserError(f"{one_line(name, 120)} in {folder} is {why}", rule="images behind it would not be seen",
-                        remedy="mend it or remove it")  # fmt: skip
+                        remedy="repair or remove it")  # fmt: skip
     if faults is not None:
         faults.extend(Fault(name, "broken", why) for name, why in sorted(seen.broken.items()))
     return seen

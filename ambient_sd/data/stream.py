@@ -1,9 +1,9 @@
-"""Which image is trained on when, and with which random numbers: functions of a seed and a position, nothing else.
+"""Which image is trained on when, and with which random numbers: functions of a seed and a position alone.
 
-A run is one endless line of samples. Position p lies in epoch `p // n` and takes the entry `p % n` of that epoch's
-permutation of the n images. Timestep, fresh noise, caption dropout and view of a sample are drawn from a generator
-that is seeded by (seed, purpose, p). Hence no generator has a state to save: a run that resumes, or is spread over
-other numbers of processes and accumulation steps, sees the same samples with the same noise.
+A run is an endless sequence of samples. Position p lies in epoch `p // n` and takes the entry `p % n` of that epoch's
+permutation of the n images. Timestep, fresh noise, caption dropout and view of a sample come from a generator
+seeded by (seed, purpose, p). So no generator has a state to save: a run that resumes, or uses another number of
+processes or accumulation steps, sees the same samples with the same noise.
 """
 
 from __future__ import annotations

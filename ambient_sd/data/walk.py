@@ -1,14 +1,14 @@
-"""What lies in a folder of images: every file below it, through links too, once and in one order.
+"""List a folder of images: every file below it, links followed, once and in a fixed order.
 
     images     files by their ending, or without a known one by their first bytes
     unread     images of a kind that is not read (HEIC, raw), hidden images, archives that may hold some
 
 Links to files and folders are followed. A file that several paths reach is one image, under its own path rather than a
-link's. A link that leads back to a folder above it, a link to nothing and a folder that cannot be listed are mistakes:
-what lies behind them would not be seen, and nobody would know. Hidden files (of a viewer, of a Mac) are no images of the
-set, but where their bytes are an image they are told. Folders of version control are not entered.
+link's. A link back to a folder above it, a link to nothing and a folder that cannot be listed are mistakes: the images
+behind them would go unseen. Hidden files (of a viewer, of macOS) are not images of the dataset, but are reported where their
+bytes are an image. Folders of version control are not entered.
 
-Nothing is decoded here; `ambient_sd.data.sources` decides what becomes of what was found.
+Nothing is decoded here; `ambient_sd.data.sources` decides what to do with the files found.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SAMPLES, _SHEET = "samples.jsonl", "contact_sheet.png"  # of `ambient-sd sample
 
 @dataclass
 class Found:
-    """Hold what lies in a folder; names are paths in it with `/`, sorted.
+    """Hold the files of a folder; names are sorted paths in it with `/`.
 
     Attributes:
         images: files that are read as images.
@@ -65,7 +65,7 @@ class Found:
 
 @dataclass(frozen=True, order=True)
 class _Folder:
-    """A folder to look into; the order is that of looking: what is there itself gets its own name and not a link's."""
+    """A folder to list; sorted so that a file gets its own name before a link's."""
 
     hidden: bool
     linked: bool

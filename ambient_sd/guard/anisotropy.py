@@ -1,4 +1,4 @@
-"""The anisotropy detector: from pure noise, two evaluations of each half, without drawing an image.
+"""The anisotropy detector: from pure noise, two evaluations of each half, without sampling an image.
 
 Asthana and Belagiannis, *Detecting and mitigating memorization in diffusion models through anisotropy of the log-probability*,
 ICLR 2026 (arXiv 2601.20642), the detection metric of section 4:
@@ -90,7 +90,7 @@ def fitted(terms: torch.Tensor, low_timestep: int = LOW_TIMESTEP) -> AnisotropyT
 
 @dataclass(frozen=True)
 class Screened:
-    """Hold what a calibration says of one prompt before anything is sampled.
+    """Hold a calibration's verdict on one prompt before anything is sampled.
 
     Attributes:
         prompt: its text.
@@ -117,7 +117,7 @@ def screen(
     noises: int = 1,
     generator: torch.Generator | None = None,
 ) -> list[Screened]:
-    """Say which prompts are flagged, before sampling: four evaluations of one half each for every noise.
+    """Tell which prompts are flagged, before sampling: four evaluations of one half each for every noise.
 
     Args:
         pipe: the pipeline that was calibrated, with the calibrated sampler; size, steps and scale are the calibration's.
@@ -218,7 +218,7 @@ def anisotropy(
     per_prompt = int(options.get("num_images_per_prompt") or 1)
     rows = list(zip(watcher.norms.tolist(), watcher.alignments.tolist(), strict=True))
     if not all(math.isfinite(value) for row in rows for value in row):
-        raise UserError("anisotropy is no finite number", rule="the network overflows in this precision",
+        raise UserError("anisotropy is NaN or Inf", rule="the network overflows in this precision",
                         remedy="load the pipeline in float32 or bfloat16")  # fmt: skip
     return [Anisotropy(norm, angle, i // per_prompt) for i, (norm, angle) in enumerate(rows)]
 

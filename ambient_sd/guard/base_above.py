@@ -1,11 +1,11 @@
-"""Sample with the base at high noise and with the fine-tuned network below a noise level: other colours and tones, without training anything.
+"""Sample with the base at high noise and with the fine-tuned network below a noise level: other colours and tones, without training.
 
     s_t > level:  the base's prediction          composition, which the base has from elsewhere
     s_t <= level: the fine-tuned network's       style and detail, which it has from the training images
 
-What a fine-tuned network has memorized of an image's composition and colours acts at high noise; a base that was trained on much data
-composes without it. Shah et al. (ICML 2025) argue that memorization is needed at low noise only; here nothing else of it is used. Contours
-that the low levels know come through: copies fall by measures of pixels and not by contours. docs/results.md has the figures.
+A fine-tuned network's memory of an image's composition and colours acts at high noise; a base trained on much data composes without
+it. Shah et al. (ICML 2025) argue that memorization is needed at low noise only; nothing else of their method is used here. Contours known at
+low noise come through: copies fall by measures of pixels, not by contours. docs/results.md has the figures.
 """
 
 from __future__ import annotations

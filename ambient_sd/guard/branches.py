@@ -1,4 +1,4 @@
-"""The network at one evaluation, as policies see it: two halves with their inputs, to be asked again with others.
+"""The network at one evaluation, as policies see it: two halves with their inputs, which can be evaluated again with others.
 
 `forward` of the network is called, not the network: the guard's own hooks must not see these evaluations, while an offload
 wrapper, which lives in `forward`, must. A compiled network is asked in its eager form, whose inner hooks and gradients work.
@@ -20,7 +20,7 @@ from ambient_sd.utils.errors import UserError
 
 
 class NetworkHalves(GuidanceBranches):
-    """Both halves of one evaluation.
+    """Evaluate either half of one evaluation again.
 
     Args:
         network: the eager network.

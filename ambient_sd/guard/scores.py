@@ -1,4 +1,4 @@
-"""How strongly a prompt pulls one denoising step: Wen et al.'s detection score, as pure functions.
+"""Wen et al.'s detection score, how strongly a prompt pulls one denoising step, as pure functions.
 
 `d = || eps_c - eps_u ||_2` per image, over channels and pixels, not squared (Wen, Liu, Chen, Lyu, *Detecting,
 explaining, and mitigating memorization in diffusion models*, ICLR 2024, section 3). Networks that do not predict the
@@ -8,9 +8,9 @@ noise need a factor. With `x_t = alpha_t x0 + sigma_t eps` both halves of guidan
     v:        eps_c - eps_u = alpha_t             (o_c - o_u)      eps = alpha_t v + sigma_t x_t
     sample:   eps_c - eps_u = -(alpha_t / sigma_t) (o_c - o_u)     eps = (x_t - alpha_t x0) / sigma_t
 
-The published code takes the norm of the outputs themselves whatever they are, so that its figures and targets for v-prediction models
-(SD2.0, 2.1) are of `|| v_c - v_u ||`: the score space "output" is that, with the factor 1 at every step. Ours, "noise", is the default:
-alpha_t is 0.07 at the first step and 1 at the last, and a raw score is mostly the first steps'.
+The published code takes the norm of the outputs in any parametrisation, so its figures and targets for v-prediction models
+(SD2.0, 2.1) are of `|| v_c - v_u ||`: that is the score space "output", with the factor 1 at every step. Ours, "noise", is the default:
+alpha_t is 0.07 at the first step and 1 at the last, and the first steps dominate a raw score.
 
 Where alpha_t is 0 (the last timestep at zero terminal SNR, the first that trailing steps sample) `x_t` holds no image and the
 score of every prompt is 0: such a step carries no signal (`NO_SIGNAL`) and takes no part in curve, score or decision.

@@ -1,7 +1,7 @@
 """One kind of error for every mistake that a user can make, and one way to end a command on it.
 
 A message is one line: what is wrong, where, the rule that it breaks, and the remedy. A command prints that line to
-stderr and exits with status 2, before anything expensive has started; any other exception is a bug and keeps its
+stderr and exits with status 2, before anything expensive starts; any other exception is a bug and keeps its
 traceback.
 """
 

@@ -1,8 +1,8 @@
-"""The one interface of every mitigation: what a policy sees of a sampling run and what it may replace.
+"""The interface of every mitigation: what a policy sees of a sampling run and what it may replace.
 
 A policy is a small object without state between runs. The guard calls `begin` once, before the first denoising step,
 and `step` after every evaluation of the network; either may do nothing. A policy never sees the denoising loop, so it
-works in every pipeline and with every scheduler that the guard supports. It does not decide whom it acts on either:
+works in every pipeline and with every scheduler that the guard supports. Nor does it decide which images it acts on:
 rows of images that are not `active` (`MemorizationGuard(..., when="flagged")`) stay the pipeline's own, to the bit.
 """
 
@@ -32,7 +32,7 @@ class Encoded(NamedTuple):
 
 
 class GuidanceBranches(abc.ABC):
-    """The network at one evaluation, to be asked again: one half of guidance, some of the images, other inputs.
+    """Evaluate the network of one step again: one half of guidance, some of the images, other inputs.
 
     Attributes:
         sample: the network's input, equal for both halves, `(n, C, H, W)` (scaled as the scheduler does).
@@ -101,7 +101,7 @@ class GuidanceBranches(abc.ABC):
 
 @dataclass(frozen=True)
 class SamplingStart:
-    """What is known before the first step, for `n` images. Tensors are the pipeline's own: do not write to them.
+    """Hold what is known before the first step, for `n` images. Tensors are the pipeline's own: do not write to them.
 
     Attributes:
         halves: the network at the first evaluation.
@@ -128,7 +128,7 @@ class SamplingStart:
 
 @dataclass(frozen=True)
 class Change:
-    """What `Policy.begin` decided, image by image. A tensor that is None leaves the pipeline's own in place.
+    """Hold what `Policy.begin` decided, image by image. A tensor that is None leaves the pipeline's own in place.
 
     Attributes:
         changed: for each image, whether its rows below replace the pipeline's; the other rows are ignored.
@@ -163,7 +163,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Step:
-    """One evaluation of the network, for `n` images. Tensors are the pipeline's own: do not write to them.
+    """Hold one evaluation of the network, for `n` images. Tensors are the pipeline's own: do not write to them.
 
     Attributes:
         index: 0 for the first evaluation of this run.
@@ -198,10 +198,10 @@ class Step:
 
 
 class Policy:
-    """Base of all mitigations; override one method or both.
+    """Subclass this for a mitigation; override one method or both.
 
     Attributes:
-        rewrites_prompt: `begin` words the prompt anew; in a `Compose` it must stand before all others that begin.
+        rewrites_prompt: `begin` rewrites the prompt; in a `Compose` it must come before all others that begin.
         exclusive: `begin` leaves others no score to read; in a `Compose` it must be the only one that begins.
         noise_only: it is defined by predicted noise, not by outputs as they are (`MemorizationGuard(score_space="output")`).
         begins_at_signal: `begin` reads the score: where the first steps carry none (zero terminal SNR) it is called at the first step
@@ -228,11 +228,11 @@ class Policy:
 
     @property
     def begins(self) -> bool:
-        """Say whether `begin` does anything; where not, the guard need not look before the first step whom it acts on."""
+        """Tell whether `begin` does anything; if not, the guard need not decide before the first step which images it acts on."""
         return type(self).begin is not Policy.begin
 
     def begin(self, start: SamplingStart) -> Change | None:
-        """Look at the first step before it is taken; return what to replace, or None to change nothing."""
+        """Inspect the first step before it is taken; return what to replace, or None to change nothing."""
         return None
 
     def step(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -241,7 +241,7 @@ class Policy:
 
 
 class ScalePolicy(Policy):
-    """Base of the mitigations that only choose another guidance scale `w` for an image at a step.
+    """Subclass this for a mitigation that only chooses another guidance scale `w` for an image at a step.
 
     The pipeline computes `uncond + g (cond' - uncond)`; `cond' = uncond + (w / g) (cond - uncond)` makes that `uncond +
     w (cond - uncond)`. Nothing on the way leaves the device.

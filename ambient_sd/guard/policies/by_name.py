@@ -1,7 +1,7 @@
 """Policies from a command line: `NAME[:key=value,...][+NAME...]`, found in `policies.__all__` and built by their constructor's annotations.
 
-A name is the class's, without regard to capitals, hyphens and underscores. Values are whole numbers, numbers, words, true or
-false, or none; what else a constructor may take cannot be given this way. Several joined with `+` are composed in that order: a `+` before
+A name is the class's; capitals, hyphens and underscores do not matter. Values are whole numbers, numbers, words, true, false or
+none; other arguments of a constructor cannot be given this way. Policies joined with `+` are composed in that order: a `+` before
 a letter joins, one before a digit belongs to a number.
 """
 
