@@ -461,8 +461,9 @@ def _options(pipe: Any, config: SamplingConfig, batch: Sequence[Request]) -> dic
 def processes() -> Any:
     """Return accelerate's `PartialState`: of one process, or of those that `accelerate launch` has started."""
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
-    return PartialState()
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # which Accelerator reads by itself
 
 
 def own_device() -> str:

@@ -24,14 +24,15 @@ from torch import Tensor
 
 from ambient_sd.assets import BASE, PICTURES
 from ambient_sd.audit.decision import SAME, CopyDecision, discoveries, through_vae
-from ambient_sd.audit.features import MIRROR, as_rgb, embed
+from ambient_sd.audit.features import MIRROR, embed
 from ambient_sd.audit.neighbours import Neighbours
 from ambient_sd.audit.originals import originals
 from ambient_sd.audit.registry import choose
 from ambient_sd.data.sources import load_rows
-from ambient_sd.sampling import SamplingConfig, generate, load_pipeline, requests_for
+from ambient_sd.sampling import Request, SamplingConfig, generate, load_pipeline
 from ambient_sd.utils.estimate import wilson
 from ambient_sd.utils.files import atomic_write
+from ambient_sd.utils.sheets import as_rgb
 from experiments.transformations import TRANSFORMATIONS, transformed
 
 SERIES, MEMBERS = 24, 12
@@ -44,11 +45,12 @@ def shifted(p: Image.Image, _: int) -> Image.Image:
     return out
 
 
-def sampled_by_base(captions: Sequence[str]) -> Images:
-    config = SamplingConfig(str(BASE), scheduler="dpm++", num_inference_steps=15, guidance_scale=1.5, resolution=64)
-    pipe = load_pipeline(config)
-    batches = generate(pipe, requests_for(captions), config)
-    return [one.image for batch in batches for one in batch if one.image is not None]
+def sampled_from_base(captions: Sequence[str]) -> Images:
+    config = SamplingConfig(str(BASE), None, "dpm++", 15, 1.5, 64, batch_size=16)
+    pipe = load_pipeline(config, safety_checker=False)
+    # The seeds of the published figures: 0, 1, ...
+    requests = [Request(caption, 0, i) for i, caption in enumerate(captions)]
+    return [one.image for batch in generate(pipe, requests, config) for one in batch if one.image is not None]
 
 
 def emoji() -> tuple[Images, Images, list[str], list[Any]]:
@@ -95,7 +97,7 @@ def study(
     order = torch.randperm(len(unseen), generator=torch.Generator().manual_seed(seed)).tolist()
     null, test = [unseen[i] for i in order[::2]], [unseen[i] for i in order[1::2]]
     different = list(dict.fromkeys(captions))
-    base = sampled_by_base((different * 8)[:128])
+    base = sampled_from_base((different * 8)[:128])
     rows = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))[:queries].tolist()
     originals_of = [training[i] for i in rows]
     changed = {

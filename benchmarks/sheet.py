@@ -13,9 +13,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from ambient_sd.audit.features import as_rgb
 from ambient_sd.data.conditions import split_condition
 from ambient_sd.data.sources import load_rows
+from ambient_sd.utils.sheets import as_rgb
 
 _SIDE, _COLUMNS = 80, 9
 

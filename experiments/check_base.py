@@ -24,7 +24,7 @@ from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.registry import choose, with_sscd
 from ambient_sd.commands.demo import DemoSettings, sample
 from ambient_sd.data.sources import load_rows
-from ambient_sd.reporting.report import contact_sheet
+from ambient_sd.reporting.sheets import contact_sheet
 
 PROMPTS = """red apple|dog face|sports car|cat face|house|pizza|tree|guitar|rocket|airplane|sun|blue heart|red heart|yellow star|
 panda face|bus|fish|banana|strawberry|pine tree|bicycle|umbrella|crown|happy face|ghost|red circle|blue square|cup of coffee|

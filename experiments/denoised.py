@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -37,8 +36,9 @@ from ambient_sd.data.views import ViewRule
 from ambient_sd.families.encoders import CaptionEncoder, ImageEncoder
 from ambient_sd.families.sd import SD
 from ambient_sd.oracle import ideal_ambient_denoiser, ideal_denoiser
-from ambient_sd.reporting.charts import Line, chart, figure, image, page, table
-from ambient_sd.reporting.report import contact_sheet, escaped
+from ambient_sd.reporting import pages
+from ambient_sd.reporting.charts import Line, chart
+from ambient_sd.reporting.sheets import contact_sheet, data_uri, png_bytes
 from ambient_sd.sampling import SamplingConfig, label, load_pipeline
 from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.utils.errors import UserError, exits_on_user_error
@@ -231,37 +231,42 @@ def write(
                     for k, s in enumerate(levels)
                 ]
     sheet = contact_sheet([enlarged(c) for c in cells], columns=len(levels), captions=captions)
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG", optimize=True)
     out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / "denoised.png", buffer.getvalue())
+    atomic_write(out / "denoised.png", png_bytes(sheet))
     result = {"version": 1, **about, "errors": [e.as_dict() for e in errors]}
     atomic_write(out / "denoised.json", json.dumps(result, indent=1) + "\n")
     charts = []
     for title, kind in (("Error on training images", "train"), ("Error on held-out images", "heldout"),
-                        ("What training images are denoised better by: held-out minus training", "gap")):  # fmt: skip
+                        ("Held-out minus training: what the model knows of its training images", "gap")):  # fmt: skip
         lines = [
             Line(name, levels, [getattr(e, kind).value for e in errors if e.model == name],
                  [(getattr(e, kind).low, getattr(e, kind).high) for e in errors if e.model == name])
             for name in names[1:]
         ]  # fmt: skip
-        charts.append(
-            figure(
-                title,
-                "per number of the latent; bands: 95 % intervals",
-                chart(title, lines, x_label="noise level s", top=_TOP),
-            )
-        )
+        svg = chart(title, lines, x_label="noise level s", y_label="error per number", top=_TOP)
+        charts.append(pages.Chart(title, svg, "per number of the latent; bands: 95 % intervals"))
     rows = [[e.model, f"{e.level:.3g}", *(f"{f.value:.3f} [{f.low:.3f}, {f.high:.3f}]" for f in (e.train, e.heldout, e.gap))]
             for e in errors]  # fmt: skip
-    facts = ", ".join(f"{k} {v}" for k, v in about.items())
-    body = (
-        f"<h1>Denoised, by noise level</h1><p>{escaped(facts, 1000)}</p>{''.join(charts)}"
-        + figure("The same noisy images through each", "columns: noise level; first training, then held-out images",
-                 image(sheet, "denoised images"))
-        + table(["model", "s", "training", "held-out", "difference"], rows)
+    pages.write_article(
+        out / "index.html", "Denoised, by noise level", _answer(errors),
+        [
+            pages.Section("The same noisy images through each model", [], [pages.Picture(
+                "Denoised", data_uri(sheet, 4000), "Columns: noise level. First training, then held-out images.")]),
+            pages.Section("Errors", ["A model whose error on training images falls away from that on held-out ones knows the images at that level."],
+                          charts=charts, tables=[pages.Table(["model", "s", "training", "held-out", "difference"], rows)],
+                          terms=pages.terms("held-out", "interval")),
+        ],
+        made={**about, "models": ", ".join(f"{name} ({place})" for name, place in about["models"].items())},
     )  # fmt: skip
-    atomic_write(out / "index.html", page("Denoised", body))
+
+
+def _answer(errors: Sequence[Error]) -> str:
+    """Say which model denoises its training images better than others, and where most."""
+    models = [e for e in errors if e.model not in ORACLES]
+    most = max(models, key=lambda e: e.gap.value)
+    if most.gap.low > 0:
+        return f"{most.model} denoises training images better than held-out ones, most at noise level {most.level:.2g}: it knows them there."
+    return "No model denoises its training images measurably better than held-out ones."
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from markupsafe import Markup
 from PIL import Image
 
 from ambient_sd.audit.metrics import MEMORIZED_RATIO
@@ -40,12 +41,14 @@ from ambient_sd.data.stream import keyed_generator
 from ambient_sd.data.views import View, ViewRule
 from ambient_sd.families.encoders import ImageEncoder
 from ambient_sd.oracle import ideal_ambient_denoiser, ideal_denoiser
-from ambient_sd.reporting.charts import Line, Mark, chart, figure, image, page, table
-from ambient_sd.reporting.report import contact_sheet
+from ambient_sd.reporting import pages
+from ambient_sd.reporting.charts import Line, Mark, chart, standalone
+from ambient_sd.reporting.sheets import contact_sheet, data_uri, png_bytes
 from ambient_sd.utils.errors import UserError, exits_on_user_error
 from ambient_sd.utils.files import atomic_write
 
 COPIES = tuple(2**k for k in range(11))  # 1 to 1024
+_WIDEST = 4000  # pixels of a sheet on the page
 _FACTORS = (1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 8.0, 14.0)  # s_t over s_n
 
 
@@ -289,13 +292,11 @@ def study(
               "lemma-4-2-ratio": _chart_of_ratio(second)}  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     for name, sheet in sheets.items():
-        buffer = io.BytesIO()
-        sheet.save(buffer, "PNG", optimize=True)
-        atomic_write(out / f"{name}.png", buffer.getvalue())
+        atomic_write(out / f"{name}.png", png_bytes(sheet))
     for name, svg in charts.items():
-        atomic_write(out / f"{name}.svg", svg + "\n")
+        atomic_write(out / f"{name}.svg", standalone(svg))
     atomic_write(out / "lemmas.json", json.dumps(result, indent=1) + "\n")
-    atomic_write(out / "index.html", _page(result, first, second, sheets, charts))
+    _write_page(out / "index.html", result, first, second, sheets, charts)
     return result
 
 
@@ -329,7 +330,7 @@ def enlarged(image: Image.Image) -> Image.Image:
     return image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST) if image.width <= 96 else image
 
 
-def _chart_of_optima(found: Sequence[Optimum]) -> str:
+def _chart_of_optima(found: Sequence[Optimum]) -> Markup:
     levels = [o.level for o in found]
     return chart(
         "Error of the two optima by noise level",
@@ -342,7 +343,7 @@ def _chart_of_optima(found: Sequence[Optimum]) -> str:
     )
 
 
-def _chart_of_leakage(found: Sequence[Leak]) -> str:
+def _chart_of_leakage(found: Sequence[Leak]) -> Markup:
     m = [float(leak.copies) for leak in found]
     return chart(
         "Noise left in the average of m noisy copies",
@@ -351,11 +352,11 @@ def _chart_of_leakage(found: Sequence[Leak]) -> str:
             Line("s_n / sqrt(m)", m, [leak.residual.expected or 0.0 for leak in found], dashed=True, colour=0),
         ],
         x_label="copies m",
-        y_log=True,
+        y_scale="log",
     )
 
 
-def _chart_of_ratio(found: Sequence[Leak]) -> str:
+def _chart_of_ratio(found: Sequence[Leak]) -> Markup:
     m = [float(leak.copies) for leak in found]
     return chart(
         "How near the average is to its image",
@@ -370,40 +371,52 @@ def _chart_of_ratio(found: Sequence[Leak]) -> str:
     )
 
 
-def _page(
-    result: dict[str, Any], first: Sequence[Optimum], second: Sequence[Leak], sheets: dict[str, Image.Image], charts: dict[str, str]
-) -> str:  # fmt: skip
-    n, level = result["images"], result["level"]
-    body = [
-        "<h1>What ambient training can memorize, and what leaks</h1>",
-        f"<p>{n} images, {result['numbers']} numbers each, nature level s<sub>n</sub> = {level:g}, seed {result['seed']}. Closed "
-        "forms in float64; no network but the VAE. Intervals: 95 %, bootstrap over images.</p>",
-        "<h2>Lemma 4.1: the best that a network can learn</h2>",
-        "<p>Fed with a noisier version of an image's one noisy copy, the optimum of the plain loss returns the image. The optimum of the "
-        "ambient loss returns the copy mapped back: the image under noise of at least s<sub>n</sub>, whatever the input.</p>",
-        figure("Error per number", "dots: measured; dashed: closed form, which holds where the copy is recognised", charts["lemma-4-1"]),
-        figure("Decoded", "first rows: images and their one noisy copy; then input, plain optimum and ambient optimum at three noise levels",
-               image(sheets["lemma-4-1"], "decoded outputs of both optima")),
-        table(["s_t", "plain: error", "ambient: error", "s_n / sqrt(a)", "plain: d1/d2", "ambient: d1/d2", "recognised"],
-              [[f"{o.level:.3g}", _show(o.plain), _show(o.ambient), f"{o.ambient.expected:.4f}", _show(o.plain_ratio),
-                _show(o.ambient_ratio), f"{o.identified:.0%}"] for o in first]),
-        "<h2>Lemma 4.2: two copies are one too many</h2>",
-        f"<p>The average of m copies under m noises carries noise s<sub>n</sub>/√m. For the median image {result['copies_needed']:.0f} copies "
-        "make it a copy (d1/d2 &lt; 1/3), without any denoiser.</p>",
-        figure("Noise left in the average", "both axes logarithmic", charts["lemma-4-2"]),
-        figure("How near the average is to its image", "d1: to its own image, d2: to the nearest other one", charts["lemma-4-2-ratio"]),
-        figure("Decoded averages", "m = 1, 4, 16, ..., 1024, and the image", image(sheets["lemma-4-2"], "decoded averages")),
-        table(["m", "noise left", "s_n / sqrt(m)", "d1/d2", "closed form", "copies"],
-              [[leak.copies, _show(leak.residual), f"{leak.residual.expected:.4f}", _show(leak.ratio), f"{leak.ratio.expected:.3f}",
-                f"{leak.share:.0%}"] for leak in second]),
-        "<h2>How a training makes the second copy without meaning to</h2>",
-        "<p>Noise left in the average of all that is shown of one image, in units of s<sub>n</sub>. At 1 nothing leaks.</p>",
-        table(["what is done", "measured", "closed form"],
-              [[w["way"], f"{w['value']:.4f} [{w['low']:.4f}, {w['high']:.4f}]", f"{w['expected']:.4f}"] for w in result["ways"]]),
-        "<p class=note>Where an image passes the VAE again (mirrored, or as JPEG), the difference of the latents is part of what is left: "
-        "somewhat more than the noise alone.</p>",
-    ]  # fmt: skip
-    return page("Lemmas 4.1 and 4.2", "".join(body))
+def _write_page(
+    path: Path, result: dict[str, Any], first: Sequence[Optimum], second: Sequence[Leak], sheets: dict[str, Image.Image],
+    charts: dict[str, Markup],
+) -> None:  # fmt: skip
+    n, level, needed = result["images"], result["level"], result["copies_needed"]
+    pages.write_article(
+        path,
+        "Lemmas 4.1 and 4.2",
+        f"One noisy copy of an image does not give it away; {needed:.0f} copies under fresh noise do.",
+        [
+            pages.Section(
+                "Lemma 4.1: the best that a network can learn",
+                ["Fed with a noisier version of an image's one noisy copy, the optimum of the plain loss returns the image. The optimum of the "
+                 "ambient loss returns the copy mapped back: the image under noise of at least s_n, whatever the input."],
+                [pages.Picture("Decoded", data_uri(sheets["lemma-4-1"], _WIDEST), "First rows: images and their one noisy copy; then input, plain "
+                               "optimum and ambient optimum at three noise levels.")],
+                [pages.Chart("Error per number", charts["lemma-4-1"], "dots: measured; dashed: closed form, which holds where the copy is recognised")],
+                [pages.Table(["s_t", "plain: error", "ambient: error", "s_n / sqrt(a)", "plain: d1/d2", "ambient: d1/d2", "recognised"],
+                             [[f"{o.level:.3g}", _show(o.plain), _show(o.ambient), f"{o.ambient.expected:.4f}", _show(o.plain_ratio),
+                               _show(o.ambient_ratio), f"{o.identified:.0%}"] for o in first])],
+                pages.terms("nature level s_n", "d1/d2", "interval"),
+            ),
+            pages.Section(
+                "Lemma 4.2: two copies are one too many",
+                [f"The average of m copies under m noises carries noise s_n/√m. For the median image {needed:.0f} copies make it a copy "
+                 "(d1/d2 below 1/3), without any denoiser."],
+                [pages.Picture("Decoded averages", data_uri(sheets["lemma-4-2"], _WIDEST), "m = 1, 4, 16, ..., 1024, and the image")],
+                [pages.Chart("Noise left in the average", charts["lemma-4-2"], "both axes logarithmic"),
+                 pages.Chart("How near the average is to its image", charts["lemma-4-2-ratio"], "d1: to its own image, d2: to the nearest other one")],
+                [pages.Table(["m", "noise left", "s_n / sqrt(m)", "d1/d2", "closed form", "copies"],
+                             [[leak.copies, _show(leak.residual), f"{leak.residual.expected:.4f}", _show(leak.ratio), f"{leak.ratio.expected:.3f}",
+                               f"{leak.share:.0%}"] for leak in second])],
+            ),
+            pages.Section(
+                "How a training makes the second copy without meaning to",
+                ["Noise left in the average of all that is shown of one image, in units of s_n. At 1 nothing leaks.",
+                 "Where an image passes the VAE again (mirrored, or as JPEG), the difference of the latents is part of what is left: somewhat "
+                 "more than the noise alone."],
+                tables=[pages.Table(["what is done", "measured", "closed form"],
+                                    [[w["way"], f"{w['value']:.4f} [{w['low']:.4f}, {w['high']:.4f}]", f"{w['expected']:.4f}"] for w in result["ways"]])],
+            ),
+        ],
+        lead=f"{n} images, {result['numbers']} numbers each, nature level s_n = {level:g}. Closed forms in float64; no network but the VAE.",
+        made={"command": "python -m experiments.lemmas", "model": result["model"], "images": result["data"], "seed": result["seed"],
+              "intervals": "95 %, bootstrap over images"},
+    )  # fmt: skip
 
 
 def _show(value: Value) -> str:

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import drawn
-from ambient_sd.reporting.report import cut_sheet
+from ambient_sd.reporting.sheets import cut_sheet
 from ambient_sd.utils.errors import UserError, one_line
 
 COLUMNS = 20  # of `samples.png`

@@ -33,7 +33,7 @@ from ambient_sd.audit.decision import RULE
 from ambient_sd.audit.shares import COPIES
 from ambient_sd.data.conditions import split_condition
 from ambient_sd.data.sources import ImageDataset, load_rows
-from ambient_sd.reporting.report import contact_sheet
+from ambient_sd.reporting.sheets import contact_sheet
 from ambient_sd.sampling import load_pipeline
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import open_images, plan_run

@@ -20,11 +20,12 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
 from ambient_sd.audit.detection import threshold_at
-from ambient_sd.audit.features import MIRROR, Features, as_rgb, embed
+from ambient_sd.audit.features import MIRROR, Features, embed
 from ambient_sd.audit.metrics import copied
 from ambient_sd.audit.neighbours import Neighbours
 from ambient_sd.audit.originals import originals
 from ambient_sd.utils.estimate import Estimate
+from ambient_sd.utils.sheets import as_rgb
 
 Change = Callable[[Image.Image, int], Image.Image]
 

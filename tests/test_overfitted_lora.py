@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from test_lora import KOHYA, renamed
 
 from ambient_sd.assets import BASE, PICTURES
-from ambient_sd.audit.features import as_rgb
 from ambient_sd.commands.audit import AuditSettings, Source, audit
 from ambient_sd.data.sources import load_rows
 from ambient_sd.families import lora
 from ambient_sd.sampling import SamplingConfig
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
+from ambient_sd.utils.sheets import as_rgb
 
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 

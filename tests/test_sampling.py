@@ -12,6 +12,7 @@ import torch
 from launching import launch_words
 
 from ambient_sd import MemorizationGuard
+from ambient_sd.guard.recorder import active_guard
 from ambient_sd.sampling import (
     MOST_IMAGES,
     Request,
@@ -94,14 +95,22 @@ def test_batches_change_nothing_but_rounding_and_requests_may_be_left_out(tiny_b
     assert len(set(alone)) == 6, "negative control: other places, other images"
 
 
-def test_a_failing_call_leaves_the_pipeline_unwatched(tiny_base: Path) -> None:
-    settings = config(tiny_base)
+def test_the_guard_is_on_during_calls_alone(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(tiny_base, batch_size=1)
     pipe = load_pipeline(settings)
-    before = vars(pipe).copy()
+    guard, call, seen = MemorizationGuard(pipe), type(pipe).__call__, []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        seen.append(active_guard(pipe))
+        if len(seen) == 2:
+            raise RuntimeError("a failing call")
+        return call(*args, **options)
+
+    monkeypatch.setattr(type(pipe), "__call__", watched)
     with pytest.raises(RuntimeError):
-        for _ in generate(pipe, requests_for(["a cat"]), settings, guard=MemorizationGuard(pipe)):
-            raise RuntimeError("the caller's")
-    assert vars(pipe).keys() == before.keys()
+        for _ in generate(pipe, requests_for(["a cat", "a dog"]), settings, guard=guard):
+            assert active_guard(pipe) is None
+    assert seen == [guard, guard] and active_guard(pipe) is None
 
 
 def test_prompts_are_given_as_texts_or_in_files(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@
 
 The prompts are the first eight training captions, the images the first sample of each, all from the same start noise: nothing is chosen. The mitigation is
 Wen et al.'s prompt optimization of every prompt; its target is the median first norm of 64 held-out captions, as in `ambient-sd compare`. It samples all 60
-captions, four images each, and `OUT/audit` counts their copies as the demo counts those of the two runs.
+captions, two images each, and `OUT/audit` counts their copies as the demo counts those of the two runs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SAMPLER = [
     "--seed",
     "0",
 ]  # the demo's
-SHOWN, ORDINARY, PER_PROMPT = 8, 64, 4
+SHOWN, ORDINARY, PER_PROMPT = 8, 64, 2
 TITLES = ("training image", "plain", "ambient", "plain, mitigated")
 CELL, GAP, HEAD, FOOT = 128, 8, 30, 22
 

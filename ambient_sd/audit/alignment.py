@@ -23,9 +23,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ambient_sd.audit.features import as_rgb
 from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.utils.errors import UserError
+from ambient_sd.utils.sheets import as_rgb
 
 # Noise levels s = sigma / alpha at which subject and layout are decided: below, a prompt says little that the image does not show.
 LEVELS = (0.5, 0.8, 1.2, 1.8, 2.7, 4.0)

@@ -28,10 +28,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ambient_sd.audit.features import as_rgb
 from ambient_sd.audit.neighbours import workers
 from ambient_sd.audit.registration import SCALES, Poses, Registered, prepare, register
 from ambient_sd.utils.errors import UserError
+from ambient_sd.utils.sheets import as_rgb
 
 RULE = "registration-2"  # stored with figures: those of another rule do not compare
 HELDOUT, BASE = "held-out images", "images of the base model"  # the nulls' names

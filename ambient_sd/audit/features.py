@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 
 from ambient_sd.audit.registry import SSCD_ENV
 from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.sheets import as_rgb
 
 Distance = Literal["euclidean", "cosine"]
 MIRROR = " mirrored"  # the name of a feature's vectors of the mirror images ends in this
@@ -48,21 +49,6 @@ class Features(Protocol):
     # A cosine one may have `thresholds`: similarities above which an image counts as a copy, the deciding one first.
 
     def __call__(self, images: Iterable[Image.Image], progress: bool = False) -> Tensor: ...
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Return `image` as RGB, transparency laid on white (what a browser and the demo's images show).
-
-    Example:
-        >>> as_rgb(Image.new("RGBA", (1, 1), (255, 0, 0, 0))).getpixel((0, 0))
-        (255, 255, 255)
-    """
-    if image.mode == "RGB":
-        return image
-    if "A" in image.getbands() or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
 
 
 def square(

@@ -24,8 +24,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from ambient_sd.audit.features import Batched, Distance, as_rgb, imagenet
+from ambient_sd.audit.features import Batched, Distance, imagenet
 from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.sheets import as_rgb
 from ambient_sd.utils.weight_files import file_digest
 
 

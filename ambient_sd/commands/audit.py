@@ -62,6 +62,7 @@ from ambient_sd.audit.stored import missing_features, recall
 from ambient_sd.commands.sample import SampleSettings, sample
 from ambient_sd.data.sources import ImageDataset, load_rows, not_listed, refuse_unlisted
 from ambient_sd.data.stream import drawn
+from ambient_sd.reporting.audit_page import write_report
 from ambient_sd.reporting.report import (
     Histogram,
     Report,
@@ -70,13 +71,13 @@ from ambient_sd.reporting.report import (
     TokenAttribution,
     find,
     ratio_histogram,
-    write_report,
 )
 from ambient_sd.sampling import (
     SamplingConfig,
     check_images_per_prompt,
     digest,
     from_main,
+    image_seed,
     label,
     load_pipeline,
     processes,
@@ -658,14 +659,15 @@ def _attributions(settings: AuditSettings, generated: Generated, decided: Decide
     for prompt, copy in zip(generated.prompts, decided.copy.tolist(), strict=True):
         copies[prompt] = copies.get(prompt, 0) + int(copy)
     order = sorted(ranks, key=lambda prompt: (sum(ranks[prompt]) / len(ranks[prompt]), prompt))
+    places = {prompt: place for place, prompt in enumerate(ranks)}
     pipe = load_pipeline(config)
     sampling = config.describe(pipe)
     pulls = []
     for prompt in order[: settings.attribution]:
         try:
             seen = attribute(
-                pipe, prompt, num_inference_steps=config.num_inference_steps, seed=config.seed,
-                guidance_scale=config.guidance_scale, height=sampling.height, width=sampling.width,
+                pipe, prompt, num_inference_steps=config.num_inference_steps, 
+                seed=image_seed(config.seed, places[prompt]), guidance_scale=config.guidance_scale, height=sampling.height, width=sampling.width,
             )  # fmt: skip
         except (
             UserError

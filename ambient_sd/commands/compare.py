@@ -18,11 +18,8 @@ Above the wings: it uses guard, audit and data.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import hashlib
-import html
-import io
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,7 +47,8 @@ from ambient_sd.guard.calibration import ModelFingerprint
 from ambient_sd.guard.pipeline import check_folder
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.guard.relative import Relation
-from ambient_sd.reporting.report import contact_sheet
+from ambient_sd.reporting import compare_page
+from ambient_sd.reporting.sheets import contact_sheet, png_bytes
 from ambient_sd.sampling import (
     Request,
     Sampled,
@@ -216,7 +214,7 @@ def _keep(folder: Path, number: int, batch: Sequence[Sampled], cost: Mapping[str
     names = ("curve", "timesteps", "iterations", "mitigated")
     rows = [{"prompt": one.request.prompt, **{n: getattr(one.report, n) for n in names}, **cost} for one in batch]
     images = [np.asarray(one.image.convert("RGB")) for one in batch if one.image is not None]
-    atomic_write(folder / f"{number:05d}.png", _png(Image.fromarray(np.concatenate(images, axis=1))))
+    atomic_write(folder / f"{number:05d}.png", png_bytes(Image.fromarray(np.concatenate(images, axis=1))))
     atomic_write(folder / f"{number:05d}.json", json.dumps(rows))
 
 
@@ -513,7 +511,8 @@ def compare(settings: Settings, training: ImageDataset, heldout: ImageDataset, c
             }  # fmt: skip
             found["mitigations"][name]["peak_memory_mb"] = peak_of(samples)
             shown[model][name] = samples.images[::k]
-            contact_sheet(samples.images[::k], 10).save(settings.out / _sheet(model, name))
+            sheet = contact_sheet(samples.images[::k], 10, prompts)
+            atomic_write(settings.out / _sheet(model, name), png_bytes(sheet))
             print(
                 f"{model}, {name}: " + ", ".join(f"{f['name']} {f['value']:.3g}" for f in figures.values()), flush=True
             )
@@ -521,8 +520,8 @@ def compare(settings: Settings, training: ImageDataset, heldout: ImageDataset, c
     originals = [reals.images[reals.captions.index(captions[i])] for i in chosen]
     result["mitigated_prompts"] = [captions[i] for i in chosen]
     atomic_write(settings.out / "comparison.json", json.dumps(result, indent=1) + "\n")
-    atomic_write(settings.out / "comparison.md", tables(result))
-    atomic_write(settings.out / "comparison.html", page(result, originals, shown))
+    atomic_write(settings.out / "comparison.md", compare_page.tables(result))
+    compare_page.write(settings.out / "comparison.html", result, originals, shown)
     out.finish()
     return result
 
@@ -602,114 +601,3 @@ def _digest(model: str) -> str:
 
 def _sheet(model: str, mitigation: str) -> str:
     return f"{model}-{''.join(c if c.isalnum() else '-' for c in mitigation)}.png"
-
-
-# --- what people read ------------------------------------------------------------------------------------------------
-
-# Key, head, digits, factor, unit.
-_COLUMNS: tuple[tuple[str, str, int, float, str], ...] = (
-    (COPIES, "copies", 1, 100, " %"),
-    ("copied", "d1/d2 < 1/3", 1, 100, " %"),
-    ("similarity", "similarity, 95th pct.", 3, 1, ""),
-    ("alignment", "alignment x 1000", 2, 1, ""),
-    ("hits", "5-way prompt accuracy", 0, 100, " %"),
-    ("distance", "Frechet distance", 1, 1, ""),
-    ("seconds", "CPU s/image", 2, 1, ""),
-)
-_MEMORY = "peak memory MB"
-
-
-def _memory(row: Mapping[str, Any]) -> str:
-    peak = row.get("peak_memory_mb")
-    return "-" if peak is None else f"{peak:.0f}"
-
-
-def tables(result: Mapping[str, Any]) -> str:
-    """Return both tables as Markdown."""
-    lines = []
-    for model, found in result["models"].items():
-        lines += [f"### {model}: detectors", "",
-                  f"{found['memorized_prompts']} memorized prompts, {found['clear_prompts']} clear of copying, {found['between']} in between.",
-                  "", "| detector | steps | generations | AUC | TPR@1%FPR |", "|---|---|---|---|---|"]  # fmt: skip
-        for row in found["detectors"]:
-            cells = [Estimate.from_dict(figure).show() for figure in row["figures"]]
-            lines.append(f"| {row['detector']} | {row['steps']} | {row['generations']} | {' | '.join(cells)} |")
-        lines += ["", f"### {model}: mitigations", "", "| | " + " | ".join(head for _, head, *_ in _COLUMNS) + f" | {_MEMORY} |",
-                  "|---" * (len(_COLUMNS) + 2) + "|"]  # fmt: skip
-        for name, row in found["mitigations"].items():
-            cells = [
-                Estimate.from_dict(row["figures"][key]).show(digits, factor, unit)
-                for key, _, digits, factor, unit in _COLUMNS
-            ]
-            lines.append(f"| {name} | {' | '.join([*cells, _memory(row)])} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def page(
-    result: Mapping[str, Any],
-    originals: Sequence[Image.Image],
-    shown: Mapping[str, Mapping[str, Sequence[Image.Image]]],
-    most: int = 16,
-) -> str:
-    """Return one self-contained page: tables, and a row of images per prompt: the original, then every mitigation."""
-    prompts = result["mitigated_prompts"][:most]
-    parts = []
-    for model, found in result["models"].items():
-        parts.append(
-            f"<h2>{html.escape(model)}</h2><p>{found['memorized_prompts']} of {result['prompts']} prompts memorized.</p>"
-        )
-        head = "".join(f"<th>{html.escape(title)}</th>" for title in (*(title for _, title, *_ in _COLUMNS), _MEMORY))
-        body = "".join(
-            f"<tr><th title='{html.escape(row['rule'], quote=True)}'>{html.escape(name)}</th>"
-            + "".join(
-                f"<td>{html.escape(Estimate.from_dict(row['figures'][key]).show(digits, factor, unit))}</td>"
-                for key, _, digits, factor, unit in _COLUMNS
-            )
-            + f"<td>{_memory(row)}</td></tr>"
-            for name, row in found["mitigations"].items()
-        )
-        parts.append(
-            f"<div class=scroll><table class=numbers><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-        )
-        names = list(shown[model])
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in ("training image", *names))
-        rows = "".join(
-            f"<tr><th>{html.escape(prompt)}</th>{_image(originals[i], 'training image')}"
-            + "".join(_image(shown[model][name][i], f"{name}: {prompt}") for name in names) + "</tr>"
-            for i, prompt in enumerate(prompts)
-        )  # fmt: skip
-        parts.append(
-            f"<div class=scroll><table class=images><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-        )
-    facts = html.escape(json.dumps(result["settings"]))
-    command, rule = html.escape(result["command"]), html.escape(result.get("rule", ""))
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>Mitigations side by side</title><style>{_STYLE}</style><h1>Mitigations side by side</h1>"
-        f"<p>The same memorized prompts and the same start noise in every column. Intervals: 95 %, prompts resampled. "
-        f"Memory: the peak of the median call of the pipeline; on a GPU weights included, on a CPU beyond what was there before. {rule}</p>{''.join(parts)}"
-        f"<h2>How it was made</h2><pre>{command}\n{facts}</pre></html>"
-    )
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _image(image: Image.Image, alt: str) -> str:
-    data = base64.b64encode(_png(image.convert("RGB"))).decode()
-    return f"<td><img alt='{html.escape(alt, quote=True)}' src='data:image/png;base64,{data}'></td>"
-
-
-_STYLE = """
-body{margin:0 auto;max-width:1500px;padding:24px;font:15px/1.5 system-ui,sans-serif;color:#1b1c20;background:#faf9f6}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2em}.scroll{overflow-x:auto}table{border-collapse:collapse}
-.numbers td,.numbers th{padding:4px 12px 4px 0;border-bottom:1px solid #e2dfd7;text-align:left;white-space:nowrap;font-variant-numeric:tabular-nums}
-.images th{font-size:.78rem;font-weight:500;padding:2px 6px 2px 0;text-align:left;max-width:11em}.images{margin-top:16px}
-.images td{padding:2px}.images img{display:block;width:72px;height:72px;object-fit:cover;border-radius:4px}
-pre{white-space:pre-wrap;font-size:.82rem;background:#fff;border:1px solid #e2dfd7;padding:10px}
-@media (prefers-color-scheme:dark){body{background:#121316;color:#ecebe7}.numbers td,.numbers th{border-color:#2e3138}pre{background:#1b1d22;border-color:#2e3138}}
-"""

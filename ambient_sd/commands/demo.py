@@ -29,17 +29,9 @@ from ambient_sd.audit.registry import choose, with_sscd
 from ambient_sd.audit.shares import COPIES, copy_rate
 from ambient_sd.data.sources import load_rows
 from ambient_sd.guard.recorder import MemorizationGuard
-from ambient_sd.reporting.report import (
-    Histogram,
-    Report,
-    RunSection,
-    contact_sheet,
-    find,
-    make_samples,
-    ratio_histogram,
-    show,
-    write_report,
-)
+from ambient_sd.reporting.audit_page import write_report
+from ambient_sd.reporting.report import Histogram, Report, RunSection, find, make_samples, ratio_histogram, show
+from ambient_sd.reporting.sheets import contact_sheet
 from ambient_sd.sampling import SamplingConfig, check_images_per_prompt, generate, load_pipeline, requests_for
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import plan_run

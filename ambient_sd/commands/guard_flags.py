@@ -250,8 +250,9 @@ def _compare(args: argparse.Namespace) -> None:
     for name in ("generations", "mitigated", "num_inference_steps", "batch_size", "resolution"):
         if getattr(args, name) < 1:
             raise UserError(f"{name} is {getattr(args, name)}", rule="it must be at least 1")
-    from ambient_sd.commands.compare import Settings, compare, tables
+    from ambient_sd.commands.compare import Settings, compare
     from ambient_sd.data.sources import load_rows
+    from ambient_sd.reporting.compare_page import tables
     from ambient_sd.utils.quiet import quiet
 
     quiet()

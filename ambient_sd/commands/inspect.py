@@ -3,15 +3,10 @@
 Training refuses a set at its first unusable row; this lists all of them, and what training would take but its user may
 regret: images smaller than the resolution (they are enlarged), captions that are empty, images of which a square
 crop keeps less than half, exact copies and near-duplicates (`ambient_sd.data.duplicates`).
-
-The page loads nothing and has no script; file names and captions come from strangers and are escaped.
 """
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
 import os
 from collections.abc import Sequence
@@ -19,13 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tqdm.auto import tqdm
 
 from ambient_sd.data.captions import Cut, find_cut, surely_cut
 from ambient_sd.data.duplicates import Group, Thumbnails, find_groups
 from ambient_sd.data.enlargement import WARNED, median_enlargement
 from ambient_sd.data.sources import FRAMES, Fault, ImageDataset, content_key, load_rows
+from ambient_sd.reporting import inspect_page
 from ambient_sd.utils.errors import UserError, one_line
 
 KINDS = {
@@ -39,7 +34,6 @@ KINDS = {
 }
 _EXTREME = 2.0
 _SHOWN = 8  # rows of a kind in the terminal
-_PAGE_GROUPS, _PAGE_PICTURES, _PAGE_SIDE = 300, 12, 128  # what a page shows at most; JSON has all
 
 
 @dataclass(frozen=True)
@@ -225,76 +219,6 @@ def as_json(found: Inspection) -> dict[str, Any]:
     }
 
 
-def as_html(found: Inspection, images: ImageDataset) -> str:
-    """Return the page: counts, duplicate groups as images, all faults."""
-    text = lambda value, limit=200: html.escape(one_line(value, limit))  # noqa: E731
-    rows = [(found.count(k), k, KINDS[k]) for k in KINDS]
-    rows += [(found.exact, "exact", "copies of an earlier image"), (found.near, "near", "groups of near-duplicates")]
-    counts = "".join(f"<tr><td>{n}</td><th>{k}</th><td>{text(m)}</td></tr>" for n, k, m in rows)
-    groups = []
-    for group in found.groups[:_PAGE_GROUPS]:
-        cells = []
-        for i, mirrored in list(zip(group.rows, group.mirrored, strict=True))[:_PAGE_PICTURES]:
-            width, height = found.sizes[i]
-            note = ", mirrored" if mirrored else ""
-            cells.append(
-                f'<figure><img src="{_uri(images[i].image)}" alt=""><figcaption><b>{text(found.names[i], 60)}</b><br>'
-                f"{width} x {height}{note}<br>{text(found.captions[i], 120)}</figcaption></figure>"
-            )
-        exact = len({found.keys[i] for i in group.rows}) == 1
-        more = len(group.rows) - _PAGE_PICTURES
-        groups.append(
-            f"<section><h3>{len(group.rows)} {'exact copies' if exact else 'near-duplicates'}</h3><div>{''.join(cells)}"
-            f"{f'<p>and {more} more</p>' if more > 0 else ''}</div></section>"
-        )
-    left = len(found.groups) - _PAGE_GROUPS
-    if left > 0:
-        groups.append(f"<p>and {left} more groups: --json lists them</p>")
-    faults = "".join(
-        f"<tr><th>{f.kind}</th><td>{text(f.name, 120)}</td><td>{text(f.text)}</td></tr>" for f in found.faults
-    )
-    return _PAGE.format(
-        title=text(Path(found.source).name or found.source),
-        count=len(found.names),
-        resolution=found.resolution,
-        counts=counts,
-        groups="".join(groups) or "<p>none</p>",
-        faults=f"<table>{faults}</table>" if faults else "<p>none</p>",
-    )
-
-
-def _uri(image: Image.Image) -> str:
-    small, data = image.copy(), io.BytesIO()
-    small.thumbnail((_PAGE_SIDE, _PAGE_SIDE))
-    small.save(data, "WEBP", quality=85)
-    return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Images of {title}</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
-<style>
-body{{font:15px/1.45 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}}
-table{{border-collapse:collapse}} td,th{{padding:.25rem .8rem .25rem 0;text-align:left;vertical-align:top}}
-td{{overflow-wrap:anywhere;min-width:7rem}} td:first-child{{min-width:0}} td:first-child{{text-align:right;font-variant-numeric:tabular-nums}}
-section{{border-top:1px solid #8884;padding:.4rem 0}} section>div{{display:flex;flex-wrap:wrap;gap:.8rem}}
-h3{{margin:.2rem 0 .5rem;font-size:1rem}}
-figure{{margin:0;width:8rem}} figcaption{{font-size:12px;overflow-wrap:anywhere}} img{{max-width:8rem;display:block;background:#8882}}
-</style>
-<h1>Images of {title}</h1>
-<p>{count} readable images, compared with a training resolution of {resolution} px.</p>
-<table>{counts}</table>
-<h2>Duplicates</h2>
-<p>Images of a group share one noise in ambient training; a mirror image gets it mirrored. Copies that are cropped or shifted
-are only partly protected: remove them.</p>
-{groups}
-<h2>Rows with faults</h2>
-{faults}
-</html>
-"""
-
-
 def check_target(path: Path | None, option: str) -> None:
     """Check that a file can be written, before the images are read.
 
@@ -322,9 +246,13 @@ def run(
     check_target(json_path, "json")
     found, images = inspect(source, progress=progress, **options)
     print(as_text(found), flush=True)
-    # Surrogates (undecodable file names) would stop the write half way.
     if html_path is not None:
-        html_path.write_bytes(as_html(found, images).encode("utf-8", "replace"))
+        counts = [(kind, found.count(kind), meaning) for kind, meaning in KINDS.items()]
+        counts += [
+            ("exact", found.exact, "copies of an earlier image"),
+            ("near", found.near, "groups of near-duplicates"),
+        ]
+        inspect_page.write(html_path, found, images, counts)
     if json_path is not None:
         json_path.write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")
     return found

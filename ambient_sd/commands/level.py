@@ -11,15 +11,13 @@ import sys
 from pathlib import Path
 
 from ambient_sd.data.latents import encode_all
-from ambient_sd.data.noise_level import COPY, IDENTIFIED, TARGET, Levels, as_text, marks, measure, representatives
+from ambient_sd.data.noise_level import Levels, as_text, measure, representatives
 from ambient_sd.data.views import ViewRule
 from ambient_sd.families.base import check_base
-from ambient_sd.reporting.charts import Line, Mark, chart, figure, table
-from ambient_sd.reporting.charts import page as document
-from ambient_sd.reporting.report import escaped
+from ambient_sd.reporting import level_page
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import enlargement_note, open_images
-from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.files import atomic_write
 
 
@@ -78,32 +76,6 @@ def run(
             json_path, json.dumps({"version": 1, "resolution": config.resolution, **found.as_dict()}, indent=1) + "\n"
         )
     if html_path is not None:
-        atomic_write(html_path, page(found, Path(data).name if Path(data).exists() else data))
+        name = Path(data).name if Path(data).exists() else data
+        level_page.write(html_path, found, name, resolution=config.resolution)
     return found
-
-
-def page(found: Levels, name: str) -> str:
-    """Return the self-contained page: two charts over the noise level, and the table."""
-    where = [Mark(f"{label} {at:.2g}", at, strong=label == "proposed")
-             for label, at in (("copy", found.copy), ("proposed", found.proposed), ("collapse", found.collapse))
-             if at is not None and found.levels[0] <= at <= found.levels[-1]]  # fmt: skip
-    ratios = Line(
-        "", found.levels, [q[1] for q in found.ratio_quantiles], [(q[0], q[2]) for q in found.ratio_quantiles]
-    )
-    weights = Line("", found.levels, found.own, [(q[0], q[2]) for q in found.own_quantiles])
-    cuts = [Mark("copy 1/3", COPY, upright=False), Mark("2/3", TARGET, upright=False)]
-    first, second = "What a noisy copy gives away", "Does a noisy copy tell which image it was?"
-    drawn = "" if found.used == found.images else f" {found.used} of them were measured and stand for the rest."
-    body = (
-        f"<h1>s<sub>n</sub> = {found.proposed:g}</h1><p>Proposed for {escaped(name, 80)}: {escaped(found.reason)}.</p>"
-        + figure(first, "d1/d2 of the copy, linearly denoised: median, 5 to 95 %",
-                 chart(first, [ratios], x_label="noise level s", marks=[*cuts, *where], top=1.5))
-        + figure(second, "posterior weight of the true image: mean, 5 to 95 %",
-                 chart(second, [weights], x_label="noise level s",
-                       marks=[Mark("1/2", IDENTIFIED, upright=False), *where], top=1.0))
-        + table(["s", "what it is"], [["none" if at is None else f"{at:.2g}", text] for at, text in marks(found)])
-        + f"<p class=note>{found.images} distinct images, {found.numbers} numbers each; nearest other image "
-        f"{found.nearest[1]:.2f} per number (5 to 95 %: {found.nearest[0]:.2f} to {found.nearest[2]:.2f}).{drawn} "
-        "A proposal from geometry, before training; what a trained network copies is for an audit to say.</p>"
-    )  # fmt: skip
-    return document(f"Nature level of {one_line(name, 80)}", body)

@@ -2,7 +2,7 @@
 
     OUT/images/00000-00.png   image 0 of prompt 0; its PNG text `ambient_sd` holds prompt, the image's own seed, settings, score as JSON
     OUT/samples.jsonl         the same records, one line an image
-    OUT/contact_sheet.png     the images with their scores
+    OUT/contact_sheet.png     the images with their prompts and scores
     OUT/index.html            the same with the prompts; one file, no script, nothing from elsewhere
     OUT/settings.json         what the images depend on (`utils.output_folder`): interrupted runs resume, other settings are refused
 
@@ -13,12 +13,11 @@ Without guidance (a scale of 1 or less, or a model that is distilled to need non
 are sampled all the same, and what it would have said is null.
 
 Images that are flagged are sampled once more, from the same noise and without the policy, to see which words pull
-(`guard.attribution`): a record holds it as data, the page as coloured words.
+(`guard.attribution`): a record holds it as data, the page as tinted words.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
 import io
@@ -42,7 +41,7 @@ from ambient_sd.guard.pipeline import threshold_file
 from ambient_sd.guard.policies.by_name import make
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard
 from ambient_sd.guard.scores import Space
-from ambient_sd.reporting.report import contact_sheet, escaped
+from ambient_sd.reporting import sample_page
 from ambient_sd.sampling import (
     Request,
     Sampled,
@@ -67,9 +66,6 @@ from ambient_sd.utils.hub_ids import resolve_model_id
 from ambient_sd.utils.output_folder import FILE, OutputFolder
 
 TEXT_KEY = "ambient_sd"
-_SHOWN = 600  # images on sheet and page
-_THUMBNAIL = 256
-_STRONGEST = 3  # words whose scores stand on the page as numbers
 CONTENTS = ("images", "samples.jsonl", "contact_sheet.png", "index.html", FILE)
 
 
@@ -191,7 +187,7 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
         write_list()
     ordered = [records[request.place] for request in requests]
     if writes:
-        _show(out, ordered, settings)
+        sample_page.write(out, ordered, settings.num_images_per_prompt)
         folder.finish()
     return ordered
 
@@ -342,153 +338,6 @@ def _plain(value: Any) -> Any:
 
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(record) + "\n"
-
-
-# --- to look at ------------------------------------------------------------------------------------------------------
-
-_STYLE = """
-:root{--bg:#faf9f6;--card:#fff;--ink:#1b1c20;--soft:#5d626d;--line:#e2dfd7;--flag:#a31621}
-@media (prefers-color-scheme:dark){:root{--bg:#121316;--card:#1b1d22;--ink:#ecebe7;--soft:#a0a5b0;--line:#2e3138;--flag:#ff9d9d}}
-body{margin:0 auto;max-width:1180px;padding:32px 24px;background:var(--bg);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
-h1{font-size:1.5rem;font-weight:650;margin:0 0 .3em}
-h2{font-size:1rem;font-weight:600;margin:1.8em 0 .5em;overflow-wrap:anywhere}
-p,small{color:var(--soft);margin:0}
-.row{display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start}p+.row{margin-top:20px}
-figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:8px;width:min-content}
-figcaption p{color:var(--ink);overflow-wrap:anywhere}
-img{display:block;max-width:80vw;height:auto;min-width:128px;background:#fff}
-figcaption{font-size:.86rem;margin-top:6px;font-variant-numeric:tabular-nums}
-figcaption small{display:block}
-.flagged{border-color:var(--flag)}.flagged b{color:var(--flag)}
-.words{color:var(--ink);line-height:1.8;margin:.4em 0;overflow-wrap:anywhere;min-width:14em}
-.words span{padding:1px 3px 3px;border-radius:3px;background:linear-gradient(var(--flag),var(--flag)) 0 100%/calc(var(--w)*100%) 3px no-repeat,
-color-mix(in srgb,var(--flag) calc(var(--w)*35%),transparent)}
-"""
-
-
-def _show(out: Path, records: Sequence[dict[str, Any]], settings: SampleSettings) -> None:
-    """Write contact sheet and page, of the first images where there are very many."""
-    shown = records[:_SHOWN]
-    small = []
-    for record in shown:
-        with Image.open(out / record["file"]) as image:
-            copy = image.convert("RGB")
-        copy.thumbnail((_THUMBNAIL, _THUMBNAIL))
-        small.append(copy)
-    per_prompt = settings.num_images_per_prompt
-    columns = per_prompt if 4 <= per_prompt <= 10 else max(1, 8 // per_prompt) * per_prompt if per_prompt < 4 else 8
-    sheet = io.BytesIO()
-    contact_sheet(small, columns, [_caption(r) for r in shown]).save(sheet, "PNG")
-    atomic_write(out / "contact_sheet.png", sheet.getvalue())
-    atomic_write(out / "index.html", _page(shown, small, settings, len(records)))
-
-
-def _caption(record: dict[str, Any]) -> str:
-    if record["score"] is None:
-        return "" if record["curve"] is None else "no finite score"
-    return f"{record['score']:.4g}" + (" flagged" if record["flagged"] else "")
-
-
-def _page(records: Sequence[dict[str, Any]], small: Sequence[Image.Image], settings: SampleSettings, total: int) -> str:
-    first = records[0]
-    facts = [
-        f"Model {first['model']}" + (f" with {first['adapter']}" if first["adapter"] else ""),
-        *(
-            [f"Above noise level {first['base_above']:g} the base, {first['base'] or 'without the adapter'}"]
-            if "base_above" in first
-            else []
-        ),
-        f"{first['sampler']}, {first['num_inference_steps']} steps, guidance {first['guidance_scale']:g}, seed {first['run_seed']}",
-        f"Policy {first['policy']}" + (", on flagged images only" if first["when"] == "flagged" else "")
-        if first["policy"]
-        else "No policy",
-        _flags(records),
-        *([f"The first {len(records)} of {total} images"] if total > len(records) else []),
-        *(
-            [
-                "Coloured words: how far the score hangs on each, against the strongest word of the image; the slope of the "
-                "unmitigated prompt's score, no trial"
-            ]
-            if any(r.get("attribution") for r in records)
-            else []
-        ),
-    ]
-    # One image a prompt: one row of images, each with its prompt. Several: a row for each prompt.
-    single = settings.num_images_per_prompt == 1
-    parts = ['<div class="row">'] if single else []
-    for i, (record, image) in enumerate(zip(records, small, strict=True)):
-        prompt = escaped(record["prompt"], 120 if single else 400) or "(empty prompt)"
-        if not single and record["image_index"] == 0:
-            parts.append(f'{"</div>" if i else ""}<h2>{prompt}</h2><div class="row">')
-        notes = [Path(record["file"]).name]
-        if record["mitigated"]:
-            notes.append("changed by the policy")
-        if record["first_score_before"] is not None and record["first_score_after"] is not None:
-            notes.append(f"first step {record['first_score_before']:.3g} to {record['first_score_after']:.3g}")
-        if record["policy"] and record["decision_score"] is not None:
-            notes.append(f"flagged by the unmitigated first step: {record['decision_score']:.4g}" if record["flagged"]
-                         else f"unmitigated first step {record['decision_score']:.4g}")  # fmt: skip
-        if record["undecided"]:
-            notes.append(f"flagged or not: not known: {one_line(record['undecided'], 160)}")
-        if record.get("truncated"):
-            notes.append("the end of the prompt was not read")
-        if record["nsfw"]:
-            notes.append("blanked by the model's safety checker")
-        parts.append(
-            f'<figure{" class=flagged" if record["flagged"] else ""}><img src="{_uri(image)}" '
-            f'alt="{escaped(record["prompt"], 120)}" width="{image.width}" height="{image.height}">'
-            f"<figcaption><b>{escaped(_caption(record))}</b>{f'<p>{prompt}</p>' if single else ''}"
-            f"{_pull(record.get('attribution'))}"
-            f"{''.join(f'<small>{escaped(note)}</small>' for note in notes)}</figcaption></figure>"
-        )
-    scored = any(record["curve"] is not None for record in records)
-    heading = f"{total} images" + (" under the guard" if scored else "")
-    said = (
-        "Below each image its score: the mean norm of what the prompt adds to the predicted noise. It compares within this model, "
-        "size and number of steps."
-        if scored
-        else "No scores: the guard measures guidance, and these images are sampled without."
-    )
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-        f"<title>{heading}</title><style>{_STYLE}</style><h1>{heading}</h1>"
-        f"{''.join(f'<p>{escaped(fact)}.</p>' for fact in facts)}"
-        f"<p>{said}</p>{''.join(parts)}</div></html>\n"
-    )
-
-
-def _flags(records: Sequence[dict[str, Any]]) -> str:
-    """Say from which score of what images are flagged."""
-    compared = next((record for record in records if record["threshold"] is not None), None)
-    if compared is None:
-        why = next((record["undecided"] for record in records if record["undecided"]), None)
-        return "No threshold: nothing is flagged" if why is None else f"Flagged or not: not known: {why}"
-    of = "an unmitigated first step" if compared["policy"] else "a score"
-    return f"Flagged from {of} of {compared['threshold']:.4g} on ({compared['threshold_origin']})"
-
-
-def _pull(found: dict[str, Any] | None) -> str:
-    """Return the words of an image's prompt in its order, each with a colour and a bar for its score."""
-    if not found:
-        return ""
-    words = list(zip(found["words"], found["word_scores"], strict=True))
-    longest = max((score for _, score in words), default=0.0)
-    shown = " ".join(
-        f'<span style="--w:{score / longest if longest else 0:.2f}">{escaped(word, 40) or "&#9633;"}</span>'
-        for word, score in words
-    )
-    strongest = sorted(words, key=lambda pair: -pair[1])[:_STRONGEST]
-    numbers = [f"{one_line(word, 24) or '□'} {score:.3g}" for word, score in strongest]
-    if found["padding_score"] is not None:
-        numbers.append(f"padding {found['padding_score']:.3g}")
-    return f'<p class="words">{shown or "(no words)"}</p><small>pull: {escaped(", ".join(numbers))}</small>'
-
-
-def _uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=90, method=4)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def prompts_of(texts: Sequence[str] | None, path: str | None) -> list[str]:

@@ -17,7 +17,6 @@ A word of several tokens has the length of its tokens' scores taken together, `s
 
 from __future__ import annotations
 
-import html
 import json
 import math
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.guard.scores import guidance_norm
 from ambient_sd.utils.errors import UserError, one_line
 
-_LABEL = 24  # characters of a token in table and plot
+_LABEL = 24  # characters of a token in table and chart
 
 
 @dataclass(frozen=True)
@@ -70,32 +69,15 @@ class TokenAttribution:
 
     def table(self, width: int = 40) -> str:
         """Return one line per token, in the prompt's order: text, score, bar; the longest bar has `width` characters."""
-        rows = self._rows()
+        rows = self.rows()
         label = max(len(text) for text, _ in rows)
         longest = max(score for _, score in rows) or 1.0
         return "\n".join(
             f"{text:<{label}}  {score:8.4g}  {'#' * round(width * score / longest)}".rstrip() for text, score in rows
         )
 
-    def svg(self) -> str:
-        """Return a bar chart as an SVG element, for a page or a file; whatever the prompt says is text in it."""
-        rows = self._rows()
-        longest = max(score for _, score in rows) or 1.0
-        high, left, wide = 18, 190, 400
-        lines = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + wide + 80}" height="{high * len(rows) + 8}" '
-            'font-family="monospace" font-size="12" role="img" aria-label="pull of each token">'
-        ]
-        for k, (text, score) in enumerate(rows):
-            y, length = 4 + high * k, wide * score / longest
-            lines.append(
-                f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{html.escape(text)}</text>'
-                f'<rect x="{left}" y="{y + 2}" width="{length:.1f}" height="{high - 4}" fill="#4878a8"/>'
-                f'<text x="{left + length + 6:.1f}" y="{y + 13}">{score:.3g}</text>'
-            )
-        return "\n".join([*lines, "</svg>"])
-
-    def _rows(self) -> list[tuple[str, float]]:
+    def rows(self) -> list[tuple[str, float]]:
+        """Return each token's text, on one line, with its score; the padding last."""
         rows = list(zip(self.tokens, self.scores, strict=True))
         if self.padding_score is not None:
             rows.append(("(padding, mean)", self.padding_score))

@@ -1,28 +1,59 @@
-"""Line charts as SVG and the page around them: no script, no network, the same bytes for the same numbers.
+"""Charts by matplotlib as inline SVG: they follow the page's colours, dark or light, and equal numbers give equal bytes.
 
-An SVG carries its colours as attributes, so that the file can stand in a page, in a README, or alone.
+The palette below is that of `templates/style.css`. Whatever matplotlib draws in one of these colours becomes `var(--name, colour)`, so that a
+page's style decides, and a file of its own (`standalone`) has the colour itself. Text stays text, in the page's font.
 """
 
 from __future__ import annotations
 
-import base64
 import io
 import math
-from collections.abc import Callable, Sequence
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+from markupsafe import Markup, escape
 
-from ambient_sd.reporting.report import escaped
+from ambient_sd.reporting.report import Histogram, show, span, unit_of
+from ambient_sd.utils.errors import one_line
 
-_LEFT, _RIGHT, _TOP, _BOTTOM, _WIDE = 52.0, 600.0, 16.0, 214.0, 612
-COLOURS = ("#2f6fb3", "#c2410c", "#0b6e69", "#5b4bb5", "#a1832a", "#7a7f8a")
-_SOFT, _INK = "#5c656e", "#1c2126"
+if TYPE_CHECKING:
+    from ambient_sd.utils.estimate import Estimate
+
+PALETTE = {
+    "card": "#ffffff", "ink": "#1b1c20", "soft": "#5d626d", "line": "#e2dfd7", "run0": "#c2410c", "run1": "#0b6e69", "run2": "#5b4bb5",
+    "run3": "#2f6fb3", "run4": "#a1832a", "held": "#7a7f8a", "train": "#9a7b2f", "copy": "#a31621",
+}  # fmt: skip
+SERIES = tuple(PALETTE[name] for name in ("run3", "run0", "run1", "run2", "run4", "held"))
+_NAMES = {colour: name for name, colour in PALETTE.items()}
+_WIDE = 5.0  # inches, 72 units of the drawing each
+_TEXT = 11
+_BINS = 24
+_RC: dict[Any, Any] = {
+    "svg.fonttype": "none", "svg.hashsalt": "ambient_sd", "text.parse_math": False, "font.size": _TEXT, "axes.unicode_minus": True,
+    "text.color": PALETTE["ink"], "axes.edgecolor": PALETTE["line"], "axes.labelcolor": PALETTE["soft"], "axes.labelsize": _TEXT,
+    "xtick.color": PALETTE["line"], "ytick.color": PALETTE["line"], "xtick.labelcolor": PALETTE["soft"], "ytick.labelcolor": PALETTE["soft"],
+    "xtick.labelsize": 10, "ytick.labelsize": 10, "grid.color": PALETTE["line"], "grid.linewidth": 0.8, "axes.axisbelow": True,
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 10, "figure.facecolor": "none",
+    "axes.facecolor": "none", "path.simplify": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Line:
-    """Hold one curve; `band` are its lower and upper ends, `dots` draws places instead of a line, `dashed` a closed form."""
+    """Hold one curve of a chart.
+
+    Attributes:
+        label: for the legend; "" leaves it out.
+        x, y: equally many finite numbers.
+        band: lower and upper ends of an interval at each x.
+        dots: draw single points and no line. dashed: dash it, as for a closed form. marker: points on the line.
+        colour: place in `SERIES`, or a colour; None: the next one.
+        bar: half-open interval at the last point, as (low, high) in x and in y.
+    """
 
     label: str
     x: Sequence[float]
@@ -30,12 +61,14 @@ class Line:
     band: Sequence[tuple[float, float]] = ()
     dots: bool = False
     dashed: bool = False
-    colour: int | None = None
+    colour: int | str | None = None
+    marker: str = ""
+    bar: tuple[tuple[float, float], tuple[float, float]] | None = None
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Hold a straight line across a chart: at a place of x, or of y."""
+    """Hold a straight line across a chart, at a place of x (`upright`) or of y."""
 
     label: str
     at: float
@@ -48,147 +81,279 @@ def chart(
     lines: Sequence[Line],
     *,
     x_label: str,
+    y_label: str = "",
     marks: Sequence[Mark] = (),
-    x_log: bool = True,
-    y_log: bool = False,
+    x_scale: str = "log",
+    y_scale: str = "linear",
     top: float | None = None,
-) -> str:
-    """Return one chart as SVG.
+    from_zero: bool = True,
+    height: float = 3.6,
+) -> Markup:
+    """Return curves as an inline SVG.
 
     Args:
         title: for screen readers; the caption says it to others.
-        lines: one or more, of finite numbers (positive on a logarithmic axis).
-        x_label: under the axis.
+        lines: one or more, positive on a logarithmic axis.
+        x_label, y_label: what the axes measure.
         marks: drawn across.
-        top: upper end of a linear y axis; what lies above is cut off. The largest value if not given.
+        x_scale, y_scale: "linear", "log" or "symlog" (linear below 1).
+        top: upper end of y; values above it are drawn on it.
+        from_zero: a linear y axis begins at 0, or below where values do; else at the smallest value.
+        height: inches, at a width of 5.
+
+    Example:
+        >>> svg = chart("growth", [Line("a <b>", [1, 10], [0, 5])], x_label="x")
+        >>> svg.startswith("<svg") and "a &lt;b&gt;" in svg
+        True
     """
-    xs = [v for line in lines for v in line.x]
-    ys = [v for line in lines for v in (*line.y, *(e for pair in line.band for e in pair))]
-    high = top if top is not None else max(ys)
-    low = min(ys) if y_log else min(0.0, *ys)
-    x_ticks, y_ticks = _ticks(min(xs), max(xs), x_log), _ticks(low, high, y_log)
-    low, high = (min(low, y_ticks[0]), max(high, y_ticks[-1])) if y_log or top is None else (low, high)
-    x = _scale(min(xs), max(xs), x_log, _LEFT, _RIGHT)
-    y = _scale(low, high, y_log, _BOTTOM, _TOP)
-    parts = []
-    for value in y_ticks:
-        parts.append(_straight(_LEFT, _RIGHT, y(value), y(value), "#e3e3de"))
-        parts.append(_text(_LEFT - 6, y(value) + 4, f"{value:.4g}", "end"))
-    parts += [_text(x(value), _BOTTOM + 16, f"{value:.4g}", "middle") for value in x_ticks]
-    parts.append(_text(_RIGHT, _BOTTOM + 32, x_label, "end"))
-    for mark in marks:
-        tone = "#1a6e4f" if mark.strong else "#8a949d"
-        if mark.upright:
-            parts.append(_straight(x(mark.at), x(mark.at), _TOP, _BOTTOM, tone, 2 if mark.strong else 1))
-            parts.append(_text(x(mark.at) + 4, _TOP + 9, mark.label, "start", _INK))
-        else:
-            parts.append(_straight(_LEFT, _RIGHT, y(mark.at), y(mark.at), "#b3541e", 1, "4 3"))
-            parts.append(_text(_RIGHT, y(mark.at) - 4, mark.label, "end"))
-    for i, line in enumerate(lines):
-        tone = COLOURS[(i if line.colour is None else line.colour) % len(COLOURS)]
-        places = [(x(a), y(b)) for a, b in zip(line.x, line.y, strict=True)]
-        if line.band:
-            edge = [(x(a), y(b[1])) for a, b in zip(line.x, line.band, strict=True)]
-            edge += [(x(a), y(b[0])) for a, b in zip(reversed(line.x), reversed(line.band), strict=True)]
-            parts.append(f'<polygon points="{_points(edge)}" fill="{tone}" fill-opacity="0.15"/>')
-        if line.dots:
-            parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{tone}"/>' for a, b in places]
-        else:
-            dash = ' stroke-dasharray="6 4"' if line.dashed else ""
-            parts.append(f'<polyline points="{_points(places)}" fill="none" stroke="{tone}" stroke-width="2"{dash}/>')
-    # The legend last, two a row.
-    named = [(i, line) for i, line in enumerate(lines) if line.label]
-    for k, (i, line) in enumerate(named):
-        tone, at = COLOURS[(i if line.colour is None else line.colour) % len(COLOURS)], _LEFT + 280 * (k % 2)
-        row = _BOTTOM + 52 + 18 * (k // 2)
-        if line.dots:
-            parts.append(f'<circle cx="{at + 9:.1f}" cy="{row - 4:.1f}" r="4" fill="{tone}"/>')
-        else:
-            parts.append(_straight(at, at + 18, row - 4, row - 4, tone, 2, "6 4" if line.dashed else ""))
-        parts.append(_text(at + 24, row, line.label, "start", _INK))
-    height = int(_BOTTOM + 44 + 18 * math.ceil(len(named) / 2))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDE} {height}" role="img" aria-label="{escaped(title)}" '
-        f'font-family="system-ui,sans-serif" font-size="11"><rect width="{_WIDE}" height="{height}" fill="#fff"/>'
-        f"{''.join(parts)}</svg>"
+    with _figure(height + 0.19 * math.ceil(sum(bool(line.label) for line in lines) / 2)) as figure:
+        figure.set_layout_engine("constrained")
+        axes = figure.add_subplot()
+        _scale(axes, "x", x_scale)
+        _scale(axes, "y", y_scale)
+        for k, line in enumerate(lines):
+            colour = (
+                line.colour
+                if isinstance(line.colour, str)
+                else SERIES[(k if line.colour is None else line.colour) % len(SERIES)]
+            )
+            y = _below(line.y, top)
+            if line.band:
+                low, high = (_below([pair[side] for pair in line.band], top) for side in (0, 1))
+                axes.fill_between(line.x, low, high, color=colour, alpha=0.18, linewidth=0, clip_on=False)
+            style = (
+                {"linestyle": "none", "marker": "o"}
+                if line.dots
+                else {"linestyle": "--" if line.dashed else "-", "marker": line.marker}
+            )
+            axes.plot(
+                line.x,
+                y,
+                color=colour,
+                linewidth=1.8,
+                markersize=4.5,
+                label=one_line(line.label, 44) or None,
+                clip_on=False,
+                **style,
+            )
+            if line.bar is not None:
+                (x_low, x_high), (y_low, y_high) = line.bar
+                axes.errorbar(line.x[-1], line.y[-1], color=colour, alpha=0.6, linewidth=1, clip_on=False,
+                              xerr=[[max(0.0, line.x[-1] - x_low)], [max(0.0, x_high - line.x[-1])]],
+                              yerr=[[max(0.0, line.y[-1] - y_low)], [max(0.0, y_high - line.y[-1])]])  # fmt: skip
+        if y_scale == "linear":
+            bottom, most = _ends(lines, top)
+            axes.set_ylim((bottom if bottom < -0.1 * most else 0.0) if from_zero else bottom, most)
+        if x_scale == "symlog":
+            axes.set_xlim(left=0)
+        elif x_scale == "log":
+            values = [v for line in lines for v in line.x]
+            axes.set_xlim(min(values), max(values) if max(values) > min(values) else 2 * max(values))
+        for k, mark in enumerate(mark for mark in marks if mark.upright):
+            axes.axvline(
+                mark.at,
+                color=PALETTE["run1" if mark.strong else "held"],
+                linewidth=2 if mark.strong else 1,
+                clip_on=False,
+            )
+            axes.annotate(one_line(mark.label, 40), (mark.at, 1), xycoords=axes.get_xaxis_transform(), xytext=(4, -10 - 13 * k), textcoords="offset points")  # fmt: skip
+        for mark in (mark for mark in marks if not mark.upright):
+            axes.axhline(mark.at, color=PALETTE["copy"], linewidth=1, linestyle=(0, (4, 3)), clip_on=False)
+            axes.annotate(one_line(mark.label, 40), (1, mark.at), xycoords=axes.get_yaxis_transform(), xytext=(0, 3), textcoords="offset points", ha="right", color=PALETTE["soft"], fontsize=10)  # fmt: skip
+        axes.grid(True, axis="y")
+        axes.set_xlabel(one_line(x_label, 60))
+        axes.set_ylabel(one_line(y_label, 60))
+        if any(line.label for line in lines):
+            figure.legend(loc="outside lower left", ncols=2, handlelength=1.6, columnspacing=1.6)
+        return _svg(figure, title)
+
+
+def intervals(title: str, rows: Sequence[tuple[str, str, Estimate]]) -> Markup:
+    """Return figures of one measure as dots with their intervals on a common axis.
+
+    Args:
+        title: for screen readers.
+        rows: (name, colour of `PALETTE`, figure), from top to bottom.
+    """
+    factor, unit = unit_of(rows[0][2].name)
+    with _figure(0.2 + 0.62 * len(rows) + 0.35) as figure:
+        axes = _bare(figure, len(rows))
+        low = min(0.0, *(f.low for _, _, f in rows))
+        high = max(f.high for _, _, f in rows)
+        high = high if high > low else low + 1 / factor
+        for i, (name, tone, one) in enumerate(rows):
+            y, colour = len(rows) - 1 - i, PALETTE[tone]
+            axes.plot(
+                [one.low, one.high],
+                [y, y],
+                color=colour,
+                alpha=0.45,
+                linewidth=4,
+                solid_capstyle="round",
+                clip_on=False,
+            )
+            axes.plot([one.value], [y], color=colour, marker="o", markersize=8, clip_on=False)
+            axes.text(0, y + 0.28, one_line(name, 36), transform=axes.get_yaxis_transform())
+            axes.text(1, y + 0.28, f"{show(one)}  ({span(one)})", transform=axes.get_yaxis_transform(), ha="right")
+        axes.set_xlim(low, high)
+        _ticks(axes, factor, unit)
+        return _svg(figure, title)
+
+
+def histograms(of: Histogram) -> Markup | None:
+    """Return one histogram per set of images, one below the other on one axis; None where every set is empty."""
+    rows = [row for row in of.rows if row[2]]
+    if not rows:
+        return None
+    shares = [_shares(of, values) for _, _, values in rows]
+    top = max(max(share) for share in shares)
+    with _figure(0.86 * len(rows) + 0.3) as figure:
+        axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
+        figure.subplots_adjust(
+            left=0.03,
+            right=0.97,
+            top=1 - 0.26 / figure.get_figheight(),
+            bottom=0.3 / figure.get_figheight(),
+            hspace=0.62,
+        )
+        width = (of.high - of.low) / _BINS
+        for ax, (name, tone, values), share in zip(axes, rows, shares, strict=True):
+            ax.bar(
+                [of.low + width * k for k in range(_BINS)],
+                share,
+                width * 0.92,
+                align="edge",
+                color=PALETTE[tone],
+                clip_on=False,
+            )
+            ax.axvline(of.cut, color=PALETTE["copy"], linewidth=1, linestyle=(0, (3, 3)), clip_on=False)
+            ax.set(ylim=(0, top), xlim=(of.low, of.high), yticks=[])
+            ax.spines["left"].set_visible(False)
+            side = "left" if of.below else "right"
+            ax.text(0, 1.1, one_line(name, 32), transform=ax.transAxes)
+            ax.text(1, 1.1, f"{of.copies(values)} of {len(values)} {side} of the line", transform=ax.transAxes, ha="right",
+                    color=PALETTE["soft"], fontsize=10)  # fmt: skip
+            ax.tick_params(length=0)
+        away = 0.08 * (of.high - of.low)  # two numbers on one another cannot be read
+        ends = [end for end in (of.low, of.high) if abs(end - of.cut) > away]
+        axes[-1].set_xticks([*ends, of.cut], [*(f"{end:g}" for end in ends), one_line(of.cut_label, 10)])
+        return _svg(figure, of.title)
+
+
+def bars(title: str, rows: Sequence[tuple[str, float]]) -> Markup:
+    """Return named values, none below 0, as horizontal bars."""
+    with _figure(0.24 * len(rows) + 0.1) as figure:
+        axes = figure.add_axes((0.36, 0.02, 0.5, 0.96))
+        places = range(len(rows), 0, -1)
+        axes.barh(places, [value for _, value in rows], 0.72, color=PALETTE["run3"])
+        axes.set(ylim=(0.4, len(rows) + 0.6), xlim=(0, max(1e-12, *(value for _, value in rows))))
+        axes.axis("off")
+        for y, (name, value) in zip(places, rows, strict=True):
+            axes.annotate(
+                one_line(name, 28), (0, y), xytext=(-6, 0), textcoords="offset points", ha="right", va="center"
+            )
+            axes.annotate(f"{value:.3g}", (value, y), xytext=(5, 0), textcoords="offset points", va="center")
+        return _svg(figure, title)
+
+
+def standalone(svg: Markup) -> str:
+    """Return a chart as the text of an SVG file, on white."""
+    space = '<svg xmlns="http://www.w3.org/2000/svg" style="background:#ffffff;font-family:system-ui,sans-serif" '
+    return space + str(svg).removeprefix("<svg ") + "\n"
+
+
+# --- matplotlib ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _figure(height: float) -> Iterator[Any]:
+    # Here, since commands without charts should not wait for the import. `Figure` alone: pyplot would keep global state.
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure as Canvas
+
+    with rc_context(_RC), warnings.catch_warnings():
+        # The page's font draws the text; which letters matplotlib's own lacks does not matter.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield Canvas(figsize=(_WIDE, height))
+
+
+def _svg(figure: Any, title: str) -> Markup:
+    """Return a figure as SVG for the body of a page: no prolog, no names of spaces, no ids but of markers, colours as variables."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    view = re.search(r'viewBox="([^"]+)"', text)
+    assert view is not None
+    body = text[text.index(">", text.index("<svg")) + 1 :]
+    body = re.sub(
+        r"<metadata>.*?</metadata>|<style .*?</style>|<!--.*?-->|<clipPath.*?</clipPath>", "", body, flags=re.DOTALL
+    )
+    body = re.sub(r' (?:id="(?:figure|axes|patch|text|line2d|matplotlib|xtick|ytick|legend|PolyCollection|FillBetween\w*|LineCollection)\w*_\w+"|clip-path="[^"]*")', "", body)  # fmt: skip
+    body = re.sub(r"\s*<defs>\s*</defs>", "", body.replace("xlink:href", "href"))
+    body = re.sub(r"(style=\"[^\"]*?)font: ([\d.]+)px [^;\"]+", r"\1font-size: \2px", body)
+    body = re.sub(r"#[0-9a-f]{6}", lambda m: f"var(--{_NAMES[m[0]]},{m[0]})" if m[0] in _NAMES else m[0], body)
+    body = re.sub(r">\s+<", "><", body).strip()
+    return Markup(
+        f'<svg viewBox="{view[1]}" role="img" aria-label="{escape(one_line(title, 200))}" stroke-linejoin="round">{body}'
     )
 
 
-def figure(caption: str, note: str, inside: str) -> str:
-    """Return a framed figure of a page."""
-    return f"<figure><figcaption>{escaped(caption)}<small>{escaped(note, 1000)}</small></figcaption>{inside}</figure>"
+def _bare(figure: Any, rows: int) -> Any:
+    high = figure.get_figheight()
+    axes = figure.add_axes((0.02, 0.32 / high, 0.96, 1 - 0.36 / high))
+    axes.set(ylim=(-0.4, rows - 0.2), yticks=[])
+    for side in ("left", "bottom"):
+        axes.spines[side].set_visible(False)
+    axes.grid(True, axis="x")
+    axes.tick_params(length=0)
+    return axes
 
 
-def image(image: Image.Image, alt: str) -> str:
-    """Return an <img> that holds its image."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return f'<img alt="{escaped(alt)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+def _ticks(axes: Any, factor: float, unit: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = axes.get_xlim()
+    values = [v for v in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low * factor, high * factor)]
+    texts = [f"{v:.6g}".replace("-", "−") for v in values]
+    axes.set_xticks([v / factor for v in values], [*texts[:-1], texts[-1] + unit])
+    axes.set_xlim(values[0] / factor, values[-1] / factor)
+    labels = axes.get_xticklabels()
+    labels[0].set_ha("left")
+    labels[-1].set_ha("right")
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a table of texts, the first column as row heads."""
-    top = "".join(f"<th scope=col>{escaped(h)}</th>" for h in head)
-    body = "".join(
-        f"<tr><th scope=row>{escaped(row[0])}</th>{''.join(f'<td>{escaped(c)}</td>' for c in row[1:])}</tr>"
-        for row in rows
-    )
-    return f"<div class=scroll><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+def _scale(axes: Any, side: str, scale: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis = getattr(axes, f"{side}axis")
+    getattr(axes, f"set_{side}scale")(scale, **({"linthresh": 1} if scale == "symlog" else {}))
+    if scale == "log":
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+        axis.set_minor_formatter(NullFormatter())
+    if scale != "linear":
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    axes.tick_params(which="minor", length=0)
 
 
-def page(title: str, body: str) -> str:
-    """Return a self-contained page; a content security policy says that it loads nothing."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{escaped(title)}</title>'
-        f"<style>{_STYLE}</style></head><body><main>{body}</main></body></html>\n"
-    )
+def _below(values: Sequence[float], top: float | None) -> list[float]:
+    return [value if top is None else min(value, top) for value in values]
 
 
-def _scale(low: float, high: float, log: bool, start: float, end: float) -> Callable[[float], float]:
-    span = (math.log(high / low) if log else high - low) or 1.0
-
-    def place(value: float) -> float:
-        value = min(max(value, low), high)
-        return start + (end - start) * (math.log(value / low) if log else value - low) / span
-
-    return place
-
-
-def _ticks(low: float, high: float, log: bool) -> list[float]:
-    """Return round numbers inside [low, high], four to ten of them."""
-    if log:
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        for steps in ((1, 2, 5), (1, 3), (1,)):
-            ticks = [k * 10.0**d for d in decades for k in steps if low * 0.999 <= k * 10.0**d <= high * 1.001]
-            if len(ticks) <= 10:
-                return ticks or [low, high]
-        return ticks[:: math.ceil(len(ticks) / 8)]
-    size = 10.0 ** math.floor(math.log10((high - low or 1.0) / 4))
-    step = next(k * size for k in (1, 2, 2.5, 5, 10) if (high - low) / (k * size) <= 6)
-    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+def _ends(lines: Sequence[Line], top: float | None) -> tuple[float, float]:
+    """Return the ends of y with some air, so that nothing is drawn beyond them."""
+    values = [
+        v
+        for line in lines
+        for v in (*line.y, *(end for pair in line.band for end in pair), *(line.bar[1] if line.bar else ()))
+    ]
+    low, high = min(values), max(values) if top is None else top
+    air = 0.04 * (high - low or 1.0)
+    return low - air, high + (air if top is None else 0.0)
 
 
-def _straight(x1: float, x2: float, y1: float, y2: float, tone: str, width: int = 1, dash: str = "") -> str:
-    dashes = f' stroke-dasharray="{dash}"' if dash else ""
-    return f'<line x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}" stroke="{tone}" stroke-width="{width}"{dashes}/>'
-
-
-def _text(x: float, y: float, text: str, anchor: str, tone: str = _SOFT) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{tone}">{escaped(text, 60)}</text>'
-
-
-def _points(places: Sequence[tuple[float, float]]) -> str:
-    return " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
-
-
-_STYLE = """
-body{font:16px/1.55 system-ui,sans-serif;color:#1c2126;background:#fafaf8;margin:0}main{max-width:52rem;margin:auto;padding:1.5rem}
-h1{font-size:2rem;line-height:1.2;margin:.2em 0}h2{margin:2.2em 0 .3em}figure{margin:1.4rem 0;background:#fff;border:1px solid #ddd;
-border-radius:8px;padding:14px}figcaption{font-weight:650;margin-bottom:8px}small{display:block;font-weight:400;color:#5c656e}
-svg,img{max-width:100%;height:auto;display:block}svg{width:100%}.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.92rem}
-td,th{border-top:1px solid #ddd;padding:.35rem .7rem;font-weight:400;text-align:left;font-variant-numeric:tabular-nums}
-thead th{font-weight:650;border-top:0}.note{color:#5c656e;font-size:.9rem}pre{white-space:pre-wrap;background:#fff;border:1px solid #ddd;
-border-radius:8px;padding:10px 12px;font-size:.85rem}
-"""
+def _shares(of: Histogram, values: Sequence[float]) -> list[float]:
+    """Return the share of values in each bin; those beyond the ends count in the outer ones."""
+    counts = [0] * _BINS
+    for value in values:
+        counts[min(max(int((value - of.low) / (of.high - of.low) * _BINS), 0), _BINS - 1)] += 1
+    return [count / len(values) for count in counts]

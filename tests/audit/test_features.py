@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
-from ambient_sd.audit.features import EffLite0, Pixels, Sscd, as_rgb, embed
+from ambient_sd.audit.features import EffLite0, Pixels, Sscd, embed
 from ambient_sd.audit.neighbours import Neighbours, nearest
 from ambient_sd.audit.registry import SSCD_ENV
 from ambient_sd.utils.errors import UserError
+from ambient_sd.utils.sheets import as_rgb
 
 
 def make_image(i: int, size: int = 64) -> Image.Image:

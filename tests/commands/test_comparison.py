@@ -20,17 +20,10 @@ from PIL import Image, ImageOps
 from ambient_sd.assets import BASE, PICTURES
 from ambient_sd.cli import main, make_parser
 from ambient_sd.commands import compare as comparison
-from ambient_sd.commands.compare import (
-    MITIGATIONS,
-    detector_figures,
-    ordinary_scores,
-    page,
-    relative_figures,
-    tables,
-    truth,
-)
+from ambient_sd.commands.compare import MITIGATIONS, detector_figures, ordinary_scores, relative_figures, truth
 from ambient_sd.data.sources import load_rows
 from ambient_sd.guard.policies import Policy
+from ambient_sd.reporting import compare_page
 from ambient_sd.sampling import load_pipeline, requests_for
 from ambient_sd.utils.errors import UserError
 
@@ -125,10 +118,10 @@ def test_a_run_writes_tables_sheets_and_page_and_goes_on_where_it_was_cut(
     assert {"copies", "copied", "similarity", "alignment", "hits", "distance", "seconds"} == set(rows["STP"]["figures"])
     assert (out / "a-STP.png").exists()
     text = (out / "comparison.html").read_text()
-    assert "https://" not in text and "src='data:" in text
+    assert "https://" not in text and 'src="data:' in text
     assert str(tmp_path) not in text + (out / "comparison.json").read_text() + (out / "settings.json").read_text()
     said = capsys.readouterr().out
-    assert "| STP |" in said and "peak memory MB" in said and "<th>peak memory MB</th>" in text
+    assert "| STP |" in said and "peak memory MB" in said and '<th scope="col">peak memory MB</th>' in text
     # The command is whole, its places by name only.
     words = shlex.split(first["command"])
     data = Path(command[3])
@@ -233,20 +226,19 @@ def test_a_norm_beside_the_bases_finds_what_the_norm_alone_cannot_tell() -> None
     assert all(r["figures"][0]["value"] == 0.8 for r in alone)  # Control: the loud one stands above both
 
 
-def test_hostile_prompts_are_text_on_the_page() -> None:
-    figure = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
-    figures: dict[str, Any] = dict.fromkeys(
-        ("copies", "copied", "similarity", "alignment", "hits", "distance", "seconds"), figure
-    )
+def test_hostile_prompts_are_text_on_the_page(tmp_path: Path) -> None:
+    figure = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10}
+    figures: dict[str, Any] = dict.fromkeys((name for name, *_ in compare_page.COLUMNS), figure)
     result = {
         "settings": {}, "command": HOSTILE, "prompts": 1, "mitigated_prompts": [HOSTILE],
         "models": {"a": {"memorized_prompts": 1, "ordinary_prompts": 0, "clear_prompts": 0, "between": 0, "detectors": [],
                          "mitigations": {"none": {"rule": HOSTILE, "figures": figures}}}},
     }  # fmt: skip
-    text = page(result, [Image.new("RGB", (4, 4))], {"a": {"none": [Image.new("RGB", (4, 4))]}})
+    shown = {"a": {"none": [Image.new("RGB", (4, 4))]}}
+    text = compare_page.write(tmp_path / "c.html", result, [Image.new("RGB", (4, 4))], shown).read_text()
     assert "<script>" not in text
     assert "&lt;script&gt;" in text
-    assert "| none | 50.0 % [40.0, 60.0] | 50.0 % [40.0, 60.0] | 0.500" in tables(result)
+    assert "| none | 50.0 % [40.0, 60.0] | 50.0 % [40.0, 60.0] | 0.500" in compare_page.tables(result)
 
 
 def test_copies_in_other_colours_are_counted_beside_those_by_the_published_measure(tmp_path: Path) -> None:

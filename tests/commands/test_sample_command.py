@@ -103,20 +103,7 @@ def test_hostile_prompts_reach_no_file_name_and_no_structure(tiny_base: Path, tm
     assert [read_record(out / r["file"])["prompt"] for r in records] == HOSTILE
     assert records[0]["score"] == 0  # an empty prompt is its own unconditional half
     page = (out / "index.html").read_text()
-    assert Page(page).tags == {
-        "html",
-        "meta",
-        "title",
-        "style",
-        "h1",
-        "p",
-        "div",
-        "figure",
-        "img",
-        "figcaption",
-        "b",
-        "small",
-    }
+    assert not Page(page).tags & {"script", "iframe", "link", "object", "svg"}
     assert not [name for name, _ in Page(page).attributes if name.startswith("on")]
     assert "\u202e" not in page and "\x1b" not in page and "x" * 1000 not in page
 

@@ -14,7 +14,6 @@ import torch
 from ambient_sd.data.noise import image_noise
 from ambient_sd.data.sources import load_rows
 from ambient_sd.families.base import check_base
-from ambient_sd.reporting.charts import Line, chart
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.utils.errors import UserError
 from experiments import lemmas
@@ -95,9 +94,3 @@ def test_the_page_loads_nothing_and_is_the_same_twice(tiny_base: Path, tmp_path:
     with pytest.raises(UserError, match="level is 0"):
         lemmas.study(tmp_path / "c", **{**options, "level": 0.0})
     assert not (tmp_path / "c").exists()
-
-
-def test_a_chart_puts_points_where_its_axes_say() -> None:
-    svg = chart("t", [Line("a <b>", [1, 10, 100], [0, 5, 10])], x_label="x")
-    assert "52.0,214.0 326.0,115.0 600.0,16.0" in svg
-    assert "a &lt;b&gt;" in svg

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,8 @@ def test_copies_are_those_of_the_decision_where_all_points_have_it_by_one_rule()
         assert all(p.measure == "copied" for p in points(mixed))
         assert tables(mixed) == tables(RESULTS)
     new, old = tables(decided(RESULTS)), tables(RESULTS)
-    assert "| n | copies | d1/d2 < 1/3 | at 16 px |" in new and "| n | copied | at 16 px |" in old
-    assert new.count("Share of copies, Frechet distance.") == old.count("Copied share, Frechet distance.") == 1
+    assert "| n | copy rate | d1/d2 < 1/3 | at 16 px |" in new and "| n | d1/d2 < 1/3 | at 16 px |" in old
+    assert "by the definition of the audit" in new and "by the definition of the audit" not in old
     assert "70.0 % [67.9, 72.1; 60.0, 80.0] | 60.0 % [57.9, 62.1; 50.0, 70.0]" in new
     # What is chosen, too: by d1/d2 the earlier step copies least.
     swapped = decided({**RESULTS, "runs": [run("plain", 0, (100, 0.1, 30.5), (200, 0.5, 30.0))]})
@@ -152,18 +153,20 @@ def test_the_front_holds_what_nothing_beats_in_both() -> None:
 def test_tables_name_what_is_missing_and_plots_are_written(tmp_path: Path) -> None:
     text = tables(RESULTS)
     assert "60.0 % [57.9, 62.1; 50.0, 70.0]" in text and "none is as good" in text and "gap seed=1" in text
-    pytest.importorskip("matplotlib")
     path = write_results(RESULTS, tmp_path)
-    assert path.read_text().startswith("# by hand")
-    assert all((tmp_path / name).stat().st_size > 5000 for name in ("front.png", "onset.png", "errors.png"))
-    first = (tmp_path / "front.png").read_bytes()
+    assert (tmp_path / "results.md").read_text().startswith("# by hand")
+    page = path.read_text()
+    assert path.name == "results.html" and "plain" in page and not re.search(r"<script|https?://|url\(", page)
+    assert all(
+        (tmp_path / f"{name}.svg").stat().st_size > 4000 for name in ("front", "onset", "quality", "errors-heldout")
+    )
+    first = (tmp_path / "front.svg").read_bytes()
     write_results(RESULTS, tmp_path)
-    assert (tmp_path / "front.png").read_bytes() == first
-    charted = write_results(
-        {**RESULTS, "charts": {"levels": ["plain", "ambient level=0.8"], "gone": ["gap"]}}, tmp_path
-    ).read_text()
+    assert (tmp_path / "front.svg").read_bytes() == first and path.read_text() == page
+    write_results({**RESULTS, "charts": {"levels": ["plain", "ambient level=0.8"], "gone": ["gap"]}}, tmp_path)
+    charted = (tmp_path / "results.md").read_text()
     assert (
-        "## levels" in charted and "![](front-levels.png)" in charted and "gone" not in charted
+        "## levels" in charted and "![](front-levels.svg)" in charted and "gone" not in charted
     )  # gap is not measured
-    assert (tmp_path / "front-levels.png").read_bytes() != first  # a level less
+    assert (tmp_path / "front-levels.svg").read_bytes() != first  # a level less
     assert tables({**RESULTS, "runs": []}) == "Nothing is measured yet.\n"

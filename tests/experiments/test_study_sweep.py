@@ -18,7 +18,7 @@ from PIL import Image
 from ambient_sd.cli import main
 from ambient_sd.data.sources import load_rows
 from ambient_sd.data.stream import keyed_generator
-from ambient_sd.reporting.report import contact_sheet
+from ambient_sd.reporting.sheets import contact_sheet
 from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.utils.errors import UserError
 from experiments import sweep as sweeping

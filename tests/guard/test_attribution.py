@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import xml.etree.ElementTree as ET
 
 import latent_tools as tools
 import pytest
@@ -128,25 +127,17 @@ def test_the_tables_bars_are_as_long_as_the_scores() -> None:
     assert lines[4].startswith("(padding, mean)")
 
 
-def test_the_plots_bars_are_as_long_as_the_scores() -> None:
-    bars = [float(rect.get("width", "-1")) for rect in ET.fromstring(RESULT.svg()).iter() if rect.tag.endswith("rect")]
-    assert bars == pytest.approx([0, 100, 400, 200, 50])
-
-
 def test_scores_of_zero_divide_nothing() -> None:
     flat = TokenAttribution("", ["x"], [0.0], None, 1, 1)
-    assert "#" not in flat.table() and "nan" not in flat.svg()
+    assert "#" not in flat.table()
 
 
 HOSTILE = ["</text><script>alert(1)</script>", "\x00\x1b[2J", "\n\n", "&amp;\"'", "\u202e", "x" * 10_000, "\ud800"]
 
 
-def test_hostile_tokens_stay_text_on_one_line_in_well_formed_xml() -> None:
+def test_hostile_tokens_stay_text_on_one_line() -> None:
     hostile = TokenAttribution("".join(HOSTILE), HOSTILE, [1.0] * len(HOSTILE), 1.0, 1, 1)
-    table, svg = hostile.table(), hostile.svg()
+    table = hostile.table()
     assert len(table.splitlines()) == len(HOSTILE) + 1 and max(map(len, table.splitlines())) < 100
     assert table.replace("\n", "").isprintable()
-    root = ET.fromstring(svg)
-    assert "script" not in {element.tag.rpartition("}")[2] for element in root.iter()}
     assert json.loads(hostile.to_json())["tokens"] == HOSTILE and hostile.to_json().isascii()
-    svg.encode("utf-8")
