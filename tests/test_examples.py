@@ -13,17 +13,18 @@ import pytest
 
 import ambient_sd
 
-# Modules whose examples are still to be written; a name here must lack some.
-NOT_YET = {
-    "commands", "families", "reporting", "training", "cli", "sampling", "data.latents", "data.conditioning", "utils.settings",
-    "utils.output_folder", "utils.sheets", "data.views",
-}  # fmt: skip
+# Parts whose examples are still to be written.
+NOT_YET = {"cli", "commands", "families", "reporting", "sampling", "training", "utils.settings"}
 
 
 def modules() -> list[str]:
+    """Return the modules of the package, without private ones."""
     found = pkgutil.walk_packages(ambient_sd.__path__, "ambient_sd.")
-    names = [m.name.removeprefix("ambient_sd.") for m in found if "._" not in m.name]
-    return [name for name in names if not any(name == late or name.startswith(f"{late}.") for late in NOT_YET)]
+    return [m.name.removeprefix("ambient_sd.") for m in found if "._" not in m.name]
+
+
+def is_late(name: str) -> bool:
+    return any(name == late or name.startswith(f"{late}.") for late in NOT_YET)
 
 
 def public(name: str) -> Iterator[tuple[str, Any]]:
@@ -41,7 +42,7 @@ def has_example(value: Any) -> bool:
     return any(">>>" in (inspect.getdoc(part) or "") for part in parts if part is value or callable(part))
 
 
-@pytest.mark.parametrize("name", modules())
+@pytest.mark.parametrize("name", [name for name in modules() if not is_late(name)])
 def test_public_names_have_examples_that_hold(name: str) -> None:
     module = importlib.import_module(f"ambient_sd.{name}")
     assert [key for key, value in public(name) if not has_example(value)] == []
@@ -54,3 +55,9 @@ def test_a_name_without_an_example_is_found() -> None:
         """Do nothing."""
 
     assert not has_example(bare)
+
+
+@pytest.mark.parametrize("late", sorted(NOT_YET))
+def test_what_is_not_yet_done_lacks_examples(late: str) -> None:
+    names = [name for name in modules() if name == late or name.startswith(f"{late}.")]
+    assert any(not has_example(value) for name in names for _, value in public(name))

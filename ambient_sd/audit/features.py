@@ -153,8 +153,8 @@ class Edges(Batched):
         size: side that the map is averaged to, a divisor of 64 from 4 on; D = size^2. Coarser maps call strangers copies.
 
     Example:
-        >>> bar, none = Image.linear_gradient("L"), Image.new("L", (256, 256))
-        >>> red, blue = Image.merge("RGB", (bar, none, none)), Image.merge("RGB", (none, none, bar))
+        >>> disc, none = Image.radial_gradient("L").point(lambda v: 255 * (v < 100)), Image.new("L", (256, 256))
+        >>> red, blue = Image.merge("RGB", (disc, none, none)), Image.merge("RGB", (none, none, disc))
         >>> rows = Edges(8)([red, blue])
         >>> torch.allclose(rows[0], rows[1], atol=1e-4)
         True
