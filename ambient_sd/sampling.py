@@ -15,7 +15,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,88 +25,42 @@ import torch
 from PIL import Image
 
 from ambient_sd.data.captions import Cut, find_cut, in_one_line
+from ambient_sd.families import of_pipeline, tokenizers_of
+from ambient_sd.families.base import Model, check_same_space
 from ambient_sd.families.lora import fit, load_lora, locate, read, told
 from ambient_sd.guard.base_above import BaseAbove
 from ambient_sd.guard.calibration import Sampling
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard, active_guard
+from ambient_sd.sampling_options import MOST_IMAGES, SCHEDULERS, SamplingOptions
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.hub_ids import OPEN_CLIP, resolve_model_id
 from ambient_sd.utils.quiet import quiet
 
 T = TypeVar("T")
-SCHEDULERS = {
-    "ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteScheduler",
-    "pndm": "PNDMScheduler",
-}  # fmt: skip
-DTYPES = ("float32", "float16", "bfloat16")
-_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    """Say with which model and how images are sampled.
+class SamplingConfig(SamplingOptions):
+    """Say with which model and how images are sampled; the options are those of `SamplingOptions`.
 
-    Attributes:
-        model: folder or hub id of a pipeline.
-        lora_weights: LoRA on it: folder, .safetensors file or hub id (`ambient_sd.families.lora`); None: none.
-        scheduler: a key of `SCHEDULERS`; None: the model's own.
-        num_inference_steps, guidance_scale: as diffusers takes them. A scale of 1 or less is none, and the guard, which measures
-            guidance, then measures nothing.
-        resolution: side in pixels, a multiple of 8; None: the model's own.
-        seed: with the place of an image it gives the image's own seed (`image_seed`).
-        dtype: precision of the weights, one of `DTYPES`.
-        device: torch device; None: a GPU if there is one.
-        base_above: noise level above which the base's U-Net stands in for the model's (`guard.base_above`); None: nowhere.
-        base: folder or hub id of the base that `base_above` takes; None: the model without its adapter.
-        batch_size: images that go through the network together; changes rounding and nothing else.
+    Example:
+        >>> SamplingConfig("my-model", scheduler="ddim").num_inference_steps
+        50
     """
-
-    model: str
-    lora_weights: str | None = None
-    scheduler: str | None = None
-    num_inference_steps: int = 50
-    guidance_scale: float = 7.5
-    resolution: int | None = None
-    seed: int = 0
-    dtype: str = "float32"
-    device: str | None = None
-    batch_size: int = 4
-    base_above: float | None = None
-    base: str | None = None
 
     def check(self) -> None:
         """Raise a `UserError` for what can be seen to be wrong without the model's weights; of an adapter that is everything."""
-        if not 0 <= self.guidance_scale < math.inf:
-            raise UserError(f"guidance_scale is {self.guidance_scale}", rule="it must be a finite number of at least 0")
-        for name in ("num_inference_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}", rule="it must be at least 1")
-        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
-            raise UserError(f"resolution is {self.resolution}", rule="it must be a multiple of 8 pixels")
-        for name, known in (("scheduler", [None, *SCHEDULERS]), ("dtype", DTYPES)):
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"{name} is {getattr(self, name)!r}", rule=f"it must be one of {', '.join(filter(None, known))}"
-                )
-        if self.base_above is not None and not 0 <= self.base_above < math.inf:
-            raise UserError(
-                f"base_above is {self.base_above}", rule="it must be a noise level, a finite number of at least 0"
-            )
-        if self.base is not None and self.base_above is None:
-            raise UserError("base without base_above", rule="it says above which noise level the base is used")
-        if self.base_above is not None and self.base is None and self.lora_weights is None:
-            raise UserError(
-                "base_above without a base", rule="a model without adapter holds none", remedy="give --base MODEL"
-            )
         try:
             torch.device(self.device or "cpu")
         except RuntimeError:
             raise UserError(f"device is {self.device!r}", remedy="for example cpu, cuda or cuda:1") from None
-        _check_model(resolve_model_id(self.model))
+        model = Model(resolve_model_id(self.model))
+        assert model.family
         if self.base is not None:
-            _check_model(resolve_model_id(self.base))
-            _check_base(resolve_model_id(self.model), resolve_model_id(self.base))
+            base = Model(resolve_model_id(self.base))
+            assert base.family
+            check_same_space(model, base)
         self.lora()
 
     def lora(self) -> dict[str, Any] | None:
@@ -223,8 +176,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
 
 def say_cut(pipe: Any, prompts: Sequence[str]) -> dict[str, Cut]:
     """Return what the pipeline's text encoders do not read of prompts, by prompt, and say it in one line."""
-    tokenizers = [one for name in ("tokenizer", "tokenizer_2") if (one := getattr(pipe, name, None)) is not None]
-    cuts = find_cut(prompts, tokenizers)
+    cuts = find_cut(prompts, tokenizers_of(pipe))
     if cuts:
         say(in_one_line(cuts, len(prompts), "prompts", f"number {cuts[0].index + 1}"))
     return {prompts[cut.index]: cut for cut in cuts}
@@ -251,12 +203,11 @@ def load_pipeline(settings: SamplingConfig, *, safety_checker: bool = True) -> A
     quiet()
     diffusers.utils.logging.set_verbosity_error()
     settings.check()
-    name = resolve_model_id(settings.model)
-    kind = getattr(diffusers, _check_model(name))
+    model = Model(resolve_model_id(settings.model))
     dtype: torch.dtype = getattr(torch, settings.dtype)
     try:
         options = {} if safety_checker else {"safety_checker": None, "requires_safety_checker": False}
-        pipe = kind.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
+        pipe = model.load_pipeline(dtype, **options)
     except Exception as error:  # OSError, ValueError, SafetensorError, ...: all mean unusable files
         raise UserError(f"{settings.model} cannot be loaded", rule=one_line(f"{type(error).__name__}: {error}", 240),
                         remedy="give a whole Stable Diffusion pipeline with safetensors weights") from None  # fmt: skip
@@ -279,25 +230,12 @@ def load_pipeline(settings: SamplingConfig, *, safety_checker: bool = True) -> A
         raise UserError(f"the model does not go to {settings.device or 'the GPU'}", rule=one_line(error, 240),
                         remedy="give another --device") from None  # fmt: skip
     if settings.base_above is not None:
-        BaseAbove(pipe, settings.base_above, None if settings.base is None else _unet_of(settings.base, dtype))
+        base = None if settings.base is None else Model(resolve_model_id(settings.base))
+        BaseAbove(pipe, settings.base_above, None if base is None else base.load(base.family.network, dtype))
     return pipe
 
 
-def _unet_of(model: str, dtype: torch.dtype) -> Any:
-    from diffusers import UNet2DConditionModel
-
-    try:
-        return UNet2DConditionModel.from_pretrained(
-            resolve_model_id(model), subfolder="unet", dtype=dtype, use_safetensors=True
-        )
-    except Exception as error:
-        raise UserError(f"the U-Net of {model} cannot be loaded", rule=one_line(f"{type(error).__name__}: {error}", 240),
-                        remedy="give the base that the model was fine-tuned from") from None  # fmt: skip
-
-
 # --- the seeds -------------------------------------------------------------------------------------------------------
-
-MOST_IMAGES = 1009  # of one prompt: the seeds of more would be those of the next prompt's
 
 
 def image_seed(seed: int, prompt_index: int, image_index: int = 0) -> int:
@@ -398,6 +336,8 @@ def generate(
     """
 
     def sample(batch: Sequence[Request], options: dict[str, Any]) -> list[Sampled]:
+        if guard is not None:
+            guard.image_indices = [r.image_index for r in batch]
         with contextlib.nullcontext() if guard is None or active_guard(pipe) is guard else guard:
             out = pipe([r.prompt for r in batch], output_type="pil" if decode else "latent", **options)
         images = out.images if decode else [None] * len(batch)
@@ -443,8 +383,8 @@ def in_batches(
 
 def _options(pipe: Any, config: SamplingConfig, batch: Sequence[Request]) -> dict[str, Any]:
     """Return the options of a pipeline's call for a batch: steps, scale, size, the generators and what they give first."""
-    how, factor = config.describe(pipe), pipe.vae_scale_factor
-    shape = (1, pipe.unet.config.in_channels, how.height // factor, how.width // factor)
+    how = config.describe(pipe)
+    shape = (1, *of_pipeline(pipe).start_shape(pipe, (how.width, how.height)))
     generators = [torch.Generator().manual_seed(image_seed(config.seed, *request.place)) for request in batch]
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
     # In the precision in which the pipeline would draw it, which in training need not be the network's.
@@ -490,89 +430,8 @@ def from_main(make: Callable[[], T]) -> T:
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
-def _check_model(name: str) -> str:
-    """Return the class of a pipeline, read from its model_index.json."""
-    remedy = "give a Stable Diffusion folder or hub id"
-    try:
-        if not Path(name).is_dir() and (
-            Path(name).exists() or Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-        ):
-            raise UserError(f"there is no folder {name!r}", remedy=remedy)
-        kind = _read_json(name, "model_index.json")["_class_name"]
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"{name!r} has no model_index.json", rule=one_line(error, 120), remedy=remedy) from None
-    except Exception as error:  # unreadable, no JSON, not an object; of the hub: no such name, no connection
-        raise UserError(f"{name!r} cannot be read", rule=one_line(f"{type(error).__name__}: {error}", 240),
-                        remedy=remedy) from None  # fmt: skip
-    if kind not in _PIPELINES:
-        raise UserError(f"{name!r} is a {kind}", rule=f"it must be one of {', '.join(_PIPELINES)}", remedy=remedy)
-    return str(kind)
-
-
-# What two networks that share one sampling must agree in, and what a file that does not say so means.
-_SHARED: dict[str, dict[str, Any]] = {
-    "scheduler/scheduler_config.json": {
-        "prediction_type": "epsilon", "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
-        "trained_betas": None, "rescale_betas_zero_snr": False,
-    },
-    "vae/config.json": {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None, "block_out_channels": [64]},
-}  # fmt: skip
-
-
-def _check_base(model: str, base: str) -> None:
-    """Refuse a base that predicts something else, at other noise levels, or of other latents: its share would be noise."""
-    for name, shared in _SHARED.items():
-        ours, theirs = (_config(place, name) for place in (model, base))
-        for key, default in shared.items():
-            mine, its = (found.get(key, default) for found in (ours, theirs))
-            if mine != its:
-                raise UserError(f"the base's {name} has another {key}: {one_line(its, 60)}", rule=f"it must be the model's, {one_line(mine, 60)}",
-                                remedy="give the base that the model was fine-tuned from")  # fmt: skip
-
-
-def _read_json(place: str, name: str) -> Any:
-    """Read a file of a model's folder, or of its repository on the hub; what goes wrong is the caller's to word."""
-    path = Path(place) / name
-    if not Path(place).is_dir():
-        from huggingface_hub import hf_hub_download
-
-        path = Path(hf_hub_download(place, name))
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _config(place: str, name: str) -> dict[str, Any]:
-    try:
-        return dict(_read_json(place, name))
-    except Exception as error:
-        raise UserError(f"{name} of {place!r} cannot be read", rule=one_line(f"{type(error).__name__}: {error}", 240),
-                        remedy="give a whole Stable Diffusion folder or hub id") from None  # fmt: skip
-
-
 @functools.lru_cache(maxsize=8)
 def _fitted(adapter: str, path: Path, _: tuple[int, ...], model: str) -> dict[str, Any]:
     """Return the record of an adapter that fits a model, read from the model's configurations; by the file's time and size, once."""
-    return fit(read(path, adapter), _skeleton(model), _check_model(model)).record()
-
-
-def _skeleton(model: str) -> dict[str, torch.nn.Module]:
-    """Return the parts that a LoRA can change without their weights."""
-    import transformers
-    from diffusers import UNet2DConditionModel
-
-    index = _config(model, "model_index.json")
-    kinds = {name: (index.get(name) or (None, None))[:2] for name in ("text_encoder", "text_encoder_2")}
-    try:
-        with torch.device("meta"):
-            parts = {"unet": UNet2DConditionModel.from_config(_config(model, "unet/config.json"))}
-            for name, (library, kind) in kinds.items():
-                if library == "transformers" and kind is not None:
-                    cls = getattr(transformers, kind)
-                    parts[name] = cls(cls.config_class.from_dict(_config(model, f"{name}/config.json")))
-            return parts
-    except UserError:
-        raise
-    except Exception as error:  # whatever a damaged configuration leads to
-        raise UserError(f"{model!r} cannot be built from its configurations", rule=one_line(f"{type(error).__name__}: {error}", 240),
-                        remedy="give a whole Stable Diffusion folder or hub id") from None  # fmt: skip
+    found = Model(model)
+    return fit(read(path, adapter), found.skeleton(), found.family).record()

@@ -18,7 +18,7 @@ import time
 
 import torch
 
-from ambient_sd.commands.demo import TRAINING
+from ambient_sd.commands.demo.work import TRAINING
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
 from ambient_sd.utils.quiet import quiet

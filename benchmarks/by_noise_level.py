@@ -31,7 +31,7 @@ from ambient_sd.audit.metrics import bootstrap
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.registry import choose
 from ambient_sd.guard.base_above import BaseAbove
-from ambient_sd.reporting.report import contact_sheet, cut_sheet
+from ambient_sd.reporting.sheets import contact_sheet, cut_sheet
 from ambient_sd.sampling import load_pipeline
 from ambient_sd.training.loop import run as train
 from ambient_sd.utils.errors import UserError, exits_on_user_error

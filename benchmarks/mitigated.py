@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from by_noise_level import COLUMNS, make_parser, measured, networks_of, page, table
 
-from ambient_sd.commands.compare import MITIGATIONS, OrdinaryScores, ordinary_scores
+from ambient_sd.commands.compare.work import MITIGATIONS, OrdinaryScores, ordinary_scores
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.sampling import generate, requests_for
 from ambient_sd.utils.errors import UserError, exits_on_user_error

@@ -18,11 +18,12 @@ import torch
 
 from ambient_sd.assets import PICTURES
 from ambient_sd.audit.features import embed
-from ambient_sd.audit.registry import add_features, choose, chosen
+from ambient_sd.audit.registry import FeatureOptions, choose
 from ambient_sd.data.conditions import split_condition
 from ambient_sd.data.sources import load_rows
 from ambient_sd.utils.errors import exits_on_user_error
 from ambient_sd.utils.files import atomic_write
+from ambient_sd.utils.settings import add_flags, from_flags
 from experiments.transformations import detection, embed_all, table
 
 
@@ -37,12 +38,12 @@ def main() -> None:
         help="training sets, one a condition",
     )
     parser.add_argument("--heldout_split", default="heldout")
-    add_features(parser)
+    add_flags(parser, FeatureOptions)
     parser.add_argument("--queries", type=int, default=150, help="images of each kind, drawn by the seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    features = choose(*chosen(args))
+    features = choose(*from_flags(FeatureOptions, args).chosen())
     sets = [load_rows(args.data, row_filter=[split_condition(c)]).check(near_duplicates=True) for c in args.row_filter]
     heldout = load_rows(args.data, split=args.heldout_split)
     generator = torch.Generator().manual_seed(args.seed)

@@ -22,7 +22,8 @@ from ambient_sd.audit.features import embed
 from ambient_sd.audit.metrics import bootstrap, memorized, quality_rows
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.registry import choose, with_sscd
-from ambient_sd.commands.demo import DemoSettings, sample
+from ambient_sd.commands.demo import DemoSettings
+from ambient_sd.commands.demo.work import sample
 from ambient_sd.data.sources import load_rows
 from ambient_sd.reporting.sheets import contact_sheet
 
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.docs.mkdir(parents=True, exist_ok=True)  # before the minutes, not after
-    settings = DemoSettings(samples_per_prompt=1, sampling_steps=20, guidance_scale=4.0, seed=args.seed)
+    settings = DemoSettings(num_images_per_prompt=1, num_inference_steps=20, guidance_scale=4.0, seed=args.seed)
     images, _ = sample(args.base, PROMPTS, settings, title="prompts")
     contact_sheet(images, 8, captions=PROMPTS).save(args.docs / "base-grid.png")
 

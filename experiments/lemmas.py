@@ -258,13 +258,10 @@ def study(
         UserError: images or model are unusable, or the level is not above 0.
     """
     from ambient_sd.families.base import check_base
-    from ambient_sd.training.config import TrainConfig
 
     if not 0 < level < math.inf:
         raise UserError(f"level is {level}", rule="a noisy copy needs noise: above 0 and finite")
-    base = check_base(
-        TrainConfig(pretrained_model_name_or_path=model, train_data_dir=data, resolution=resolution, report_to="none")
-    )
+    base = check_base(model, resolution=resolution)
     images = load_rows(data, row_filter=row_filter).check(near_duplicates=True)
     images = images.subset(images.one_of_each()).check()
     if len(images) < shown:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ambient_sd.assets import PICTURES
-from ambient_sd.commands.demo import AMBIENT, TRAINING
+from ambient_sd.commands.demo.work import AMBIENT, TRAINING
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
 from ambient_sd.utils.errors import exits_on_user_error

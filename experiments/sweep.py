@@ -33,16 +33,18 @@ from ambient_sd.audit.decision import RULE
 from ambient_sd.audit.shares import COPIES
 from ambient_sd.data.conditions import split_condition
 from ambient_sd.data.sources import ImageDataset, load_rows
+from ambient_sd.reporting.model_card import write_run_card
 from ambient_sd.reporting.sheets import contact_sheet
 from ambient_sd.sampling import load_pipeline
+from ambient_sd.training import run as train
 from ambient_sd.training.config import TrainConfig
-from ambient_sd.training.loop import open_images, plan_run
-from ambient_sd.training.loop import run as train
-from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.training.plan import open_images, plan_run
+from ambient_sd.utils.errors import UserError, exits_on_user_error, one_line
 from ambient_sd.utils.files import atomic_write, json_safe
 from ambient_sd.utils.hub_ids import resolve_model_id
 from ambient_sd.utils.output_folder import OutputFolder
 from ambient_sd.utils.quiet import quiet
+from ambient_sd.utils.settings import REQUIRED, Parser, add_flags, check, from_flags, option
 from experiments.fresh import fresh_base
 from experiments.measures import (
     Reals,
@@ -123,12 +125,13 @@ def do_run(plan: Plan, run: Run, out: Path, threads: int, position: int = 0) -> 
             config = _config(plan, run, out, step)
             begin = time.perf_counter()
             summary = train(config, bar={"desc": run.name, "position": position, "leave": False})
+            write_run_card(summary)
             trained = time.perf_counter() - begin
             if reals is None:
                 reals = open_reals(plan, config)
             _measure(plan, run, config, reals, step, folder, {
-                "seconds_trained": round(trained, 1), "loss": summary["loss"], "clean_loss": summary["clean_loss"],
-                "ambient_loss": summary["ambient_loss"],
+                "seconds_trained": round(trained, 1), "loss": summary.loss, "clean_loss": summary.means["clean_loss"],
+                "ambient_loss": summary.means["ambient_loss"],
             })  # fmt: skip
         last = _read_step(folder, plan.measure_at[-1])
         figures = last["figures"]
@@ -410,3 +413,65 @@ def _damaged(path: Path) -> UserError:
         rule="a study reads what it has measured",
         remedy=f"remove {path.parent}, which is then made again",
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepSettings:
+    """Say which study is run, where its results go, and which part of it is done now.
+
+    Raises:
+        UserError: a value breaks its rule, or two contradict each other.
+    """
+
+    study: Path = option(REQUIRED, "YAML file of the study", positional=True, metavar="STUDY")
+    output_dir: Path = option(REQUIRED, "folder for everything", alias="out")
+    workers: int = option(1, "runs side by side; on a CPU one a core is fastest", low=1)
+    only: list[str] = option(
+        [], "runs to do now: labels, or entries of the study's runs with all of their sweep", metavar="RUN"
+    )
+    seeds: list[int] | None = option(None, "seeds in place of the file's")
+    merge: list[Path] = option([], "results.json of the same study in other folders, of other machines or published: their steps count as done", metavar="RESULTS")  # fmt: skip
+    results_only: bool = option(False, "train nothing; write results of what is measured")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.results_only and self.only:
+            raise UserError("only with results_only", rule="it says what is trained", remedy="leave one of them out")
+        if self.results_only and not self.merge and not (self.output_dir / "runs").is_dir():
+            raise UserError(f"{self.output_dir} holds no runs", rule="results are written of what is measured",
+                            remedy="name the study's folder with --output_dir")  # fmt: skip
+
+
+@exits_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a study from the command line."""
+    parser = Parser(
+        prog="python -m experiments.sweep",
+        description="Train every run of a study (a YAML file such as those in configs/study/), measure copies, quality and "
+        "errors at its steps, and write OUT/results.json, results.md and plots. Interrupted runs resume; two commands on one OUT "
+        "share the work.",
+    )
+    add_flags(parser, SweepSettings)
+    settings = from_flags(SweepSettings, parser.parse_args(argv))
+    quiet()
+    from experiments.plan import read_plan
+    from experiments.results import write_results
+
+    out = settings.output_dir
+    plan = read_plan(settings.study, {} if settings.seeds is None else {"seeds": settings.seeds})
+    plan.chosen(settings.only)  # a wrong name is found before anything is taken in
+    for path in settings.merge:
+        print(f"{path}: {merge(plan, out, path)} steps taken in", flush=True)
+    results = (
+        gather(plan, out) if settings.results_only else sweep(plan, out, workers=settings.workers, only=settings.only)
+    )
+    write_pages(plan, out)
+    print(f"Look at it: {write_results(results, out)}", flush=True)
+    if failed := results.get("failed"):
+        name, why = next(iter(failed.items()))
+        raise UserError(f"{len(failed)} runs could not be finished, {name} among them", rule=why,
+                        remedy="the others are done: change the study's settings, or leave it")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

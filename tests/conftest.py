@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,13 @@ import torch
 
 # One thread: on networks this small a second one costs more than it brings, many times more on a busy machine.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_garbage_collection() -> None:
+    """Each training ends in a full collection, which need not walk through all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +40,6 @@ def tiny_audit(tiny_base: Path, tiny_images: Path, tmp_path_factory: pytest.Temp
     root = tmp_path_factory.mktemp("tiny-audit")
     heldout = tiny.image_folder(root / "heldout", [tiny.noise_image(100 + i) for i in range(6)])
     main(["audit", str(tiny_base), str(tiny_images), "--heldout", str(heldout), "--out", str(root / "audit"), "--features", "pixels,edges",
-          "--max_prompts", "2", "--samples_per_prompt", "2", "--num_inference_steps", "2", "--attribution", "1", "--device", "cpu",
+          "--max_prompts", "2", "--samples_per_prompt", "2", "--num_inference_steps", "2", "--attributed_prompts", "1", "--device", "cpu",
           "--fail-over", "0.99"])  # fmt: skip
     return root / "audit"

@@ -14,8 +14,8 @@ from ambient_sd.cli import main
 from ambient_sd.commands.inspect import inspect
 from ambient_sd.data.captions import find_cut, surely_cut
 from ambient_sd.data.enlargement import check_enlargement, median_enlargement
+from ambient_sd.training import plan_run, run
 from ambient_sd.training.config import TrainConfig, parse
-from ambient_sd.training.loop import plan_run, run
 from ambient_sd.utils.errors import UserError
 
 LONG = "a red disc on white paper beside\x1b[2J a blue one"  # the tiny tokenizer makes a token of every letter; 22 are read
@@ -75,7 +75,7 @@ def test_training_says_once_which_captions_are_cut(
     with caplog.at_level(logging.WARNING):
         summary = run(settings(place, folder, tmp_path / "o", center_crop=True), progress=False)
     said = [r.getMessage() for r in caplog.records if "are cut" in r.getMessage()]
-    assert len(said) == 1 and said == summary["notes"]
+    assert len(said) == 1 and said == list(summary.plan.notes)
     assert (
         said[0].startswith("1 of 6 captions are longer")
         and "004.png" in said[0]

@@ -156,6 +156,34 @@ def test_missing_files_and_modules_are_noticed() -> None:
     ]
 
 
+def mapped(page: str) -> set[str]:
+    """Return the modules and folders of the package that the map in docs/architecture.md names, as paths."""
+    found, folders = set(), [""]
+    for line in page.partition("\nambient_sd/\n")[2].partition("\n```")[0].splitlines():
+        if entry := re.match(r"^( +)([\w.]+/?)( |$)", line):
+            depth = len(entry[1]) // 2
+            folders = [*folders[:depth], entry[2]]
+            found.add("".join(folders))
+    return found
+
+
+def test_the_map_names_every_module() -> None:
+    there = {path.relative_to(ROOT / "ambient_sd") for path in (ROOT / "ambient_sd").rglob("*.py")}
+    # One line stands for the policies, and one for a command that has a folder.
+    shown = {
+        f"{path.parent}/" if path.name == "__init__.py" or len(path.parts) > 2 else str(path)
+        for path in there
+        if path.parts[0] != "__init__.py"
+    }
+    named = mapped((ROOT / "docs/architecture.md").read_text())
+    assert {name for name in named if not name.startswith("guard/policies/")} | {"guard/policies/"} == shown
+
+
+def test_the_map_is_read_by_indentation() -> None:
+    text = "```\ndocs/ x\n\nambient_sd/\n  a.py   x\n  b/     y\n    c.py z\n```\n"
+    assert mapped(text) == {"a.py", "b/", "b/c.py"}
+
+
 # --- code and commands ----------------------------------------------------------------------------------------------
 
 
@@ -215,7 +243,7 @@ class _Captured(BaseException):
 
 @cache
 def parser_of(script: str) -> argparse.ArgumentParser:
-    """Return the parser that a script (path), a module or "ambient-sd" parses with, caught in the act."""
+    """Return the parser that a script (path) or a module parses with, caught in the act."""
 
     def caught(self: argparse.ArgumentParser, *args: object, **kwargs: object) -> None:
         raise _Captured(self)
@@ -225,12 +253,10 @@ def parser_of(script: str) -> argparse.ArgumentParser:
         patch.setattr(argparse.ArgumentParser, "parse_known_args", caught)
         patch.setattr(sys, "argv", [script])
         patch.syspath_prepend(str((ROOT / script).parent))
-        if script == "ambient-sd":
-            cli.main([])
-        elif script.endswith(".py"):
+        if script.endswith(".py"):
             runpy.run_path(str(ROOT / script), run_name="__main__")
         else:
-            runpy.run_module(script, run_name="__main__")
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
     return found.value.parser
 
 
@@ -241,11 +267,7 @@ def refused(parser: argparse.ArgumentParser, words: list[str]) -> str | None:
         raise UserError(message)
 
     with pytest.MonkeyPatch.context() as patch:
-        for each in [
-            parser,
-            *(p for a in parser._actions if isinstance(a, argparse._SubParsersAction) for p in a.choices.values()),
-        ]:
-            patch.setattr(each, "error", error)
+        patch.setattr(parser, "error", error)
         try:
             parser.parse_args([word for word in words if word != "..."])
         except UserError as wrong:
@@ -259,7 +281,9 @@ def wrong_with(words: list[str]) -> str | None:
     """Return what is wrong with a command of ours, or None."""
     words = list(dropwhile(lambda word: re.fullmatch(r"[A-Z_]+=\S*", word), words))
     if words and words[0].endswith("ambient-sd"):
-        return refused(parser_of("ambient-sd"), words[1:])
+        if words[1].startswith("-"):
+            return refused(cli.make_parser(), words[1:])
+        return refused(cli.parser_of(words[1]), words[2:]) if words[1] in cli.COMMANDS else f"no command {words[1]}"
     if words[:2] == ["accelerate", "launch"]:
         launcher = launch_command_parser()
         at = next((i for i, word in enumerate(words) if word in (SCRIPT, "-m")), len(words) - 1)

@@ -12,8 +12,10 @@ from PIL import Image, ImageFilter
 
 from ambient_sd.assets import BASE, PICTURES
 from ambient_sd.audit.decision import HELDOUT, CopyDecision
-from ambient_sd.commands import compare as comparison
-from ambient_sd.commands.audit import AuditSettings, Source, audit
+from ambient_sd.commands.audit import AuditSettings, Source
+from ambient_sd.commands.audit.work import audit
+from ambient_sd.commands.compare import CompareSettings
+from ambient_sd.commands.compare import work as comparison
 from ambient_sd.data.sources import load_rows
 from ambient_sd.training.probe import Probe
 from experiments.measures import measure_samples, read_reals
@@ -52,7 +54,7 @@ def test_all_commands_call_the_same_images_copies(tmp_path: Path) -> None:
 
     audit(
         AuditSettings(
-            training=Source(str(known)), heldout=Source(str(unseen)), generated=made, out=tmp_path / "audit",
+            training=Source(str(known)), heldout=Source(str(unseen)), generated=made, output_dir=tmp_path / "audit",
             features=("pixels",), resamples=50,
         )
     )  # fmt: skip
@@ -71,9 +73,9 @@ def test_all_commands_call_the_same_images_copies(tmp_path: Path) -> None:
         return types.SimpleNamespace(value=torch.zeros(len(own)), hit=torch.zeros(len(own)))
 
     judge.others = 4  # type: ignore[attr-defined]
-    cell = comparison.Cell(images, [{"processor_seconds": 1.0} for _ in images])
-    settings = comparison.Settings({"a": str(BASE)}, str(BASE), tmp_path, 64, generations=1)
-    found: Any = comparison.cell_figures(cell, reals, captions[: len(images)], captions, judge, settings)  # type: ignore[arg-type]
+    samples = comparison.Samples(images, [{"processor_seconds": 1.0} for _ in images])
+    settings = CompareSettings({"a": str(BASE)}, str(BASE), tmp_path, 64, num_images_per_prompt=1)
+    found: Any = comparison.mitigation_figures(samples, reals, captions[: len(images)], captions, judge, settings)  # type: ignore[arg-type]
     assert (found["copies"].value, found["copied"].value) == (rate, 0)
     assert comparison.decide(images, reals)[0].copy.tolist() == expected
     assert comparison.truth(comparison.decide(images, reals)[0].copy, 1)[0] == [0, 1, 2, 3]

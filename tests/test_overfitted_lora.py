@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from test_lora import KOHYA, renamed
 
 from ambient_sd.assets import BASE, PICTURES
-from ambient_sd.commands.audit import AuditSettings, Source, audit
+from ambient_sd.commands.audit import AuditSettings, Source
+from ambient_sd.commands.audit.work import audit
 from ambient_sd.data.sources import load_rows
-from ambient_sd.families import lora
+from ambient_sd.families import sgm
 from ambient_sd.sampling import SamplingConfig
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
@@ -41,21 +42,21 @@ def test_an_overfitted_lora_has_one_verdict_under_five_names(tmp_path: Path) -> 
     ))  # fmt: skip
     pipe: Any = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None)
     saved = load_file(trained / "pytorch_lora_weights.safetensors")
-    state, sgm = {name.removeprefix("unet."): value for name, value in saved.items()}, lora.sgm_names(pipe.unet)
+    state, theirs = {name.removeprefix("unet."): value for name, value in saved.items()}, sgm.names(pipe.unet)
     files = {
         "diffusers": {f"unet.{name}": value for name, value in state.items()},
         "PEFT": {f"base_model.model.{name}": value for name, value in state.items()},
         "bare": state,
         "kohya": renamed(state, lambda layer, rest: f"lora_unet_{layer.replace('.', '_')}.{KOHYA[rest]}", 32.0),
-        "ComfyUI": renamed(state, lambda layer, rest: f"diffusion_model.{sgm[layer]}.{KOHYA[rest]}", 32.0),
+        "ComfyUI": renamed(state, lambda layer, rest: f"diffusion_model.{theirs[layer]}.{KOHYA[rest]}", 32.0),
     }
 
     def verdict(name: str, adapter: Path | None) -> tuple[Any, Any]:
         found = audit(AuditSettings(
             Source(str(folder)), tmp_path / f"audit-{name}",
             SamplingConfig(str(BASE), None if adapter is None else str(adapter), scheduler="dpm++", num_inference_steps=15, guidance_scale=1.5),
-            heldout=Source(str(PICTURES), split="heldout"), samples_per_prompt=2, base_images=0, features=("pixels",), resamples=10,
-            attribution=0, limit=0.01,
+            heldout=Source(str(PICTURES), split="heldout"), num_images_per_prompt=2, base_images=0, features=("pixels",), resamples=10,
+            attributed_prompts=0, fail_over=0.01,
         )).found  # fmt: skip
         return found["verdict"], [
             json.loads(line) for line in (tmp_path / f"audit-{name}" / "images.jsonl").read_text().splitlines()

@@ -80,7 +80,7 @@ def test_training_commands_run(
 @pytest.mark.parametrize("words", guarding(), ids=lambda words: words[-1])
 def test_guard_commands_run(words: list[str], clone: Path) -> None:
     """As written, but with fewer steps and images."""
-    few = "--max_prompts 2 --samples_per_prompt 1 --features pixels --attribution 0"
+    few = "--num_prompts 2 --num_images_per_prompt 1 --features pixels --attributed_prompts 0"
     fewer = {"calibrate": ["--generations", "1"], "audit": few.split()}.get(words[1], [])
     main([*words[1:], *fewer, "--num_inference_steps", "2", "--batch_size", "4"])
     assert any((clone / words[-1]).iterdir())

@@ -12,6 +12,7 @@ import torch
 from launching import launch_words
 
 from ambient_sd import MemorizationGuard
+from ambient_sd.guard import policies
 from ambient_sd.guard.recorder import active_guard
 from ambient_sd.sampling import (
     MOST_IMAGES,
@@ -93,6 +94,23 @@ def test_batches_change_nothing_but_rounding_and_requests_may_be_left_out(tiny_b
         assert max(abs(x - y) for x, y in zip(a, b, strict=True)) <= 1
     assert bytes_of(pipe, requests[4:], settings) == alone[4:]
     assert len(set(alone)) == 6, "negative control: other places, other images"
+
+
+@pytest.mark.parametrize("policy", [policies.RandomNumbers(), policies.GaussianEmbeddingNoise()])
+def test_a_random_policy_does_not_see_the_batch(tiny_base: Path, policy: policies.Policy) -> None:
+    """Images of one prompt differ in what the policy makes of them, in one call or in several."""
+    settings = config(tiny_base, batch_size=1)
+    pipe, requests = load_pipeline(settings), requests_for(["a cat"], 3)
+    curves = [
+        [one.report.curve for batch in generate(pipe, requests, config(tiny_base, batch_size=size), guard=MemorizationGuard(pipe, policy)) for one in batch if one.report]
+        for size in (1, 3)
+    ]  # fmt: skip
+    for alone, together in zip(*curves, strict=True):
+        assert alone == pytest.approx(together, rel=1e-3)
+    # Negative control: counted within its own call, the second image is changed as the first one was.
+    guard = MemorizationGuard(pipe, policy)
+    (uncounted,) = in_batches(pipe, requests[1:2], settings, lambda _, options: guard.decide(["a cat"], **options))
+    assert uncounted[0].curve != pytest.approx(curves[0][1], rel=1e-3)
 
 
 def test_the_guard_is_on_during_calls_alone(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,7 @@ def wait(ctx: Context) -> None:
 
 def config(ctx: Context, name: str, **values: Any) -> Any:
     """Return the settings of a short run on the embedded base and its 60 images."""
-    from ambient_sd.commands.demo import TRAINING
+    from ambient_sd.commands.demo.work import TRAINING
     from ambient_sd.training.config import TrainConfig
 
     folder = Path(tempfile.mkdtemp(prefix=name, dir=ctx.work)) / "run"
@@ -139,8 +139,8 @@ def config(ctx: Context, name: str, **values: Any) -> Any:
     return TrainConfig(**{**TRAINING, **common, **values})
 
 
-def train(settings: Any, on_step: Callable[[int, dict[str, float]], None] | None = None) -> dict[str, Any]:
-    """Run the project's trainer in this process."""
+def train(settings: Any, on_step: Callable[[int, dict[str, float]], None] | None = None) -> Any:
+    """Run the project's trainer in this process, and return its record."""
     from ambient_sd.training.loop import run
 
     return run(settings, progress=False, on_step=on_step)
@@ -288,7 +288,7 @@ def reference(ctx: Context, kernels: str) -> Any:
     losses = {}
     with torch.backends.mkldnn.flags(enabled=kernels == "onednn"):
         for kind, values in KINDS.items():
-            losses[kind] = train(config(ctx, kind, max_train_steps=ctx.pick(20, 4), **values))["losses"]
+            losses[kind] = train(config(ctx, kind, max_train_steps=ctx.pick(20, 4), **values)).losses
     return losses
 
 
@@ -315,8 +315,8 @@ def training(ctx: Context) -> Outcome:
             ctx.note(errors=errors)
             traceback.print_exc()
             continue
-        losses.setdefault(precision, {})[kind] = summary["losses"]
-        seconds[f"{kind} {precision}"] = [round(summary["seconds"], 2), round(time.perf_counter() - begin, 2)]
+        losses.setdefault(precision, {})[kind] = summary.losses
+        seconds[f"{kind} {precision}"] = [round(summary.seconds, 2), round(time.perf_counter() - begin, 2)]
         ctx.note(losses=losses, seconds_steps_and_all=seconds)
     cpu, other = (joined(ctx, s) for s in started)
     floor = {kind: apart(other[kind], cpu[kind]) for kind in KINDS}
@@ -371,13 +371,13 @@ def resumed(ctx: Context, label: str) -> dict[str, Any]:
         checkpoint = str(Path(straight.output_dir) / f"checkpoint-{steps // 2}")
         half = config(ctx, f"{kind}-half", resume_from_checkpoint=checkpoint, **values)
         rest = train(half)
-        assert rest["first_step"] == steps // 2
+        assert rest.first_step == steps // 2
         train(again)
         first = weights_of(straight)
         result[f"{kind} {precision}"] = {
             "resumed": distance(weights_of(half), first),
             "repeated": distance(weights_of(again), first),
-            "losses equal": rest["losses"] == whole["losses"],
+            "losses equal": rest.losses == whole.losses,
         }
         ctx.note(**{label: result})
         for settings in (straight, again, half):
@@ -445,8 +445,8 @@ def embedded_pipeline() -> Any:
 def with_policies(ctx: Context, pipe: Any, keep: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:
     """Draw with every policy; return the images by name."""
     from ambient_sd import MemorizationGuard
+    from ambient_sd.guard.by_name import available
     from ambient_sd.guard.policies import Compose, OppositeGuidance, StaticTransition
-    from ambient_sd.guard.policies.by_name import available
 
     makers: dict[str, Callable[[], Any]] = {
         name: (lambda kind=kind, name=name: kind(**POLICIES.get(name, {})))
@@ -764,7 +764,7 @@ def distributed(ctx: Context) -> Outcome:
     from ambient_sd.training import loop
 
     kinds: dict[str, str] = {}
-    real = loop._make_accelerator
+    real = loop.make_accelerator
 
     def watched(settings: Any) -> Any:
         import torch
@@ -779,7 +779,7 @@ def distributed(ctx: Context) -> Outcome:
         return accelerator
 
     losses: dict[str, Any] = {}
-    loop._make_accelerator = watched
+    loop.make_accelerator = watched
     # Not "no" alone: bf16 is what the configuration says, and goes through another path under FSDP2.
     runs = [(name, p) for p in ("no", "bf16") for name in ("alone", "one rank", "FSDP2")]
     try:
@@ -795,13 +795,13 @@ def distributed(ctx: Context) -> Outcome:
             )
             try:
                 with launched(ctx, name == "FSDP2") if name != "alone" else contextlib.nullcontext():
-                    losses[current] = train(settings)["losses"]
+                    losses[current] = train(settings).losses
             except Exception as error:
                 losses[current] = f"{type(error).__name__}: {error}"[:600]
                 traceback.print_exc()
             ctx.note(losses=losses, kinds=kinds)
     finally:
-        loop._make_accelerator = real
+        loop.make_accelerator = real
     errors = [name for name, value in losses.items() if isinstance(value, str)]
     off = {n: apart(v, losses[f"alone, {n.rpartition(' ')[2]}"]) for n, v in losses.items() if n not in errors}
     figure = ", ".join(f"{n} ({kinds.get(n)}) {off[n]:.0e}" if n in off else f"{n}: {losses[n][:60]}" for n in losses)
@@ -859,10 +859,10 @@ def study(ctx: Context) -> Outcome:
         begin = time.perf_counter()
         summary = train(config(ctx, objective, **values), lambda *_, stamps=stamps: stamps.append(time.perf_counter()))
         late = stamps[len(stamps) // 10 :]  # without the warm-up
-        look = summary["looks"][-1]
+        look = summary.evaluations[-1]
         found[objective] = {
             "steps a second": round((len(late) - 1) / (late[-1] - late[0]), 2), "seconds": round(time.perf_counter() - begin, 1),
-            "seconds of the look": round(time.perf_counter() - stamps[-1], 1), "loss": summary["loss"],
+            "seconds of the look": round(time.perf_counter() - stamps[-1], 1), "loss": summary.loss,
             "copies": look["copies"], "published": look["published"], "probed": look["n"],
         }  # fmt: skip
         ctx.note(runs=found, steps=steps)
@@ -908,7 +908,7 @@ def prepare() -> None:
     sys.path.insert(0, str(ROOT))
     import torch  # noqa: F401
 
-    import ambient_sd.commands.demo
+    import ambient_sd.commands.demo.work
     import ambient_sd.training.loop  # noqa: F401
     from ambient_sd.utils.quiet import quiet
 

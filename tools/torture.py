@@ -219,7 +219,7 @@ def train(settings: dict[str, Any], rank: int) -> None:
     os.dup2(to, 2), os.dup2(to, 1)
     summary = run(TrainConfig(**settings), progress=False)
     if rank == 0:
-        kept = {k: summary[k] for k in ("steps", "losses", "loss", "clean_loss", "ambient_loss")}
+        kept = {"steps": summary.steps, "losses": summary.losses, **summary.means}
         Path(f"{out}.summary").write_text(json.dumps(kept))
 
 

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ambient_sd.families import of_pipeline
 from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.sheets import as_rgb
@@ -69,7 +70,7 @@ class DiffusionAlignment:
         factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
         if resolution % factor:
             raise UserError(f"resolution {resolution}", rule=f"it must be a multiple of the VAE's factor {factor}")
-        if getattr(pipe, "text_encoder_2", None) is not None:
+        if of_pipeline(pipe).takes_sizes:
             raise UserError(
                 "the judge is an SDXL", rule="alignment needs Stable Diffusion 1 or 2", remedy="name one of those"
             )

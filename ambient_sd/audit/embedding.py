@@ -19,7 +19,6 @@ It does not search (`ambient_sd.audit.neighbours`), resize, crop or merge: near-
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
@@ -40,13 +39,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ambient_sd.audit.features import Distance, Features
-from ambient_sd.audit.registry import add_features, choose, chosen
+from ambient_sd.audit.registry import FeatureOptions, choose
 from ambient_sd.data.cache import fingerprint
-from ambient_sd.data.conditions import split_condition
+from ambient_sd.data.dataset_options import DatasetOptions
 from ambient_sd.data.duplicates import SIDE, Thumbnails
-from ambient_sd.data.sources import UNLISTED, ImageDataset, ImageRow, load_rows
+from ambient_sd.data.sources import ImageDataset, ImageRow, load_rows
 from ambient_sd.utils.errors import UserError, exits_on_user_error
 from ambient_sd.utils.files import atomic_write
+from ambient_sd.utils.settings import REQUIRED, Parser, add_flags, check, from_flags, option
 from ambient_sd.utils.weight_files import file_digest
 
 logger = logging.getLogger(__name__)
@@ -599,39 +599,43 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
                      remedy="free some space or name another folder with --out; finished blocks stay")  # fmt: skip
 
 
+@dataclass(frozen=True)
+class EmbeddingSettings:
+    """Say which images are embedded, and where the embeddings go.
+
+    Raises:
+        UserError: a value breaks its rule.
+
+    Example:
+        >>> EmbeddingSettings(data="my-images", output_dir=Path("vectors")).block
+        2048
+    """
+
+    # fmt: off
+    data: str = option(REQUIRED, "folder (with metadata.jsonl or .csv, or of images alone), parquet file, tar shards, or hub dataset", positional=True, metavar="DATA")
+    output_dir: Path = option(REQUIRED, "folder for the embeddings; interrupted runs resume", alias="out")
+    dtype: Dtype = option("float32", "precision of the embeddings")
+    block: int = option(2048, "images per file", low=1)
+    max_samples: int | None = option(None, "the first that many rows", low=1)
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ambient_sd.audit.embedding", description=__doc__.split("\n", 1)[0], allow_abbrev=False
-    )  # type: ignore[union-attr]
-    parser.add_argument(
-        "data",
-        help="folder (with metadata.jsonl or .csv, or of images alone), parquet file, tar shards, or hub dataset",
-    )
-    parser.add_argument(
-        "--out", required=True, type=Path, help="folder for the embeddings; an interrupted run resumes there"
-    )
-    add_features(parser)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float16"])
-    parser.add_argument("--block", default=2048, type=int, help="images per file (default %(default)s)")
-    parser.add_argument("--image_column", default="image")
-    parser.add_argument("--caption_column", default="text")
-    parser.add_argument("--split", help="of a hub dataset, or value of the column split")
-    parser.add_argument("--row_filter", nargs="+", default=[], metavar="CONDITION", help="rows where all of these hold: column=value, column<=number, column>=number")  # fmt: skip
-    parser.add_argument(
-        "--unlisted",
-        choices=UNLISTED,
-        default="refuse",
-        help="images in a folder that its list does not name, hidden ones, and kinds that are not read: a mistake, or left out",
-    )
-    parser.add_argument("--max_samples", type=int, help="the first that many rows")
+    parser = Parser(prog="python -m ambient_sd.audit.embedding", description=__doc__.split("\n", 1)[0])  # type: ignore[union-attr]
+    for owner in (EmbeddingSettings, FeatureOptions, DatasetOptions):
+        add_flags(parser, owner)
     args = parser.parse_args(argv)
+    settings, rows = from_flags(EmbeddingSettings, args), from_flags(DatasetOptions, args)
 
-    names, files = chosen(args)
+    names, files = from_flags(FeatureOptions, args).chosen()
     images = load_set(
-        args.data, row_filter=[split_condition(term) for term in args.row_filter], image_column=args.image_column, caption_column=args.caption_column, split=args.split,
-        max_samples=args.max_samples, unlisted=args.unlisted,
+        settings.data, row_filter=rows.conditions(), image_column=rows.image_column, caption_column=rows.caption_column,
+        split=rows.dataset_split, max_samples=settings.max_samples, unlisted=rows.unlisted,
     )  # fmt: skip
     from accelerate import PartialState
 
@@ -639,7 +643,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if images.unlisted and state.is_main_process:
         print(f"{images.unlisted} files in {images.source} are left out", flush=True)
     features = choose(names, files, state.device)
-    folders = embed_set(images, features, args.out, dtype=args.dtype, block=args.block, state=state, progress=True)
+    folders = embed_set(
+        images, features, settings.output_dir, dtype=settings.dtype, block=settings.block, state=state, progress=True
+    )
     if state.is_main_process:
         for folder in folders:
             store = EmbeddingStore.open(folder)

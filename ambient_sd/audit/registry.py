@@ -17,7 +17,6 @@ it too, in any case. Nothing heavy is imported before a feature is made, so comm
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import re
@@ -26,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ambient_sd.utils.errors import UserError
+from ambient_sd.utils.settings import check, option
 
 if TYPE_CHECKING:
     import torch
@@ -64,14 +64,7 @@ _NETWORKS = {
 }
 NAMES = ("pixels", "standardized", "edges", *_NETWORKS)
 DEFAULT = ("pixels", "standardized", "edges", "efflite0")  # the same everywhere, whatever is installed
-WEIGHTS = {
-    "sscd": ("FILE", "SSCD as TorchScript or ONNX, for sscd, sscd-wen and sscd-han"),
-    "dinov2": (
-        "MODEL",
-        "DINOv2, folder or hub id, for example facebook/dinov2-giant, for dinov2 and dinov2-paper (whose thresholds are the published ones)",
-    ),
-    "inception": ("FILE", "Inception-v3 as TorchScript"),
-}
+WEIGHTS = ("sscd", "dinov2", "inception")
 _PIXELS = re.compile(r"pixels([1-9]\d{0,3})?(-standardized)?|standardized")
 _EDGES = re.compile(r"edges(4|8|16|32|64)?")
 
@@ -129,41 +122,41 @@ def with_sscd(*names: str) -> list[str]:
     return [*names, *(["sscd"] if os.environ.get(SSCD_ENV) else [])]
 
 
-def add_features(parser: argparse.ArgumentParser, note: str = "") -> None:
-    """Give a command the flag `--features` and those of weights; `chosen` reads them.
+@dataclass(frozen=True)
+class FeatureOptions:
+    """Name features, and the weights of those that need them.
 
     Example:
-        >>> parser = argparse.ArgumentParser()
-        >>> add_features(parser)
-        >>> parser.parse_args(["--sscd", "sscd.pt"]).sscd
-        'sscd.pt'
+        >>> FeatureOptions(features="pixels,edges").chosen()[0]
+        ['pixels', 'edges']
     """
-    parser.add_argument("--features", default=None, metavar="NAME,...",
-                        help=f"of {', '.join(NAMES)}; {note}(default: {', '.join(DEFAULT)}, and those whose weights are given)")  # fmt: skip
-    for name, (metavar, text) in WEIGHTS.items():
-        parser.add_argument(f"--{name}", default=None, metavar=metavar, help=text)
 
+    # fmt: off
+    features: str | None = option(None, f"of {', '.join(NAMES)} (default: {', '.join(DEFAULT)}, and those whose weights are given)", metavar="NAME,...")
+    sscd: str | None = option(None, "SSCD as TorchScript or ONNX, for sscd, sscd-wen and sscd-han", metavar="FILE")
+    dinov2: str | None = option(None, "DINOv2, folder or hub id, for example facebook/dinov2-giant, for dinov2 and dinov2-paper (whose thresholds are the published ones)", metavar="MODEL")
+    inception: str | None = option(None, "Inception-v3 as TorchScript", metavar="FILE")
+    # fmt: on
 
-def chosen(args: argparse.Namespace) -> tuple[list[str], dict[str, str | None]]:
-    """Return names and weights as `choose` takes them.
+    def __post_init__(self) -> None:
+        check(self)
 
-    Raises:
-        UserError: a name is unknown or there twice, or weights are given for a feature that is not asked for.
+    def chosen(self) -> tuple[list[str], dict[str, str | None]]:
+        """Return names and weights as `choose` takes them.
 
-    Example:
-        >>> chosen(argparse.Namespace(features="pixels,sscd", sscd="sscd.pt", dinov2=None, inception=None))
-        (['pixels', 'sscd'], {'sscd': 'sscd.pt', 'dinov2': None, 'inception': None})
-    """
-    files: dict[str, str | None] = {name: getattr(args, name) for name in WEIGHTS}
-    given = [name for name, file in files.items() if file]
-    if args.features is None:
-        return [*DEFAULT, *given], files
-    names = [name.strip() for name in args.features.split(",") if name.strip()]
-    weighed = {_NETWORKS[name.lower()].weights for name in labels(names) if name.lower() in _NETWORKS}
-    if unused := [name for name in given if name not in weighed]:
-        raise UserError(f"--{unused[0]} without {unused[0]} among the features",
-                        remedy=f"add it: --features {args.features},{unused[0]}")  # fmt: skip
-    return names, files
+        Raises:
+            UserError: a name is unknown or there twice, or weights are given for a feature that is not asked for.
+        """
+        files = {name: getattr(self, name) for name in WEIGHTS}
+        given = [name for name, file in files.items() if file]
+        if self.features is None:
+            return [*DEFAULT, *given], files
+        names = [name.strip() for name in self.features.split(",") if name.strip()]
+        weighed = {_NETWORKS[name.lower()].weights for name in labels(names) if name.lower() in _NETWORKS}
+        if unused := [name for name in given if name not in weighed]:
+            raise UserError(f"--{unused[0]} without {unused[0]} among the features",
+                            remedy=f"add it: --features {self.features},{unused[0]}")  # fmt: skip
+        return names, files
 
 
 def choose(

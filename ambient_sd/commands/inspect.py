@@ -7,21 +7,26 @@ crop keeps less than half, exact copies and near-duplicates (`ambient_sd.data.du
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from tqdm.auto import tqdm
-
+from ambient_sd.commands.shared import SharedOptions
 from ambient_sd.data.captions import Cut, find_cut, surely_cut
-from ambient_sd.data.duplicates import Group, Thumbnails, find_groups
+from ambient_sd.data.conditions import split_condition
+from ambient_sd.data.dataset_options import DatasetOptions
 from ambient_sd.data.enlargement import WARNED, median_enlargement
-from ambient_sd.data.sources import FRAMES, Fault, ImageDataset, content_key, load_rows
-from ambient_sd.reporting import inspect_page
+from ambient_sd.training.config import TrainConfig
 from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.files import check_target
+from ambient_sd.utils.settings import REQUIRED, Parser, add_flags, check, from_flags, option, same
+
+if TYPE_CHECKING:
+    from ambient_sd.data.duplicates import Group
+    from ambient_sd.data.sources import Fault, ImageDataset
 
 KINDS = {
     "broken": "unusable: training refuses the set",
@@ -94,6 +99,7 @@ def inspect(
     image_column: str = "image",
     caption_column: str = "text",
     split: str | None = None,
+    row_filter: Sequence[tuple[str, str, str]] = (),
     unlisted: str = "refuse",
     tokenizers: Sequence[Any] = (),
     progress: bool = False,
@@ -101,7 +107,7 @@ def inspect(
     """Read every row of an image set and return what is wrong, with the readable rows' images.
 
     Args:
-        source, image_column, caption_column, split, unlisted: as `load_rows` takes them; unlisted files are faults here.
+        source, image_column, caption_column, split, row_filter, unlisted: as `load_rows` takes them; unlisted files are faults here.
         resolution: of the training, pixels.
         tokenizers: of the base model, to count what its text encoders do not read of a caption; without them captions
             count as cut where every CLIP cuts them.
@@ -110,8 +116,15 @@ def inspect(
     Raises:
         UserError: the source cannot be opened at all.
     """
+    from tqdm.auto import tqdm
+
+    from ambient_sd.data.duplicates import Thumbnails, find_groups
+    from ambient_sd.data.sources import FRAMES, Fault, content_key, load_rows
+
     faults: list[Fault] = []
-    images = load_rows(source, image_column, caption_column, split, unlisted=unlisted, faults=faults)
+    images = load_rows(
+        source, image_column, caption_column, split, row_filter=row_filter, unlisted=unlisted, faults=faults
+    )
     cuts: dict[int, Cut] = {}  # of several captions of a row, the first is the one that is looked at
     for cut in find_cut(images.captions, tokenizers) if tokenizers else surely_cut(images.captions):
         cuts[cut.index] = cut
@@ -219,40 +232,83 @@ def as_json(found: Inspection) -> dict[str, Any]:
     }
 
 
-def check_target(path: Path | None, option: str) -> None:
-    """Check that a file can be written, before the images are read.
+@dataclass(frozen=True)
+class InspectSettings:
+    """Say which images are inspected, for which training, and where the result goes.
 
     Raises:
-        UserError: it cannot.
+        UserError: a value breaks its rule, or a file cannot be written.
+
+    Example:
+        >>> InspectSettings("my-images").fail_on
+        'nothing'
     """
-    if path is None:
-        return
-    folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        rule = "that is a folder" if path.is_dir() else "its folder does not exist or cannot be written to"
-        raise UserError(f"{option} is {path}", rule=rule, remedy="name a file in a folder that exists")
+
+    data: str = option(
+        REQUIRED,
+        "folder with metadata.jsonl, parquet file, tar shards, or hub dataset",
+        positional=True,
+        metavar="DATA",
+    )
+    resolution: int = same(TrainConfig, "resolution", low=1)
+    model: str | None = option(
+        None, "base model: pipeline folder or hub id; its tokenizers count which captions are cut", metavar="MODEL"
+    )
+    image_column: str = same(DatasetOptions, "image_column")
+    caption_column: str = same(DatasetOptions, "caption_column")
+    dataset_split: str | None = same(DatasetOptions, "dataset_split")
+    row_filter: list[str] | None = same(DatasetOptions, "row_filter")
+    unlisted: str = same(DatasetOptions, "unlisted")
+    html: Path | None = same(SharedOptions, "html")
+    json: Path | None = same(SharedOptions, "json")
+    fail_on: Literal["nothing", "problems"] = option("nothing", "problems: exit with status 1 if anything is found")
+
+    def __post_init__(self) -> None:
+        check(self)
+        check_target(self.html, "html")
+        check_target(self.json, "json")
 
 
-def run(
-    source: str,
-    *,
-    html_path: Path | None = None,
-    json_path: Path | None = None,
-    progress: bool = True,
-    **options: Any,
-) -> Inspection:
-    """Inspect an image set, print the table and write page and JSON where asked; return what was found."""
-    check_target(html_path, "html")
-    check_target(json_path, "json")
-    found, images = inspect(source, progress=progress, **options)
+def make_parser() -> Parser:
+    """Build the command line from the settings."""
+    parser = Parser(
+        prog="ambient-sd inspect",
+        description="Read every image of DATA and list unusable, small, captionless and extreme ones, and groups of duplicates.",
+    )
+    add_flags(parser, InspectSettings)
+    return parser
+
+
+def run(args: argparse.Namespace, words: Sequence[str]) -> int:
+    """Print the table, write page and JSON where asked, and return the exit status."""
+    settings = from_flags(InspectSettings, args)
+    found, images = inspect(
+        settings.data, resolution=settings.resolution, unlisted=settings.unlisted, tokenizers=_tokenizers(settings.model),
+        image_column=settings.image_column, caption_column=settings.caption_column, split=settings.dataset_split,
+        row_filter=[split_condition(term) for term in settings.row_filter or ()], progress=True,
+    )  # fmt: skip
     print(as_text(found), flush=True)
-    if html_path is not None:
+    if settings.html is not None:
+        from ambient_sd.reporting import inspect_page
+
         counts = [(kind, found.count(kind), meaning) for kind, meaning in KINDS.items()]
         counts += [
             ("exact", found.exact, "copies of an earlier image"),
             ("near", found.near, "groups of near-duplicates"),
         ]
-        inspect_page.write(html_path, found, images, counts)
-    if json_path is not None:
-        json_path.write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")
-    return found
+        inspect_page.write(settings.html, found, images, counts)
+    if settings.json is not None:
+        settings.json.write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")
+    return int(settings.fail_on == "problems" and not found.clean)
+
+
+def _tokenizers(model: str | None) -> list[object]:
+    if model is None:
+        return []
+    from ambient_sd.utils.quiet import quiet
+
+    quiet()
+    from ambient_sd.families.base import check_base
+
+    base = check_base(model)
+    return base.tokenizers()

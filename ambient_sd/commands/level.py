@@ -6,19 +6,102 @@ The table of `ambient_sd.data.noise_level` in the terminal, as a page with curve
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ambient_sd.data.latents import encode_all
-from ambient_sd.data.noise_level import Levels, as_text, measure, representatives
-from ambient_sd.data.views import ViewRule
-from ambient_sd.families.base import check_base
-from ambient_sd.reporting import level_page
+from ambient_sd.commands.shared import SharedOptions
+from ambient_sd.data.dataset_options import DatasetOptions
 from ambient_sd.training.config import TrainConfig
-from ambient_sd.training.loop import enlargement_note, open_images
-from ambient_sd.utils.errors import UserError
-from ambient_sd.utils.files import atomic_write
+from ambient_sd.utils.files import atomic_write, check_target
+from ambient_sd.utils.settings import REQUIRED, Parser, add_flags, check, from_flags, option, same
+
+if TYPE_CHECKING:
+    from ambient_sd.data.noise_level import Levels
+
+
+@dataclass(frozen=True)
+class LevelSettings:
+    """Say which images are measured, and as which training would see them.
+
+    Raises:
+        UserError: a value breaks its rule, or a file cannot be written.
+
+    Example:
+        >>> LevelSettings("my-images", model="my-base").resolution is None
+        True
+    """
+
+    data: str = option(
+        REQUIRED, "folder with metadata.jsonl, parquet file, or tar shards", positional=True, metavar="DATA"
+    )
+    model: str = option(REQUIRED, "base model: pipeline folder or hub id", metavar="MODEL")
+    resolution: int | None = same(
+        TrainConfig,
+        "resolution",
+        default=None,
+        text="side of the images in pixels: they are resized (shorter side) and cropped to it (default: 512, if the images have it)",
+    )
+    allow_upscaling: bool = same(TrainConfig, "allow_upscaling")
+    center_crop: bool = same(TrainConfig, "center_crop")
+    random_flip: bool = same(TrainConfig, "random_flip")
+    image_column: str = same(DatasetOptions, "image_column")
+    caption_column: str = same(DatasetOptions, "caption_column")
+    dataset_split: str | None = same(DatasetOptions, "dataset_split")
+    row_filter: list[str] | None = same(DatasetOptions, "row_filter")
+    unlisted: str = same(DatasetOptions, "unlisted")
+    html: Path | None = same(SharedOptions, "html")
+    json: Path | None = same(SharedOptions, "json")
+
+    def __post_init__(self) -> None:
+        check(self)
+        check_target(self.html, "html")
+        check_target(self.json, "json")
+
+    def training(self) -> TrainConfig:
+        """Return the settings of the training that would see the images."""
+        shared = {name: getattr(self, name) for name in ("image_column", "caption_column", "dataset_split", "row_filter",
+                                                          "center_crop", "random_flip", "unlisted", "allow_upscaling")}  # fmt: skip
+        config = TrainConfig(pretrained_model_name_or_path=self.model, train_data_dir=self.data, resolution=self.resolution or 512,
+                             ambient_level="auto", **shared)  # fmt: skip
+        config.resolution_given = self.resolution is not None
+        return config
+
+
+def make_parser() -> Parser:
+    """Build the command line from the settings."""
+    parser = Parser(
+        prog="ambient-sd level",
+        description="Encode the images of DATA with the VAE of a base model and print, by noise level, how far noisy copies "
+        "give their images away; propose s_n as --ambient_level auto does. docs/level.md explains the table.",
+    )
+    add_flags(parser, LevelSettings)
+    return parser
+
+
+def run(args: argparse.Namespace, words: Sequence[str]) -> None:
+    """Print the table and write page and JSON where asked."""
+    settings = from_flags(LevelSettings, args)
+    config = settings.training()
+    from ambient_sd.utils.quiet import quiet
+
+    quiet()  # before the imports below, which load what speaks
+    from ambient_sd.data.noise_level import as_text
+
+    found = level(config, progress=True)
+    print(as_text(found), flush=True)
+    if settings.json is not None:
+        values = {"version": 1, "resolution": config.resolution, **found.as_dict()}
+        atomic_write(settings.json, json.dumps(values, indent=1) + "\n")
+    if settings.html is not None:
+        from ambient_sd.reporting import level_page
+
+        name = Path(settings.data).name if Path(settings.data).exists() else settings.data
+        level_page.write(settings.html, found, name, resolution=config.resolution)
 
 
 def level(config: TrainConfig, *, progress: bool = False) -> Levels:
@@ -31,7 +114,12 @@ def level(config: TrainConfig, *, progress: bool = False) -> Levels:
     Raises:
         UserError: base or images are unusable, or too few.
     """
-    base = check_base(config)
+    from ambient_sd.data.latents import encode_all
+    from ambient_sd.data.noise_level import measure, representatives
+    from ambient_sd.data.views import ViewRule
+    from ambient_sd.training.plan import base_of, enlargement_note, open_images
+
+    base = base_of(config)
     images = open_images(config).check(progress, near_duplicates=True)
     if (note := enlargement_note(config, images, base.pixel_step)) is not None:
         print(f"ambient-sd: {note}", file=sys.stderr, flush=True)
@@ -41,41 +129,3 @@ def level(config: TrainConfig, *, progress: bool = False) -> Levels:
     rows, total = representatives(images)
     x0 = encode_all(base.images(), images, rule, rows, progress=progress)
     return measure(x0, total=total, max_level=base.schedule.max_level)
-
-
-def run(
-    data: str,
-    model: str,
-    *,
-    resolution: int | None = None,
-    image_column: str = "image",
-    caption_column: str = "text",
-    split: str | None = None,
-    row_filter: list[str] | None = None,
-    center_crop: bool = False,
-    random_flip: bool = False,
-    unlisted: str = "refuse",
-    allow_upscaling: bool = False,
-    html_path: Path | None = None,
-    json_path: Path | None = None,
-) -> Levels:
-    """Print the table and write what is asked for; a resolution that is not given is 512, if the images have it."""
-    for path in (html_path, json_path):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"{path} cannot be written", rule="its folder does not exist", remedy="create it first")
-    config = TrainConfig(
-        pretrained_model_name_or_path=model, train_data_dir=data, resolution=resolution or 512, image_column=image_column,
-        caption_column=caption_column, dataset_split=split, row_filter=row_filter, center_crop=center_crop,
-        random_flip=random_flip, unlisted=unlisted, allow_upscaling=allow_upscaling, ambient_level="auto",
-    )  # fmt: skip
-    config.resolution_given = resolution is not None
-    found = level(config, progress=True)
-    print(as_text(found), flush=True)
-    if json_path is not None:
-        atomic_write(
-            json_path, json.dumps({"version": 1, "resolution": config.resolution, **found.as_dict()}, indent=1) + "\n"
-        )
-    if html_path is not None:
-        name = Path(data).name if Path(data).exists() else data
-        level_page.write(html_path, found, name, resolution=config.resolution)
-    return found

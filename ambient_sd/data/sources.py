@@ -24,12 +24,12 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
+from ambient_sd.data.dataset_options import UNLISTED
 from ambient_sd.data.duplicates import Group, Thumbnails, find_groups, noise_keys
 from ambient_sd.data.shards import ShardRows, find_shards, has_shards, index_shards, names_shards
 from ambient_sd.data.walk import METADATA, Found, walk
 from ambient_sd.utils.errors import UserError, first_of, one_line
 
-UNLISTED = ("refuse", "ignore")
 NAME_COLUMNS = (
     "image",
     "file",

@@ -1,1 +1,86 @@
-"""What differs between model families, and nothing else."""
+"""The families of models, one file each, and how a pipeline finds its own.
+
+    Stable Diffusion 1.x, 2.x, SDXL    everything
+    Stable Diffusion 3, FLUX.1         the guard's layout; training is not there yet
+
+To add one: a file with a `Family`, and its name in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ambient_sd.families.family import Family
+from ambient_sd.families.flux import FLUX
+from ambient_sd.families.guidance import Guidance
+from ambient_sd.families.sd import SD
+from ambient_sd.families.sd3 import SD3
+from ambient_sd.families.sdxl import SDXL
+from ambient_sd.utils.errors import UserError
+
+FAMILIES: tuple[Family, ...] = (SD, SDXL, SD3, FLUX)
+# What a guard can watch.
+SUPPORTED = (*(kind for family in FAMILIES for kind in family.guidance), *(f.guarded for f in FAMILIES if f.guarded))
+
+
+def of_class(kind: str) -> Family | None:
+    """Return the family that a class of pipelines belongs to, or None.
+
+    Example:
+        >>> of_class("StableDiffusionXLPipeline").name
+        'SDXL base'
+    """
+    return next((family for family in FAMILIES if kind in family.guidance), None)
+
+
+def of_pipeline(pipe: Any) -> Family:
+    """Return the family of a pipeline by its class and that class's bases.
+
+    An unknown one is taken for Stable Diffusion: `guidance_of` refuses it without a U-Net, and the guard checks the rest
+    when it samples.
+    """
+    found = (of_class(kind.__name__) for kind in type(pipe).__mro__)
+    return next((family for family in found if family is not None), SD)
+
+
+def guidance_of(pipe: Any) -> Guidance:
+    """Return how a pipeline lays out its guidance.
+
+    Raises:
+        UserError: the pipeline cannot be guarded, or is distilled and has no unconditional half.
+    """
+    family = of_pipeline(pipe)
+    known = (family.guidance[kind.__name__] for kind in type(pipe).__mro__ if kind.__name__ in family.guidance)
+    guidance = next(known, family.guidance[family.pipeline])
+    for name in (guidance.network, "encode_prompt"):
+        if getattr(pipe, name, None) is None:
+            raise UserError(
+                f"{type(pipe).__name__} has no {name}",
+                rule="the guard hooks the network of a text-to-image pipeline with classifier-free guidance",
+                remedy=f"use one of {', '.join(SUPPORTED)}",
+            )
+    refuse_distilled(pipe)
+    return guidance
+
+
+def tokenizers_of(pipe: Any) -> list[Any]:
+    """Return the tokenizers of a pipeline, the first one first."""
+    family = of_pipeline(pipe)
+    names = [name for name in family.text_parts if name.startswith("tokenizer")]
+    return [one for name in names if (one := getattr(pipe, name, None)) is not None]
+
+
+def refuse_distilled(pipe: Any) -> None:
+    """Raise a `UserError` if a pipeline is distilled."""
+    why = distilled(pipe)
+    if why is not None:
+        raise UserError(
+            why,
+            rule="a distilled sampler has no unconditional half, so there is nothing to measure",
+            remedy="use the model that it was distilled from, with DDIM, DPM++, Euler or PNDM",
+        )
+
+
+def distilled(pipe: Any) -> str | None:
+    """Say what makes a pipeline one without classifier-free guidance (LCM and its kin), or return None."""
+    return of_pipeline(pipe).distilled(pipe)

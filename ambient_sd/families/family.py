@@ -2,14 +2,24 @@
 
 A `Family` holds no weights and no settings of a run; it says which parts a pipeline is made of and what each is for.
 Everything else in the package asks it, and nothing outside this package branches on a model's name or class.
+
+Tensors that cross this border are unpacked: latents are (B, C, h, w) and timesteps those of the schedule. Whatever a
+network wants instead (packed patches, timesteps in [0, 1], a list of images, the opposite sign) `predict` converts both
+ways, so the objective sees one parametrisation: epsilon, v, x0, or the flow `eps - x0` at `s = sigma / (1 - sigma)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from ambient_sd.families.guidance import Guidance
+
+if TYPE_CHECKING:
+    from ambient_sd.families.base import Model
 
 
 class Family:
@@ -17,16 +27,63 @@ class Family:
 
     Attributes:
         name: what messages call it.
-        network: the pipeline's attribute that holds the denoising network.
+        pipeline: the class that samples from a caption alone, as model_index.json names it.
+        guarded: the class of this package that samples with the guard built in, if there is one.
+        guidance: by class of pipeline, how it calls its network; what a `MemorizationGuard` can watch.
+        unready: why its models cannot be loaded by name, trained or adapted yet; empty: they can. With a reason only
+            `guidance` is described.
+        network: the pipeline's attribute that holds the denoising network, and its folder.
         parts: what it is trained and encoded with, in the form of model_index.json: (library, class) by name. Loaded
             as another class, a part gets random weights where names differ.
         takes_sizes: whether the network is told the sizes of the original, the crop and the target.
+        lora_prefixes: by part that a LoRA can change, what other programs' names for its layers begin with, and whose
+            they are; behind a prefix that ends in "_" stands "_" for each ".".
     """
 
     name: str
-    network: str
-    parts: Mapping[str, tuple[str, str]]
+    pipeline: str
+    guarded: str | None = None
+    guidance: Mapping[str, Guidance]
+    unready: str = ""
+    network: str = "transformer"
+    parts: Mapping[str, tuple[str, str]] = {}
     takes_sizes: bool = False
+    lora_prefixes: Mapping[str, Mapping[str, str]] = {}
+
+    @property
+    def text_parts(self) -> list[str]:
+        """Return the names of the parts that turn a caption into embeddings."""
+        return [part for part in self.parts if part.startswith(("text_encoder", "tokenizer"))]
+
+    # --- checks before weights load ---
+
+    def refuse(self, index: Mapping[str, Any]) -> str | None:
+        """Say why a model_index.json that names a class of this family is not a text-to-image model, or return None."""
+        return None
+
+    def check(self, model: Model, network: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+        """Check that the parts of a model belong together and take what this family gives them.
+
+        Args:
+            model: read as far as needed; no weights.
+            network: config.json of the network.
+            vae: config.json of the autoencoder that the run uses.
+
+        Raises:
+            UserError: a setting is missing, damaged, or that of another kind of model.
+        """
+
+    def zero_empty(self, index: Mapping[str, Any]) -> bool:
+        """Tell whether the pipeline samples its unconditional half with zeros, not with the empty prompt."""
+        return False
+
+    def assembly(self, zero_empty: bool) -> dict[str, Any]:
+        """Return what the pipeline's constructor needs beside the parts."""
+        return {}
+
+    def distilled(self, pipe: Any) -> str | None:
+        """Say what makes a pipeline one without classifier-free guidance (LCM and its kin), or return None."""
+        return None
 
     # --- captions to conditioning ---
 
@@ -38,15 +95,23 @@ class Family:
             caption: any text.
 
         Returns:
-            `hidden` (L, D), and under names of the family's own what else `inputs` needs.
+            `hidden` (L, D), and under names of the family's own what else `inputs` needs; equal shapes for all captions.
         """
-        raise NotImplementedError
+        raise NotImplementedError(self.unready)
 
     # --- images to latents ---
 
-    def latent_shape(self, vae_config: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, ...]:
+    def vae_factor(self, vae: Mapping[str, Any]) -> int:
+        """Return the pixels per latent along a side; a resolution is a multiple of it."""
+        raise NotImplementedError(self.unready)
+
+    def pixel_step(self, network: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
+        """Return what both sides of an image of any shape must be multiples of, pixels."""
+        raise NotImplementedError(self.unready)
+
+    def latent_shape(self, vae: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, ...]:
         """Return the shape (C, h, w) of one latent of an image of (width, height) pixels."""
-        raise NotImplementedError
+        raise NotImplementedError(self.unready)
 
     def encode(self, vae: Any, pixels: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
         """Return the clean latents x0 of pixels, with a given draw from the VAE's posterior.
@@ -59,7 +124,15 @@ class Family:
         Returns:
             (B, C, h, w) float32 on the CPU, shifted and scaled as the network sees it.
         """
-        raise NotImplementedError
+        raise NotImplementedError(self.unready)
+
+    def start_shape(self, pipe: Any, size: tuple[int, int]) -> tuple[int, ...]:
+        """Return the shape of one image's start noise as the pipeline takes it, for (width, height) pixels."""
+        raise NotImplementedError(self.unready)
+
+    def native_side(self, network: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
+        """Return the side that the pipeline samples at by default, pixels, from the parts' settings."""
+        raise NotImplementedError(self.unready)
 
     # --- what the network is given and what it returns ---
 
@@ -73,12 +146,12 @@ class Family:
             sizes: (B, 6) pixels (`ViewRule.sizes`); None unless the family `takes_sizes`.
             device: where the network is.
         """
-        raise NotImplementedError
+        raise NotImplementedError(self.unready)
 
     def predict(
         self, network: Any, x_t: torch.Tensor, timesteps: torch.Tensor, inputs: Mapping[str, Any]
     ) -> torch.Tensor:
-        """Run the network on unpacked latents and return its output in the schedule's parametrisation.
+        """Run the network and return its output in the schedule's parametrisation.
 
         Args:
             network: what is trained, or a wrapper around it (DDP, FSDP).
@@ -87,6 +160,29 @@ class Family:
             inputs: from `inputs`.
 
         Returns:
-            (B, C, h, w): epsilon, v, x0 or flow `eps - x0`, as the `NoiseSchedule` says.
+            (B, C, h, w): epsilon, v, x0 or flow, as the `NoiseSchedule` of the model's scheduler says.
         """
-        raise NotImplementedError
+        raise NotImplementedError(self.unready)
+
+    # --- adapters ---
+
+    def original_names(self, network: Any) -> dict[str, str]:
+        """Return what the authors' own code calls the network's layers, by diffusers' name, where it differs."""
+        return {}
+
+    def kohya_names(self, network: Any) -> dict[str, str]:
+        """Return what sd-scripts calls the network's layers in its files, by diffusers' name, where it differs."""
+        return {}
+
+    def save_lora(self, folder: Path, layers: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
+        """Write a LoRA of the network as the stock pipeline does, with peft's settings in the file's head.
+
+        Args:
+            folder: gets pytorch_lora_weights.safetensors.
+            layers: by peft's names in the network.
+            metadata: peft's settings, plain JSON.
+        """
+        import diffusers
+
+        layers_of, metadata_of = f"{self.network}_lora_layers", f"{self.network}_lora_adapter_metadata"
+        getattr(diffusers, self.pipeline).save_lora_weights(folder, **{layers_of: layers, metadata_of: metadata})

@@ -37,6 +37,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ambient_sd.families import of_pipeline
+from ambient_sd.families.family import Family
+from ambient_sd.families.sgm import layers_in
 from ambient_sd.utils.errors import UserError, one_line
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # diffusers'
@@ -58,8 +61,8 @@ _ENDINGS: dict[str, Part] = {
     ".lora_B.bias": "bias", ".lora_B.default.bias": "bias",
 }  # fmt: skip
 _OLDEST = {
-    "unet": {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"},
-    "text_encoder": {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"},
+    "network": {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"},
+    "text encoder": {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"},
 }
 _OTHER_KINDS = {
     r"hada_": "LoHa", r"lokr_": "LoKr", r"boft_": "BOFT", r"oft_": "OFT", r"lora_mid": "a LoRA in Tucker form (lora_mid)",
@@ -108,7 +111,7 @@ class Layer:
     """Hold the update of one layer, in the shapes that the layer has: `down` is A, `up` is B.
 
     Attributes:
-        part: "unet", "text_encoder" or "text_encoder_2".
+        part: of the pipeline, the network or a text encoder.
         path: of the layer in it.
         down, up: `(rank, in)` and `(out, rank)`; of a convolution `(rank, in, h, w)` and `(out, rank, 1, 1)`.
         magnitude: DoRA's length of each row, `(out,)`, of a convolution `(1, out, 1, 1)`; None: plain LoRA.
@@ -151,6 +154,7 @@ class Adapter:
         schemes: how its tensors are named.
         alpha_from: what says alpha.
         rslora: per part, whether the scale is alpha / sqrt(rank).
+        network: which part is the denoising network.
     """
 
     file: LoraFile
@@ -158,6 +162,7 @@ class Adapter:
     schemes: Sequence[str]
     alpha_from: str
     rslora: Mapping[str, bool]
+    network: str
 
     def record(self) -> dict[str, Any]:
         """Return what outputs say of it, for JSON: which file, and what of it was loaded."""
@@ -203,7 +208,7 @@ def load_lora(
     else:
         place = locate(source, weight_name=weight_name, subfolder=subfolder, **hub)
         file = read(place, str(source))
-    adapter = fit(file, parts_of(pipe), type(pipe).__name__)
+    adapter = fit(file, parts_of(pipe), of_pipeline(pipe))
     attach(pipe, adapter, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
     return adapter.record()
 
@@ -225,6 +230,10 @@ def choose(names: Sequence[str], where: str, weight_name: str | None = None) -> 
 
     Raises:
         UserError: there is none, only pickle, or several of which none has such a name.
+
+    Example:
+        >>> choose(["adapter_model.safetensors", "other.safetensors"], "a folder")
+        'adapter_model.safetensors'
     """
     if weight_name is not None:
         refuse_pickle(weight_name)
@@ -391,83 +400,15 @@ def parts_of(pipe: Any) -> dict[str, nn.Module]:
     """Return the parts of a pipeline that a LoRA can change.
 
     Raises:
-        UserError: it has no U-Net.
+        UserError: adapters are not loaded into pipelines of its family.
     """
-    if not hasattr(getattr(pipe, "unet", None), "down_blocks"):
+    family = of_pipeline(pipe)
+    if not isinstance(getattr(pipe, family.network, None), nn.Module) or not family.lora_prefixes:
         raise UserError(
             f"{type(pipe).__name__} has no U-Net", rule="adapters are loaded into Stable Diffusion 1, 2 and XL"
         )
-    named = {name: getattr(pipe, name, None) for name in ("unet", "text_encoder", "text_encoder_2")}
+    named = {name: getattr(pipe, name, None) for name in family.lora_prefixes}
     return {name: part for name, part in named.items() if isinstance(part, nn.Module)}
-
-
-def layers_in(part: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear and convolution layers of a network by name; those with an adapter count as what they were."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    found: dict[str, nn.Module] = {}
-    inside: tuple[str, ...] = ()
-    for name, module in part.named_modules():
-        if inside and name.startswith(inside):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside = (*inside, f"{name}.")
-        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            found[name] = layer
-    return found
-
-
-def sgm_names(unet: Any) -> dict[str, str]:
-    """Return the names that Stability's own U-Net (sgm, ldm) has for the layers of diffusers' one.
-
-    A down block holds one input block for each residual block (`.0`; its transformer is `.1`) and one for the downsampler; an up block
-    one output block for each residual block, of which the last one has the upsampler too.
-    """
-    places = {
-        "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
-    }  # fmt: skip
-
-    def block(ours: str, theirs: str, module: Any, j: int) -> bool:
-        places[f"{ours}.resnets.{j}"] = f"{theirs}.0"
-        attends = bool(getattr(module, "attentions", None))
-        if attends:
-            places[f"{ours}.attentions.{j}"] = f"{theirs}.1"
-        return attends
-
-    n = 1
-    for i, module in enumerate(unet.down_blocks):
-        for j in range(len(module.resnets)):
-            block(f"down_blocks.{i}", f"input_blocks.{n}", module, j)
-            n += 1
-        if getattr(module, "downsamplers", None):
-            places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{n}.0.op"
-            n += 1
-    n = 0
-    for i, module in enumerate(unet.up_blocks):
-        for j in range(len(module.resnets)):
-            attends = block(f"up_blocks.{i}", f"output_blocks.{n}", module, j)
-            if j == len(module.resnets) - 1 and getattr(module, "upsamplers", None):
-                places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{n}.{1 + attends}.conv"
-            n += 1
-    if (middle := getattr(unet, "mid_block", None)) is not None:
-        steps = ["resnets.0"]
-        for j in range(len(middle.resnets) - 1):
-            attention = [f"attentions.{j}"] if getattr(middle, "attentions", None) else []
-            steps += [*attention, f"resnets.{j + 1}"]
-        places |= {f"mid_block.{step}": f"middle_block.{k}" for k, step in enumerate(steps)}
-    inner = {
-        "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
-    }  # fmt: skip
-    found = {}
-    for name in layers_in(unet):
-        ours = next((place for place in places if name == place or name.startswith(f"{place}.")), None)
-        if ours is not None:
-            rest = name[len(ours) + 1 :]
-            rest = inner.get(rest, rest) if ".resnets." in f".{ours}" else rest
-            found[name] = places[ours] + (f".{rest}" if rest else "")
-    return found
 
 
 @dataclass(frozen=True)
@@ -477,7 +418,7 @@ class _Target:
     path: str
 
 
-def _known(parts: Mapping[str, nn.Module]) -> dict[str, _Target | None]:
+def _known(parts: Mapping[str, nn.Module], family: Family) -> dict[str, _Target | None]:
     """Return every name under which a layer may stand in a file; None where it would be that of two layers."""
     known: dict[str, _Target | None] = {}
 
@@ -486,56 +427,43 @@ def _known(parts: Mapping[str, nn.Module]) -> dict[str, _Target | None]:
         other = before is not None and (before.part, before.path) != (part, path)
         known[name] = None if other or (before is None and name in known) else before or _Target(scheme, part, path)
 
-    unet = parts["unet"]
-    sgm = sgm_names(unet)
-    for path in layers_in(unet):
-        for name in {path, sgm.get(path, path)}:
-            flat = name.replace(".", "_")
-            for prefix, scheme in {"base_model.model.": "PEFT", "diffusion_model.": "ComfyUI", "": "bare"}.items():
-                add(prefix + name, scheme, "unet", path)
-            add(f"lora_unet_{flat}", "kohya", "unet", path)
-        for prefix, scheme in {"unet.": "diffusers", "unet.base_model.model.": "PEFT", "base_model.model.unet.": "PEFT"}.items():  # fmt: skip
-            add(prefix + path, scheme, "unet", path)
-        for end, theirs in _OLDEST["unet"].items():
-            if path.endswith(f".{theirs}"):
-                old = f"{path.removesuffix(theirs)}{end}_lora"
-                add(f"unet.{old}", "diffusers", "unet", path)
-                add(old, "bare", "unet", path)
-    xl = "text_encoder_2" in parts
-    kohya = {"text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
-    comfy = {"text_encoder": ("clip_l",) if xl else ("clip_l", "clip_h"), "text_encoder_2": ("clip_g",)}
-    for part in parts:
-        if part == "unet":
-            continue
-        for path in layers_in(parts[part]):
+    for part, module in parts.items():
+        is_network = part == family.network
+        original = family.original_names(module) if is_network else {}
+        bare = {"": "bare", "base_model.model.": "PEFT"} if is_network else {}
+        prefixes = bare | {
+            f"{part}.": "diffusers",
+            f"{part}.base_model.model.": "PEFT",
+            f"base_model.model.{part}.": "PEFT",
+        }
+        prefixes |= family.lora_prefixes[part]
+        oldest = _OLDEST["network" if is_network else "text encoder"]
+        for path in layers_in(module):
             # Newer versions of transformers have no text_model between the encoder and its layers.
-            bare = path.removeprefix("text_model.")
-            for name in (bare, f"text_model.{bare}"):
-                add(f"{part}.{name}", "diffusers", part, path)
-                add(f"{part}.base_model.model.{name}", "PEFT", part, path)
-                for prefix in kohya[part]:
-                    add(prefix + name.replace(".", "_"), "kohya", part, path)
-                for clip in comfy[part]:
-                    add(f"text_encoders.{clip}.transformer.{name}", "ComfyUI", part, path)
-                for end, theirs in _OLDEST["text_encoder"].items():
+            short = path.removeprefix("text_model.")
+            for name in {path, original.get(path, path)} if is_network else {short, f"text_model.{short}"}:
+                for prefix, scheme in prefixes.items():
+                    add(prefix + (name.replace(".", "_") if prefix.endswith("_") else name), scheme, part, path)
+                for end, theirs in oldest.items():
                     if name.endswith(f".{theirs}"):
-                        add(f"{part}.{name.removesuffix(theirs)}{end}_lora", "diffusers", part, path)
+                        for prefix in ("", f"{part}.") if is_network else (f"{part}.",):
+                            add(f"{prefix}{name.removesuffix(theirs)}{end}_lora", prefixes[prefix], part, path)
     return known
 
 
-def fit(file: LoraFile, parts: Mapping[str, nn.Module], base: str) -> Adapter:
+def fit(file: LoraFile, parts: Mapping[str, nn.Module], family: Family) -> Adapter:
     """Find the layer that each tensor of a file belongs to; the networks are only looked at, and may be without storage.
 
     Args:
         file: from `read`.
-        parts: "unet" and, where there are, "text_encoder" and "text_encoder_2".
-        base: what messages call the base.
+        parts: those of the base that a LoRA can change, by name.
+        family: of the base.
 
     Raises:
         UserError: a tensor is left over, missing, of a wrong shape or not finite, or the update is zero everywhere.
     """
     _require_lora(list(file.tensors), file.label)
-    known = _known(parts)
+    known = _known(parts, family)
     found: dict[tuple[str, str], dict[Part, tuple[str, Tensor]]] = {}
     schemes: dict[str, None] = {}
     left = []
@@ -551,26 +479,24 @@ def fit(file: LoraFile, parts: Mapping[str, nn.Module], base: str) -> Adapter:
         place[split[1]] = (name, tensor)
         schemes[target.scheme] = None
     if left:
-        what = (
-            f"{len(left)} of {len(file.tensors)} tensors of the adapter {file.label} belong to no layer of this {base}"
-        )
+        what = f"{len(left)} of {len(file.tensors)} tensors of the adapter {file.label} belong to no layer of this {family.pipeline}"
         wrong = any(_TRANSFORMER.match(name) for name in left)
         rule = "it was made for a transformer, such as SD3 or Flux, and the base has a U-Net" if wrong else (
             "an adapter is loaded whole or not at all"
         )  # fmt: skip
         raise UserError(f"{what}, the first is {one_line(left[0], 160)!r}", rule=rule,
                         remedy="give the base that it was trained on")  # fmt: skip
-    configs = _configs(file, parts)
+    configs = _configs(file, parts, family.network)
     modules = {part: layers_in(network) for part, network in parts.items()}
     layers, sources = [], set()
     for (part, path), tensors in found.items():
         layer, source = _layer(file, part, path, modules[part][path], tensors, configs.get(part, {}))
         layers.append(layer)
         sources.add(source)
-    _check_settings(file, layers, configs, modules)
+    _check_settings(file, layers, configs, modules, family.network)
     adapter = Adapter(
         file, layers, list(schemes), " + ".join(sorted(sources)),
-        {part: bool(configs.get(part, {}).get("use_rslora")) for part in parts},
+        {part: bool(configs.get(part, {}).get("use_rslora")) for part in parts}, family.network,
     )  # fmt: skip
     if not any(layer.magnitude is not None or layer.moves() for layer in layers):
         raise _changes_nothing(file, len(layers))
@@ -710,7 +636,7 @@ def _of_layer(file: LoraFile, config: Mapping[str, Any], key: str, path: str, de
     return default
 
 
-def _configs(file: LoraFile, parts: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
+def _configs(file: LoraFile, parts: Mapping[str, nn.Module], network: str) -> dict[str, dict[str, Any]]:
     """Return peft's settings by part: those of the file's head, or of the adapter_config.json beside it."""
     found: dict[str, dict[str, Any]] = {}
     raw = file.metadata.get(_METADATA_KEY)
@@ -721,8 +647,8 @@ def _configs(file: LoraFile, parts: Mapping[str, nn.Module]) -> dict[str, dict[s
             raise _unfit(file, f"has a head that cannot be read: {_METADATA_KEY}") from None
         for key, value in values.items():
             part, dot, name = str(key).partition(".")
-            # Without a part: of `unet.save_lora_adapter`.
-            part, name = (part, name) if dot else ("unet", part)
+            # Without a part: of the network's own `save_lora_adapter`.
+            part, name = (part, name) if dot else (network, part)
             if part not in parts:
                 raise _unfit(
                     file,
@@ -731,12 +657,13 @@ def _configs(file: LoraFile, parts: Mapping[str, nn.Module]) -> dict[str, dict[s
                 )
             found.setdefault(part, {})[name] = value
     if file.config is not None:
-        found["unet"] = dict(file.config)
+        found[network] = dict(file.config)
     return found
 
 
 def _check_settings(
-    file: LoraFile, layers: Sequence[Layer], configs: Mapping[str, Mapping[str, Any]], modules: Mapping[str, Mapping[str, nn.Module]]
+    file: LoraFile, layers: Sequence[Layer], configs: Mapping[str, Mapping[str, Any]], modules: Mapping[str, Mapping[str, nn.Module]],
+    network: str,
 ) -> None:  # fmt: skip
     """Refuse settings under which the tensors mean something else, and layers that the settings name and the file lacks."""
     from peft import LoraConfig
@@ -777,7 +704,7 @@ def _check_settings(
             have = [getattr(layer, name) is not None for layer in layers if layer.part == part]
             if any(have) and not all(have):
                 raise _unfit(file, f"has a {name} in {sum(have)} of {len(have)} layers of {part}")
-    if any(layer.bias is not None and layer.part != "unet" for layer in layers):
+    if any(layer.bias is not None and layer.part != network for layer in layers):
         raise _unfit(file, "has biases of B in a text encoder, which is not supported")
 
 
@@ -793,7 +720,7 @@ def attach(pipe: Any, adapter: Adapter, adapter_name: str | None = None, *, low_
     from diffusers.utils import get_adapter_name
 
     parts = parts_of(pipe)
-    name = get_adapter_name(parts["unet"]) if adapter_name is None else adapter_name
+    name = get_adapter_name(parts[adapter.network]) if adapter_name is None else adapter_name
     if not re.fullmatch(r"[\w-]+", name):
         raise UserError(f"adapter_name is {name!r}", rule="it is made of letters, digits, - and _")
     if any(name in getattr(part, "peft_config", {}) for part in parts.values()):
@@ -824,9 +751,9 @@ def _inject(pipe: Any, adapter: Adapter, name: str, low_cpu_mem_usage: bool) -> 
         by_part.setdefault(layer.part, []).append(layer)
     for part, layers in by_part.items():
         config = _peft_settings(layers, adapter.rslora[part])
-        if part == "unet":
+        if part == adapter.network:
             state = {f"{layer.path}.{key}": value for layer in layers for key, value in layer.tensors()}
-            pipe.unet.load_lora_adapter(
+            getattr(pipe, part).load_lora_adapter(
                 state,
                 prefix=None,
                 metadata=config,

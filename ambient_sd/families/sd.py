@@ -7,23 +7,94 @@ output         epsilon or v, as the scheduler's prediction_type says
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ambient_sd.families import sgm
 from ambient_sd.families.family import Family
+from ambient_sd.families.guidance import Guidance
+from ambient_sd.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from ambient_sd.families.base import Model
+
+# Settings of U-Nets that need more than noisy latents, a timestep and a caption (unCLIP, image variations).
+_MORE_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")
+LAYOUT = Guidance(network="unet", sample="sample", embeds="encoder_hidden_states")
 
 
 class StableDiffusion(Family):
-    """Describe Stable Diffusion 1.x and 2.x."""
+    """Describe Stable Diffusion 1.x and 2.x.
+
+    Example:
+        >>> SD.latent_shape({"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}, (512, 768))
+        (4, 96, 64)
+    """
 
     name = "Stable Diffusion 1.x or 2.x"
+    pipeline = "StableDiffusionPipeline"
+    guarded: str | None = "AmbientSDPipeline"
+    guidance: Mapping[str, Guidance] = {
+        "StableDiffusionPipeline": LAYOUT, "StableDiffusionImg2ImgPipeline": LAYOUT, "StableDiffusionInpaintPipeline": LAYOUT,
+    }  # fmt: skip
     network = "unet"
     parts: Mapping[str, tuple[str, str]] = {
         "unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", "AutoencoderKL"),
         "text_encoder": ("transformers", "CLIPTextModel"), "tokenizer": ("transformers", "CLIPTokenizer"),
     }  # fmt: skip
+    lora_prefixes: Mapping[str, Mapping[str, str]] = {
+        "unet": {"lora_unet_": "kohya", "diffusion_model.": "ComfyUI"},
+        "text_encoder": {
+            "lora_te_": "kohya", "lora_te1_": "kohya",
+            "text_encoders.clip_l.transformer.": "ComfyUI", "text_encoders.clip_h.transformer.": "ComfyUI",
+        },
+    }  # fmt: skip
+    # What of `addition_embed_type` it can be given: "text" pools the caption's own embedding, and nothing more is needed.
+    additions: tuple[str | None, ...] = (None, "text")
+
+    def check(self, model: Model, network: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+        for part, settings, keys in (
+            ("unet", network, ("in_channels", "block_out_channels", "cross_attention_dim")),
+            ("vae", vae, ("latent_channels", "block_out_channels")),
+        ):
+            if absent := [key for key in keys if key not in settings]:
+                raise _damaged(model, part, f"no {absent[0]!r}", "the file is damaged or cut short")
+            if wrong := [k for k in keys if k.endswith("_channels") and not _counts(k, settings[k])]:
+                raise _damaged(model, part, f"{wrong[0]} = {settings[wrong[0]]!r}", "the file is damaged")
+        scale = vae.get("scaling_factor", 1.0)
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+            raise _damaged(model, "vae", f"scaling_factor = {scale!r}", "latents are multiplied by it")
+        if more := [key for key in _MORE_INPUTS if network.get(key) not in self.additions]:
+            raise UserError(
+                f"the U-Net of {model.name} has {more[0]} = {network[more[0]]!r}",
+                rule=f"as a {self.pipeline} it is given noisy latents, a timestep and a caption"
+                + (", with sizes" if self.takes_sizes else ""),
+                remedy="give a text-to-image base: Stable Diffusion 1.x or 2.x, or SDXL base",
+            )
+        self.check_conditioning(model, network)
+        if network["in_channels"] != vae["latent_channels"]:
+            raise UserError(
+                f"the U-Net of {model.name} takes {network['in_channels']} channels and its VAE gives {vae['latent_channels']}",
+                rule="inpainting, depth and upscaling variants need more inputs than a caption",
+                remedy="give a text-to-image base",
+            )
+
+    def check_conditioning(self, model: Model, network: Mapping[str, Any]) -> None:
+        """Check that the U-Net takes the width of what `inputs` gives it."""
+
+    def distilled(self, pipe: Any) -> str | None:
+        # The U-Net says it, not the sampler: with an LCM LoRA and LCMScheduler a stock pipeline asks its network for both
+        # halves at every scale above 1, and that is guidance like any other.
+        config = getattr(getattr(pipe, "unet", None), "config", None)
+        if getattr(config, "time_cond_proj_dim", None) is not None:
+            return f"the U-Net of {type(pipe).__name__} takes the guidance scale as an input (time_cond_proj_dim)"
+        return None
+
+    def assembly(self, zero_empty: bool) -> dict[str, Any]:
+        return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
     def embed(self, parts: Mapping[str, Any], caption: str) -> dict[str, torch.Tensor]:
         model = parts["text_encoder"]
@@ -33,14 +104,28 @@ class StableDiffusion(Family):
         hidden = model(tokens.input_ids.to(model.device), attention_mask=mask)[0][0]
         return {"hidden": hidden.float().cpu()}
 
-    def latent_shape(self, vae_config: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, ...]:
-        factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
-        return int(vae_config["latent_channels"]), size[1] // factor, size[0] // factor
+    def vae_factor(self, vae: Mapping[str, Any]) -> int:
+        return int(2 ** (len(vae["block_out_channels"]) - 1))
+
+    def pixel_step(self, network: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
+        # Each level of the U-Net halves the sides too.
+        return self.vae_factor(vae) * int(2 ** (len(network["block_out_channels"]) - 1))
+
+    def latent_shape(self, vae: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, ...]:
+        factor = self.vae_factor(vae)
+        return int(vae["latent_channels"]), size[1] // factor, size[0] // factor
 
     def encode(self, vae: Any, pixels: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         z: torch.Tensor = posterior.mean.float().cpu() + posterior.std.float().cpu() * draw
         return (z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+    def start_shape(self, pipe: Any, size: tuple[int, int]) -> tuple[int, ...]:
+        factor = pipe.vae_scale_factor
+        return pipe.unet.config.in_channels, size[1] // factor, size[0] // factor
+
+    def native_side(self, network: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
+        return int(network["sample_size"]) * self.vae_factor(vae)
 
     def inputs(
         self, embeddings: Mapping[str, torch.Tensor], sizes: torch.Tensor | None, device: torch.device | str
@@ -53,11 +138,25 @@ class StableDiffusion(Family):
         output: torch.Tensor = network(x_t, timesteps, **inputs, return_dict=False)[0]
         return output
 
+    def original_names(self, network: Any) -> dict[str, str]:
+        return sgm.names(network)
+
 
 def tokenize(tokenizer: Any, caption: str) -> Any:
     """Tokenize as the pipelines do: padded and cut to the encoder's length."""
     length = tokenizer.model_max_length
     return tokenizer(caption, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+
+
+def _damaged(model: Model, part: str, what: str, rule: str) -> UserError:
+    return UserError(f"{part}/config.json of {model.name} has {what}", rule=rule, remedy="fetch the base anew")
+
+
+def _counts(key: str, value: Any) -> bool:
+    """Tell whether `in_channels` and the like is a whole number, and `block_out_channels` a list of them."""
+    if key == "block_out_channels":
+        return isinstance(value, list) and bool(value) and all(type(v) is int and v > 0 for v in value)
+    return type(value) is int and value > 0
 
 
 SD = StableDiffusion()

@@ -78,7 +78,7 @@ def fitted(terms: torch.Tensor, low_timestep: int = LOW_TIMESTEP) -> AnisotropyT
     flat = terms.double().reshape(-1, 2)
     if len(flat) < 2:
         raise UserError("one ordinary image has no spread", rule="anisotropy weighs its terms by it",
-                        remedy="give more ordinary prompts, or more --generations")  # fmt: skip
+                        remedy="give more ordinary prompts, or more --num_images_per_prompt")  # fmt: skip
     spread = flat.std(0)
     if not bool((spread > 1e-9).all()):  # NaN as well
         name = ("norm", "alignment")[int((~(spread > 1e-9)).nonzero()[0])]

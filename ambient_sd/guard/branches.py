@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ambient_sd.families.guidance import Layout
+from ambient_sd.families.guidance import Guidance
 from ambient_sd.guard.attention import map_tensors, take, weighed
 from ambient_sd.guard.policies.base import Encoded, GuidanceBranches, Half
 from ambient_sd.utils.errors import UserError
@@ -48,7 +48,7 @@ class NetworkHalves(GuidanceBranches):
     def __init__(
         self,
         network: torch.nn.Module,
-        layout: Layout,
+        layout: Guidance,
         *,
         cond: dict[str, Any],
         uncond: dict[str, Any],
@@ -113,13 +113,12 @@ class NetworkHalves(GuidanceBranches):
         return _differentiable(self._network, self._checkpointing)
 
 
-def rows_of(inputs: dict[str, Any], layout: Layout, batch: int, rows: torch.Tensor | slice) -> dict[str, Any]:
+def rows_of(inputs: dict[str, Any], layout: Guidance, batch: int, rows: torch.Tensor | slice) -> dict[str, Any]:
     """Return the network's inputs for some rows of a batch.
 
     Example:
-        >>> from ambient_sd.families.guidance import layout_of
-        >>> from ambient_sd.assets.tiny import tiny_pipeline
-        >>> rows_of({"sample": torch.arange(4)}, layout_of(tiny_pipeline()), 4, slice(2, 4))["sample"].tolist()
+        >>> from ambient_sd.families.sd import LAYOUT
+        >>> rows_of({"sample": torch.arange(4)}, LAYOUT, 4, slice(2, 4))["sample"].tolist()
         [2, 3]
     """
     return {name: value if name in layout.shared else take(value, batch, rows) for name, value in inputs.items()}

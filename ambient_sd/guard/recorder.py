@@ -31,7 +31,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
-from ambient_sd.families.guidance import SUPPORTED, layout_of, refuse_distilled
+from ambient_sd.families import SUPPORTED, guidance_of, refuse_distilled, tokenizers_of
 from ambient_sd.guard import scores
 from ambient_sd.guard.attention import require_weighable, weighed
 from ambient_sd.guard.branches import NetworkHalves, get, put, rows_of
@@ -206,6 +206,10 @@ class MemorizationGuard:
             on v-prediction models (SD2) is another number, and what published targets for them are of. Scores, thresholds and
             the targets of policies are all in it. None: that of calibrated thresholds, else "noise".
 
+    Attributes:
+        image_indices: which image of its prompt each image of the next call is, counted from 0, for a caller that spreads the images of
+            a prompt over several calls; policies with random numbers of their own go by it. None: counted within the call.
+
     Raises:
         UserError: the pipeline, its scheduler or an argument cannot be used.
 
@@ -220,6 +224,8 @@ class MemorizationGuard:
         (2, False)
     """
 
+    image_indices: Sequence[int] | None = None
+
     def __init__(
         self,
         pipe: Any,
@@ -230,7 +236,7 @@ class MemorizationGuard:
         stop_after: int | None = None,
         score_space: scores.Space | None = None,
     ) -> None:
-        self._layout = layout_of(pipe)
+        self._layout = guidance_of(pipe)
         if policy is not None and not isinstance(policy, Policy):
             raise UserError(
                 f"policy is a {type(policy).__name__}",
@@ -784,7 +790,9 @@ class MemorizationGuard:
         if call.prompts is not None:
             prompts = [call.prompts[i // call.images_per_prompt] for i in range(call.images)]
         ids, mask = self._tokens(call, halves.cond.embeds.shape[1])
-        change = self.policy.begin(SamplingStart(halves, list(call.active), prompts, call.encode, ids, mask))
+        change = self.policy.begin(
+            SamplingStart(halves, list(call.active), prompts, call.encode, ids, mask, self.image_indices)
+        )
         if change is None:
             return
         call.change = change
@@ -856,7 +864,7 @@ class MemorizationGuard:
         """Return ids and mask of every image's prompt, or None where tokens are not the rows of the embeddings."""
         if call.prompts is None or not self._layout.tokens:
             return None, None
-        tokenizer = getattr(self.pipe, "tokenizer", None) or self.pipe.tokenizer_2
+        tokenizer = tokenizers_of(self.pipe)[0]
         texts: Any = call.prompts
         if hasattr(self.pipe, "maybe_convert_prompt"):  # textual inversion: one word, several tokens
             texts = self.pipe.maybe_convert_prompt(texts, tokenizer)

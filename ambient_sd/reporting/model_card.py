@@ -18,12 +18,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import yaml
-from huggingface_hub import EvalResult, ModelCardData, hf_hub_download
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+import ambient_sd
 from ambient_sd.audit.record import FILE_NAME as AUDIT_NAME
 from ambient_sd.audit.record import AuditRecord
 from ambient_sd.guard.calibration import FILE_NAME as THRESHOLD_NAME
@@ -40,9 +42,11 @@ if TYPE_CHECKING:
     from ambient_sd.data.sources import ImageDataset
     from ambient_sd.families.base import Base
     from ambient_sd.objective import AmbientObjective
+    from ambient_sd.training import RunRecord
 
 logger = logging.getLogger(__name__)
 
+_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
 CARD_NAME, FACTS_NAME = "README.md", "card.json"
 # `--out MODEL/audit`, and a copy of its audit.json beside the weights.
 AUDIT_PLACES = (f"audit/{AUDIT_NAME}", AUDIT_NAME)
@@ -68,7 +72,7 @@ class Facts:
         licence: license, license_name, license_link of the base, as in a card's head.
         objective: ambient, plain, gap or weighted; level: s_n or the gap's lower edge; timestep: where `level` lies on the base's
             schedule of `timesteps` steps, None below its first.
-        xl: the base is an SDXL; vae: public name of a VAE that stood in for the base's own, else None.
+        pipeline: the class that samples it, of this package or of diffusers; vae: public name of a VAE that stood in for the base's own, else None.
         lora: rank, alpha, dropout, dora, targets; None for a full fine-tune.
         batch: samples per optimizer step.
         images: how many; distinct: without exact copies; groups: near-duplicate groups, None where not looked for;
@@ -91,7 +95,7 @@ class Facts:
     timesteps: int
     gap_upper: float | None
     reweight: int | None
-    xl: bool
+    pipeline: str
     vae: str | None
     lora: dict[str, Any] | None
     averaged: bool
@@ -141,21 +145,15 @@ class Facts:
 
     def _check(self) -> None:
         """Refuse values of other kinds than `describe_run` gives: the card trusts them."""
-        kinds: dict[type | tuple[type, ...], str] = {
-            int: "timesteps steps batch resolution images distinct grouped captioned",
-            (int, float): "level learning_rate finished",
-            (int, float, type(None)): "timestep gap_upper reweight groups",
-            str: "base objective prediction_type lr_scheduler fingerprint",
-            (str, type(None)): "base_id dataset vae",
-            bool: "xl averaged fresh_copies level_proposed",
-            (dict, type(None)): "lora",
-            dict: "also base_files",
-            list: "prompts",
-        }
-        for kind, names in kinds.items():
-            for name in names.split():
-                if not isinstance(getattr(self, name), kind):
-                    raise TypeError(f"{name} is {one_line(repr(getattr(self, name)), 40)}")
+        for name, hint in get_type_hints(type(self)).items():
+            kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+            allowed = tuple(
+                kind for each in kinds for kind in ((int, float) if each is float else (get_origin(each) or each,))
+            )
+            if not isinstance(getattr(self, name), allowed):
+                raise TypeError(f"{name} is {one_line(repr(getattr(self, name)), 40)}")
+        if not self.pipeline.isidentifier():
+            raise ValueError("pipeline is no name of a class")
         numbers = [value for value in vars(self).values() if isinstance(value, (int, float))]
         if not all(abs(number) <= sys.float_info.max for number in numbers) or self.images < 1:
             raise ValueError("a number is out of range")
@@ -215,7 +213,7 @@ def describe_run(
         timesteps=objective.schedule.num_train_timesteps,
         gap_upper=config.gap_upper,
         reweight=config.reweight,
-        xl=base.is_xl,
+        pipeline=base.family.guarded or base.family.pipeline,
         vae=_public(config.pretrained_vae_model_name_or_path),
         lora=None
         if not config.lora
@@ -257,6 +255,22 @@ def _public(name: str | None) -> str | None:
     return None if name is None else name if HUB_ID.fullmatch(name) and not Path(name).exists() else "another VAE"
 
 
+def write_run_card(record: RunRecord) -> None:
+    """Write card.json and README.md of a finished training beside its result.
+
+    The weights are on disk by then: what goes wrong here is a warning.
+    """
+    plan = record.plan
+    try:
+        facts = describe_run(
+            plan.config, base=plan.base, objective=plan.objective, images=plan.images, prompts=plan.prompts,
+            steps=record.steps, batch=record.global_batch, level_proposed=plan.level_reason is not None,
+        )  # fmt: skip
+        write_card(record.output, facts)
+    except Exception as error:
+        logger.warning("no model card: %s; the results in %s are whole", one_line(error, 300), record.output)
+
+
 def write_card(folder: Path, facts: Facts) -> None:
     """Write card.json and README.md to `folder`; a README.md that a person wrote or edited stays."""
     facts.write(folder)
@@ -295,19 +309,15 @@ def make_card(
     """
     sheet = _sheet(facts, folder)
     audit, left_out = _find_audit(facts, folder) if measured else (None, [])
-    parts = [
-        f"# {inline(facts.base, 100)}, fine-tuned on {facts.images} images",
-        _what(facts),
-        *_usage(facts, repo, revision),
-        *_data(facts),
-        *(_unaudited(left_out) if audit is None else _audited(audit)),
-        *(_threshold(facts, folder) if measured else []),
-        *([] if sheet is None else _samples(facts, sheet)),
-        *([] if sheet is None or not measured else _guard(sheet, folder)),
-        *_limits(facts),
-    ]
-    text = f"---\n{_head(facts, audit, repo)}\n---\n\n" + "\n\n".join(parts) + "\n"
-    return _stamped(text)
+    unknown = facts.licence == _UNKNOWN
+    card = ModelCard.from_template(
+        _head(facts, audit, repo), template_path=str(_TEMPLATE), facts=facts, inline=inline, code=_code(facts, repo, revision), repo=repo,
+        placeholder=PLACEHOLDER, licence=None if unknown else facts.licence, settings={k: v for k, v in facts.also.items() if k in _LOSS},
+        audit=None if audit is None else _audit_facts(audit), left_out=left_out, threshold=_threshold(facts, folder) if measured else None,
+        threshold_name=THRESHOLD_NAME, sheet=sheet, step=None if sheet is None else Path(sheet).stem.removeprefix("step-"),
+        shown_prompts=_SHOWN_PROMPTS, scores=[] if sheet is None or not measured else _scores(sheet, folder),
+    )  # fmt: skip
+    return _stamped(str(card))
 
 
 def renamed(text: str, repo: str) -> str:
@@ -345,9 +355,9 @@ def _digest(text: str) -> str:
     return hashlib.sha256(body.encode("utf-8", errors="replace")).hexdigest()
 
 
-def _head(facts: Facts, audit: AuditRecord | None, repo: str | None) -> str:
+def _head(facts: Facts, audit: AuditRecord | None, repo: str | None) -> ModelCardData:
     tags = ["stable-diffusion", "text-to-image", "diffusers", "ambient-sd", *(["lora"] if facts.lora else [])]
-    data = ModelCardData(
+    return ModelCardData(
         license=facts.licence.get("license"),
         license_name=facts.licence.get("license_name"),
         license_link=facts.licence.get("license_link"),
@@ -360,7 +370,6 @@ def _head(facts: Facts, audit: AuditRecord | None, repo: str | None) -> str:
         model_name=None if audit is None else repo or PLACEHOLDER,
         eval_results=None if audit is None else _results(facts, audit),
     )
-    return data.to_yaml()
 
 
 def _results(facts: Facts, audit: AuditRecord) -> list[EvalResult]:
@@ -375,158 +384,44 @@ def _results(facts: Facts, audit: AuditRecord) -> list[EvalResult]:
     ]  # fmt: skip
 
 
-def _what(facts: Facts) -> str:
-    if facts.lora:
-        kind = "DoRA" if facts.lora["dora"] else "LoRA"
-        kind += f", rank {int(facts.lora['rank'])}, alpha {float(facts.lora['alpha']):g}"
-        if facts.lora["dropout"]:
-            kind += f", dropout {float(facts.lora['dropout']):g}"
-        kind += f", on {inline(' '.join(map(str, facts.lora['targets'])))}"
-    else:
-        kind = "Full fine-tune of the U-Net" + (", moving average of the weights" if facts.averaged else "")
-    where = "" if facts.timestep is None else f" (timestep {facts.timestep:.4g} of {facts.timesteps} of this schedule)"
-    proposed = ", proposed from the images" if facts.level_proposed else ""
-    what = {
-        "ambient": f"ambient, nature level {facts.level:.4g}{where}{proposed}, weight a^{facts.reweight}",
-        "plain": "plain denoising",
-        "gap": f"plain denoising without the noise levels {facts.level:.4g}{where} to {facts.gap_upper}",
-        "weighted": f"plain denoising with weight a^{facts.reweight} above noise level {facts.level:.4g}{where}",
-    }.get(facts.objective, inline(facts.objective))
-    lines = [f"{kind}.", f"Objective: {what}; the U-Net predicts {inline(facts.prediction_type)}."]
-    if facts.fresh_copies:
-        lines.append("A control: every step saw a new noisy copy, which leaks the image like clean training.")
-    elif facts.objective == "ambient" and facts.level > 0:
-        lines.append(
-            "Above the nature level training never shows the network a clean image, only one fixed noisy version of each."
-        )
-    if facts.also:
-        given = ", ".join(f"`--{flag}` {inline(value)}" for flag, value in facts.also.items() if flag in _LOSS)
-        lines.append(f"Also: {given}.")
-    lines.append(
-        f"{facts.steps} steps of {facts.batch} samples at {facts.resolution} px, learning rate {facts.learning_rate:g} "
-        f"({inline(facts.lr_scheduler)})."
-    )
-    origin = (
-        f"[{facts.base_id}](https://huggingface.co/{facts.base_id})"
-        if facts.base_id
-        else f"{inline(facts.base, 100)}, a local folder"
-    )
-    lines.append(f"Base model: {origin}. {_licence_line(facts.licence)}")
-    return "\n".join(lines)
-
-
-def _licence_line(licence: dict[str, str]) -> str:
-    if licence == _UNKNOWN:
-        return "Its licence: unknown, see the base."
-    name = inline(licence.get("license_name") or licence["license"])
-    return (
-        f"Its licence: [{name}]({licence['license_link']})." if "license_link" in licence else f"Its licence: {name}."
-    )
-
-
-def _usage(facts: Facts, repo: str | None, revision: str | None) -> list[str]:
+def _code(facts: Facts, repo: str | None, revision: str | None) -> str:
+    """Return the snippet that samples these weights under the guard."""
     # ascii(): a Python literal on one line, whatever the name holds.
     source = ascii(repo or PLACEHOLDER).replace("'", '"')
     at = "" if revision is None else f", revision={revision!a}"
-    pipeline = "StableDiffusionXLPipeline" if facts.xl else "AmbientSDPipeline"
+    pipeline, guarded = facts.pipeline, facts.pipeline in ambient_sd.__all__
     if facts.lora:
-        base = f'"{facts.base_id or "BASE_MODEL"}"'
+        start = "pipe.load_lora_weights(" if guarded else "load_lora(pipe, "
         load = [
-            f"pipe = {pipeline}.from_pretrained({base})",
-            f"{'load_lora(pipe, ' if facts.xl else 'pipe.load_lora_weights('}{source}, "
-            f'weight_name="pytorch_lora_weights.safetensors"{at})',
+            f'pipe = {pipeline}.from_pretrained("{facts.base_id or "BASE_MODEL"}")',
+            f'{start}{source}, weight_name="pytorch_lora_weights.safetensors"{at})',
         ]
     else:
         load = [f"pipe = {pipeline}.from_pretrained({source}{at})"]
-    high = "  # how strongly the prompt pulled: high where an image may be copied"
-    if facts.xl:
-        code = [
-            "from ambient_sd import MemorizationGuard",
-            *(["from ambient_sd.families.lora import load_lora"] if facts.lora else []),
-            "from diffusers import StableDiffusionXLPipeline",
-            "",
-            *load,
-            "with MemorizationGuard(pipe) as guard:",
-            '    output = pipe("a caption")',
-            'output.images[0].save("image.png")',
-            f"print(guard.report[0].score){high}",
-        ]
+    high = "  # how strongly the prompt changes the image: high where it may be a copy"
+    if guarded:
+        begin, sample = [f"from ambient_sd import {pipeline}"], ['output = pipe("a caption")']
+        score = "output.memorization[0]"
     else:
-        code = [
-            "from ambient_sd import AmbientSDPipeline",
-            "",
-            *load,
-            'output = pipe("a caption")',
-            'output.images[0].save("image.png")',
-            f"print(output.memorization[0].score){high}",
-        ]
-    said = []
-    if facts.lora and facts.base_id is None:
-        said.append(f"BASE_MODEL stands for the base that this was trained on, {inline(facts.base, 100)}.")
-    if facts.lora and facts.vae is not None:
-        said.append(f"It was trained with {inline(facts.vae, 100)} in place of the base's VAE: draw with it too.")
-    if repo is None:
-        said.append(f"{PLACEHOLDER} stands for the folder that holds this page.")
-    return ["## Usage", "\n".join(["```python", *code, "```"]), *([" ".join(said)] if said else [])]
+        begin = ["from ambient_sd import MemorizationGuard",
+                 *(["from ambient_sd.families.lora import load_lora"] if facts.lora else []), f"from diffusers import {pipeline}"]  # fmt: skip
+        sample = ["with MemorizationGuard(pipe) as guard:", '    output = pipe("a caption")']
+        score = "guard.report[0]"
+    return "\n".join([*begin, "", *load, *sample, 'output.images[0].save("image.png")', f"print({score}.score){high}"])
 
 
-def _data(facts: Facts) -> list[str]:
-    n = facts.images
+def _audit_facts(audit: AuditRecord) -> dict[str, Any]:
+    """Return what the template prints of an audit of these weights: the outcome, what was compared, every figure."""
+    (file, digest), *more = _own_files(audit).items()
     rows = [
-        ("images", f"{n}" + ("" if facts.distinct == n else f", of which {n - facts.distinct} are exact copies of others")),
-        ("source", f"[{facts.dataset}](https://huggingface.co/datasets/{facts.dataset})" if facts.dataset else "local"),
-        ("resolution", f"{facts.resolution} x {facts.resolution} px"),
-        ("with a caption", f"{facts.captioned / n:.0%}"),
-        ("groups of near-duplicates", "not looked for" if facts.groups is None
-         else f"{facts.groups}, {facts.grouped} images in all; a group shares one noise" if facts.groups else "none found"),
-        ("SHA-256 of images and captions", inline(facts.fingerprint)),
-    ]  # fmt: skip
-    return ["## Training data", _table(["", ""], rows)]
-
-
-def _unaudited(left_out: Sequence[str]) -> list[str]:
-    said = "How much of the training images it hands back has not been measured here."
-    return [
-        "## Memorization",
-        " ".join([said, *(f"An audit lies here and is left out: {inline(why)}." for why in left_out)]),
+        (row.name, *_cells(row.generated), *_cells(row.heldout), _cells(row.excess, signed=True)[0])
+        for row in audit.rows
     ]
-
-
-def _audited(audit: AuditRecord) -> list[str]:
-    """Show an audit of these weights: the outcome, what was sampled and compared, every figure, and what it cannot tell."""
-    model, made, of = audit.model or {}, audit.images["generated"], audit.images
-    (name, digest), *more = _own_files(audit).items()
-    prompts = f"{made['prompts']} {'training captions' if made['source'] == 'training captions' else 'prompts of the auditor, not the training captions'}"
-    lora = f" with {inline(model['adapter'], 100)}" if model["adapter"] is not None else ""
-    sampler = inline(model["scheduler"]) if model["scheduler"] is not None else "its own sampler"
-    heldout = "no held-out images" if of["heldout"] is None else f"{of['heldout']['n']} held-out images"
-    facts = (
-        f"Audited were {made['n']} images for {prompts}: {inline(model['model'], 100)}{lora}, {sampler}, {model['num_inference_steps']} steps, "
-        f"guidance {model['guidance_scale']:g}, seed {model['seed']}; against {of['training']['n']} training images and {heldout}, "
-        f"mirror images {'searched for too' if audit.mirrored else 'not searched for'}. Intervals: seed {audit.seed}, {audit.resamples} resamples. "
-        f"Weights: {inline(name)}, SHA-256 {digest}" + (f", and {len(more)} more files." if more else ".")
-    )
-    head = ["measure", "this model, 95 % interval", "n", "held-out images, 95 % interval", "n", "excess, 95 % interval"]
-    rows = [
-        (inline(row.name), *_cells(row.generated), *_cells(row.heldout), _cells(row.excess, signed=True)[0]) for row in audit.rows
-    ]  # fmt: skip
-    return [
-        "## Memorization", f"**{inline(audit.finding['sentence'], 600)}** {inline(audit.finding['detail'], 1000)}", _verdict(audit), facts,
-        _table(head, rows), "Held-out: the same measure on real images that training has not seen. Excess: what is left without those.",
-        "What the audit says of itself:", "\n".join(f"- {inline(note, 600)}" for note in audit.notes),
-    ]  # fmt: skip
-
-
-def _verdict(audit: AuditRecord) -> str:
-    verdict = audit.verdict
-    measured = f"{inline(verdict['measure'])} is {verdict['value']:.2%}"
-    if verdict["limit"] is None:
-        return f"Verdict: none, for no limit was set; {measured}."
-    over = verdict["value"] > verdict["limit"]
-    said = f"Verdict: {'failed' if verdict['exceeded'] else 'passed'}. {measured} and {'exceeds' if over else 'does not exceed'} the limit of {verdict['limit']:.2%}"
-    if verdict["others"]:
-        said += f"; the excess of {', '.join(map(inline, verdict['others']))} is above it with its whole interval"
-    return f"{said}."
+    return {
+        "finding": audit.finding, "verdict": audit.verdict, "model": audit.model or {}, "made": audit.images["generated"], "images": audit.images,
+        "mirrored": audit.mirrored, "seed": audit.seed, "resamples": audit.resamples, "file": file, "digest": digest, "more": len(more),
+        "rows": rows, "notes": audit.notes,
+    }  # fmt: skip
 
 
 def _cells(figure: Estimate | None, signed: bool = False) -> tuple[str, str]:
@@ -537,7 +432,7 @@ def _cells(figure: Estimate | None, signed: bool = False) -> tuple[str, str]:
         show(dataclasses.replace(figure, value=v), signed) if math.isfinite(v) else "not known"
         for v in (figure.value, figure.low, figure.high)
     )
-    return inline(f"{value} ({low} to {high})"), str(figure.n)
+    return f"{value} ({low} to {high})", str(figure.n)
 
 
 def _find_audit(facts: Facts, folder: Path) -> tuple[AuditRecord | None, list[str]]:
@@ -582,26 +477,20 @@ def _own_files(audit: AuditRecord) -> dict[str, str]:
     return found
 
 
-def _threshold(facts: Facts, folder: Path) -> list[str]:
-    """Say from which score the guard flags an image, if that was calibrated for these weights."""
+def _threshold(facts: Facts, folder: Path) -> dict[str, Any] | None:
+    """Return from which score the guard flags an image, if that was calibrated for these weights."""
     path = folder / THRESHOLD_NAME
     if not path.is_file():
-        return []
+        return None
     found = Calibration.load(path)
     if path.stat().st_mtime < facts.finished:
         logger.warning("%s is older than the weights, and left out of the card", path)
-        return []
+        return None
     try:
-        how, single = found.sampling, found.entry(found.evaluations, 1)
+        return {"how": found.sampling, "entry": found.entry(found.evaluations, 1), "origin": found.origin}
     except UserError as error:  # calibrated, and useless over the whole run
         logger.warning("%s is left out of the card: %s", path, error)
-        return []
-    return [
-        f"The memorization guard flags an image from a score of {single.value:.4g} over the whole run ({inline(found.origin)}; "
-        f"of them it flags {single.rate.value:.1%}, 95 % interval {single.rate.low:.1%} to {single.rate.high:.1%}): "
-        f"{inline(how.sampler)}, {how.num_inference_steps} steps, guidance {how.guidance_scale:g}, "
-        f"{how.height} x {how.width} px. All thresholds: {inline(THRESHOLD_NAME)}."
-    ]
+        return None
 
 
 def _sheet(facts: Facts, folder: Path) -> str | None:
@@ -615,35 +504,8 @@ def _sheet(facts: Facts, folder: Path) -> str | None:
     return f"validation/step-{last}.png" if facts.prompts and last is not None else None
 
 
-def _samples(facts: Facts, sheet: str) -> list[str]:
-    shown = [f"- {inline(prompt) or '(empty)'}" for prompt in facts.prompts[:_SHOWN_PROMPTS]]
-    if len(facts.prompts) > _SHOWN_PROMPTS:
-        shown.append(f"- and {len(facts.prompts) - _SHOWN_PROMPTS} more")
-    step = Path(sheet).stem.removeprefix("step-")
-    return ["## Samples", f"![validation images]({sheet})", f"Drawn at step {step}, one row for each prompt:", "\n".join(shown)]  # fmt: skip
-
-
-def _guard(sheet: str, folder: Path) -> list[str]:
-    scores = read_scores(folder / "validation", int(Path(sheet).stem.removeprefix("step-")))
-    if not scores:
-        return []
-    return [
-        f"Score of the memorization guard on them: mean {sum(scores) / len(scores):.3g}, highest {max(scores):.3g} "
-        f"(n = {len(scores)}). It compares within one model, size and number of steps."
-    ]
-
-
-def _limits(facts: Facts) -> list[str]:
-    return ["## Limits", "\n".join([
-        "- Less copying is measured, not proven: no privacy guarantee. Do not train on images that must never come out.",
-        "- Figures speak of the samples that were drawn; other prompts, seeds and samplers may hand back more.",
-        "- The base model's own training images, faults and biases remain, and so do the terms of its licence.",
-    ])]  # fmt: skip
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def _scores(sheet: str, folder: Path) -> list[float]:
+    return read_scores(folder / "validation", int(Path(sheet).stem.removeprefix("step-")))
 
 
 def read_licence(base: Base) -> dict[str, str]:

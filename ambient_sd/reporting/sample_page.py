@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ambient_sd.reporting import pages
+from ambient_sd.reporting.next_steps import model_words
 from ambient_sd.reporting.sheets import contact_sheet, data_uri, png_bytes, thumbnail
 from ambient_sd.utils.errors import one_line
 from ambient_sd.utils.files import atomic_write
@@ -146,14 +147,13 @@ def _next(records: Sequence[Record], scored: bool, threshold: bool) -> list[page
     first = records[0]
     if not scored or first["policy"]:
         return []
-    model = [first["model"], *(["--adapter", first["adapter"]] if first["adapter"] else [])]
-    how = ["--num_inference_steps", first["num_inference_steps"], "--guidance_scale", f"{first['guidance_scale']:g}"]
+    words = model_words(first)
     flagged = next((record for record in records if record["flagged"]), None)
     if flagged is not None:
         return [pages.Next("Sample the flagged prompt again, around what would be copied:", pages.command(
-            "ambient-sd", "sample", *model, "--prompt", flagged["prompt"], "--policy", "static_transition", *how, "--out", "mitigated"))]  # fmt: skip
+            "ambient-sd", "sample", *words, "--prompt", flagged["prompt"], "--policy", "static_transition", "--out", "mitigated"))]  # fmt: skip
     if threshold:
         return [pages.Next("Measure how much the model copies its training images:", pages.command(
-            "ambient-sd", "audit", *model, "TRAINING_IMAGES", "--heldout", "OTHER_IMAGES", *how, "--out", "audit"))]  # fmt: skip
-    return [pages.Next("Find the score from which images are to be flagged, for this model and sampler:", pages.command(
-        "ambient-sd", "calibrate", *model, "--ordinary", "prompts/validation.jsonl", *how, "--out", "threshold"))]  # fmt: skip
+            "ambient-sd", "audit", words[0], "TRAINING_IMAGES", "--heldout", "OTHER_IMAGES", *words[1:], "--out", "audit"))]  # fmt: skip
+    return [pages.Next("Find the score from which images are flagged, for this model and sampler:", pages.command(
+        "ambient-sd", "calibrate", *words, "--ordinary", "prompts/validation.jsonl", "--out", "threshold"))]  # fmt: skip

@@ -14,31 +14,57 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import (
-    convert_state_dict_to_kohya,
-)
+from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from ambient_sd.families.lora import WEIGHTS_NAME, sgm_names
-from ambient_sd.training.dropout import AddressedDropout, install
+from ambient_sd.data.stream import keyed_seed
+from ambient_sd.families.family import Family
+from ambient_sd.families.lora import WEIGHTS_NAME
 from ambient_sd.utils.errors import UserError
 
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
 
 
-def check_targets(unet_config: dict[str, Any], targets: Sequence[str]) -> None:
-    """Check that every target names a layer of the U-Net, without building its weights.
+class AddressedDropout(torch.nn.Module):
+    """Drop entries of x by masks that are a function of (seed, layer, place in the run): `y = m x / (1 - p)`, m ~ Bernoulli(1 - p).
+
+    `torch.nn.Dropout` takes from the global generator of its device: a resumed run, another cut into batches or a recomputed
+    activation would drop other entries. Masks are drawn on the device of x; another kind of device gives another mask.
+    x is (B, ...), and `positions` must name the B samples before each forward pass in training.
+
+    Args:
+        p: share that is dropped, in [0, 1).
+        seed: seed of the run.
+        layer: name of the layer, so that two layers drop other entries.
+    """
+
+    def __init__(self, p: float, *, seed: int, layer: str) -> None:
+        super().__init__()
+        self.p, self.seed, self.layer = p, seed, layer
+        self.positions: Sequence[int] = ()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        if len(self.positions) != len(x):
+            raise ValueError(f"{len(self.positions)} positions for {len(x)} samples")
+        keep = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for row, position in zip(keep, self.positions, strict=True):
+            g = torch.Generator(x.device).manual_seed(keyed_seed(self.seed, "lora_dropout", self.layer, position))
+            row.bernoulli_(1.0 - self.p, generator=g)
+        return x * keep / (1.0 - self.p)
+
+
+def check_targets(network: torch.nn.Module, targets: Sequence[str]) -> None:
+    """Check that every target names a layer of the network; it needs no weights.
 
     Raises:
         UserError: a name fits no layer.
     """
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(unet_config)
-    names = [name for name, module in unet.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
+    names = [name for name, module in network.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             ends = sorted({name.rsplit(".", 1)[-1] for name in names if not name[-1].isdigit()})
@@ -77,40 +103,44 @@ def attach(
         unet.add_adapter(settings)
     # Trained weights in half precision lose small updates, and the fp16 scaler refuses them.
     cast_training_params(unet, dtype=torch.float32)
-    return install(unet, p=dropout, seed=seed) if dropout else []
+    return _install(unet, p=dropout, seed=seed) if dropout else []
 
 
-def save(unet: Any, folder: Path) -> None:
+def _install(unet: Any, *, p: float, seed: int) -> list[AddressedDropout]:
+    """Put addressed dropout of share `p` in place of peft's own into every adapted layer, and return the modules."""
+    placed = []
+    for name, layer in unet.named_modules():
+        if "default" in getattr(layer, "lora_dropout", {}):
+            layer.lora_dropout["default"] = AddressedDropout(p, seed=seed, layer=name)
+            placed.append(layer.lora_dropout["default"])
+    return placed
+
+
+def save(unet: Any, folder: Path, family: Family) -> None:
     """Write the LoRA with its metadata to `folder/pytorch_lora_weights.safetensors`."""
     settings = unet.peft_config["default"].to_dict()
-    # The base's path on this machine is nobody's business, and neither are sets JSON.
+    # The file may be published without the base's path on this machine; and JSON has no sets.
     settings["base_model_name_or_path"] = None
     # diffusers leaves the dropout of a loaded LoRA on while it samples, and no two images of a seed are equal.
     settings["lora_dropout"] = 0.0
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
-    StableDiffusionPipeline.save_lora_weights(
-        folder,
-        # In peft's names. `convert_state_dict_to_diffusers` renames the attention layers only, and a reader that takes a
-        # file with both kinds of names drops one kind without a word.
-        unet_lora_layers=get_peft_model_state_dict(unet),
-        unet_lora_adapter_metadata=plain,
-    )
+    # In peft's names. `convert_state_dict_to_diffusers` renames the attention layers only, and a reader that takes a file
+    # with both kinds of names drops one kind without a word.
+    family.save_lora(folder, get_peft_model_state_dict(unet), plain)
     _settle(folder / WEIGHTS_NAME)
 
 
-def save_kohya(unet: Any, folder: Path, *, xl: bool = False) -> None:
+def save_kohya(unet: Any, folder: Path, family: Family) -> None:
     """Write the LoRA to `folder/pytorch_lora_weights_kohya.safetensors`, as sd-scripts and ComfyUI name things.
 
-    Readers of this format scale the update by `alpha / rank` with the alpha of each layer in the file. For Stable
-    Diffusion 1 and 2 sd-scripts names layers as diffusers does, for SDXL (`xl`) as Stability's own U-Net.
+    Readers of this format scale the update by `alpha / rank` with the alpha of each layer in the file.
     """
     settings = unet.peft_config["default"]
-    layers = get_peft_model_state_dict(unet)
-    if xl:
-        theirs = sgm_names(unet)
-        layers = {f"{theirs[path]}.lora_{rest}": value for (path, rest), value in
-                  ((name.split(".lora_", 1), value) for name, value in layers.items())}  # fmt: skip
-    layers = {f"unet.{name}": value for name, value in layers.items()}
+    theirs = family.kohya_names(unet)
+    layers = {}
+    for name, value in get_peft_model_state_dict(unet).items():
+        path, rest = name.split(".lora_", 1)
+        layers[f"unet.{theirs.get(path, path)}.lora_{rest}"] = value
     converted = convert_state_dict_to_kohya(layers)
     # diffusers writes the rank as every layer's alpha.
     state = {

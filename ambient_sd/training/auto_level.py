@@ -1,7 +1,7 @@
-"""`ambient_level: auto` in a run: measured on the latents once, the same on every process, kept for ever by its checkpoints.
+"""`ambient_level: auto` in a run: measured on the latents once, the same on every process, kept by the checkpoints.
 
-Until the images are encoded the objective has `PROVISIONAL` as its level: everything that is checked or drawn before
-depends on whether there is a level, not on which. A run that continues takes the level of its checkpoint.
+Until the images are encoded the objective has `PROVISIONAL` as its level: what is checked and chosen before depends on
+whether there is a level, not on its value. A resumed run takes the level of its checkpoint.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Average:
 
     Args:
         unet: the trained U-Net, weights in float32, already on its device.
-        offload: keep the average in the processor's memory between steps.
+        offload: keep the average in CPU memory between steps.
         foreach: update all tensors in one call.
         checkpoint: folder of a checkpoint to continue from; else the average begins as a copy of the weights.
         step: optimizer steps that the checkpoint must have averaged.

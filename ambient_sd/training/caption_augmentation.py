@@ -1,6 +1,6 @@
 """Which words an image is trained with: the caption mitigations of Somepalli et al.
 
-    mc    one of the row's captions, drawn anew at each visit (with probability 1 - p its first one)
+    mc    one of the row's captions, chosen anew at each visit (with probability 1 - p its first one)
     gn    embedding + std z, z ~ N(0, I)                                       published: std 0.1, every sample
     rc    with probability p the caption is replaced by 4 random tokens        published: p = 0.1
     rt    with probability p two random tokens are put in at random places     published: p = 0.1
@@ -10,12 +10,12 @@ Somepalli, Singla, Goldblum, Geiping, Goldstein, "Understanding and Mitigating C
 mitigation in training. The paper itself was out of reach; counts and probabilities are those of the authors' released
 training code. It describes rt as replacing or adding words; the release adds, and so do we. Differences:
 
-- Tokens are drawn from the vocabulary without its special ones, and go through text: what the tokenizer makes of the text of
+- Tokens are chosen from the vocabulary without its special ones, and go through text: what the tokenizer makes of the text of
   four tokens may be three or five. Of SDXL both encoders read that text.
 - A caption that caption dropout took away stays empty, without noise: it is the unconditional branch. The release has no dropout.
 - Of SDXL gn moves the pooled embedding too.
 
-Every draw is a function of (seed, place in the run), of a purpose of its own: a run without them draws what it drew before.
+Every random choice is a function of (seed, place in the run) with a purpose of its own: it changes no other random number.
 
 A changed caption of rc, rt and cwr is a new text nearly each time. It is encoded when it comes up, on the device of training,
 also beside held or cached embeddings: the text encoder stays in memory, and is asked for the share p of the samples only.

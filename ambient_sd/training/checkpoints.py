@@ -10,7 +10,7 @@
 There is no generator state: random numbers are functions of (seed, position), see `ambient_sd.data.stream`; nor one of
 the learning-rate schedule, a function of settings and step. A folder gets its name when it is whole and on the disk, so a
 run killed in mid-save leaves the checkpoint before it as the newest. Before one is used all its bytes are compared with its
-manifest. Checkpoints from before there were manifests are taken if every file has the length that its header says.
+manifest, which finds damage, not malice: who can change a file can change the manifest too.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 
-from ambient_sd.training import manifest, sharding
+from ambient_sd.training import sharding
 from ambient_sd.utils import files
 from ambient_sd.utils.errors import UserError, one_line
 
@@ -36,8 +37,9 @@ logger = logging.getLogger(__name__)
 
 STATE_NAME = "trainer_state.json"
 OPTIMIZER_NAME = "optimizer.safetensors"
+MANIFEST_NAME = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_FORMAT = 2  # with a manifest; older ones carry no number
+_READ = (".json", ".jsonl", ".safetensors", ".bin")  # diffusers would read such files without having been asked to
 
 
 def find_all(output_dir: Path) -> list[Path]:
@@ -62,7 +64,7 @@ def find(output_dir: Path, wanted: str) -> Path | None:
         for path in reversed(find_all(output_dir)):
             if (wrong := damage(path)) is None:
                 for other in damaged:
-                    logger.warning("damaged checkpoint passed over: %s; going on from %s", other, path.name)
+                    logger.warning("damaged checkpoint skipped: %s; resuming from %s", other, path.name)
                 return path
             damaged.append(one_line(f"{path.name} ({wrong})", 200))
         if damaged:
@@ -93,41 +95,94 @@ def damage(checkpoint: Path) -> str | None:
         return "it is no folder"
     if not any(checkpoint.iterdir()):
         return "the folder is empty"
-    wrong = manifest.damage(checkpoint, needs=STATE_NAME)
-    if wrong is not None and (checkpoint / manifest.NAME).exists():
+    if (wrong := _differs_from_manifest(checkpoint)) is not None:
         return wrong
     try:
-        state = read_state(checkpoint)
+        step = read_state(checkpoint)["step"]
     except UserError as error:
         return str(error)
-    if _NAME.fullmatch(checkpoint.name) and state["step"] != _step(checkpoint):
-        return f"{STATE_NAME} is of step {state['step']}: the folder was renamed"
-    return None if wrong is None else wrong if "format" in state else _wrong_length(checkpoint)
-
-
-def stamp(checkpoint: Path) -> str:
-    """Return what two processes compare to know that they see one checkpoint."""
-    paths = (checkpoint / manifest.NAME, checkpoint / STATE_NAME)
-    return hashlib.sha256(b"".join(p.read_bytes() for p in paths if p.is_file())).hexdigest()
-
-
-def _wrong_length(checkpoint: Path) -> str | None:
-    """Return which file of a checkpoint without manifest is missing or cut."""
-    if not (checkpoint / OPTIMIZER_NAME).is_file():
-        return f"{OPTIMIZER_NAME} is missing"
-    if not any(p.name != OPTIMIZER_NAME for p in checkpoint.rglob("*.safetensors")):
-        return "the trained weights are missing"
-    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
-        name = path.relative_to(checkpoint).as_posix()
-        try:
-            if path.suffix == ".safetensors":
-                with safe_open(path, "pt"):  # compares the file's length with what its header needs
-                    pass
-            elif path.suffix == ".json":
-                json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, SafetensorError) as error:
-            return f"{name} cannot be read ({type(error).__name__}: {error})"
+    if _NAME.fullmatch(checkpoint.name) and step != _step(checkpoint):
+        return f"{STATE_NAME} is of step {step}: the folder was renamed"
     return None
+
+
+def _differs_from_manifest(folder: Path) -> str | None:
+    """Return how a folder differs from its manifest.json, naming the first damaged file, or None."""
+    try:
+        listed = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
+        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
+    except FileNotFoundError:
+        return f"{MANIFEST_NAME} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST_NAME} cannot be read ({type(error).__name__})"
+    if STATE_NAME not in expected:
+        return f"{MANIFEST_NAME} does not list {STATE_NAME}"
+    # Sizes first: they cost nothing, and find what was cut short.
+    for name, (size, _) in expected.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (have := (folder / name).stat().st_size) != size:
+            return f"{name} has {have} bytes instead of {size}"
+    for path in _files(folder):
+        name = path.relative_to(folder).as_posix()
+        if name not in expected and path.suffix in _READ and not path.name.startswith("."):
+            return f"{name} does not belong there"
+    for name, (_, digest) in expected.items():
+        try:
+            if _digest(folder / name) != digest:
+                return f"{name} has other contents than when it was written"
+        except OSError as error:
+            return f"{name} cannot be read ({type(error).__name__})"
+    return None
+
+
+def seal(folder: Path) -> None:
+    """Write manifest.json, sizes and SHA-256 of all files in `folder`, and wait until all of it is on the disk."""
+    found = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        for path in _files(folder)
+    }
+    # What it lists is on the disk before it is: a manifest that can be read vouches for the rest.
+    files.sync_tree(folder)
+    (folder / MANIFEST_NAME).write_text(json.dumps({"files": found}, indent=1), encoding="utf-8")
+    files.sync(folder / MANIFEST_NAME)
+    files.sync(folder)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST_NAME)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def agree(checkpoint: Path | None, accelerator: Accelerator) -> Path | None:
+    """Return the checkpoint that the first process chose, on every process, and check that each sees it.
+
+    Raises:
+        UserError: this process sees another one under that path.
+    """
+    if accelerator.num_processes == 1:
+        return checkpoint
+    chosen = [(str(checkpoint), _stamp(checkpoint)) if checkpoint is not None else None]
+    broadcast_object_list(chosen)
+    if chosen[0] is None:
+        return None
+    path, stamp = Path(chosen[0][0]), chosen[0][1]
+    if _stamp(path) != stamp:
+        raise UserError(
+            f"process {accelerator.process_index} sees another {path} than the first process",
+            rule="all processes continue from one checkpoint",
+            remedy="put output_dir where all machines see it",
+        )
+    return path
+
+
+def _stamp(checkpoint: Path) -> str:
+    paths = (checkpoint / MANIFEST_NAME, checkpoint / STATE_NAME)
+    return hashlib.sha256(b"".join(p.read_bytes() for p in paths if p.is_file())).hexdigest()
 
 
 def _step(checkpoint: Path) -> int:
@@ -197,18 +252,18 @@ def save(
         for name, value in slots.items()
     }
     save_file(tensors, part / OPTIMIZER_NAME)
-    text = json.dumps({"step": step, "format": _FORMAT, **state, "param_groups": optimizer["param_groups"]}, indent=1)
+    text = json.dumps({"step": step, **state, "param_groups": optimizer["param_groups"]}, indent=1)
     (part / STATE_NAME).write_text(text, encoding="utf-8")
-    manifest.seal(part)
+    seal(part)
     files.replace(part, target)
     if limit is not None:
-        _thin(output_dir, step, limit)
+        _remove_oldest(output_dir, step, limit)
     return target
 
 
-def _thin(output_dir: Path, step: int, limit: int) -> None:
-    """Remove checkpoints beyond `limit`, those first that this run did not come from: it has passed them over or left them."""
-    ours = [p for p in find_all(output_dir) if any((p / name).is_file() for name in (STATE_NAME, manifest.NAME))]
+def _remove_oldest(output_dir: Path, step: int, limit: int) -> None:
+    """Keep `limit` checkpoints. Those go first whose step this run has not reached: it did not come from them."""
+    ours = [p for p in find_all(output_dir) if any((p / name).is_file() for name in (STATE_NAME, MANIFEST_NAME))]
     for old in sorted(ours, key=lambda p: (_step(p) <= step, _step(p)))[:-limit]:
         # Without its name first: killed in the middle of it, half a checkpoint would be left.
         shutil.rmtree(old.rename(output_dir / f".{old.name}.part"))

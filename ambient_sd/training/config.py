@@ -6,9 +6,6 @@ have the setting. Values are checked here, before anything heavy is imported; wh
 load. This module imports no torch: `--help` must come at once.
 """
 
-# ruff: noqa: RUF009
-# (`option` returns a dataclasses.field.)
-
 from __future__ import annotations
 
 import dataclasses
@@ -20,21 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from ambient_sd.data.conditions import split_condition
+from ambient_sd.data.dataset_options import DatasetOptions
 from ambient_sd.utils import files, settings
 from ambient_sd.utils.errors import UserError
-from ambient_sd.utils.settings import Parser, add_flags, option
+from ambient_sd.utils.settings import Parser, add_flags, option, same
 
 GROUPS = {
     "model": "Which base model is fine-tuned: a local pipeline folder or a hub id.",
     "data": "Images and captions: a folder with metadata.jsonl, a parquet file, WebDataset shards, or a dataset's hub id.",
     "objective": "The loss. `ambient` never shows the network a clean image above the nature level s_n = sigma / alpha "
-    "(on SD's schedule s = 0.34 at t=100, 0.83 at 300, 1.16 at 400, 2.3 at 600, 14.6 at 999); one noise per image, fixed "
-    "for ever. `plain` is the ordinary loss. `gap` is plain without the band of noise levels from the level to gap_upper; `weighted` is plain with ambient's weight a^q above the level: controls for studies.",
+    "(on SD's schedule s = 0.34 at t=100, 0.83 at 300, 1.16 at 400, 2.3 at 600, 14.6 at 999); each image keeps one "
+    "noise. `plain` is the ordinary loss. `gap` is plain without the band of noise levels from the level to gap_upper; `weighted` is plain with ambient's weight a^q above the level: controls for studies.",
     "mitigation": "Published ways to keep a model from memorizing, beside the loss or in place of the ambient one; each off by default.",
     "optimisation": "Steps, batches and the optimizer (AdamW). Steps are optimizer steps.",
     "LoRA": "Low-rank adapters instead of a full fine-tune; these options need --lora.",
-    "validation": "Images drawn during training, to TensorBoard and to output_dir/validation/.",
-    "checkpoints": "Folders checkpoint-N in output_dir from which a run continues bit for bit.",
+    "validation": "Images sampled during training, to TensorBoard and to output_dir/validation/.",
+    "checkpoints": "Folders checkpoint-N in output_dir from which a run resumes bit for bit.",
     "output": "Where results and logs go.",
 }
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -55,28 +53,28 @@ class TrainConfig:
     """
 
     # fmt: off
-    pretrained_model_name_or_path: str | None = option(None, "base pipeline: local folder or hub id (required)", group="model")
-    pretrained_vae_model_name_or_path: str | None = option(None, "another VAE in place of the base's: folder with config.json, or hub id. A full fine-tune saves it; a LoRA must be drawn with it", group="model")
+    pretrained_model_name_or_path: str | None = option(None, "base model: pipeline folder or hub id (required)", group="model")
+    pretrained_vae_model_name_or_path: str | None = option(None, "another VAE in place of the base's: folder with config.json, or hub id. A full fine-tune saves it; a LoRA must be sampled with it", group="model")
     revision: str | None = option(None, "revision of the hub repository", group="model")
     variant: str | None = option(None, "variant of the weight files, e.g. fp16", group="model")
     prediction_type: str | None = option(None, "what the U-Net predicts; default: as in the base model's scheduler. Saved with a full fine-tune; a LoRA must keep the base's", group="model", choices=("epsilon", "v_prediction", "sample"))
 
     dataset_name: str | None = option(None, "hub id of a dataset; a local folder or parquet file works too", group="data")
     dataset_config_name: str | None = option(None, "configuration of the hub dataset", group="data", needs="dataset_name")
-    dataset_split: str | None = option(None, "split: of a hub dataset (default train), or the value of a local source's `split` column", group="data")
+    dataset_split: str | None = same(DatasetOptions, "dataset_split", group="data")
     train_data_dir: str | None = option(None, "folder with images and metadata.jsonl, a parquet file, or WebDataset shards: a folder of .tar files, one, or part-{000..010}.tar", group="data", rival="dataset_name")
-    image_column: str = option("image", "column of the images (parquet, hub; a folder uses file_name)", group="data")
-    caption_column: str = option("text", "column of the captions", group="data")
-    unlisted: str = option("refuse", "images in a folder that its list does not name, hidden ones, and kinds that are not read: refuse = end the run in one line; ignore = leave them out and say how many", group="data", choices=("refuse", "ignore"))
-    row_filter: list[str] | None = option(None, "keep rows where all of these hold: column=value, 'column<=number' or 'column>=number'", group="data")
-    max_train_samples: int | None = option(None, "train on that many images only (a draw by seed)", group="data", low=1)
+    image_column: str = same(DatasetOptions, "image_column", group="data")
+    caption_column: str = same(DatasetOptions, "caption_column", group="data")
+    unlisted: str = same(DatasetOptions, "unlisted", group="data")
+    row_filter: list[str] | None = same(DatasetOptions, "row_filter", group="data")
+    max_train_samples: int | None = option(None, "train on N images only, chosen by seed", group="data", low=1)
     cache_dir: str | None = option(None, "where hub downloads are kept", group="data")
     latent_cache_dir: str | None = option(None, "keep latents and caption embeddings in this folder: computed once, for this run and later ones; VAE and text encoder leave memory", group="data")
-    resolution: int = option(512, "images are resized (shorter side) and cropped to this many pixels", group="data", low=8)
+    resolution: int = option(512, "side of the images in pixels: they are resized (shorter side) and cropped to it", group="data", low=8)
     allow_upscaling: bool = option(False, "train although most images are enlarged several times to the resolution", group="data")
-    center_crop: bool = option(False, "crop the centre; otherwise the crop is drawn (ambient: once per image, for ever)", group="data")
-    aspect_ratio_buckets: str | None = option(None, "let images keep their shape: auto (sides for the area of resolution, 1:2 to 2:1), or height,width pairs such as 512,768;640,640;768,512; without it all are cropped to squares", group="data")
-    random_flip: bool = option(False, "mirror half of the images (ambient: drawn once per image, for ever; otherwise anew each epoch)", group="data")
+    center_crop: bool = option(False, "crop the centre; otherwise crop at random (ambient: one fixed place per image)", group="data")
+    aspect_ratio_buckets: str | None = option(None, "let images keep their shape: auto (sides for the area of resolution, 1:2 to 2:1), or height,width pairs such as 512,768;640,640;768,512; otherwise all are cropped to squares", group="data")
+    random_flip: bool = option(False, "mirror half of the images (ambient: always the same half; otherwise chosen anew each epoch)", group="data")
     caption_dropout: float = option(0.1, "share of samples trained with the empty caption: guidance and the guard's score need a trained unconditional branch", group="data", low=0.0, high=1.0, alias="proportion_empty_prompts")
     dataloader_num_workers: int = option(0, "worker processes that decode images where latents are not held in memory", group="data", low=0)
 
@@ -89,8 +87,8 @@ class TrainConfig:
 
     near_duplicates: str | None = option(None, "ambient: share = re-encoded, resized or mirrored copies of an image get one noise, as exact copies always do; off = each its own, which leaks (default share)", group="objective", choices=("share", "off"), needs="objective=ambient")
     fresh_copies: bool = option(False, "ambient, a control for studies: a NEW noisy copy of an image at every step in place of the fixed one. It leaks: copies of one image average out to the clean one", group="objective", needs="objective=ambient")
-    snr_gamma: float | None = option(None, "Min-SNR weighting with this gamma (the paper's is 5), times the objective's own weight; without it none", group="objective", above=0.0)
-    weighting_scheme: str = option("none", "none: timesteps are drawn uniformly; logit_normal: noise levels s_t are log-normal, ln s ~ N(logit_mean, logit_std^2), as EDM and Stable Diffusion 3 draw them (EDM: mean -0.5, std 1.2 at latents of unit variance)", group="objective", choices=("none", "logit_normal"))
+    snr_gamma: float | None = option(None, "Min-SNR weighting with this gamma (the paper's is 5), times the objective's own weight", group="objective", above=0.0)
+    weighting_scheme: str = option("none", "none: uniform timesteps; logit_normal: noise levels s_t are log-normal, ln s ~ N(logit_mean, logit_std^2), as in EDM and Stable Diffusion 3 (EDM: mean -0.5, std 1.2 at latents of unit variance)", group="objective", choices=("none", "logit_normal"))
     logit_mean: float | None = option(None, "logit_normal: mean of ln s (default 0)", group="objective", needs="weighting_scheme=logit_normal")
     logit_std: float | None = option(None, "logit_normal: standard deviation of ln s (default 1)", group="objective", above=0.0, needs="weighting_scheme=logit_normal")
     noise_offset: float = option(0.0, "offset of the fresh noise per sample and channel, for very dark and bright images (plain and gap only)", group="objective", low=0.0, needs=_NOT_AMBIENT, because="the ambient loss needs fresh noise of the covariance of each image's fixed one, and an offset gives it another: above the nature level channel means would be learnt wrongly")
@@ -103,7 +101,7 @@ class TrainConfig:
     caption_mitigation_p: float | None = option(None, "share of samples whose caption is changed (default as published: 0.1 for rc, rt and cwr, 1 for mc and gn)", group="mitigation", low=0.0, high=1.0, needs="caption_mitigation")
     caption_noise_std: float | None = option(None, "gn: standard deviation of the noise, in the embedding's own units (default 0.1)", group="mitigation", above=0.0, needs="caption_mitigation=gn")
 
-    seed: int = option(0, "seed of order, timesteps, fresh noise, caption dropout and LoRA start", group="optimisation", low=0, high=MAX_SEED)
+    seed: int = option(0, "seed: order, timesteps, fresh noise, caption dropout and LoRA start", group="optimisation", low=0, high=MAX_SEED)
     train_batch_size: int = option(16, "images per process and forward pass", group="optimisation", low=1)
     gradient_accumulation_steps: int = option(1, "forward passes per optimizer step", group="optimisation", low=1)
     num_train_epochs: int = option(100, "passes over the images; max_train_steps overrides it", group="optimisation", low=1)
@@ -113,8 +111,8 @@ class TrainConfig:
     scale_lr: bool = option(False, "multiply the learning rate by the global batch size", group="optimisation")
     lr_scheduler: str = option("constant", "learning-rate schedule, counted in optimizer steps", group="optimisation", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = option(500, "warm-up, in optimizer steps (constant has none)", group="optimisation", low=0)
-    adam_beta1: float = option(0.9, "decay of the first moment", group="optimisation", low=0.0, high=1.0)
-    adam_beta2: float = option(0.999, "decay of the second moment", group="optimisation", low=0.0, high=1.0)
+    adam_beta1: float = option(0.9, "decay of the first moment", group="optimisation", low=0.0, below=1.0)
+    adam_beta2: float = option(0.999, "decay of the second moment", group="optimisation", low=0.0, below=1.0)
     adam_weight_decay: float = option(1e-2, "decoupled weight decay", group="optimisation", low=0.0)
     adam_epsilon: float = option(1e-8, "added to the root of the second moment", group="optimisation", above=0.0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm over all trained weights", group="optimisation", above=0.0)
@@ -122,32 +120,33 @@ class TrainConfig:
     allow_tf32: bool = option(False, "let Ampere and later GPUs multiply float32 matrices in TF32", group="optimisation")
     use_8bit_adam: bool = option(False, "AdamW with moments in 8 bits (needs bitsandbytes)", group="optimisation")
     enable_xformers_memory_efficient_attention: bool = option(False, "attention of xformers in place of torch's own (needs xformers)", group="optimisation")
-    use_ema: bool = option(False, "average the weights over the steps; the average is drawn from, and saved at the end (whole U-Net only)", group="optimisation", needs="not lora", because="the average is kept and saved as a whole U-Net, and a LoRA trains none")
-    offload_ema: bool = option(False, "keep the average in the processor's memory between steps; needs use_ema", group="optimisation", needs="use_ema")
+    use_ema: bool = option(False, "average the weights over the steps; images are sampled from the average, and it is what is saved (whole U-Net only)", group="optimisation", needs="not lora", because="the average is kept and saved as a whole U-Net, and a LoRA trains none")
+    offload_ema: bool = option(False, "keep the average in CPU memory between steps; needs use_ema", group="optimisation", needs="use_ema")
     foreach_ema: bool = option(False, "update the average in one call over all tensors; needs use_ema", group="optimisation", needs="use_ema")
 
-    lora: bool = option(False, "train a LoRA; without it the whole U-Net is trained", group="LoRA")
+    lora: bool = option(False, "train a LoRA instead of the whole U-Net", group="LoRA")
     rank: int | None = option(None, "rank of the update (default 4)", group="LoRA", low=1, needs="lora")
     lora_alpha: float | None = option(None, "the update is scaled by lora_alpha / rank (default: the rank); kept in the saved file", group="LoRA", above=0.0, needs="lora")
     lora_target_modules: list[str] | None = option(None, "names of the layers that get an adapter (default: the attention projections to_k to_q to_v to_out.0)", group="LoRA", needs="lora")
-    lora_dropout: float | None = option(None, "share of the update's input that is dropped in training (default 0); a function of seed, layer and place in the run", group="LoRA", low=0.0, high=1.0, needs="lora")
+    lora_dropout: float | None = option(None, "share of the update's input that is dropped in training (default 0); a function of seed, layer and place in the run", group="LoRA", low=0.0, below=1.0, needs="lora")
     use_dora: bool = option(False, "train DoRA: the length of each row of the weights too", group="LoRA", needs="lora")
     output_kohya_format: bool = option(False, "write pytorch_lora_weights_kohya.safetensors too, for ComfyUI, AUTOMATIC1111 and others", group="LoRA", needs="lora")
 
     validation_prompts: list[str] | None = option(None, "prompts, or a .jsonl file with one {\"prompt\": ...} a line", group="validation", alias="validation_prompt")
     num_validation_images: int | None = option(None, "images per prompt (default 4)", group="validation", low=1, needs="validation_prompts")
-    validation_epochs: int | None = option(None, "draw every that many epochs (default 5; with --lora 1)", group="validation", low=1, needs="validation_prompts")
-    validation_steps: int | None = option(None, "draw every that many optimizer steps instead", group="validation", low=1, rival="validation_epochs", needs="validation_prompts")
+    validation_epochs: int | None = option(None, "sample every N epochs (default 5; with --lora 1)", group="validation", low=1, needs="validation_prompts")
+    validation_steps: int | None = option(None, "sample every N optimizer steps instead", group="validation", low=1, rival="validation_epochs", needs="validation_prompts")
 
-    probe_steps: int | None = option(None, "look for copies every that many optimizer steps: draw images for captions of the training set and lay the training images over them", group="validation", low=1)
-    probe_images: int | None = option(None, "how many images one look draws (default 32)", group="validation", low=1, needs="probe_steps")
-    stop_on_memorization: float | None = option(None, "end the run at the first look whose share of copies, decided as in an audit, is above this", group="validation", low=0.0, high=1.0, needs="probe_steps")
+    probe_steps: int | None = option(None, "measure the copy rate every N optimizer steps: sample images for training captions and compare them with the training images", group="validation", low=1)
+    probe_images: int | None = option(None, "images per evaluation (default 32)", group="validation", low=1, needs="probe_steps")
+    stop_on_memorization: float | None = option(None, "end the run at the first evaluation whose copy rate, decided as in an audit, is above this", group="validation", low=0.0, high=1.0, needs="probe_steps")
 
-    checkpointing_steps: int = option(500, "write a checkpoint every that many optimizer steps", group="checkpoints", low=1)
-    checkpoints_total_limit: int | None = option(None, "keep only that many newest checkpoints", group="checkpoints", low=1)
+    checkpointing_steps: int = option(500, "write a checkpoint every N optimizer steps", group="checkpoints", low=1)
+    checkpoints_total_limit: int | None = option(None, "keep only the N newest checkpoints", group="checkpoints", low=1)
     resume_from_checkpoint: str | None = option(None, "a checkpoint folder, or `latest`: the newest whole one in output_dir (none yet: start anew)", group="checkpoints")
 
-    output_dir: str = option("sd-model-finetuned", "receives the pipeline or pytorch_lora_weights.safetensors, " + CONFIG_NAME + ", checkpoints, logs", group="output")
+    output_dir: str = option("sd-model-finetuned", "folder for everything that is written: the pipeline or pytorch_lora_weights.safetensors, " + CONFIG_NAME + ", checkpoints, logs", group="output", alias="out", metavar="PATH")
+    overwrite: bool = option(False, "replace the result, checkpoints and records that an earlier training left in output_dir; every other file stays", group="output")
     report_to: str = option("tensorboard", "where curves go; all: wherever a package is installed for", group="output", choices=("tensorboard", "wandb", "all", "none"))
     tracker_project_name: str = option("text2image-fine-tune", "name under which curves are kept", group="output")
     logging_dir: str = option("logs", "folder of the TensorBoard files, inside output_dir", group="output")
@@ -217,8 +216,6 @@ class TrainConfig:
 
         if self.lora:
             self.lora_dropout = self.lora_dropout or 0.0
-            if self.lora_dropout == 1.0:
-                raise UserError("lora_dropout is 1", rule="nothing would be trained", remedy="try 0.1")
             self.rank = self.rank or 4
             self.lora_alpha = self.lora_alpha or float(self.rank)
             self.lora_target_modules = self.lora_target_modules or list(DEFAULT_TARGETS)
@@ -234,11 +231,9 @@ class TrainConfig:
             self.hub_model_id = Path(self.output_dir).absolute().name
         if self.probe_steps is not None:
             self.probe_images = self.probe_images or 32
-        for name in ("adam_beta1", "adam_beta2"):
-            if getattr(self, name) >= 1.0:
-                raise UserError(
-                    f"{name} is {getattr(self, name)}", rule="it must be below 1", remedy="try 0.9 and 0.999"
-                )
+        if self.overwrite and self.resume_from_checkpoint is not None:
+            raise UserError("overwrite and resume_from_checkpoint are both given", rule="one starts anew, the other continues",
+                            remedy="leave one of them out")  # fmt: skip
 
     @property
     def source(self) -> str:
@@ -256,9 +251,9 @@ class TrainConfig:
 
         path = folder / CONFIG_NAME
         head = "# Resolved settings of the run beside this file. Run it again: --config train_config.yaml\n"
-        files.atomic_write(
-            path, head + yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), synced=True
-        )
+        # A file that is read back must not overwrite anything, nor clash with --resume_from_checkpoint.
+        values = {name: value for name, value in self.to_dict().items() if name != "overwrite"}
+        files.atomic_write(path, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True), synced=True)
         return path
 
 

@@ -8,11 +8,10 @@
     logit-normal        timesteps of log-normal noise level, ln s_t ~ N(m, d^2): EDM's (Karras et al. 2022), and, as
                         s = u / (1 - u), the logit-normal u of Stable Diffusion 3 (Esser et al. 2024)
 
-u and z are functions of (seed, place in the run) with purposes of their own: a run without these options draws what it
-drew before they existed.
+u and z are functions of (seed, place in the run) with purposes of their own: these options change no other random number.
 
-The last two are refused with the ambient loss (in `TrainConfig`). It is right above s_n because of the total noise
-r = s_n eps_n + sqrt(s_t^2 - s_n^2) xi the fixed part is known in the mean, `E[s_n eps_n | r] = (s_n / s_t)^2 r`. That
+Noise offset and input perturbation are refused with the ambient loss (in `TrainConfig`). Above s_n that loss rests on the mean of
+the fixed part of the total noise r = s_n eps_n + sqrt(s_t^2 - s_n^2) xi, which is `E[s_n eps_n | r] = (s_n / s_t)^2 r`. This
 needs eps_n and xi of one covariance, and r at level s_t. With an offset the covariance of xi in a channel of d pixels is
 `I + o^2 1 1^T`, and along 1 the right factor is `s_n^2 / (s_n^2 + (s_t^2 - s_n^2)(1 + o^2 d))`; a perturbed input lies
 at a level above s_t. Min-SNR only multiplies the weight a^q, at the level s_t of the input.

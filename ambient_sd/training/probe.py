@@ -1,12 +1,11 @@
-"""The onset of memorization while a run trains: images sampled for a fixed probe of captions, held against the training set.
+"""The onset of memorization: during training, images are sampled for fixed captions and compared with the training images.
 
-    copies       share of the probe's images that are copies                        `ambient_sd.audit.decision`, as in an audit
-    published    share with d1 / d2 < 1/3, distances in pixels at 64 x 64           beside it (Yoon et al. 2023)
+    copies       copy rate of the probe's images                                    `ambient_sd.audit.decision`, as in an audit
+    published    share with d1 / d2 < 1/3, distances in pixels at 64 x 64           for comparison (Yoon et al. 2023)
 
-The null of the decision is the training images among themselves: held-out ones are not at hand. With fewer than 20 different ones there
-is none, and the published measure counts too. Captions of the training set are the prompts for which copies come first. The
-probe is small: it shows when copying begins, and an audit says how much there is. It is the one place where training uses
-guard and audit.
+The decision's null is the training images among themselves, as a run has no held-out ones. With fewer than 20 different images
+there is no null, and the published measure counts too. Prompts are captions of the training set: copies appear for those first.
+The probe is small: it shows when copying begins; an audit says how much there is.
 
 The decision is made once, at the first evaluation, on at most `MAX_DECIDED` training images. Up to 256 px it costs one pass of the autoencoder over
 them and half as much registration again: for 59 images of 64 px 15 s instead of 10 on one busy core. Encoding the latents took a third of that pass.
@@ -36,6 +35,7 @@ from ambient_sd.training import validation
 from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.estimate import Estimate
 from ambient_sd.utils.files import atomic_write
+from ambient_sd.utils.sheets import above, contact_sheet
 
 # Guidance of 7.5 drives the colours of a fine-tuned model away from the originals and hides copies from a distance in pixels.
 GUIDANCE_SCALE = 2.0
@@ -46,8 +46,15 @@ _SIDE, _PER_ROW = 64, 8
 
 @dataclass(frozen=True)
 class ProbeEvaluation:
-    """Hold one evaluation: the copy rate with Wilson's interval, the share with d1/d2 < 1/3, medians of d1/d2 and of the guard's score, and the
-    sheet of images (None on processes other than the main one)."""
+    """Hold one evaluation.
+
+    Attributes:
+        step: optimizer steps done.
+        copies: the copy rate with its 95 % Wilson interval.
+        published: share of images with d1/d2 < 1/3.
+        median_ratio: of d1/d2; score: median of the guard's.
+        sheet: the images, each row above the training images that explain it best; on the main process only.
+    """
 
     step: int
     copies: Estimate
@@ -63,11 +70,11 @@ class ProbeEvaluation:
 
 
 class Probe:
-    """Look at a model in training through a fixed set of its own captions.
+    """Measure how much a model in training copies, on a fixed set of its own captions.
 
     Args:
         images: the training set, checked (its keys tell copies apart).
-        count: how many captions are probed, one image each; drawn by `seed`, the same at every look.
+        count: how many captions are probed, one image each; chosen by `seed`, the same at every evaluation.
         resolution: side of the images, pixels.
         seed: seed of captions and start noise.
 
@@ -106,7 +113,7 @@ class Probe:
         return CopyDecision.of(self._decided, labels, vae=self.vae, side=self.resolution)
 
     def evaluate(self, pipe: Any, accelerator: Accelerator, step: int) -> ProbeEvaluation:
-        """Sample the probe's images and measure them; to be called by every process. The main one decides, and all return its numbers."""
+        """Sample the probe's images and measure them; to be called by every process. All return the main one's numbers."""
         self.vae = pipe.vae
         sampled = validation.sample(
             pipe, self.captions, 1, resolution=self.resolution, seed=self.seed, accelerator=accelerator,
@@ -134,16 +141,20 @@ class Probe:
         decided = self.decision(images, published)
         copies = Estimate.of_share(int(decided.copy.sum()), len(images))
         originals = [self.originals[i].resize(images[0].size) for i in decided.row.tolist()]
-        # A row of sampled images, below it a row of the training images that explain them best.
-        rows = [part[i : i + _PER_ROW] for i in range(0, len(images), _PER_ROW) for part in (list(images), originals)]
+        pairs = [above(*pair) for pair in zip(images, originals, strict=True)]
+        marks = [", copy" if copy else "" for copy in decided.copy.tolist()]
+        captions = [
+            f"{prompt}\nscore {score:.3g}{mark}"
+            for prompt, score, mark in zip(self.captions, scores, marks, strict=False)
+        ]
         return ProbeEvaluation(
             step, copies, float(published.double().mean()), float(near.ratio.median()),
-            float(torch.tensor(scores).median()), validation.grid(rows),
+            float(torch.tensor(scores).median()), contact_sheet(pairs, _PER_ROW, captions),
         )  # fmt: skip
 
 
 def add_evaluation(path: Path, record: Mapping[str, float]) -> None:
-    """Add a look to a file of JSON lines; later ones, which a resumed run repeats, go."""
+    """Add an evaluation to a file of JSON lines; those of later steps, which a resumed run repeats, are dropped."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] < record["step"]]
     atomic_write(path, "".join(f"{line}\n" for line in [*kept, json.dumps(dict(record))]))

@@ -5,7 +5,7 @@
 Each process holds 1 / N of weights, gradients and moments, and gathers a block's weights for as long as it computes with
 them. What is written is whole: results and checkpoints are those of a run that was not spread, and continue in either kind.
 accelerate does the spreading; this file holds what it leaves out or would do otherwise. Not done here: FSDP 1, DeepSpeed,
-weights in the processor's memory, tensor parallelism; they are refused, for none was run.
+weights in CPU memory, tensor parallelism; they are refused because none was tested.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def check(config: TrainConfig) -> None:
             averaging.check_distribution(DistributedType.DEEPSPEED)
         raise UserError(
             "accelerate is set to DEEPSPEED",
-            rule="this trainer was never run under it",
+            rule="this trainer was never tested under it",
             remedy="use configs/accelerate/fsdp2.yaml; with fsdp_reshard_after_forward: false it spreads what ZeRO-2 does",
         )
     if not _asked("ACCELERATE_USE_FSDP"):
@@ -54,15 +54,15 @@ def check(config: TrainConfig) -> None:
          "set fsdp_version: 2"),
         (_asked("FSDP_CPU_RAM_EFFICIENT_LOADING"), "fsdp_cpu_ram_efficient_loading is true",
          "all processes but the first would encode captions with a text encoder without weights", "set it to false"),
-        (_asked("FSDP_OFFLOAD_PARAMS"), "fsdp_offload_params is true", "this trainer was never run with it", "set it to false"),
+        (_asked("FSDP_OFFLOAD_PARAMS"), "fsdp_offload_params is true", "this trainer was never tested with it", "set it to false"),
         (_asked("FSDP_ACTIVATION_CHECKPOINTING"), "fsdp_activation_checkpointing is true",
          "it renames the weights", "set it to false, and give --gradient_checkpointing"),
-        (_asked("ACCELERATE_USE_PARALLELISM_CONFIG"), "a parallelism_config is given", "this trainer was never run with it",
+        (_asked("ACCELERATE_USE_PARALLELISM_CONFIG"), "a parallelism_config is given", "this trainer was never tested with it",
          "leave it out"),
         ((config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16",
-         "mixed_precision is fp16 under FSDP", "this trainer was never run with it", "use bf16"),
+         "mixed_precision is fp16 under FSDP", "this trainer was never tested with it", "use bf16"),
         (_asked("ACCELERATE_USE_CPU") and torch.accelerator.is_available(),
-         "FSDP on processors is asked for, and there is an accelerator", "torch would spread the model over that",
+         "FSDP on CPUs is asked for, and there is an accelerator", "torch would spread the model over that",
          "hide it, such as with CUDA_VISIBLE_DEVICES=''"),
         (config.use_8bit_adam, "use_8bit_adam is given under FSDP", "its kernels know no cut weights", "leave it out"),
     ):  # fmt: skip
@@ -71,10 +71,10 @@ def check(config: TrainConfig) -> None:
 
 
 def enable(accelerator: Accelerator) -> None:
-    """Complete accelerate's choice of FSDP2: on processors too, with gradients summed in float32."""
+    """Complete accelerate's choice of FSDP2: on CPUs too, with gradients summed in float32."""
     state = accelerator.state
     if _asked("ACCELERATE_USE_FSDP") and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # accelerate 1.15 reads the FSDP settings for accelerators only, and on processors goes on with whole models.
+        # accelerate 1.15 reads the FSDP settings for accelerators only, and keeps whole models on CPUs.
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
         state.distributed_type = DistributedType.FSDP
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
@@ -94,8 +94,8 @@ def whole_unet(unet: Any) -> Any:
     """Return a U-Net that can be saved; to be called by every process.
 
     Returns:
-        `unet` itself if it is not spread. Else, on the first process, another one with the gathered weights in the
-        processor's memory (of a LoRA only the trained ones: the others stay without storage); None on the others.
+        `unet` itself if it is not spread. Else, on the first process, another one with the weights gathered in
+        CPU memory (of a LoRA only the trained ones: the others stay without storage); None on the others.
     """
     if not is_spread(unet):
         return unet
@@ -120,7 +120,7 @@ def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     packed = optimizer.state_dict()
     state: dict[int, dict[str, Any]] = {}
     for i, slots in packed["state"].items():
-        state[i] = {}  # not `slots`, which the optimizer goes on with
+        state[i] = {}  # not `slots`, which the optimizer still needs
         for name, value in slots.items():
             # Every process takes part, one tensor at a time; all but the first drop what they got.
             whole = value.full_tensor() if isinstance(value, DTensor) else value

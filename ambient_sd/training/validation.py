@@ -22,6 +22,7 @@ from ambient_sd.sampling import SamplingConfig, generate, requests_for
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.files import atomic_write, json_safe
 from ambient_sd.utils.json_schema import load_json, violation
+from ambient_sd.utils.sheets import prompt_sheet
 
 INFERENCE_STEPS = 25
 GUIDANCE_SCALE = 7.5
@@ -48,7 +49,9 @@ class Samples(NamedTuple):
 def _ready_to_sample(pipe: Any, device: torch.device) -> Iterator[None]:
     """Lend the parts of a pipeline in training to sampling: on the device, in evaluation mode, and back as they were."""
     unet, parts = pipe.unet, pipe.components
-    homes = {name: parts[name].device for name in ("vae", "text_encoder", "text_encoder_2") if name in parts}
+    homes = {
+        name: part.device for name, part in parts.items() if isinstance(part, torch.nn.Module) and part is not unet
+    }
     training = unet.training
     unet.eval()
     try:
@@ -98,14 +101,9 @@ def sample(
     return Samples([images[i : i + per_prompt] for i in starts], [scores[i : i + per_prompt] for i in starts])
 
 
-def grid(rows: Sequence[Sequence[Image.Image]], gap: int = 2) -> Image.Image:
-    """Lay rows of equal images on one white sheet."""
-    width, height = rows[0][0].size
-    sheet = Image.new("RGB", (len(rows[0]) * (width + gap) - gap, len(rows) * (height + gap) - gap), "white")
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            sheet.paste(image, (x * (width + gap), y * (height + gap)))
-    return sheet
+def sheet(sampled: Samples, prompts: Sequence[str]) -> Image.Image:
+    """Lay sampled images on one sheet, a row for each prompt, which stands above it, and each image's score below it."""
+    return prompt_sheet(sampled.rows, prompts, [[f"score {score:.3g}" for score in row] for row in sampled.scores])
 
 
 def write_scores(folder: Path, step: int, scores: Sequence[float]) -> None:

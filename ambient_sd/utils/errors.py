@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +29,23 @@ class UserError(ValueError):
         # end must not push rule and remedy out of it; a remedy may be a whole command.
         parts = [one_line(what, 340), one_line(rule, 240), one_line(remedy, 400)]
         super().__init__("; ".join(part for part in parts if part))
+
+
+class Interrupted(KeyboardInterrupt):
+    """Raise where Ctrl-C, or another signal, ends work that can be continued: one line on how, and the exit status.
+
+    Args:
+        text: what is kept and how to go on; a process that has nothing to add gives none.
+        status: 128 and the signal's number; 130 for Ctrl-C.
+
+    Example:
+        >>> Interrupted("the images are kept; the same command resumes").status
+        130
+    """
+
+    def __init__(self, text: str, *, status: int = 130) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 def one_line(text: object, limit: int = 600) -> str:
@@ -68,7 +87,10 @@ def require_guidance(scale: float) -> None:
 
 
 def exits_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a command's `main`: a `UserError` prints one line to stderr and exits with status 2.
+    """Decorate a command's `main`: a mistake prints one line to stderr and exits with status 2, Ctrl-C with status 130.
+
+    Under a launcher every process meets the same mistake, and one line is enough. The launcher stops the others as soon as one
+    has ended, so they let the first one speak; what only they have met they still say, a little later.
 
     Example:
         >>> @exits_on_user_error
@@ -83,7 +105,14 @@ def exits_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return main(*args, **kwargs)
         except UserError as error:
+            if os.environ.get("RANK", "0") != "0":
+                time.sleep(10)
             print(f"ambient-sd: error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
+        except KeyboardInterrupt as error:
+            line, status = (str(error), error.status) if isinstance(error, Interrupted) else ("interrupted", 130)
+            if line:
+                print(f"ambient-sd: {line}", file=sys.stderr, flush=True)
+            sys.exit(status)
 
     return wrapper

@@ -15,6 +15,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ambient_sd.utils.errors import UserError
+
 _ASIDE = ".ambient-old"
 
 
@@ -169,3 +171,21 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def check_target(path: Path | None, option: str) -> None:
+    """Check that a file can be written, before the images are read.
+
+    Raises:
+        UserError: it cannot.
+
+    Example:
+        >>> import tempfile
+        >>> check_target(Path(tempfile.mkdtemp()) / "report.html", "--html")
+    """
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        rule = "that is a folder" if path.is_dir() else "its folder does not exist or cannot be written to"
+        raise UserError(f"{option} is {path}", rule=rule, remedy="name a file in a folder that exists")

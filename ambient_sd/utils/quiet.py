@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def quiet() -> None:
-    """Silence what transformers and diffusers say and draw while loading.
+    """Silence what transformers and diffusers say and draw while loading; errors are still raised.
 
     Example:
         >>> quiet()
@@ -12,7 +12,7 @@ def quiet() -> None:
     import diffusers
     import transformers
 
-    # Notices (no torchvision), and one bar per loaded file.
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
+    # Notices (no torchvision, a cast of "[]" modules, prompts that are cut, which we say ourselves), and one bar per loaded file.
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()

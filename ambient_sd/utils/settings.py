@@ -51,6 +51,7 @@ def option(
     low: float | None = None,
     above: float | None = None,
     high: float | None = None,
+    below: float | None = None,
     multiple: int | None = None,
     alias: str | Sequence[str] = (),
     metavar: str = "",
@@ -69,7 +70,7 @@ def option(
         text: for `--help`, which adds the default.
         group: heading in `--help`.
         choices: all values that there are; those of a `Literal` annotation need not be repeated.
-        low, high: inclusive bounds; `above` is an exclusive lower bound.
+        low, high: inclusive bounds; `above` and `below` are exclusive ones.
         multiple: the value must be a multiple of this.
         alias: other spellings of the flag.
         metavar: what stands for the value in `--help`; otherwise its choices or its type.
@@ -90,7 +91,7 @@ def option(
         50
     """
     meta = {
-        "text": text, "group": group, "choices": tuple(choices), "low": low, "above": above, "high": high, "multiple": multiple,
+        "text": text, "group": group, "choices": tuple(choices), "low": low, "above": above, "high": high, "below": below, "multiple": multiple,
         "alias": (alias,) if isinstance(alias, str) else tuple(alias), "metavar": metavar, "words": tuple(words), "bare": bare,
         "positional": positional, "secret": secret, "rival": rival, "needs": (needs,) if isinstance(needs, str) else tuple(needs),
         "because": because,
@@ -103,6 +104,8 @@ def option(
 def same(owner: type, name: str, **changes: Any) -> Any:
     """Declare a setting that the class `owner` declares too, with `changes` of the arguments of `option`.
 
+    Its group, rival and modes are the owner's and stay there.
+
     Example:
         >>> @dataclasses.dataclass
         ... class Sampling:
@@ -114,7 +117,10 @@ def same(owner: type, name: str, **changes: Any) -> Any:
         (20, 1)
     """
     item = next(item for item in _options(owner) if item.name == name)
-    return option(**{"default": _default(item), **item.metadata, **changes})
+    inherited = {
+        name: value for name, value in item.metadata.items() if name not in ("group", "rival", "needs", "because")
+    }
+    return option(**{"default": _default(item), **inherited, **changes})
 
 
 def check(instance: Any) -> None:
@@ -309,25 +315,24 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)
-        spelled = {name.replace("-", "_"): name for name in self._option_string_actions}
-        for i, word in enumerate(words):
+        known = self._option_string_actions
+        spelled = {name.replace("-", "_"): name for name in known}
+        for i, word in enumerate(words[: words.index("--")] if "--" in words else words):
             flag, equals, value = word.partition("=")
-            if word.startswith("--") and flag not in self._option_string_actions:
-                words[i] = spelled.get(flag.replace("-", "_"), flag) + equals + value
+            # As argparse has it, a word with a space is no flag. Looked at first: a misspelt flag is not one that is missing.
+            if flag.startswith("--") and flag not in known and " " not in word:
+                if (right := spelled.get(flag.replace("-", "_"))) is None:
+                    self._unknown(flag, [name for name in known if name.startswith("--")])
+                words[i] = right + equals + value
         found, unknown = super().parse_known_args(words, namespace)
         if unknown:
-            word = next((word for word in unknown if word.startswith("-")), unknown[0])
-            flag = word.partition("=")[0]
-            self._unknown(flag, "argument", [name for name in self._option_string_actions if name.startswith("--")])
+            self._unknown(unknown[0], [])
         return found, unknown
 
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if isinstance(action.choices, Mapping) and value not in action.choices:  # verbs
-            self._unknown(str(value), "command", list(action.choices))
-        super()._check_value(action, value)
-
-    def _unknown(self, word: str, kind: str, known: Sequence[str]) -> NoReturn:
-        raise UserError(f"unknown {kind} {word}", rule=nearest(word, known), remedy=f"see {self.prog} --help")
+    def _unknown(self, word: str, known: Sequence[str]) -> NoReturn:
+        raise UserError(
+            f"unknown argument {word}", rule=nearest(word, known) if known else "", remedy=f"see {self.prog} --help"
+        )
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -362,7 +367,7 @@ def checked(owner: type, name: str, value: Any) -> Any:
             remedy = ""
         elif _default(item) is not None:
             remedy = f"the default is {_shown(_default(item))}"
-        shown = "(hidden)" if item.metadata["secret"] else _SHORT.repr(value)
+        shown = "(hidden)" if item.metadata["secret"] else _number(value) or _SHORT.repr(value)
         raise UserError(f"{name} is {shown}", rule=rule, remedy=remedy)
     return converted
 
@@ -440,6 +445,8 @@ def _broken_rule(meta: Mapping[str, Any], literals: Sequence[Any], value: Any) -
         return f"it must be above {meta['above']}"
     if meta["high"] is not None and value > meta["high"]:
         return f"it must be at most {meta['high']}"
+    if meta["below"] is not None and value >= meta["below"]:
+        return f"it must be below {meta['below']}"
     if meta["multiple"] is not None and value % meta["multiple"]:
         return f"it must be a multiple of {meta['multiple']}"
     return ""
@@ -488,7 +495,13 @@ def _field(owner: type, name: str) -> dataclasses.Field[Any]:
 
 @functools.cache
 def _hints(owner: type) -> dict[str, Any]:
-    return typing.get_type_hints(owner)
+    """Return the annotations of the options; other fields may name classes that are imported for type checkers alone."""
+    found: dict[str, Any] = {}
+    for base in reversed(owner.__mro__):
+        names = [item.name for item in _options(owner) if item.name in vars(base).get("__annotations__", {})]
+        written = types.SimpleNamespace(__annotations__={name: vars(base)["__annotations__"][name] for name in names})
+        found |= typing.get_type_hints(written, globalns=vars(sys.modules[base.__module__]))
+    return found
 
 
 def _default(item: dataclasses.Field[Any]) -> Any:
@@ -499,6 +512,17 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _number(value: Any) -> str:
+    """Return a text that reads as a number as it stands, for a command line gives texts; nothing otherwise."""
+    if not isinstance(value, str) or len(value) > _SHORT.maxlong:
+        return ""
+    try:
+        float(value)
+    except ValueError:
+        return ""
+    return value
 
 
 def _group(parser: argparse.ArgumentParser, title: str, text: str | None) -> Any:
@@ -513,7 +537,7 @@ def _group(parser: argparse.ArgumentParser, title: str, text: str | None) -> Any
 def _add(place: Any, item: dataclasses.Field[Any], hint: Any) -> None:
     meta, kind, default = item.metadata, _kind(hint), _default(item)
     text = meta["text"].replace("%", "%%")
-    if default not in (None, False, REQUIRED, (), []):
+    if default is not None and default is not False and default not in (REQUIRED, (), []):  # 0 is a default, too
         text += f" (default {_shown(default)})"
     extra: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
     if kind.bare is bool:

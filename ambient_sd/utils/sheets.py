@@ -82,6 +82,20 @@ def contact_sheet(
     return sheet
 
 
+def above(top: Image.Image, bottom: Image.Image) -> Image.Image:
+    """Return two images of one width as one, `top` above `bottom`.
+
+    Example:
+        >>> from PIL import Image
+        >>> above(Image.new("RGB", (64, 64)), Image.new("RGB", (64, 32))).size
+        (64, 96)
+    """
+    both = Image.new("RGB", (top.width, top.height + bottom.height))
+    both.paste(as_rgb(top), (0, 0))
+    both.paste(as_rgb(bottom), (0, top.height))
+    return both
+
+
 def cut_sheet(sheet: Image.Image, number: int, side: int, columns: int, gap: int = GAP) -> list[Image.Image]:
     """Return the first `number` square images of a `contact_sheet` without captions.
 

@@ -13,7 +13,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from ambient_sd.audit.features import Sscd
 from ambient_sd.audit.networks import Dinov2
-from ambient_sd.audit.registry import choose, chosen, label
+from ambient_sd.audit.registry import FeatureOptions, choose, label
 from ambient_sd.utils.errors import UserError
 
 
@@ -103,16 +103,13 @@ def test_names_of_the_command_line_choose_the_preprocessing(file: Path) -> None:
 
 
 def test_weights_of_a_variant_are_given_by_the_flag_of_its_network() -> None:
-    import argparse
-
-    from ambient_sd.audit.registry import add_features
-
-    parser = argparse.ArgumentParser()
-    add_features(parser)
-    args = parser.parse_args(["--features", "pixels,sscd-wen,dinov2-paper", "--sscd", "x", "--dinov2", "y"])
-    assert chosen(args)[0] == ["pixels", "sscd-wen", "dinov2-paper"]
+    assert FeatureOptions(features="pixels,sscd-wen,dinov2-paper", sscd="x", dinov2="y").chosen()[0] == [
+        "pixels",
+        "sscd-wen",
+        "dinov2-paper",
+    ]
     with pytest.raises(UserError, match="--dinov2 without dinov2"):
-        chosen(parser.parse_args(["--features", "sscd-wen", "--sscd", "x", "--dinov2", "y"]))
+        FeatureOptions(features="sscd-wen", sscd="x", dinov2="y").chosen()
 
 
 @pytest.mark.skipif(Sscd._find() is None or Sscd._find().suffix != ".onnx", reason="no ONNX file")  # type: ignore[union-attr]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +10,9 @@ import pytest
 import torch
 
 from ambient_sd.audit.features import Pixels, Sscd
-from ambient_sd.audit.registry import DEFAULT, NAMES, WEIGHTS, add_features, choose, chosen, label, labels
+from ambient_sd.audit.registry import DEFAULT, NAMES, WEIGHTS, FeatureOptions, choose, label, labels
 from ambient_sd.utils.errors import UserError
+from ambient_sd.utils.settings import Parser, add_flags, from_flags
 
 
 class Mean(torch.nn.Module):
@@ -21,9 +21,9 @@ class Mean(torch.nn.Module):
 
 
 def read(*words: str) -> tuple[list[str], dict[str, str | None]]:
-    parser = argparse.ArgumentParser()
-    add_features(parser)
-    return chosen(parser.parse_args(words))
+    parser = Parser()
+    add_flags(parser, FeatureOptions)
+    return from_flags(FeatureOptions, parser.parse_args(words)).chosen()
 
 
 def test_every_label_is_the_name_of_the_feature_that_is_made_and_names_it_too(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_the_flags_of_a_command_give_names_and_weights() -> None:
 
 
 def test_commands_can_show_their_flags_without_torch() -> None:
-    code = "import ambient_sd.audit.registry, ambient_sd.commands.audit_flags, sys; assert 'torch' not in sys.modules"
+    code = "import ambient_sd.audit.registry, ambient_sd.commands.audit, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -90,6 +90,8 @@ def test_audit_embedding_and_benchmarks_offer_the_same_features() -> None:
     import ambient_sd
 
     root = Path(ambient_sd.__file__).parent
-    for place in ("commands/audit_flags.py", "audit/embedding.py", "../benchmarks/transformations.py"):
+    for place in ("commands/audit/__init__.py", "audit/embedding.py", "../benchmarks/transformations.py"):
         text = (root / place).read_text()
-        assert "add_features(" in text and "chosen(args)" in text and '"--features"' not in text, place
+        assert "FeatureOptions)" in text and "FeatureOptions, args).chosen()" in text and '"--features"' not in text, (
+            place
+        )

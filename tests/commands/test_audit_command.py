@@ -24,9 +24,10 @@ from tiny import image_folder, noise_image
 
 from ambient_sd.audit import decision
 from ambient_sd.cli import main
-from ambient_sd.commands import audit as auditing
-from ambient_sd.commands import audit_flags as cli_audit
-from ambient_sd.commands.audit import AuditSettings, Source, audit, read_generated
+from ambient_sd.commands import audit as cli_audit
+from ambient_sd.commands.audit import AuditSettings, Source
+from ambient_sd.commands.audit import work as auditing
+from ambient_sd.commands.audit.work import audit, read_generated
 from ambient_sd.sampling import SamplingConfig
 from ambient_sd.utils.errors import UserError
 
@@ -47,7 +48,7 @@ def sets(tmp_path: Path) -> dict[str, Path]:
 
 def settings(sets: dict[str, Path], **changes: Any) -> AuditSettings:
     values: dict[str, Any] = {
-        "training": Source(str(sets["training"])), "heldout": Source(str(sets["heldout"])), "out": sets["out"],
+        "training": Source(str(sets["training"])), "heldout": Source(str(sets["heldout"])), "output_dir": sets["out"],
         "generated": sets["fresh"], "features": ("pixels",), "resamples": 20,
     }  # fmt: skip
     return AuditSettings(**(values | changes))
@@ -61,11 +62,11 @@ def measures(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_exact_training_images_are_all_called_copied_and_held_out_ones_none(sets: dict[str, Path]) -> None:
-    copies = audit(settings(sets, generated=sets["training"], limit=0.01))
+    copies = audit(settings(sets, generated=sets["training"], fail_over=0.01))
     assert copies.found["verdict"]["value"] == 1.0 and copies.exceeded and copies.found["finding"]["kind"] == "copies"
     lines = [json.loads(line) for line in (sets["out"] / "images.jsonl").read_text().splitlines()]
     assert all(line["copy"] and line["nearest"]["pixels64"]["name"] == line["name"] for line in lines)
-    fresh = audit(settings(sets, out=sets["out"].with_name("other"), limit=0.01))
+    fresh = audit(settings(sets, output_dir=sets["out"].with_name("other"), fail_over=0.01))
     assert fresh.found["verdict"]["value"] == 0.0 and not fresh.exceeded
     assert fresh.found["finding"]["kind"] == "no-copies"
 
@@ -75,7 +76,7 @@ def test_mirrored_copies_are_found_unless_the_search_is_told_not_to(sets: dict[s
     made = image_folder(tmp_path / "turned", turned)
     both = audit(settings(sets, generated=made))
     assert both.found["verdict"]["value"] == 1.0
-    upright = audit(settings(sets, generated=made, out=tmp_path / "upright", mirrored=False))
+    upright = audit(settings(sets, generated=made, output_dir=tmp_path / "upright", mirrored=False))
     assert upright.found["verdict"]["value"] == 0.0
 
 
@@ -106,7 +107,7 @@ def test_copies_in_other_colours_are_called_copies_where_d1_over_d2_of_pixels_se
     sets: dict[str, Path], tmp_path: Path
 ) -> None:
     made = in_other_colours(tmp_path / "swapped")
-    result = audit(settings(sets, generated=made, features=("pixels", "edges"), limit=0.05))
+    result = audit(settings(sets, generated=made, features=("pixels", "edges"), fail_over=0.05))
     found = result.found
     assert result.exceeded and found["finding"]["kind"] == "copies" and found["verdict"]["measure"] == "copies"
     assert found["verdict"]["value"] == 1 and measures(found)["training-copied"]["generated"]["value"] == 1
@@ -116,7 +117,7 @@ def test_copies_in_other_colours_are_called_copies_where_d1_over_d2_of_pixels_se
     assert all(line["copy"] and line["original"] == {"row": i, "name": line["name"]} for i, line in enumerate(lines))
     assert all(line["residual"] < 0.1 and not line["nearest"]["pixels64"]["copy"] for line in lines)
     unseen = audit(
-        settings(sets, out=tmp_path / "other", features=("pixels", "edges"), limit=0.05)
+        settings(sets, output_dir=tmp_path / "other", features=("pixels", "edges"), fail_over=0.05)
     ).found  # control: images of neither set
     assert unseen["finding"]["kind"] == "no-copies"
     assert not unseen["verdict"]["exceeded"] and unseen["verdict"]["others"] == []
@@ -136,14 +137,14 @@ def halves_in_other_colours(folder: Path) -> Path:
 
 def test_what_another_measure_calls_copies_is_said_and_fails_the_audit(sets: dict[str, Path], tmp_path: Path) -> None:
     made = halves_in_other_colours(tmp_path / "halves")
-    result = audit(settings(sets, generated=made, features=("pixels", "edges"), limit=0.05))
+    result = audit(settings(sets, generated=made, features=("pixels", "edges"), fail_over=0.05))
     found = result.found
     assert found["verdict"]["value"] <= 0.05 and measures(found)["memorized-edges16"]["generated"]["value"] > 0.5
     assert result.exceeded and found["verdict"]["others"] == ["memorized-edges16"]
     assert "fails by memorized-edges16" in (sets["out"] / "audit.html").read_text()
     assert found["finding"]["kind"] == "copies-otherwise" and "by edges16 alone" in found["finding"]["sentence"]
     alone = audit(
-        settings(sets, generated=made, out=tmp_path / "bare", heldout=None, features=("pixels", "edges"))
+        settings(sets, generated=made, output_dir=tmp_path / "bare", heldout=None, features=("pixels", "edges"))
     ).found
     assert re.search(r"images are copies; by edges16 [\d.]+ %", alone["finding"]["sentence"])
 
@@ -154,7 +155,7 @@ def test_without_held_out_images_copies_in_other_colours_are_said_too(sets: dict
     assert "100.0 % of 12 images are copies; how often" in found["finding"]["sentence"]
     # Control: twelve training images are too few to stand for what cannot be a copy, and fresh images are called none.
     assert found["copies"]["nulls"] == [] and "fewer than 20" in found["copies"]["rule"]
-    fresh = audit(settings(sets, out=tmp_path / "other", heldout=None, features=("pixels", "edges"))).found
+    fresh = audit(settings(sets, output_dir=tmp_path / "other", heldout=None, features=("pixels", "edges"))).found
     assert fresh["verdict"]["value"] == 0 and "0.0 % of 10 images are copies" in fresh["finding"]["sentence"]
 
 
@@ -193,7 +194,7 @@ def run(sets: dict[str, Path], base: Path, *more: str) -> int:
     """Run the command and return its exit status."""
     words = ["audit", str(base), str(sets["training"]), "--heldout", str(sets["heldout"]), "--out", str(sets["out"]),
              "--features", "pixels", "--samples_per_prompt", "2", "--max_prompts", "3", "--num_inference_steps", "2",
-             "--attribution", "2", "--device", "cpu", *more]  # fmt: skip
+             "--attributed_prompts", "2", "--device", "cpu", *more]  # fmt: skip
     try:
         main(words)
     except SystemExit as left:
@@ -351,7 +352,7 @@ def test_an_adapter_is_held_against_images_of_its_base(
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
     StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=get_peft_model_state_dict(unet))
     given = ["--lora_weights", str(tmp_path / "lora"), "--max_prompts", "7", "--samples_per_prompt", "1", "--num_inference_steps", "1",
-             "--attribution", "0", "--guidance_scale", "1"]  # fmt: skip
+             "--attributed_prompts", "0", "--guidance_scale", "1"]  # fmt: skip
     assert run(sets, tiny_base, *given, "--base_images", "6") == 0
     found = json.loads((sets["out"] / "audit.json").read_text())
     heldout, base = found["copies"]["nulls"]
@@ -367,7 +368,7 @@ def test_an_adapter_is_held_against_images_of_its_base(
     assert run(sets, tiny_base, *given, "--base_images", "0") == 2
     config = SamplingConfig(str(tiny_base), str(tmp_path / "lora"))
     with_base = settings(sets, generated=None, sampling=config).base()
-    assert with_base is not None and with_base.model == str(tiny_base) and with_base.adapter is None
+    assert with_base is not None and with_base.model == str(tiny_base) and with_base.lora_weights is None
     assert settings(sets, generated=None, sampling=config, base_images=0).base() is None
     assert settings(sets, generated=None, sampling=dataclasses.replace(config, lora_weights=None)).base() is None
 
@@ -453,9 +454,9 @@ CASES: dict[str, tuple[Callable[[dict[str, Path]], dict[str, Any]], str]] = {
     ),
     "clip without prompts": (lambda s: {"clip": "x"}, "images without prompts"),
     "model and images": (lambda s: {"generated": None}, "neither"),
-    "limit": (lambda s: {"limit": float("nan")}, "fail-over is nan"),
-    "out is a file": (lambda s: {"out": s["fresh"] / "000.png"}, "must be a folder"),
-    "out holds something else": (lambda s: {"out": s["heldout"]}, "a folder of its own"),
+    "limit": (lambda s: {"fail_over": float("nan")}, "fail_over is nan"),
+    "out is a file": (lambda s: {"output_dir": s["fresh"] / "000.png"}, "must be a folder"),
+    "out holds something else": (lambda s: {"output_dir": s["heldout"]}, "a folder of its own"),
     "list that leaves the folder": (
         lambda s: ((s["fresh"] / "samples.jsonl").write_text('{"file": "../x.png", "prompt": "a"}\n'), {})[1], "no image of this folder",
     ),

@@ -19,7 +19,8 @@ from ambient_sd.audit import metrics, stored
 from ambient_sd.audit.embedding import EmbeddingStore, embed_set, load_set, write_block
 from ambient_sd.audit.registry import choose
 from ambient_sd.cli import main
-from ambient_sd.commands.audit import AuditSettings, Source, audit
+from ambient_sd.commands.audit import AuditSettings, Source
+from ambient_sd.commands.audit.work import audit
 from ambient_sd.data import sources
 from ambient_sd.data.sources import load_rows
 from ambient_sd.utils.errors import UserError
@@ -45,7 +46,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(world: Path, out: Path, **changes: Any) -> AuditSettings:
     values: dict[str, Any] = {
-        "training": Source(str(world / "training")), "heldout": Source(str(world / "heldout")), "out": out,
+        "training": Source(str(world / "training")), "heldout": Source(str(world / "heldout")), "output_dir": out,
         "generated": world / "made", "features": FEATURES, "resamples": 20,
     }  # fmt: skip
     return AuditSettings(**(values | changes))
@@ -284,7 +285,7 @@ def test_weights_are_named_only_with_the_features_that_are_missing(world: Path, 
             )
         command = str(error.value).split("make them: ")[-1]
         assert ("--inception i.pt" in command) == has and f"--features {features[1]} " in command
-        assert "nowhere.parquet --split train --row_filter 'a=b c'" in command
+        assert "nowhere.parquet --dataset_split train --row_filter 'a=b c'" in command
 
 
 def test_the_two_commands_work_together(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,10 @@ from diffusers import StableDiffusionPipeline
 
 from ambient_sd import AmbientSDPipeline, MemorizationGuard
 from ambient_sd.cli import main
-from ambient_sd.commands import calibrate, sample
-from ambient_sd.commands.calibrate import SCORES_NAME, CalibrateSettings, thresholds
+from ambient_sd.commands.calibrate import CalibrateSettings
+from ambient_sd.commands.calibrate import work as calibrate
+from ambient_sd.commands.calibrate.work import SCORES_NAME, thresholds
+from ambient_sd.commands.sample import work as sample
 from ambient_sd.guard.anisotropy import anisotropy, screen
 from ambient_sd.guard.calibration import FILE_NAME, FILE_NAMES, Calibration
 from ambient_sd.sampling import SamplingConfig, image_seed, load_pipeline
@@ -35,7 +37,7 @@ def base(tiny_base: Path, tmp_path: Path) -> Path:
 def settings(base: Path, ordinary: list[str] = ORDINARY, **changes: Any) -> CalibrateSettings:
     config = {"model": str(base), "num_inference_steps": 7, "batch_size": 5, "device": "cpu"}
     config |= {name: changes.pop(name) for name in list(changes) if name in SamplingConfig.__dataclass_fields__}
-    return CalibrateSettings(SamplingConfig(**config), ordinary, **{"generations": 2, "fpr": 0.2, **changes})
+    return CalibrateSettings(SamplingConfig(**config), ordinary, **{"num_images_per_prompt": 2, "fpr": 0.2, **changes})
 
 
 def curves(prompts: int, images: int, steps: int, shift: float = 0.0, seed: int = 0) -> torch.Tensor:
@@ -93,7 +95,7 @@ def test_command_writes_a_file_that_says_what_it_was_measured_on(base: Path, tmp
 
 
 def test_a_run_that_was_cut_goes_on_with_the_same_result(base: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    straight, _ = calibrate.calibrate(settings(base, out=tmp_path / "straight"))
+    straight, _ = calibrate.calibrate(settings(base, output_dir=tmp_path / "straight"))
     calls = []
 
     call = StableDiffusionPipeline.__call__
@@ -105,7 +107,7 @@ def test_a_run_that_was_cut_goes_on_with_the_same_result(base: Path, tmp_path: P
         return call(*args, **kwargs)
 
     monkeypatch.setattr(StableDiffusionPipeline, "__call__", stops)
-    chosen = settings(base, out=tmp_path / "cut")
+    chosen = settings(base, output_dir=tmp_path / "cut")
     with pytest.raises(KeyboardInterrupt):
         calibrate.calibrate(chosen)
     scores = tmp_path / "cut" / SCORES_NAME
@@ -117,7 +119,7 @@ def test_a_run_that_was_cut_goes_on_with_the_same_result(base: Path, tmp_path: P
     for a, b in zip(straight.entries, resumed.entries, strict=True):
         assert a.value == pytest.approx(b.value, rel=1e-4) and a.rate.value == b.rate.value
     # Another rate is another reading of the same scores.
-    other, _ = calibrate.calibrate(settings(base, out=tmp_path / "cut", fpr=0.4))
+    other, _ = calibrate.calibrate(settings(base, output_dir=tmp_path / "cut", fpr=0.4))
     assert len(calls) == 4 and other.entries[-1].value < resumed.entries[-1].value
 
 
@@ -126,7 +128,7 @@ def test_scores_of_other_settings_are_refused(base: Path, tmp_path: Path) -> Non
     before = (base / SCORES_NAME).read_bytes()
     for change, named in (
         ({"seed": 1}, "seed was 0"),
-        ({"generations": 3}, "generations"),
+        ({"num_images_per_prompt": 3}, "num_images_per_prompt"),
         ({"memorized": ["b"]}, "prompts.memorized changed"),
     ):
         with pytest.raises(UserError, match=named):
@@ -139,7 +141,7 @@ def test_scores_of_other_settings_are_refused(base: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("words", "named"),
-    [(["--fpr", "0"], "fpr is 0"), (["--fpr", "nan"], "fpr is nan"), (["--generations", "0"], "generations is 0"), (["--out", "p.txt"], "out is"),
+    [(["--fpr", "0"], "fpr is 0"), (["--fpr", "nan"], "fpr is nan"), (["--generations", "0"], "num_images_per_prompt is 0"), (["--out", "p.txt"], "output_dir is"),
      (["--memorized", "p.txt"], "stands in both"), (["--guidance_scale", "nan"], "guidance_scale")],
 )  # fmt: skip
 def test_mistakes_are_one_line(
@@ -362,9 +364,11 @@ def test_thresholds_of_the_two_detectors_are_not_mistaken_for_one_another(base: 
     with pytest.raises(UserError, match="holds thresholds of the detector anisotropy; norm is asked for"):
         Calibration.load(path)
     with pytest.raises(UserError, match="has no spread"):
-        calibrate.calibrate(settings(base, ["a"], detector="anisotropy", generations=1, out=tmp_path / "one"))
+        calibrate.calibrate(
+            settings(base, ["a"], detector="anisotropy", num_images_per_prompt=1, output_dir=tmp_path / "one")
+        )
     with pytest.raises(UserError, match="detector is 'both'"):
-        calibrate.calibrate(settings(base, ["a"], detector="both", out=tmp_path / "two"))
+        calibrate.calibrate(settings(base, ["a"], detector="both", output_dir=tmp_path / "two"))
     values = json.loads(path.read_text())
     values["anisotropy"]["norm_weight"] = float("inf")
     path.write_text(json.dumps(values))

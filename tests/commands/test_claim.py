@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from ambient_sd.commands.demo import COPIES, DemoSettings, run_demo
+from ambient_sd.commands.demo import DemoSettings
+from ambient_sd.commands.demo.work import COPIES, run_demo
 from ambient_sd.reporting.report import find
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_ambient_copies_a_third_of_what_plain_copies_at_a_price_in_quality(seed: int, tmp_path: Path) -> None:
-    report = run_demo(DemoSettings(out=tmp_path / "out", seed=seed))
+    report = run_demo(DemoSettings(output_dir=tmp_path / "out", seed=seed))
     plain, ambient = (run.row(COPIES).generated for run in report.runs)
     assert plain.value >= 0.3, "the control: without copies in the plain run there is nothing to reduce"
     assert ambient.value <= plain.value / 3

@@ -18,9 +18,10 @@ import torch
 from PIL import Image, ImageOps
 
 from ambient_sd.assets import BASE, PICTURES
-from ambient_sd.cli import main, make_parser
-from ambient_sd.commands import compare as comparison
-from ambient_sd.commands.compare import MITIGATIONS, detector_figures, ordinary_scores, relative_figures, truth
+from ambient_sd.cli import main, parser_of
+from ambient_sd.commands.compare import CompareSettings
+from ambient_sd.commands.compare import work as comparison
+from ambient_sd.commands.compare.work import MITIGATIONS, detector_figures, ordinary_scores, relative_figures, truth
 from ambient_sd.data.sources import load_rows
 from ambient_sd.guard.policies import Policy
 from ambient_sd.reporting import compare_page
@@ -96,8 +97,8 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     images, captions = [r.image for r in rows], sorted(r.caption for r in rows)
     images = [images[[r.caption for r in rows].index(caption)] for caption in captions]
     folder = tmp_path_factory.mktemp("drawn")
-    settings = comparison.Settings(
-        {"a": str(BASE)}, str(BASE), folder, 64, generations=2, steps=2, guidance_scale=7.5
+    settings = CompareSettings(
+        {"a": str(BASE)}, str(BASE), folder, 64, num_images_per_prompt=2, num_inference_steps=2, guidance_scale=7.5
     )  # fmt: skip
     config = comparison.config_of(settings, str(BASE))
     requests, pipe = requests_for(captions, 2), load_pipeline(config)
@@ -127,13 +128,17 @@ def test_a_run_writes_tables_sheets_and_page_and_goes_on_where_it_was_cut(
     data = Path(command[3])
     assert first["models"]["a"]["memorized_prompts"] >= 2 and rows["none"]["figures"]["copies"]["value"] >= 0.5
     assert words[:4] == ["ambient-sd", "compare", "a=base", "--data"] and words[4] == data.name
-    assert f"--out {out.name} " in first["command"] + " " and "--mitigated 2" in first["command"]
+    assert f"--output_dir {out.name} " in first["command"] + " " and "--mitigated 2" in first["command"]
     assert "/" not in first["command"] and html.escape(first["command"]) in text
     places = [f"a={BASE}" if word == "a=base" else word for word in words[1:]]
     again = [
         str(data) if w == data.name else str(BASE) if w == "base" else str(out) if w == out.name else w for w in places
     ]
-    assert vars(make_parser().parse_args(again)) == vars(make_parser().parse_args([*command, "--out", str(out)]))
+
+    def read(line: list[str]) -> dict[str, Any]:
+        return vars(parser_of("compare").parse_args(line[1:]))
+
+    assert read(again) == read([*command, "--out", str(out)])
     if sys.platform == "linux":
         assert 0 < rows["STP"]["peak_memory_mb"] < 500
     # STP leaves guidance out for half of the way: other images, from the same noise.
@@ -180,8 +185,8 @@ def test_a_run_writes_tables_sheets_and_page_and_goes_on_where_it_was_cut(
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [(["--guidance_scale", "1"], "guidance_scale is 1"), (["--guidance_scale", "inf"], "give a finite scale above 1"), (["--generations", "0"], "generations is 0"),
-     (["--mitigations", "Wenn"], "mitigation 'Wenn'"), (["--judge", "./nowhere"], "there is no folder"), (["--resolution", "15"], "multiple of")],
+    [(["--guidance_scale", "1"], "guidance_scale is 1"), (["--guidance_scale", "inf"], "must be a finite number"), (["--generations", "0"], "num_images_per_prompt is 0"),
+     (["--mitigations", "Wenn"], "policy is 'Wenn'; the nearest known one is Wen"), (["--judge", "./nowhere"], "there is no folder"), (["--resolution", "15"], "multiple of")],
 )  # fmt: skip
 def test_mistakes_are_one_line(
     change: list[str], said: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -212,7 +217,7 @@ def test_models_of_the_hub_are_told_apart_by_their_weights(
         comparison._digest(str(tiny_base))
         == hashlib.sha256((tiny_base / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
     )  # of a folder as in claims written before
-    with pytest.raises(UserError, match="owner/none cannot be loaded"):
+    with pytest.raises(UserError, match="owner/none cannot be read"):
         comparison._digest("owner/none")
 
 
@@ -244,7 +249,7 @@ def test_hostile_prompts_are_text_on_the_page(tmp_path: Path) -> None:
 def test_copies_in_other_colours_are_counted_beside_those_by_the_published_measure(tmp_path: Path) -> None:
     rows = load_rows(PICTURES, split="finetune").subset(range(0, 1000, 25))
     reals = comparison.read_reals(rows, load_rows(PICTURES, split="heldout").subset(range(0, 320, 8)))
-    settings = comparison.Settings({"a": str(BASE)}, str(BASE), tmp_path, 64, generations=1)
+    settings = CompareSettings({"a": str(BASE)}, str(BASE), tmp_path, 64, num_images_per_prompt=1)
 
     def judge(images: Any, own: Any, captions: Any) -> Any:
         return types.SimpleNamespace(value=torch.zeros(len(own)), hit=torch.zeros(len(own)))

@@ -11,7 +11,8 @@ import pytest
 
 from ambient_sd.assets import BASE, PICTURES
 from ambient_sd.cli import main
-from ambient_sd.commands.demo import CONTENTS, DemoSettings, settings_of_run
+from ambient_sd.commands.demo import DemoSettings
+from ambient_sd.commands.demo.work import CONTENTS, settings_of_run
 from ambient_sd.training.config import TrainConfig, load_yaml
 from ambient_sd.utils.output_folder import OutputFolder
 
@@ -37,7 +38,7 @@ def test_demo_writes_page_figures_sheets_and_loadable_models(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    short = ["--steps", "2", "--prompts", "3", "--samples_per_prompt", "2", "--sampling_steps", "2"]
+    short = ["--steps", "2", "--num_prompts", "3", "--samples_per_prompt", "2", "--sampling_steps", "2"]
     main(["demo", "--out", str(out), *short])
     printed = capsys.readouterr().out
     assert "memorized-pixels64" in printed and "report.html" in printed
@@ -96,7 +97,7 @@ def test_demo_does_not_take_trainings_named_like_its_own(tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [(["demo", "--steps", "0"], "steps"), (["demo", "--guidance_scale", "1"], "guidance_scale"), (["demo", "--guidance_scale", "nan"], "guidance_scale"), (["dmeo"], "dmeo"),
-     (["demo", "--level", "-1"], "ambient_level"), (["demo", "--level", "99"], "99"), (["demo", "--seed", "x"], "seed")],
+     (["demo", "--level", "-1"], "level is -1"), (["demo", "--level", "99"], "99"), (["demo", "--seed", "x"], "seed")],
 )  # fmt: skip
 def test_bad_arguments_end_in_one_line_and_status_2(
     arguments: list[str],

@@ -39,7 +39,7 @@ def test_the_command_prints_the_level_that_training_takes(
         pretrained_model_name_or_path=str(tiny_base), train_data_dir=str(folder), resolution=32, center_crop=True,
         max_train_steps=1, train_batch_size=1, report_to="none", output_dir=str(tmp_path / "o"), ambient_level="auto",
     )  # fmt: skip
-    assert run(config, progress=False)["level"] == found["proposed"]
+    assert run(config, progress=False).level == found["proposed"]
     text = page.read_text()
     assert "&lt;b&gt;p" in text
     assert "<b>p" not in text

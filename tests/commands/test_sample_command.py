@@ -19,9 +19,10 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
 from ambient_sd.cli import main
-from ambient_sd.commands import sample
-from ambient_sd.commands.sample import SampleSettings, read_record
-from ambient_sd.sampling import SamplingConfig, image_seed, load_pipeline
+from ambient_sd.commands.sample import SampleSettings
+from ambient_sd.commands.sample import work as sample
+from ambient_sd.commands.sample.work import read_record
+from ambient_sd.sampling import SamplingConfig, image_seed, load_pipeline, read_prompts
 from ambient_sd.utils.errors import UserError
 
 HOSTILE = [
@@ -242,15 +243,15 @@ def test_other_settings_in_the_same_folder_are_one_line(tiny_base: Path, tmp_pat
 
 @pytest.mark.parametrize(
     ("words", "named"),
-    [(["--prompt", "a", "--prompts", "b"], "twice"), ([], "nowhere"), (["--prompt", "a", "--threshold", "high"], "threshold is 'high'"),
+    [(["--prompt", "a", "--prompts", "b"], "both prompt and prompts are given"), ([], "neither prompt nor prompts is given"), (["--prompt", "a", "--threshold", "high"], "threshold is 'high'"),
      (["--prompt", "a", "--threshold", "-1"], "threshold is -1"), (["--prompt", "a", "--threshold", "0"], "threshold is 0"), (["--prompt", "a", "--guidance_scale", "-1"], "guidance_scale is -1"),
      (["--prompt", "a", "--guidance_scale", "1", "--threshold", "3"], "guard measures guidance"),
      (["--prompt", "a", "--guidance_scale", "0", "--attribution", "all"], "attribution is 'all'"),
      (["--prompt", "a", "--guidance_scale", "inf"], "must be a finite number"),
-     (["--prompt", "a", "--base_above", "1"], "give --base MODEL"), (["--prompt", "a", "--base", "x"], "base without base_above"),
+     (["--prompt", "a", "--base_above", "1"], "give --base MODEL"), (["--prompt", "a", "--base", "x"], "base is given; it has no effect here: base_above is off"),
      (["--prompt", "a", "--base_above", "nan", "--base", "x"], "base_above is nan"),
      (["--prompt", "a", "--base_above", "1", "--base", "./none"], "there is no folder './none'"),
-     (["--prompt", "a", "--resolution", "30"], "multiple of 8"), (["--prompt", "a", "--policy", "nothing"], "it must be one of"),
+     (["--prompt", "a", "--resolution", "30"], "multiple of 8"), (["--prompt", "a", "--policy", "nothing"], "--help lists all"),
      (["--prompt", "a", "--policy", "prompt_optimization"], "needs target"), (["--prompt", "a", "--when", "flagged"], "without a policy"),
      (["--prompt", "a", "--adapter", "./none"], "adapter is ./none"), (["--prompt", "a", "--device", "toaster"], "device is"),
      (["--prompts", "none.jsonl"], "cannot be read"), (["--prompt", "a", "--num_images_per_prompt", "0"], "num_images_per_prompt is 0"),
@@ -276,11 +277,11 @@ def test_a_model_that_is_none_is_one_line(tmp_path: Path) -> None:
 def test_prompt_files_of_both_kinds_are_read(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a cat"}\n\n{"prompt": ""}\n')
     (tmp_path / "p.txt").write_bytes(b"a cat\r\n\n a\x0bb\n")
-    assert sample.prompts_of(None, str(tmp_path / "p.jsonl")) == ["a cat", ""]
-    assert sample.prompts_of(None, str(tmp_path / "p.txt")) == ["a cat", " a\x0bb"]
+    assert read_prompts(str(tmp_path / "p.jsonl")) == ["a cat", ""]
+    assert read_prompts(str(tmp_path / "p.txt")) == ["a cat", " a\x0bb"]
     (tmp_path / "p.jsonl").write_text('{"prompt": "\\ud800"}\n')
     with pytest.raises(UserError, match="surrogate"):
-        sample.prompts_of(None, str(tmp_path / "p.jsonl"))
+        read_prompts(str(tmp_path / "p.jsonl"))
 
 
 def test_an_adapter_changes_the_images_and_is_named(tiny_base: Path, tmp_path: Path) -> None:

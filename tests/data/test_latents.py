@@ -15,7 +15,7 @@ from ambient_sd.data.noise import image_noise
 from ambient_sd.data.sources import ImageDataset, ImageRow, load_rows
 from ambient_sd.data.stream import SampleStream, keyed_generator, process_batches
 from ambient_sd.data.views import Samples, View, ViewRule
-from ambient_sd.families.encoders import CaptionEncoder, ImageEncoder
+from ambient_sd.families.encoders import ImageEncoder
 from ambient_sd.families.sd import SD
 
 
@@ -129,18 +129,6 @@ def test_crop_and_mirror_take_the_right_pixels() -> None:
     assert torch.equal(mirrored.pixels, right.pixels.flip(-1))
     small = ViewRule(16, center_crop=False, random_flip=True, per_image=False, noise_seed=0)
     assert small.place(image.size, View(), "key", False)[1] == (0, 8), "the centre"
-
-
-def test_captions_are_embedded_as_the_pipeline_embeds_a_prompt(pipe: StableDiffusionPipeline) -> None:
-    encoder = CaptionEncoder(SD, {"tokenizer": pipe.tokenizer, "text_encoder": pipe.text_encoder})
-    captions = ["a red disc 1", "", "a caption much longer than the context of the tokenizer allows"]
-    expected = [pipe.encode_prompt(c, "cpu", 1, False)[0][0] for c in captions]
-    assert torch.allclose(encoder(captions)["hidden"], torch.stack(expected), atol=1e-6)
-    on_the_fly = encoder(captions)
-    assert not encoder.hold(captions, limit=100)
-    assert encoder.held == {}
-    assert encoder.hold(captions, limit=2**30)
-    assert torch.equal(encoder(captions)["hidden"], on_the_fly["hidden"])
 
 
 def test_each_epoch_is_a_permutation_and_positions_are_independent_of_history() -> None:

@@ -27,11 +27,11 @@ from ambient_sd.data.latents import encode
 from ambient_sd.data.sources import ImageDataset, ImageRow, load_rows
 from ambient_sd.data.stream import SampleStream
 from ambient_sd.data.views import ViewRule
-from ambient_sd.families.base import check_base
 from ambient_sd.families.encoders import ImageEncoder
 from ambient_sd.families.sd import SD
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
+from ambient_sd.training.plan import base_of
 
 COUNT, COPIES, STEPS, LEVEL = 4, 8, 100, 2.0
 LEVELS = (3.0, 5.0, 8.0)
@@ -94,9 +94,9 @@ def a_seed(seed: int, folder: Path) -> dict[str, dict[float, float]]:
     result = {}
     for name in ("base", "share", "off"):
         config = settings(copies, folder / name, seed, "share" if name == "base" else name)
-        base = check_base(config)
+        base = base_of(config)
         if name != "base":
-            groups = run(config, progress=False)["near_duplicate_groups"]
+            groups = len(run(config, progress=False).plan.images.groups)
             assert groups == (COUNT if name == "share" else 0)
         unet: Any = UNet2DConditionModel.from_pretrained(BASE if name == "base" else folder / name, subfolder="unet")
         text = base.captions()(originals.captions)["hidden"]

@@ -101,7 +101,7 @@ def test_a_run_on_shards_has_the_losses_of_the_run_on_the_folder(
             pretrained_model_name_or_path=str(tiny_base), train_data_dir=str(source), resolution=32, train_batch_size=4,
             max_train_steps=3, report_to="none", output_dir=str(tmp_path / name), dataloader_num_workers=workers, **values,
         )  # fmt: skip
-        losses.append(run(config, progress=False)["losses"])
+        losses.append(run(config, progress=False).losses)
     assert losses[0] == losses[1]
 
 

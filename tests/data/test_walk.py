@@ -15,7 +15,8 @@ from PIL import Image, PngImagePlugin
 from tiny import image_folder, noise_image
 
 from ambient_sd.cli import main
-from ambient_sd.commands.audit import AuditSettings, Source, audit, read_generated
+from ambient_sd.commands.audit import AuditSettings, Source
+from ambient_sd.commands.audit.work import audit, read_generated
 from ambient_sd.commands.inspect import inspect
 from ambient_sd.data import sources, walk
 from ambient_sd.data.sources import load_rows
@@ -103,10 +104,10 @@ def test_copies_behind_a_link_fail_the_audit(tmp_path: Path) -> None:
     training = image_folder(tmp_path / "t", originals, [f"p {i}" for i in range(8)])
     fresh = image_folder(tmp_path / "gen", [noise_image(100 + i) for i in range(4)])
     options: dict[str, Any] = {"features": ("pixels",), "resamples": 20, "limit": 0.1, "generated": fresh}
-    clean = audit(AuditSettings(training=Source(str(training)), out=tmp_path / "clean", **options))
+    clean = audit(AuditSettings(training=Source(str(training)), output_dir=tmp_path / "clean", **options))
     assert not clean.exceeded
     (fresh / "run1").symlink_to(image_folder(tmp_path / "elsewhere", originals[:4]))
-    found = audit(AuditSettings(training=Source(str(training)), out=tmp_path / "linked", **options))
+    found = audit(AuditSettings(training=Source(str(training)), output_dir=tmp_path / "linked", **options))
     assert found.exceeded and found.found["verdict"]["value"] == 0.5
 
 

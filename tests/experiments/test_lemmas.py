@@ -14,7 +14,6 @@ import torch
 from ambient_sd.data.noise import image_noise
 from ambient_sd.data.sources import load_rows
 from ambient_sd.families.base import check_base
-from ambient_sd.training.config import TrainConfig
 from ambient_sd.utils.errors import UserError
 from experiments import lemmas
 
@@ -56,9 +55,7 @@ def test_each_way_to_a_second_copy_leaks_as_its_closed_form_says_and_ours_does_n
 ) -> None:
     folder = tiny.tiny_folder(tmp_path / "p", size=32)
     images = load_rows(folder).check(near_duplicates=True)
-    base = check_base(
-        TrainConfig(pretrained_model_name_or_path=str(tiny_base), train_data_dir=str(folder), resolution=32)
-    )
+    base = check_base(str(tiny_base), resolution=32)
     found = lemmas.ways_to_leak(base.images(), images, 2.0, seed=0)
     for way in found:
         # Where the VAE sees another image its difference is left too.

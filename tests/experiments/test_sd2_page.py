@@ -14,8 +14,8 @@ import tiny
 import yaml
 from safetensors.torch import save_file
 
+from ambient_sd.training import plan_run, run
 from ambient_sd.training.config import parse
-from ambient_sd.training.loop import plan_run, run
 from ambient_sd.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -108,4 +108,4 @@ def test_the_studies_that_come_along_are_studies(path: Path, monkeypatch: pytest
     monkeypatch.chdir(ROOT)
     plan = read_plan(path)
     assert "plain" in plan.labels and len(plan.runs) >= 4
-    assert f"ambient-sd sweep configs/study/{path.name}" in plan.text
+    assert f"python -m experiments.sweep configs/study/{path.name}" in plan.text

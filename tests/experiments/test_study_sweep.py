@@ -15,7 +15,6 @@ import yaml
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from ambient_sd.cli import main
 from ambient_sd.data.sources import load_rows
 from ambient_sd.data.stream import keyed_generator
 from ambient_sd.reporting.sheets import contact_sheet
@@ -26,7 +25,7 @@ from experiments.fresh import fresh_base
 from experiments.measures import Reals, error_curves, prompts_of
 from experiments.pages import COLUMNS, sample_page, samples_of
 from experiments.plan import Plan, Sampling, read_plan
-from experiments.sweep import do_run, gather, merge, sweep, write_pages
+from experiments.sweep import do_run, gather, main, merge, sweep, write_pages
 
 
 @pytest.fixture(scope="module")
@@ -188,9 +187,9 @@ def test_a_run_that_goes_out_of_bounds_costs_no_other_run(
     study.write_text(yaml.safe_dump(text, sort_keys=False))
     if workers == 1:
         with pytest.raises(SystemExit) as stopped:
-            main(["sweep", str(study), "--out", str(out)])
+            main([str(study), "--out", str(out)])
         said = capsys.readouterr()
-        assert stopped.value.code == 2 and "wild seed=0 among them; the loss is no finite number" in said.err
+        assert stopped.value.code == 2 and "wild seed=0 among them; the loss is NaN or Inf" in said.err
         assert "plain seed=0: copies" in said.out and (out / "results.md").exists()
         results = json.loads((out / "results.json").read_text())
         assert "failed" not in results  # a message may hold a local path

@@ -24,10 +24,15 @@ from torch import Tensor
 
 from ambient_sd import AmbientSDPipeline
 from ambient_sd.cli import main
-from ambient_sd.commands.audit import AuditSettings, Source, audit
-from ambient_sd.commands.calibrate import CalibrateSettings, calibrate
-from ambient_sd.commands.sample import SampleSettings, sample
-from ambient_sd.families import lora
+from ambient_sd.commands.audit import AuditSettings, Source
+from ambient_sd.commands.audit.work import audit
+from ambient_sd.commands.calibrate import CalibrateSettings
+from ambient_sd.commands.calibrate.work import calibrate
+from ambient_sd.commands.sample import SampleSettings
+from ambient_sd.commands.sample.work import sample
+from ambient_sd.families import lora, sgm
+from ambient_sd.families.sd import SD
+from ambient_sd.families.sdxl import SDXL
 from ambient_sd.guard.calibration import FILE_NAME, Calibration
 from ambient_sd.sampling import SamplingConfig, load_pipeline
 from ambient_sd.training import adapters
@@ -69,14 +74,15 @@ def renamed(state: Tensors, name: Callable[[str, str], str], alpha: float | None
 
 def write(folder: Path, unet: Any, kind: Any) -> dict[str, Path]:
     """One LoRA under five naming schemes, each as its own tools write it."""
-    state, sgm = plain(unet), lora.sgm_names(unet)
-    adapters.save(unet, folder / "diffusers")
+    state, theirs = plain(unet), sgm.names(unet)
+    family = SDXL if kind is StableDiffusionXLPipeline else SD
+    adapters.save(unet, folder / "diffusers", family)
     head = {"lora_adapter_metadata": json.dumps({"r": RANK, "lora_alpha": ALPHA})}
     for name in ("PEFT", "bare", "kohya", "ComfyUI"):
         (folder / name).mkdir(parents=True)
     save_file(state, folder / "bare" / "mine.safetensors", metadata=head)
-    adapters.save_kohya(unet, folder / "kohya", xl=kind is StableDiffusionXLPipeline)
-    comfy = renamed(state, lambda layer, rest: f"diffusion_model.{sgm[layer]}.{KOHYA[rest]}", ALPHA)
+    adapters.save_kohya(unet, folder / "kohya", family)
+    comfy = renamed(state, lambda layer, rest: f"diffusion_model.{theirs[layer]}.{KOHYA[rest]}", ALPHA)
     save_file(comfy, folder / "ComfyUI" / "any.safetensors")
     # peft's own files, from its own wrapper.
     fresh = tiny.tiny_sdxl_pipeline().unet if kind is StableDiffusionXLPipeline else tiny.tiny_pipeline().unet
@@ -170,8 +176,8 @@ def test_audit_says_the_same_of_all_five(
 ) -> None:
     def figures(adapter: Path | None, name: str) -> tuple[Any, Any]:
         found = audit(AuditSettings(
-            Source(str(tiny_images)), tmp_path / name, config(tiny_base, adapter), samples_per_prompt=1, max_prompts=1,
-            features=("pixels",), resamples=10, attribution=0,
+            Source(str(tiny_images)), tmp_path / name, config(tiny_base, adapter), num_images_per_prompt=1, num_prompts=1,
+            features=("pixels",), resamples=10, attributed_prompts=0,
         )).found  # fmt: skip
         seen = (tmp_path / name / "images.jsonl").read_text()  # with the distance of each image
         return (found["verdict"], found["measures"], seen), found["model"].get("lora")
@@ -270,7 +276,7 @@ def test_rslora_dropout_and_convolution_shapes_follow_the_file(tiny_base: Path, 
     lora.load_lora(pipe, tmp_path)
     hand = image(by_hand(StableDiffusionPipeline.from_pretrained(tiny_base), plain(unet), ALPHA / RANK**0.5))
     torch.testing.assert_close(image(pipe), hand, rtol=0, atol=2e-5)
-    adapters.save(unet, tmp_path / "ours")  # what we write is safe in diffusers too
+    adapters.save(unet, tmp_path / "ours", SD)  # what we write is safe in diffusers too
     pipe.unload_lora_weights()
     pipe.load_lora_weights(tmp_path / "ours")
     torch.testing.assert_close(image(pipe), hand, rtol=0, atol=2e-5)
@@ -376,9 +382,9 @@ def parts() -> dict[str, Any]:
 def test_what_does_not_reach_a_layer_is_refused_in_one_line(case: str, state: Tensors, parts: dict[str, Any]) -> None:
     change, words = REFUSED[case]
     with pytest.raises(UserError) as error:
-        lora.fit(lora.read_state_dict(change(state)), parts, "StableDiffusionPipeline")
+        lora.fit(lora.read_state_dict(change(state)), parts, SD)
     assert words in str(error.value) and "\n" not in str(error.value)
-    lora.fit(lora.read_state_dict(state), parts, "StableDiffusionPipeline")  # control
+    lora.fit(lora.read_state_dict(state), parts, SD)  # control
 
 
 def test_an_adapter_with_any_unknown_tensor_cannot_pass(state: Tensors, parts: dict[str, Any]) -> None:
@@ -403,7 +409,7 @@ def test_an_adapter_with_any_unknown_tensor_cannot_pass(state: Tensors, parts: d
         rows = list(state.items())
         rows.insert(draw_.randrange(len(rows) + 1), (name, torch.ones(draw_.randrange(1, 3), 16)))
         with pytest.raises(UserError):
-            lora.fit(lora.read_state_dict(dict(rows)), parts, "StableDiffusionPipeline")
+            lora.fit(lora.read_state_dict(dict(rows)), parts, SD)
 
 
 @pytest.mark.parametrize(
@@ -426,20 +432,20 @@ def test_settings_that_change_the_meaning_are_refused(
         )
     }
     with pytest.raises(UserError, match=words.replace("(", r"\(")):
-        lora.fit(lora.LoraFile("a", "a", "0", file.tensors, head), parts, "base")
+        lora.fit(lora.LoraFile("a", "a", "0", file.tensors, head), parts, SD)
     head = {
         "lora_adapter_metadata": json.dumps(
             {"unet.r": RANK, "unet.alpha_pattern": {"to_q": 9.0}, "unet.lora_alpha": 6.0}
         )
     }
-    found = lora.fit(lora.LoraFile("a", "a", "0", file.tensors, head), parts, "base")  # control
+    found = lora.fit(lora.LoraFile("a", "a", "0", file.tensors, head), parts, SD)  # control
     assert {layer.alpha for layer in found.layers if layer.path.endswith("to_q")} == {9.0} and found.record()[
         "alpha"
     ] == [6.0, 9.0]
     for name in ("text_encoder_2.r", "transformer.r"):
         head = {"lora_adapter_metadata": json.dumps({name: 2})}
         with pytest.raises(UserError, match="which the base has not"):
-            lora.fit(lora.LoraFile("a", "a", "0", file.tensors, head), parts, "base")
+            lora.fit(lora.LoraFile("a", "a", "0", file.tensors, head), parts, SD)
 
 
 @pytest.mark.parametrize("verb", ["sample", "calibrate", "audit"])
@@ -548,7 +554,7 @@ def test_a_refusal_changes_nothing(
 
 def test_the_state_of_the_model_is_what_is_believed(tiny_base: Path, state: Tensors) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(tiny_base)
-    adapter = lora.fit(lora.read_state_dict(state), lora.parts_of(pipe), "base")
+    adapter = lora.fit(lora.read_state_dict(state), lora.parts_of(pipe), SD)
     lora.attach(pipe, adapter, "mine")
     parts = lora.parts_of(pipe)
     assert lora.misplaced(parts, adapter, "mine") is None
@@ -567,7 +573,7 @@ def test_the_state_of_the_model_is_what_is_believed(tiny_base: Path, state: Tens
     assert "not switched on" in str(spoil(lambda m: m.merge()))
     assert "other values for lora_B" in str(spoil(lambda m: m.lora_B["mine"].weight.data.mul_(1.001)))
     assert "has no update" in str(spoil(lambda m: m.delete_adapter("mine")))
-    fewer = lora.fit(lora.read_state_dict({k: v for k, v in state.items() if "proj_in" not in k}), parts, "base")
+    fewer = lora.fit(lora.read_state_dict({k: v for k, v in state.items() if "proj_in" not in k}), parts, SD)
     assert "the file has none for it" in str(lora.misplaced(parts, fewer, "mine"))
 
 
@@ -623,7 +629,7 @@ def test_another_adapter_under_one_name_does_not_go_on(
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["settings"]["lora"] == known
     assert sample(settings) == [record]
     save_file({k: v * 1.0001 for k, v in state.items()}, place, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="the adapter's contents are others"):
+    with pytest.raises(UserError, match=r"lora\.sha256 changed"):
         sample(settings)
 
 
@@ -634,8 +640,8 @@ def test_a_threshold_beside_a_lora_is_used_by_commands_and_python_alike(
         Path(shutil.copytree(tiny_base, tmp_path / "base")),
         Path(shutil.copytree(files["kohya"], tmp_path / "lora")),
     )
-    calibrate(CalibrateSettings(config(base, None), ["a cat", "a dog"], generations=1, fpr=0.5))
-    found, _ = calibrate(CalibrateSettings(config(base, folder), ["a cat", "a dog"], generations=1, fpr=0.5))
+    calibrate(CalibrateSettings(config(base, None), ["a cat", "a dog"], num_images_per_prompt=1, fpr=0.5))
+    found, _ = calibrate(CalibrateSettings(config(base, folder), ["a cat", "a dog"], num_images_per_prompt=1, fpr=0.5))
     assert found.lora is not None and found.lora["scheme"] == "kohya" and Calibration.load(folder) == found
     (record,) = sample(SampleSettings(config(base, folder), tmp_path / "out", ["a cat"]))
     assert record["threshold"] == found.threshold(2, 1)

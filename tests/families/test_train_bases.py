@@ -30,10 +30,11 @@ from ambient_sd.data import latents as data
 from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.data.stream import SampleStream, process_batches
 from ambient_sd.data.views import Samples, ViewRule
+from ambient_sd.families import sgm
 from ambient_sd.families.base import Base, check_base
 from ambient_sd.families.encoders import CaptionEncoder
-from ambient_sd.families.lora import sgm_names
 from ambient_sd.families.sdxl import SDXL
+from ambient_sd.reporting.model_card import write_run_card
 from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.training import adapters, validation
 from ambient_sd.training.config import TrainConfig
@@ -109,15 +110,15 @@ def test_a_base_is_trained_resumed_to_the_bit_and_read_back_by_its_stock_pipelin
 ) -> None:
     live: list[Any] = []
     save, pipeline = adapters.save, Base.pipeline
-    monkeypatch.setattr(adapters, "save", lambda unet, folder: (live.append(unet), save(unet, folder)))
+    monkeypatch.setattr(adapters, "save", lambda unet, *rest: (live.append(unet), save(unet, *rest)))
     monkeypatch.setattr(Base, "pipeline", lambda self, unet: (live.append(unet), pipeline(self, unet))[1])
     more = {"lora": True, "rank": 2, "lora_alpha": 6.0, "output_kohya_format": True} if lora else {}
     config = settings(base, checkpointing_steps=1, **more)
-    losses, whole = run(config, progress=False)["losses"], weights(config)
+    losses, whole = run(config, progress=False).losses, weights(config)
     trained, out = live[-1], Path(config.output_dir)
 
     config.resume_from_checkpoint = "checkpoint-1"
-    assert run(config, progress=False)["losses"] == losses
+    assert run(config, progress=False).losses == losses
     assert all(torch.equal(weights(config)[k], v) for k, v in whole.items())
 
     kind = StableDiffusionXLPipeline if base == "sdxl" else StableDiffusionPipeline
@@ -231,7 +232,7 @@ def watch(batch):
         seen[position] = [batch.captions[i], *(
             hashlib.sha256(t[i].numpy().tobytes()).hexdigest() for t in (batch.time_ids, batch.noise, batch.eps_n)
         )]
-losses = run(config, progress=False, on_batch=watch)["losses"]
+losses = run(config, progress=False, on_batch=watch).losses
 with open(f"{config.output_dir}-rank{os.environ.get('RANK', 0)}.json", "w") as file:
     json.dump({"seen": seen, "losses": losses}, file)
 """
@@ -256,7 +257,7 @@ def test_two_processes_and_one_give_sdxl_the_same_samples_to_the_bit(
         assert {**ranks[0]["seen"], **ranks[1]["seen"]}[place] == [batch.captions[i], *bits]
     assert len(seen) == 8
     assert ranks[0]["seen"].keys().isdisjoint(ranks[1]["seen"])
-    assert ranks[0]["losses"] == pytest.approx(summary["losses"], rel=1e-4)
+    assert ranks[0]["losses"] == pytest.approx(summary.losses, rel=1e-4)
     assert list(process_batches(0, 1, batch_size=2, accumulation=1, rank=1, processes=2)) == [[2, 3]]
 
 
@@ -270,9 +271,10 @@ def test_sdxl_is_watched_drawn_and_described_as_what_it_is(
         settings("sdxl", "quiet", max_train_steps=1),
     )
     summary = run(watched, progress=False)
-    assert summary["losses"] == run(quiet, progress=False)["losses"]
+    write_run_card(summary)
+    assert summary.losses == run(quiet, progress=False).losses
     assert all(torch.equal(weights(quiet)[k], v) for k, v in weights(watched).items())
-    assert summary["looks"][0]["guard_score"] > 0
+    assert summary.evaluations[0]["guard_score"] > 0
     assert (tmp_path / "watched" / "validation" / "step-1.png").is_file()
     card = (tmp_path / "watched" / "README.md").read_text()
     code = card.partition("```python\n")[2].partition("```")[0].replace("THIS_FOLDER", watched.output_dir)
@@ -308,7 +310,7 @@ def test_the_vae_stays_float32_and_may_be_another(
     lora = settings(
         "sdxl", "lora", pretrained_vae_model_name_or_path=str(tmp_path / "vae"), lora=True, max_train_steps=1
     )
-    run(lora, progress=False)
+    write_run_card(run(lora, progress=False))
     card = (tmp_path / "lora" / "README.md").read_text()
     assert "trained with another VAE" in card
     assert str(tmp_path) not in card
@@ -335,7 +337,7 @@ def test_kohya_names_of_sdxl_are_those_of_its_own_unet_and_every_layer_comes_bac
             transformer_layers_per_block=(1, 2, 10), use_linear_projection=True, addition_embed_type="text_time",
             addition_time_embed_dim=8, projection_class_embeddings_input_dim=64,
         )  # fmt: skip
-    names = sgm_names(unet)
+    names = sgm.names(unet)
     assert len(set(names.values())) == len(names), "no two layers have one name"
     # From sd-scripts' and Stability's files, which have two layers a block.
     for ours, theirs in {
@@ -359,7 +361,7 @@ def test_kohya_names_of_sdxl_are_those_of_its_own_unet_and_every_layer_comes_bac
     for name, value in pipe.unet.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(value, std=0.05, generator=torch.Generator().manual_seed(len(name)))
-    adapters.save_kohya(pipe.unet, tmp_path, xl=True)
+    adapters.save_kohya(pipe.unet, tmp_path, SDXL)
     state = load_file(tmp_path / adapters.KOHYA_NAME)
     assert len([k for k in state if k.endswith(".alpha")]) == len(names)
     assert {k.split("_blocks_")[0].split("_block_")[0] for k in state} == {
@@ -421,4 +423,4 @@ def test_bases_that_cannot_be_trained_are_refused_in_one_line(
         assert "\n" not in text
         assert all(part in text for part in parts), text
     assert not (tmp_path / "never").exists()
-    assert check_base(settings("sdxl")).is_xl, "negative control: the base itself is taken"
+    assert check_base(str(bases / "sdxl")).family is SDXL, "negative control: the base itself is taken"

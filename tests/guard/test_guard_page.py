@@ -7,7 +7,7 @@ import diffusers
 import pytest
 from guard_calibration import calibration
 
-from ambient_sd.families.guidance import SUPPORTED
+from ambient_sd.families import SUPPORTED
 from ambient_sd.guard.calibration import AnisotropyTerms, Entry
 from ambient_sd.utils.estimate import Estimate
 

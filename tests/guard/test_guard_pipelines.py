@@ -22,7 +22,7 @@ from diffusers import (
 )
 
 from ambient_sd import AmbientSDPipeline
-from ambient_sd.families.guidance import LAYOUTS, SUPPORTED
+from ambient_sd.families import FAMILIES, SUPPORTED
 from ambient_sd.guard.policies import Policy, PromptOptimization, SamplingStart, ScalePolicy, Step
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.utils.errors import UserError
@@ -129,7 +129,10 @@ class Witness:
 
 
 def test_every_supported_pipeline_is_a_row_of_the_table() -> None:
-    assert set(CASES) == set(SUPPORTED) and set(SUPPORTED) == {*LAYOUTS, "AmbientSDPipeline"}
+    assert set(CASES) == set(SUPPORTED) and set(SUPPORTED) == {
+        *(kind for family in FAMILIES for kind in family.guidance),
+        "AmbientSDPipeline",
+    }
 
 
 @pytest.mark.parametrize(("name", "scheduler"), ROWS)

@@ -6,8 +6,7 @@ from typing import Literal
 
 import pytest
 
-from ambient_sd.guard import policies
-from ambient_sd.guard.policies import by_name
+from ambient_sd.guard import by_name, policies
 from ambient_sd.guard.policies.base import Policy
 from ambient_sd.utils.errors import UserError
 
@@ -44,9 +43,19 @@ def test_values_come_in_the_kinds_of_the_constructor() -> None:
 
 def test_bases_are_no_policies_and_the_list_shows_how_to_ask() -> None:
     assert not {"policy", "scale_policy", "step", "sampling_start"} & by_name.available().keys()
-    assert "invented:scale=FLOAT,kind=a,until=500,hard=false,name=x" in by_name.listing()
-    for name, kind in by_name.available().items():
-        assert name in by_name.listing() and issubclass(kind, Policy)
+    kinds = by_name.available()
+    assert by_name.usage("invented", kinds.pop("invented")) == "invented:scale=FLOAT,kind=a,until=500,hard=false,name=x"
+    for name, kind in kinds.items():
+        assert name in by_name.listing() and by_name.usage("", kind) in by_name.listing()
+    assert set(by_name.SHORT.values()) == kinds.keys()
+    assert "invented" not in by_name.listing(), "control: the listing reads the source"
+
+
+def test_short_names_ask_for_the_same_policies() -> None:
+    made = by_name.make("og:until=600 + STP".replace(" ", ""))
+    assert [type(part).__name__ for part in made.policies] == ["OppositeGuidance", "StaticTransition"]  # type: ignore[attr-defined]
+    assert by_name.canonical("STP: until=400") == by_name.canonical("static-transition:until=400")
+    assert by_name.canonical("STP") != by_name.canonical("DTP")
 
 
 def test_policies_joined_by_a_plus_are_composed_in_their_order_each_with_its_own_settings() -> None:
@@ -61,7 +70,7 @@ def test_policies_joined_by_a_plus_are_composed_in_their_order_each_with_its_own
 
 @pytest.mark.parametrize(
     ("text", "named"),
-    [("nothing", "prompt_optimization"), ("invented", "needs scale"), ("invented:scale=big", "scale is 'big'"),
+    [("nothing", "--help lists all"), ("static_transiton", "nearest known one is static_transition"), ("invented", "needs scale"), ("invented:scale=big", "scale is 'big'"),
      ("invented:scale=1,kind=c", r"a\|b"), ("invented:scale=1,until=2.5", "until"), ("invented:scale=1,hard=2", "hard"),
      ("invented:scale=1,scale=2", "each once"), ("invented:scale", "key=value"), ("invented:colour=1", "colour"),
      ("prompt_optimization:target=-1", "target -1.0"), ("static_transition+", "policy is ''"), ("compose", "policy is 'compose'"),

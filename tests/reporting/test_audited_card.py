@@ -19,19 +19,21 @@ from tiny import tiny_folder
 from ambient_sd.audit.record import AuditRecord
 from ambient_sd.audit.shares import RETURNED
 from ambient_sd.cli import main
-from ambient_sd.reporting.model_card import Facts, make_card
+from ambient_sd.reporting.model_card import Facts, make_card, write_run_card
 from ambient_sd.reporting.report import show
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
-SHORT = ["--features", "pixels,edges", "--max_prompts", "3", "--samples_per_prompt", "1", "--num_inference_steps", "2", "--attribution", "1",
+SHORT = ["--features", "pixels,edges", "--max_prompts", "3", "--samples_per_prompt", "1", "--num_inference_steps", "2", "--attributed_prompts", "1",
          "--device", "cpu"]  # fmt: skip
 
 
 def train(world: Path, base: Path, images: Path, steps: int = 2) -> None:
-    run(TrainConfig(pretrained_model_name_or_path=str(base), train_data_dir=str(images), resolution=32, train_batch_size=2,
-                    max_train_steps=steps, report_to="none", output_dir=str(world / "lora"), lora=True, learning_rate=0.05))  # fmt: skip
+    write_run_card(run(TrainConfig(
+        pretrained_model_name_or_path=str(base), train_data_dir=str(images), resolution=32, train_batch_size=2, overwrite=True,
+        max_train_steps=steps, report_to="none", output_dir=str(world / "lora"), lora=True, learning_rate=0.05,
+    )))  # fmt: skip
 
 
 @pytest.fixture(scope="module")

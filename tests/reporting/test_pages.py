@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -13,14 +14,14 @@ from typing import Any
 
 import pytest
 from jinja2 import UndefinedError
-from PIL import Image
 from report_tools import HOSTILE, Page, image, report, run
 
 from ambient_sd.data.noise_level import Levels
 from ambient_sd.data.sources import Fault
-from ambient_sd.reporting import charts, compare_page, inspect_page, level_page, pages, sample_page
+from ambient_sd.reporting import charts, compare_page, inspect_page, level_page, next_steps, pages, sample_page
 from ambient_sd.reporting.audit_page import write_report
 from ambient_sd.reporting.report import TokenAttribution
+from ambient_sd.utils.errors import UserError
 
 FOLDER = Path(pages.__file__).parent
 EVIL = HOSTILE + "$x_1$"
@@ -175,20 +176,63 @@ def test_no_module_outside_reporting_writes_html() -> None:
 # --- in a browser
 
 
+def widths(folder: Path, pages: list[str]) -> list[int]:
+    """Return how wide each page gets on a phone of 390 px, asked of a browser."""
+    frames = "".join(
+        f'<iframe style="width:390px;height:900px;border:0" srcdoc="{html.escape(page)}"></iframe>' for page in pages
+    )
+    script = "onload=()=>{o.textContent=[...document.querySelectorAll('iframe')].map(f=>f.contentDocument.documentElement.scrollWidth)}"
+    probe = folder / "probe.html"
+    probe.write_text(
+        f'<!doctype html><meta charset="utf-8">{frames}<pre id="o"></pre><script>{script}</script>', encoding="utf-8"
+    )
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000",
+               "--dump-dom", probe.as_uri()]  # fmt: skip
+    seen = subprocess.run(command, check=True, capture_output=True, text=True, timeout=180).stdout
+    found = re.search(r'<pre id="o">([\d,]+)</pre>', seen)
+    assert found is not None, seen[-500:]
+    return [int(width) for width in found[1].split(",")]
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium")
-@of_all
-def test_nothing_is_wider_than_a_phone(make: Make, tmp_path: Path) -> None:
-    """Beyond 390 px lies the background alone: a wide table scrolls inside its own box."""
-    page = make(tmp_path / "p.html", "a word " * 20)
-    probe = tmp_path / "probe.html"
-    # A frame of a phone's width; what a page is too wide for would scroll it, and its bar would show at the bottom.
-    text = page.read_text("utf-8").replace("</body>", '<div style="height:3000px"></div></body>')
-    probe.write_text(text, encoding="utf-8")
-    shots = []
-    for width in (390, 900):
-        shot = tmp_path / f"{width}.png"
-        subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}",
-                        f"--window-size={width},1200", f"--screenshot={shot}", probe.as_uri()], check=True, capture_output=True, timeout=120)  # fmt: skip
-        with Image.open(shot) as seen:
-            shots.append(seen.convert("RGB"))
-    assert shots[0].width == 390
+def test_no_page_is_wider_than_a_phone(tmp_path: Path) -> None:
+    texts = [make(tmp_path / "p.html", text).read_text("utf-8") for make in ALL for text in ("a word " * 30, "x" * 200)]
+    wide = texts[0].replace("</main>", '<div style="width:600px">wide</div></main>')  # the browser would tell
+    found = widths(tmp_path, [*texts, wide])
+    assert found[-1] > 390
+    assert max(found[:-1]) <= 390
+
+
+# --- the commands to run next
+
+
+def offered() -> list[str]:
+    """Every command that a page may offer, but for those of the trainer's script."""
+    model = {"model": "base", "adapter": "my lora", "num_inference_steps": 20, "guidance_scale": 4.0}
+    kinds = ("copies", "copies-otherwise", "no-copies", "no-background")
+    steps = [step for kind in kinds for of in (model, None) for step in next_steps.after_audit(kind, of)]
+    return [step.command for step in (*steps, *next_steps.after_demo()) if step.command.startswith("ambient-sd")]
+
+
+def test_the_commands_that_pages_offer_are_understood(tmp_path: Path) -> None:
+    from ambient_sd.cli import parser_of
+
+    lines = offered()
+    for make in ALL:
+        page = make(tmp_path / "p.html", "words").read_text("utf-8")
+        codes = [html.unescape(line) for line in re.findall(r'<pre class="copy"><code>(.*?)</code>', page)]
+        lines += [line for line in codes if line.startswith("ambient-sd ")]
+    verbs = set()
+    for line in lines:
+        _, verb, *words = shlex.split(line)
+        if verb != "demo":  # the command that a made-up report names as its own
+            parser_of(verb).parse_args(words)
+            verbs.add(verb)
+    assert verbs >= {"audit", "calibrate", "sample", "push", "inspect", "level"}
+    with pytest.raises(UserError):
+        parser_of("audit").parse_args(["MODEL", "DATA", "--no-such-flag"])
+
+
+def test_a_clean_audit_of_given_images_asks_for_nothing() -> None:
+    assert next_steps.after_audit("no-copies", None) == []
+    assert len(next_steps.after_audit("copies", None)) == 2

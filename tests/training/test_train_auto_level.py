@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,9 +21,10 @@ from ambient_sd.data import latents as data
 from ambient_sd.data.noise_level import measure, representatives
 from ambient_sd.data.sources import load_rows
 from ambient_sd.data.views import ViewRule
-from ambient_sd.families.base import check_base
+from ambient_sd.reporting.model_card import write_run_card
 from ambient_sd.training.config import TrainConfig, parse
 from ambient_sd.training.loop import run
+from ambient_sd.training.plan import base_of
 from ambient_sd.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +52,7 @@ def settings(tiny_base: Path, images: Path, tmp_path: Path) -> Settings:
 
 def by_hand(config: TrainConfig) -> float:
     """The level from the images and the VAE, without the trainer."""
-    base = check_base(config)
+    base = base_of(config)
     images = load_rows(config.source).check(near_duplicates=True)
     rows, total = representatives(images)
     rule = ViewRule(32, True, False, True, 0)
@@ -62,39 +63,39 @@ def by_hand(config: TrainConfig) -> float:
 def test_the_level_is_the_measured_one_everywhere_and_equals_giving_it(
     settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "ambient_sd")
     config = settings(checkpointing_steps=1)
     expected = by_hand(config)
     assert expected != 1.0, "or the provisional level would pass for it"
     summary = run(config, progress=False)
+    write_run_card(summary)
     out = Path(config.output_dir)
-    assert summary["level"] == summary["config"]["ambient_level"] == expected
-    assert "d1/d2" in summary["level_reason"]
+    assert summary.level == summary.plan.config.ambient_level == expected
+    assert "d1/d2" in summary.plan.level_reason
     assert yaml.safe_load((out / "train_config.yaml").read_text())["ambient_level"] == expected
     state = json.loads((out / "checkpoint-1" / "trainer_state.json").read_text())
     assert state["identity"]["ambient_level"] == expected
     assert f"nature level {expected:.4g}" in (out / "README.md").read_text()
     assert "proposed from the images" in (out / "README.md").read_text()
-    lines = [r.getMessage() for r in caplog.records if "ambient_level auto" in r.getMessage()]
-    assert len(lines) == 1
-    assert f"s_n = {expected:g}: " in lines[0]
-    assert "\n" not in lines[0]
+    assert caplog.text.count(f"s_n = {expected:g} ({summary.plan.level_reason})") == 1
     given = run(settings("given", ambient_level=expected), progress=False)
-    assert given["losses"] == summary["losses"]
-    assert given["level_reason"] is None
+    assert given.losses == summary.losses
+    write_run_card(given)
+    assert given.plan.level_reason is None
     assert "proposed" not in (out.with_name("given") / "README.md").read_text()
-    assert run(settings("other", ambient_level=1.0), progress=False)["losses"] != summary["losses"]
+    assert run(settings("other", ambient_level=1.0), progress=False).losses != summary.losses
 
 
 def test_a_resumed_run_keeps_its_level_and_ends_as_the_straight_one(settings: Settings) -> None:
     straight = run(settings("s", max_train_steps=4, checkpointing_steps=2), progress=False)
     run(settings("r", max_train_steps=2, checkpointing_steps=2), progress=False)
     more = run(settings("r", max_train_steps=4, checkpointing_steps=2, resume_from_checkpoint="latest"), progress=False)
-    assert more["level"] == straight["level"]
-    assert more["level_reason"] == "as in checkpoint-2"
-    a, b = (load_file(Path(s["output_dir"]) / UNET) for s in (straight, more))
+    assert more.level == straight.level
+    assert more.plan.level_reason == "as in checkpoint-2"
+    a, b = (load_file(s.output / UNET) for s in (straight, more))
     assert all(torch.equal(a[k], b[k]) for k in a)
     # The number may stand in for the word, and another number may not.
-    level = straight["level"]
+    level = straight.level
     run(settings("r", ambient_level=level, max_train_steps=5, resume_from_checkpoint="latest"), progress=False)
     with pytest.raises(UserError, match="ambient_level"):
         run(
@@ -111,14 +112,14 @@ def test_a_run_without_level_is_not_continued_with_auto(settings: Settings) -> N
 def test_held_cached_and_passing_latents_propose_one_level(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = run(settings("h"), progress=False)["level"]
-    assert run(settings("c", latent_cache_dir=str(tmp_path / "cache")), progress=False)["level"] == held
+    held = run(settings("h"), progress=False).level
+    assert run(settings("c", latent_cache_dir=str(tmp_path / "cache")), progress=False).level == held
     monkeypatch.setattr(data, "MAX_HELD_BYTES", 0)
-    assert run(settings("p"), progress=False)["level"] == held
+    assert run(settings("p"), progress=False).level == held
 
 
 def test_two_processes_propose_the_level_of_one(settings: Settings, tmp_path: Path) -> None:
-    alone = run(settings("one"), progress=False)["level"]
+    alone = run(settings("one"), progress=False).level
     config = settings("two")
     path = tmp_path / "two.yaml"
     path.write_text(yaml.safe_dump(config.to_dict()))
@@ -127,7 +128,7 @@ def test_two_processes_propose_the_level_of_one(settings: Settings, tmp_path: Pa
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True,
                           env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert yaml.safe_load((tmp_path / "two" / "train_config.yaml").read_text())["ambient_level"] == alone
-    assert len(re.findall(r"ambient_level auto: s_n = ", done.stderr)) == 1, "the first process says it, once"
+    assert done.stderr.count(f"s_n = {alone:g} (") == 1, "the first process says it, once"
     assert f"nature level {alone:g}, " in done.stdout
 
 

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from ambient_sd.training import plan_run
 from ambient_sd.training.config import TrainConfig
-from ambient_sd.training.loop import TrainingBatch, plan_run, run
+from ambient_sd.training.loop import TrainingBatch, run
 from ambient_sd.utils.errors import UserError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -44,7 +45,7 @@ def settings(tiny_base: Path, images: Path, tmp_path: Path) -> Settings:
 
 
 def trained(config: TrainConfig, **options: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
-    losses = run(config, progress=False, **options)["losses"]
+    losses = run(config, progress=False, **options).losses
     return losses, load_file(Path(config.output_dir) / UNET)
 
 

@@ -69,7 +69,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def trained(config: TrainConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
-    losses = run(config, progress=False)["losses"]
+    losses = run(config, progress=False).losses
     return losses, load_file(Path(config.output_dir) / UNET)
 
 
@@ -164,9 +164,9 @@ def test_a_damaged_shard_is_named_and_computed_again(
 def test_what_an_interrupted_run_has_written_counts(
     settings: Settings, encoded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ambient_sd.training import caching
+    from ambient_sd.training import encode as encoding
 
-    monkeypatch.setattr(caching, "_MAX_ROWS", 2)
+    monkeypatch.setattr(encoding, "_MAX_ROWS", 2)
     encode = latents.encode
 
     def cut(vae: Any, samples: Any, **options: Any) -> torch.Tensor:
@@ -191,7 +191,7 @@ def test_vae_and_text_encoder_leave_memory(settings: Settings, monkeypatch: pyte
     step = loop._Trainer._step
 
     def look(self: Any, *args: Any) -> Any:
-        held.append(self.latent_encoder is not None or bool(self.captions.models))
+        held.append(self.encoder.image_encoder is not None or bool(self.encoder.caption_encoder.models))
         return step(self, *args)
 
     monkeypatch.setattr(loop._Trainer, "_step", look)

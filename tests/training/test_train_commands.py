@@ -71,6 +71,7 @@ def test_the_command_in_a_config_header_runs(
         monkeypatch.setattr(sys, "argv", ["train", *tiny_arguments(command, tiny_base, tiny_images, tmp_path / "out")])
         script().main()
     assert "1 steps in" in capsys.readouterr().out
+    assert (tmp_path / "out" / "README.md").is_file()
     saved = yaml.safe_load((tmp_path / "out" / "train_config.yaml").read_text())
     assert saved["objective"] == "ambient"
     pipe = DiffusionPipeline.from_pretrained(tiny_base if settings.get("lora") else tmp_path / "out")
@@ -90,6 +91,35 @@ def test_accelerate_launch_runs_the_script(tiny_base: Path, tiny_images: Path, t
     assert "1 steps in" in done.stdout
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
     assert (tmp_path / "out" / "validation" / "step-1.png").is_file()
+    noise = ("Traceback", "torchvision", "float32: []", "Token indices", "truncated", "Warning")
+    assert [line for line in done.stderr.splitlines() if any(word in line for word in noise)] == []
+    assert done.stderr.count("\nimages     8 at 32 px") + done.stderr.count("\rimages     8 at 32 px") == 1
+
+
+def test_script_ends_with_the_copies_that_the_probe_found(
+    tiny_base: Path, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    words = f"--pretrained_model_name_or_path {tiny_base} --train_data_dir {tiny_images} --lora --probe_steps 1 --probe_images 2"
+    monkeypatch.setattr(sys, "argv", ["train", *words.split(), *TINY.split(), "--output_dir", str(tmp_path / "out")])
+    script().main()
+    said = capsys.readouterr().out
+    assert re.search(r"\nlast evaluation, step 1: \d+% of 2 images are copies \[\d+%, \d+%\]\n", said), said
+    assert said.endswith(f"results in {tmp_path / 'out'}\n")
+
+
+def test_hub_is_asked_before_training_and_pushed_to_after(
+    tiny_base: Path, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ambient_sd.reporting import publishing
+
+    calls: list[tuple[str, bool]] = []
+    card = tmp_path / "out" / "README.md"
+    monkeypatch.setattr(publishing, "prepare", lambda repo, **_: calls.append((f"prepare {repo}", card.exists())))
+    monkeypatch.setattr(publishing, "push", lambda folder, repo, **_: calls.append((f"push {repo}", card.exists())))
+    words = f"--pretrained_model_name_or_path {tiny_base} --train_data_dir {tiny_images} --lora --push_to_hub --hub_model_id me/it"
+    monkeypatch.setattr(sys, "argv", ["train", *words.split(), *TINY.split(), "--output_dir", str(tmp_path / "out")])
+    script().main()
+    assert calls == [("prepare me/it", False), ("push me/it", True)]
 
 
 def test_a_mistake_costs_one_line_and_status_two(tiny_base: Path, tiny_images: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -14,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from ambient_sd.training import checkpoints, manifest
+from ambient_sd.training import checkpoints
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
 from ambient_sd.utils import files
@@ -132,7 +131,7 @@ WAYS: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights too many": (write("unet/a.safetensors", "x"), "unet/a.s"),
     "another renamed": (renamed, "renamed"),
     "folder empty": (emptied, "empty"),
-    "folder half there": (half, "trainer_state.json"),
+    "folder half there": (half, "manifest.json is missing"),
     "a file": (file_in_place, "no folder"),
 }  # fmt: skip
 
@@ -175,7 +174,7 @@ def test_a_run_goes_on_from_the_one_before_and_ends_the_same(
     with pytest.raises(UserError, match="holds checkpoints of an earlier run"):
         run(TrainConfig(**settings), progress=False)
     summary = run(TrainConfig(**settings, resume_from_checkpoint="latest"), progress=False)
-    assert (summary["first_step"], len(summary["losses"])) == (2, 4)
+    assert (summary.first_step, len(summary.losses)) == (2, 4)
     mine, theirs = contents(out), contents(trained)
     for held in (mine, theirs):
         del held["train_config.yaml"]
@@ -261,38 +260,6 @@ def test_no_folder_is_half_replaced(tmp_path: Path) -> None:
     assert ended and dies > 4
 
 
-@pytest.fixture
-def old_format(trained: Path, tmp_path: Path) -> Path:
-    """A run whose checkpoints are from before there were manifests and losses in them."""
-    out = Path(shutil.copytree(trained, tmp_path / "out"))
-    for folder in checkpoints.find_all(out):
-        for name in ("manifest.json", "losses.jsonl"):
-            (folder / name).unlink()
-        state = json.loads((folder / "trainer_state.json").read_text())
-        del state["format"]
-        (folder / "trainer_state.json").write_text(json.dumps(state))
-    return out
-
-
-def test_a_checkpoint_from_before_manifests_continues(values: dict[str, Any], old_format: Path, trained: Path) -> None:
-    config = TrainConfig(**values, output_dir=str(old_format), resume_from_checkpoint="checkpoint-2")
-    summary = run(config, progress=False)
-    rows = [json.loads(line) for line in (trained / "losses.jsonl").read_text().splitlines()]
-    assert summary["losses"] == [r["loss"] for r in rows[2:]], "what came before is nowhere written"
-    assert load_file(old_format / UNET).keys() == load_file(trained / UNET).keys()
-    assert (old_format / UNET).read_bytes() == (trained / UNET).read_bytes()
-
-
-@pytest.mark.parametrize("way", ["weights cut", "optimizer cut by a byte", "optimizer missing", "folder of weights missing",
-                                 "average's configuration cut", "state no JSON", "another renamed", "weights flipped at the start"])  # fmt: skip
-def test_a_cut_checkpoint_from_before_manifests_is_seen(old_format: Path, way: str) -> None:
-    assert checkpoints.find(old_format, "latest") == old_format / "checkpoint-4"
-    if way == "folder of weights missing":
-        gone("unet_ema")(old_format / "checkpoint-4")
-    WAYS[way][0](old_format / "checkpoint-4")
-    assert checkpoints.find(old_format, "latest") == old_format / "checkpoint-2"
-
-
 def test_a_manifest_holds_while_the_folder_moves_and_notes_are_added(trained: Path, tmp_path: Path) -> None:
     kept = Path(shutil.copytree(trained / "checkpoint-4", tmp_path / "the good one"))
     (kept / "note.txt").write_text("the good one")
@@ -300,7 +267,6 @@ def test_a_manifest_holds_while_the_folder_moves_and_notes_are_added(trained: Pa
     assert checkpoints.damage(kept) is None
     save_file({"a": torch.zeros(1)}, kept / "unet" / "diffusion_pytorch_model-2.safetensors")
     assert "does not belong there" in str(checkpoints.damage(kept))
-    assert manifest.damage(kept, needs="nothing") is not None
 
 
 def test_a_disk_without_room_is_one_line_and_leaves_the_checkpoint_before(

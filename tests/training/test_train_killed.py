@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ambient_sd.training import checkpoints, manifest
+from ambient_sd.training import RunRecord, checkpoints
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import TrainingBatch, run
 
@@ -42,7 +42,7 @@ def torture(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    "options", [["--kills", "6", "--use_ema", "--accumulation", "2"], ["--kills", "2", "--processes", "2", "--lora"]],
+    "options", [["--kills", "3", "--use_ema", "--accumulation", "2"], ["--kills", "1", "--processes", "2", "--lora"]],
     ids=["one process", "two processes"],
 )  # fmt: skip
 def test_sigkills_at_random_moments_change_no_byte(options: list[str]) -> None:
@@ -80,15 +80,15 @@ class Watch:
 
 
 @pytest.fixture
-def train(tiny_base: Path, tiny_images: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    def train(name: str, watch: Watch, **values: Any) -> dict[str, Any]:
+def train(tiny_base: Path, tiny_images: Path, tmp_path: Path) -> Callable[..., RunRecord]:
+    def train(name: str, watch: Watch, **values: Any) -> RunRecord:
         settings: dict[str, Any] = {
             "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tiny_images), "resolution": 32,
             "train_batch_size": 3, "max_train_steps": 6, "checkpointing_steps": 3, "report_to": "none",
             "output_dir": str(tmp_path / name), "learning_rate": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 2,
         }  # fmt: skip
         summary = run(TrainConfig(**{**settings, **values}), progress=False, on_batch=watch.batch, on_step=watch.step)
-        kept = {k: summary[k] for k in ("steps", "losses", "loss", "clean_loss", "ambient_loss")}
+        kept = {"steps": summary.steps, "losses": summary.losses, **summary.means}
         (tmp_path / f"{name}.summary").write_text(json.dumps(kept))
         return summary
 
@@ -104,14 +104,14 @@ def generators() -> tuple[bytes, bytes, str]:
     ids=["full, averaged, accumulating", "lora with dropout"],
 )  # fmt: skip
 def test_everything_is_the_same_after_a_stop_in_mid_epoch(
-    train: Callable[..., dict[str, Any]], torture: ModuleType, tmp_path: Path, values: dict[str, Any]
+    train: Callable[..., RunRecord], torture: ModuleType, tmp_path: Path, values: dict[str, Any]
 ) -> None:
     before, alone, first, second = generators(), Watch(), Watch(stop=5), Watch()
     train("alone", alone, **values)
     with pytest.raises(Stop):
         train("stopped", first, **values)
     summary = train("stopped", second, resume_from_checkpoint="latest", **values)
-    assert summary["first_step"] == 3
+    assert summary.first_step == 3
     per_step = len(alone.seen) // 6
     assert 3 * per_step % 8 != 0, "the checkpoint lies in the middle of an epoch of eight images"
     assert second.seen == alone.seen[3 * per_step :], "the sampler goes on where the checkpoint is"
@@ -124,7 +124,7 @@ def test_everything_is_the_same_after_a_stop_in_mid_epoch(
 
 
 def test_a_resume_that_forgets_the_moments_is_found(
-    train: Callable[..., dict[str, Any]], torture: ModuleType, tmp_path: Path
+    train: Callable[..., RunRecord], torture: ModuleType, tmp_path: Path
 ) -> None:
     """Negative control of the comparison: zero moments in a checkpoint that is otherwise whole."""
     train("alone", Watch())
@@ -133,8 +133,8 @@ def test_a_resume_that_forgets_the_moments_is_found(
     checkpoint = tmp_path / "stopped" / "checkpoint-3"
     path = checkpoint / "optimizer.safetensors"
     save_file({k: torch.zeros_like(v) if "exp_avg" in k else v for k, v in load_file(path).items()}, path)
-    (checkpoint / manifest.NAME).unlink()
-    manifest.seal(checkpoint)
+    (checkpoint / checkpoints.MANIFEST_NAME).unlink()
+    checkpoints.seal(checkpoint)
     assert checkpoints.damage(checkpoint) is None
     train("stopped", Watch(), resume_from_checkpoint="latest")
     found = torture.differences(tmp_path / "alone", tmp_path / "stopped")
@@ -142,14 +142,16 @@ def test_a_resume_that_forgets_the_moments_is_found(
 
 
 def test_a_run_killed_after_its_last_step_still_sums_up(
-    train: Callable[..., dict[str, Any]], torture: ModuleType, tmp_path: Path
+    train: Callable[..., RunRecord], torture: ModuleType, tmp_path: Path
 ) -> None:
     whole = train("alone", Watch())
     again = train("alone", Watch(), resume_from_checkpoint="latest")
-    assert again["first_step"] == again["steps"] == 6
-    assert [again[k] for k in ("losses", "loss", "ambient_loss")] == [
-        whole[k] for k in ("losses", "loss", "ambient_loss")
-    ]
+    assert again.first_step == again.steps == 6
+    assert (again.losses, again.loss, again.means["ambient_loss"]) == (
+        whole.losses,
+        whole.loss,
+        whole.means["ambient_loss"],
+    )
 
 
 WORKER = """

@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from ambient_sd.data import latents
 from ambient_sd.data.stream import SampleStream
-from ambient_sd.families.base import Base, check_base
+from ambient_sd.families.base import Base
+from ambient_sd.reporting.model_card import write_run_card
 from ambient_sd.sampling import collect_prompts
 from ambient_sd.training import adapters, checkpoints, noising, validation
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import TrainingBatch, run
+from ambient_sd.training.plan import base_of
 from ambient_sd.utils.errors import UserError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -79,8 +81,8 @@ def test_a_stopped_and_resumed_run_equals_the_straight_one_bit_for_bit(
         run(settings("stopped", **values), progress=False, on_step=stop_at(4))
     resumed = settings("stopped", resume_from_checkpoint="latest", **values)
     rest = run(resumed, progress=False)
-    assert rest["first_step"] == 3
-    assert whole["losses"] == rest["losses"]
+    assert rest.first_step == 3
+    assert whole.losses == rest.losses
     assert equal(weights(straight), weights(resumed))
     assert not equal(weights(straight), _at_3(straight)), "negative control: the last three steps change the weights"
 
@@ -102,7 +104,7 @@ def test_a_resumed_run_takes_the_learning_rate_that_it_is_given(settings: Settin
     values |= {"learning_rate": 1e-5, "adam_beta1": 0.5, "resume_from_checkpoint": "latest"}
     summary = run(settings(**values), progress=False, on_step=lambda _, record: rates.append(record["lr"]))
     assert rates == pytest.approx([0.5e-5, 0.25e-5])
-    assert summary["learning_rate"] == 1e-5
+    assert summary.learning_rate == 1e-5
 
 
 def test_the_trained_unet_is_kept_if_the_base_is_gone_at_the_end(
@@ -110,7 +112,7 @@ def test_the_trained_unet_is_kept_if_the_base_is_gone_at_the_end(
 ) -> None:
     base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
     config = settings(pretrained_model_name_or_path=str(base), max_train_steps=2)
-    with pytest.raises(UserError, match=r"cannot be loaded any more.*the trained U-Net is whole in"):
+    with pytest.raises(UserError, match=r"can no longer be loaded.*the trained U-Net is whole in"):
         run(config, progress=False, on_step=lambda step, _: shutil.rmtree(base / "vae") if step == 2 else None)
     whole = settings("whole", max_train_steps=2)
     run(whole, progress=False)
@@ -166,7 +168,7 @@ def test_ambient_at_level_zero_is_the_plain_run_bit_for_bit(settings: Settings) 
         settings(name, random_flip=True, **options)
         for name, options in {"z": {"ambient_level": 0}, "p": {"objective": "plain"}, "o": {}}.items()
     )
-    losses = [run(c, progress=False)["losses"] for c in (zero, plain, one)]
+    losses = [run(c, progress=False).losses for c in (zero, plain, one)]
     assert losses[0] == losses[1] != losses[2]
     assert equal(weights(zero), weights(plain))
     assert not equal(weights(one), weights(plain))
@@ -178,7 +180,7 @@ def test_latents_held_in_memory_and_made_on_the_fly_train_alike(
     held = run(settings("held"), progress=False)
     monkeypatch.setattr(latents, "MAX_HELD_BYTES", 0)
     fly = run(settings("fly", dataloader_num_workers=1), progress=False)
-    assert held["losses"] == fly["losses"]
+    assert held.losses == fly.losses
     assert equal(weights(settings("held")), weights(settings("fly")))
 
 
@@ -190,7 +192,7 @@ def test_accumulation_and_batch_size_cut_the_same_step(settings: Settings) -> No
     )
     rates: list[list[float]] = [[], []]
     losses = [
-        run(c, progress=False, on_step=lambda _, r, out=out: out.append(r["lr"]))["losses"]
+        run(c, progress=False, on_step=lambda _, r, out=out: out.append(r["lr"])).losses
         for c, out in zip((whole, cut), rates, strict=True)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -222,7 +224,7 @@ def test_gradient_clipping_clips(settings: Settings, tiny_base: Path, lora: bool
 def test_lora_reloads_at_its_own_scale(settings: Settings, tiny_base: Path) -> None:
     config = settings(lora=True, rank=2, lora_alpha=8.0, learning_rate=1e-2)
     run(config, progress=False)
-    trained = check_base(config).load("unet")
+    trained = base_of(config).load("unet")
     adapters.attach(trained, rank=2, alpha=8.0, targets=config.lora_target_modules or (), seed=0)
     adapters.load(trained, Path(config.output_dir))
     g = torch.Generator().manual_seed(0)
@@ -246,7 +248,7 @@ def test_full_result_is_a_stock_pipeline_and_names_no_path_of_this_machine(
     settings: Settings, tiny_base: Path, tmp_path: Path
 ) -> None:
     config = settings(prediction_type="epsilon", validation_prompts=["a disc"], num_validation_images=1)
-    run(config, progress=False)
+    write_run_card(run(config, progress=False))
     out = Path(config.output_dir)
     assert json.loads((out / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
     pipe = StableDiffusionPipeline.from_pretrained(out)
@@ -271,7 +273,9 @@ def test_validation_draws_and_leaves_training_untouched(settings: Settings) -> N
     without = settings("without")
     drawn = settings("drawn", validation_prompts=["a red disc", "a blue square"], num_validation_images=2,
                      validation_steps=2, report_to="tensorboard")  # fmt: skip
-    assert run(without, progress=False)["losses"] == run(drawn, progress=False)["losses"]
+    record = run(drawn, progress=False)
+    write_run_card(record)
+    assert run(without, progress=False).losses == record.losses
     assert equal(weights(without), weights(drawn))
     pages = sorted(p.name for p in (Path(drawn.output_dir) / "validation").iterdir())
     assert pages == ["scores.json", "step-2.png", "step-4.png"]
@@ -286,10 +290,10 @@ def test_validation_draws_and_leaves_training_untouched(settings: Settings) -> N
 def test_a_run_leaves_the_global_generator_as_it_was(settings: Settings) -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    a = run(settings("a", lora=True), progress=False)["losses"]
+    a = run(settings("a", lora=True), progress=False).losses
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(4)
-    assert run(settings("b", lora=True), progress=False)["losses"] == a
+    assert run(settings("b", lora=True), progress=False).losses == a
 
 
 def test_captions_are_dropped_at_the_given_rate(settings: Settings) -> None:
@@ -303,14 +307,14 @@ def test_captions_are_dropped_at_the_given_rate(settings: Settings) -> None:
 
 def test_plain_training_learns(settings: Settings) -> None:
     config = settings(objective="plain", max_train_steps=24, learning_rate=5e-3, caption_dropout=0)
-    losses = run(config, progress=False)["losses"]
+    losses = run(config, progress=False).losses
     assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
 
 
 def test_gap_trains_nothing_inside_the_band(settings: Settings) -> None:
     config = settings(objective="gap", ambient_level=0, gap_upper=14.6, max_train_steps=2, adam_weight_decay=0)
-    assert run(config, progress=False)["loss"] == 0.0
-    assert run(settings("g", objective="gap", ambient_level=0.5, gap_upper=2), progress=False)["loss"] > 0
+    assert run(config, progress=False).loss == 0.0
+    assert run(settings("g", objective="gap", ambient_level=0.5, gap_upper=2), progress=False).loss > 0
 
 
 def test_fresh_copies_are_new_at_every_step_and_the_usual_ones_are_not(settings: Settings) -> None:
@@ -341,7 +345,7 @@ def test_noise_levels_are_lognormal_when_asked_for_and_nothing_else_of_a_run_mov
     usual, drawn = batches(settings(max_train_steps=3)), batches(settings("e", max_train_steps=3, **edm))
     for a, b in zip(usual, drawn, strict=True):
         assert torch.equal(a.noise, b.noise) and a.captions == b.captions and not torch.equal(a.timesteps, b.timesteps)
-    schedule = check_base(settings("b")).schedule
+    schedule = base_of(settings("b")).schedule
     draw, stream = noising.LogNormalLevels(schedule, -0.5, 1.2), SampleStream(1, 0)
     assert torch.cat([b.timesteps for b in drawn]).tolist() == [
         int(draw(stream, p)) for b in drawn for p in b.positions
@@ -358,13 +362,13 @@ def test_weighted_trains_with_the_plain_loss_under_the_level(settings: Settings)
     weighted = run(settings(objective="weighted", max_train_steps=2, **level), progress=False)
     plain = run(settings("p", objective="plain", max_train_steps=2), progress=False)
     below = run(settings("b", objective="weighted", ambient_level=0.5, max_train_steps=2), progress=False)
-    assert weighted["losses"] == plain["losses"] != below["losses"]
+    assert weighted.losses == plain.losses != below.losses
 
 
 def test_mixed_precision_keeps_trained_weights_in_float32(settings: Settings) -> None:
     full, lora = settings("f", mixed_precision="bf16"), settings("l", mixed_precision="bf16", lora=True)
     for config in (full, lora):
-        assert math.isfinite(run(config, progress=False)["loss"])
+        assert math.isfinite(run(config, progress=False).loss)
         assert {v.dtype for v in weights(config).values()} == {torch.float32}
     with pytest.raises(UserError, match=r"mixed_precision is fp16"):
         run(settings("h", mixed_precision="fp16"), progress=False)
@@ -372,7 +376,7 @@ def test_mixed_precision_keeps_trained_weights_in_float32(settings: Settings) ->
 
 def test_gradient_checkpointing_changes_memory_not_results(settings: Settings) -> None:
     a, b = settings("a", lora=True), settings("b", lora=True, gradient_checkpointing=True)
-    assert run(a, progress=False)["losses"] == pytest.approx(run(b, progress=False)["losses"], rel=1e-5)
+    assert run(a, progress=False).losses == pytest.approx(run(b, progress=False).losses, rel=1e-5)
 
 
 def test_checkpoints_are_whole_limited_and_belong_to_their_run(settings: Settings) -> None:
@@ -388,7 +392,7 @@ def test_checkpoints_are_whole_limited_and_belong_to_their_run(settings: Setting
         "trainer_state.json",
         "unet",
     ]
-    # Killed in mid-save: the part has no name; an empty folder is passed over.
+    # Killed in mid-save: the part has no name; an empty folder is skipped.
     (out / ".checkpoint-9.part").mkdir()
     (out / "checkpoint-8").mkdir()
     assert checkpoints.find(out, "latest") == out / "checkpoint-4"
@@ -404,7 +408,7 @@ def test_checkpoints_are_whole_limited_and_belong_to_their_run(settings: Setting
     with pytest.raises(UserError, match=r"optimizer.safetensors has 7 bytes"):
         run(settings(resume_from_checkpoint="checkpoint-4", **{**options, "max_train_steps": 6}), progress=False)
     more = run(settings(resume_from_checkpoint="checkpoint-3", **{**options, "max_train_steps": 6}), progress=False)
-    assert (more["first_step"], more["steps"]) == (3, 6)
+    assert (more.first_step, more.steps) == (3, 6)
     assert not (out / ".checkpoint-9.part").exists()
 
 
@@ -445,18 +449,18 @@ def test_bad_input_ends_in_one_line_before_weights_load_and_writes_nothing(
     a_file.write_text("")
     cases: list[tuple[dict[str, Any], list[str]]] = [
         ({"pretrained_model_name_or_path": str(no_unet)}, ["no-unet", "no unet/"]),
-        ({"pretrained_model_name_or_path": str(broken_json)}, ["unet of base model", "broken"]),
+        ({"pretrained_model_name_or_path": str(broken_json)}, ["unet/config.json of model", "broken"]),
         (base("odd", write("model_index.json", _class_name="WuerstchenPipeline")), ["odd is a", "StableDiffusionPipeline"]),
         (base("alt", write("model_index.json", text_encoder=["x", "RobertaModel"])), ["text_encoder", "RobertaModel"]),
         (base("unclip", write("unet/config.json", class_embed_type="projection")), ["class_embed_type", "text-to-image"]),
-        (base("betas", write("scheduler/scheduler_config.json", beta_schedule="x")), ["scheduler of base model", "betas"]),
+        (base("betas", write("scheduler/scheduler_config.json", beta_schedule="x")), ["scheduler of model", "betas"]),
         (base("cut", lambda p: (p / "vae" / "config.json").write_text("{}")), ["vae/config.json", "latent_channels"]),
-        (base("list", lambda p: (p / "unet" / "config.json").write_text("[1]")), ["unet of base model", "list"]),
+        (base("list", lambda p: (p / "unet" / "config.json").write_text("[1]")), ["unet/config.json of model", "list"]),
         (
             base("bin", lambda p: (p / "vae" / f"{weights_of}.safetensors").rename(p / "vae" / f"{weights_of}.bin")),
             ["vae/", ".safetensors", "save_pretrained"],
         ),
-        (base("mute", lambda p: (p / "tokenizer" / "tokenizer.json").unlink()), ["tokenizer of base model", "no words"]),
+        (base("mute", lambda p: (p / "tokenizer" / "tokenizer.json").unlink()), ["tokenizer of model", "no words"]),
         ({"train_data_dir": "my-images"}, ["no file or folder my-images"]),
         ({"output_dir": str(tiny_images)}, ["output_dir", "train_data_dir too"]),
         ({"output_dir": str(tiny_base)}, ["output_dir", "pretrained_model_name_or_path too"]),

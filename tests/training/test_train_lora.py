@@ -14,11 +14,11 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ambient_sd.families.base import check_base
 from ambient_sd.training import adapters
+from ambient_sd.training.adapters import AddressedDropout
 from ambient_sd.training.config import TrainConfig
-from ambient_sd.training.dropout import AddressedDropout
 from ambient_sd.training.loop import run
+from ambient_sd.training.plan import base_of
 
 Settings = Callable[..., TrainConfig]
 
@@ -56,7 +56,7 @@ def unet_output(unet: Any) -> torch.Tensor:
 
 
 def trained_unet(config: TrainConfig) -> Any:
-    unet = check_base(config).load("unet")
+    unet = base_of(config).load("unet")
     adapters.attach(unet, rank=config.rank or 4, alpha=config.lora_alpha or 4.0, seed=0, dora=config.use_dora,
                     targets=config.lora_target_modules or ())  # fmt: skip
     adapters.load(unet, Path(config.output_dir))
@@ -68,7 +68,7 @@ def test_dropout_resumes_bit_for_bit(settings: Settings, extra: dict[str, Any]) 
     values: dict[str, Any] = {"lora_dropout": 0.3, "checkpointing_steps": 2, "max_train_steps": 4, **extra}
     straight = settings("straight", **values)
     torch.manual_seed(1)
-    whole = run(straight, progress=False)["losses"]
+    whole = run(straight, progress=False).losses
 
     def stop(step: int, _: dict[str, float]) -> None:
         if step == 3:
@@ -78,20 +78,20 @@ def test_dropout_resumes_bit_for_bit(settings: Settings, extra: dict[str, Any]) 
         run(settings("stopped", **values), progress=False, on_step=stop)
     torch.manual_seed(2)
     resumed = settings("stopped", resume_from_checkpoint="latest", **values)
-    assert run(resumed, progress=False)["losses"] == whole
+    assert run(resumed, progress=False).losses == whole
     assert equal(result(straight), result(resumed))
-    without = run(settings("without", **{**values, "lora_dropout": 0.0}), progress=False)["losses"]
+    without = run(settings("without", **{**values, "lora_dropout": 0.0}), progress=False).losses
     assert without != whole, "negative control: it does drop"
 
 
 def test_dropout_is_the_same_however_samples_are_batched_or_recomputed(settings: Settings) -> None:
     values: dict[str, Any] = {"lora_dropout": 0.3}
-    whole = run(settings("w", **values), progress=False)["losses"]
-    cut = run(settings("c", train_batch_size=2, gradient_accumulation_steps=2, **values), progress=False)["losses"]
-    again = run(settings("g", gradient_checkpointing=True, **values), progress=False)["losses"]
+    whole = run(settings("w", **values), progress=False).losses
+    cut = run(settings("c", train_batch_size=2, gradient_accumulation_steps=2, **values), progress=False).losses
+    again = run(settings("g", gradient_checkpointing=True, **values), progress=False).losses
     assert whole == pytest.approx(cut, rel=1e-4)
     assert whole == pytest.approx(again, rel=1e-4)
-    without = run(settings("n"), progress=False)["losses"]
+    without = run(settings("n"), progress=False).losses
     assert whole != pytest.approx(without, rel=1e-4), "negative control: other masks give other losses"
 
 

@@ -79,8 +79,8 @@ def test_changed_copies_are_counted_and_images_that_were_never_seen_are_not(
     sheet, size = probe.measure(copies, [1.0] * 4, 1).sheet, 64
     assert sheet is not None
     for i in range(4):
-        x = i * (size + 2)
-        below = sheet.crop((x, size + 2, x + size, 2 * size + 2))
+        x = 4 + i * 100
+        below = sheet.crop((x, 4 + size, x + size, 4 + 2 * size))
         assert below.tobytes() == images[i].image.convert("RGB").tobytes()
 
 
@@ -128,13 +128,13 @@ def test_looking_leaves_training_untouched_and_a_resumed_run_repeats_its_looks(s
     without = settings("without")
     watched = settings("watched", probe_steps=2, probe_images=2, checkpointing_steps=3, report_to="tensorboard")
     plain, seen = run(without, progress=False), run(watched, progress=False)
-    assert plain["losses"] == seen["losses"]
+    assert plain.losses == seen.losses
     out = Path(watched.output_dir)
     weights = load_file(out / UNET)
     assert all(torch.equal(weights[k], v) for k, v in load_file(Path(without.output_dir) / UNET).items())
     looks = (out / "probe.jsonl").read_text()
     assert [json.loads(line)["step"] for line in looks.splitlines()] == [2, 4]
-    assert [look["step"] for look in seen["evaluations"]] == [2, 4]
+    assert [look["step"] for look in seen.evaluations] == [2, 4]
     assert sorted(p.name for p in (out / "probe").iterdir()) == ["step-2.png", "step-4.png"]
     events = b"".join(p.read_bytes() for p in (out / "logs").rglob("events*"))
     assert all(
@@ -169,9 +169,9 @@ def test_a_run_ends_at_the_first_look_with_changed_copies_above_the_limit(
         "stopped", train_data_dir=str(folder), probe_steps=1, probe_images=4, max_train_steps=2, stop_on_memorization=0.2
     )  # fmt: skip
     summary = run(config, progress=False)
-    assert summary["steps"] == (1 if copied else 2)
-    assert len(summary["evaluations"]) == len(summary["losses"]) == summary["steps"]
-    assert summary["evaluations"][0]["published"] == 0, "what stops the run is nothing that d1/d2 sees"
+    assert summary.steps == (1 if copied else 2)
+    assert len(summary.evaluations) == len(summary.losses) == summary.steps
+    assert summary.evaluations[0]["published"] == 0, "what stops the run is nothing that d1/d2 sees"
     assert (Path(config.output_dir) / UNET).is_file(), "the result is kept"
 
 

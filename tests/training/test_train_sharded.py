@@ -166,7 +166,8 @@ def test_every_kind_of_training_survives_being_spread_and_resumed(
     assert names[0] == names[1]
     if precision == "no":  # three images on two processes
         one, two = (Image.open(tmp_path / name / "validation/step-3.png") for name in ("one", "two"))
-        assert max(high for _, high in ImageChops.difference(one, two).getextrema()) <= 8
+        row = (0, 17, one.width, 49)  # the images; below stand their scores
+        assert max(high for _, high in ImageChops.difference(one.crop(row), two.crop(row)).getextrema()) <= 8
 
 
 @pytest.mark.slow
@@ -246,5 +247,5 @@ def test_processors_are_not_mistaken_for_an_accelerator(tmp_path: Path, monkeypa
     for variable, value in (FSDP | {"ACCELERATE_USE_CPU": "true"}).items():
         monkeypatch.setenv(variable, value)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    with pytest.raises(UserError, match="FSDP on processors is asked for"):
+    with pytest.raises(UserError, match="FSDP on CPUs is asked for"):
         run(TrainConfig(pretrained_model_name_or_path="no-base", train_data_dir="no-images"), progress=False)

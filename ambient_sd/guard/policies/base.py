@@ -111,6 +111,7 @@ class SamplingStart:
         token_ids: `(n, L)` long, on the CPU: the tokens of each image's prompt as the (first) tokenizer gives them, padding
             included; None if the pipeline was called with embeddings.
         token_mask: `(n, L)` bool, on the CPU: True from BOS to the first EOS, False on padding; None as above.
+        image_indices: which image of its prompt each image is, where the caller says so (`MemorizationGuard.image_indices`).
 
     Example:
         >>> start = SamplingStart(None, [True], ["a cat"], encode=lambda texts: None, token_ids=None, token_mask=None)
@@ -124,6 +125,7 @@ class SamplingStart:
     encode: Callable[[Sequence[str]], Encoded]
     token_ids: torch.Tensor | None
     token_mask: torch.Tensor | None
+    image_indices: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)

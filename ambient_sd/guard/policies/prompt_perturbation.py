@@ -9,8 +9,9 @@
 mitigations at inference.) Each insertion stands before, between or after the words present by then, all places alike.
 The published code inserts a fixed number, 2 or 4; here 2 to 4, drawn per image, unless told otherwise.
 
-Where ours differs: random numbers are functions of (seed, method, prompt, how many images before this one have the same
-prompt), so an image gets the same perturbation whatever else is sampled with it; without a prompt's text (embeddings
+Where ours differs: random numbers are functions of (seed, method, prompt, which image of its prompt this one is), so an image gets
+the same perturbation whatever else is sampled with it; images of one prompt are counted within a call unless the caller counts
+them (`MemorizationGuard.image_indices`); without a prompt's text (embeddings
 given) GNI takes the image's place in the batch. White space between words becomes one space, which CLIP's tokenizer does anyway. A
 prompt without words has none to repeat: CWR leaves it alone. As published, words inserted beyond the text encoder's length
 are cut off with the rest. GNI leaves SDXL's pooled embedding alone.
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -88,7 +90,7 @@ class PromptPerturbation(Policy, abc.ABC):
                 rule="the pipeline was called with embeddings, which have no words",
                 remedy="call it with prompt=, or use policies.GaussianEmbeddingNoise",
             )
-        places = _places(start.prompts)
+        places = start.image_indices or _places(start.prompts)
         texts = {i: self.perturb(start.prompts[i], places[i]) for i, active in enumerate(start.active) if active}
         rows = [i for i, text in texts.items() if text != start.prompts[i]]
         if not rows:
@@ -192,19 +194,18 @@ class GaussianEmbeddingNoise(Policy):
     def begin(self, start: SamplingStart) -> Change:
         """Return the noisy embeddings of all active images."""
         prompts = start.prompts if start.prompts is not None else [""] * len(start.active)
-        purpose = type(self).__name__
+        places, purpose = start.image_indices or _places(prompts), type(self).__name__
         uncond = None
         if self.halves == "both":
-            uncond = self._noisy(start.halves.uncond.embeds, prompts, f"{purpose} unconditional")
-        return Change(
-            list(start.active), embeds=self._noisy(start.halves.cond.embeds, prompts, purpose), uncond_embeds=uncond
-        )
+            uncond = self._noisy(start.halves.uncond.embeds, prompts, places, f"{purpose} unconditional")
+        embeds = self._noisy(start.halves.cond.embeds, prompts, places, purpose)
+        return Change(list(start.active), embeds=embeds, uncond_embeds=uncond)
 
-    def _noisy(self, own: torch.Tensor, prompts: list[str], purpose: str) -> torch.Tensor:
+    def _noisy(self, own: torch.Tensor, prompts: list[str], places: Sequence[int], purpose: str) -> torch.Tensor:
         # On the CPU and in float32, so that one seed is one noise on every device and in every precision.
         noise = [
             torch.randn(own.shape[1:], generator=_generator(self.seed, purpose, prompt, place))
-            for prompt, place in zip(prompts, _places(prompts), strict=True)
+            for prompt, place in zip(prompts, places, strict=True)
         ]
         wide = torch.promote_types(own.dtype, torch.float32)
         return (own.to(wide) + self.std * torch.stack(noise).to(own.device, wide)).to(own.dtype)

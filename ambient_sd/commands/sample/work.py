@@ -24,29 +24,26 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image, PngImagePlugin
 
 from ambient_sd import __version__
+from ambient_sd.commands.sample import SampleSettings
 from ambient_sd.data.captions import Cut
-from ambient_sd.families.guidance import distilled
+from ambient_sd.families import distilled
 from ambient_sd.guard.attribution import TokenGradients
 from ambient_sd.guard.base_above import acting_base
+from ambient_sd.guard.by_name import make
 from ambient_sd.guard.calibration import Calibration, ModelFingerprint
 from ambient_sd.guard.pipeline import threshold_file
-from ambient_sd.guard.policies.by_name import make
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard
-from ambient_sd.guard.scores import Space
 from ambient_sd.reporting import sample_page
 from ambient_sd.sampling import (
     Request,
     Sampled,
-    SamplingConfig,
-    check_images_per_prompt,
     check_prompts,
     digest,
     from_main,
@@ -55,7 +52,6 @@ from ambient_sd.sampling import (
     in_batches,
     load_pipeline,
     processes,
-    read_prompts,
     requests_for,
     say,
     say_cut,
@@ -69,54 +65,18 @@ TEXT_KEY = "ambient_sd"
 CONTENTS = ("images", "samples.jsonl", "contact_sheet.png", "index.html", FILE)
 
 
-@dataclass(frozen=True)
-class SampleSettings:
-    """Say what is sampled.
-
-    Attributes:
-        sampling: model, sampler, seed.
-        out: folder for the images.
-        prompts: texts.
-        num_images_per_prompt: images of each.
-        policy: NAME[:key=value,...] of a mitigation; None: watch only.
-        when: the policy acts on every image, or on those that reach the threshold at the first step.
-        threshold: a number above 0, or "auto": the model's calibrated one where it has one that fits. Under a policy the first step
-            decides, before the policy acts: a number then flags only with `when` flagged, as one of the first step.
-        attribution: whose words are looked at: of flagged images (with `when` those that the policy acted on, too), of
-            all, or of none. It changes no image and may differ from run to run in one folder.
-        score_space: as `MemorizationGuard` takes it; None: that of a calibrated threshold, else "noise".
-        overwrite: remove what an earlier run left in `out` and begin anew.
-    """
-
-    sampling: SamplingConfig
-    out: Path
-    prompts: list[str] = field(repr=False)
-    num_images_per_prompt: int = 1
-    policy: str | None = None
-    when: Literal["always", "flagged"] = "always"
-    threshold: float | Literal["auto"] = "auto"
-    attribution: Literal["flagged", "all", "none"] = "flagged"
-    score_space: Space | None = None
-    overwrite: bool = False
-
-
 def sample(settings: SampleSettings) -> list[dict[str, Any]]:
-    """Sample what is missing in `settings.out`, write list, sheet and page, and return the records of all images.
+    """Sample what is missing in `settings.output_dir`, write list, sheet and page, and return the records of all images.
 
     Raises:
         UserError: settings are out of range, `out` holds something else, or a policy, a threshold or an attribution is asked
             for where the guard cannot measure.
     """
-    config, out = settings.sampling, settings.out
+    config, out = settings.sampling, settings.output_dir
     config.check()
     check_prompts(settings.prompts)
-    check_images_per_prompt(settings.num_images_per_prompt, "num_images_per_prompt")
     if not settings.prompts:
         raise UserError("there are no prompts", rule="at least one is needed")
-    if settings.attribution not in ("flagged", "all", "none"):
-        raise UserError(f"attribution is {settings.attribution!r}", rule="it must be flagged, all or none")
-    if settings.when == "flagged" and settings.policy is None:
-        raise UserError("when is flagged without a policy", rule="it says on which images a policy acts")
     policy = None if settings.policy is None else make(settings.policy)
     if config.guidance_scale <= 1:
         _need_no_guard(settings, f"guidance_scale is {config.guidance_scale:g}", "give a scale above 1")
@@ -246,9 +206,9 @@ def _explain(
             record = records[request.place]
             record["attribution"] = {k: v for k, v in seen.items() if k not in ("prompt", "images")}
             if state.is_main_process:
-                with Image.open(settings.out / record["file"]) as image:
+                with Image.open(settings.output_dir / record["file"]) as image:
                     image.load()
-                    _write_image(settings.out / record["file"], record, image)
+                    _write_image(settings.output_dir / record["file"], record, image)
     return True
 
 
@@ -270,8 +230,6 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 def _calibration(settings: SampleSettings) -> Calibration | None:
     if settings.threshold != "auto":
-        if not (math.isfinite(settings.threshold) and settings.threshold > 0):
-            raise UserError(f"threshold is {settings.threshold}", rule="it must be a finite number above 0, or auto")
         return None
     config = settings.sampling
     path = threshold_file(resolve_model_id(config.model) if config.lora_weights is None else config.lora_weights, {})
@@ -338,11 +296,3 @@ def _plain(value: Any) -> Any:
 
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(record) + "\n"
-
-
-def prompts_of(texts: Sequence[str] | None, path: str | None) -> list[str]:
-    """Return the prompts given as texts or as a file, of which there must be one and not both."""
-    if bool(texts) == bool(path):
-        raise UserError("prompts are given " + ("twice" if texts else "nowhere"), rule="either as texts or as a file",
-                        remedy="give --prompt TEXT ... or --prompts FILE")  # fmt: skip
-    return list(texts) if texts else read_prompts(str(path))

@@ -27,15 +27,18 @@ from ambient_sd.audit.metrics import Measurement, Row, measure, memorized
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.registry import choose, with_sscd
 from ambient_sd.audit.shares import COPIES, copy_rate
+from ambient_sd.commands.demo import DemoSettings
 from ambient_sd.data.sources import load_rows
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.reporting.audit_page import write_report
+from ambient_sd.reporting.model_card import write_run_card
+from ambient_sd.reporting.next_steps import after_demo
 from ambient_sd.reporting.report import Histogram, Report, RunSection, find, make_samples, ratio_histogram, show
 from ambient_sd.reporting.sheets import contact_sheet
-from ambient_sd.sampling import SamplingConfig, check_images_per_prompt, generate, load_pipeline, requests_for
+from ambient_sd.sampling import SamplingConfig, generate, load_pipeline, requests_for
+from ambient_sd.training import plan_run
+from ambient_sd.training import run as train
 from ambient_sd.training.config import TrainConfig
-from ambient_sd.training.loop import plan_run
-from ambient_sd.training.loop import run as train
 from ambient_sd.utils.output_folder import FILE, OutputFolder
 from ambient_sd.utils.quiet import quiet
 
@@ -56,33 +59,6 @@ TRAINING: dict[str, Any] = {
 AMBIENT: dict[str, Any] = {"ambient_level": 1.0, "reweight": 2}
 
 
-@dataclasses.dataclass(frozen=True)
-class DemoSettings:
-    """What a person may change: where it goes, how long it trains, how it samples.
-
-    Attributes:
-        subset: size of the fixed image subset: 60, 300 or 1000.
-        steps: optimizer steps of each run; None: 800.
-        level: nature level s_n of the ambient run; None: 1.0.
-        samples_per_prompt: images per training caption.
-        prompts: how many captions are sampled (all of them if there are no more).
-        sampling_steps, guidance_scale: of DPM-Solver++.
-        overwrite: remove an earlier demo from `out`.
-    """
-
-    out: Path = Path("demo-out")
-    subset: int = 60
-    steps: int | None = None
-    level: float | None = None
-    samples_per_prompt: int = 4
-    prompts: int = 60
-    sampling_steps: int = 15
-    guidance_scale: float = 1.5
-    seed: int = 0
-    objectives: tuple[str, ...] = ("plain", "ambient")
-    overwrite: bool = False
-
-
 def settings_of_run(settings: DemoSettings, objective: str) -> TrainConfig:
     """Return the training settings of one of the runs."""
     values: dict[str, Any] = {
@@ -90,7 +66,7 @@ def settings_of_run(settings: DemoSettings, objective: str) -> TrainConfig:
         "row_filter": [f"subset_{settings.subset}=true"],
         "objective": objective,
         "seed": settings.seed,
-        "output_dir": str(settings.out / objective),
+        "output_dir": str(settings.output_dir / objective),
     }
     if settings.steps is not None:
         values["max_train_steps"] = settings.steps
@@ -104,13 +80,13 @@ def settings_of_run(settings: DemoSettings, objective: str) -> TrainConfig:
 def sample(
     folder: str | Path, prompts: Sequence[str], settings: DemoSettings, *, title: str, position: int = 0
 ) -> tuple[list[Image.Image], list[float]]:
-    """Sample `samples_per_prompt` images per prompt under the guard; return them with their scores, prompt by prompt.
+    """Sample `num_images_per_prompt` images per prompt under the guard; return them with their scores, prompt by prompt.
 
     Two models sampled with the same settings start from the same noise (`ambient_sd.sampling.image_seed`).
     """
-    k = settings.samples_per_prompt
+    k = settings.num_images_per_prompt
     config = SamplingConfig(
-        str(folder), scheduler="dpm++", num_inference_steps=settings.sampling_steps, guidance_scale=settings.guidance_scale,
+        str(folder), scheduler="dpm++", num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
         seed=settings.seed, batch_size=max(1, 16 // k) * k,
     )  # fmt: skip
     pipe = load_pipeline(config, safety_checker=False)
@@ -148,29 +124,33 @@ def _train_and_sample(
     quiet()
     config = settings_of_run(settings, objective)
     bar = {"desc": f"train {objective:7}", "position": place}  # each process owns one line of the terminal
-    summary = train(config, bar=bar)
+    record = train(config, bar=bar)
+    write_run_card(record)
     images, scores = sample(config.output_dir, prompts, settings, title=f"sample {objective:7}", position=place)
-    return images, scores, {key: summary[key] for key in ("steps", "seconds", "loss")}
+    return images, scores, {key: getattr(record, key) for key in ("steps", "seconds", "loss")}
 
 
 def run_demo(settings: DemoSettings) -> Report:
-    """Train, sample, measure, and write `report.html`, `figures.json` and the sample sheets into `settings.out`.
+    """Train, sample, measure, and write `report.html`, `figures.json` and the sample sheets into `settings.output_dir`.
 
     Raises:
-        UserError: settings are out of range, or `settings.out` holds a finished demo or something else.
+        UserError: settings are out of range, or `settings.output_dir` holds a finished demo or something else.
     """
     from diffusers import AutoencoderKL
 
     begun = time.time()
-    check_images_per_prompt(settings.samples_per_prompt, "samples_per_prompt")
-    folder = OutputFolder(settings.out, "demo", CONTENTS, overwrite=settings.overwrite, resumable=False)
+    folder = OutputFolder(settings.output_dir, "demo", CONTENTS, overwrite=settings.overwrite, resumable=False)
     folder.check({})
     configs = {objective: settings_of_run(settings, objective) for objective in settings.objectives}
     # Both runs train on these images; they are decoded and checked here, before anything is removed or trained.
     plans = [plan_run(config) for config in configs.values()]
     training = plans[0].images
     folder.claim(
-        {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name not in ("out", "overwrite")}
+        {
+            f.name: getattr(settings, f.name)
+            for f in dataclasses.fields(settings)
+            if f.name not in ("output_dir", "overwrite", "open")
+        }
     )
     heldout = load_rows(PICTURES, split="heldout")
     training_images = [row.image for row in training]
@@ -190,8 +170,8 @@ def run_demo(settings: DemoSettings) -> Report:
     assert decide.rendered is not None
     decoded = decide.rendered.permute(0, 2, 3, 1).flatten(1)  # as Pixels lays them out
     ceiling = memorized(nearest(decoded, real["pixels64"])).double().mean().item()
-    prompts = captions[: settings.prompts]
-    groups = [i for i in range(len(prompts)) for _ in range(settings.samples_per_prompt)]
+    prompts = captions[: settings.num_prompts or None]
+    groups = [i for i in range(len(prompts)) for _ in range(settings.num_images_per_prompt)]
     print(f"2 {step}: fine-tuning {' and '.join(configs)} side by side, then sampling both under the guard", flush=True)
     runs = _side_by_side(settings, prompts)
     print(f"3 {step}: measuring", flush=True)
@@ -205,7 +185,9 @@ def run_demo(settings: DemoSettings) -> Report:
         near = measured[objective].neighbours["pixels64"]
         decided = decide(images, memorized(near))
         copies = copy_rate(decided, by_chance, groups, seed=settings.seed)
-        contact_sheet(images[:: settings.samples_per_prompt], 10).save(settings.out / f"{objective}.png")
+        shown = range(0, len(images), settings.num_images_per_prompt)
+        said = [f"{prompts[groups[i]]}\nscore {scores[i]:.3g}{', copy' if decided.copy[i] else ''}" for i in shown]
+        contact_sheet([images[i] for i in shown], 10, said).save(settings.output_dir / f"{objective}.png")
         sections.append(
             RunSection(
                 name=objective,
@@ -238,6 +220,7 @@ def run_demo(settings: DemoSettings) -> Report:
         copies=COPIES,
         quality=next(row.name for row in sections[0].figures if row.name.startswith("FD-")),
         histograms=[_published(measured)],
+        next=after_demo(),
         made=_made(settings, begun, training.fingerprint()),
         notes=(
             decide.rule,
@@ -246,8 +229,8 @@ def run_demo(settings: DemoSettings) -> Report:
             "ceiling of what any run could show here by that measure.",
         ),
     )
-    write_report(settings.out / "report.html", report)
-    (settings.out / "figures.json").write_text(json.dumps(_figures(report), indent=1) + "\n")
+    write_report(settings.output_dir / "report.html", report)
+    (settings.output_dir / "figures.json").write_text(json.dumps(_figures(report), indent=1) + "\n")
     folder.finish()
     return report
 
@@ -313,8 +296,8 @@ def _made(settings: DemoSettings, begun: float, fingerprint: str) -> dict[str, o
         "threads": torch.get_num_threads(),
         "seed": settings.seed,
         "training images (sha256)": fingerprint,
-        "samples": f"{settings.samples_per_prompt} for each of {min(settings.prompts, settings.subset)} prompts, "
-        f"DPM-Solver++ {settings.sampling_steps} steps, guidance {settings.guidance_scale:g}",
+        "samples": f"{settings.num_images_per_prompt} for each of {min(settings.num_prompts or settings.subset, settings.subset)} prompts, "
+        f"DPM-Solver++ {settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}",
         "minutes in all": round((time.time() - begun) / 60, 1),
     }
 

@@ -20,7 +20,7 @@ import importlib.metadata
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,14 +29,12 @@ import torch
 from ambient_sd import __version__
 from ambient_sd.audit.detection import detection_figures, threshold_at
 from ambient_sd.audit.metrics import bootstrap
+from ambient_sd.commands.calibrate import CalibrateSettings
 from ambient_sd.guard.anisotropy import anisotropy, fitted
 from ambient_sd.guard.calibration import FILE_NAMES, AnisotropyTerms, Calibration, Detector, Entry, ModelFingerprint
 from ambient_sd.guard.recorder import MemorizationGuard
-from ambient_sd.guard.scores import SPACES, Space
 from ambient_sd.sampling import (
     Request,
-    SamplingConfig,
-    check_images_per_prompt,
     check_prompts,
     digest,
     from_main,
@@ -60,31 +58,6 @@ _TPR_RATE = 0.01  # as published, whatever rate is asked for
 Kind = Literal["ordinary", "memorized"]
 
 
-@dataclass(frozen=True)
-class CalibrateSettings:
-    """Say what is calibrated.
-
-    Attributes:
-        sampling: model, sampler, seed.
-        ordinary: prompts that the model cannot have memorized.
-        memorized: prompts that it has; may be empty.
-        fpr: the false-positive rate asked for, in (0, 1).
-        generations: images per prompt; thresholds are found for one and for the mean over so many.
-        out: folder or .json file for the result; None: the folder of the adapter or model.
-        detector: whose thresholds are found: the guard's norm, or anisotropy, which samples nothing.
-        score_space: of the norm: "noise", or the network's "output" as it is, as published scores of v-prediction models are.
-    """
-
-    sampling: SamplingConfig
-    ordinary: list[str] = field(repr=False)
-    memorized: list[str] = field(default_factory=list, repr=False)
-    fpr: float = 0.01
-    generations: int = 4
-    out: Path | None = None
-    detector: Detector = "norm"
-    score_space: Space = "noise"
-
-
 def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path | None]:
     """Sample what is not sampled yet, find the thresholds, write them, and return them with the path of the file.
 
@@ -98,26 +71,18 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path | None]:
     config, detector = settings.sampling, settings.detector
     config.check()
     require_guidance(config.guidance_scale)
-    if detector not in SCORES_NAMES:
-        raise UserError(f"detector is {detector!r}", rule=f"it must be one of {', '.join(SCORES_NAMES)}")
-    if settings.score_space not in SPACES or (settings.score_space != "noise" and detector != "norm"):
-        raise UserError(f"score_space is {settings.score_space!r} with the detector {detector}",
-                        rule=f"it must be one of {', '.join(SPACES)}; anisotropy has the space noise alone")  # fmt: skip
     check_prompts([*settings.ordinary, *settings.memorized])
-    if not 0 < settings.fpr < 1:
-        raise UserError(f"fpr is {settings.fpr}", rule="it must lie between 0 and 1", remedy="for example 0.01")
-    check_images_per_prompt(settings.generations, "generations")
     if not settings.ordinary:
         raise UserError("there are no ordinary prompts", rule="at least one is needed")
-    out = settings.out or home(config)
+    out = settings.output_dir or home(config)
     if out is None:
         raise UserError(f"{config.model} lies on the hub", rule="the result cannot be written there",
-                        remedy="give a folder with --out")  # fmt: skip
+                        remedy="give a folder with --output_dir")  # fmt: skip
     if out.is_file() and out.suffix != ".json":
-        raise UserError(f"out is {out}", rule="it must be a folder or a .json file")
+        raise UserError(f"output_dir is {out}", rule="it must be a folder or a .json file")
     prompts: dict[Kind, list[str]] = {"ordinary": settings.ordinary, "memorized": settings.memorized}
     given = {
-        **config.public(), **({} if settings.score_space == "noise" else {"score_space": settings.score_space}), "generations": settings.generations,
+        **config.public(), **({} if settings.score_space == "noise" else {"score_space": settings.score_space}), "num_images_per_prompt": settings.num_images_per_prompt,
         "prompts": {kind: digest(texts) if texts else None for kind, texts in prompts.items()},
     }  # fmt: skip
     path = (out.parent if out.suffix == ".json" else out) / SCORES_NAMES[detector]
@@ -137,7 +102,7 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path | None]:
         Request(prompts[kind][i], place, k)
         for place, (kind, i) in enumerate(places)
         if (kind, i) not in curves
-        for k in range(settings.generations)
+        for k in range(settings.num_images_per_prompt)
     ]
     waiting: dict[tuple[Kind, int], list[list[float]]] = {}
     for place, curve in _measured(pipe, wanted, settings):
@@ -147,7 +112,7 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path | None]:
                             rule=f"the network overflows in {config.dtype}", remedy="give --dtype float32 or bfloat16")  # fmt: skip
         rows = waiting.setdefault((kind, i), [])
         rows.append(curve)
-        if len(rows) == settings.generations:
+        if len(rows) == settings.num_images_per_prompt:
             curves[kind, i] = waiting.pop((kind, i))
             if writes:
                 _append(path, {"kind": kind, "prompt": i, "curves": curves[kind, i]})
@@ -320,7 +285,7 @@ def _read(path: Path, given: dict[str, Any]) -> tuple[dict[str, Any] | None, dic
             curves[row["kind"], int(row["prompt"])] = [[float(x) for x in curve] for curve in row["curves"]]
         lengths = {len(curve) for rows_ in curves.values() for curve in rows_}
         counts = {len(rows_) for rows_ in curves.values()}
-        if len(lengths) > 1 or counts - {before["generations"]}:
+        if len(lengths) > 1 or counts - {before["num_images_per_prompt"]}:
             raise ValueError("lines of unequal length")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{path} cannot be read", rule=one_line(f"{type(error).__name__}: {error}", 200),
@@ -334,7 +299,7 @@ def _read(path: Path, given: dict[str, Any]) -> tuple[dict[str, Any] | None, dic
 
 def _differs(path: Path, what: str) -> UserError:
     return UserError(f"{path} holds scores of other settings ({what})", rule="they do not mix",
-                     remedy="remove it, or name another folder with --out")  # fmt: skip
+                     remedy="remove it, or name another folder with --output_dir")  # fmt: skip
 
 
 def _append(path: Path, row: dict[str, Any], mode: Literal["a", "w"] = "a") -> None:

@@ -1,11 +1,13 @@
-"""Latents and caption embeddings on disk: computed once, shared out over the processes, read through memory mapping.
+"""Images to latents and captions to embeddings, once for a run where they never change: in memory, on disk, or on the fly.
+
+    held      in memory, if all of them fit; each process encodes its share
+    cached    in `latent_cache_dir`, computed once for this run and later ones, read through memory mapping
+    else      as they come up: random crops, or more than fits
 
 The latent of an image has the id (content of the image, VAE draw: crop corner, mirrored or not, group), in a folder
 for one VAE, resolution and noise seed; the embedding of a caption the id (caption), in a folder for one text encoder and
-tokenizer. `ambient_sd.data.cache` says why nothing in there can be stale.
-
-Processes compute equal shares in rounds and meet after each, so that none waits for long; one that resumes what was
-interrupted finds the whole shards and goes on with the rest.
+tokenizer. `ambient_sd.data.cache` says why nothing in there can be stale. Processes fill the cache in rounds of equal shares
+and meet after each, so that none waits for long; an interrupted fill continues after its whole shards.
 """
 
 from __future__ import annotations
@@ -13,22 +15,24 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ambient_sd.data import latents
 from ambient_sd.data.cache import SHARD_BYTES, Store, entry_id, fingerprint
 from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import SampleStream
-from ambient_sd.data.views import View, ViewRule
+from ambient_sd.data.views import Samples, View, ViewRule
 from ambient_sd.families.encoders import CaptionEncoder, ImageEncoder
+from ambient_sd.training.caption_augmentation import LIVE
+from ambient_sd.training.plan import Plan
 from ambient_sd.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -36,6 +40,150 @@ logger = logging.getLogger(__name__)
 _VERSION = 1  # of what turns an image into pixels and a caption into tokens; a change of either must raise it
 _FLUSH_SECONDS = 60.0  # a slow machine writes smaller shards: an interruption costs a minute, not a shard
 _MAX_ROWS = 1024
+
+
+class Encoder:
+    """Give the latents and caption embeddings of a run; what never changes is computed here, once.
+
+    To be built by every process. VAE and text encoders leave the device, or memory, where nothing needs them any more.
+
+    Args:
+        plan: the run.
+        rule: of the views.
+        stream: the run's samples.
+        accelerator: who is here.
+        progress: show bars.
+
+    Attributes:
+        image_encoder, caption_encoder: frozen; without prompts and probe they may be gone.
+    """
+
+    def __init__(
+        self, plan: Plan, rule: ViewRule, stream: SampleStream, accelerator: Accelerator, *, progress: bool
+    ) -> None:
+        self.config, self.images, self.rule, self.stream = plan.config, plan.images, rule, stream
+        self.accelerator, self.progress = accelerator, progress
+        self.shapes = [plan.base.latent_shape(rule.target(key)) for key in plan.images.noise_keys]
+        self.image_encoder: Any = plan.base.images().to(accelerator.device)
+        self.caption_encoder = plan.base.captions().to(accelerator.device)
+        self._embed = self._embed_once()
+        self._cached = self._cache_latents()
+        self._held = self._hold_latents() if self._cached is None else None
+        if not plan.prompts and plan.config.probe_steps is None:
+            # Whatever is kept makes its maker superfluous.
+            if self._held is not None or self._cached is not None:
+                self.image_encoder = None
+            if (self.caption_encoder.held or self._embed is not self.caption_encoder) and not self._captions_change:
+                self.caption_encoder.release()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def embed(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return the embeddings of captions: `hidden` (B, L, D), of SDXL also `pooled` (B, P), float32 on the CPU."""
+        return self._embed(captions)
+
+    def latents(self, rows: Sequence[int]) -> torch.Tensor:
+        """Return the latents of some images of one shape, (B, C, h, w); to be called by every process."""
+        if self._held is not None:
+            return torch.stack([self._held[i] for i in rows])
+        if self._cached is not None:
+            fixed = SampleStream(len(self.images), 0)  # as in `encode_all`
+            keys = self.images.noise_keys
+            return torch.stack([self._cached.latent(i, self.rule.view(keys[i], fixed, 0)) for i in rows])
+        return self._encode_shared(rows)
+
+    def batches(self, places: Iterable[list[int]]) -> Iterator[tuple[list[int], list[str], torch.Tensor]]:
+        """Yield (positions, keys of the images, x0) of each forward pass of this process.
+
+        Args:
+            places: positions of the samples of each pass.
+        """
+        if self._held is not None:
+            for positions in places:
+                rows = [self.stream.image(p) for p in positions]
+                yield positions, [self.images.keys[i] for i in rows], self.latents(rows)
+            return
+        samples: Dataset[Any] = self._cached or Samples(self.images, self.rule, self.stream)
+        loader: DataLoader[Any] = DataLoader(
+            samples,
+            batch_sampler=list(places),
+            num_workers=self.config.dataloader_num_workers,
+            collate_fn=list,
+            # Its own generator: the loader would take a number from the global one.
+            generator=torch.Generator(),
+        )
+        for positions, batch in zip(list(loader.batch_sampler), loader, strict=True):  # type: ignore[arg-type]
+            if self._cached is not None:
+                yield positions, [key for key, _ in batch], torch.stack([x0 for _, x0 in batch])
+            else:
+                yield (
+                    positions,
+                    [s.key for s in batch],
+                    latents.encode(self.image_encoder, batch, noise_seed=self.config.noise_seed),
+                )
+
+    @property
+    def _captions_change(self) -> bool:
+        """Tell whether texts are made up on the way, and so are encoded on the way."""
+        return self.config.caption_mitigation in LIVE
+
+    def _embed_once(self) -> Callable[[Sequence[str]], dict[str, torch.Tensor]]:
+        """Encode all captions of the images, into the cache or into memory, and return what gives their embeddings."""
+        captions, texts = self.caption_encoder, self.images.all_captions
+        rest = self.accelerator.device if self._captions_change else "cpu"
+        if self.config.latent_cache_dir is not None:
+            store = fill_captions(
+                self.config.latent_cache_dir, captions, texts, self.accelerator, progress=self.progress
+            )
+            captions.to(rest)
+            return CachedCaptions(store, captions if self._captions_change else None)
+        if captions.hold(texts, limit=latents.MAX_HELD_BYTES, progress=self.progress):
+            captions.to(rest)
+        return captions
+
+    def _cache_latents(self) -> CachedLatents | None:
+        """Encode all views of the images into the cache, if there is one and the views are finite."""
+        if self.config.latent_cache_dir is None:
+            return None
+        if self.rule.views(self.images) is None:
+            if self.accelerator.is_main_process:
+                logger.warning(
+                    "latents are not cached: each step has random crops of its own; --center_crop fixes them"
+                )
+            return None
+        store = fill_latents(
+            self.config.latent_cache_dir,
+            self.image_encoder,
+            self.images,
+            self.rule,
+            self.accelerator,
+            progress=self.progress,
+        )
+        self.image_encoder.to("cpu")
+        return CachedLatents(store, self.images, self.rule, self.stream)
+
+    def _hold_latents(self) -> list[torch.Tensor] | None:
+        """Encode all images into memory, if their views are fixed and they fit."""
+        if not self.rule.fixed(self.images) or sum(map(math.prod, self.shapes)) * 4 > latents.MAX_HELD_BYTES:
+            return None
+        held = [torch.empty(0)] * len(self.images)
+        for shape in sorted(set(self.shapes)):
+            rows = [i for i, other in enumerate(self.shapes) if other == shape]
+            for i, latent in zip(rows, self._encode_shared(rows), strict=True):
+                held[i] = latent
+        self.image_encoder.to("cpu")
+        return held
+
+    def _encode_shared(self, rows: Sequence[int]) -> torch.Tensor:
+        """Encode images of one shape, each process its share, and return all of them on every process."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        share = -(-len(rows) // ranks)
+        mine = [rows[min(i * ranks + rank, len(rows) - 1)] for i in range(share)]
+        part = latents.encode_all(self.image_encoder, self.images, self.rule, mine, progress=self.progress)
+        if ranks > 1:
+            gathered = self.accelerator.gather(part.to(self.accelerator.device)).cpu()
+            part = gathered.reshape(ranks, share, *part.shape[1:]).transpose(0, 1).reshape(-1, *part.shape[1:])
+        return part[: len(rows)].contiguous()
 
 
 class CachedLatents(Dataset[tuple[str, torch.Tensor]]):
@@ -219,7 +367,7 @@ def _whole_shards(store: Store, accelerator: Accelerator, what: str) -> list[str
     if accelerator.is_main_process:
         for name, why in faults:
             logger.warning(
-                "cache of %s: %s/%s is damaged (%s) and is computed again", what, store.folder.name, name, why
+                "cache of %s: %s/%s is damaged (%s) and will be computed again", what, store.folder.name, name, why
             )
             store.remove(name)
     accelerator.wait_for_everyone()

@@ -29,7 +29,7 @@ import platform
 import shlex
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +55,18 @@ from ambient_sd.audit.metrics import (
 from ambient_sd.audit.neighbours import Neighbours
 from ambient_sd.audit.originals import one_of_each
 from ambient_sd.audit.record import AuditRecord, measures
-from ambient_sd.audit.registry import DEFAULT, choose, labels
+from ambient_sd.audit.registry import choose, labels
 from ambient_sd.audit.registry import label as label_of
 from ambient_sd.audit.shares import COPIES, by_group, copy_rate, returned
 from ambient_sd.audit.stored import missing_features, recall
-from ambient_sd.commands.sample import SampleSettings, sample
+from ambient_sd.commands.audit import AuditSettings, Source
+from ambient_sd.commands.sample import SampleSettings
+from ambient_sd.commands.sample.work import sample
 from ambient_sd.data.sources import ImageDataset, load_rows, not_listed, refuse_unlisted
 from ambient_sd.data.stream import drawn
+from ambient_sd.families.base import Model
 from ambient_sd.reporting.audit_page import write_report
+from ambient_sd.reporting.next_steps import after_audit
 from ambient_sd.reporting.report import (
     Histogram,
     Report,
@@ -74,7 +78,6 @@ from ambient_sd.reporting.report import (
 )
 from ambient_sd.sampling import (
     SamplingConfig,
-    check_images_per_prompt,
     digest,
     from_main,
     image_seed,
@@ -96,117 +99,6 @@ SEARCHED = (
 _LEAST_P = -6  # log10, on the page
 _LIST = "samples.jsonl"  # of `ambient-sd sample`
 CONTENTS = ("generated", "base", "images.jsonl", "audit.json", "audit.html", FILE)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Say where real images come from, in the words of `load_rows`."""
-
-    place: str
-    split: str | None = None
-    row_filter: tuple[tuple[str, str, str], ...] = ()
-    image_column: str = "image"
-    caption_column: str = "text"
-    unlisted: str = "refuse"
-
-    def open(self, need_captions: bool) -> ImageDataset:
-        return load_rows(
-            self.place, self.image_column, self.caption_column, self.split, row_filter=self.row_filter,
-            need_captions=need_captions, unlisted=self.unlisted,
-        )  # fmt: skip
-
-    def public(self) -> dict[str, Any]:
-        """Return it fit to be written down: of local places the last part of their name only."""
-        return {"place": label(self.place), "split": self.split, "row_filter": ["".join(c) for c in self.row_filter]}
-
-
-@dataclass(frozen=True)
-class AuditSettings:
-    """Say what is audited, against what, and how.
-
-    Attributes:
-        training: the images that the model was trained on.
-        out: folder for everything.
-        sampling: model and sampler, or None with `generated`.
-        generated: folder of images made elsewhere: of `ambient-sd sample`, with metadata.jsonl, or of images alone.
-        heldout: real images of the same kind that the model never saw; None: there is no background, no excess, no quality.
-        prompts: file of prompts; None: the training captions.
-        samples_per_prompt: images of each prompt.
-        base_model: the pipeline that the model was fine-tuned from, whose images cannot be copies; None: with an adapter, the model without it.
-        base_images: how many images of the base calibrate the decision, one a prompt; 0: none.
-        group_column: column of the training rows (a person, an artist) by whose values what comes back is counted.
-        max_prompts: that many prompts at most, drawn by the seed; 0: all.
-        features: names of `audit.registry`: the measures beside the decision.
-        files: weights of features by name.
-        training_embeddings: folder of `audit.embedding` with the training images by every feature: they are not embedded again.
-        clip: folder or hub id of a CLIP for the CLIP score, of transformers or, after `open_clip:`, of open_clip; None: none.
-        judge: pipeline folder or hub id that judges how well images show their prompts (`audit.alignment`); None: none.
-        mirrored: search for the mirror image of each image too.
-        attribution: for so many of the most copied prompts, which tokens pull; 0: none.
-        limit: the audit fails if the share of copies exceeds this, or if another measure's excess over held-out images does
-            with its whole interval; None: it never fails.
-        seed: of choice of prompts and intervals (`sampling.seed` is that of the start noise).
-        resamples: of every interval but those of quality, which take a tenth.
-        overwrite: remove what an earlier audit left in `out` and begin anew.
-        unlisted: what becomes of files of `generated` that would not be read, as in `load_rows`; of the real images it is their
-            `Source` that says so.
-    """
-
-    training: Source
-    out: Path
-    sampling: SamplingConfig | None = None
-    generated: Path | None = None
-    heldout: Source | None = None
-    prompts: str | None = None
-    samples_per_prompt: int = 4
-    max_prompts: int = 0
-    base_model: str | None = None
-    base_images: int = 128
-    group_column: str | None = None
-    features: tuple[str, ...] = DEFAULT
-    files: Mapping[str, str | None] = field(default_factory=dict)
-    training_embeddings: Path | None = None
-    clip: str | None = None
-    judge: str | None = None
-    mirrored: bool = True
-    attribution: int = 4
-    limit: float | None = None
-    seed: int = 0
-    resamples: int = 1000
-    unlisted: str = "refuse"
-    overwrite: bool = False
-
-    def check(self) -> None:
-        """Raise a `UserError` for what can be seen to be wrong without opening anything."""
-        if (self.sampling is None) == (self.generated is None):
-            raise UserError("a model and generated images are given " + ("both" if self.sampling else "neither"),
-                            rule="an audit is of one of them")  # fmt: skip
-        check_images_per_prompt(self.samples_per_prompt, "samples_per_prompt")
-        if abs(self.seed) >= 2**63:
-            raise UserError(f"seed is {self.seed}", rule="it must be a whole number of at most 63 bits")
-        for name in ("max_prompts", "attribution", "base_images"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}", rule="it must be at least 0")
-        if self.limit is not None and not 0 <= self.limit < 1:
-            raise UserError(f"fail-over is {self.limit}", rule="it is a share of the images, from 0 to below 1")
-        if self.generated is not None and self.prompts is not None:
-            raise UserError("prompts with generated images", rule="their prompts are in the folder's own list")
-        if self.base_model is not None and self.sampling is None:
-            raise UserError("base_model with generated images", rule="their prompts and sampler are not known here",
-                            remedy="give held-out images with --heldout")  # fmt: skip
-        if self.sampling is not None:
-            self.sampling.check()
-            if (base := self.base()) is not None:
-                base.check()
-
-    def base(self) -> SamplingConfig | None:
-        """Return how images of the base are sampled; None where none are."""
-        config = self.sampling
-        if config is None or not self.base_images or (self.base_model is None and config.lora_weights is None):
-            return None
-        return dataclasses.replace(
-            config, model=self.base_model or config.model, lora_weights=None, base=None, base_above=None
-        )
 
 
 @dataclass(frozen=True)
@@ -246,7 +138,7 @@ class MirrorVectors:
 
 
 def audit(settings: AuditSettings, command: str = "ambient-sd audit") -> Audit | None:
-    """Sample what is missing, measure, and write everything into `settings.out`.
+    """Sample what is missing, measure, and write everything into `settings.output_dir`.
 
     Returns:
         The outcome; None on processes other than the main one, whose part ends with the sampling.
@@ -266,15 +158,15 @@ def audit(settings: AuditSettings, command: str = "ambient-sd audit") -> Audit |
             errno.EPERM,
             errno.ENOTDIR,
         ):
-            raise UserError(f"{settings.out} cannot be written", rule=str(error.strerror),
-                            remedy="make room, or name another folder with --out; what is sampled is kept") from None  # fmt: skip
+            raise UserError(f"{settings.output_dir} cannot be written", rule=str(error.strerror),
+                            remedy="make room, or name another folder with --output_dir; what is sampled is kept") from None  # fmt: skip
         raise
 
 
 def _audit(settings: AuditSettings, command: str) -> Audit | None:
     begun = time.time()
     settings.check()
-    folder = OutputFolder(settings.out, "audit", CONTENTS, overwrite=settings.overwrite)
+    folder = OutputFolder(settings.output_dir, "audit", CONTENTS, overwrite=settings.overwrite)
     folder.check({})
     own_prompts = settings.sampling is not None and settings.prompts is None
     device = _device(settings)
@@ -306,16 +198,16 @@ def _audit(settings: AuditSettings, command: str) -> Audit | None:
     align = _aligners(settings, known, device)
 
     files: dict[str, Any] = {}
-    place, base_place = settings.out / "generated", None
+    place, base_place = settings.output_dir / "generated", None
     if settings.sampling is not None:
         assert prompts is not None
         before = _weight_files(settings.sampling)
-        sample(SampleSettings(settings.sampling, place, prompts, settings.samples_per_prompt))
+        sample(SampleSettings(settings.sampling, place, prompts, settings.num_images_per_prompt))
         files = _weight_files(settings.sampling)
         # Files of the hub may have come only now; what was here must be what was sampled.
         if changed := [name for name, digests in before.items() if digests and digests != files[name]]:
             raise UserError(f"the weight files of the {changed[0]} changed while they were audited",
-                            rule="figures are of one model", remedy="audit again, into another folder with --out")  # fmt: skip
+                            rule="figures are of one model", remedy="audit again, into another folder with --output_dir")  # fmt: skip
         base_place = _sample_base(settings, prompts)
     if not processes().is_main_process:
         return None
@@ -341,7 +233,7 @@ def _audit(settings: AuditSettings, command: str) -> Audit | None:
     measured.rows.extend(row for one in align for row in one(generated, heldout))
     verdict = _decide(settings, training, heldout, generated, base, measured, grouped)
     measured.rows[:0] = verdict.rows
-    pulls = _attributions(settings, generated, verdict.decided) if settings.attribution else []
+    pulls = _attributions(settings, generated, verdict.decided) if settings.attributed_prompts else []
     used = _used(stored, compared)
     outcome = _write(
         settings, command, begun, training, heldout, generated, features, measured, verdict, pulls, used, files
@@ -363,7 +255,7 @@ def _stored(settings: AuditSettings) -> dict[str, EmbeddingStore]:
         return {name: EmbeddingStore.open(folder / name) for name in names}
     words = ["accelerate", "launch", "-m", "ambient_sd.audit.embedding", source.place]
     if source.split is not None:
-        words += ["--split", source.split]
+        words += ["--dataset_split", source.split]
     if source.unlisted != "refuse":
         words += ["--unlisted", source.unlisted]
     if source.row_filter:
@@ -371,7 +263,7 @@ def _stored(settings: AuditSettings) -> dict[str, EmbeddingStore]:
     options = {"image_column": source.image_column, "caption_column": source.caption_column}
     given = {name: value for name, value in options.items() if value != getattr(Source, name)}
     given |= {name: file for name, file in settings.files.items() if file and label_of(name) in missing}
-    given |= {"features": ",".join(names[name] for name in missing), "out": str(folder)}
+    given |= {"features": ",".join(names[name] for name in missing), "output_dir": str(folder)}
     words += [word for name, value in given.items() for word in (f"--{name}", value)]
     raise UserError(f"{folder} holds no embeddings of {', '.join(missing)}", rule="an audit needs each of its features",
                     remedy=f"make them: {shlex.join(words)}")  # fmt: skip
@@ -384,7 +276,7 @@ def _sample_base(settings: AuditSettings, prompts: Sequence[str]) -> Path | None
     chosen = list(prompts)
     if settings.base_images < len(chosen):
         chosen = [chosen[i] for i in drawn(len(chosen), settings.base_images, settings.seed, "base prompts")]
-    folder = settings.out / "base"
+    folder = settings.output_dir / "base"
     sample(SampleSettings(base, folder, chosen, 1))
     return folder
 
@@ -463,10 +355,8 @@ def _vae(settings: AuditSettings) -> tuple[Any, int]:
 
 def _own_resolution(model: str) -> int:
     """Return the side that a pipeline samples at by default, from its configuration."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
-    size = UNet2DConditionModel.load_config(model, subfolder="unet")["sample_size"]
-    return int(size) * 2 ** (len(AutoencoderKL.load_config(model, subfolder="vae")["block_out_channels"]) - 1)
+    found = Model(model)
+    return found.family.native_side(found.read(f"{found.family.network}/config.json"), found.read("vae/config.json"))
 
 
 def _used(stored: Mapping[str, EmbeddingStore], compared: int) -> dict[str, Any] | None:
@@ -492,7 +382,7 @@ def _contents_depend_on(
         "training": training.fingerprint(),
         "heldout": None if heldout is None else heldout.fingerprint(),
         "prompts": None if prompts is None else digest(prompts),
-        "samples_per_prompt": None if prompts is None else settings.samples_per_prompt,
+        "samples_per_prompt": None if prompts is None else settings.num_images_per_prompt,
         "sampling": None if settings.sampling is None else settings.sampling.public(),
         "generated": None if existing is None else existing.images.fingerprint(),
         "base": None if (base := settings.base()) is None else {**base.public(), "images": settings.base_images},
@@ -503,8 +393,8 @@ def _prompts(settings: AuditSettings, training: ImageDataset) -> list[str]:
     """Return the prompts to draw: each once, in their order, or as many of them as wanted, drawn by the seed."""
     given = training.captions if settings.prompts is None else read_prompts(settings.prompts)
     prompts = list(dict.fromkeys(given))
-    if settings.max_prompts and settings.max_prompts < len(prompts):
-        prompts = [prompts[i] for i in drawn(len(prompts), settings.max_prompts, settings.seed, "audit prompts")]
+    if settings.num_prompts and settings.num_prompts < len(prompts):
+        prompts = [prompts[i] for i in drawn(len(prompts), settings.num_prompts, settings.seed, "audit prompts")]
     return prompts
 
 
@@ -580,7 +470,7 @@ def _aligners(settings: AuditSettings, prompts: Sequence[str] | None, device: st
 
         pipe = load_pipeline(
             dataclasses.replace(
-                settings.sampling or SamplingConfig(""),
+                settings.sampling or SamplingConfig(settings.judge),
                 model=settings.judge,
                 lora_weights=None,
                 base_above=None,
@@ -663,7 +553,7 @@ def _attributions(settings: AuditSettings, generated: Generated, decided: Decide
     pipe = load_pipeline(config)
     sampling = config.describe(pipe)
     pulls = []
-    for prompt in order[: settings.attribution]:
+    for prompt in order[: settings.attributed_prompts]:
         try:
             seen = attribute(
                 pipe, prompt, num_inference_steps=config.num_inference_steps, 
@@ -695,10 +585,10 @@ def _write(
 ) -> Audit:
     name = COPIES
     share = measured.row(name).generated
-    others = [] if settings.limit is None else _certainly_above(settings.limit, measured, name)
+    others = [] if settings.fail_over is None else _certainly_above(settings.fail_over, measured, name)
     verdict: dict[str, Any] = {
-        "measure": name, "value": share.value, "bound": "value", "limit": settings.limit, "others": others,
-        "exceeded": None if settings.limit is None else share.value > settings.limit or bool(others),
+        "measure": name, "value": share.value, "bound": "value", "limit": settings.fail_over, "others": others,
+        "exceeded": None if settings.fail_over is None else share.value > settings.fail_over or bool(others),
     }  # fmt: skip
     report = _report(
         settings, command, training, heldout, generated, features, measured, decision, pulls, verdict, used
@@ -714,7 +604,7 @@ def _write(
             "generated": {
                 "n": len(generated.images), "fingerprint": generated.images.fingerprint(),
                 "prompts": None if generated.prompts is None else len(set(generated.prompts)),
-                "samples_per_prompt": None if settings.sampling is None else settings.samples_per_prompt,
+                "samples_per_prompt": None if settings.sampling is None else settings.num_images_per_prompt,
                 "source": "training captions" if settings.sampling is not None and settings.prompts is None else "given",
                 "weights": generated.weights, "unlisted": generated.images.unlisted,
             },
@@ -739,11 +629,11 @@ def _write(
         "made": {**_versions(), "command": command, "device": _device(settings), "seconds": round(time.time() - begun, 1)},
     }  # fmt: skip
     lines = _lines(training, generated, features, measured, decision.decided)
-    atomic_write(settings.out / "images.jsonl", "".join(json.dumps(json_safe(line)) + "\n" for line in lines))
-    write_report(settings.out / "audit.html", report)
+    atomic_write(settings.output_dir / "images.jsonl", "".join(json.dumps(json_safe(line)) + "\n" for line in lines))
+    write_report(settings.output_dir / "audit.html", report)
     # Last: where it lies, the others are whole.
     record = AuditRecord.of(found)
-    record.write(settings.out)
+    record.write(settings.output_dir)
     return Audit(record.as_dict(), bool(verdict["exceeded"]))
 
 
@@ -846,7 +736,7 @@ def _report(
         counted=(int(decided.copy.sum()), len(generated.images)),
     )
     quality = next((row.name for row in measured.rows if row.name.startswith("FD-")), "")
-    return Report(
+    report = Report(
         title=f"Audit of {name} against {len(training)} training images",
         command=command,
         runs=[run],
@@ -860,6 +750,8 @@ def _report(
         groups=decision.groups,
         shown=_SHOWN,
     )
+    model = None if settings.sampling is None else settings.sampling.public()
+    return dataclasses.replace(report, next=after_audit(find(report).kind, model))
 
 
 def _model_name(config: SamplingConfig) -> str:
@@ -936,16 +828,16 @@ def _notes(
 ) -> list[str]:  # fmt: skip
     share, n, device = copies.generated, len(generated.images), torch.device(_device(settings)).type
     notes = [decision.rule]
-    if settings.limit is not None:
+    if settings.fail_over is not None:
         said = (
             "fails: it exceeds"
-            if share.value > settings.limit
+            if share.value > settings.fail_over
             else "does not exceed"
             if verdict["others"]
             else "passes: it does not exceed"
         )
         notes.append(
-            f"The audit {said} the limit of {settings.limit:.2%} ({share.value:.2%} of {n} are copies; the value "
+            f"The audit {said} the limit of {settings.fail_over:.2%} ({share.value:.2%} of {n} are copies; the value "
             f"itself is held against the limit). By its interval up to {share.high:.2%} would be no surprise."
         )
         if verdict["others"]:
@@ -1028,7 +920,7 @@ def _made(
         steps = f"{config.scheduler or 'its own sampler'}, {config.num_inference_steps} steps, guidance {config.guidance_scale:g}"
         above = "" if config.base_above is None else f", its base above noise level {config.base_above:g}"
         made["model"] = _model_name(config) + above
-        made["sampling"] = f"{steps}, seed {config.seed}, {settings.samples_per_prompt} images a prompt"
+        made["sampling"] = f"{steps}, seed {config.seed}, {settings.num_images_per_prompt} images a prompt"
     made["weights of the U-Net (sha256)"] = generated.weights or "not known"
     if generated.base_weights is not None:
         made["weights of the base's U-Net (sha256)"] = generated.base_weights

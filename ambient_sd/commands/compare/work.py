@@ -1,6 +1,6 @@
 """Every detector and every mitigation on one model whose memorized prompts are known by measurement, side by side.
 
-1. Every caption of the training images is sampled without mitigation, `generations` times. A prompt is *memorized* if at least
+1. Every caption of the training images is sampled without mitigation, `num_images_per_prompt` times. A prompt is *memorized* if at least
    half of its images are copies (`audit.decision`, held-out images as the null), *ordinary* if none is. Detectors are tried on
    those of the ordinary ones whose images all keep clear of copying (p >= 5 %: no nearer than one in twenty of the held-out ones): a
    half copy is no false alarm. The rest is counted and left out of their table. No list of duplicates is consulted: ground truth is what came out.
@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,9 +40,11 @@ from ambient_sd.audit.metrics import MEMORIZED_RATIO, bootstrap, memorized, qual
 from ambient_sd.audit.neighbours import Neighbours, nearest
 from ambient_sd.audit.registry import choose, with_sscd
 from ambient_sd.audit.shares import COPIES, copy_rate
+from ambient_sd.commands.compare import CompareSettings
 from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import drawn
-from ambient_sd.guard import policies
+from ambient_sd.families.base import Model
+from ambient_sd.guard import by_name, policies
 from ambient_sd.guard.anisotropy import anisotropy, fitted
 from ambient_sd.guard.calibration import ModelFingerprint
 from ambient_sd.guard.pipeline import check_folder
@@ -53,7 +56,6 @@ from ambient_sd.sampling import (
     Request,
     Sampled,
     SamplingConfig,
-    check_images_per_prompt,
     generate,
     in_batches,
     load_pipeline,
@@ -66,40 +68,6 @@ from ambient_sd.utils.files import atomic_write
 from ambient_sd.utils.hub_ids import resolve_model_id
 from ambient_sd.utils.memory import peak_memory
 from ambient_sd.utils.output_folder import FILE, OutputFolder
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a comparison is made of; all of it stands in `comparison.json`.
-
-    Attributes:
-        models: name -> pipeline folder; the memorized prompts are those of the first.
-        judge: pipeline folder of the model that judges alignment, and beside whose norms those of the models are held; it should
-            not have seen the images: the models' base, best.
-        generations: images per prompt.
-        prompts: how many captions are sampled at most, chosen by the seed; 0: all.
-        mitigated: how many memorized prompts are mitigated at most.
-        steps, guidance_scale: of DPM-Solver++.
-        chosen: names of mitigations; all if empty.
-        lora_weights: name of a model -> LoRA on it.
-        overwrite: remove an earlier comparison from `out`.
-    """
-
-    models: Mapping[str, str]
-    judge: str
-    out: Path
-    resolution: int
-    generations: int = 4
-    prompts: int = 0
-    mitigated: int = 60
-    steps: int = 20
-    guidance_scale: float = 3.0
-    batch_size: int = 16
-    seed: int = 0
-    chosen: tuple[str, ...] = ()
-    lora_weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    overwrite: bool = False
-
 
 EARLY = 5  # steps of the early detectors
 CLEAR = 0.05  # least p of images that keep clear of copying
@@ -123,7 +91,8 @@ class OrdinaryScores:
 
 
 # Name -> (how it is made from the ordinary prompts' scores, the rule for what is per model).
-MITIGATIONS: dict[str, tuple[Callable[[OrdinaryScores], policies.Policy | None], str]] = {
+Mitigation = tuple[Callable[[OrdinaryScores], policies.Policy | None], str]
+MITIGATIONS: dict[str, Mitigation] = {
     "none": (lambda v: None, ""),
     "Wen": (lambda v: policies.PromptOptimization(target=v.first_step), "target: median first norm of ordinary prompts"),
     "STP": (lambda v: policies.StaticTransition(), "as published, until 500"),
@@ -146,6 +115,31 @@ MITIGATIONS: dict[str, tuple[Callable[[OrdinaryScores], policies.Policy | None],
     "RNA": (lambda v: policies.RandomNumbers(), "as published, 2 to 4 numbers"),
     "GNI": (lambda v: policies.GaussianEmbeddingNoise(), "as published, std 0.1 on both halves"),
 }  # fmt: skip
+
+
+def chosen_mitigations(names: Sequence[str]) -> dict[str, Mitigation]:
+    """Return the mitigations called `names` (all if there are none), those of the table with its settings, and none at all first.
+
+    A name is one of the table, in short or long (`guard.by_name`); any other policy is taken with the settings that are given.
+
+    Raises:
+        UserError: there is no such policy.
+    """
+    if not names:
+        return MITIGATIONS
+
+    def spelled(name: str) -> str:
+        return by_name.canonical(name.replace(" until ", ":until="))
+
+    known = {spelled(name): name for name in MITIGATIONS}
+    asked = [known.get(spelled(name), name) for name in names]
+    own = {name: _as_given(name) for name in asked if name not in MITIGATIONS}
+    return {name: made for name, made in MITIGATIONS.items() if name in asked or name == "none"} | own
+
+
+def _as_given(name: str) -> Mitigation:
+    by_name.make(name)  # a mistake ends it here
+    return lambda scores: by_name.make(name), "as given"
 
 
 @dataclass
@@ -184,7 +178,7 @@ def sample_requests(
         rows = _read_kept(folder / f"{number:05d}.json")
         if [row["prompt"] for row in rows] != [request.prompt for request in chunk]:
             raise UserError(f"{folder} holds images of other prompts", rule="a comparison goes on with what it began",
-                            remedy="give another --out, or remove the folder")  # fmt: skip
+                            remedy="give another --output_dir, or remove the folder")  # fmt: skip
         sheet = np.asarray(Image.open(folder / f"{number:05d}.png"))
         side = sheet.shape[1] // len(rows)
         images += [Image.fromarray(sheet[:, i * side : (i + 1) * side]) for i in range(len(rows))]
@@ -397,10 +391,10 @@ def mitigation_figures(
     prompts: Sequence[str],
     captions: Sequence[str],
     judge: DiffusionAlignment,
-    settings: Settings,
+    settings: CompareSettings,
 ) -> dict[str, Estimate]:
     """Measure one model under one mitigation; intervals resample prompts."""
-    groups = [c for c in prompts for _ in range(settings.generations)]
+    groups = [c for c in prompts for _ in range(settings.num_images_per_prompt)]
     made = embed(samples.images, reals.features)
     decided, near = decide(samples.images, reals)
     similar = reals.similar
@@ -422,22 +416,21 @@ def mitigation_figures(
     }  # fmt: skip
 
 
-def compare(settings: Settings, training: ImageDataset, heldout: ImageDataset, command: str = "") -> dict[str, Any]:
-    """Run the comparison and write `comparison.json`, `comparison.html` and `comparison.md` into `settings.out`.
+def compare(
+    settings: CompareSettings, training: ImageDataset, heldout: ImageDataset, command: str = ""
+) -> dict[str, Any]:
+    """Run the comparison and write `comparison.json`, `comparison.html` and `comparison.md` into `settings.output_dir`.
 
     Raises:
         UserError: a mitigation's name is unknown, the folder holds another comparison, or nothing is memorized.
     """
-    for name in settings.chosen:
-        if name not in MITIGATIONS:
-            raise UserError(f"mitigation {name!r}", rule=f"there are {', '.join(MITIGATIONS)}")
+    tried = chosen_mitigations(settings.mitigations)
     if processes().num_processes > 1:
         raise UserError(
             "compare on several processes",
             rule="it measures what each image costs",
             remedy="start it without accelerate launch",
         )
-    check_images_per_prompt(settings.generations, "generations")
     configs = {
         name: config_of(settings, place, settings.lora_weights.get(name)) for name, place in settings.models.items()
     }
@@ -449,9 +442,11 @@ def compare(settings: Settings, training: ImageDataset, heldout: ImageDataset, c
     judge_pipe = load_pipeline(judging, safety_checker=False)
     reals = read_reals(training, heldout, judge_pipe.vae, settings.resolution)
     captions = sorted(set(reals.captions))
-    if settings.prompts and settings.prompts < len(captions):
-        captions = [captions[i] for i in drawn(len(captions), settings.prompts, settings.seed, "comparison prompts")]
-    k = settings.generations
+    if settings.num_prompts and settings.num_prompts < len(captions):
+        captions = [
+            captions[i] for i in drawn(len(captions), settings.num_prompts, settings.seed, "comparison prompts")
+        ]
+    k = settings.num_images_per_prompt
     judge = DiffusionAlignment(judge_pipe, resolution=settings.resolution, seed=settings.seed)
     result: dict[str, Any] = {"settings": _described(settings), "command": command, "rule": reals.decision.rule, "training": len(reals.images),
                               "heldout": len(heldout), "prompts": len(captions), "models": {}}  # fmt: skip
@@ -460,7 +455,7 @@ def compare(settings: Settings, training: ImageDataset, heldout: ImageDataset, c
     requests = requests_for(captions, k)
     for model, config in configs.items():
         pipe = load_pipeline(config, safety_checker=False)
-        cells = settings.out / "cells"
+        cells = settings.output_dir / "cells"
         base = sample_requests(pipe, cells / model / "all", requests, config, None, f"{model}, all prompts")
         decided, near = decide(base.images, reals)
         known, ordinary = truth(decided.copy, k)
@@ -494,10 +489,8 @@ def compare(settings: Settings, training: ImageDataset, heldout: ImageDataset, c
         found["ordinary_scores"] = dataclasses.asdict(scores)
         found["mitigations"] = {}
         shown[model] = {}
-        for name, (make, rule) in MITIGATIONS.items():
-            if settings.chosen and name not in settings.chosen and name != "none":
-                continue
-            place = settings.out / "cells" / model / name
+        for name, (make, rule) in tried.items():
+            place = settings.output_dir / "cells" / model / re.sub(r"[^\w+. -]", "-", name)
             samples = sample_requests(pipe, place, mitigated, config, make(scores), f"{model}, {name}")
             figures = _kept_figures(
                 place / "figures.json",
@@ -512,16 +505,16 @@ def compare(settings: Settings, training: ImageDataset, heldout: ImageDataset, c
             found["mitigations"][name]["peak_memory_mb"] = peak_of(samples)
             shown[model][name] = samples.images[::k]
             sheet = contact_sheet(samples.images[::k], 10, prompts)
-            atomic_write(settings.out / _sheet(model, name), png_bytes(sheet))
+            atomic_write(settings.output_dir / _sheet(model, name), png_bytes(sheet))
             print(
                 f"{model}, {name}: " + ", ".join(f"{f['name']} {f['value']:.3g}" for f in figures.values()), flush=True
             )
         result["models"][model] = found
     originals = [reals.images[reals.captions.index(captions[i])] for i in chosen]
     result["mitigated_prompts"] = [captions[i] for i in chosen]
-    atomic_write(settings.out / "comparison.json", json.dumps(result, indent=1) + "\n")
-    atomic_write(settings.out / "comparison.md", compare_page.tables(result))
-    compare_page.write(settings.out / "comparison.html", result, originals, shown)
+    atomic_write(settings.output_dir / "comparison.json", json.dumps(result, indent=1) + "\n")
+    atomic_write(settings.output_dir / "comparison.md", compare_page.tables(result))
+    compare_page.write(settings.output_dir / "comparison.html", result, originals, shown)
     out.finish()
     return result
 
@@ -547,34 +540,38 @@ def _kept_figures(
     return figures
 
 
-def config_of(settings: Settings, model: str, lora_weights: str | None = None) -> SamplingConfig:
+def config_of(settings: CompareSettings, model: str, lora_weights: str | None = None) -> SamplingConfig:
     """Say how a model is sampled; whole prompts share a batch."""
-    k = settings.generations
+    k = settings.num_images_per_prompt
     return SamplingConfig(
-        model, lora_weights, "dpm++", settings.steps, settings.guidance_scale, settings.resolution, settings.seed,
+        model, lora_weights, "dpm++", settings.num_inference_steps, settings.guidance_scale, settings.resolution, settings.seed,
         batch_size=max(1, settings.batch_size // k) * k,
     )  # fmt: skip
 
 
-def _described(settings: Settings) -> dict[str, Any]:
+def _described(settings: CompareSettings) -> dict[str, Any]:
     """Return the settings without local paths: models by name."""
     fields = dataclasses.asdict(settings)
-    places = {"models", "judge", "out", "lora_weights", "overwrite"}
+    places = {"models", "judge", "output_dir", "lora_weights", "overwrite"}
     return {name: value for name, value in fields.items() if name not in places} | {"names": list(settings.models)}
 
 
-def _claim(settings: Settings, training: ImageDataset, heldout: ImageDataset) -> OutputFolder:
+def _claim(settings: CompareSettings, training: ImageDataset, heldout: ImageDataset) -> OutputFolder:
     """Let the folder belong to this comparison: the images in it are kept, and must be of the same settings and models."""
     models = {name: _digest(place) for name, place in settings.models.items()}
     for name, place in settings.lora_weights.items():
         models[name] += " " + config_of(settings, settings.models[name], place).lora()["sha256"]  # type: ignore[index]
-    free = {"names", "chosen", "mitigated"}
+    free = {"names", "mitigations", "mitigated"}
     own = {key: value for key, value in _described(settings).items() if key not in free} | {
         "models": models, "training": training.fingerprint(), "heldout": heldout.fingerprint(), "definition of a copy": RULE,
     }  # fmt: skip
-    sheets = [_sheet(model, name) for model in settings.models for name in MITIGATIONS]
+    sheets = [
+        _sheet(model, name)
+        for model in settings.models
+        for name in {**MITIGATIONS, **chosen_mitigations(settings.mitigations)}
+    ]
     contents = ("cells", "comparison.json", "comparison.md", "comparison.html", *sheets, FILE)
-    folder = OutputFolder(settings.out, "comparison", contents, overwrite=settings.overwrite, grows=("models",))
+    folder = OutputFolder(settings.output_dir, "comparison", contents, overwrite=settings.overwrite, grows=("models",))
     folder.claim(own)
     return folder
 
@@ -583,15 +580,8 @@ def _digest(model: str) -> str:
     """Tell one model's U-Net from another's: a folder by its files, of the hub's the weights."""
     files = sorted((Path(model) / "unet").glob("*.safetensors"))
     if not files:
-        from diffusers import UNet2DConditionModel
-
-        name = resolve_model_id(model)
-        try:
-            unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", use_safetensors=True)
-        except Exception as error:  # OSError, ValueError, SafetensorError, ...: all mean unusable files
-            raise UserError(f"{model} cannot be loaded", rule=one_line(f"{type(error).__name__}: {error}", 240),
-                            remedy="give a Stable Diffusion pipeline with safetensors weights") from None  # fmt: skip
-        found = ModelFingerprint.of(unet)
+        source = Model(resolve_model_id(model))
+        found = ModelFingerprint.of(source.load(source.family.network))
         return found.weights or found.structure
     digest = hashlib.sha256()
     for path in files:

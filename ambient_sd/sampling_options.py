@@ -1,0 +1,57 @@
+"""The options of sampling that every command which samples has: `ambient_sd.sampling.SamplingConfig` adds what it does with them.
+
+They stand in a module of their own because a command line is built from them, and `--help` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ambient_sd.utils.errors import UserError
+from ambient_sd.utils.settings import REQUIRED, check, check_modes, option
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+}  # fmt: skip
+DTYPES = ("float32", "float16", "bfloat16")
+MOST_IMAGES = 1009  # of a prompt: seeds of more would collide (`ambient_sd.sampling.image_seed`)
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Say with which model and how images are sampled.
+
+    With a `guidance_scale` of 1 or less there is no guidance, and the guard, which measures guidance, measures nothing. `seed` gives, with
+    the place of an image, the image's own seed. `batch_size` changes rounding and nothing else.
+
+    Raises:
+        UserError: a value breaks its rule.
+
+    Example:
+        >>> SamplingOptions("my-model", num_inference_steps=20).guidance_scale
+        7.5
+    """
+
+    # fmt: off
+    model: str = option(REQUIRED, "pipeline folder or hub id", positional=True, metavar="MODEL")
+    lora_weights: str | None = option(None, "LoRA on the model: folder, .safetensors file or hub id", alias="adapter", metavar="LORA")
+    scheduler: str | None = option(None, "sampler (default: the model's)", choices=tuple(SCHEDULERS))
+    num_inference_steps: int = option(50, "steps of the sampler", low=1)
+    guidance_scale: float = option(7.5, "classifier-free guidance; 1 or less is none, and then there are no scores", low=0)
+    resolution: int | None = option(None, "side of the images in pixels (default: the model's)", low=8, multiple=8)
+    seed: int = option(0, "seed: start noise")
+    dtype: str = option("float32", "precision of the weights", choices=DTYPES)
+    device: str | None = option(None, "torch device (default: a GPU if there is one)")
+    batch_size: int = option(4, "images that go through the network together", low=1)
+    base_above: float | None = option(None, "noise level (sigma / alpha) above which the base stands in for the fine-tuned network: fewer copies, nothing to train; try 1.6", low=0, metavar="LEVEL")
+    base: str | None = option(None, "the base of --base_above (default: MODEL without its LoRA)", metavar="MODEL", needs="base_above")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        check(self)
+        check_modes(self)
+        if self.base_above is not None and self.base is None and self.lora_weights is None:
+            raise UserError(
+                "base_above without a base", rule="a model without LoRA holds none", remedy="give --base MODEL"
+            )

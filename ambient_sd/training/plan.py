@@ -1,0 +1,306 @@
+"""Everything that is checked before any weights load: settings, packages, base, images, output folder, and the launch.
+
+The cheapest check comes first and nothing is written: a mistake costs one line and no time. `Plan` is what is known then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from ambient_sd.data.buckets import assign, read_buckets
+from ambient_sd.data.captions import find_cut, in_one_line
+from ambient_sd.data.conditions import split_condition
+from ambient_sd.data.duplicates import noise_fingerprint
+from ambient_sd.data.enlargement import check_enlargement
+from ambient_sd.data.sources import ImageDataset, load_rows
+from ambient_sd.families.base import Base, check_base
+from ambient_sd.objective import AmbientObjective
+from ambient_sd.sampling import collect_prompts
+from ambient_sd.training import (
+    adapters,
+    auto_level,
+    averaging,
+    caption_augmentation,
+    checkpoints,
+    dropping,
+    noising,
+    processes,
+    results,
+    sharding,
+)
+from ambient_sd.training.config import AUTO, TrainConfig
+from ambient_sd.utils.errors import UserError, one_line
+
+logger = logging.getLogger(__name__)
+
+_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
+# Settings that change the samples, the loss or the weights: a checkpoint that was written with others is of another run.
+_IDENTITY = (
+    "objective", "reweight", "gap_upper", "noise_seed", "near_duplicates", "fresh_copies", "snr_gamma", "logit_mean", "logit_std",
+    "noise_offset", "input_perturbation", "memorization_threshold", "agc", "dropped_mean", "caption_mitigation",
+    "caption_mitigation_p", "caption_noise_std", "caption_dropout", "seed", "resolution", "center_crop", "random_flip",
+    "aspect_ratio_buckets", "use_ema", "use_8bit_adam", "lora", "rank", "lora_alpha", "lora_target_modules", "lora_dropout",
+    "use_dora",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Hold a run whose settings, base model and images are checked, before any weights load.
+
+    Attributes:
+        config: the settings.
+        base: the base model.
+        objective: the loss on the base's schedule; with `ambient_level: auto` its level is provisional.
+        images: the training images, checked and grouped.
+        prompts: of the validation images.
+        checkpoint: where the run continues, known on the first process only; None at the start.
+        buckets: (width, height) by noise key; None: all images are seen as squares.
+        notes: what the user should know before the run, a line each.
+        level_reason: where a measured level comes from; None if the settings give it.
+    """
+
+    config: TrainConfig
+    base: Base
+    objective: AmbientObjective
+    images: ImageDataset
+    prompts: list[str]
+    checkpoint: Path | None
+    buckets: dict[str, tuple[int, int]] | None = None
+    notes: tuple[str, ...] = ()
+    level_reason: str | None = None
+
+    @property
+    def fixed_noise(self) -> bool:
+        """Tell whether each image keeps one noise and one view; at level 0 the ambient run is the plain one."""
+        return self.objective.mode == "ambient" and self.objective.level > 0
+
+    def with_level(self, level: float, reason: str) -> Plan:
+        """Return the plan with a measured level, or that of a checkpoint, in place of `auto`."""
+        config = dataclasses.replace(self.config, ambient_level=level)
+        return dataclasses.replace(
+            self, config=config, objective=make_objective(config, self.base), level_reason=reason
+        )
+
+    def identity(self, global_batch: int) -> dict[str, Any]:
+        """Return what must be equal for a checkpoint to continue this run."""
+        return {
+            **{name: getattr(self.config, name) for name in _IDENTITY},
+            "ambient_level": self.objective.level,
+            "prediction_type": self.objective.prediction_type,
+            "vae": self.base.vae_label,
+            "global_batch": global_batch,
+            "images": self.images.fingerprint(),
+            "noise_keys": noise_fingerprint(self.images.noise_keys, self.images.mirrored),
+        }
+
+
+def base_of(config: TrainConfig) -> Base:
+    """Read and check the base that the settings name.
+
+    Raises:
+        UserError: as `check_base`.
+    """
+    return check_base(
+        str(config.pretrained_model_name_or_path), revision=config.revision, variant=config.variant, cache_dir=config.cache_dir,
+        vae=config.pretrained_vae_model_name_or_path, prediction_type=config.prediction_type, lora=config.lora,
+        resolution=config.resolution,
+    )  # fmt: skip
+
+
+def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
+    """Check all that can be known before weights load, cheapest first; write nothing.
+
+    Raises:
+        UserError: something is wrong.
+    """
+    _check_packages(config)
+    sharding.check(config)
+    base = base_of(config)
+    objective = make_objective(config, base)
+    if config.snr_gamma is not None:
+        noising.min_snr_weight(base.schedule, torch.tensor([0]), config.snr_gamma, objective.prediction_type)
+    if config.memorization_threshold is not None:
+        dropping.check_scheduler(base.scheduler)
+    if config.lora:
+        adapters.check_targets(base.skeleton()[base.family.network], config.lora_target_modules or ())
+    prompts = collect_prompts(config.validation_prompts)
+    checkpoint = _check_output(config)
+    images = open_images(config)
+    caption_augmentation.check(config, images)
+    images.check(progress, near_duplicates=config.near_duplicates == "share" and objective.level > 0)
+    buckets = None
+    if config.aspect_ratio_buckets is not None:
+        sizes = read_buckets(config.aspect_ratio_buckets, config.resolution, base.pixel_step)
+        buckets = assign(images.sizes, images.noise_keys, sizes)
+    notes = _notes(config, base, images, prompts, buckets)
+    return Plan(config, base, objective, images, prompts, checkpoint, buckets, notes)
+
+
+def _check_packages(config: TrainConfig) -> None:
+    """Check that the packages of optional settings are installed."""
+    for given, flag, package in (
+        (config.use_8bit_adam, "use_8bit_adam", "bitsandbytes"),
+        (config.enable_xformers_memory_efficient_attention, "enable_xformers_memory_efficient_attention", "xformers"),
+        (config.report_to == "wandb", "report_to wandb", "wandb"),
+    ):
+        if given and importlib.util.find_spec(package) is None:
+            raise UserError(f"{flag} is given", rule=f"the package {package} is not installed",
+                            remedy=f"pip install {package}, or leave it out")  # fmt: skip
+
+
+def make_objective(config: TrainConfig, base: Base) -> AmbientObjective:
+    """Build the objective on the base's schedule.
+
+    Raises:
+        UserError: level, timestep or gap lies beyond the schedule.
+    """
+    options: dict[str, Any] = {"mode": config.objective}
+    if config.objective != "plain":
+        level = auto_level.PROVISIONAL if config.ambient_level == AUTO else config.ambient_level
+        options.update(level=level, timestep=config.ambient_timestep, gap_upper=config.gap_upper)
+    if config.objective in ("ambient", "weighted"):
+        options.update(reweight=config.reweight)
+    try:
+        return AmbientObjective(base.schedule, **options)
+    except UserError as error:
+        given = ", ".join(
+            f"{name} is {value}"
+            for name in ("ambient_level", "ambient_timestep", "gap_upper")
+            if (value := getattr(config, name)) is not None
+        )
+        raise UserError(given or "the base's schedule cannot be trained", rule=str(error)) from None
+
+
+def _check_output(config: TrainConfig) -> Path | None:
+    """Check that the output folder can be written to and may be, and return the checkpoint to continue from."""
+    folder = Path(config.output_dir)
+    try:
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    except OSError as error:  # longer than the system takes
+        raise UserError(
+            f"output_dir is {config.output_dir}", rule=str(error.strerror), remedy="name another one"
+        ) from None
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"output_dir is {config.output_dir}", rule=f"{existing} is no folder that can be written to",
+                        remedy="name another one")  # fmt: skip
+    for name in ("pretrained_model_name_or_path", "train_data_dir", "dataset_name"):
+        given = getattr(config, name)
+        if given is not None and folder.exists() and folder.resolve() == Path(given).expanduser().resolve():
+            raise UserError(f"output_dir is {config.output_dir}", rule=f"that is {name} too, and would be overwritten",
+                            remedy="name another one")  # fmt: skip
+    if not processes.is_first():
+        return None  # one process looks and decides
+    if config.resume_from_checkpoint is not None:
+        return checkpoints.find(folder, config.resume_from_checkpoint)
+    results.check_overwrite(folder, allowed=config.overwrite)
+    return None
+
+
+def open_images(config: TrainConfig) -> ImageDataset:
+    """Open the training images that the settings name; nothing is decoded yet.
+
+    Raises:
+        UserError: as `load_rows`.
+    """
+    return load_rows(
+        config.source,
+        config.image_column,
+        config.caption_column,
+        config.dataset_split,
+        config.max_train_samples,
+        config.seed,
+        row_filter=[split_condition(term) for term in config.row_filter or ()],
+        config_name=config.dataset_config_name,
+        cache_dir=config.cache_dir,
+        local=config.train_data_dir is not None,
+        unlisted=config.unlisted,
+        several_captions=config.caption_mitigation == "mc",
+    )
+
+
+def _notes(
+    config: TrainConfig,
+    base: Base,
+    images: ImageDataset,
+    prompts: Sequence[str],
+    buckets: Mapping[str, tuple[int, int]] | None,
+) -> tuple[str, ...]:
+    """Return what a run would otherwise do in silence: enlarge images, leave files out, cut captions."""
+    notes = [enlargement_note(config, images, base.pixel_step, buckets)]
+    if images.unlisted:
+        notes.append(f"{images.unlisted} files in {images.source} are left out (unlisted is ignore)")
+    if images.animated:
+        notes.append(
+            f"{len(images.animated)} images have several frames; only the first frame of each is used: {images.animated[0]}"
+        )
+    tokenizers = base.tokenizers()
+    names = [images.names[i] for i in range(len(images)) for _ in images.captions_of(i)]
+    for texts, what, named in ((images.all_captions, "captions", names), (prompts, "validation prompts", prompts)):
+        if cuts := find_cut(texts, tokenizers):
+            notes.append(in_one_line(cuts, len(texts), what, named[cuts[0].index]))
+    return tuple(one_line(note) for note in notes if note)
+
+
+def enlargement_note(
+    config: TrainConfig, images: ImageDataset, step: int, buckets: Mapping[str, tuple[int, int]] | None = None
+) -> str | None:
+    """Return a warning where checked images are enlarged to the resolution, or None.
+
+    Raises:
+        UserError: most of them are enlarged so far that the resolution cannot be meant.
+    """
+    square = (config.resolution, config.resolution)
+    targets = [square if buckets is None else buckets[key] for key in images.noise_keys]
+    return check_enlargement(
+        images.sizes, targets, resolution=config.resolution, step=step, given=config.resolution_given,
+        allowed=config.allow_upscaling,
+    )  # fmt: skip
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Start accelerate as it was launched, and check that the run can do with it.
+
+    Raises:
+        UserError: a precision that the device lacks, or a distribution that this trainer was never run under.
+    """
+    env = os.environ
+    if env.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in env and "WORLD_SIZE" not in env:
+        logger.warning(
+            "accelerate launch --cpu starts ONE process whatever --num_processes says; for several on the CPU: "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ..."
+        )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_dir=str(Path(config.output_dir) / config.logging_dir),
+        )
+    except ValueError as error:
+        raise UserError(
+            f"mixed_precision is {config.mixed_precision}", rule=str(error), remedy="use no, or another precision"
+        ) from None
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # accelerate takes it, and then neither casts nor scales.
+        raise UserError("mixed_precision is fp16", rule="CPUs have no fp16 training", remedy="use no, or bf16")
+    sharding.enable(accelerator)
+    if config.use_ema:
+        averaging.check_distribution(accelerator.distributed_type)
+    if accelerator.distributed_type not in _SUPPORTED:
+        raise UserError(
+            f"accelerate is set to {accelerator.distributed_type.value}",
+            rule="this trainer runs on one or more processes that each hold the whole model, or their part of it by FSDP2",
+            remedy="choose no distribution, multi-GPU or FSDP with fsdp_version 2 in `accelerate config`",
+        )
+    return accelerator

@@ -1,0 +1,125 @@
+"""What a finished run leaves in its folder, and when that may be replaced.
+
+    full    a whole pipeline: model_index.json, unet/, vae/, ...
+    LoRA    pytorch_lora_weights.safetensors; on request the same in kohya's format
+
+A result is written aside, waits until it is on the disk, and then takes its names: model_index.json last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from ambient_sd.families.base import Base
+from ambient_sd.families.lora import WEIGHTS_NAME
+from ambient_sd.training import adapters, checkpoints
+from ambient_sd.training.config import CONFIG_NAME, TrainConfig
+from ambient_sd.utils import files
+from ambient_sd.utils.errors import UserError, one_line
+
+INDEX_NAME = "model_index.json"
+_RESULTS = (INDEX_NAME, "unet", WEIGHTS_NAME, adapters.KOHYA_NAME)
+_SHEET = re.compile(r"step-\d+\.png|scores\.json")
+
+
+def check_overwrite(folder: Path, *, allowed: bool) -> None:
+    """Refuse a folder in which an earlier run left checkpoints or a result.
+
+    Args:
+        folder: the output folder; it may be missing.
+        allowed: `--overwrite` is given. Then only a model that no training of ours wrote is refused.
+
+    Raises:
+        UserError: something is there that must not be replaced.
+    """
+    found = [name for name in _RESULTS if (folder / name).exists()]
+    if found and allowed and not (folder / CONFIG_NAME).is_file():
+        raise UserError(f"output_dir {folder} holds {found[0]} and no {CONFIG_NAME}",
+                        rule="--overwrite replaces what a training left, and this is something else",
+                        remedy="name another output_dir")  # fmt: skip
+    if allowed:
+        return
+    if steps := checkpoints.find_all(folder):
+        raise UserError(
+            f"output_dir {folder} holds checkpoints of an earlier run, the newest is {steps[-1].name}",
+            rule="two runs in one folder cannot be told apart",
+            remedy="continue it with --resume_from_checkpoint latest, replace it with --overwrite, or name another output_dir",
+        )
+    if found:
+        raise UserError(f"output_dir {folder} holds a finished training: {', '.join(found)}", rule="it would be overwritten",
+                        remedy="replace it with --overwrite, or name another output_dir")  # fmt: skip
+
+
+def clear(folder: Path, logging_dir: str) -> None:
+    """Remove what an earlier run left in its folder: checkpoints, result, sheets, records and curves; all else stays."""
+    files.recover(folder)
+    parts: list[str] = []
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+        parts = [name for name, entry in index.items() if isinstance(entry, list) and re.fullmatch(r"\w+", name)]
+    # Without its index a pipeline is none: it goes first.
+    for name in (*_RESULTS, *parts, "losses.jsonl", "probe.jsonl"):
+        files.remove(folder / name)
+    for path in (*checkpoints.find_all(folder), *folder.glob(".*.part")):
+        files.remove(path)
+    sheets = [
+        path for name in ("validation", "probe") for path in (folder / name).glob("*") if _SHEET.fullmatch(path.name)
+    ]
+    for path in (*sheets, *(folder / logging_dir).rglob("events.out.tfevents.*")):
+        path.unlink()
+
+
+def write(folder: Path, unet: Any, base: Base, config: TrainConfig) -> None:
+    """Write the result of a run; `unet` holds the trained weights, whole.
+
+    Raises:
+        UserError: the base is no longer there, so that the U-Net alone could be written.
+    """
+    staging = folder / ".results.part"
+    files.remove(staging)
+    staging.mkdir()
+    lost: Exception | None = None
+    if config.lora:
+        adapters.save(unet, staging, base.family)
+        if config.output_kohya_format:
+            adapters.save_kohya(unet, staging, base.family)
+    else:
+        try:
+            pipe = base.pipeline(unet)
+        except Exception as error:  # the base was moved, the hub is out of reach, ...
+            lost = error
+            unet.save_pretrained(staging / "unet")
+        else:
+            pipe.save_pretrained(staging)
+    files.sync_tree(staging)
+    files.replace_all(staging, folder, last=INDEX_NAME)
+    if lost is not None:
+        raise UserError(
+            f"the other parts of base model {base.name} can no longer be loaded",
+            rule=f"{type(lost).__name__}: {lost}"[:300],
+            remedy=f"the trained U-Net is whole in {folder / 'unet'}: put it into the base",
+        ) from lost
+
+
+@contextlib.contextmanager
+def full_disk_in_one_line(what: str, folder: Path) -> Iterator[None]:
+    """Turn a full disk, a quota or a lost mount into one line; what was whole before stays whole.
+
+    Raises:
+        UserError: in place of the error of the system.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{what} cannot be written to {folder}",
+            rule=one_line(f"{type(error).__name__}: {error}", 200),
+            remedy="make room there and resume with --resume_from_checkpoint latest",
+        ) from error
