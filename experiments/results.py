@@ -338,7 +338,7 @@ def write_results(results: Mapping[str, Any], out: Path) -> Path:
     return pages.write_article(
         out / "results.html", str(results["study"]), _answer(results, best_run), [*shown, *parts],
         lead="Each run is measured as it trains: how much it copies, and how far its images are from real ones.",
-        next=_next(results, best_run), made={"command": "ambient-sd sweep", "runs": len(results["runs"])},
+        next=_next(results, best_run), made={"command": "python -m experiments.sweep", "runs": len(results["runs"])},
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@
     python tools/readme_picture.py demo-out --out build/readme
     cp build/readme/readme.png docs/readme.png
 
-The prompts are the first eight training captions, the images the first sample of each, from the demo's own start noise: nothing is chosen. The mitigation is
+The prompts are the first six training captions, the images the first sample of each, from the demo's own start noise: nothing is chosen. The mitigation is
 Wen et al.'s prompt optimization of every prompt; its target is the median first norm of 32 held-out captions, as in `ambient-sd compare`.
 """
 
@@ -32,7 +32,7 @@ SAMPLER = [
     "--seed",
     "0",
 ]  # the demo's
-SHOWN, ORDINARY = 8, 32
+SHOWN, ORDINARY = 6, 32
 TITLES = ("training image", "plain", "ambient", "plain, mitigated")
 CELL, GAP, HEAD, FOOT = 128, 8, 30, 22
 

@@ -72,7 +72,7 @@ def listing() -> str:
     """Return every policy with its short name, its settings and their defaults, for `--help`; nothing is imported.
 
     Example:
-        >>> "static_transition or STP:until=500" in listing()
+        >>> "STP or static_transition:until=500" in listing()
         True
     """
     folder = Path(__file__).with_name("policies")
@@ -81,7 +81,7 @@ def listing() -> str:
     short = {name: nickname for nickname, name in SHORT.items() if name != nickname.lower()}
     lines = []
     for name, node in sorted((_words(name), node) for name, node in kinds.items() if _words(name) in SHORT.values()):
-        shown = f"{name} or {short[name]}" if name in short else name
+        shown = f"{short[name]} or {name}" if name in short else name
         parts = ",".join(_declared(node, kinds))
         first = (ast.get_docstring(node) or "").split("\n")[0]
         lines.append(f"  {shown}{':' if parts else ''}{parts}\n      {first}")

@@ -23,7 +23,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from ambient_sd.families import distilled, of_class
+from ambient_sd.families import FAMILIES, distilled, of_class
 from ambient_sd.families.lora import load_lora
 from ambient_sd.families.sd import SD
 from ambient_sd.guard.calibration import FILE_NAME, Calibration
@@ -266,7 +266,8 @@ def check_folder(name: str, given: Set[str] = frozenset()) -> None:
         raise UserError(f"{name!r} has no model_index.json", rule="it is no pipeline folder", remedy=remedy) from None
     except (ValueError, TypeError, OSError) as error:
         raise UserError(f"{folder / 'model_index.json'} cannot be read: {error}", remedy=remedy) from None
-    if of_class(str(index.get("_class_name"))) not in (None, SD):
+    others = {part for family in FAMILIES for part in family.parts} - set(SD.parts)
+    if of_class(str(index.get("_class_name"))) not in (None, SD) or others & components:
         raise UserError(
             f"{name!r} is a {index.get('_class_name')}",
             rule="AmbientSDPipeline is Stable Diffusion 1 and 2",

@@ -458,7 +458,7 @@ def _holds(owner: type, term: str, values: Mapping[str, Any]) -> bool:
     value = values.get(name, _default(_field(owner, name)))
     if equals:
         return value in [checked(owner, name, word) for word in wanted.split(",")]
-    return (value not in (None, False)) is not term.startswith("not ")
+    return (value is not None and value is not False) is not term.startswith("not ")  # a level of 0 is given
 
 
 def _switched_off(item: dataclasses.Field[Any], values: Mapping[str, Any]) -> UserError:

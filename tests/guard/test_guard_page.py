@@ -21,7 +21,7 @@ def test_the_pages_code_runs_as_written(tiny_base: Path, tmp_path: Path, capsys:
     assert swapped == 1
     assert code.count('"my-model"') == 1
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_base)
-    entries, terms = [Entry(0, 4, 1.0, Estimate(0.01, 0.0, 0.05, 100))], AnisotropyTerms(1.0, 2.0, 41)
+    entries, terms = [Entry(0, 4, 1.0, Estimate(0.01, 0.0, 0.05, 500))], AnisotropyTerms(1.0, 2.0, 41)
     calibration(pipe, entries=entries, anisotropy=terms).save(tmp_path)
     code = code.replace('"my-model"', "calibrated")
     exec(compile(code, "docs/guard.md", "exec"), {"tiny_base": tiny_base, "calibrated": tmp_path})

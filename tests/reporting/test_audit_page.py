@@ -85,3 +85,9 @@ def test_large_images_go_in_as_thumbnails() -> None:
     big = [Sample(image(1, 512), "p", image(2, 512), 0.1, 1.0, True)]
     page = render(Report("t", "c", [RunSection("a", "o", [row(COPIES, 0.5, 0.1, 0)], big)], 60, COPIES, QUALITY))
     assert "data:image/webp" in page and len(page) < 60_000
+
+
+def test_copies_are_framed_and_others_are_not() -> None:
+    page = render(report(run("plain", 0.6, 14, samples=5)))  # three of them are copies
+    assert page.count('class="card is-copy"') == page.count('class="badge copy"') == 3
+    assert page.count('<article class="card">') == 2

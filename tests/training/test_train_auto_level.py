@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from launching import launch_words
 from safetensors.torch import load_file
 
 from ambient_sd.data import latents as data
@@ -123,10 +121,8 @@ def test_two_processes_propose_the_level_of_one(settings: Settings, tmp_path: Pa
     config = settings("two")
     path = tmp_path / "two.yaml"
     path.write_text(yaml.safe_dump(config.to_dict()))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/two_cpu.yaml"),
-               "--main_process_port", "0", str(ROOT / "train_text_to_image_ambient.py"), "--config", str(path)]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True,
-                          env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = launch_words(2, [str(ROOT / "train_text_to_image_ambient.py"), "--config", str(path)])
+    assert done.returncode == 0, done.stderr[-3000:]
     assert yaml.safe_load((tmp_path / "two" / "train_config.yaml").read_text())["ambient_level"] == alone
     assert done.stderr.count(f"s_n = {alone:g} (") == 1, "the first process says it, once"
     assert f"nature level {alone:g}, " in done.stdout

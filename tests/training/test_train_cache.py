@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from launching import launch_words
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -224,10 +222,8 @@ def test_two_processes_share_out_the_work_and_write_the_bits_of_one(settings: Se
     config = settings("two", latent_cache_dir=str(tmp_path / "shared"), **values)
     names = ("pretrained_model_name_or_path", "train_data_dir", "resolution", "train_batch_size", "max_train_steps", "report_to",
              "output_dir", "latent_cache_dir")  # fmt: skip
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port",
-               "0", str(ROOT / "train_text_to_image_ambient.py"), *(f"--{n}={getattr(config, n)}" for n in names)]  # fmt: skip
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
+    words = [str(ROOT / "train_text_to_image_ambient.py"), *(f"--{n}={getattr(config, n)}" for n in names)]
+    done = launch_words(2, words)
     assert done.returncode == 0, done.stderr[-3000:]
     (mine,), (shared,) = ((tmp_path / name).glob("latents-*") for name in ("cache", "shared"))
     assert mine.name == shared.name

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import resource
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from ambient_sd.training.loop import run
 from ambient_sd.utils import files
 from ambient_sd.utils.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 UNET = "unet/diffusion_pytorch_model.safetensors"
 EMA = "unet_ema/diffusion_pytorch_model.safetensors"
 
@@ -269,31 +269,33 @@ def test_a_manifest_holds_while_the_folder_moves_and_notes_are_added(trained: Pa
     assert "does not belong there" in str(checkpoints.damage(kept))
 
 
-def test_a_disk_without_room_is_one_line_and_leaves_the_checkpoint_before(
-    tiny_base: Path, tiny_images: Path, tmp_path: Path
+@contextlib.contextmanager
+def room(size: int) -> Iterator[None]:
+    """Let no file grow beyond so many bytes: a write beyond fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_full_disk_is_one_line_and_spares_the_checkpoint_before(
+    values: dict[str, Any], trained: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    common = ["--pretrained_model_name_or_path", str(tiny_base), "--train_data_dir", str(tiny_images), "--resolution", "32",
-              "--checkpointing_steps", "1", "--report_to", "none", "--output_dir", str(out)]  # fmt: skip
-    script = (
-        "import resource, signal, sys\n"
-        "from train_text_to_image_ambient import main\n"
-        "room = int(sys.argv.pop(1))\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write beyond the limit fails as on a full disk\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))\n"
-        "main()\n"
-    )
-
-    def train(room: int, *flags: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-c", script, str(room), *common, *flags], capture_output=True, text=True,
-                              timeout=300, check=False, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
-
-    assert train(10**9, "--max_train_steps", "1").returncode == 0
-    before = {p: p.read_bytes() for p in (out / "checkpoint-1").rglob("*") if p.is_file()}
-    done = train(20_000, "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "ambient-sd: error: checkpoint-2 cannot be written" in done.stderr
-    assert not (out / "checkpoint-2").exists()
-    assert before == {p: p.read_bytes() for p in (out / "checkpoint-1").rglob("*") if p.is_file()}
-    assert train(10**9, "--max_train_steps", "2", "--resume_from_checkpoint", "latest").returncode == 0
+    out = Path(shutil.copytree(trained, tmp_path / "out"))
+    shutil.rmtree(out / "checkpoint-4")
+    before = contents(out / "checkpoint-2")
+    config = TrainConfig(**values, output_dir=str(out), resume_from_checkpoint="latest")
+    with (
+        room(20_000),
+        pytest.raises(UserError, match=r"^checkpoint-4 cannot be written to .*make room there") as caught,
+    ):
+        run(config, progress=False)
+    assert "\n" not in str(caught.value)
+    assert not (out / "checkpoint-4").exists()
+    assert contents(out / "checkpoint-2") == before
+    run(config, progress=False)
+    assert contents(out / "checkpoint-4") == contents(trained / "checkpoint-4")

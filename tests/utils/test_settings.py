@@ -45,6 +45,8 @@ class Every:
     rank: int | None = option(None, "of the mode", needs="lora")
     whole: int | None = option(None, "of the other mode", needs="not lora", because="a LoRA has none")
     level: int | None = option(None, "one way")
+    above: float | None = option(None, "a level", low=0)
+    base: str | None = option(None, "beside the level", needs="above")
     timestep: int | None = option(None, "another way", rival="level")
     inner: Any = None
 
@@ -69,6 +71,7 @@ def test_a_command_line_gives_values_of_their_types() -> None:
     assert got == Every("here", Path("there"), 3, 0.001, 64, "b", 0.5, ["x", "y"], [1, 2], False, None, 0.8)
     assert read() == Every("here", Path("there"))
     assert read("--limit", "auto").limit == "auto"
+    assert read("--above", "0", "--base", "x").above == 0, "a mode may be on at 0"
     assert from_flags(Every, parser().parse_args(["here", "--output_dir", "x"]), inner=1, steps=2).steps == 2
 
 
@@ -92,6 +95,7 @@ def test_hyphens_and_underscores_spell_the_same_flag() -> None:
         ("--seeds 1 x", "it must be a list of integers"),
         ("--rank 4", "rank is given; it has no effect here: lora is off; add --lora, or leave it out"),
         ("--lora --whole 4", "whole is 4; a LoRA has none; leave it out, or leave lora out"),
+        ("--base x", "base is given; it has no effect here: above is off"),
         ("--stesp 3", "unknown argument --stesp; the nearest known one is --steps; see mine --help"),
         ("--zzzz 3", "unknown argument --zzzz; no known one is like it; see mine --help"),
         ("extra", "unknown argument extra"),

@@ -792,7 +792,7 @@ def _decision_histogram(decision: Decision, name: str) -> Histogram:
     marked = decided.p[decided.copy & (decided.p <= EACH)]
     cut = math.log10(max(float(marked.max()), 10.0**_LEAST_P)) if len(marked) else math.log10(EACH / 10)
     return Histogram(
-        "How probable is that of an image that is no copy?",
+        "How often does an image that is no copy come this near?",
         f"log10 of p, at least {_LEAST_P}; images that cannot be copies are judged without themselves. Copies lie left of the line, or have a "
         f"residual of at most {SAME:g}.",
         rows, cut + 1e-9, f"{cut:.2g}", low=float(_LEAST_P), high=0.0,
