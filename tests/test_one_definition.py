@@ -80,7 +80,7 @@ def test_all_commands_call_the_same_images_copies(tmp_path: Path) -> None:
     assert comparison.decide(images, reals)[0].copy.tolist() == expected
     assert comparison.truth(comparison.decide(images, reals)[0].copy, 1)[0] == [0, 1, 2, 3]
 
-    probe = Probe(checked, count=8, resolution=64, seed=0)
+    probe = Probe(checked, count=len(images), resolution=64, seed=0)
     seen = probe.measure(images, [1.0] * len(images), 1)
     assert probe.decision(images).copy.tolist() == expected
     assert (seen.copies.value, seen.published) == (rate, 0)
