@@ -41,6 +41,14 @@ class CorruptedBatch:
         weight: (B,) factor of each sample's loss; float32, or float64 if x0 is.
         clean: (B,) bool, True where x_t and target were made from the clean image.
         noise: (B, ...) the fresh noise xi, dtype of x0.
+
+    Example:
+        >>> objective = AmbientObjective(NoiseSchedule(2, "epsilon", torch.tensor([0.8, 0.2])), mode="plain")
+        >>> x0, noise = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
+        >>> batch = objective.corrupt(x0, None, torch.tensor([1]), noise=noise)
+        >>> output = torch.zeros_like(batch.x_t)  # of the network
+        >>> float(batch.weight * (output - batch.target).square().mean())
+        1.0
     """
 
     x_t: torch.Tensor
@@ -69,6 +77,13 @@ class AmbientObjective:
 
     Raises:
         UserError: an argument breaks its rule; before any tensor is touched.
+
+    Example:
+        >>> objective = AmbientObjective(NoiseSchedule(2, "epsilon", torch.tensor([0.8, 0.2])), level=1.0)
+        >>> x0, eps_n = torch.zeros(2, 4, 2, 2), torch.ones(2, 4, 2, 2)
+        >>> batch = objective.corrupt(x0, eps_n, torch.tensor([0, 1]))
+        >>> batch.clean.tolist(), [round(float(w), 4) for w in batch.weight]
+        ([True, False], [1.0, 0.5625])
     """
 
     def __init__(

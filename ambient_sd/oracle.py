@@ -31,6 +31,10 @@ def ideal_denoiser(x_t: torch.Tensor, alpha_t: Scalars, sigma_t: Scalars, data: 
 
     Raises:
         UserError: shapes disagree, the data set is empty or a sigma_t is not positive.
+
+    Example:
+        >>> ideal_denoiser(torch.tensor([[0.2]]), 1.0, 0.1, torch.tensor([[0.0], [1.0]])).round(decimals=3).tolist()
+        [[0.0]]
     """
     alpha, sigma = _per_row(alpha_t, x_t), _per_row(sigma_t, x_t)
     if len(data) == 0 or data.shape[1:] != x_t.shape[1:]:
@@ -74,6 +78,11 @@ def ideal_ambient_denoiser(
 
     Raises:
         UserError: as `ideal_denoiser`, or a noise level sigma_t / alpha_t is not above sigma_n / alpha_n.
+
+    Example:
+        >>> noisy = torch.tensor([[0.0], [1.0]])
+        >>> ideal_ambient_denoiser(torch.tensor([[0.5]]), 1.0, 2.0, noisy, alpha_n=1.0, sigma_n=1.0).tolist()
+        [[0.5]]
     """
     alpha, sigma = _per_row(alpha_t, x_t), _per_row(sigma_t, x_t)
     if not (alpha_n > 0 and sigma_n >= 0):

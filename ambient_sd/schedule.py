@@ -31,6 +31,11 @@ class NoiseSchedule:
         num_train_timesteps: N.
         prediction_type: what the network returns: epsilon, v_prediction, sample or flow_prediction.
         alphas_cumprod: (N,) in the scheduler's own dtype, decreasing; None for flow matching.
+
+    Example:
+        >>> schedule = NoiseSchedule(4, "epsilon", torch.tensor([0.9, 0.8, 0.5, 0.2]))
+        >>> float(schedule.level(2)), schedule.timestep(1.0)
+        (1.0, 2.0)
     """
 
     num_train_timesteps: int

@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from series import caption, member
 from torch import Tensor
 
 from ambient_sd.assets import BASE, PICTURES
-from ambient_sd.audit.decision import SAME, CopyDecision, discoveries
+from ambient_sd.audit.decision import SAME, CopyDecision, discoveries, through_vae
 from ambient_sd.audit.features import MIRROR, embed
 from ambient_sd.audit.neighbours import Neighbours
 from ambient_sd.audit.originals import originals
@@ -46,22 +45,11 @@ def shifted(p: Image.Image, _: int) -> Image.Image:
     return out
 
 
-def round_trip(images: Sequence[Image.Image]) -> Images:
-    vae: Any = AutoencoderKL.from_pretrained(BASE, subfolder="vae", dtype=torch.float32)
-    processor, out = VaeImageProcessor(vae_scale_factor=4), []
-    with torch.no_grad():
-        for start in range(0, len(images), 32):
-            x = processor.preprocess(list(images[start : start + 32]), height=64, width=64)
-            out += processor.postprocess(vae.decode(vae.encode(x).latent_dist.mode()).sample, output_type="pil")
-    return out
-
-
 def sampled_from_base(captions: Sequence[str]) -> Images:
     config = SamplingConfig(str(BASE), None, "dpm++", 15, 1.5, 64, batch_size=16)
     pipe = load_pipeline(config, safety_checker=False)
-    requests = [
-        Request(caption, 0, i) for i, caption in enumerate(captions)
-    ]  # the seeds of the published figures: 0, 1, ...
+    # The seeds of the published figures: 0, 1, ...
+    requests = [Request(caption, 0, i) for i, caption in enumerate(captions)]
     return [one.image for batch in generate(pipe, requests, config) for one in batch if one.image is not None]
 
 
@@ -116,9 +104,10 @@ def study(
         k: transformed(originals_of, change, seed)
         for k, change in {**TRANSFORMATIONS, "shifted by 6 % and 4 %": shifted}.items()
     }
-    changed["VAE round trip"] = round_trip(originals_of)
-    decide = CopyDecision(training, labels, {"held-out images": null}, progress=True)
-    aware = CopyDecision(training, labels, {"held-out images": null}, [round_trip], progress=True)
+    vae: Any = AutoencoderKL.from_pretrained(BASE, subfolder="vae").eval()
+    changed["VAE round trip"] = through_vae(vae, 64)(originals_of)
+    decide = CopyDecision.of(training, labels, heldout=null, progress=True)
+    aware = CopyDecision.of(training, labels, heldout=null, vae=vae, side=64, progress=True)
     published = Published(training, labels, features)
     clean = test + base
     none = {"decision": decide(clean), "decision, with renditions": aware(clean)}

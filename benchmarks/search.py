@@ -60,10 +60,10 @@ def made(work: Path, rows: int) -> EmbeddingStore:
         if not path.exists():
             places = about.rows_of(part)
             vectors = drawn(len(places), "rows", part).numpy()
-            looks = Thumbnails()
-            looks.extend(bytes(3 * SIDE * SIDE * len(places)), [(1, 1)] * len(places))
+            thumbnails = Thumbnails()
+            thumbnails.extend(bytes(3 * SIDE * SIDE * len(places)), [(1, 1)] * len(places))
             keys = [hashlib.sha256(v).hexdigest() for v in vectors]
-            write_block(path, about, places, keys, [""] * len(places), vectors, looks)
+            write_block(path, about, places, keys, [""] * len(places), vectors, thumbnails)
     return EmbeddingStore.open(folder)
 
 

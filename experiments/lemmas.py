@@ -360,7 +360,7 @@ def _chart_of_ratio(found: Sequence[Leak]) -> Markup:
         [
             Line("d1/d2, mean over images", m, [leak.ratio.value for leak in found], dots=True),
             Line("closed form", m, [leak.ratio.expected or 0.0 for leak in found], dashed=True, colour=0),
-            Line("share of copies, d1/d2 < 1/3", m, [leak.share for leak in found], colour=1),
+            Line("copy rate, d1/d2 < 1/3", m, [leak.share for leak in found], colour=1),
         ],
         x_label="copies m",
         marks=[Mark("1/3", MEMORIZED_RATIO, upright=False)],

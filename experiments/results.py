@@ -236,7 +236,14 @@ def _at_the_end(
         "Fréchet distance",
         "KID x 1000",
     ]
-    used = ("copy rate", "d1/d2", "edge-based copy rate", "Fréchet distance (FD)", "Kernel distance (KID)", "interval")
+    used = (
+        *(["copy rate"] if decided else []),
+        "d1/d2",
+        "edge-based copy rate",
+        "Fréchet distance (FD)",
+        "Kernel distance (KID)",
+        "interval",
+    )
     return pages.Section("At the last step", text, tables=[pages.Table(columns, rows)], terms=pages.terms(*used))
 
 

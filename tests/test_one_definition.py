@@ -73,14 +73,14 @@ def test_all_commands_call_the_same_images_copies(tmp_path: Path) -> None:
         return types.SimpleNamespace(value=torch.zeros(len(own)), hit=torch.zeros(len(own)))
 
     judge.others = 4  # type: ignore[attr-defined]
-    cell = comparison.Cell(images, [{"processor_seconds": 1.0} for _ in images])
+    samples = comparison.Samples(images, [{"processor_seconds": 1.0} for _ in images])
     settings = CompareSettings({"a": str(BASE)}, str(BASE), tmp_path, 64, num_images_per_prompt=1)
-    found: Any = comparison.cell_figures(cell, reals, captions[: len(images)], captions, judge, settings)  # type: ignore[arg-type]
+    found: Any = comparison.mitigation_figures(samples, reals, captions[: len(images)], captions, judge, settings)  # type: ignore[arg-type]
     assert (found["copies"].value, found["copied"].value) == (rate, 0)
     assert comparison.decide(images, reals)[0].copy.tolist() == expected
     assert comparison.truth(comparison.decide(images, reals)[0].copy, 1)[0] == [0, 1, 2, 3]
 
-    probe = Probe(checked, count=8, resolution=64, seed=0)
+    probe = Probe(checked, count=len(images), resolution=64, seed=0)
     seen = probe.measure(images, [1.0] * len(images), 1)
     assert probe.decision(images).copy.tolist() == expected
     assert (seen.copies.value, seen.published) == (rate, 0)

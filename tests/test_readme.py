@@ -1,4 +1,4 @@
-"""What the README and the pages under docs/ tell people to type works as written."""
+"""What the README tells people to type works as written; `test_docs.py` parses the commands of every page."""
 
 from __future__ import annotations
 
@@ -15,12 +15,6 @@ from ambient_sd.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = [
-    ROOT / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "configs/README.md",
-    ROOT / "prompts/README.md",
-]
 
 
 def blocks(language: str) -> list[str]:
@@ -81,7 +75,7 @@ def test_training_commands_run(
 def test_guard_commands_run(words: list[str], clone: Path) -> None:
     """As written, but with fewer steps and images."""
     few = "--num_prompts 2 --num_images_per_prompt 1 --features pixels --attributed_prompts 0"
-    fewer = {"calibrate": ["--generations", "1"], "audit": few.split()}.get(words[1], [])
+    fewer = {"calibrate": ["--num_images_per_prompt", "1"], "audit": few.split()}.get(words[1], [])
     main([*words[1:], *fewer, "--num_inference_steps", "2", "--batch_size", "4"])
     assert any((clone / words[-1]).iterdir())
 
@@ -91,9 +85,3 @@ def test_make_knows_the_targets_that_the_readme_names() -> None:
     named = set(re.findall(r"^make (\w+)", "\n".join(blocks("bash")), flags=re.MULTILINE))
     assert named and named <= targets
     assert {"demo", "test"} <= targets
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-        assert target.startswith("https://") or (page.parent / target).exists(), target

@@ -1,10 +1,12 @@
-"""Numbers and images about a model's output: how much of it is copied, how good it is, and one page to look at.
+"""Measure a model's output: how much of it is copied, and how good it is.
 
-    features    images -> vectors: pixels, EfficientNet-Lite0, SSCD
-    neighbours  the nearest training images, exact
-    metrics     memorized fraction, similarity, Frechet distance, KID: with intervals, beside held-out images
-    record      audit.json: one schema, written and read by the same code
-    report      one self-contained HTML file
+    features, networks, registry   images -> vectors, by name
+    neighbours, originals          the nearest training image and the nearest other one, exact
+    registration, decision         what is a copy
+    shares, metrics, fidelity      figures with intervals, beside held-out images
+    detection                      how well a score tells memorized prompts from ordinary ones
+    embedding, stored              training sets too large for memory
+    record                         audit.json: one schema, written and read by the same code
 
-Uses no other wing of the package; it needs images, not models.
+It measures images; it neither samples nor trains, and writes no page.
 """

@@ -4,13 +4,13 @@
     A(x0, c)  = mean over k of e(x0, c_k)  -  e(x0, c)                               c_k: other prompts of the same set
     hit       = e(x0, c) is smaller than every e(x0, c_k)
 
-The right prompt helps the judge to tell image from noise more than other prompts do (Li et al., "Your diffusion model is secretly
-a zero-shot classifier", ICCV 2023). A > 0: more like its own prompt than like others; a hit by chance has probability
-1 / (k + 1). Other prompts and not the empty one stand against it, because a judge that knows a prompt's concept badly is often
-better off with no prompt at all. t, eps and the c_k are fixed by the seed, the same for every image and every model's images.
+The right prompt helps the judge to separate image from noise more than other prompts do (Li et al., "Your diffusion model is secretly
+a zero-shot classifier", ICCV 2023). A > 0 means: more like its own prompt than like others. A hit by chance has probability
+1 / (k + 1): hits are the (k + 1)-way prompt accuracy. The comparison is with other prompts, not with the empty one, because a judge that
+knows a concept badly often does better with no prompt. t, eps and the c_k depend on the seed alone: they are the same for all images and models.
 
-The judge should be a model that has NOT been trained on the images in question, such as the base of a fine-tune: else a copy
-scores high because it is a copy. It is no CLIP score, and figures of two judges do not compare.
+The judge should NOT have been trained on the images in question: take the base of a fine-tune. Else a copy scores high because it is a
+copy. A is no CLIP score, and figures of two judges do not compare.
 """
 
 from __future__ import annotations
@@ -33,7 +33,12 @@ LEVELS = (0.5, 0.8, 1.2, 1.8, 2.7, 4.0)
 
 
 class Alignment(NamedTuple):
-    """Hold A, float64 `(n,)`, and the hits, bool `(n,)`."""
+    """Hold A, float64 `(n,)`, and the hits, bool `(n,)`.
+
+    Example:
+        >>> Alignment(value=torch.tensor([0.02]), hit=torch.tensor([True])).hit.tolist()
+        [True]
+    """
 
     value: Tensor
     hit: Tensor
@@ -49,6 +54,12 @@ class DiffusionAlignment:
         repeats: noises per level.
         seed: of noises and other prompts.
         batch_size: images at once.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> judge = DiffusionAlignment(tiny_pipeline(), resolution=32, others=1)
+        >>> len(judge([Image.new("RGB", (32, 32))], ["a cat"], pool=["a cat", "a dog"]).value)
+        1
     """
 
     name = "alignment"

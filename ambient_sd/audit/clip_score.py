@@ -52,6 +52,13 @@ class ClipScore:
 
     Raises:
         UserError: it cannot be loaded whole, is another model, or open_clip is not installed.
+
+    Example:
+        >>> try:
+        ...     ClipScore("no/such/folder")
+        ... except UserError as error:
+        ...     print(str(error).split(";")[0])
+        no/such/folder cannot be loaded
     """
 
     name = "CLIP score"

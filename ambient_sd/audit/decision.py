@@ -1,17 +1,17 @@
-"""The one definition of a copy: nearer to a training image than images that cannot be copies come.
+"""The one definition of a copy: an image that is nearer to a training image than images are that cannot be copies.
 
     D(x)  residual of x beside the training image t that explains it best                    `ambient_sd.audit.registration`
-    r(x)  D(x) / D(t), D(t) the same of t beside the other training images: t's own surroundings, so that members of a series do not shield one another
-    p(x)  share of images that cannot be copies with r at least as small; 2 min over both blurs (Bonferroni), the largest over the nulls given
+    r(x)  D(x) / D(t), where D(t) is the residual of t beside the other training images: members of a series do not shield one another
+    p(x)  share of images that cannot be copies with r at least as small: 2 min over both blurs (Bonferroni), the largest over the nulls
 
-    copy  p <= 1 % and among the smallest p so that at most 5 % of what is called a copy is none (Benjamini & Hochberg 1995),
-          or D <= 0.1: no eye tells the two apart but by colour, blur or pose
+    copy  p <= 1 %, and p is a discovery at a false-discovery rate of 5 % (Benjamini & Hochberg 1995);
+          or D <= 0.1: the two differ by colour, blur or pose alone
 
-Images that cannot be copies, the null: real images that the model never saw (held-out), images of the base model for the same captions. Without
-either the training images beside each other, each leaving itself out. p is the conformal one, (1 + number at least as near) / (n + 1) (Vovk et al.
-2005). Below the null's 5 % quantile q it is 5 % (r / q)^k: distances to nearest neighbours have a power law for a tail (Amsaleg et al., KDD 2015); k from
-the 5 % and the 20 % quantile, at most `STEEPEST`. So p is not bounded by 1 / n, and a few images of the null that are twins of training images (the same
-heart in another colour) hide no copy; those with D <= 0.1 leave it, and how many there were is said.
+The null, images that cannot be copies: real images that the model never saw (held-out), and images of the base model for the same captions. Without
+either, the training images beside each other, each without itself. p is conformal, (1 + number at least as near) / (n + 1) (Vovk et al. 2005). Below
+the null's 5 % quantile q it is 5 % (r / q)^k, since distances to nearest neighbours have a power-law tail (Amsaleg et al., KDD 2015); k comes from the
+5 % and the 20 % quantile and is at most `STEEPEST`. So p is not bounded by 1 / n, and a few images of the null that are twins of training images (the
+same heart in another colour) hide no copy. Images of the null with D <= 0.1 leave it, and are counted.
 
 d1 / d2 < 1/3 stays beside it as the published measure (`metrics.memorized`).
 """
@@ -28,13 +28,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ambient_sd.audit.features import as_rgb
 from ambient_sd.audit.neighbours import workers
 from ambient_sd.audit.registration import SCALES, Poses, Registered, prepare, register
 from ambient_sd.utils.errors import UserError
+from ambient_sd.utils.sheets import as_rgb
 
-RULE = "registration-2"  # stands beside figures that are kept: those of another rule are no longer comparable
-HELDOUT, BASE = "held-out images", "images of the base model"  # names of nulls
+RULE = "registration-2"  # stored with figures: those of another rule do not compare
+HELDOUT, BASE = "held-out images", "images of the base model"  # the nulls' names
 RENDERED = 256  # pixels; of larger images an autoencoder changes nothing that is left at 64
 RATE = 0.05  # of false discoveries among the copies
 EACH = 0.01  # of images that are no copies
@@ -48,7 +48,12 @@ _SMALLEST = 1e-4
 
 @dataclass(frozen=True)
 class Null:
-    """Hold r of images that cannot be copies, by blur, ascending, and how many twins of training images left it."""
+    """Hold r of images that cannot be copies, by blur, ascending, and how many twins of training images were left out.
+
+    Example:
+        >>> Null("held-out images", {0.7: torch.ones(30), 1.5: torch.ones(30)}).n
+        30
+    """
 
     name: str
     ratios: Mapping[float, Tensor]
@@ -61,12 +66,17 @@ class Null:
 
 @dataclass(frozen=True)
 class Decided:
-    """Hold what was decided of images.
+    """Hold the decision for each image.
 
     Attributes:
         copy: bool `(N,)`. p: float64 `(N,)`.
         row: int64 `(N,)`, the training image that explains each best.
         residual, ratio: D and r at the finest blur, float64 `(N,)`.
+
+    Example:
+        >>> one = torch.tensor([0.05], dtype=torch.float64)
+        >>> len(Decided(copy=torch.tensor([True]), p=one, row=torch.tensor([3]), residual=one, ratio=one))
+        1
     """
 
     copy: Tensor
@@ -89,6 +99,11 @@ def through_vae(vae: Any, side: int, batch: int = 16) -> Rendition:
         vae: a diffusers `AutoencoderKL`; its mode is decoded.
         side: pixels that images are brought to, a multiple of its factor.
         batch: images at a time.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> through_vae(tiny_pipeline().vae, 32)([Image.new("RGB", (48, 32), "red")])[0].size
+        (32, 32)
     """
     from diffusers.image_processor import VaeImageProcessor
 
@@ -112,10 +127,10 @@ class CopyDecision:
     """Decide which images are copies of a training set.
 
     Args:
-        training: one of each training image (no two equal ones); each is asked for once.
+        training: the training images, no two equal ones; each is read once.
         labels: one per training image, equal for near-duplicates; None: all differ.
         unseen: name -> images that cannot be copies ("held-out", "base model"); at most `MOST` of each are used, evenly spaced.
-        renditions: functions that return images as a generated copy would show them: through the model's autoencoder.
+        renditions: functions that return images as a generated copy shows them: through the model's autoencoder.
         mirrored: a mirror image is a copy too.
         progress: show a bar.
 
@@ -126,8 +141,8 @@ class CopyDecision:
         >>> from PIL import Image
         >>> import numpy as np
         >>> draw = lambda seed: Image.fromarray(np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)).resize((64, 64))
-        >>> decide = CopyDecision([draw(i) for i in range(24)], unseen={"held-out": [draw(100 + i) for i in range(24)]})
-        >>> decide([draw(3).rotate(4), draw(200)]).copy.tolist()
+        >>> decide = CopyDecision([draw(0), draw(1)])  # too few for a null: a copy has a residual of at most 0.1
+        >>> decide([draw(1).transpose(Image.Transpose.FLIP_LEFT_RIGHT), draw(200)]).copy.tolist()
         [True, False]
     """
 
@@ -203,11 +218,10 @@ class CopyDecision:
         return self._versions[0] if self._versions else None
 
     def __call__(self, images: Sequence[Image.Image], published: Tensor | None = None) -> Decided:
-        """Decide for images that were drawn together: the rate of false discoveries is that among them.
+        """Decide for images that were sampled together: the false-discovery rate is taken over them.
 
         Args:
-            published: bool `(N,)`, marks of a published measure (`metrics.memorized`). They count where there is no null: in doubt an
-                image is a copy.
+            published: bool `(N,)`, marks of a published measure (`metrics.memorized`). They count where there is no null.
         """
         found = self._find(prepare(images), "copies")
         row, residual, ratio = self._best(found)
@@ -221,15 +235,15 @@ class CopyDecision:
 
     @property
     def rule(self) -> str:
-        """Say in one sentence what was called a copy."""
+        """Return the rule as one sentence."""
         same = f"a residual of at most {SAME:g}: nothing but colour, blur or pose tells it from a training image"
         if not self.nulls:
-            return f"A copy has {same}; there were fewer than {LEAST} images that cannot be copies, so nothing says what else is near."
+            return f"A copy has {same}. There were fewer than {LEAST} images that cannot be copies, too few to judge what else is near."
         by = " and ".join(f"{null.n} {null.name}" for null in self.nulls)
-        return f"A copy is nearer to a training image than {by} come, at p of at most {EACH:.0%} and {RATE:.0%} false discoveries; or it has {same}."
+        return f"A copy is nearer to a training image than {by} are, at p of at most {EACH:.0%} and {RATE:.0%} false discoveries; or it has {same}."
 
     def p_of_null(self, name: str) -> Tensor | None:
-        """Return p of the images of a null, each judged without itself, float64 `(n,)`; None where there is no such null."""
+        """Return p of the images of a null, each judged without itself, float64 `(n,)`; None if there is no such null."""
         if all(null.name != name for null in self.nulls):
             return None
         ratios = self._raw[name]
@@ -240,7 +254,7 @@ class CopyDecision:
         return torch.cat(out)
 
     def background(self, name: str) -> Tensor | None:
-        """Return which images of a null would be called copies, each judged without itself, its twins included; None where there is none."""
+        """Return which images of a null would be called copies, each judged without itself, twins included; None if there is no such null."""
         p = self.p_of_null(name)
         if p is None:
             return None
@@ -271,8 +285,8 @@ class CopyDecision:
             torch.cat([p.index for p in parts]), {s: torch.cat([p.residual[s] for p in parts]) for s in SCALES}
         )
 
-    def _look(self, rows: Sequence[int]) -> None:
-        """Register training images beside the others, once each."""
+    def _register_own(self, rows: Sequence[int]) -> None:
+        """Register training images against the others, once each."""
         new = sorted(set(rows) - self._own.keys())
         if not new:
             return
@@ -282,7 +296,7 @@ class CopyDecision:
             self._own[row] = (found.index[place], {s: found.residual[s][place] for s in SCALES})
 
     def _scale(self, row: int, without: int | None = None) -> dict[float, float]:
-        """Return how near the nearest OTHER training image comes to one; what cannot be told from it is no other."""
+        """Return the residual of the nearest OTHER training image; one that differs by colour, blur or pose alone is no other."""
         index, residual = self._own[row]
         # A row can stand here twice, found still and in another pose: it is the same image in both.
         usable = ~torch.isin(index, index[residual[SCALES[0]] <= SAME])
@@ -296,7 +310,7 @@ class CopyDecision:
         """Return per query the row that explains it best, and D and r by blur; `own`: the queries are these training images."""
         best = found.residual[SCALES[0]].argmin(1, keepdim=True)
         rows = found.index.gather(1, best)[:, 0]
-        self._look(rows.tolist())
+        self._register_own(rows.tolist())
         residual: dict[float, Tensor] = {}
         ratio: dict[float, Tensor] = {}
         scales = [self._scale(row, None if own is None else own[i]) for i, row in enumerate(rows.tolist())]
@@ -318,7 +332,7 @@ class CopyDecision:
         first = list({int(label): row for row, label in reversed(list(enumerate(self._label.tolist())))}.values())
         first = [row + 1 if row + 1 < len(self._row) and self._row[row + 1] == self._row[row] else row for row in first]
         rows = sorted(first)[:: max(1, -(-len(first) // MOST))]
-        self._look(rows)
+        self._register_own(rows)
         found = Registered(
             torch.stack([self._own[row][0] for row in rows]),
             {s: torch.stack([self._own[row][1][s] for row in rows]) for s in SCALES},
@@ -339,7 +353,12 @@ def _some(images: Sequence[Image.Image]) -> list[Image.Image]:
 
 
 def squares(image: Image.Image) -> list[Image.Image]:
-    """Return the middle square of an image and those at its ends; none of an image that is square within 5 %."""
+    """Return the middle square of an image and those at its ends; none of an image that is square within 5 %.
+
+    Example:
+        >>> [square.size for square in squares(Image.new("RGB", (96, 64)))]
+        [(64, 64), (64, 64), (64, 64)]
+    """
     wide, high = image.size
     side = min(wide, high)
     if max(wide, high) <= 1.05 * side:
@@ -349,7 +368,13 @@ def squares(image: Image.Image) -> list[Image.Image]:
 
 
 def combined(null: Null, ratio: Mapping[float, Tensor]) -> Tensor:
-    """Return p over both blurs, float64 `(N,)`: `min(1, 2 min_s p_s)` (Bonferroni)."""
+    """Return p over both blurs, float64 `(N,)`: `min(1, 2 min_s p_s)` (Bonferroni).
+
+    Example:
+        >>> null = Null("", {s: torch.linspace(0.5, 1.5, 99, dtype=torch.float64) for s in SCALES})
+        >>> [round(float(p), 2) for p in combined(null, {s: torch.tensor([0.7, 1.5], dtype=torch.float64) for s in SCALES})]
+        [0.42, 1.0]
+    """
     each = torch.stack([tail(null.ratios[s], ratio[s]) for s in SCALES])
     return (len(SCALES) * each.amin(0)).clamp(max=1)
 

@@ -6,7 +6,7 @@
     TPR@FPR     share of memorized scores that reach that threshold
 
 Intervals are 95 % and resample memorized and ordinary prompts apart, each prompt with all its images; the threshold is
-found anew in every resample, for it is part of what is uncertain. A score is higher for memorized prompts, or it is no score.
+found anew in every resample, since it is uncertain too. A score must be higher for memorized prompts.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ def auc(memorized: Tensor, ordinary: Tensor) -> float:
 
     Args:
         memorized: `(P,)` scores. ordinary: `(N,)` scores.
+
+    Example:
+        >>> auc(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 3.0]))
+        0.875
     """
     rising, scores = ordinary.double().sort().values, memorized.double()
     wins = torch.searchsorted(rising, scores, side="left")
@@ -43,6 +47,10 @@ def threshold_at(ordinary: Tensor, rate: float) -> float:
     Args:
         ordinary: `(N,)` scores, N >= 1.
         rate: in [0, 1).
+
+    Example:
+        >>> threshold_at(torch.arange(100.0), 0.05)
+        94.5
     """
     falling = ordinary.double().sort(descending=True).values
     # 0.29 * 100 is 28.999999999999996: what is a whole number but for rounding is that number.
@@ -55,7 +63,12 @@ def threshold_at(ordinary: Tensor, rate: float) -> float:
 
 
 def tpr_at(memorized: Tensor, ordinary: Tensor, rate: float) -> float:
-    """Compute the share of memorized scores that reach the threshold for `rate`."""
+    """Compute the share of memorized scores that reach the threshold for `rate`.
+
+    Example:
+        >>> tpr_at(torch.tensor([50.0, 98.0]), torch.arange(100.0), 0.05)
+        0.5
+    """
     return float((memorized.double() >= threshold_at(ordinary, rate)).double().mean())
 
 
@@ -78,6 +91,11 @@ def detection_figures(
 
     Raises:
         UserError: there are no scores of one kind.
+
+    Example:
+        >>> area, rate = detection_figures(torch.arange(90.0, 130.0), torch.arange(100.0), resamples=50)
+        >>> area.show(2), rate.n
+        ('0.99 [0.97, 1.00]', 40)
     """
     if len(memorized) == 0 or len(ordinary) == 0:
         raise UserError(f"{len(memorized)} memorized and {len(ordinary)} ordinary scores", rule="both kinds are needed")

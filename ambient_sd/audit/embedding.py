@@ -5,16 +5,16 @@
     DIR/<feature>/part-00007.parquet    rows [7 B, 8 B) of DATA: place, key, caption, size, thumbnail, embedding
     schema metadata                     feature, its parameters, digest of its weights, resolution, data, block
 
-Block b is the same images, in the same batches, whichever process computes it: one process or eight, straight or after
-any kill, on machines of one kind and with one number of threads each, give the same bits. A block has its name when it is
-whole; what an interrupted run was working on is computed again. Memory is one block of vectors and one batch of images.
+Block b holds the same images, in the same batches, whichever process computes it: any number of processes, resumed or not, gives the
+same bits on machines of one kind with the same number of threads. A block gets its name when it is complete; an interrupted
+block is computed again. Memory is one block of vectors and one batch of images.
 
 `key` is the SHA-256 of the decoded image (`ambient_sd.data.sources`); `data` is a digest of names and captions, known
 before anything is decoded, and `rows` of each block one of keys and captions. `EmbeddingStore.fingerprint` is that of the
 whole set, the same as `ImageDataset.fingerprint`. `size` and `thumbnail` (16 x 16 RGB) are what near-duplicates are found by
 (`ambient_sd.data.duplicates`): with them an audit need not decode the set again (`ambient_sd.audit.stored`).
 
-It does not search (`ambient_sd.audit.neighbours`) and does not resize, crop or merge: near-duplicates stay separate rows.
+It does not search (`ambient_sd.audit.neighbours`), resize, crop or merge: near-duplicates stay separate rows.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from ambient_sd.data.sources import ImageDataset, ImageRow, load_rows
 from ambient_sd.utils.errors import UserError, exits_on_user_error
 from ambient_sd.utils.files import atomic_write
 from ambient_sd.utils.settings import REQUIRED, Parser, add_flags, check, from_flags, option
+from ambient_sd.utils.weight_files import file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ Dtype = Literal["float32", "float16"]
 
 @dataclass(frozen=True)
 class About:
-    """Say all that the rows of a store depend on; two stores with one `About` hold the same numbers.
+    """Hold everything that the rows of a store depend on; two stores with equal `About` hold the same numbers.
 
     Attributes:
         feature: name of the extractor.
@@ -73,6 +74,11 @@ class About:
         count: images in the set.
         block: rows of a part.
         version: of the code that makes rows.
+
+    Example:
+        >>> about = About("pixels8", "euclidean", 192, "float32", 8, "", "cpu", "", count=5000, block=2048)
+        >>> about.parts, about.rows_of(2)
+        (3, range(4096, 5000))
     """
 
     feature: str
@@ -97,7 +103,7 @@ class About:
         return range(part * self.block, min(self.count, (part + 1) * self.block))
 
     def unlike(self, other: About) -> str:
-        """Return what differs from `other`, in words for people; empty if nothing does."""
+        """Return in words what differs from `other`; empty if nothing does."""
         mine, theirs = asdict(self), asdict(other)
         return ", ".join(
             f"{name} {_short(mine[name])} and {_short(theirs[name])}" for name in mine if mine[name] != theirs[name]
@@ -114,6 +120,16 @@ class EmbeddingStore:
     Args:
         folder: holds the parts of one feature.
         about: of every part.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> from ambient_sd.audit.features import Pixels
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+        >>> [stored] = embed_set(load_set(folder), [Pixels(4)], folder / "vectors")
+        >>> EmbeddingStore.open(stored).shape
+        (1, 48)
     """
 
     def __init__(self, folder: Path, about: About) -> None:
@@ -154,7 +170,7 @@ class EmbeddingStore:
         if missing:
             raise UserError(
                 f"{len(missing)} of {about.parts} blocks are missing in {folder}, the first is part-{missing[0]:05d}",
-                rule="the embedding was interrupted", remedy="give the same command again: it goes on with what is missing",
+                rule="the embedding was interrupted", remedy="give the same command again: it resumes",
             )  # fmt: skip
         return cls(folder, about)
 
@@ -195,7 +211,7 @@ class EmbeddingStore:
             found[here] = self.block(number)[rows[here] - number * self.about.block]
         return found
 
-    def looks(self) -> Thumbnails:
+    def thumbnails(self) -> Thumbnails:
         """Return the sizes and thumbnails of all images, in order."""
         found = Thumbnails()
         for part in range(self.about.parts):
@@ -308,24 +324,47 @@ def load_set(source: str | Path, **options: Any) -> ImageDataset:
 
     Raises:
         UserError: as for `load_rows`.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+        >>> load_set(folder).names
+        ['a.png']
     """
     return load_rows(source, need_captions=False, **options)
 
 
 def weights_digest(feature: Any) -> str:
-    """Return a SHA-256 over an extractor's weights, of its network or model file; empty if it has none."""
+    """Return a SHA-256 over an extractor's weights, of its network or model file; empty if it has none.
+
+    Example:
+        >>> from ambient_sd.audit.features import Pixels
+        >>> weights_digest(Pixels())  # has none
+        ''
+    """
     if (known := getattr(feature, "digest", None)) is not None:  # a script is more than its weights
         return str(known)
     if isinstance(getattr(feature, "network", None), torch.nn.Module):
         return fingerprint(feature.network)
     if isinstance(getattr(feature, "path", None), Path):
-        with feature.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(feature.path)
     return ""
 
 
 def describe(feature: Any, images: ImageDataset, *, dtype: Dtype, block: int, device: str) -> About:
-    """Return what the rows of `feature` on `images` depend on; no image is decoded."""
+    """Return what the rows of `feature` on `images` depend on; no image is decoded.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> from ambient_sd.audit.features import Pixels
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+        >>> describe(Pixels(4), load_set(folder), dtype="float16", block=64, device="cpu").dim
+        48
+    """
     return About(
         feature.name, feature.distance, feature.dim, dtype, feature.size, weights_digest(feature), device, names_digest(images),
         len(images), block,
@@ -333,7 +372,16 @@ def describe(feature: Any, images: ImageDataset, *, dtype: Dtype, block: int, de
 
 
 def names_digest(images: ImageDataset) -> str:
-    """Return the SHA-256 over names and captions that `About.data` is; no image is decoded."""
+    """Return the SHA-256 over names and captions that `About.data` is; no image is decoded.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+        >>> len(names_digest(load_set(folder)))
+        64
+    """
     digest = hashlib.sha256()
     for name, caption in zip(images.names, images.captions, strict=True):
         digest.update(_line(name, caption))
@@ -366,6 +414,15 @@ def embed_set(
 
     Raises:
         UserError: the folder holds embeddings of something else or cannot be written, or an image does not decode.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> from ambient_sd.audit.features import Pixels
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+        >>> embed_set(load_set(folder), [Pixels(4)], folder / "vectors")[0].name
+        'pixels4'
     """
     if block < 1 or block % _BATCH:
         raise UserError(f"block {block}", rule=f"must be a multiple of {_BATCH}, such as 2048")
@@ -373,7 +430,7 @@ def embed_set(
     device = "cpu" if state is None else state.device.type
     abouts = [describe(f, images, dtype=dtype, block=block, device=device) for f in features]
     folders = [Path(out).expanduser() / feature.name for feature in features]
-    # One process looks, and all act upon what it saw: another may write a block between two looks.
+    # One process looks and tells the others: a block may be written between two looks.
     todo = _agreed(lambda: _missing(images, abouts, folders, range(abouts[0].parts)), state)
     done = abouts[0].count - sum(len(abouts[0].rows_of(part)) for part in todo)
     with (
@@ -429,7 +486,7 @@ def _missing(
 
 
 def _whole(path: Path, about: About, part: int, images: ImageDataset) -> bool:
-    """Tell whether a block of an earlier run counts. One image of each is decoded: a changed set is noticed early."""
+    """Tell whether a block of an earlier run can be kept. Its first image is decoded, so that a changed set is noticed early."""
     try:
         mine, rows = _footer(path)
         key = pq.read_table(path, columns=["key"], partitioning=None).column("key")[0].as_py() if rows else ""
@@ -454,7 +511,7 @@ def _embed_block(
 ) -> None:
     """Decode the images of a block batch by batch, run every extractor over each batch, write a file per feature."""
     keys: list[str] = []
-    looks = Thumbnails()
+    thumbnails = Thumbnails()
     vectors: list[list[np.ndarray]] = [[] for _ in features]
     # A batch is decoded while the one before it is embedded.
     starts = list(range(rows.start, rows.stop, _BATCH))
@@ -465,7 +522,7 @@ def _embed_block(
         keys += [row.key for row in batch]
         images = [row.image for row in batch]
         for image in images:
-            looks.add(image)
+            thumbnails.add(image)
         for (feature, about, _), held in zip(features, vectors, strict=True):
             found = feature(images)
             if not torch.isfinite(found).all():
@@ -474,7 +531,7 @@ def _embed_block(
     captions = [dataset.captions[i] for i in rows]
     for (_, about, folder), held in zip(features, vectors, strict=True):
         path = folder / f"part-{rows.start // about.block:05d}.parquet"
-        write_block(path, about, rows, keys, captions, np.concatenate(held), looks)
+        write_block(path, about, rows, keys, captions, np.concatenate(held), thumbnails)
 
 
 def write_block(
@@ -484,7 +541,7 @@ def write_block(
     keys: Sequence[str],
     captions: Sequence[str],
     vectors: np.ndarray,
-    looks: Thumbnails,
+    thumbnails: Thumbnails,
 ) -> None:
     """Write the block of a store.
 
@@ -495,10 +552,20 @@ def write_block(
         keys: their content keys.
         captions: their captions.
         vectors: `(B, dim)`, of the store's dtype.
-        looks: their sizes and thumbnails.
+        thumbnails: of the images, with their sizes.
 
     Raises:
         UserError: vectors are not finite, or the folder cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> thumbnails = Thumbnails()
+        >>> thumbnails.extend(bytes(2 * 3 * SIDE * SIDE), [(8, 8)] * 2)
+        >>> about = About("made", "euclidean", 3, "float32", 1, "", "cpu", "", count=2, block=64)
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> write_block(folder / "part-00000.parquet", about, range(2), ["a", "b"], ["", ""], np.eye(2, 3, dtype=np.float32), thumbnails)
+        >>> EmbeddingStore.open(folder).block(0).tolist()
+        [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
     """
     if not np.isfinite(vectors).all():
         raise UserError(f"{about.feature} does not fit into {about.dtype}", remedy="use --dtype float32")
@@ -511,9 +578,9 @@ def write_block(
         ("caption", pa.string(), pa.array(captions, pa.string())),
     ]
     pixels = pa.binary(3 * SIDE * SIDE)
-    for name, values in zip(("width", "height"), zip(*looks.sizes, strict=True), strict=True):
+    for name, values in zip(("width", "height"), zip(*thumbnails.sizes, strict=True), strict=True):
         columns.append((name, pa.int32(), pa.array(values, pa.int32())))
-    columns.append(("thumbnail", pixels, pa.array([look.tobytes() for look in looks.array()], pixels)))
+    columns.append(("thumbnail", pixels, pa.array([look.tobytes() for look in thumbnails.array()], pixels)))
     kind = pa.list_(item, about.dim)
     columns.append(("embedding", kind, pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=kind)))
     schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind, _ in columns], metadata=metadata)
@@ -538,6 +605,10 @@ class EmbeddingSettings:
 
     Raises:
         UserError: a value breaks its rule.
+
+    Example:
+        >>> EmbeddingSettings(data="my-images", output_dir=Path("vectors")).block
+        2048
     """
 
     # fmt: off

@@ -4,7 +4,7 @@ Every extractor maps an iterable of PIL images to a float32 tensor `(N, D)` on t
 its vectors are made for. Images are read in batches, so a generator over a large folder costs one batch of memory.
 
     Pixels      RGB in [0, 1] at a fixed size, Euclidean: sees copies that keep their place, misses a shifted one.
-    Edges       how strong the contours are, whatever their colours, Euclidean: sees recoloured copies that keep their place.
+    Edges       strength of the contours in any colour, Euclidean: sees recoloured copies that keep their place.
     EffLite0    the 1280 pooled features of EfficientNet-Lite0 (Tan & Le, ICML 2019, arXiv 1905.11946; the Lite variant
                 and its weights are Google's, Apache-2.0), Euclidean: semantics and layout; also the quality features.
     Sscd        the copy-detection descriptor of Pizzi et al., CVPR 2022 (arXiv 2202.10261, eq. 4 to 8), 512 numbers (the large
@@ -41,7 +41,7 @@ MIRROR = " mirrored"  # the name of a feature's vectors of the mirror images end
 
 
 class Features(Protocol):
-    """Name what the measures need of an extractor: a name, the distance it is made for, and the call."""
+    """Define an extractor: a name, the distance it is made for, and the call."""
 
     name: str
     distance: Distance
@@ -54,13 +54,27 @@ class Features(Protocol):
 def square(
     images: Sequence[Image.Image], size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
 ) -> np.ndarray:
-    """Return uint8 `(B, size, size, 3)`; PIL's bicubic and bilinear filters are antialiased when they shrink."""
+    """Return uint8 `(B, size, size, 3)`; PIL's bicubic and bilinear filters are antialiased when they shrink.
+
+    Example:
+        >>> square([Image.new("RGB", (96, 64))], 32).shape
+        (1, 32, 32, 3)
+    """
     resized = [rgb if rgb.size == (size, size) else rgb.resize((size, size), resample) for rgb in map(as_rgb, images)]
     return np.stack([np.asarray(image, dtype=np.uint8) for image in resized])
 
 
 class Batched:
-    """Turn a function of one batch, uint8 `(B, S, S, 3)` -> float32 `(B, D)`, into an extractor."""
+    """Turn a function of one batch, uint8 `(B, S, S, 3)` -> float32 `(B, D)`, into an extractor: override `_embed`.
+
+    Example:
+        >>> class Mean(Batched):
+        ...     name, size, batch_size, dim = "mean", 8, 4, 3
+        ...     def _embed(self, batch):
+        ...         return torch.from_numpy(batch).float().mean((1, 2))
+        >>> Mean()([Image.new("RGB", (16, 16), "red")]).tolist()
+        [[255.0, 0.0, 0.0]]
+    """
 
     name: str
     distance: Distance = "euclidean"
@@ -96,6 +110,12 @@ class Batched:
 
 
 def batches(images: Iterable[Image.Image], size: int) -> Iterator[list[Image.Image]]:
+    """Yield images in lists of `size`, the last one shorter.
+
+    Example:
+        >>> [len(batch) for batch in batches([Image.new("L", (1, 1))] * 5, 2)]
+        [2, 2, 1]
+    """
     source = iter(images)
     while batch := list(islice(source, size)):
         yield batch
@@ -107,6 +127,10 @@ class Pixels(Batched):
     Args:
         size: side in pixels that every image is brought to; D = 3 size^2.
         standardized: take each image's own mean and deviation out, so that brightness and contrast do not count.
+
+    Example:
+        >>> Pixels(8)([Image.new("RGB", (64, 64), "white")]).shape
+        torch.Size([1, 192])
     """
 
     def __init__(self, size: int = 64, batch_size: int = 256, *, standardized: bool = False) -> None:
@@ -119,7 +143,7 @@ class Pixels(Batched):
 
 
 class Edges(Batched):
-    """Say where the contours of an image are and how strong, whatever its colours.
+    """Describe where the contours of an image are and how strong, independent of its colours.
 
     `m(x) = (sum_c |grad c(x)|^2)^(1/2)` over the channels c of 64 x 64 pixels, the gradient by Sobel's filter: the root of the trace of
     the structure tensor of a colour image (Di Zenzo, CVGIP 1986). It is averaged to `size` x `size`, and each image's own mean and deviation
@@ -127,6 +151,13 @@ class Edges(Batched):
 
     Args:
         size: side that the map is averaged to, a divisor of 64 from 4 on; D = size^2. Coarser maps call strangers copies.
+
+    Example:
+        >>> disc, none = Image.radial_gradient("L").point(lambda v: 255 * (v < 100)), Image.new("L", (256, 256))
+        >>> red, blue = Image.merge("RGB", (disc, none, none)), Image.merge("RGB", (none, none, disc))
+        >>> rows = Edges(8)([red, blue])
+        >>> torch.allclose(rows[0], rows[1], atol=1e-4)
+        True
     """
 
     def __init__(self, size: int = 16, batch_size: int = 256) -> None:
@@ -179,6 +210,10 @@ class EffLite0(Batched):
 
     Raises:
         UserError: the two packages are not installed.
+
+    Example:
+        >>> EffLite0.distance, EffLite0.quality
+        ('euclidean', True)
     """
 
     quality = True
@@ -211,6 +246,10 @@ def cropped(images: Sequence[Image.Image], side: int, size: int) -> np.ndarray:
     """Return uint8 `(B, size, size, 3)`: the shorter side brought to `side`, then the middle cut out, as torchvision does.
 
     `Resize(side)` keeps the shape, the longer side is rounded down; bilinear, antialiased. `CenterCrop(size)` starts at half the rest.
+
+    Example:
+        >>> cropped([Image.new("RGB", (96, 64))], 32, 28).shape
+        (1, 28, 28, 3)
     """
     rows = []
     for rgb in map(as_rgb, images):
@@ -253,6 +292,10 @@ class Sscd(Batched):
     Raises:
         UserError: no model is found, the file does not exist, it does not take such images, or an ONNX file is given without
             `onnxruntime`.
+
+    Example:
+        >>> Sscd.SIZES
+        {'squeeze288': 288, 'wen': 224, 'han': 320}
     """
 
     SIZES: ClassVar[dict[str, int]] = {"squeeze288": 288, "wen": 224, "han": 320}
@@ -328,12 +371,23 @@ _IMAGENET_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
 
 
 def imagenet(batch: np.ndarray) -> np.ndarray:
-    """uint8 NHWC to float32 NCHW, ImageNet mean and deviation."""
+    """uint8 NHWC to float32 NCHW, ImageNet mean and deviation.
+
+    Example:
+        >>> imagenet(np.zeros((1, 4, 4, 3), np.uint8)).shape
+        (1, 3, 4, 4)
+    """
     return scaled(batch, _IMAGENET_MEAN, _IMAGENET_STD)
 
 
 def scaled(batch: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """uint8 NHWC to float32 NCHW, a mean and deviation per channel of values in [0, 1]."""
+    """uint8 NHWC to float32 NCHW, a mean and deviation per channel of values in [0, 1].
+
+    Example:
+        >>> half = np.array([0.5, 0.5, 0.5], np.float32)
+        >>> float(scaled(np.full((1, 2, 2, 3), 255, np.uint8), half, half).max())
+        1.0
+    """
     return np.ascontiguousarray(((batch.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2))
 
 
@@ -382,6 +436,10 @@ def embed(
 
     Args:
         mirrored: the mirror images (left to right) too, under the feature's name followed by `MIRROR`.
+
+    Example:
+        >>> sorted(embed([Image.new("RGB", (8, 8))], [Pixels(4)], mirrored=True))
+        ['pixels4', 'pixels4 mirrored']
     """
     vectors = {feature.name: feature(images, progress=progress) for feature in features}
     if mirrored:
@@ -391,7 +449,14 @@ def embed(
 
 
 class MirrorImages(Sequence[Image.Image]):
-    """Show images mirrored left to right, one at a time."""
+    """Show images mirrored left to right, one at a time.
+
+    Example:
+        >>> image = Image.new("L", (2, 1))
+        >>> image.putpixel((0, 0), 9)
+        >>> MirrorImages([image])[0].getpixel((1, 0))
+        9
+    """
 
     def __init__(self, images: Sequence[Image.Image]) -> None:
         self._images = images

@@ -27,6 +27,10 @@ def radii(real: Tensor, k: int = NEAREST) -> Tensor:
 
     Raises:
         UserError: there are no more than k real images.
+
+    Example:
+        >>> radii(torch.arange(4.0)[:, None], k=1).tolist()
+        [1.0, 1.0, 1.0, 1.0]
     """
     if len(real) <= k:
         raise UserError(f"{len(real)} real images", rule=f"density and coverage need more than k = {k}")
@@ -35,7 +39,13 @@ def radii(real: Tensor, k: int = NEAREST) -> Tensor:
 
 
 def inside(generated: Tensor, real: Tensor, radius: Tensor) -> Tensor:
-    """Tell for every generated image in which balls it lies (open, as in the authors' code: a copy of y's k-th neighbour is outside), bool `(M, N)`."""
+    """Tell for every generated image in which balls it lies (open, as in the authors' code: a copy of y's k-th neighbour is outside), bool `(M, N)`.
+
+    Example:
+        >>> real = torch.arange(3.0)[:, None]
+        >>> inside(torch.tensor([[0.5]]), real, radii(real, k=1)).tolist()
+        [[True, True, False]]
+    """
     return _distances(generated, real) < radius
 
 
@@ -44,17 +54,32 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def density(hits: Tensor, k: int = NEAREST) -> float:
-    """Compute the density from `inside`."""
+    """Compute the density from `inside`.
+
+    Example:
+        >>> density(torch.tensor([[True, True], [False, True]]), k=1)
+        1.5
+    """
     return float(hits.double().sum() / (k * len(hits)))
 
 
 def coverage(hits: Tensor) -> float:
-    """Compute the coverage from `inside`."""
+    """Compute the coverage from `inside`.
+
+    Example:
+        >>> coverage(torch.tensor([[True, False], [True, False]]))
+        0.5
+    """
     return float(hits.any(0).double().mean())
 
 
 def copy_distance(generated: Tensor, training: Tensor | Rows) -> Tensor:
-    """Return min over t of 1 - |cos(x, t)| for every generated image, float64 `(M,)`."""
+    """Return min over t of 1 - |cos(x, t)| for every generated image, float64 `(M,)`.
+
+    Example:
+        >>> copy_distance(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0], [2.0, 0.0]])).tolist()
+        [0.0]
+    """
     if not training.shape[0]:
         raise UserError("0 training images", rule="at least one is needed")
     x = torch.nn.functional.normalize(generated.double(), dim=1)
@@ -66,6 +91,11 @@ def copy_distance(generated: Tensor, training: Tensor | Rows) -> Tensor:
 
 
 def mifid(frechet: float, distances: Tensor, epsilon: float = EPSILON) -> float:
-    """Compute FD / m where m, the mean of `distances`, is below `epsilon`, else FD."""
+    """Compute FD / m where m, the mean of `distances`, is below `epsilon`, else FD.
+
+    Example:
+        >>> mifid(2.0, torch.tensor([0.5])), mifid(2.0, torch.tensor([0.05], dtype=torch.float64))
+        (2.0, 40.0)
+    """
     m = float(distances.mean())
     return frechet if m >= epsilon else frechet / max(m, 1e-15)

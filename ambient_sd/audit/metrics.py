@@ -11,7 +11,7 @@
 Intervals are 95 %: a bootstrap that resamples whole groups (all samples of one prompt stand or fall together), Wilson's
 score interval where resampling shows no spread (a share of 0 or 1). `docs/measures.md` says what each is not.
 
-None of these can tell whether copying is harmful, nor that a model does not copy: they speak of the n samples drawn.
+None of these can tell whether copying is harmful, or prove that a model does not copy: they describe the n samples at hand.
 """
 
 from __future__ import annotations
@@ -47,10 +47,14 @@ class Row:
     """Hold one measure of generated images beside the same measure of held-out images.
 
     Attributes:
-        heldout: None where there are no held-out images; the measure with held-out real images in the place of generated ones; for distances between
-            distributions the floor: one half of the held-out images against the other.
+        heldout: the same measure with held-out real images in place of generated ones; for distances between distributions the floor, one half
+            of the held-out images against the other; None without held-out images.
         excess: generated minus held-out; None without.
-        background: training image to training image, each leaving itself out, of at most `BACKGROUND` drawn ones; None where that means nothing.
+        background: training images among themselves, each without itself, of at most `BACKGROUND` at random; None where that means nothing.
+
+    Example:
+        >>> Row("copies", Estimate(0.2, 0.1, 0.4, 50), heldout=None, excess=None).generated.value
+        0.2
     """
 
     name: str
@@ -62,8 +66,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Hold the rows of one run, and neighbours by feature name (for galleries and histograms): of the generated images, the
-    held-out ones (empty without) and the training images among themselves."""
+    """Hold the rows of one run, and neighbours by feature name: of the generated images, of the held-out ones (empty without), and of the
+    training images among themselves.
+
+    Example:
+        >>> Measurement([Row("copies", Estimate(0.2, 0.1, 0.4, 50), None, None)], {}, {}).row("copies").generated.n
+        50
+    """
 
     rows: list[Row]
     neighbours: dict[str, Neighbours]
@@ -88,6 +97,10 @@ class Resampler:
         n: number of rows.
         groups: one label per row (its prompt); None: every row is its own group.
         seed: of the resampler's own generator; the global one is not touched.
+
+    Example:
+        >>> sorted(Resampler(4, ["a", "a", "b", "b"], seed=0).draw().tolist()) in ([0, 0, 1, 1], [0, 1, 2, 3], [2, 2, 3, 3])
+        True
     """
 
     def __init__(self, n: int, groups: Sequence[Hashable] | None, seed: int) -> None:
@@ -130,6 +143,10 @@ def bootstrap(
 
     Raises:
         UserError: there are no values.
+
+    Example:
+        >>> bootstrap(torch.arange(20.0), torch.mean, name="mean", resamples=100).value
+        9.5
     """
     if len(values) == 0:
         raise UserError(f"{name} of 0 samples", rule="at least one sample is needed")
@@ -152,6 +169,10 @@ def difference(a: Estimate, b: Estimate, name: str | None = None) -> Estimate:
     Figures resampled together (one pairing) are subtracted draw by draw, which keeps what they share: prompts,
     held-out images. Others are taken as independent and their intervals combined (MOVER: Newcombe 1998; Zou & Donner
     2008): `low = d - sqrt((a - a_low)^2 + (b_high - b)^2)`, `high` likewise.
+
+    Example:
+        >>> difference(Estimate(0.5, 0.4, 0.7, 9, "a"), Estimate(0.2, 0.1, 0.3, 9, "b")).show(2)
+        '0.30 [0.16, 0.52]'
     """
     value = a.value - b.value
     if a.draws is not None and b.draws is not None and a.pairing and a.pairing == b.pairing:
@@ -172,19 +193,35 @@ def memorized(neighbours: Neighbours, ratio: float = MEMORIZED_RATIO) -> Tensor:
     """Mark the samples that are copies: d1 / d2 < `ratio`, bool `(N,)`.
 
     An exact copy (d1 = 0) is marked whatever d2 is, so 0 / 0 - a copy of an image that the training set holds twice -
-    is marked too. A NEAR copy of a duplicated image is not (d1 and d2 are both small): the ratio is blind to
-    near-duplicates in the training set; merge them before the search.
+    is marked too. A NEAR copy of a duplicated image is not (d1 and d2 are both small): merge near-duplicates before
+    the search (`originals`).
+
+    Example:
+        >>> memorized(Neighbours(torch.tensor([[1.0, 4.0], [2.0, 3.0]]), torch.tensor([[0, 1], [0, 1]]))).tolist()
+        [True, False]
     """
     return neighbours.ratio < ratio
 
 
 def copy_threshold(feature: Features) -> float:
-    """Return the similarity above which a cosine feature calls an image a copy."""
+    """Return the similarity above which a cosine feature calls an image a copy.
+
+    Example:
+        >>> from ambient_sd.audit.features import Sscd
+        >>> copy_threshold(Sscd)
+        0.5
+    """
     return float(getattr(feature, "thresholds")[0])  # noqa: B009  (only cosine features have them)
 
 
 def copied(feature: Features, neighbours: Neighbours) -> Tensor:
-    """Mark the images that count as copies by a feature, bool `(N,)`."""
+    """Mark the images that count as copies by a feature, bool `(N,)`.
+
+    Example:
+        >>> from ambient_sd.audit.features import Pixels
+        >>> copied(Pixels(), Neighbours(torch.tensor([[1.0, 4.0]]), torch.tensor([[0, 1]]))).tolist()
+        [True]
+    """
     return neighbours.similarity > copy_threshold(feature) if feature.distance == "cosine" else memorized(neighbours)
 
 
@@ -197,7 +234,13 @@ def memorized_fraction(
     seed: int = 0,
     resamples: int = 1000,
 ) -> Estimate:
-    """Estimate the share of samples with d1 / d2 < `ratio`."""
+    """Estimate the share of samples with d1 / d2 < `ratio`.
+
+    Example:
+        >>> near = Neighbours(torch.tensor([[1.0, 4.0], [2.0, 3.0]]), torch.tensor([[0, 1], [0, 1]]))
+        >>> memorized_fraction(near, resamples=50).value
+        0.5
+    """
     return bootstrap(
         memorized(neighbours, ratio), torch.mean, name=name, groups=groups, seed=seed, resamples=resamples, share=True,
         detail=f"share with d1/d2 < {ratio:.3g}",
@@ -213,7 +256,13 @@ def similarity_figures(
     seed: int = 0,
     resamples: int = 1000,
 ) -> list[Estimate]:
-    """Estimate mean, percentiles and shares above the thresholds of the similarity to the nearest training image."""
+    """Estimate mean, percentiles and shares above the thresholds of the similarity to the nearest training image.
+
+    Example:
+        >>> near = Neighbours(torch.tensor([[0.1, 0.4], [0.7, 0.8]]), torch.tensor([[0, 1], [0, 1]]), "cosine")
+        >>> [(figure.name, round(figure.value, 2)) for figure in similarity_figures(near, resamples=20)][-2:]
+        [('SSCD > 0.5', 0.5), ('SSCD > 0.75', 0.5)]
+    """
     values = neighbours.similarity
     options: dict[str, Any] = {"groups": groups, "seed": seed, "resamples": resamples}
     figures = [bootstrap(values, torch.mean, name=f"{name} mean", **options)]
@@ -227,7 +276,14 @@ def similarity_figures(
 
 
 def copy_figures(feature: Features, neighbours: Neighbours, **options: Any) -> list[Estimate]:
-    """Give the copying figures that suit a feature: similarities for a cosine one, the memorized fraction else."""
+    """Give the copying figures that suit a feature: similarities for a cosine one, the memorized fraction else.
+
+    Example:
+        >>> from ambient_sd.audit.features import Pixels
+        >>> near = Neighbours(torch.tensor([[1.0, 4.0]]), torch.tensor([[0, 1]]))
+        >>> [figure.name for figure in copy_figures(Pixels(), near, resamples=20)]
+        ['memorized-pixels64']
+    """
     if feature.distance == "cosine":
         thresholds = getattr(feature, "thresholds", SSCD_THRESHOLDS)
         return similarity_figures(neighbours, name=feature.name, thresholds=thresholds, **options)
@@ -262,6 +318,11 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
     Args:
         a, b: `(n, D)`, `(m, D)`; symmetric.
+
+    Example:
+        >>> points = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+        >>> round(frechet_distance(points + 3, points), 6)
+        18.0
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -284,6 +345,11 @@ def kid(a: Tensor, b: Tensor) -> float:
 
     Args:
         a, b: `(n, D)`, `(m, D)`; n = m uses all rows.
+
+    Example:
+        >>> points = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+        >>> kid(points + 3, points) > 1 > abs(kid(points[:25], points[25:]))
+        True
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -303,6 +369,11 @@ def pca_basis(reference: Tensor, dim: int) -> tuple[Tensor, float]:
     """Return the leading `dim` principal directions `(D, dim)` of real images and the share of variance they keep.
 
     No seed: the distance is the same for any sign or rotation of the basis.
+
+    Example:
+        >>> basis, kept = pca_basis(torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0]]), 1)
+        >>> basis.shape, round(kept, 3)
+        (torch.Size([2, 1]), 1.0)
     """
     rows = reference.to(torch.float64)
     _, s, vh = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False)
@@ -342,6 +413,11 @@ def quality_rows(
 
     Returns:
         One Row per measure; empty when there are fewer than 4 images a side to compare.
+
+    Example:
+        >>> sets = torch.randn(2, 40, 3, generator=torch.Generator().manual_seed(0))
+        >>> [row.name for row in quality_rows(sets[0], sets[1], name="made", resamples=2, splits=1)]
+        ['FD-made-pca3', 'KID-made']
     """
     m = min(len(generated), len(heldout) // 2)
     if m < 4:
@@ -528,6 +604,12 @@ def measure(
 
     Raises:
         UserError: a set is too small, or the groups do not match.
+
+    Example:
+        >>> from ambient_sd.audit.features import Pixels
+        >>> training, drawn = torch.rand(5, 48), torch.rand(2, 48)
+        >>> measure({"pixels4": drawn}, {"pixels4": training}, None, [Pixels(4)], resamples=20).rows[0].name
+        'memorized-pixels4'
     """
     given: list[Images] = [generated, *([] if heldout is None else [heldout])]
     sets = [s if isinstance(s, Mapping) else embed(s, features, mirrored=mirrored) for s in given]

@@ -62,7 +62,12 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Hold the nearest rows: `distance` float64 `(N, k)`, ascending, and `index` int64 `(N, k)` into the reference."""
+    """Hold the nearest rows: `distance` float64 `(N, k)`, ascending, and `index` int64 `(N, k)` into the reference.
+
+    Example:
+        >>> Neighbours(torch.tensor([[1.0, 4.0]]), torch.tensor([[7, 2]])).ratio.tolist()
+        [0.25]
+    """
 
     distance: Tensor
     index: Tensor
@@ -113,6 +118,11 @@ def nearest(
 
     Raises:
         UserError: shapes disagree, values are not finite, or the reference has fewer than k rows to offer.
+
+    Example:
+        >>> found = nearest(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 0.0], [0.0, 3.0], [0.0, 9.0]]))
+        >>> found.index.tolist(), found.distance.tolist()
+        ([[0, 1]], [[1.0, 2.0]])
     """
     rows = check_sizes(queries, reference, k, exclude_self)
     if not torch.isfinite(queries).all():
@@ -143,6 +153,10 @@ def check_sizes(queries: Tensor, reference: Tensor | Rows, k: int, exclude_self:
 
     Raises:
         UserError: shapes disagree, or it has fewer than k rows to offer.
+
+    Example:
+        >>> check_sizes(torch.zeros(2, 3), torch.zeros(5, 3), k=2)
+        5
     """
     shape = tuple(reference.shape)
     if queries.dim() != 2 or len(shape) != 2 or queries.shape[1] != shape[1]:
@@ -159,6 +173,10 @@ def exact_distances(queries: Tensor, rows: Tensor, *, cosine: bool = False) -> T
     """Return |q_i - r_i| of pairs, float64 `(n,)`, from differences in float64; of unit vectors if `cosine`.
 
     Each value depends on its two rows alone: not on n, nor on the number of threads.
+
+    Example:
+        >>> exact_distances(torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 4.0]])).tolist()
+        [5.0]
     """
     found = torch.empty(len(rows), dtype=torch.float64)
     step = max(2, 2**20 // rows.shape[1])
@@ -187,7 +205,12 @@ def _not_finite() -> UserError:
 
 @functools.lru_cache
 def bfloat16_is_faster() -> bool:
-    """Tell whether this processor multiplies bfloat16 matrices faster than float32 ones, sums in float32 included."""
+    """Tell whether this processor multiplies bfloat16 matrices faster than float32 ones, sums in float32 included.
+
+    Example:
+        >>> bfloat16_is_faster() in (True, False)
+        True
+    """
     draw = torch.Generator().manual_seed(0)
     q, r = torch.randn(512, 544, generator=draw), torch.randn(1024, 544, generator=draw)
     low_q, low_r = q.to(torch.bfloat16), r.to(torch.bfloat16)
@@ -211,7 +234,12 @@ def _bar(total: int, progress: bool) -> Any:
 
 
 def blocks_of(reference: Tensor | Rows, rows: int) -> Iterator[Tensor]:
-    """Yield the reference in blocks of `rows`."""
+    """Yield the reference in blocks of `rows`.
+
+    Example:
+        >>> [len(block) for block in blocks_of(torch.zeros(5, 2), 2)]
+        [2, 2, 1]
+    """
     if isinstance(reference, Tensor):
         yield from reference.split(rows)
         return
@@ -244,6 +272,11 @@ def workers(products: int = _WORTH_THREADS) -> Iterator[ThreadPoolExecutor | Non
 
     Blocks of queries need nothing of one another. Torch's own threads meet after every operation and spin until the last one
     comes: where other programs run on the processors too, that takes several times what the search does.
+
+    Example:
+        >>> with workers(products=1) as pool:  # too little work for threads
+        ...     pool is None
+        True
     """
     threads = torch.get_num_threads()
     if threads == 1 or products < _WORTH_THREADS:

@@ -14,7 +14,6 @@ nothing here can tell of a file: figures on `Inception` are called FD-Inception,
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -28,10 +27,19 @@ from torch.nn import functional
 from ambient_sd.audit.features import Batched, Distance, imagenet
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.sheets import as_rgb
+from ambient_sd.utils.weight_files import file_digest
 
 
 def pretrained(kind: str, name: str, wanted: Sequence[str]) -> Any:
-    """Load a transformers model of one of the `wanted` types, whole; raise a `UserError` where that cannot be."""
+    """Load a transformers model of one of the `wanted` types, whole; raise a `UserError` where that cannot be.
+
+    Example:
+        >>> try:
+        ...     pretrained("Dinov2Model", "no/such/folder", ("dinov2",))
+        ... except UserError as error:
+        ...     str(error).split(";")[0]
+        'no/such/folder cannot be loaded'
+    """
     import transformers
 
     try:
@@ -74,6 +82,10 @@ class Dinov2(Batched):
 
     Raises:
         UserError: it cannot be loaded whole, or is another model; with "paper", an image is too small to be padded.
+
+    Example:
+        >>> Dinov2.thresholds
+        (0.9, 0.875)
     """
 
     distance: Distance = "cosine"
@@ -136,6 +148,13 @@ class Inception(Batched):
 
     Raises:
         UserError: the file is not there, is no TorchScript, or gives no features `(B, D)`.
+
+    Example:
+        >>> try:
+        ...     Inception("inception.pt")
+        ... except UserError as error:
+        ...     print(error)
+        Inception model inception.pt; the file does not exist
     """
 
     quality = True
@@ -144,7 +163,7 @@ class Inception(Batched):
         path = Path(path)
         if not path.is_file():
             raise UserError(f"Inception model {path}", rule="the file does not exist")
-        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.digest = file_digest(path)
         try:
             self.network = torch.jit.load(str(path), map_location=device).eval()
         except (RuntimeError, ValueError) as error:

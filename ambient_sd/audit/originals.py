@@ -49,6 +49,11 @@ def originals(
 
     Raises:
         UserError: another number of labels than of training rows, or fewer than two different images to find.
+
+    Example:
+        >>> training = torch.tensor([[0.0], [0.1], [5.0]])  # the first two are one image
+        >>> originals([torch.tensor([[0.2]])], training, duplicates=["a", "a", "b"]).index.tolist()
+        [[1, 2]]
     """
     total = training.shape[0]
     labels = range(total) if duplicates is None else duplicates
@@ -77,7 +82,12 @@ def originals(
 
 
 def one_of_each(labels: Sequence[Hashable], most: int | None = None, seed: int = 0) -> Tensor:
-    """Return the first row of every label, int64, ascending; with more than `most` labels, of that many drawn by the seed."""
+    """Return the first row of every label, int64, ascending; with more than `most` labels, of that many drawn by the seed.
+
+    Example:
+        >>> one_of_each(["a", "b", "a", "c"]).tolist()
+        [0, 1, 3]
+    """
     first = {name: row for row, name in reversed(list(enumerate(labels)))}
     rows = torch.tensor(sorted(first.values()))
     if most is not None and len(rows) > most:

@@ -1,7 +1,7 @@
-"""What an audit leaves for other programs: audit.json, written and read here and nowhere else.
+"""audit.json, an audit's output for other programs: written and read here alone.
 
-`audit.schema.json` beside this module says what the file holds; reading and writing check with that very file, and with what a schema
-cannot say: shares lie in [0, 1], intervals are not turned round, and the verdict is the one that its figures give.
+`audit.schema.json` beside this module defines the file. Reading and writing check against it, and against what a schema cannot
+express: shares lie in [0, 1], intervals are ordered, and the verdict follows from its figures.
 """
 
 from __future__ import annotations
@@ -30,14 +30,19 @@ _SIDES = ("generated", "heldout", "excess", "background")
 
 @functools.cache
 def schema() -> dict[str, Any]:
-    """Return the schema of audit.json (JSON Schema, draft 2020-12)."""
+    """Return the schema of audit.json (JSON Schema, draft 2020-12).
+
+    Example:
+        >>> schema()["properties"]["format"]["enum"]
+        [2]
+    """
     found: dict[str, Any] = json.loads(_SCHEMA.read_text(encoding="utf-8"))
     return found
 
 
 @dataclass(frozen=True)
 class AuditRecord:
-    """Hold what audit.json holds, one attribute a key; `audit.schema.json` describes each.
+    """Hold the contents of audit.json, one attribute per key; `audit.schema.json` describes each.
 
     Attributes:
         finding: the outcome in words.
@@ -53,9 +58,13 @@ class AuditRecord:
         made: versions, command, device, seconds.
 
     Example:
-        record = AuditRecord.read("my-lora/audit")
-        copies = record.row(record.verdict["measure"]).generated
-        print(f"{copies.value:.1%} [{copies.low:.1%}, {copies.high:.1%}] of {copies.n}")
+        With an audit in `folder`, `AuditRecord.read(folder).row("copies").generated` is its copy rate.
+
+        >>> try:
+        ...     AuditRecord.read("no-audit.json")
+        ... except UserError as error:
+        ...     print(error)
+        no-audit.json cannot be read; No such file or directory; run the audit again, or remove the file
     """
 
     finding: dict[str, Any]
@@ -139,7 +148,12 @@ class AuditRecord:
 
 
 def measures(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return rows as the record's `measures`."""
+    """Return rows as the record's `measures`.
+
+    Example:
+        >>> measures([Row("copies", Estimate(0.2, 0.1, 0.4, 50, "copies"), None, None)])[0]["generated"]["value"]
+        0.2
+    """
     sides = [{side: getattr(row, side) for side in _SIDES} for row in rows]
     return [
         {"name": row.name, **{side: None if figure is None else figure.as_dict() for side, figure in found.items()}}
@@ -148,7 +162,12 @@ def measures(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def is_share(name: str) -> bool:
-    """Tell whether a measure is a share of images, in [0, 1]."""
+    """Tell whether a measure is a share of images, in [0, 1].
+
+    Example:
+        >>> is_share("copies"), is_share("FD-EffLite0-pca64")
+        (True, False)
+    """
     return name.removesuffix(": difference") in (COPIES, RETURNED) or name.startswith("memorized-") or " > " in name
 
 

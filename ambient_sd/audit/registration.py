@@ -1,19 +1,19 @@
-"""How much of an image is left when a training image is laid over it: a residual that a changed copy keeps small.
+"""The residual of an image after a training image is fitted to it: small for a changed copy.
 
-    x      image in question, brought to the frame of t: mirrored or not, scaled, turned, shifted (a similarity transform)
+    x      the image, brought to the frame of t: mirrored or not, scaled, rotated, shifted (a similarity transform)
     t_b    training image t, blurred by b; or another rendition of it, for example through the model's autoencoder
     e(u) = min over b, A, c of |x(u) - A t_b(u) - c|^2          A: 3 x 3 and c: 3, one affine map of colours for the whole image
     D    = sqrt(max_u (g * e)(u) - median_u (g * e)(u)) / s_x   g: a Gaussian window; s_x: deviation of x
 
-Recolouring, brightness, contrast and grey are affine maps of colours; blur and resizing are in b; crop, border, turn, shift and mirror are in the
-transform. What is left of a copy is spread thin: noise and encoding are the same everywhere, so the median takes them off. A NEW member of
-a series differs in one place - another mouth, another hand of the clock - and there e stands out. d1 / d2 cannot see this: in a series
+Recolouring, brightness, contrast and greyscale are affine maps of colours; blur and resizing are in b; crop, border, rotation, shift and mirroring are in
+the transform. The rest of a copy is spread evenly, since noise and encoding are the same everywhere, and the median removes it. A NEW member of
+a series differs in one place - another mouth, another hand of the clock - and e stands out there. d1 / d2 cannot see this: in a series
 both distances are those of the encoding.
 
-D is no verdict. What is small is said by images that cannot be copies: `ambient_sd.audit.decision`.
+D alone decides nothing. Images that cannot be copies say what is small: `ambient_sd.audit.decision`.
 
 The transform is found by correlating brightness over a grid of poses at 16 x 16, then by gradient descent on 1 - NCC^2 (Lewis 1995) at 32 x 32
-from the best of them. Everything is deterministic; nothing is learned.
+from the best pose. Everything is deterministic; nothing is learned.
 """
 
 from __future__ import annotations
@@ -36,14 +36,19 @@ BLURS = (0.0, 1.0, 1.6, 2.4)
 WINDOW = 3.0  # deviation of the window in which a difference stands out, pixels of SIDE
 FLAT = 0.02  # an image with less deviation than this shows nothing that could be compared
 COVER = 0.45  # share of the training image that a pose must cover
-CANDIDATES = 4  # training images looked at closely, of each of the two ways in which they are found
+CANDIDATES = 4  # training images compared closely, of each of the two ways in which they are found
 _COARSE, _FINE = 16, 32
 _STEPS, _RATE = 64, 0.02
 _GREY = torch.tensor([0.299, 0.587, 0.114])
 
 
 def prepare(images: Sequence[Image.Image]) -> Tensor:
-    """Return RGB in [0, 1], float32 `(N, 3, SIDE, SIDE)`; images that are not square are squeezed."""
+    """Return RGB in [0, 1], float32 `(N, 3, SIDE, SIDE)`; images that are not square are squeezed.
+
+    Example:
+        >>> prepare([Image.new("RGB", (96, 64))]).shape
+        torch.Size([1, 3, 64, 64])
+    """
     if not len(images):
         return torch.empty(0, 3, SIDE, SIDE)
     parts = [square(images[i : i + 256], SIDE) for i in range(0, len(images), 256)]
@@ -57,6 +62,11 @@ class Registered:
     Attributes:
         index: int64 `(N, K)`, rows of the training set; one can stand there twice.
         residual: D of each pair by blur, `{scale: (N, K)}`; infinite where nothing can be compared.
+
+    Example:
+        >>> found = Registered(torch.tensor([[4, 2]]), {0.7: torch.tensor([[0.3, 0.05]])})
+        >>> int(found.index[0, found.residual[0.7][0].argmin()])
+        2
     """
 
     index: Tensor
@@ -67,15 +77,15 @@ def register(
     queries: Tensor, training: Tensor, *, not_allowed: Tensor | None = None, renditions: Sequence[Tensor] = (),
     poses: Poses | None = None, mirrored: bool = True, batch: int = 16,
 ) -> Registered:  # fmt: skip
-    """Find for each query the training images that explain it best, and what they leave of it.
+    """Find for each query the training images that explain it best, and their residuals.
 
     Args:
         queries: `(N, 3, SIDE, SIDE)` of `prepare`.
         training: `(M, 3, SIDE, SIDE)`.
-        not_allowed: bool `(N, M)`, pairs that are left out: an image and itself, or its duplicates.
+        not_allowed: bool `(N, M)`, pairs to leave out: an image and itself, or its duplicates.
         renditions: further versions of the training images in their order, each `(M, 3, SIDE, SIDE)`.
         poses: `Poses(training)`, made once for many calls; None: it is made here.
-        mirrored: look for mirror images too.
+        mirrored: search for mirror images too.
         batch: queries at a time.
 
     Example:
@@ -215,7 +225,13 @@ def _grid_of_poses() -> Iterator[tuple[float, float, float, float]]:
 
 
 class Poses:
-    """Correlate queries in every pose of a grid with all training images, by brightness at 16 x 16."""
+    """Correlate queries in every pose of a grid with all training images, by brightness at 16 x 16.
+
+    Example:
+        >>> x = torch.rand(3, 3, SIDE, SIDE, generator=torch.manual_seed(0))
+        >>> Poses(x).search(x[1:2], 1, None)[0].tolist()
+        [[1]]
+    """
 
     def __init__(self, training: Tensor) -> None:
         self.grid = torch.tensor(list(_grid_of_poses()))

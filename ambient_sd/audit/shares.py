@@ -1,7 +1,7 @@
-"""The two shares of an audit, from one decision: generated images that are copies, and training images that come back.
+"""The two rates of an audit, from one decision: generated images that are copies, and training images that come back.
 
-A studio asks the first, a hospital the second: whose images are in there? Near-duplicates count as one training image. What did not come
-back in n images may come back in more: the second share only grows with n, and its interval is that of the images asked for, not of all.
+A studio asks for the first, a hospital for the second: whose images are in there? Near-duplicates count as one training image. The second rate grows
+with the number of generated images: what did not come back may still come back in more of them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,17 @@ RETURNED = "training-copied"
 def copy_rate(
     decided: Decided, unseen: Tensor | None, groups: Sequence[Hashable] | None = None, *, seed: int = 0, resamples: int = 1000
 ) -> Row:  # fmt: skip
-    """Estimate the share of generated images that are copies, beside that of real images that the model never saw.
+    """Estimate the copy rate: the share of generated images that are copies, beside that of real images that the model never saw.
 
     Args:
-        unseen: bool `(M,)`, which of those would be called copies; None: there are none.
+        unseen: bool `(M,)`, which of the real images would be called copies; None: there are none.
         groups: one label per generated image, its prompt.
+
+    Example:
+        >>> one = torch.zeros(2, dtype=torch.float64)
+        >>> decided = Decided(torch.tensor([True, False]), one, torch.tensor([0, 3]), one, one)
+        >>> copy_rate(decided, None, resamples=50).generated.value
+        0.5
     """
     options: dict[str, Any] = {"name": COPIES, "seed": seed, "resamples": resamples, "share": True}
     made = bootstrap(decided.copy, torch.mean, groups=groups, detail="share of generated images", **options)
@@ -42,6 +48,12 @@ def returned(decided: Decided, labels: Sequence[Hashable], *, seed: int = 0) -> 
 
     Args:
         labels: one per training row, equal for near-duplicates; `decided.row` counts these rows.
+
+    Example:
+        >>> one = torch.zeros(2, dtype=torch.float64)
+        >>> decided = Decided(torch.tensor([True, False]), one, torch.tensor([0, 3]), one, one)
+        >>> returned(decided, ["a", "b", "c", "d"]).generated.value
+        0.25
     """
     back = {labels[row] for row in _rows(decided)}
     total = len(set(labels))
@@ -57,6 +69,12 @@ def by_group(decided: Decided, labels: Sequence[Hashable], groups: Sequence[str]
 
     Returns:
         One dict a group, those with most images returned first: value, training, returned, copies, share, low, high (Wilson).
+
+    Example:
+        >>> one = torch.zeros(2, dtype=torch.float64)
+        >>> decided = Decided(torch.tensor([True, False]), one, torch.tensor([0, 3]), one, one)
+        >>> [(g["value"], g["returned"]) for g in by_group(decided, ["a", "b", "c", "d"], ["Ann", "Ann", "Bo", "Bo"])]
+        [('Ann', 1), ('Bo', 0)]
     """
     rows = _rows(decided)
     found = []

@@ -1,15 +1,14 @@
-"""Training images that were embedded before: what an audit takes from a folder of `ambient_sd.audit.embedding`.
+"""Stored embeddings of the training images: what an audit reads from a folder of `ambient_sd.audit.embedding`.
 
 A training set is embedded once and many models are audited against it. Vectors, content keys and the thumbnails by which
 near-duplicates are found are read from the folder; no training image is embedded again, and few are decoded:
 
-    up to CHECKED images, drawn by the seed, to see that the embeddings are theirs: all of a small set
+    up to CHECKED images, chosen by the seed, to verify that the embeddings are theirs: all of a small set
     BACKGROUND of them (`metrics`), whose mirror images the folder does not hold
     the originals that are shown beside copies
 
-What this does not see: in a set of more than CHECKED images, one that was replaced under its name and caption since it was
-embedded, if it is none of those. Of n images of which a share p was replaced, one is seen with 1 - (1 - p)^CHECKED:
-63 % at p = 0.1 %. `EmbeddingStore.require` decodes every image.
+Limit: in a set of more than CHECKED images, one that was replaced under its name and caption since may be missed. If a share p was
+replaced, this is noticed with probability 1 - (1 - p)^CHECKED: 63 % at p = 0.1 %. `EmbeddingStore.require` decodes every image.
 """
 
 from __future__ import annotations
@@ -29,12 +28,18 @@ CHECKED = 1000
 
 
 def missing_features(folder: Path, features: Sequence[str]) -> list[str]:
-    """Return those of `features` (`registry.labels`) that the folder holds nothing of."""
+    """Return those of `features` (`registry.labels`) that the folder holds nothing of.
+
+    Example:
+        >>> import tempfile
+        >>> missing_features(Path(tempfile.mkdtemp()), ["pixels64"])
+        ['pixels64']
+    """
     return [name for name in features if not any((folder / name).glob("part-*.parquet"))]
 
 
 def recall(stores: Sequence[EmbeddingStore], images: ImageDataset, seed: int = 0, progress: bool = False) -> int:
-    """Tell an image set its keys, sizes and near-duplicates from its embeddings, as `ImageDataset.check` finds them.
+    """Give a dataset its keys, sizes and near-duplicates from its embeddings instead of `ImageDataset.check`.
 
     Args:
         stores: one or more, of different features.
@@ -46,6 +51,17 @@ def recall(stores: Sequence[EmbeddingStore], images: ImageDataset, seed: int = 0
 
     Raises:
         UserError: the embeddings are of other images, captions or rows, or of different ones.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> from ambient_sd.audit.embedding import embed_set, load_set
+        >>> from ambient_sd.audit.features import Pixels
+        >>> folder, vectors = (Path(tempfile.mkdtemp()) for _ in range(2))
+        >>> Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+        >>> [stored] = embed_set(load_set(folder), [Pixels(4)], vectors)
+        >>> recall([EmbeddingStore.open(stored)], load_set(folder))
+        1
     """
     first, *others = stores
     again = "give the images that were embedded, or embed these into an empty folder"
@@ -66,6 +82,6 @@ def recall(stores: Sequence[EmbeddingStore], images: ImageDataset, seed: int = 0
         if images[i].key != keys[i]:
             raise UserError(f"{first.folder} holds embeddings of other images", remedy=again,
                             rule=f"{images.names[i]} in {images.source} is another one")  # fmt: skip
-    looks = first.looks()
-    images.known(keys, looks.sizes, find_groups(keys, looks))
+    thumbnails = first.thumbnails()
+    images.known(keys, thumbnails.sizes, find_groups(keys, thumbnails))
     return len(chosen)

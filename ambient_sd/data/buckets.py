@@ -34,6 +34,10 @@ def make_buckets(resolution: int, step: int) -> tuple[Size, ...]:
     Args:
         resolution: side of the square bucket, pixels; a multiple of `step`.
         step: what sides are multiples of, pixels.
+
+    Example:
+        >>> make_buckets(128, 64)
+        ((128, 128),)
     """
     found = set()
     for width in range(step, int(resolution * _WIDEST) + step, step):
@@ -50,6 +54,10 @@ def read_buckets(text: str, resolution: int, step: int) -> tuple[Size, ...]:
 
     Raises:
         UserError: a pair is no pair, or its sides are no multiples of `step`.
+
+    Example:
+        >>> read_buckets("512,768;640,640", 640, 64)  # height,width becomes (width, height)
+        ((640, 640), (768, 512))
     """
     if text.strip() == "auto":
         if resolution % step:
@@ -71,13 +79,23 @@ def read_buckets(text: str, resolution: int, step: int) -> tuple[Size, ...]:
 
 
 def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
-    """Return the bucket whose aspect ratio is nearest to an image's; of equals the larger."""
+    """Return the bucket whose aspect ratio is nearest to an image's; of equals the larger.
+
+    Example:
+        >>> nearest_bucket((1920, 1080), [(512, 512), (704, 384)])
+        (704, 384)
+    """
     shape = math.log(size[0] / size[1])
     return min(buckets, key=lambda b: (round(abs(math.log(b[0] / b[1]) - shape), 9), -b[0] * b[1], b))
 
 
 def assign(sizes: Sequence[Size], noise_keys: Sequence[str], buckets: Sequence[Size]) -> dict[str, Size]:
-    """Return the bucket of every group of near-duplicates: that of its first image."""
+    """Return the bucket of every group of near-duplicates: that of its first image.
+
+    Example:
+        >>> assign([(1920, 1080), (500, 500)], ["a", "b"], [(512, 512), (704, 384)])
+        {'a': (704, 384), 'b': (512, 512)}
+    """
     found: dict[str, Size] = {}
     for size, key in zip(sizes, noise_keys, strict=True):
         found.setdefault(key, nearest_bucket(size, buckets))
@@ -91,6 +109,11 @@ class BucketStream(SampleStream):
         bucket_of: the bucket of each image.
         global_batch: G, positions per optimizer step over all processes.
         seed: seed of the run.
+
+    Example:
+        >>> stream = BucketStream([(64, 64)] * 3 + [(128, 64)] * 3, global_batch=2, seed=0)
+        >>> [stream.image(position) // 3 for position in range(8)]  # both images of a step have one bucket
+        [0, 0, 1, 1, 0, 0, 1, 1]
     """
 
     def __init__(self, bucket_of: Sequence[Size], global_batch: int, seed: int) -> None:

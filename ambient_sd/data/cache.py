@@ -1,14 +1,12 @@
-"""A folder of tensors found by their content: what was computed once for an image or caption, for all runs that need it.
+"""A content-addressed folder of tensors: computed once for an image or caption, for every run that needs them.
 
     folder = name-SHA256(about)[:16]        about: all that decides the values (weights, preprocessing, seed), in words
     entry  = id -> tensors                  id: 16 bytes, a hash of the input (pixels and view, or caption)
     shard  = ids, tensors, crc32 per entry  one safetensors file, written aside and renamed when whole
 
-An entry is computed under a key that says all it depends on, and never changes. So there is nothing that could be stale: other
-weights are another folder, a changed image is another entry, and images that were added cost themselves alone. What an
-interrupted run has written counts. Shards are memory-mapped: a million latents take no memory.
-
-It does not decide what is computed, or where: `ambient_sd.training.encode`.
+An entry's key names everything it depends on, and an entry never changes. So nothing can be stale: other weights are another
+folder, a changed image is another entry, and only added images are computed. The shards of an interrupted run are kept.
+Shards are memory-mapped: a million latents take no memory.
 """
 
 from __future__ import annotations
@@ -34,7 +32,12 @@ _ID_BYTES = 16
 
 
 def entry_id(*parts: str) -> bytes:
-    """Return the 16-byte id of an entry that depends on these texts."""
+    """Return the 16-byte id of an entry that depends on these texts.
+
+    Example:
+        >>> len(entry_id("an image's key", "its view"))
+        16
+    """
     digest = hashlib.blake2b(digest_size=_ID_BYTES)
     for part in parts:
         raw = part.encode("utf-8", "surrogatepass")
@@ -46,6 +49,11 @@ def fingerprint(module: torch.nn.Module, *more: str) -> str:
     """Return a SHA-256 over a module's class, config and weights, and further texts.
 
     The names under which weights were loaded do not count, nor do their files: only what is computed with.
+
+    Example:
+        >>> a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        >>> fingerprint(a) == fingerprint(b), len(fingerprint(a))
+        (False, 64)
     """
     config: Any = getattr(module, "config", {})
     config = dict(config) if isinstance(config, Mapping) else config.to_dict()
@@ -64,6 +72,15 @@ class Store:
         root: folder of all stores; made by `create`.
         name: first part of the folder's name, for people.
         about: all that the values depend on besides the id; no paths.
+
+    Example:
+        >>> import tempfile
+        >>> store = Store(tempfile.mkdtemp(), "latents", {"vae": "its digest"})
+        >>> store.create()
+        >>> shard = store.add([entry_id("a")], [{"mean": torch.ones(2)}])
+        >>> store.open([shard])
+        >>> store.fault(shard), store.read([entry_id("a")])[0]["mean"].tolist(), store.missing([entry_id("b")])
+        (None, [1.0, 1.0], [0])
     """
 
     def __init__(self, root: str | Path, name: str, about: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""What text encoders do not read: the end of a text with more tokens than they have places, 77 with start and end for CLIP.
+"""Find captions that text encoders cut: texts with more tokens than they have positions, 77 with start and end for CLIP.
 
-diffusers and transformers cut it off without a word. Of SDXL both tokenizers count: a text is cut where either cuts it.
+diffusers and transformers cut the rest silently. SDXL has two tokenizers: a text is cut where either cuts it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ _PIECE = re.compile(r"'(?:s|t|re|ve|m|ll|d)(?=\W|$)|[^\W\d_]+|\d|(?:[^\s\w]|_)+"
 
 @dataclass(frozen=True)
 class Cut:
-    """Say what is lost of one text.
+    """Hold what one text loses.
 
     Attributes:
         index: its place among the texts.
         tokens: how many it has; without a tokenizer at least so many.
         limit: how many are read.
         lost: the end that is not read, as the tokenizer writes it (in small letters).
+
+    Example:
+        >>> Cut(index=0, tokens=77, limit=75, lost="the end").lost
+        'the end'
     """
 
     index: int
@@ -64,7 +68,12 @@ def find_cut(texts: Sequence[str], tokenizers: Sequence[Any]) -> list[Cut]:
 
 
 def surely_cut(texts: Sequence[str], limit: int = CLIP_TOKENS) -> list[Cut]:
-    """Return the texts that every CLIP tokenizer cuts: a lower bound, for which none is needed."""
+    """Return the texts that every CLIP tokenizer cuts: a lower bound, for which none is needed.
+
+    Example:
+        >>> [cut.lost for cut in surely_cut(["a red apple on a table"], limit=4)]
+        ['a table']
+    """
     found = []
     for i, text in enumerate(texts):
         pieces = list(_PIECE.finditer(text))
@@ -81,6 +90,10 @@ def in_one_line(cuts: Sequence[Cut], total: int, what: str, first: str) -> str:
         total: number of texts.
         what: "captions" or "prompts".
         first: name of the first one.
+
+    Example:
+        >>> in_one_line([Cut(0, 77, 75, "a table")], total=9, what="captions", first="a.png")
+        '1 of 9 captions are longer than the text encoder reads and are cut; the first, a.png, has 77 tokens of 75, lost: a table'
     """
     one = cuts[0]
     return one_line(

@@ -10,6 +10,10 @@ def split_condition(term: str) -> tuple[str, str, str]:
 
     Raises:
         UserError: `term` has another form.
+
+    Example:
+        >>> split_condition("year>=1990")
+        ('year', '>=', '1990')
     """
     for operator in ("<=", ">=", "="):
         column, found, value = term.partition(operator)

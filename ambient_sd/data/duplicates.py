@@ -17,7 +17,7 @@ Cost for n images: n decodings, 0.75 KiB an image in an unnamed temporary file, 
 O(n log n) in the tree, all in compiled code; images with more than `_MOST_NEIGHBOURS` look-alikes are linked to that
 many of them only.
 
-It does not find crops, rotations, mirrorings top to bottom, recolourings, or images with added borders or text.
+It does not find crops, rotations, vertical flips, recoloured copies, or images with added borders or text.
 """
 
 from __future__ import annotations
@@ -62,6 +62,10 @@ class Group:
         rows: indices of its images, ascending, two or more.
         mirrored: per row whether the image is the mirror image of the group's first by key.
         key: the smallest content key among them.
+
+    Example:
+        >>> Group(rows=(0, 4), mirrored=(False, True), key="a").rows
+        (0, 4)
     """
 
     rows: tuple[int, ...]
@@ -70,7 +74,14 @@ class Group:
 
 
 class Thumbnails:
-    """Collect the thumbnails and sizes of images, in an unnamed file that the system may keep in memory."""
+    """Collect the thumbnails and sizes of images, in an unnamed file that the system may keep in memory.
+
+    Example:
+        >>> thumbnails = Thumbnails()
+        >>> thumbnails.add(Image.new("RGB", (64, 32), "red"))
+        >>> thumbnails.array().shape, thumbnails.aspects
+        ((1, 16, 16, 3), [2.0])
+    """
 
     def __init__(self) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as this object)
@@ -108,6 +119,13 @@ def find_groups(keys: Sequence[str], thumbnails: Thumbnails) -> list[Group]:
 
     Returns:
         Groups of two or more, in the order of their first rows.
+
+    Example:
+        >>> ramp, thumbnails = Image.linear_gradient("L").convert("RGB"), Thumbnails()
+        >>> for image in (ramp, ramp.resize((128, 128)), Image.new("RGB", (256, 256), "red")):
+        ...     thumbnails.add(image)
+        >>> find_groups(["a", "b", "c"], thumbnails)
+        [Group(rows=(0, 1), mirrored=(False, False), key='a')]
     """
     if not keys:
         return []
@@ -225,7 +243,12 @@ def _errors(a: Array, b: Array, flip: bool) -> Array:
 
 
 def noise_keys(keys: Sequence[str], groups: Sequence[Group]) -> tuple[list[str], list[bool]]:
-    """Return per image the key of its noise (its group's, else its own) and whether that noise is mirrored."""
+    """Return per image the key of its noise (its group's, else its own) and whether that noise is mirrored.
+
+    Example:
+        >>> noise_keys(["b", "a"], [Group((0, 1), (True, False), "a")])
+        (['a', 'a'], [True, False])
+    """
     shared, mirrored = list(keys), [False] * len(keys)
     for group in groups:
         for row, mirror in zip(group.rows, group.mirrored, strict=True):
@@ -246,6 +269,11 @@ def shared_noise(keys: Sequence[str], mirrored: Sequence[bool], shape: Sequence[
 
     Returns:
         eps_n, (B, C, h, w) float32 on the CPU.
+
+    Example:
+        >>> noise = shared_noise(["a", "a"], [False, True], (4, 2, 2), seed=0)
+        >>> torch.equal(noise[0].flip(-1), noise[1])
+        True
     """
     noise = image_noise(keys, shape, seed=seed)
     turned = torch.tensor(list(mirrored), dtype=torch.bool)
@@ -254,7 +282,12 @@ def shared_noise(keys: Sequence[str], mirrored: Sequence[bool], shape: Sequence[
 
 
 def noise_fingerprint(keys: Sequence[str], mirrored: Sequence[bool]) -> str:
-    """Return a SHA-256 over noise keys and mirrorings in their order: another grouping would be other noises."""
+    """Return a SHA-256 over noise keys and mirrorings in their order: another grouping would be other noises.
+
+    Example:
+        >>> noise_fingerprint(["a"], [False]) == noise_fingerprint(["a"], [True])
+        False
+    """
     digest = hashlib.sha256()
     for key, mirror in zip(keys, mirrored, strict=True):
         digest.update(f"{key} {'mirrored' if mirror else 'upright'}\n".encode())

@@ -1,9 +1,9 @@
-"""How far images are enlarged to the training resolution, and from where on that is a mistake rather than a wish.
+"""How far images are enlarged to the training resolution, and from which factor on that is refused.
 
     f = max(W / w, H / h)          w, h: of the image; W, H: of its crop
 
-An enlarged image holds no more than the small one, costs f^2 times the arithmetic, and its latents are smooth: a model
-learns the blur, and levels measured on them (`levels`) are those of other images. The median over the images counts.
+An enlarged image holds no more detail than the small one, costs f^2 times the arithmetic, and has smooth latents: the model
+learns the blur, and a noise level measured on it (`noise_level`) is wrong. The median over the images counts.
 """
 
 from __future__ import annotations
@@ -51,6 +51,10 @@ def check_enlargement(
 
     Raises:
         UserError: the median is too large.
+
+    Example:
+        >>> check_enlargement([(400, 400)], [(512, 512)], resolution=512) is None  # 1.28 times: nothing to say
+        True
     """
     factor = median_enlargement(sizes, targets)
     if factor < WARNED:

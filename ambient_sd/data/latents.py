@@ -34,6 +34,13 @@ def encode(encoder: ImageEncoder, samples: Sequence[Sample], *, noise_seed: int)
 
     Returns:
         x0, (B, C, h, w) float32 on the CPU, shifted and scaled as the network sees it.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> from ambient_sd.families.sd import StableDiffusion
+        >>> encoder = ImageEncoder(StableDiffusion(), tiny_pipeline().vae)
+        >>> encode(encoder, [Sample(torch.zeros(3, 32, 32), "a", "a upright")], noise_seed=0).shape
+        torch.Size([1, 4, 16, 16])
     """
     latents = []
     for sample in samples:
@@ -45,7 +52,23 @@ def encode(encoder: ImageEncoder, samples: Sequence[Sample], *, noise_seed: int)
 def encode_all(
     encoder: ImageEncoder, images: ImageDataset, rule: ViewRule, indices: Sequence[int], *, progress: bool = False
 ) -> torch.Tensor:
-    """Encode the fixed views of some images of one target size, (len(indices), C, h, w) float32 on the CPU."""
+    """Encode the fixed views of some images of one target size, (len(indices), C, h, w) float32 on the CPU.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from ambient_sd.data.sources import load_rows
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (96, 64), "red").save(folder / "a.png")
+        >>> rows = load_rows(folder, need_captions=False).check()
+        >>> rule = ViewRule(resolution=32, center_crop=True, random_flip=False, per_image=True, noise_seed=0)
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> from ambient_sd.families.sd import StableDiffusion
+        >>> encoder = ImageEncoder(StableDiffusion(), tiny_pipeline().vae)
+        >>> encode_all(encoder, rows, rule, [0]).shape
+        torch.Size([1, 4, 16, 16])
+    """
     # A fixed view is the same at every position, so any will do.
     stream = SampleStream(len(images), 0)
     bar = tqdm(indices, desc="encoding images", disable=not progress, leave=False)

@@ -1,4 +1,4 @@
-"""The one fixed noise of an image: a function of its key and a seed, the same on every machine, for ever.
+"""The one fixed noise of an image: a function of its key and a seed, the same on every machine and in every version.
 
 Ambient training shows an image only through `x_n = alpha_n x0 + sigma_n eps_n`. m different draws of eps_n average
 out to noise sigma_n / sqrt(m) and give the clean image back (Shah et al., ICML 2025, Lemma 4.2), so eps_n must never
@@ -7,8 +7,8 @@ depend on order, worker, rank, epoch, batch, device, dtype, or on the versions o
     sha256(seed, shape, key) -> Philox-4x64-10 (Salmon et al. 2011; numpy fixes its stream) -> 64-bit words
     u = (word // 2^12 + 1/2) / 2^52 -> eps = Phi^-1(u), algorithm AS 241 (Wichura 1988) -> rounded to float32
 
-Phi^-1 is evaluated with + - * / and square roots only, which IEEE 754 defines to the last bit; the logarithm is our
-own, for that of the C library or of numpy differs between processors. The normal generators of numpy and torch promise
+Phi^-1 uses + - * / and square roots only, which IEEE 754 defines to the last bit; the logarithm is implemented here,
+because those of the C library and of numpy differ between processors. The normal generators of numpy and torch promise
 no fixed stream.
 
 It does not decide what a key is (the image's content, or its group of near-duplicates, never its index).
@@ -72,6 +72,11 @@ def image_noise(
 
     Raises:
         UserError: keys is one string or holds something else than non-empty strings, or shape or seed is not whole.
+
+    Example:
+        >>> noise = image_noise(["a", "b", "a"], (4, 8, 8))
+        >>> torch.equal(noise[0], noise[2]), torch.equal(noise[0], noise[1])
+        (True, False)
     """
     # A bare string is a sequence of one-letter keys; an index as a key is the leak that keys exist to prevent.
     bad = [keys] if isinstance(keys, str) else [k for k in keys if not (isinstance(k, str) and k)]

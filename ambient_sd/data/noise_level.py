@@ -1,4 +1,4 @@
-"""Which nature level s_n suits an image set: measured on its latents before any training, without a network.
+"""Propose a nature level s_n for a dataset: measured on its latents before any training, without a network.
 
 For images x_i in d numbers, a noisy copy is `y = x_i + s z`. By noise level s:
 
@@ -14,15 +14,15 @@ For images x_i in d numbers, a noisy copy is `y = x_i + s z`. By noise level s:
     speciation    s = sqrt(largest eigenvalue of the covariance), where the gross structure appears (the same paper)
 
 The proposal is the level at which the median of d1 / d2 reaches `TARGET` = 2/3. Why not the collapse? Ambient training can
-memorize noisy copies at best (Shah et al., ICML 2025, Lemma 4.1), and a network that knows every image by heart below s_n
-names the image of a copy at any level below the collapse. But on real latents that is so far up (5 to 10) that nothing is
-left to learn from. Below s_n networks generalize first; then what a copy gives away is what a denoiser that has not seen the
-image recovers of it, and d1 / d2 < 1/3 is what the audit calls a copy. A trained network denoises better than a linear
+at most memorize noisy copies (Shah et al., ICML 2025, Lemma 4.1), and a network that knows every image by heart below s_n
+names the image of a copy at any level below the collapse. But on real latents the collapse is so high (5 to 10) that nothing is
+left to learn from. Below s_n networks generalize first; a copy then gives away what a denoiser that has not seen the
+image recovers of it, and d1 / d2 < 1/3 is the published criterion of a copy. A trained network denoises better than a linear
 filter, hence twice that ratio. `docs/level.md` says how far to trust it.
 
-More images than `MOST` are represented by that many, drawn by their keys: time and memory stay flat. The weights of those
-left out are made up for in the mean, `(n - 1) / (m - 1)`; near neighbours among them are not, so that every level comes out
-rather too high than too low. Near-duplicates are to be left out (`ImageDataset.one_of_each`): of two copies neither is much nearer.
+At most `MOST` images are measured, chosen by their keys: time and memory stay flat. The weights of the others are made up for
+in the mean, `(n - 1) / (m - 1)`; near neighbours among them are not, so a level comes out too high rather than too low. Leave
+near-duplicates out (`ImageDataset.one_of_each`): two copies are equally near.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Quantiles = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Levels:
-    """Hold what was measured and what follows.
+    """Hold the measurement and the proposal.
 
     Attributes:
         images: n, distinct ones of the set.
@@ -69,6 +69,12 @@ class Levels:
         speciation: root of the largest eigenvalue.
         proposed: s_n, two significant digits.
         reason: one line.
+
+    Example:
+        >>> latents = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        >>> found = measure(latents)
+        >>> found.images, found.as_dict()["numbers"]
+        (8, 64)
     """
 
     images: int
@@ -103,6 +109,14 @@ def representatives(images: ImageDataset, shapes: Sequence[Any] | None = None) -
 
     Raises:
         UserError: fewer than `FEWEST` are left.
+
+    Example:
+        >>> class Nine:
+        ...     noise_keys = keys = [f"{i}" for i in range(9)]
+        ...     def one_of_each(self):
+        ...         return list(range(9))
+        >>> representatives(Nine())[1]
+        9
     """
     rows = images.one_of_each()
     if shapes is not None:
@@ -131,6 +145,11 @@ def measure(latents: torch.Tensor, *, total: int | None = None, max_level: float
 
     Raises:
         UserError: fewer than `FEWEST` images, all alike, or values that are not finite.
+
+    Example:
+        >>> latents = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        >>> measure(latents).proposed
+        1.1
     """
     m, n = len(latents), total or len(latents)
     if latents.ndim != 4 or m < FEWEST:
@@ -233,7 +252,13 @@ def _quantiles(values: torch.Tensor) -> Quantiles:
 
 
 def as_text(found: Levels) -> str:
-    """Return the table for the terminal."""
+    """Return the table for the terminal.
+
+    Example:
+        >>> latents = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        >>> as_text(measure(latents)).splitlines()[0]
+        '8 distinct images, 64 numbers each'
+    """
     drawn = "" if found.used == found.images else f" ({found.used} of them measured)"
     low, middle, high = found.nearest
     lines = [
@@ -252,7 +277,13 @@ def as_text(found: Levels) -> str:
 
 
 def marks(found: Levels) -> list[tuple[float | None, str]]:
-    """Return the levels that mean something, each with its meaning."""
+    """Return the levels that mean something, each with its meaning.
+
+    Example:
+        >>> latents = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        >>> [meaning for _, meaning in marks(measure(latents))][1]
+        'the noise of neighbouring images overlaps'
+    """
     return [
         (found.copy, "below, a noisy copy is a copy: linearly denoised, d1/d2 < 1/3 for half of them"),
         (found.overlap, "the noise of neighbouring images overlaps"),

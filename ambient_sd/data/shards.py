@@ -1,9 +1,9 @@
 """WebDataset shards: tar files whose members `KEY.jpg` and `KEY.txt` (or `KEY.json`) are one row.
 
-A key is a member's name up to the first dot of its last part, as in WebDataset; members that belong together need not
-follow one another. Every shard's headers are read once (`tarfile`); what stays per row is a name and 42 bytes: shard,
-and place and size of image and caption. A row is then read by opening its shard, seeking and reading: nothing is
-extracted, no handle is shared, so any number of worker processes, forked or not, may read at once.
+A key is a member's name up to the first dot of its last part, as in WebDataset; members of one key need not be
+adjacent. Every shard's headers are read once (`tarfile`); a row keeps a name and 42 bytes: shard, and place and size of
+image and caption. Reading a row opens its shard, seeks and reads: nothing is extracted and no handle is shared, so any
+number of worker processes, forked or not, may read at once.
 
 Not read: compressed archives (no random access), links, sparse members. Shards on other machines are not fetched.
 """
@@ -20,26 +20,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ambient_sd.data.walk import PICTURE_SUFFIXES, UNREAD_SUFFIXES
-from ambient_sd.utils.errors import UserError
+from ambient_sd.data.walk import IMAGE_SUFFIXES, UNREAD_SUFFIXES
+from ambient_sd.utils.errors import UserError, first_of
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
-CAPTIONS = ("txt", "json")
+IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
+CAPTION_KINDS = ("txt", "json")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _COMPRESSED_NAME = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|Z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST_SHARDS = 1_000_000
 _MOST_CAPTION = 2**20  # bytes; an image under the name of a caption would be read whole
-_SHOWN = 3
 _NONE = -1
 
 
 class ShardRows(Sequence[Mapping[str, Any]]):
-    """Hold where the rows of shards lie; `rows[i]` reads the columns of one from its shard, `image(i)` its image.
+    """Index the rows of shards; `rows[i]` reads the columns of one from its shard, `image(i)` its image.
 
     Args:
         paths: the shards.
         caption_column: column under which the text of a `.txt` member appears.
+
+    Example:
+        >>> import io, tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with tarfile.open(folder / "a.tar", "w") as tar:
+        ...     for name, data in (("1.jpg", b"an image"), ("1.txt", b"a cat")):
+        ...         info = tarfile.TarInfo(name)
+        ...         info.size = len(data)
+        ...         tar.addfile(info, io.BytesIO(data))
+        >>> rows = index_shards(find_shards(folder), "text")
+        >>> rows[0], rows.image(0)
+        ({'text': 'a cat'}, b'an image')
     """
 
     def __init__(self, paths: Sequence[Path], caption_column: str) -> None:
@@ -131,6 +142,11 @@ def has_shards(folder: Path) -> bool:
 
     Raises:
         UserError: the folder cannot be listed.
+
+    Example:
+        >>> import tempfile
+        >>> has_shards(Path(tempfile.mkdtemp()))
+        False
     """
     try:
         with os.scandir(folder) as entries:
@@ -140,7 +156,12 @@ def has_shards(folder: Path) -> bool:
 
 
 def names_shards(source: Path) -> bool:
-    """Tell whether a path is a tar file, compressed or not, or a pattern such as `part-{000..010}.tar`."""
+    """Tell whether a path is a tar file, compressed or not, or a pattern such as `part-{000..010}.tar`.
+
+    Example:
+        >>> names_shards(Path("part-{000..010}.tar"))
+        True
+    """
     return _is_shard(source.name) and (os.path.isfile(source) or bool(_RANGE.search(str(source))))
 
 
@@ -153,6 +174,13 @@ def find_shards(source: Path) -> list[Path]:
 
     Raises:
         UserError: a shard is compressed or missing, or a range is wrong.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / "a.tar").touch()
+        >>> [path.name for path in find_shards(folder)]
+        ['a.tar']
     """
     if source.is_dir():
         # A file and a link to it are one shard, under the file's own name.
@@ -165,7 +193,7 @@ def find_shards(source: Path) -> list[Path]:
         absent = [p.name for p in paths if not p.is_file()]
         if absent:
             raise UserError(
-                f"{len(absent)} of {len(paths)} shards of {source} do not exist: {_some(absent)}",
+                f"{len(absent)} of {len(paths)} shards of {source} do not exist: {first_of(absent)}",
                 remedy="add them, or correct the range",
             )
     for path in paths:
@@ -204,11 +232,22 @@ def index_shards(paths: Sequence[Path], caption_column: str, faults: list[tuple[
     Args:
         paths: the shards.
         caption_column: column of the captions.
-        faults: receives (name, text) of what is wrong, and reading goes on with what is whole; without it the first
+        faults: collects (name, text) of what is wrong, and reading continues with the intact rows; without it the first
             fault raises.
 
     Raises:
         UserError: a shard is damaged, compressed or empty, or its members do not make rows.
+
+    Example:
+        >>> import io, tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with tarfile.open(folder / "a.tar", "w") as tar:
+        ...     for name, data in (("1.jpg", b"an image"), ("1.txt", b"a cat")):
+        ...         info = tarfile.TarInfo(name)
+        ...         info.size = len(data)
+        ...         tar.addfile(info, io.BytesIO(data))
+        >>> index_shards(find_shards(folder), "text").names
+        ['a.tar/1.jpg']
     """
     rows = ShardRows(paths, caption_column)
 
@@ -236,13 +275,13 @@ def index_shards(paths: Sequence[Path], caption_column: str, faults: list[tuple[
                 path.name,
                 UserError(
                     f"shard {path} has no images",
-                    rule=f"a row is a member KEY.{PICTURES[0]} (or {', '.join(PICTURES[1:])}) and KEY.txt or KEY.json",
+                    rule=f"a row is a member KEY.{IMAGE_KINDS[0]} (or {', '.join(IMAGE_KINDS[1:])}) and KEY.txt or KEY.json",
                     remedy="remove the shard, or name its members so",
                 ),
             )
     if faults is None and (absent := rows.without_caption()):
         raise UserError(
-            f"{len(absent)} of {len(rows)} images have no caption: {_some([rows.names[i] for i in absent])}",
+            f"{len(absent)} of {len(rows)} images have no caption: {first_of([rows.names[i] for i in absent])}",
             rule="an image KEY.jpg needs KEY.txt, or KEY.json with the caption column, in the same shard",
             remedy="add the members; an empty KEY.txt is an image without caption",
         )
@@ -252,22 +291,20 @@ def index_shards(paths: Sequence[Path], caption_column: str, faults: list[tuple[
 def _add_row(rows: ShardRows, shard: int, path: Path, file: BinaryIO, members: list[_Member], tell: Any) -> None:
     """Make one row of the members with one key, or tell what is wrong with them."""
     first = members[0].name
-    images = [m for m in members if m.kind in PICTURES]
-    twice = [m for m in members if m.kind in CAPTIONS and sum(o.kind == m.kind for o in members) > 1]
+    images = [m for m in members if m.kind in IMAGE_KINDS]
+    twice = [m for m in members if m.kind in CAPTION_KINDS and sum(o.kind == m.kind for o in members) > 1]
     if not images:
-        dotted = next((m for m in members if m.kind.rpartition(".")[2] in PICTURES), None)
-        other = next(
-            (m for m in members if "." + m.kind.rpartition(".")[2] in PICTURE_SUFFIXES | UNREAD_SUFFIXES), None
-        )
+        dotted = next((m for m in members if m.kind.rpartition(".")[2] in IMAGE_KINDS), None)
+        other = next((m for m in members if "." + m.kind.rpartition(".")[2] in IMAGE_SUFFIXES | UNREAD_SUFFIXES), None)
         if dotted is None and other is not None:  # left alone, it would count as looked at
             tell(f"{path.name}/{other.name}", UserError(f"{other.name} in shard {path} is an image of a kind that is not read there",
-                 rule=f"an image is a member KEY.{', KEY.'.join(PICTURES)}", remedy="convert it"))  # fmt: skip
+                 rule=f"an image is a member KEY.{', KEY.'.join(IMAGE_KINDS)}", remedy="convert it"))  # fmt: skip
             return
         if dotted is not None:
             rule, remedy = "a key ends at the first dot of a name", "take the other dots out of its name"
         else:
             rule, remedy = "it needs one with the same name up to the dot", "add it, or take the member out"
-        if dotted is not None or any(m.kind in CAPTIONS for m in members):
+        if dotted is not None or any(m.kind in CAPTION_KINDS for m in members):
             name = dotted.name if dotted is not None else first
             tell(f"{path.name}/{name}", UserError(f"{name} in shard {path} has no image", rule=rule, remedy=remedy))
         return
@@ -278,7 +315,7 @@ def _add_row(rows: ShardRows, shard: int, path: Path, file: BinaryIO, members: l
         tell(name, UserError(f"{both} in shard {path} are two {what} of one key", rule="a row has one of each",
                              remedy="rename or remove one"))  # fmt: skip
         return
-    if large := next((m for m in members if m.kind in CAPTIONS and m.size > _MOST_CAPTION), None):
+    if large := next((m for m in members if m.kind in CAPTION_KINDS and m.size > _MOST_CAPTION), None):
         tell(name, UserError(f"{large.name} in shard {path} has {large.size} bytes",
                              rule=f"a caption has at most {_MOST_CAPTION}", remedy="is it a caption?"))  # fmt: skip
         return
@@ -316,7 +353,7 @@ def _members(path: Path, file: BinaryIO, tell: Any) -> Iterator[_Member]:
                     continue
                 if bad := _refused(info, name):
                     tell(f"{path.name}/{name}", UserError(f"{name} in shard {path} {bad}",
-                         rule="a row's members are plain files inside the shard", remedy="write the shard anew"))  # fmt: skip
+                         rule="a row's members are plain files inside the shard", remedy="write the shard again"))  # fmt: skip
                     continue
                 yield _Member(name, folder + slash + key, kind.lower(), info.offset_data, info.size)
             end = tar.offset
@@ -329,7 +366,7 @@ def _members(path: Path, file: BinaryIO, tell: Any) -> Iterator[_Member]:
         raise _damaged(path, f"byte {end} begins neither a member nor the end mark")
     while tail := file.read(2**20):
         if any(tail):
-            raise UserError(f"shard {path} goes on after its end mark", rule="what follows would never be read",
+            raise UserError(f"shard {path} continues after its end mark", rule="the rest would never be read",
                             remedy="two archives were joined: give them one by one")  # fmt: skip
 
 
@@ -343,7 +380,7 @@ def _refused(info: tarfile.TarInfo, name: str) -> str:
 
 
 def _damaged(path: Path, why: str) -> UserError:
-    return UserError(f"shard {path} is damaged or cut short", rule=why, remedy="fetch or write it anew")
+    return UserError(f"shard {path} is damaged or cut short", rule=why, remedy="download it or write it again")
 
 
 def _compressed(path: Path, kind: str) -> UserError:
@@ -363,8 +400,3 @@ def _read(file: Any, place: int, size: int) -> bytes:
     if len(data) < size:
         raise OSError(f"the shard ends {size - len(data)} bytes before the member does")
     return data
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,7 +1,7 @@
 """Images and captions from a folder with metadata.jsonl or .csv, a parquet file, tar shards or a hub dataset, checked before use.
 
 An image's `key` is the SHA-256 of its decoded RGB content, size included. Whatever is fixed per image (its noise,
-its VAE draw, its view) hangs on it, so a copy under another name or in another lossless format shares all of them.
+its VAE sample, its view) follows from the key, so a copy under another name or in another lossless format shares all of it.
 
 It does not resize or encode anything; near-duplicates are found by `ambient_sd.data.duplicates`.
 """
@@ -28,7 +28,7 @@ from ambient_sd.data.dataset_options import UNLISTED
 from ambient_sd.data.duplicates import Group, Thumbnails, find_groups, noise_keys
 from ambient_sd.data.shards import ShardRows, find_shards, has_shards, index_shards, names_shards
 from ambient_sd.data.walk import METADATA, Found, walk
-from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.errors import UserError, first_of, one_line
 
 NAME_COLUMNS = (
     "image",
@@ -39,8 +39,7 @@ NAME_COLUMNS = (
     "image_file",
     "path",
 )  # where there is no file_name
-FRAMES = "ambient_sd_frames"  # in the info of a decoded image: its file has more frames than this one
-_SHOWN = 3  # names listed in an error line before "and N more"
+FRAMES = "ambient_sd_frames"  # in a decoded image's info: the file has further frames
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,11 @@ class ImageRow:
         name: file name or row, for messages.
         noise_key: key of what is fixed for it and its near-duplicates; empty means `key`.
         mirrored: it is the mirror image of the image that `noise_key` belongs to.
+
+    Example:
+        >>> image = Image.new("RGB", (8, 8))
+        >>> ImageRow(image, "a black square", content_key(image), "a.png").mirrored
+        False
     """
 
     image: Image.Image
@@ -66,7 +70,12 @@ class ImageRow:
 
 @dataclass(frozen=True)
 class Fault:
-    """Say what is wrong with one row: its `name`, the `kind` of fault, and a `text` for people."""
+    """Say what is wrong with one row: its `name`, the `kind` of fault, and a `text` for people.
+
+    Example:
+        >>> Fault("a.png", "broken", "the file does not exist").kind
+        'broken'
+    """
 
     name: str
     kind: str
@@ -85,8 +94,17 @@ class ImageDataset(Sequence[ImageRow]):
         rows: per row its plain columns, for `column`.
 
     Attributes:
-        unlisted: files of the folder that hold or may hold images and were left out, because the caller wanted it so.
+        unlisted: number of files in the folder that hold or may hold images and were left out on request.
         animated: names of the rows with more than one frame, of which the first is the image; known after `check`.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+        >>> atomic = (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a red square"}')
+        >>> rows = load_rows(folder).check()
+        >>> len(rows), rows[0].caption, rows.images[0].size
+        (1, 'a red square', (8, 8))
     """
 
     def __init__(
@@ -156,7 +174,7 @@ class ImageDataset(Sequence[ImageRow]):
     def one_of_each(self, rows: Sequence[int] | None = None) -> list[int]:
         """Return of each group of duplicates (`noise_keys` where there are any, else `keys`) the first of `rows`, or of all.
 
-        Of two copies neither is much nearer to an image than the other: d1 / d2 would say 1.
+        Two copies are equally near to an image: d1 / d2 would be 1.
         """
         groups = self.noise_keys or self.keys
         rows = range(len(self)) if rows is None else rows
@@ -177,7 +195,7 @@ class ImageDataset(Sequence[ImageRow]):
         With `near_duplicates` their `groups` are found, and `noise_keys` and `mirrored` follow them; otherwise
         `noise_keys` are `keys`.
 
-        Training calls this before any model loads: a broken file in hour three costs the three hours.
+        Training calls this before any model loads: a broken file found in hour three would cost the three hours.
 
         Raises:
             UserError: images cannot be decoded; the first ones are named.
@@ -198,7 +216,7 @@ class ImageDataset(Sequence[ImageRow]):
                 thumbnails.add(image)
         if broken:
             raise UserError(
-                f"{len(broken)} of {len(self)} images in {self.source} cannot be read: {_some(broken)}",
+                f"{len(broken)} of {len(self)} images in {self.source} cannot be read: {first_of(broken)}",
                 rule="every image must decode",
                 remedy="replace the files or remove their rows",
             )
@@ -228,7 +246,12 @@ class _Undecodable(Exception):
 
 
 def content_key(image: Image.Image) -> str:
-    """Return the SHA-256 of an RGB image's size and pixels, in hexadecimal."""
+    """Return the SHA-256 of an RGB image's size and pixels, in hexadecimal.
+
+    Example:
+        >>> len(content_key(Image.new("RGB", (8, 8))))
+        64
+    """
     width, height = image.size
     return hashlib.sha256(f"{width}x{height} RGB\n".encode() + image.tobytes()).hexdigest()
 
@@ -236,7 +259,13 @@ def content_key(image: Image.Image) -> str:
 def decode(source: bytes | Path) -> Image.Image:
     """Decode an image to RGB: upright, the first frame, transparency laid on white.
 
-    A PNG's comments are not read where they are too large for Pillow; no pixel hangs on them.
+    A PNG's comments are skipped where they are too large for Pillow; no pixel depends on them.
+
+    Example:
+        >>> buffer = io.BytesIO()
+        >>> Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(buffer, "PNG")
+        >>> decode(buffer.getvalue()).getpixel((0, 0))  # transparency is laid on white
+        (255, 255, 255)
     """
     try:
         try:
@@ -339,13 +368,13 @@ def load_rows(
         row_filter: (column, operator, value) conditions, operator one of = <= >=; rows must meet all of them.
         config_name: configuration of a hub dataset.
         cache_dir: where hub downloads are kept.
-        local: `source` is a path, whatever it looks like: a mistyped folder is then not looked for on the hub.
+        local: `source` is a path whatever its form: a mistyped folder is then not searched on the hub.
         need_captions: without, a row that has none gets an empty one, and a folder without a list is all images in it.
         several_captions: a row's caption may be a list of texts too; its first one is the caption where one is asked for.
-        unlisted: what becomes of images in a local folder that would not be read (`ambient_sd.data.walk`): those that its list
-            does not name, of a kind that is not read, hidden, or perhaps in an archive. "refuse", or "ignore": they are
-            left out, and `ImageDataset.unlisted` counts them.
-        faults: receives the faults of single rows, which are then left out (a row without caption stays, with an empty
+        unlisted: what to do with images in a local folder that would not be read (`ambient_sd.data.walk`): not in its list,
+            of an unsupported kind, hidden, or perhaps in an archive. "refuse", or "ignore": they are left out, and
+            `ImageDataset.unlisted` counts them.
+        faults: collects the faults of single rows, which are then left out (a row without caption stays, with an empty
             one); without it the first fault raises.
 
     Returns:
@@ -354,6 +383,14 @@ def load_rows(
     Raises:
         UserError: the source does not exist, has no images, lacks a column or a file, or no row is left; images in it
             would be left out, or lie behind a link that cannot be followed.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+        >>> atomic = (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a red square"}')
+        >>> load_rows(folder).captions
+        ['a red square']
     """
     if unlisted not in UNLISTED:
         raise UserError(f"unlisted is {unlisted!r}", rule=f"it must be {' or '.join(UNLISTED)}")
@@ -543,7 +580,7 @@ def _from_folder(
     missing = {r["file_name"]: None for r in rows if not _is_file(folder / r["file_name"])}
     if missing and faults is None:
         raise UserError(
-            f"{len(missing)} of {len(rows)} images named in {listing} do not exist: {_some(list(missing))}",
+            f"{len(missing)} of {len(rows)} images named in {listing} do not exist: {first_of(list(missing))}",
             remedy="add the files or remove their lines",
         )
     there = [str(r["file_name"]) for r in rows if r["file_name"] not in missing]
@@ -565,12 +602,12 @@ def _from_folder(
 
 
 def _walked(folder: Path, faults: list[Fault] | None) -> Found:
-    """Look through a folder; what cannot be followed there is a mistake, for images may lie behind it."""
+    """List a folder; a link that cannot be followed is a mistake, since images may lie behind it."""
     seen = walk(folder)
     if seen.broken and faults is None:
         name, why = next(iter(sorted(seen.broken.items())))
         raise UserError(f"{one_line(name, 120)} in {folder} is {why}", rule="images behind it would not be seen",
-                        remedy="mend it or remove it")  # fmt: skip
+                        remedy="repair or remove it")  # fmt: skip
     if faults is not None:
         faults.extend(Fault(name, "broken", why) for name, why in sorted(seen.broken.items()))
     return seen
@@ -593,6 +630,14 @@ def not_listed(folder: Path, listed: Sequence[str], listing: Path, faults: list[
 
     Raises:
         UserError: a link in it cannot be followed.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+        >>> atomic = (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a red square"}')
+        >>> not_listed(folder, [], folder / "metadata.jsonl")
+        {'a.png': 'not in metadata.jsonl'}
     """
     seen = _walked(folder, faults)
     names = {os.path.normpath(name) for name in listed}
@@ -621,8 +666,13 @@ def _tell_unlisted(folder: Path, left: Mapping[str, str], unlisted: str, faults:
 
 
 def refuse_unlisted(folder: Path, left: Mapping[str, str]) -> UserError:
-    """Return the refusal of a folder of which files would be left out: each name with its reason."""
-    shown = _some([f"{one_line(name, 60)} ({why})" for name, why in left.items()])
+    """Return the refusal of a folder of which files would be left out: each name with its reason.
+
+    Example:
+        >>> print(refuse_unlisted(Path("images"), {"b.heic": "a kind that is not read"}))
+        1 files in images would be left out: b.heic (a kind that is not read); what is not read is not seen; list, convert, unpack or move them, or give --unlisted ignore
+    """
+    shown = first_of([f"{one_line(name, 60)} ({why})" for name, why in left.items()])
     return UserError(f"{len(left)} files in {folder} would be left out: {shown}", rule="what is not read is not seen",
                      remedy="list, convert, unpack or move them, or give --unlisted ignore")  # fmt: skip
 
@@ -858,8 +908,3 @@ def _meets(table: _Table, index: int, conditions: Sequence[tuple[str, str, str]]
                 f"row filter {column}{operator}{wanted} compares {have!r}", rule=f"{operator} needs numbers"
             ) from None
     return True
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(one_line(name, 120) for name in names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

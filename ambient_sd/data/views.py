@@ -23,7 +23,12 @@ from ambient_sd.data.stream import SampleStream, keyed_generator
 
 @dataclass(frozen=True)
 class View:
-    """Say which part of a resized image is seen: mirrored or not, and where the crop lies, as fractions in [0, 1)."""
+    """Say which part of a resized image is seen: mirrored or not, and where the crop lies, as fractions in [0, 1).
+
+    Example:
+        >>> View(flip=True)
+        View(flip=True, top=0.5, left=0.5)
+    """
 
     flip: bool = False
     top: float = 0.5
@@ -31,7 +36,12 @@ class View:
 
 
 class Sample(NamedTuple):
-    """Hold an image ready for the VAE: pixels (3, H, W) float32 in [-1, 1], its key and the key of its VAE draw."""
+    """Hold an image ready for the VAE: pixels (3, H, W) float32 in [-1, 1], its key and the key of its VAE draw.
+
+    Example:
+        >>> Sample(torch.zeros(3, 8, 8), key="a", draw_key="a upright").key
+        'a'
+    """
 
     pixels: torch.Tensor
     key: str
@@ -49,6 +59,17 @@ class ViewRule:
         per_image: draw once per image from its key and `noise_seed` (ambient), not at each position.
         noise_seed: seed of everything that is fixed per image.
         buckets: (width, height) of the crop by noise key, in place of the square; None: all are square.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ambient_sd.data.sources import load_rows
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (96, 64), "red").save(folder / "a.png")
+        >>> rows = load_rows(folder, need_captions=False).check()
+        >>> rule = ViewRule(resolution=32, center_crop=True, random_flip=False, per_image=True, noise_seed=0)
+        >>> rule.target("a"), rule.fixed(rows), rule.see(rows[0], View()).pixels.shape
+        ((32, 32), True, torch.Size([3, 32, 32]))
     """
 
     resolution: int
@@ -157,7 +178,19 @@ class ViewRule:
 
 
 class Samples(Dataset[Sample]):
-    """Give the sample at each position of a run; a map-style data set for torch's DataLoader."""
+    """Give the sample at each position of a run; a map-style data set for torch's DataLoader.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ambient_sd.data.sources import load_rows
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (96, 64), "red").save(folder / "a.png")
+        >>> rows = load_rows(folder, need_captions=False).check()
+        >>> rule = ViewRule(resolution=32, center_crop=True, random_flip=False, per_image=True, noise_seed=0)
+        >>> Samples(rows, rule, SampleStream(1, seed=0))[0].pixels.shape
+        torch.Size([3, 32, 32])
+    """
 
     def __init__(self, images: ImageDataset, rule: ViewRule, stream: SampleStream) -> None:
         self.images, self.rule, self.stream = images, rule, stream

@@ -1,14 +1,14 @@
-"""What lies in a folder of images: every file below it, through links too, once and in one order.
+"""List a folder of images: every file below it, links followed, once and in a fixed order.
 
     images     files by their ending, or without a known one by their first bytes
     unread     images of a kind that is not read (HEIC, raw), hidden images, archives that may hold some
 
 Links to files and folders are followed. A file that several paths reach is one image, under its own path rather than a
-link's. A link that leads back to a folder above it, a link to nothing and a folder that cannot be listed are mistakes:
-what lies behind them would not be seen, and nobody would know. Hidden files (of a viewer, of a Mac) are no images of the
-set, but where their bytes are an image they are told. Folders of version control are not entered.
+link's. A link back to a folder above it, a link to nothing and a folder that cannot be listed are mistakes: the images
+behind them would go unseen. Hidden files (of a viewer, of macOS) are not images of the dataset, but are reported where their
+bytes are an image. Folders of version control are not entered.
 
-Nothing is decoded here; `ambient_sd.data.sources` decides what becomes of what was found.
+Nothing is decoded here; `ambient_sd.data.sources` decides what to do with the files found.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from ambient_sd.utils.errors import UserError, one_line
 
 METADATA = ("metadata.jsonl", "metadata.csv")
-PICTURE_SUFFIXES = {
+IMAGE_SUFFIXES = {
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
     ".pnm", ".pbm",
 }  # fmt: skip
@@ -40,7 +40,7 @@ _SAMPLES, _SHEET = "samples.jsonl", "contact_sheet.png"  # of `ambient-sd sample
 
 @dataclass
 class Found:
-    """Hold what lies in a folder; names are paths in it with `/`, sorted.
+    """Hold the files of a folder; names are sorted paths in it with `/`.
 
     Attributes:
         images: files that are read as images.
@@ -49,6 +49,10 @@ class Found:
         broken: path -> what is wrong with it, of links and folders that cannot be followed.
         again: further paths to files that are counted already.
         real: image -> its real path.
+
+    Example:
+        >>> Found().images
+        []
     """
 
     images: list[str] = field(default_factory=list)
@@ -61,7 +65,7 @@ class Found:
 
 @dataclass(frozen=True, order=True)
 class _Folder:
-    """A folder to look into; the order is that of looking: what is there itself gets its own name and not a link's."""
+    """A folder to list; sorted so that a file gets its own name before a link's."""
 
     hidden: bool
     linked: bool
@@ -77,6 +81,15 @@ def walk(folder: Path) -> Found:
 
     Raises:
         UserError: links form a cycle: a path without end.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for name in ("a.png", "b.heic", "notes.txt"):
+        ...     (folder / name).touch()
+        >>> found = walk(folder)
+        >>> found.images, found.unread
+        (['a.png'], {'b.heic': 'a kind that is not read'})
     """
     found = Found()
     start = _Folder(False, False, "", os.path.realpath(folder))
@@ -105,7 +118,7 @@ def walk(folder: Path) -> Found:
                 heapq.heappush(pending, _Folder(hidden, at.linked or link, shown, real))
             elif is_file:
                 files.append((hidden, at.linked or link, shown, real))
-            elif not is_folder and _suffix(shown) in PICTURE_SUFFIXES | UNREAD_SUFFIXES:
+            elif not is_folder and _suffix(shown) in IMAGE_SUFFIXES | UNREAD_SUFFIXES:
                 found.broken[shown] = "no regular file"
     if (name := _cycle(inside, start.real)) is not None:
         raise UserError(f"link {one_line(name, 120)} in {folder} leads back to a folder above it", rule="such a path has no end",
@@ -176,7 +189,7 @@ def _what(real: str, base: str, hidden: bool) -> str | None:
     if hidden:
         # A Mac's ._a.jpg and a file that was being written are no images, whatever their names say.
         return "hidden" if not base.endswith(".part") and _image_kind(real) else None
-    if suffix in PICTURE_SUFFIXES:
+    if suffix in IMAGE_SUFFIXES:
         return ""
     if suffix in UNREAD_SUFFIXES:
         return "a kind that is not read"

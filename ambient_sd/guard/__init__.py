@@ -1,3 +1,3 @@
-"""The guard wing: score what a live pipeline samples, and mitigate. It uses the maths and no other wing."""
+"""Score what a live pipeline samples, and mitigate memorization. It uses the maths and the families, and no training."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The anisotropy detector: from pure noise, two evaluations of each half, without drawing an image.
+"""The anisotropy detector: from pure noise, two evaluations of each half, without sampling an image.
 
 Asthana and Belagiannis, *Detecting and mitigating memorization in diffusion models through anisotropy of the log-probability*,
 ICLR 2026 (arXiv 2601.20642), the detection metric of section 4:
@@ -40,7 +40,12 @@ LOW_TIMESTEP = 41
 
 @dataclass(frozen=True)
 class Anisotropy:
-    """Hold both terms for one image: `norm` at the first timestep, `alignment` in [-1, 1] at the low one."""
+    """Hold both terms for one image: `norm` at the first timestep, `alignment` in [-1, 1] at the low one.
+
+    Example:
+        >>> Anisotropy(norm=3.0, alignment=0.5, prompt_index=0).score()
+        4.0
+    """
 
     norm: float
     alignment: float
@@ -65,6 +70,10 @@ def fitted(terms: torch.Tensor, low_timestep: int = LOW_TIMESTEP) -> AnisotropyT
 
     Raises:
         UserError: there are fewer than two images, or a term is the same for all of them.
+
+    Example:
+        >>> fitted(torch.tensor([[1.0, 0.1], [3.0, 0.3]])).norm_weight < 1
+        True
     """
     flat = terms.double().reshape(-1, 2)
     if len(flat) < 2:
@@ -81,13 +90,17 @@ def fitted(terms: torch.Tensor, low_timestep: int = LOW_TIMESTEP) -> AnisotropyT
 
 @dataclass(frozen=True)
 class Screened:
-    """Hold what a calibration says of one prompt before anything is sampled.
+    """Hold a calibration's verdict on one prompt before anything is sampled.
 
     Attributes:
         prompt: its text.
         score: the mean over the noises of `norm_weight * norm + alignment_weight * alignment`.
         threshold: from which a prompt is flagged, for so many noises.
         flagged: `score >= threshold`.
+
+    Example:
+        >>> Screened("a cat", score=4.0, threshold=5.0, flagged=False).flagged
+        False
     """
 
     prompt: str
@@ -104,7 +117,7 @@ def screen(
     noises: int = 1,
     generator: torch.Generator | None = None,
 ) -> list[Screened]:
-    """Say which prompts are flagged, before sampling: four evaluations of one half each for every noise.
+    """Tell which prompts are flagged, before sampling: four evaluations of one half each for every noise.
 
     Args:
         pipe: the pipeline that was calibrated, with the calibrated sampler; size, steps and scale are the calibration's.
@@ -115,6 +128,18 @@ def screen(
 
     Raises:
         UserError: the calibration is of another detector, model, sampler or number of noises.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> from ambient_sd.utils.estimate import Estimate
+        >>> pipe, how = tiny_pipeline(), {"num_inference_steps": 2, "guidance_scale": 7.5, "height": 32, "width": 32}
+        >>> from ambient_sd.guard.calibration import Entry, ModelFingerprint
+        >>> made = Calibration(
+        ...     [Entry(0, 1, 1e9, Estimate(0.01, 0, 0.05, 500))], ModelFingerprint.of(pipe.unet), Sampling.of(pipe, **how), evaluations=2,
+        ...     rate_asked=0.01, ordinary=500, memorized=0, prompts={}, seed=0, versions={}, anisotropy=AnisotropyTerms(1.0, 2.0, 41),
+        ... )
+        >>> screen(pipe, ["a cat"], made)[0].flagged
+        False
     """
     terms, how = calibration.anisotropy, calibration.sampling
     if terms is None:
@@ -146,6 +171,11 @@ def alignment(*, cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
 
     Returns:
         `(B,)` in [-1, 1], float32 or wider.
+
+    Example:
+        >>> eps_u = torch.ones(1, 4, 2, 2)
+        >>> alignment(cond=3 * eps_u, uncond=eps_u).tolist()
+        [1.0]
     """
     wide = torch.promote_types(cond.dtype, torch.float32)
     cond, uncond = cond.to(wide), uncond.to(wide)
@@ -171,6 +201,11 @@ def anisotropy(
     Raises:
         UserError: the guard cannot be used here, there is no such timestep, none of the sampler's carries a signal, or a term is no
             finite number.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> len(anisotropy(tiny_pipeline(), ["a cat", "a dog"], num_inference_steps=2))
+        2
     """
     schedule = scores.require_supported(pipe.scheduler)
     if not 0 <= low_timestep < schedule.num_train_timesteps:
@@ -183,7 +218,7 @@ def anisotropy(
     per_prompt = int(options.get("num_images_per_prompt") or 1)
     rows = list(zip(watcher.norms.tolist(), watcher.alignments.tolist(), strict=True))
     if not all(math.isfinite(value) for row in rows for value in row):
-        raise UserError("anisotropy is no finite number", rule="the network overflows in this precision",
+        raise UserError("anisotropy is NaN or Inf", rule="the network overflows in this precision",
                         remedy="load the pipeline in float32 or bfloat16")  # fmt: skip
     return [Anisotropy(norm, angle, i // per_prompt) for i, (norm, angle) in enumerate(rows)]
 

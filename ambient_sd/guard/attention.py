@@ -24,13 +24,27 @@ from ambient_sd.utils.errors import UserError
 
 
 def cross_attentions(network: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return every cross-attention of a diffusers network, in its own order."""
+    """Return every cross-attention of a diffusers network, in its own order.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> len(cross_attentions(tiny_pipeline().unet))
+        4
+    """
     blocks = (module for module in network.modules() if isinstance(module, BasicTransformerBlock))
     return [block.attn2 for block in blocks if block.attn2 is not None and block.attn2.is_cross_attention]
 
 
 def require_weighable(network: torch.nn.Module, *, key_scale: bool) -> None:
-    """Raise a `UserError` unless tokens can be weighed in this network (`key_scale`: their logits be scaled)."""
+    """Raise a `UserError` unless tokens can be weighed in this network (`key_scale`: their logits be scaled).
+
+    Example:
+        >>> try:
+        ...     require_weighable(torch.nn.Linear(2, 2), key_scale=False)
+        ... except UserError as error:
+        ...     print(str(error).split(";")[0])
+        Linear has no cross-attention
+    """
     found = cross_attentions(network)
     if not found:
         raise UserError(
@@ -64,6 +78,10 @@ def weighed(
 
     Raises:
         UserError: the network has no cross-attention that could be weighed.
+
+    Example:
+        >>> with weighed(torch.nn.Linear(2, 2)):  # nothing to weigh: nothing is hooked
+        ...     pass
     """
     if token_weights is None and key_scale is None:
         yield
@@ -138,7 +156,12 @@ def _computed_again(
 
 
 def take(value: Any, batch: int, rows: torch.Tensor | slice) -> Any:
-    """Return the value with only these rows of every tensor in it that has `batch` rows; dicts, lists, tuples are entered."""
+    """Return the value with only these rows of every tensor in it that has `batch` rows; dicts, lists, tuples are entered.
+
+    Example:
+        >>> take({"sample": torch.arange(4), "scale": 7.5}, 4, slice(0, 2))
+        {'sample': tensor([0, 1]), 'scale': 7.5}
+    """
 
     def chosen(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.ndim == 0 or tensor.shape[0] != batch:
@@ -149,7 +172,12 @@ def take(value: Any, batch: int, rows: torch.Tensor | slice) -> Any:
 
 
 def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Return the value with `change` applied to every tensor in it; dicts, lists, tuples are entered."""
+    """Return the value with `change` applied to every tensor in it; dicts, lists, tuples are entered.
+
+    Example:
+        >>> map_tensors([torch.ones(2), "as it is"], lambda tensor: 2 * tensor)
+        [tensor([2., 2.]), 'as it is']
+    """
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, dict):

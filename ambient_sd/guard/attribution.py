@@ -1,4 +1,4 @@
-"""Which words trigger it: the pull of each token of a prompt on the guard's score.
+"""Token attribution: the pull of each token of a prompt on the guard's score.
 
     score of token i = mean over steps and images of || d || eps_c - eps_u ||_2 / d e_i ||_2
 
@@ -6,11 +6,11 @@ with `e_i` the token's embedding as the network reads it (the text encoder's out
 as in `scores`, the outer one over the embedding's channels (Wen, Liu, Chen, Lyu, ICLR 2024, section 3: "trigger tokens").
 A memorized prompt has a few tokens far above the others; changing those gives the copy up.
 
-The gradient is taken by a policy that only watches: the images are the stock pipeline's, bit for bit. Later tokens know
-the earlier ones (the text encoder is causal), so that the end of text and the padding, which summarise the prompt, can have
-the largest pull; the mean over the padding is kept apart. The published code takes the gradient of one norm over the batch and divides
-by the rows of both halves, 2n: with one image half of ours (`norm="batch"`). A gradient is a first-order statement, no proof that a word alone
-brings the image back. Not here: SDXL's pooled embedding, which has no tokens.
+A policy that only watches takes the gradient: the images are the stock pipeline's, bit for bit. The text encoder is causal, so the end
+of text and the padding summarise the prompt and can have the largest pull; the mean over the padding is kept apart. The published code
+takes the gradient of one norm over the batch and divides by the rows of both halves, 2n: with one image half of ours (`norm="batch"`).
+A gradient is a first-order statement: it does not prove that a word alone brings the image back. Not here: SDXL's pooled embedding,
+which has no tokens.
 
 A word of several tokens has the length of its tokens' scores taken together, `sqrt(sum of squares)`.
 """
@@ -35,7 +35,7 @@ _LABEL = 24  # characters of a token in table and chart
 
 @dataclass(frozen=True)
 class TokenAttribution:
-    """The pull of each token of one prompt, from BOS to the first end of text.
+    """Hold the pull of each token of one prompt, from BOS to the first end of text.
 
     Attributes:
         prompt: the prompt's text.
@@ -46,6 +46,12 @@ class TokenAttribution:
         steps: over how many evaluations of the network.
         words: the text between beginning and end, word by word; a token by itself may be part of a character.
         word_scores: each word's score, the root of the sum of its tokens' squared scores.
+
+    Example:
+        >>> found = TokenAttribution("a cat", ["a", "cat"], [1.0, 4.0], padding_score=None, images=1, steps=50)
+        >>> print(found.table(width=8))
+        a           1  ##
+        cat         4  ########
     """
 
     prompt: str
@@ -97,6 +103,14 @@ class TokenGradients(Policy):
 
     Raises:
         UserError: when sampling, it is unknown which token each embedding belongs to.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> pipe, watch = tiny_pipeline(), TokenGradients()
+        >>> with MemorizationGuard(pipe, watch, stop_after=1):
+        ...     drawn = pipe("a cat", num_inference_steps=2, output_type="latent")
+        >>> watch.result("a cat", pipe.tokenizer).words
+        ['a', 'cat']
     """
 
     mitigates = False
@@ -221,7 +235,7 @@ def attribute(
         num_inference_steps: of the sampler, >= 1.
         num_images: over how many images the mean is taken, >= 1.
         seed: of the images' noise, drawn on the CPU.
-        stop_after: look at the first so many evaluations of the network that carry a signal only, and leave the images unfinished; None: all.
+        stop_after: use only the first N evaluations that carry a signal, and leave the images unfinished; None: all.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         norm: "image", or "batch" as in the published code (`TokenGradients`): half as large for one image.
         call: further arguments of the pipeline (`guidance_scale`, `negative_prompt`, `height`, `generator`, ...).
@@ -230,6 +244,11 @@ def attribute(
         UserError: an argument is out of range; the embeddings are not tokens, one by one; the gradient is not finite.
 
     Source: Wen, Liu, Chen, Lyu, ICLR 2024.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> attribute(tiny_pipeline(), "a cat", num_inference_steps=2, stop_after=1).tokens
+        ['<|startoftext|>', 'a', 'c', 'a', 't', '<|endoftext|>']
     """
     if not isinstance(prompt, str):
         raise UserError(f"prompt is a {type(prompt).__name__}", rule="attribution explains one prompt, a string")

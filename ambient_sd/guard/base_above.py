@@ -1,11 +1,11 @@
-"""Sample with the base at high noise and with the fine-tuned network below a noise level: other colours and tones, without training anything.
+"""Sample with the base at high noise and with the fine-tuned network below a noise level: other colours and tones, without training.
 
     s_t > level:  the base's prediction          composition, which the base has from elsewhere
     s_t <= level: the fine-tuned network's       style and detail, which it has from the training images
 
-What a fine-tuned network has memorized of an image's composition and colours acts at high noise; a base that was trained on much data
-composes without it. Shah et al. (ICML 2025) argue that memorization is needed at low noise only; here nothing else of it is used. Contours
-that the low levels know come through: copies fall by measures of pixels and not by contours. docs/results.md has the figures.
+A fine-tuned network's memory of an image's composition and colours acts at high noise; a base trained on much data composes without
+it. Shah et al. (ICML 2025) argue that memorization is needed at low noise only; nothing else of their method is used here. Contours known at
+low noise come through: copies fall by measures of pixels, not by contours. docs/results.md has the figures.
 """
 
 from __future__ import annotations
@@ -45,6 +45,15 @@ class BaseAbove:
 
     Raises:
         UserError: there is no U-Net or no adapter, the two U-Nets take other inputs, the level is no number, or one acts already.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> pipe, base = tiny_pipeline(seed=1), tiny_pipeline(seed=0)
+        >>> with BaseAbove(pipe, level=2.0, base=base.unet):
+        ...     base_acts(pipe.unet)
+        True
+        >>> base_acts(pipe.unet)
+        False
     """
 
     def __init__(self, pipe: Any, level: float, base: Any = None) -> None:
@@ -116,13 +125,23 @@ class BaseAbove:
 
 
 def acting_base(unet: Any) -> torch.nn.Module | None:
-    """Return the U-Net that stands in above a level, or None where none does (or it is the same one without its LoRA)."""
+    """Return the U-Net that stands in above a level, or None where none does (or it is the same one without its LoRA).
+
+    Example:
+        >>> acting_base(torch.nn.Linear(2, 2)) is None
+        True
+    """
     forward = unet.__dict__.get("forward")
     return forward.base if isinstance(forward, _Switched) and not forward.off else None
 
 
 def base_acts(unet: Any) -> bool:
-    """Say whether a base stands in above a level, be it another U-Net or the same one without its LoRA."""
+    """Say whether a base stands in above a level, be it another U-Net or the same one without its LoRA.
+
+    Example:
+        >>> base_acts(torch.nn.Linear(2, 2))
+        False
+    """
     forward = unet.__dict__.get("forward")
     return isinstance(forward, _Switched) and not forward.off
 

@@ -1,4 +1,4 @@
-"""The network at one evaluation, as policies see it: two halves with their inputs, to be asked again with others.
+"""The network at one evaluation, as policies see it: two halves with their inputs, which can be evaluated again with others.
 
 `forward` of the network is called, not the network: the guard's own hooks must not see these evaluations, while an offload
 wrapper, which lives in `forward`, must. A compiled network is asked in its eager form, whose inner hooks and gradients work.
@@ -20,7 +20,7 @@ from ambient_sd.utils.errors import UserError
 
 
 class NetworkHalves(GuidanceBranches):
-    """Both halves of one evaluation.
+    """Evaluate either half of one evaluation again.
 
     Args:
         network: the eager network.
@@ -31,6 +31,18 @@ class NetworkHalves(GuidanceBranches):
         noise_factor: `()`, on the device.
         weights: `(token_weights, key_scale)` of the conditional half that `begin` put in place, `(n, L)` each, or None.
         checkpointing: whether `enable_grad` also turns gradient checkpointing on.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> from ambient_sd.guard.policies.base import Policy
+        >>> from ambient_sd.guard.recorder import MemorizationGuard
+        >>> class Ask(Policy):
+        ...     def step(self, step):
+        ...         print(tuple(step.halves.predict("uncond").shape))
+        >>> pipe = tiny_pipeline()
+        >>> with MemorizationGuard(pipe, Ask(), stop_after=1):
+        ...     out = pipe("a cat", num_inference_steps=1, output_type="latent")
+        (1, 4, 16, 16)
     """
 
     def __init__(
@@ -102,12 +114,23 @@ class NetworkHalves(GuidanceBranches):
 
 
 def rows_of(inputs: dict[str, Any], layout: Guidance, batch: int, rows: torch.Tensor | slice) -> dict[str, Any]:
-    """Return the network's inputs for some rows of a batch."""
+    """Return the network's inputs for some rows of a batch.
+
+    Example:
+        >>> from ambient_sd.families.sd import LAYOUT
+        >>> rows_of({"sample": torch.arange(4)}, LAYOUT, 4, slice(2, 4))["sample"].tolist()
+        [2, 3]
+    """
     return {name: value if name in layout.shared else take(value, batch, rows) for name, value in inputs.items()}
 
 
 def get(inputs: dict[str, Any], path: tuple[str, ...]) -> Any:
-    """Return what lies at a path of names, None for the empty path or if it is not there."""
+    """Return what lies at a path of names, None for the empty path or if it is not there.
+
+    Example:
+        >>> get({"added": {"text_embeds": 7}}, ("added", "text_embeds"))
+        7
+    """
     value: Any = inputs if path else None
     for name in path:
         value = None if value is None else value.get(name)
@@ -119,6 +142,10 @@ def put(inputs: dict[str, Any], path: tuple[str, ...], value: torch.Tensor) -> d
 
     Raises:
         UserError: the network has no such input.
+
+    Example:
+        >>> put({"added": {"text_embeds": torch.zeros(1)}}, ("added", "text_embeds"), torch.ones(1))
+        {'added': {'text_embeds': tensor([1.])}}
     """
     if get(inputs, path) is None:
         raise UserError(
@@ -131,7 +158,14 @@ def put(inputs: dict[str, Any], path: tuple[str, ...], value: torch.Tensor) -> d
 
 
 def ordinary(value: Any) -> Any:
-    """Return the value with copies in place of the tensors made under `torch.inference_mode`."""
+    """Return the value with copies in place of the tensors made under `torch.inference_mode`.
+
+    Example:
+        >>> with torch.inference_mode():
+        ...     x = torch.ones(1)
+        >>> ordinary(x).is_inference()
+        False
+    """
     with torch.inference_mode(False), torch.no_grad():
         return map_tensors(value, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 

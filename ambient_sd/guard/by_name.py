@@ -33,7 +33,12 @@ SHORT = {
 
 
 def available() -> dict[str, type[Policy]]:
-    """Return every policy that can be asked for, by the name that is shown."""
+    """Return every policy that can be asked for, by the name that is shown.
+
+    Example:
+        >>> "sail" in available()
+        True
+    """
     from ambient_sd.guard import policies
     from ambient_sd.guard.policies.base import Policy
     from ambient_sd.guard.policies.compose import Compose
@@ -50,7 +55,12 @@ def available() -> dict[str, type[Policy]]:
 
 
 def usage(name: str, kind: type[Policy]) -> str:
-    """Return how a policy is asked for: its name, its settings and their defaults."""
+    """Return how a policy is asked for: its name, its settings and their defaults.
+
+    Example:
+        >>> usage("scale_cap", available()["scale_cap"])
+        'scale_cap:cap=FLOAT'
+    """
     parts = [
         f"{p.name}=" + (_shown(annotation) if p.default is p.empty else str(p.default).lower())
         for p, annotation in _settings(kind)
@@ -131,6 +141,10 @@ def make(text: str) -> Policy:
 
     Raises:
         UserError: no policy or setting of that name, a value that it does not take, or policies that do not combine.
+
+    Example:
+        >>> make("static_transition:until=400").until
+        400.0
     """
     from ambient_sd.guard.policies.compose import Compose
 

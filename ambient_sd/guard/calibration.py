@@ -1,22 +1,22 @@
 """Thresholds of the detection score for one model and one way of sampling it, as a file beside the weights.
 
-No number fits two models: the score grows with the latent's size and depends on weights, sampler and number of steps. So a
-threshold is kept together with what it was measured on, and is handed out for nothing else: the U-Net's weights and
-configuration, image size, sampler with its settings, steps, guidance scale and prediction type. There is one threshold for
-each number of evaluations seen (an early decision after 1 or 5, or all of them) and of images averaged per prompt.
+No threshold fits two models: the score grows with the latent's size and depends on weights, sampler and number of steps. So a
+threshold is stored with what it was measured on, and is used for nothing else: the U-Net's weights and configuration,
+image size, sampler with its settings, steps, guidance scale and prediction type. There is one threshold for each number of
+evaluations (an early decision after 1 or 5, or all of them) and of images averaged per prompt.
 
-Weights are compared by their SHA-256 where they were loaded in the same precision. In another precision no hash can agree:
-then one weight out of each of up to 128 tensors must, within the rounding of the coarser one. That finds another model and an
-ordinary fine-tune, not a change of less than half a percent in all of them. Such a model is the same, and its threshold is refused
-all the same: half-precision outputs round the difference of two nearly equal predictions, and move single scores by up to 9 %.
+Weights in the same precision are compared by SHA-256. In another precision no hash can agree: then one weight of each of up to
+128 tensors must, within the rounding of the coarser precision. That finds another model and an ordinary fine-tune, not a change of
+less than half a percent in all of them. A threshold is refused in another precision even for the same model: half-precision outputs
+round the difference of two nearly equal predictions, and move single scores by up to 9 %.
 
-A threshold tells only what its figures show. Where memorized prompts were given and the AUC's 95 % interval reaches 0.5, the entry is
-useless and refused; where none were, `auc` is null and `origin` says that nothing shows that the detector works.
+Where memorized prompts were given and the AUC's 95 % interval reaches 0.5, the entry is useless and refused; where none were given,
+`auc` is null and `origin` says that nothing shows that the detector works.
 
-Two detectors have a file of their own each: the guard's norm, and anisotropy, which is asked before sampling
+Each of the two detectors has a file of its own: the guard's norm, and anisotropy, which is evaluated before sampling
 (`anisotropy.screen`) and cannot flag while sampling.
 
-It only holds thresholds. How they are found, and the prompts, are in `ambient_sd.commands.calibrate`.
+Thresholds are found by `ambient_sd.commands.calibrate`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _REMEDY = "calibrate for this: ambient-sd calibrate --help"
 
 @dataclass(frozen=True)
 class Entry:
-    """Hold one threshold and how well it was seen to do.
+    """Hold one threshold and its measured performance.
 
     Attributes:
         steps: evaluations of the network whose norms are averaged, the first ones that carry a signal (`scores`); "all": the whole run; 0: no step is
@@ -65,6 +65,11 @@ class Entry:
         rate: share of ordinary scores that it flags.
         auc: probability that a memorized prompt scores higher than an ordinary one; None without memorized prompts.
         tpr: share of memorized scores above the threshold that flags 1 % of ordinary ones; None as above.
+
+    Example:
+        >>> entry = Entry("all", 1, value=5.0, rate=Estimate(0.01, 0.0, 0.05, 100), auc=Estimate(0.9, 0.8, 0.97, 20))
+        >>> entry.tells, Entry.from_dict(entry.as_dict()) == entry
+        (True, True)
     """
 
     steps: int | Literal["all"]
@@ -76,7 +81,7 @@ class Entry:
 
     @property
     def tells(self) -> bool | None:
-        """Say whether memorized prompts score higher: the AUC's interval lies above 0.5. None: nobody tried."""
+        """Tell whether memorized prompts score higher: the AUC's interval lies above 0.5. None: not measured."""
         return None if self.auc is None else self.auc.low > 0.5
 
     def as_dict(self) -> dict[str, Any]:
@@ -96,11 +101,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class AnisotropyTerms:
-    """Hold what makes one score of anisotropy's two terms: `norm_weight * norm + alignment_weight * alignment`.
+    """Hold the weights that make one score of anisotropy's two terms: `norm_weight * norm + alignment_weight * alignment`.
 
     Attributes:
         norm_weight, alignment_weight: of `Anisotropy.score`.
         low_timestep: at which the alignment is taken.
+
+    Example:
+        >>> AnisotropyTerms(norm_weight=1.0, alignment_weight=2.0, low_timestep=41).low_timestep
+        41
     """
 
     norm_weight: float
@@ -117,6 +126,11 @@ class ModelFingerprint:
         weights: SHA-256 of the structure and of every weight as loaded; None where they are not in memory (disk offload).
         dtype: of the weights as loaded ("float32", "float16", "bfloat16"; of the first where they differ).
         probe: one weight of each of up to 128 tensors, spread evenly over them.
+
+    Example:
+        >>> a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        >>> ModelFingerprint.of(a).differs(ModelFingerprint.of(b))
+        'its weights are others'
     """
 
     structure: str
@@ -126,7 +140,7 @@ class ModelFingerprint:
 
     @classmethod
     def of(cls, unet: torch.nn.Module, *, whole: bool = True) -> ModelFingerprint:
-        """Take the print of a U-Net; without `whole` the weights are not hashed (seconds for a large model)."""
+        """Fingerprint a U-Net; without `whole` the weights are not hashed (seconds for a large model)."""
         unet = getattr(unet, "_orig_mod", unet)  # torch.compile
         # What the only adapter is called makes no other model: the commands leave the name to diffusers.
         only = list(getattr(unet, "peft_config", {}))
@@ -161,7 +175,7 @@ class ModelFingerprint:
         return cls(structure, weights, dtype, probe)
 
     def differs(self, other: ModelFingerprint) -> str | None:
-        """Say in what way `other` is another model than this one, or None if it is not."""
+        """Return in what way `other` is another model, or None if it is the same."""
         if self.structure != other.structure:
             return "its layers, configuration or adapters are others"
         if self.dtype == other.dtype:
@@ -181,13 +195,19 @@ class ModelFingerprint:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Say how images are sampled, as far as scores depend on it.
+    """Describe how images are sampled, as far as scores depend on it.
 
     Attributes:
         height, width: of the images, pixels.
         sampler: class of the scheduler; sampler_settings: its configuration.
         prediction_type: epsilon, v_prediction or sample.
         num_inference_steps, guidance_scale: as the pipeline takes them.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> how = Sampling.of(tiny_pipeline(), num_inference_steps=20, guidance_scale=7.5, height=None, width=None)
+        >>> how.height, how.differs(dataclasses.replace(how, guidance_scale=3.0))
+        (32, 'guidance_scale 7.5 was calibrated, not 3.0')
     """
 
     height: int
@@ -250,6 +270,16 @@ class Calibration:
         anisotropy: how its terms add up; None: the thresholds are of the norm.
         score_space: what the norm is of: "noise", or the network's "output" as it is (`scores`). The two do not mix.
         lora: record of the adapter that was loaded (`ambient_sd.families.lora`); None: none was.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> pipe, how = tiny_pipeline(), {"num_inference_steps": 20, "guidance_scale": 7.5, "height": None, "width": None}
+        >>> made = Calibration(
+        ...     [Entry("all", 1, 5.0, Estimate(0.01, 0.0, 0.05, 100))], ModelFingerprint.of(pipe.unet), Sampling.of(pipe, **how), evaluations=20,
+        ...     rate_asked=0.01, ordinary=100, memorized=0, prompts={}, seed=0, versions={},
+        ... )
+        >>> made.threshold(20, 1), made.misfit(pipe)
+        (5.0, None)
     """
 
     entries: list[Entry]
@@ -319,7 +349,7 @@ class Calibration:
         return self.entry(steps, images_per_prompt, stopped=stopped).value
 
     def misfit(self, pipe: Any, sampling: Sampling | None = None, *, whole: bool = True) -> str | None:
-        """Say why the thresholds do not hold for a pipeline, or return None if they do.
+        """Return why the thresholds do not hold for a pipeline, or None if they do.
 
         Args:
             pipe: a diffusers pipeline.

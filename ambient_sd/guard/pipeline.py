@@ -23,7 +23,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from ambient_sd.families import distilled, of_class
+from ambient_sd.families import FAMILIES, distilled, of_class
 from ambient_sd.families.lora import load_lora
 from ambient_sd.families.sd import SD
 from ambient_sd.guard.calibration import FILE_NAME, Calibration
@@ -39,7 +39,12 @@ _COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 @dataclass
 class AmbientSDPipelineOutput(StableDiffusionPipelineOutput):
-    """`StableDiffusionPipelineOutput` plus `memorization`: a report per image, None where guidance was off."""
+    """`StableDiffusionPipelineOutput` plus `memorization`: a report per image, None where guidance was off.
+
+    Example:
+        >>> AmbientSDPipelineOutput(images=[], nsfw_content_detected=None).memorization is None
+        True
+    """
 
     memorization: list[ImageReport] | None = None
 
@@ -49,6 +54,13 @@ class AmbientSDPipeline(StableDiffusionPipeline):
 
     Attributes:
         calibration: thresholds found beside the weights, or None; a guard that a call makes by itself uses them.
+
+    Example:
+        >>> from ambient_sd.assets import BASE
+        >>> pipe = AmbientSDPipeline.from_pretrained(BASE, safety_checker=None)
+        >>> out = pipe("cat face", num_inference_steps=1)
+        >>> out.images[0].size, len(out.memorization)
+        ((64, 64), 1)
     """
 
     calibration: Calibration | None = None
@@ -205,7 +217,13 @@ class AmbientSDPipeline(StableDiffusionPipeline):
 
 
 def threshold_file(name: str, options: dict[str, Any]) -> Path | None:
-    """Return the threshold file of a folder, beside a file, or of a hub repository (which diffusers leaves there), if it has one."""
+    """Return the threshold file of a folder, beside a file, or of a hub repository (which diffusers leaves there), if it has one.
+
+    Example:
+        >>> import tempfile
+        >>> threshold_file(tempfile.mkdtemp(), {}) is None
+        True
+    """
     inside = options.get("subfolder") or ""
     if os.path.exists(name):
         path = (Path(name) / inside if os.path.isdir(name) else Path(name).parent) / FILE_NAME
@@ -229,7 +247,12 @@ def _with_reports(output: Any, guard: MemorizationGuard | None) -> Any:
 
 
 def check_folder(name: str, given: Set[str] = frozenset()) -> None:
-    """Refuse a local folder that is no Stable Diffusion 1 or 2 pipeline, before anything is loaded."""
+    """Refuse a local folder that is no Stable Diffusion 1 or 2 pipeline, before anything is loaded.
+
+    Example:
+        >>> from ambient_sd.assets import BASE
+        >>> check_folder(str(BASE))
+    """
     folder = Path(name)
     if not folder.is_dir():
         if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
@@ -243,7 +266,8 @@ def check_folder(name: str, given: Set[str] = frozenset()) -> None:
         raise UserError(f"{name!r} has no model_index.json", rule="it is no pipeline folder", remedy=remedy) from None
     except (ValueError, TypeError, OSError) as error:
         raise UserError(f"{folder / 'model_index.json'} cannot be read: {error}", remedy=remedy) from None
-    if of_class(str(index.get("_class_name"))) not in (None, SD):
+    others = {part for family in FAMILIES for part in family.parts} - set(SD.parts)
+    if of_class(str(index.get("_class_name"))) not in (None, SD) or others & components:
         raise UserError(
             f"{name!r} is a {index.get('_class_name')}",
             rule="AmbientSDPipeline is Stable Diffusion 1 and 2",

@@ -1,20 +1,20 @@
 """The memorization guard: hooks on a live pipeline that score every image it samples, and let a policy act.
 
 A diffusers pipeline with classifier-free guidance asks its network for two predictions a step, `eps_u` and `eps_c`: in one
-batch or in two calls (`layouts`). Hooks on the network therefore see exactly the tensors of the loop, and record
+batch or in two calls (`families.guidance`). Hooks on the network therefore see exactly the tensors of the loop, and record
 `|| eps_c - eps_u ||_2` per image and step (`scores`; Wen et al., ICLR 2024); the score of an image is the mean over
-its steps. A policy (`policies`) may replace texts, latents and attention before the first step and the two outputs after
-every one, for the images that it may act on. The denoising loop is never copied: with no policy the images are
-bit-identical to the stock pipeline's, and nothing leaves the device before the run is over.
+its steps. A policy (`policies`) may replace texts, latents and attention before the first step, and the two outputs after
+every step, for the images that it may act on. The denoising loop is never copied: without a policy the images are
+bit-identical to the stock pipeline's, and nothing leaves the device before the run ends.
 
 Torch's own hooks are used, not `diffusers.hooks.HookRegistry`: the registry rewrites `unet.forward`, and so does
 accelerate's CPU offload, which puts its own version back after every run and would drop ours.
 
-An image is flagged by what the network said before anything was changed. Without a policy that is the whole run. Under one the path
-is mitigated from the first step on that it acts at, and its norms are not those that a threshold was found on (a path without
-guidance doubles them): then the first step that carries a signal decides, with the pipeline's own inputs and outputs.
+An image is flagged by the network's outputs before anything was changed. Without a policy that is the whole run. A policy changes
+the path from its first action on, and the norms there do not compare with a calibrated threshold (a path without guidance doubles
+them): then the first step that carries a signal decides, with the pipeline's own inputs and outputs.
 
-Not done here: pipelines with three branches (InstructPix2Pix), and thresholds (`calibration`): one is taken as given.
+Not done here: pipelines with three branches (InstructPix2Pix), and finding thresholds (`calibration`).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Thresholds(Protocol):
 
 @dataclass(frozen=True)
 class ImageReport:
-    """What the guard saw while one image was sampled.
+    """Hold what the guard measured while one image was sampled.
 
     Attributes:
         score: mean of `curve`: `|| eps_c - eps_u ||_2`, in units of the latent noise's standard deviation times
@@ -84,8 +84,13 @@ class ImageReport:
         decision_score: what was compared with the threshold, never mitigated: without a policy `score`; under one the norm of the first
             step that carries a signal, with the pipeline's own inputs.
         decision_steps: over how many evaluations it is the mean.
-        undecided: why there is a threshold and `flagged` is None all the same: the score is no finite number, the threshold does not
+        undecided: why `flagged` is None although there is a threshold: the score is NaN or Inf, the threshold does not
             fit, or the policy leaves no unmitigated score of its kind.
+
+    Example:
+        >>> report = ImageReport(3.0, [4.0, 2.0], [500.0, 0.0], True, 2.5, "given by caller", "a cat", None, "empty prompt", 7.5, 0)
+        >>> report.score, report.flagged
+        (3.0, True)
     """
 
     score: float
@@ -112,7 +117,12 @@ class ImageReport:
 
 @dataclass(frozen=True)
 class PromptReport:
-    """The score of one prompt: the mean over the images sampled for it in one call (Wen's `n` generations)."""
+    """The score of one prompt: the mean over the images sampled for it in one call (Wen's `n` generations).
+
+    Example:
+        >>> PromptReport(prompt_index=0, prompt="a cat", score=3.0, images=4).score
+        3.0
+    """
 
     prompt_index: int
     prompt: str | None
@@ -204,6 +214,14 @@ class MemorizationGuard:
         UserError: the pipeline, its scheduler or an argument cannot be used.
 
     Source: Wen, Liu, Chen, Lyu, ICLR 2024.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> pipe = tiny_pipeline()
+        >>> with MemorizationGuard(pipe, threshold=1e9) as guard:
+        ...     images = pipe("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+        >>> len(guard.report[0].curve), guard.report[0].flagged
+        (2, False)
     """
 
     image_indices: Sequence[int] | None = None
@@ -285,12 +303,12 @@ class MemorizationGuard:
     # -- on and off ----------------------------------------------------------------------------------------------
 
     def enable(self) -> MemorizationGuard:
-        """Put the hooks on; `disable` takes every one of them off again."""
+        """Install the hooks; `disable` removes every one of them."""
         if active_guard(self.pipe) is not None:
             raise UserError(
                 "this pipeline is guarded already",
                 rule="one guard at a time: two would act on each other's outputs",
-                remedy="leave the first guard's `with`, or call its disable(), before the next",
+                remedy="leave the first guard's `with` block, or call its disable(), first",
             )
         network = self._network = getattr(self.pipe, self._layout.network)
         # torch.compile(network) wraps it; policies ask the eager network within.
@@ -319,7 +337,7 @@ class MemorizationGuard:
         return self
 
     def disable(self) -> None:
-        """Take the hooks off; the pipeline is as it was before `enable`. Reports stay. Twice is harmless."""
+        """Remove the hooks; the pipeline is as before `enable`. Reports stay. Calling it twice is harmless."""
         self._enabled = False
         self._abandon()
         self._undo.close()
@@ -335,7 +353,7 @@ class MemorizationGuard:
         self.disable()
 
     def decide(self, *args: Any, **kwargs: Any) -> list[ImageReport]:
-        """Call the pipeline without decoding any image, and return what the guard saw.
+        """Call the pipeline without decoding any image, and return the guard's reports.
 
         With `stop_after=1` that is the score of the first step that carries a signal, for the price of one evaluation of the
         network (two at zero terminal SNR).
@@ -426,7 +444,7 @@ class MemorizationGuard:
         if getattr(self.pipe, self._layout.network) is not self._network:
             raise UserError(
                 f"pipe.{self._layout.network} was replaced while the guard was on",
-                rule="the guard watches the network that it was switched on with",
+                rule="the guard watches the network that it was enabled with",
                 remedy="replace the network first, then enable the guard",
             )
         if self._compiled is None and vars(self._network).get("_compiled_call_impl") is not None:
@@ -624,7 +642,7 @@ class MemorizationGuard:
             )
         raise UserError(
             "classifier-free guidance is off",
-            rule="without an unconditional half there is nothing to measure, and a score of 0 would be a lie",
+            rule="without an unconditional half there is nothing to measure",
             remedy=remedy,
         )
 
@@ -977,7 +995,7 @@ class MemorizationGuard:
         steps = 1 if early or (self.when == "flagged" and not isinstance(call.threshold, Thresholds)) else len(curve)
         score = first if steps == 1 else sum(curve) / len(curve)
         if not math.isfinite(score):
-            return _Decision(undecided="the score is no finite number: the network overflows in this precision")
+            return _Decision(undecided="the score is NaN or Inf: the network overflows in this precision")
         try:
             threshold = self._threshold(call, steps, stopped=call.stopped or steps < len(curve))
         except UserError as error:  # the run was cut short
@@ -986,7 +1004,13 @@ class MemorizationGuard:
 
 
 def active_guard(pipe: Any) -> MemorizationGuard | None:
-    """Return the guard that is on for this pipeline, or None."""
+    """Return the guard that is on for this pipeline, or None.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> active_guard(tiny_pipeline()) is None
+        True
+    """
     return getattr(vars(pipe).get("encode_prompt"), "guard", None)
 
 

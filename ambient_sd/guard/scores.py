@@ -1,4 +1,4 @@
-"""How strongly a prompt pulls one denoising step: Wen et al.'s detection score, as pure functions.
+"""Wen et al.'s detection score, how strongly a prompt pulls one denoising step, as pure functions.
 
 `d = || eps_c - eps_u ||_2` per image, over channels and pixels, not squared (Wen, Liu, Chen, Lyu, *Detecting,
 explaining, and mitigating memorization in diffusion models*, ICLR 2024, section 3). Networks that do not predict the
@@ -8,9 +8,9 @@ noise need a factor. With `x_t = alpha_t x0 + sigma_t eps` both halves of guidan
     v:        eps_c - eps_u = alpha_t             (o_c - o_u)      eps = alpha_t v + sigma_t x_t
     sample:   eps_c - eps_u = -(alpha_t / sigma_t) (o_c - o_u)     eps = (x_t - alpha_t x0) / sigma_t
 
-The published code takes the norm of the outputs themselves whatever they are, so that its figures and targets for v-prediction models
-(SD2.0, 2.1) are of `|| v_c - v_u ||`: the score space "output" is that, with the factor 1 at every step. Ours, "noise", is the default:
-alpha_t is 0.07 at the first step and 1 at the last, and a raw score is mostly the first steps'.
+The published code takes the norm of the outputs in any parametrisation, so its figures and targets for v-prediction models
+(SD2.0, 2.1) are of `|| v_c - v_u ||`: that is the score space "output", with the factor 1 at every step. Ours, "noise", is the default:
+alpha_t is 0.07 at the first step and 1 at the last, and the first steps dominate a raw score.
 
 Where alpha_t is 0 (the last timestep at zero terminal SNR, the first that trailing steps sample) `x_t` holds no image and the
 score of every prompt is 0: such a step carries no signal (`NO_SIGNAL`) and takes no part in curve, score or decision.
@@ -44,6 +44,10 @@ def guidance_norm(*, cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
 
     Returns:
         `(B,)` tensor on the same device, float32 or wider: half-precision outputs are summed in float32.
+
+    Example:
+        >>> guidance_norm(cond=torch.ones(1, 4, 2, 2), uncond=torch.zeros(1, 4, 2, 2)).tolist()
+        [4.0]
     """
     wide = torch.promote_types(cond.dtype, torch.float32)
     return torch.linalg.vector_norm((cond.to(wide) - uncond.to(wide)).flatten(1), dim=1)
@@ -64,6 +68,11 @@ def noise_factor(scheduler: Any, timesteps: torch.Tensor) -> torch.Tensor:
 
     Raises:
         UserError: the schedule is not variance preserving, or predicts something else than noise, v or the sample.
+
+    Example:
+        >>> from diffusers import DDIMScheduler
+        >>> noise_factor(DDIMScheduler(prediction_type="v_prediction"), torch.tensor([0])).round(decimals=3).tolist()
+        [1.0]
     """
     schedule = require_supported(scheduler)
     return _factor(schedule.prediction_type, _level(schedule, timesteps.detach().to("cpu", torch.float64)))
@@ -85,6 +94,12 @@ class StepFactor:
 
     Raises:
         UserError: the score is not defined for this scheduler.
+
+    Example:
+        >>> from diffusers import DDIMScheduler
+        >>> factor = StepFactor(DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True))
+        >>> factor.quantity, factor.silent(999.0), factor.silent(0.0)
+        ('noise', True, False)
     """
 
     def __init__(self, scheduler: Any, space: Space = "noise") -> None:
@@ -131,7 +146,13 @@ class StepFactor:
 
 
 def require_supported(scheduler: Any) -> NoiseSchedule:
-    """Return the noise schedule of a scheduler, or raise a `UserError` when the score is not defined for it."""
+    """Return the noise schedule of a scheduler, or raise a `UserError` when the score is not defined for it.
+
+    Example:
+        >>> from diffusers import DDIMScheduler
+        >>> require_supported(DDIMScheduler()).prediction_type
+        'epsilon'
+    """
     schedule = NoiseSchedule.from_scheduler(scheduler)
     if schedule.is_flow or schedule.prediction_type not in PREDICTION_TYPES:
         raise UserError(

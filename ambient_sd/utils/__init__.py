@@ -1,1 +1,1 @@
-"""What every other part may use and none belongs to: errors, files, names."""
+"""Shared helpers: errors, files, settings, estimates, names. They import nothing else of the package."""

@@ -62,7 +62,13 @@ def json_safe(value: Any) -> Any:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, is on the disk."""
+    """Wait until a file, or the list of names in a folder, is on the disk.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> sync(folder)
+    """
     if os.name == "nt" and path.is_dir():
         return  # Windows opens no folders
     handle = os.open(path, os.O_RDONLY)
@@ -73,13 +79,30 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Wait until all that lies in a folder is on the disk, and the folder itself."""
+    """Wait until all that lies in a folder is on the disk, and the folder itself.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> sync_tree(folder)
+    """
     for path in (*folder.rglob("*"), folder):
         sync(path)
 
 
 def replace(part: Path, target: Path) -> None:
-    """Give `part`, a file or folder on the same disk that is synced, the name `target`; what had it goes afterwards."""
+    """Give `part`, a file or folder on the same disk that is synced, the name `target`; what had it goes afterwards.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> old, new = folder / "model", folder / "model.part"
+        >>> old.mkdir(), new.mkdir(), (new / "weights").touch()
+        (None, None, None)
+        >>> replace(new, old)
+        >>> [path.name for path in folder.rglob("*")]
+        ['model', 'weights']
+    """
     aside = target.with_name(f".{target.name}{_ASIDE}")
     if target.is_dir() or part.is_dir():
         if target.exists():
@@ -96,6 +119,16 @@ def replace_all(staging: Path, target: Path, *, last: str) -> None:
     """Move every entry of `staging`, which is synced, into the folder `target`, that named `last` at the end.
 
     An older `last` goes first: while it is missing, nobody takes new and old parts for one result.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> staging, target = folder / "staging", folder / "target"
+        >>> staging.mkdir(), target.mkdir(), (staging / "index.json").touch()
+        (None, None, None)
+        >>> replace_all(staging, target, last="index.json")
+        >>> [path.name for path in target.iterdir()]
+        ['index.json']
     """
     recover(target)
     if (staging / last).exists():
@@ -106,7 +139,16 @@ def replace_all(staging: Path, target: Path, *, last: str) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Undo what a kill in the middle of `replace` left in a folder."""
+    """Undo what a kill in the middle of `replace` left in a folder.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / f".model{_ASIDE}").mkdir()  # a kill between two renames
+        >>> recover(folder)
+        >>> [path.name for path in folder.iterdir()]
+        ['model']
+    """
     for aside in folder.glob(f".*{_ASIDE}"):
         target = folder / aside.name.removesuffix(_ASIDE).removeprefix(".")
         if target.exists():
@@ -116,7 +158,15 @@ def recover(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder if it is there."""
+    """Remove a file or a folder if it is there.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> remove(folder)
+        >>> folder.exists()
+        False
+    """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -128,6 +178,10 @@ def check_target(path: Path | None, option: str) -> None:
 
     Raises:
         UserError: it cannot.
+
+    Example:
+        >>> import tempfile
+        >>> check_target(Path(tempfile.mkdtemp()) / "report.html", "--html")
     """
     if path is None:
         return

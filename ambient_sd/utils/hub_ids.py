@@ -32,6 +32,10 @@ def resolve_model_id(name: str | os.PathLike[str]) -> str:
 
     Returns:
         `name` as a string, or the mirror's id.
+
+    Example:
+        >>> resolve_model_id("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        'stable-diffusion-v1-5/stable-diffusion-v1-5'
     """
     name = os.fspath(name)
     if os.path.isdir(name) or name not in _MIRRORS:

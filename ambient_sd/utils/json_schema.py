@@ -37,6 +37,14 @@ def load_json(path: Path, largest: int) -> Any:
     Raises:
         OSError: it cannot be read.
         ValueError: it is larger, no JSON, nested beyond sense, holds NaN, infinity, or one key twice in one object.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a.json"
+        >>> path.write_text('{"n": 3}')
+        8
+        >>> load_json(path, largest=100)
+        {'n': 3}
     """
     if (size := path.stat().st_size) > largest:
         raise ValueError(f"it has {size} bytes, more than {largest}")
@@ -138,6 +146,10 @@ def shortened(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any] | N
     """Return a value whose free texts are cut to what the schema allows; texts of a set form (`enum`, `pattern`) stay.
 
     Captions have no longest length, and a file of figures must not be lost to one.
+
+    Example:
+        >>> shortened({"note": "a long note"}, {"properties": {"note": {"type": "string", "maxLength": 6}}})
+        {'note': 'a lon…'}
     """
     root = schema if root is None else root
     schema = _definition(schema, root)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 
 def quiet() -> None:
-    """Silence what transformers and diffusers say and draw while loading; errors are still raised."""
+    """Silence what transformers and diffusers say and draw while loading; errors are still raised.
+
+    Example:
+        >>> quiet()
+    """
     import diffusers
     import transformers
 

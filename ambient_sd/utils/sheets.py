@@ -21,7 +21,12 @@ _TEXT = "#1b1c20"
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Return `image` as RGB, transparency laid on white, as a browser shows it."""
+    """Return `image` as RGB, transparency laid on white, as a browser shows it.
+
+    Example:
+        >>> as_rgb(Image.new("RGBA", (1, 1), (255, 0, 0, 0))).getpixel((0, 0))
+        (255, 255, 255)
+    """
     if image.mode == "RGB":
         return image
     if "A" in image.getbands() or "transparency" in image.info:
@@ -92,7 +97,13 @@ def above(top: Image.Image, bottom: Image.Image) -> Image.Image:
 
 
 def cut_sheet(sheet: Image.Image, number: int, side: int, columns: int, gap: int = GAP) -> list[Image.Image]:
-    """Return the first `number` square images of a `contact_sheet` without captions."""
+    """Return the first `number` square images of a `contact_sheet` without captions.
+
+    Example:
+        >>> sheet = contact_sheet([Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")], columns=2)
+        >>> [image.getpixel((0, 0)) for image in cut_sheet(sheet, number=2, side=8, columns=2)]
+        [(255, 0, 0), (0, 0, 255)]
+    """
     corners = ((gap + i % columns * (side + gap), gap + i // columns * (side + gap)) for i in range(number))
     return [sheet.crop((x, y, x + side, y + side)) for x, y in corners]
 

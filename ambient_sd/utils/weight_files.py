@@ -28,6 +28,11 @@ def unet_files(model: str, *, revision: str | None = None, cache_dir: str | None
         model: folder or hub id.
         revision: branch, tag or commit on the hub.
         cache_dir: where the hub's files are kept, if not in the usual place.
+
+    Example:
+        >>> from ambient_sd.assets import BASE
+        >>> list(unet_files(str(BASE)))
+        ['unet/diffusion_pytorch_model.safetensors']
     """
     folder = Path(model)
     if not folder.is_dir():
@@ -40,7 +45,12 @@ def unet_files(model: str, *, revision: str | None = None, cache_dir: str | None
 
 
 def adapter_files(adapter: str) -> dict[str, str]:
-    """Return name -> SHA-256 of a LoRA's file: `adapter` is its folder, the file itself, or a hub id."""
+    """Return name -> SHA-256 of a LoRA's file: `adapter` is its folder, the file itself, or a hub id.
+
+    Example:
+        >>> adapter_files("no-such-folder")
+        {}
+    """
     path: Path | None = Path(adapter)
     assert path is not None
     if not path.is_file():
@@ -49,7 +59,15 @@ def adapter_files(adapter: str) -> dict[str, str]:
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, read in parts."""
+    """Return the SHA-256 of a file, read in parts.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "empty"
+        >>> path.touch()
+        >>> file_digest(path)[:8]
+        'e3b0c442'
+    """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -152,7 +152,7 @@ def test_one_flipped_bit_is_noticed_when_its_column_is_read(copy: Path) -> None:
     part = copy / "part-00002.parquet"
     whole = part.read_bytes()
     store = EmbeddingStore.open(copy)
-    for column, read in (("embedding", lambda: store.block(2)), ("thumbnail", store.looks)):
+    for column, read in (("embedding", lambda: store.block(2)), ("thumbnail", store.thumbnails)):
         read()
         group = pq.read_metadata(part).row_group(0)
         (chunk,) = (

@@ -103,7 +103,7 @@ def test_vectors_come_from_the_store(world: Path, tmp_path: Path) -> None:
     keys, captions = zip(*store.rows(), strict=True)
     path = tmp_path / "moved" / "pixels8" / "part-00000.parquet"
     moved = store.block(0).roll(1, 0).numpy()
-    write_block(path, store.about, range(23), keys, captions, moved, store.looks())
+    write_block(path, store.about, range(23), keys, captions, moved, store.thumbnails())
     audit(settings(world, tmp_path / "out", features=("pixels8",), training_embeddings=tmp_path / "moved"))
     lines = [json.loads(line) for line in (tmp_path / "out" / "images.jsonl").read_text().splitlines()]
     assert [line["nearest"]["pixels8"]["row"] for line in lines[:3]] == [1, 4, 8]

@@ -125,7 +125,7 @@ def test_broken_sources_are_named_in_one_line(folder: Path, tmp_path: Path) -> N
     one_line(lambda: load_rows(tmp_path / "x.parquet"), "x.parquet", "parquet")
     one_line(lambda: load_rows(tmp_path / "nowhere"), "nowhere", "no file or folder")
     parquet = as_parquet(folder, tmp_path / "p.parquet")
-    one_line(lambda: load_rows(parquet, image_column="image"), "'image'", "image")
+    one_line(lambda: load_rows(parquet, image_column="photo"), "'photo'", "image")
     (empty / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n{"file_name": "a.png", "text": null}\n')
     one_line(lambda: load_rows(empty), "a.png", "no caption")
 

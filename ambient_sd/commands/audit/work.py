@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import json
 import math
 import platform
@@ -41,7 +40,7 @@ from torch import Tensor
 from ambient_sd import __version__
 from ambient_sd.audit.clip_score import ClipScore
 from ambient_sd.audit.decision import BASE, EACH, HELDOUT, RATE, RENDERED, SAME, CopyDecision, Decided, Null
-from ambient_sd.audit.embedding import EmbeddingStore
+from ambient_sd.audit.embedding import EmbeddingStore, weights_digest
 from ambient_sd.audit.features import MIRROR, Features, embed
 from ambient_sd.audit.metrics import (
     Measurement,
@@ -191,8 +190,7 @@ def _audit(settings: AuditSettings, command: str) -> Audit | None:
         raise UserError(f"{seen} of {len(heldout)} held-out images are training images",
                         rule="the background is what a model that never saw them would hit",
                         remedy="give other images, or the right split with --heldout_split")  # fmt: skip
-    if settings.group_column is not None:
-        training.column(settings.group_column)  # a column that is not there ends it here
+    grouped = None if settings.group_column is None else training.column(settings.group_column)
     prompts = None if settings.sampling is None else _prompts(settings, training)
     existing = None if settings.generated is None else read_generated(settings.generated, settings.unlisted)
     from_main(lambda: folder.claim(_contents_depend_on(settings, training, heldout, prompts, existing)))
@@ -233,7 +231,7 @@ def _audit(settings: AuditSettings, command: str) -> Audit | None:
     )  # fmt: skip
     measured = _with_rows(measured, different)
     measured.rows.extend(row for one in align for row in one(generated, heldout))
-    verdict = _decide(settings, training, heldout, generated, base, measured)
+    verdict = _decide(settings, training, heldout, generated, base, measured, grouped)
     measured.rows[:0] = verdict.rows
     pulls = _attributions(settings, generated, verdict.decided) if settings.attributed_prompts else []
     used = _used(stored, compared)
@@ -301,7 +299,7 @@ class Decision:
 
 def _decide(
     settings: AuditSettings, training: ImageDataset, heldout: ImageDataset | None, generated: Generated, base: ImageDataset | None,
-    measured: Measurement,
+    measured: Measurement, grouped: Sequence[str] | None,
 ) -> Decision:  # fmt: skip
     """Decide which generated images are copies, and count both shares."""
     rows = one_of_each(training.keys).tolist()  # equal images would be one another's surroundings
@@ -332,11 +330,7 @@ def _decide(
         copy_rate(decided, background, generated.groups, resamples=settings.resamples, **options),
         returned(decided, training.noise_keys, **options),
     ]
-    groups = (
-        []
-        if settings.group_column is None
-        else by_group(decided, training.noise_keys, training.column(settings.group_column))
-    )
+    groups = [] if grouped is None else by_group(decided, training.noise_keys, grouped)
     chance = {null.name: p.tolist() for null in decide.nulls if (p := decide.p_of_null(null.name)) is not None}
     return Decision(decided, decide.rule, decide.nulls, given, groups, len(rows), chance)
 
@@ -678,11 +672,8 @@ def _counted(rows: ImageDataset) -> dict[str, Any]:
 
 def _file(feature: Features) -> dict[str, str]:
     """Return the digest of a feature's weights where the file is the user's."""
-    path = getattr(feature, "path", None)
-    known = getattr(feature, "digest", None) or (
-        hashlib.sha256(Path(path).read_bytes()).hexdigest() if path is not None else None
-    )
-    return {} if known is None else {"weights": str(known)}
+    given = hasattr(feature, "path") or hasattr(feature, "digest")
+    return {"weights": weights_digest(feature)} if given else {}
 
 
 def _lines(

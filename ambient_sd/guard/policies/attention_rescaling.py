@@ -33,6 +33,10 @@ class AttentionRescaling(Policy):
         UserError: `bos_scale` is out of range; when sampling, it is unknown which positions are padding.
 
     Source: Ren et al., ECCV 2024.
+
+    Example:
+        >>> AttentionRescaling().bos_scale
+        1.25
     """
 
     def __init__(self, bos_scale: float = 1.25) -> None:

@@ -1,8 +1,8 @@
-"""The one interface of every mitigation: what a policy sees of a sampling run and what it may replace.
+"""The interface of every mitigation: what a policy sees of a sampling run and what it may replace.
 
 A policy is a small object without state between runs. The guard calls `begin` once, before the first denoising step,
 and `step` after every evaluation of the network; either may do nothing. A policy never sees the denoising loop, so it
-works in every pipeline and with every scheduler that the guard supports. It does not decide whom it acts on either:
+works in every pipeline and with every scheduler that the guard supports. Nor does it decide which images it acts on:
 rows of images that are not `active` (`MemorizationGuard(..., when="flagged")`) stay the pipeline's own, to the bit.
 """
 
@@ -20,14 +20,19 @@ Half = Literal["cond", "uncond"]
 
 
 class Encoded(NamedTuple):
-    """Hold a text encoder's output: `(m, L, D)`, and the pooled `(m, P)` where the network takes one (SDXL), else None."""
+    """Hold a text encoder's output: `(m, L, D)`, and the pooled `(m, P)` where the network takes one (SDXL), else None.
+
+    Example:
+        >>> Encoded(torch.zeros(1, 77, 768), pooled=None).embeds.shape[1]
+        77
+    """
 
     embeds: torch.Tensor
     pooled: torch.Tensor | None
 
 
 class GuidanceBranches(abc.ABC):
-    """The network at one evaluation, to be asked again: one half of guidance, some of the images, other inputs.
+    """Evaluate the network of one step again: one half of guidance, some of the images, other inputs.
 
     Attributes:
         sample: the network's input, equal for both halves, `(n, C, H, W)` (scaled as the scheduler does).
@@ -36,6 +41,15 @@ class GuidanceBranches(abc.ABC):
         timestep: `()` tensor on the device, in the scheduler's units: reading it with `.item()` costs a synchronisation.
         noise_factor: `()` tensor on the device: what turns a norm of output differences into the score's: one of noise (`scores`), or 1
             with `score_space="output"`.
+
+    Example:
+        >>> class Fake(GuidanceBranches):
+        ...     def predict(self, half, **other):
+        ...         return torch.ones(1) if half == "cond" else torch.zeros(1)
+        ...     def enable_grad(self):
+        ...         return torch.enable_grad()
+        >>> Fake().predict("cond").tolist()
+        [1.0]
     """
 
     sample: torch.Tensor
@@ -87,7 +101,7 @@ class GuidanceBranches(abc.ABC):
 
 @dataclass(frozen=True)
 class SamplingStart:
-    """What is known before the first step, for `n` images. Tensors are the pipeline's own: do not write to them.
+    """Hold what is known before the first step, for `n` images. Tensors are the pipeline's own: do not write to them.
 
     Attributes:
         halves: the network at the first evaluation.
@@ -98,6 +112,11 @@ class SamplingStart:
             included; None if the pipeline was called with embeddings.
         token_mask: `(n, L)` bool, on the CPU: True from BOS to the first EOS, False on padding; None as above.
         image_indices: which image of its prompt each image is, where the caller says so (`MemorizationGuard.image_indices`).
+
+    Example:
+        >>> start = SamplingStart(None, [True], ["a cat"], encode=lambda texts: None, token_ids=None, token_mask=None)
+        >>> start.prompts
+        ['a cat']
     """
 
     halves: GuidanceBranches
@@ -111,7 +130,7 @@ class SamplingStart:
 
 @dataclass(frozen=True)
 class Change:
-    """What `Policy.begin` decided, image by image. A tensor that is None leaves the pipeline's own in place.
+    """Hold what `Policy.begin` decided, image by image. A tensor that is None leaves the pipeline's own in place.
 
     Attributes:
         changed: for each image, whether its rows below replace the pipeline's; the other rows are ignored.
@@ -125,6 +144,10 @@ class Change:
         first_score_before: for each image, `|| eps_c - eps_u ||` at the first step as the pipeline had it, if measured.
         first_score_after: the same with what is now in place.
         iterations: for each image, the optimizer steps taken.
+
+    Example:
+        >>> Change([True, False], embeds=torch.zeros(2, 77, 768)).changed
+        [True, False]
     """
 
     changed: list[bool]
@@ -142,7 +165,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Step:
-    """One evaluation of the network, for `n` images. Tensors are the pipeline's own: do not write to them.
+    """Hold one evaluation of the network, for `n` images. Tensors are the pipeline's own: do not write to them.
 
     Attributes:
         index: 0 for the first evaluation of this run.
@@ -156,6 +179,12 @@ class Step:
         silent: whether this step carries no signal (`scores.NO_SIGNAL`): the last of `norms` then says nothing.
         output_norms: as `norms`, of the outputs as the network gives them: `|| o_c - o_u ||`, the same for epsilon.
         total: how many evaluations the whole run has (the sampler's timesteps); None if unknown.
+
+    Example:
+        >>> one = torch.ones(1, 4, 2, 2)
+        >>> step = Step(0, torch.tensor(999), one, 0 * one, norms=[torch.tensor([4.0])], guidance_scale=7.5, halves=None)
+        >>> step.silent, step.norms[-1].tolist()
+        (False, [4.0])
     """
 
     index: int
@@ -171,10 +200,10 @@ class Step:
 
 
 class Policy:
-    """Base of all mitigations; override one method or both.
+    """Subclass this for a mitigation; override one method or both.
 
     Attributes:
-        rewrites_prompt: `begin` words the prompt anew; in a `Compose` it must stand before all others that begin.
+        rewrites_prompt: `begin` rewrites the prompt; in a `Compose` it must come before all others that begin.
         exclusive: `begin` leaves others no score to read; in a `Compose` it must be the only one that begins.
         noise_only: it is defined by predicted noise, not by outputs as they are (`MemorizationGuard(score_space="output")`).
         begins_at_signal: `begin` reads the score: where the first steps carry none (zero terminal SNR) it is called at the first step
@@ -182,6 +211,13 @@ class Policy:
         moves_latent: `begin` replaces the initial latent, which it cannot once sampling has begun.
         mitigates: it changes images; a policy that only watches says False, and images are then flagged as without it.
         gradient_checkpointing: under `GuidanceBranches.enable_grad` activations are recomputed; the guard, which owns the network, reads it.
+
+    Example:
+        >>> class Halve(Policy):
+        ...     def step(self, step):
+        ...         return step.uncond + (step.cond - step.uncond) / 2, step.uncond
+        >>> Halve().begins, Halve().mitigates
+        (False, True)
     """
 
     rewrites_prompt = False
@@ -194,11 +230,11 @@ class Policy:
 
     @property
     def begins(self) -> bool:
-        """Say whether `begin` does anything; where not, the guard need not look before the first step whom it acts on."""
+        """Tell whether `begin` does anything; if not, the guard need not decide before the first step which images it acts on."""
         return type(self).begin is not Policy.begin
 
     def begin(self, start: SamplingStart) -> Change | None:
-        """Look at the first step before it is taken; return what to replace, or None to change nothing."""
+        """Inspect the first step before it is taken; return what to replace, or None to change nothing."""
         return None
 
     def step(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -207,10 +243,17 @@ class Policy:
 
 
 class ScalePolicy(Policy):
-    """Base of the mitigations that only choose another guidance scale `w` for an image at a step.
+    """Subclass this for a mitigation that only chooses another guidance scale `w` for an image at a step.
 
     The pipeline computes `uncond + g (cond' - uncond)`; `cond' = uncond + (w / g) (cond - uncond)` makes that `uncond +
     w (cond - uncond)`. Nothing on the way leaves the device.
+
+    Example:
+        >>> class Gentle(ScalePolicy):
+        ...     def scale(self, step):
+        ...         return torch.full_like(step.norms[-1], 2.0)
+        >>> Gentle().begins
+        False
     """
 
     def scale(self, step: Step) -> torch.Tensor:

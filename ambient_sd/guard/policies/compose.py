@@ -1,10 +1,10 @@
 """Several policies as one.
 
-Before the first step, `begin` is called in the order given, and each policy sees what those before it put in place: their
-embeddings, latents and weights are the network's at its turn. Where two change the same field of the same image the
-later wins. A policy that words the prompt anew (RT, CWR, RNA) would throw away what earlier ones made of the embeddings,
-and re-anchoring leaves later ones no score to read: such combinations are refused when they are made. Tokens of a reworded
-prompt are not known: later policies see `token_ids` and `token_mask` as None, and those that need them refuse.
+Before the first step, `begin` is called in the order given, and each policy sees the embeddings, latents and weights that
+those before it put in place. Where two change the same field of the same image the later one wins. A policy that rewrites
+the prompt (RT, CWR, RNA) would discard earlier changes of the embeddings, and re-anchoring leaves later ones no score to
+read: such combinations are refused when they are built. The tokens of a rewritten prompt are unknown: later policies see
+`token_ids` and `token_mask` as None, and those that need them refuse.
 
 At every evaluation the policies that replace outputs act in turn, each on what the one before returned; then those that
 only choose a guidance scale decide together, once: for each image the first one that acts (is not NaN) wins. So
@@ -47,6 +47,11 @@ class Compose(Policy):
 
     Raises:
         UserError: there is none, one is not a policy, or two cannot be combined in this order.
+
+    Example:
+        >>> from ambient_sd.guard.policies import OppositeGuidance, StaticTransition
+        >>> len(Compose(OppositeGuidance(until=650), StaticTransition(until=500)).policies)
+        2
     """
 
     def __init__(self, *policies: Policy) -> None:

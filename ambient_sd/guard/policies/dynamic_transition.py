@@ -42,6 +42,10 @@ class DynamicTransition(ScalePolicy):
         UserError: an argument is out of range.
 
     Source: Jain et al., CVPR 2025.
+
+    Example:
+        >>> DynamicTransition().begins
+        False
     """
 
     def __init__(self, scale: float = 0.0, norm: Literal["output", "noise"] = "output") -> None:

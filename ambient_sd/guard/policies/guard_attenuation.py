@@ -66,6 +66,10 @@ class AttentionGuard(Policy):
         UserError: an argument is out of range; when sampling, the network's cross-attention cannot be read.
 
     Source: Zhao, Triantafillou, Triantafillou, ICML 2026.
+
+    Example:
+        >>> AttentionGuard().threshold, AttentionGuard(repulsion=0).threshold
+        (0.1, 0.01)
     """
 
     def __init__(
@@ -146,6 +150,10 @@ def spikes(logits: torch.Tensor, threshold: float, statistic: Statistic) -> torc
 
     Returns:
         `(..., L)` bool.
+
+    Example:
+        >>> spikes(torch.tensor([[9.0, 0.0, 0.0, 5.0]]), threshold=1.0, statistic="logits").tolist()
+        [False, False, False, True]
     """
     peak = (logits.softmax(-1) if statistic == "weights" else logits).amax(-2)
     others = peak[..., 1:]
@@ -169,6 +177,14 @@ class SpikeAttenuation(TorchFunctionMode):
 
     Attributes:
         seen: how many cross-attentions there were.
+
+    Example:
+        >>> q, k, text = torch.ones(1, 1, 2, 4), torch.ones(1, 1, 3, 4), torch.ones(1, 3, 8)
+        >>> with SpikeAttenuation((3, 8), lambda logits: torch.ones(logits.shape[:-2] + (3,), dtype=torch.bool), 0.5) as mode:
+        ...     keys = F.linear(text, torch.ones(4, 8))  # reads the text
+        ...     out = F.scaled_dot_product_attention(q, k, k)
+        >>> mode.seen
+        1
     """
 
     def __init__(

@@ -34,6 +34,10 @@ class LatentOptimization(LatentPolicy):
         UserError: an argument is out of range; when sampling, the schedule's first step has no signal.
 
     Source: Han, Kim, Joo, Hong, Lee, NeurIPS 2025.
+
+    Example:
+        >>> LatentOptimization(target=1.0).lr
+        0.01
     """
 
     def __init__(

@@ -31,6 +31,11 @@ class LatentPolicy(Policy, abc.ABC):
 
     Raises:
         UserError: an argument is out of range; when sampling, the schedule's first step has no signal.
+
+    Example:
+        >>> from ambient_sd.guard.policies import SAIL
+        >>> issubclass(SAIL, LatentPolicy), SAIL.moves_latent
+        (True, True)
     """
 
     moves_latent = True
@@ -92,7 +97,17 @@ class LatentPolicy(Policy, abc.ABC):
 
 
 def noise_difference(halves: GuidanceBranches, row: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return `eps_c - eps_u` at another input `x` `(m, C, H, W)` of the images `row` `(m,)`, in x's precision."""
+    """Return `eps_c - eps_u` at another input `x` `(m, C, H, W)` of the images `row` `(m,)`, in x's precision.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> halves = SimpleNamespace(
+        ...     sample=torch.ones(1, 4, 2, 2), noise_factor=torch.tensor(0.5),
+        ...     predict=lambda half, rows, sample: sample if half == "cond" else torch.zeros_like(sample),
+        ... )
+        >>> float(noise_difference(halves, torch.tensor([0]), torch.ones(1, 4, 2, 2)).mean())
+        0.5
+    """
     sample = x.to(halves.sample.dtype)
     cond = halves.predict("cond", rows=row, sample=sample).to(x.dtype)
     uncond = halves.predict("uncond", rows=row, sample=sample).to(x.dtype)
@@ -100,5 +115,10 @@ def noise_difference(halves: GuidanceBranches, row: torch.Tensor, x: torch.Tenso
 
 
 def norm_of(difference: torch.Tensor) -> torch.Tensor:
-    """Return the L2 norm of each image's `(m, C, H, W)`, `(m,)`."""
+    """Return the L2 norm of each image's `(m, C, H, W)`, `(m,)`.
+
+    Example:
+        >>> norm_of(torch.ones(1, 4, 2, 2)).tolist()
+        [4.0]
+    """
     return guidance_norm(cond=difference, uncond=torch.zeros_like(difference))

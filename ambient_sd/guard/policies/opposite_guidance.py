@@ -31,6 +31,10 @@ class OppositeGuidance(ScalePolicy):
         UserError: an argument is out of range.
 
     Source: Jain et al., CVPR 2025.
+
+    Example:
+        >>> OppositeGuidance(until=600).until
+        600.0
     """
 
     def __init__(self, scale: float = -2.0, until: float = 650.0) -> None:

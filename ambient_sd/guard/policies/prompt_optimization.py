@@ -46,6 +46,15 @@ class PromptOptimization(Policy):
         UserError: an argument is out of range; when sampling, the schedule's first step has no signal.
 
     Source: Wen, Liu, Chen, Lyu, ICLR 2024.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> from ambient_sd.guard.recorder import MemorizationGuard
+        >>> pipe = tiny_pipeline()
+        >>> with MemorizationGuard(pipe, PromptOptimization(target=1e-6, max_steps=1)) as guard:
+        ...     drawn = pipe("a cat", num_inference_steps=1, output_type="latent")
+        >>> guard.report[0].iterations
+        1
     """
 
     begins_at_signal = True

@@ -49,6 +49,13 @@ class PromptPerturbation(Policy, abc.ABC):
         UserError: an argument is out of range; when sampling, the pipeline was called with embeddings.
 
     Source: Somepalli et al., NeurIPS 2023.
+
+    Example:
+        >>> class Again(PromptPerturbation):
+        ...     def word(self, words, generator):
+        ...         return words[0]
+        >>> Again(insertions=1).perturb("cat").split()
+        ['cat', 'cat']
     """
 
     rewrites_prompt = True  # `Compose`: what earlier policies made of the embeddings would be lost
@@ -104,6 +111,10 @@ class RandomTokens(PromptPerturbation):
         UserError: an argument is out of range; when sampling, the pipeline was called with embeddings.
 
     Source: Somepalli et al., NeurIPS 2023.
+
+    Example:
+        >>> len(RandomTokens(insertions=2).perturb("a red apple").split())
+        5
     """
 
     def __init__(self, insertions: int | tuple[int, int] = (2, 4), seed: int = 0, tokenizer: Any = None) -> None:
@@ -127,7 +138,12 @@ class RandomTokens(PromptPerturbation):
 
 
 class CaptionWordRepetition(PromptPerturbation):
-    """CWR: insert words of the prompt again; arguments and errors as in `PromptPerturbation`."""
+    """CWR: insert words of the prompt again; arguments and errors as in `PromptPerturbation`.
+
+    Example:
+        >>> set(CaptionWordRepetition().perturb("a red apple").split()) == {"a", "red", "apple"}
+        True
+    """
 
     def perturb(self, prompt: str, place: int = 0) -> str:
         return super().perturb(prompt, place) if prompt.split() else prompt
@@ -137,7 +153,12 @@ class CaptionWordRepetition(PromptPerturbation):
 
 
 class RandomNumbers(PromptPerturbation):
-    """RNA: insert random numbers, uniform in 0..99999; arguments and errors as in `PromptPerturbation`."""
+    """RNA: insert random numbers, uniform in 0..99999; arguments and errors as in `PromptPerturbation`.
+
+    Example:
+        >>> sum(word.isdigit() for word in RandomNumbers(insertions=3).perturb("a red apple").split())
+        3
+    """
 
     def word(self, words: list[str], generator: torch.Generator) -> str:
         return str(_below(100_000, generator))
@@ -157,6 +178,10 @@ class GaussianEmbeddingNoise(Policy):
         UserError: an argument is out of range.
 
     Source: Somepalli et al., NeurIPS 2023.
+
+    Example:
+        >>> GaussianEmbeddingNoise().std
+        0.1
     """
 
     def __init__(self, std: float = 0.1, seed: int = 0, halves: Literal["both", "cond"] = "both") -> None:

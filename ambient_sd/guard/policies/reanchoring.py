@@ -48,6 +48,10 @@ def leave_words_out(prompt: str, most: int = 25) -> list[str]:
     Args:
         prompt: any text. One without words is returned as it is.
         most: most texts, >= 1; with no more words than that every run is a single word.
+
+    Example:
+        >>> leave_words_out("a red apple")
+        ['red apple', 'a apple', 'a red']
     """
     words = prompt.split()
     if not words:
@@ -78,6 +82,10 @@ class Reanchoring(Policy):
             was called with embeddings, or the schedule's first step has no signal.
 
     Source: Chen, Liu, Shah, Xu, CVPR 2025.
+
+    Example:
+        >>> Reanchoring(threshold=2.0, softer="a photo").least
+        6.0
     """
 
     begins_at_signal = True

@@ -61,6 +61,10 @@ class SAIL(LatentPolicy):
         UserError: an argument is out of range; when sampling, the schedule's first step has no signal.
 
     Source: Jeon, Kim, No, ICML 2025.
+
+    Example:
+        >>> SAIL(target=4.0).alpha, SAIL(target=8.0, objective="code").alpha
+        (0.0002, 0.05)
     """
 
     noise_only = True

@@ -34,6 +34,10 @@ class ScaleCap(ScalePolicy):
 
     Raises:
         UserError: `cap` is out of range.
+
+    Example:
+        >>> ScaleCap(cap=5.0).cap
+        5.0
     """
 
     def __init__(self, cap: float) -> None:
@@ -55,6 +59,10 @@ class Despecification(ScalePolicy):
         UserError: an argument is out of range.
 
     Source: G_spe of AMG, Chen, Liu, Xu, CVPR 2024; the score takes the place of the similarity to the training set.
+
+    Example:
+        >>> Despecification(strength=0.5, threshold=4.0).threshold
+        4.0
     """
 
     def __init__(self, strength: float, threshold: float) -> None:

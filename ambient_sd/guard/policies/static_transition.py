@@ -28,6 +28,10 @@ class StaticTransition(ScalePolicy):
         UserError: `until` is out of range.
 
     Source: Jain et al., CVPR 2025.
+
+    Example:
+        >>> StaticTransition(until=400).until
+        400.0
     """
 
     def __init__(self, until: float = 500.0) -> None:
