@@ -192,7 +192,7 @@ def other_weights(world: Path, tmp: Path) -> dict[str, Any]:
     features = choose(["inception"], {"inception": str(tmp / "1.pt")})
     embed_set(load_set(world / "training"), features, tmp / "s", block=64)
     mine = settings(world, tmp / "fits", features=("inception",), files={"inception": str(tmp / "1.pt")})
-    audit(settings(world, mine.out, features=mine.features, files=mine.files, training_embeddings=tmp / "s"))
+    audit(settings(world, mine.output_dir, features=mine.features, files=mine.files, training_embeddings=tmp / "s"))
     return {"features": ("inception",), "files": {"inception": str(tmp / "2.pt")}, "training_embeddings": tmp / "s"}
 
 
@@ -257,9 +257,9 @@ def test_a_replaced_original_that_no_draw_met_is_noticed_when_it_is_shown(
     for name in {"000.png", "003.png", "007.png"} - {rows.names[met]}:
         noise_image(999).save(place / name)
     with pytest.raises(UserError, match=r"is not the image that it was"):
-        audit(settings(world, given.out, features=("pixels8",), training_embeddings=world / "stored", mirrored=False,
+        audit(settings(world, given.output_dir, features=("pixels8",), training_embeddings=world / "stored", mirrored=False,
                        training=Source(str(place))))  # fmt: skip
-    assert not list(given.out.glob("audit.*"))
+    assert not list(given.output_dir.glob("audit.*"))
 
 
 def test_half_precision_and_its_note_leave_copies_found(world: Path, tmp_path: Path) -> None:
