@@ -236,7 +236,9 @@ def test_a_sample_page_shows_what_was_drawn_over_its_nearest_training_image_and_
     ]
     drawn = [*known, *(Image.new("RGB", (size, size), (9 * i, 0, 255 - 9 * i)) for i in range(25 - len(known)))]
     contact_sheet(drawn, COLUMNS).save(step / "samples.png")
-    (step / "figures.json").write_text(json.dumps({"ratios": [0.0] * len(known) + [0.9] * (25 - len(known))}))
+    copies, originals = [i < len(known) for i in range(25)], [i % len(known) for i in range(25)]
+    ratios = [0.0 if copy else 0.9 for copy in copies]
+    (step / "figures.json").write_text(json.dumps({"ratios": ratios, "copies": copies, "originals": originals}))
     assert [p.tobytes() for p in samples_of(step, size)[0]] == [p.tobytes() for p in drawn]
 
     page = sample_page([("plain", step)], training, size, shown=25)
