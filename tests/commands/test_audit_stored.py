@@ -68,7 +68,7 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.9g}") if isinstance(value, float) else value
 
 
-@pytest.mark.parametrize("mirrored", [True, False])
+@pytest.mark.parametrize("mirrored", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_figures_neighbours_and_verdict_are_those_of_an_audit_that_embeds(
     world: Path, tmp_path: Path, mirrored: bool
 ) -> None:

@@ -252,6 +252,7 @@ def test_hostile_prompts_are_text_on_the_page(tmp_path: Path) -> None:
     assert "| none | 50.0 % [40.0, 60.0] | 50.0 % [40.0, 60.0] | 0.500" in compare_page.tables(result)
 
 
+@pytest.mark.slow
 def test_copies_in_other_colours_are_counted_beside_those_by_the_published_measure(tmp_path: Path) -> None:
     rows = load_rows(PICTURES, split="finetune").subset(range(0, 1000, 25))
     reals = comparison.read_reals(rows, load_rows(PICTURES, split="heldout").subset(range(0, 320, 8)))

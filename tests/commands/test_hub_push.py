@@ -57,6 +57,7 @@ def assert_one_line(done: subprocess.CompletedProcess[str]) -> str:
     return [line for line in done.stderr.splitlines() if line.startswith("ambient-sd: error:")][-1]
 
 
+@pytest.mark.slow
 def test_upload_fails_midway_then_a_retry_brings_results_and_nothing_else(
     tmp_path: Path, tiny_base: Path, tiny_images: Path
 ) -> None:

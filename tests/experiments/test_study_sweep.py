@@ -74,6 +74,7 @@ def timeless(results: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.slow
 def test_a_killed_study_ends_with_the_figures_of_one_that_ran_through(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +177,7 @@ def test_a_killed_study_ends_with_the_figures_of_one_that_ran_through(
         write_pages(plan, out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_run_that_goes_out_of_bounds_costs_no_other_run(
     plan: Plan, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]

@@ -126,7 +126,11 @@ def by_hand(pipe: Any, state: Tensors, scale: float) -> Any:
 # --- one model under five names
 
 
-@pytest.mark.parametrize("kind", [StableDiffusionPipeline, StableDiffusionXLPipeline], ids=["sd2", "sdxl"])
+@pytest.mark.parametrize(
+    "kind",
+    [StableDiffusionPipeline, pytest.param(StableDiffusionXLPipeline, marks=pytest.mark.slow)],
+    ids=["sd2", "sdxl"],
+)
 def test_five_naming_schemes_are_one_model(kind: Any, tiny_base: Path, tmp_path: Path, files: dict[str, Path]) -> None:
     base, made = tiny_base, files
     if kind is StableDiffusionXLPipeline:
@@ -171,6 +175,7 @@ def test_stock_diffusers_draws_the_base_for_three_of_them(tiny_base: Path, files
         assert torch.equal(image(pipe), start), name
 
 
+@pytest.mark.slow
 def test_audit_says_the_same_of_all_five(
     tiny_base: Path, tiny_images: Path, tmp_path: Path, files: dict[str, Path]
 ) -> None:

@@ -74,7 +74,7 @@ def small() -> Any:
     return pipe
 
 
-@pytest.mark.parametrize("way", ["wrapped", "in place", "blocks"])
+@pytest.mark.parametrize("way", ["wrapped", "in place", pytest.param("blocks", marks=pytest.mark.slow)])
 def test_a_compiled_network_stays_compiled_is_scored_and_can_be_acted_on(way: str) -> None:
     torch._dynamo.reset()
     plain = small()

@@ -42,7 +42,7 @@ def torture(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    "options", [["--kills", "3", "--use_ema", "--accumulation", "2"], ["--kills", "1", "--processes", "2", "--lora"]],
+    "options", [["--kills", "3", "--use_ema", "--accumulation", "2"], pytest.param(["--kills", "1", "--processes", "2", "--lora"], marks=pytest.mark.slow)],
     ids=["one process", "two processes"],
 )  # fmt: skip
 def test_sigkills_at_random_moments_change_no_byte(options: list[str]) -> None:
