@@ -92,6 +92,6 @@ def test_audit_embedding_and_benchmarks_offer_the_same_features() -> None:
     root = Path(ambient_sd.__file__).parent
     for place in ("commands/audit/__init__.py", "audit/embedding.py", "../benchmarks/transformations.py"):
         text = (root / place).read_text()
-        assert "FeatureOptions)" in text and "FeatureOptions, args).chosen()" in text and '"--features"' not in text, (
+        assert "FeatureOptions" in text and "FeatureOptions, args).chosen()" in text and '"--features"' not in text, (
             place
         )

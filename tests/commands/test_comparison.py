@@ -184,7 +184,7 @@ def test_a_run_writes_tables_sheets_and_page_and_goes_on_where_it_was_cut(
     with pytest.raises(SystemExit):
         main([*command, "--out", str(out)])
     said = capsys.readouterr().err
-    assert "other settings: definition of a copy changed" in said and "--overwrite" in said
+    assert "other settings: definition of a copy was" in said and "--overwrite" in said
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_copies_behind_a_link_fail_the_audit(tmp_path: Path) -> None:
     originals = [noise_image(i) for i in range(8)]
     training = image_folder(tmp_path / "t", originals, [f"p {i}" for i in range(8)])
     fresh = image_folder(tmp_path / "gen", [noise_image(100 + i) for i in range(4)])
-    options: dict[str, Any] = {"features": ("pixels",), "resamples": 20, "limit": 0.1, "generated": fresh}
+    options: dict[str, Any] = {"features": ("pixels",), "resamples": 20, "fail_over": 0.1, "generated": fresh}
     clean = audit(AuditSettings(training=Source(str(training)), output_dir=tmp_path / "clean", **options))
     assert not clean.exceeded
     (fresh / "run1").symlink_to(image_folder(tmp_path / "elsewhere", originals[:4]))

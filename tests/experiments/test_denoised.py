@@ -91,7 +91,7 @@ def test_the_command_writes_sheet_page_and_figures(
     assert str(tmp_path) not in page + json.dumps(found)
     assert not re.search(r"<script|(?<!xmlns=\")https?://|url\(", page)
     assert (out / "denoised.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(denoised, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(denoised, "load_pipeline", lambda *_: pytest.fail("a model was loaded"))
     for models, part in (
         (["m"], "NAME=FOLDER"),
         ([f"m={tmp_path / 'no'}"], "no"),
