@@ -39,6 +39,12 @@ class AddressedDropout(torch.nn.Module):
         p: share that is dropped, in [0, 1).
         seed: seed of the run.
         layer: name of the layer, so that two layers drop other entries.
+
+    Example:
+        >>> dropout = AddressedDropout(0.5, seed=0, layer="to_q")
+        >>> dropout.positions = [7]
+        >>> torch.equal(dropout(torch.ones(1, 8)), dropout(torch.ones(1, 8)))
+        True
     """
 
     def __init__(self, p: float, *, seed: int, layer: str) -> None:
@@ -63,6 +69,9 @@ def check_targets(network: torch.nn.Module, targets: Sequence[str]) -> None:
 
     Raises:
         UserError: a name fits no layer.
+
+    Example:
+        >>> check_targets(torch.nn.ModuleDict({"to_q": torch.nn.Linear(2, 2)}), ["to_q"])
     """
     names = [name for name, module in network.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
     for target in targets:
@@ -91,6 +100,13 @@ def attach(
 
     Returns:
         The dropout modules, which must be told the places of the samples before each forward pass; none without dropout.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> unet = tiny_pipeline().unet
+        >>> layers = attach(unet, rank=4, alpha=4.0, targets=["to_q"], seed=0, dropout=0.1)
+        >>> sum(p.requires_grad for p in unet.parameters()) == 2 * len(layers)  # A and B of each
+        True
     """
     unet.requires_grad_(False)
     settings = LoraConfig(
@@ -117,7 +133,19 @@ def _install(unet: Any, *, p: float, seed: int) -> list[AddressedDropout]:
 
 
 def save(unet: Any, folder: Path, family: Family) -> None:
-    """Write the LoRA with its metadata to `folder/pytorch_lora_weights.safetensors`."""
+    """Write the LoRA with its metadata to `folder/pytorch_lora_weights.safetensors`.
+
+    Example:
+        >>> import tempfile
+        >>> from ambient_sd.assets import BASE
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> from ambient_sd.families.base import Model
+        >>> unet, folder = tiny_pipeline().unet, Path(tempfile.mkdtemp())
+        >>> modules = attach(unet, rank=4, alpha=4.0, targets=["to_q"], seed=0)
+        >>> save(unet, folder, Model(str(BASE)).family)
+        >>> [path.name for path in folder.iterdir()]
+        ['pytorch_lora_weights.safetensors']
+    """
     settings = unet.peft_config["default"].to_dict()
     # The file may be published without the base's path on this machine; and JSON has no sets.
     settings["base_model_name_or_path"] = None
@@ -134,6 +162,17 @@ def save_kohya(unet: Any, folder: Path, family: Family) -> None:
     """Write the LoRA to `folder/pytorch_lora_weights_kohya.safetensors`, as sd-scripts and ComfyUI name things.
 
     Readers of this format scale the update by `alpha / rank` with the alpha of each layer in the file.
+
+    Example:
+        >>> import tempfile
+        >>> from ambient_sd.assets import BASE
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> from ambient_sd.families.base import Model
+        >>> unet, folder = tiny_pipeline().unet, Path(tempfile.mkdtemp())
+        >>> modules = attach(unet, rank=4, alpha=4.0, targets=["to_q"], seed=0)
+        >>> save_kohya(unet, folder, Model(str(BASE)).family)
+        >>> [path.name for path in folder.iterdir()]
+        ['pytorch_lora_weights_kohya.safetensors']
     """
     settings = unet.peft_config["default"]
     theirs = family.kohya_names(unet)
@@ -173,6 +212,16 @@ def load(unet: Any, folder: Path) -> None:
 
     Raises:
         UserError: the file is missing or damaged, or is not this adapter, tensor for tensor.
+
+    Example:
+        >>> import tempfile
+        >>> from ambient_sd.assets import BASE
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> from ambient_sd.families.base import Model
+        >>> unet, folder = tiny_pipeline().unet, Path(tempfile.mkdtemp())
+        >>> modules = attach(unet, rank=4, alpha=4.0, targets=["to_q"], seed=0)
+        >>> save(unet, folder, Model(str(BASE)).family)
+        >>> load(unet, folder)
     """
     path = folder / WEIGHTS_NAME
     try:

@@ -21,7 +21,12 @@ PROVISIONAL = 1.0
 
 
 def of_checkpoint(state: Mapping[str, Any], name: str) -> tuple[float, str] | None:
-    """Return the level that a checkpoint was trained with and where it is from; None if it is none of an ambient run."""
+    """Return the level that a checkpoint was trained with and where it is from; None if it is none of an ambient run.
+
+    Example:
+        >>> of_checkpoint({"identity": {"ambient_level": 0.8}}, "checkpoint-500")
+        (0.8, 'as in checkpoint-500')
+    """
     level = state["identity"].get("ambient_level")
     return (float(level), f"as in {name}") if isinstance(level, (int, float)) and level > 0 else None
 
@@ -44,6 +49,15 @@ def propose(
 
     Raises:
         UserError: too few images, or their latents cannot be measured; on every process.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> images = ImageDataset([b""] * 8, [""] * 8, [""] * 8, "my-images")
+        >>> images.keys = images.noise_keys = list("abcdefgh")
+        >>> alone = SimpleNamespace(is_main_process=True, num_processes=1)
+        >>> x0 = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        >>> propose(images, [(4, 4, 4)] * 8, lambda rows: x0[rows], alone, max_level=14.6)[0]
+        1.1
     """
     rows, total = representatives(images, shapes)
     x0 = latents(rows)

@@ -29,6 +29,9 @@ def check_distribution(kind: DistributedType) -> None:
 
     Raises:
         UserError: it is spread over the processes (FSDP, DeepSpeed).
+
+    Example:
+        >>> check_distribution(DistributedType.MULTI_GPU)
     """
     if kind not in _WHOLE:
         raise UserError(
@@ -50,6 +53,13 @@ class Average:
 
     Raises:
         UserError: the checkpoint's average is missing, damaged, or of another step.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> unet = tiny_pipeline().unet
+        >>> average = Average(unet)
+        >>> average.update()  # after each optimizer step
+        >>> average.give()
     """
 
     def __init__(

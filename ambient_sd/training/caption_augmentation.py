@@ -49,6 +49,13 @@ class CaptionAugmentation:
         images: rows with captions.
         stream: the run's samples.
         tokenizer: a CLIP tokenizer; the first of SDXL's.
+
+    Example:
+        >>> images = ImageDataset([b""], ["a red cat"], ["a.png"], "my-images")
+        >>> stream = SampleStream(count=1, seed=0)
+        >>> repeated = CaptionAugmentation("cwr", 1.0, 0.0, images=images, stream=stream, tokenizer=None)
+        >>> len(repeated.caption(0).split()), set(repeated.caption(0).split()) == {"a", "red", "cat"}
+        (5, True)
     """
 
     def __init__(
@@ -121,6 +128,10 @@ def check(config: TrainConfig, images: ImageDataset) -> None:
 
     Raises:
         UserError: mc, and no row has more than one caption.
+
+    Example:
+        >>> images = ImageDataset([b""], ["a cat"], ["a.png"], "my-images", more_captions=[["a red cat"]])
+        >>> check(TrainConfig("base-model", train_data_dir="my-images", caption_mitigation="mc"), images)
     """
     if config.caption_mitigation == "mc" and len(images.all_captions) == len(images):
         raise UserError(

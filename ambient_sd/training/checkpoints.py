@@ -43,7 +43,16 @@ _READ = (".json", ".jsonl", ".safetensors", ".bin")  # diffusers would read such
 
 
 def find_all(output_dir: Path) -> list[Path]:
-    """Return all that is named checkpoint-N in an output folder, whole or not, oldest first."""
+    """Return all that is named checkpoint-N in an output folder, whole or not, oldest first.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for name in ("checkpoint-1000", "checkpoint-500", "logs"):
+        ...     (folder / name).mkdir()
+        >>> [path.name for path in find_all(folder)]
+        ['checkpoint-500', 'checkpoint-1000']
+    """
     if not output_dir.is_dir():
         return []
     return sorted((p for p in output_dir.iterdir() if _NAME.fullmatch(p.name)), key=_step)
@@ -56,6 +65,11 @@ def find(output_dir: Path, wanted: str) -> Path | None:
 
     Raises:
         UserError: the named one is missing or damaged, or all are damaged.
+
+    Example:
+        >>> import tempfile
+        >>> find(Path(tempfile.mkdtemp()), "latest") is None  # there is none yet
+        True
     """
     if output_dir.is_dir():
         files.recover(output_dir)
@@ -90,7 +104,14 @@ def find(output_dir: Path, wanted: str) -> Path | None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint, naming the damaged file, or None if it is whole."""
+    """Return what is wrong with a checkpoint, naming the damaged file, or None if it is whole.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> damage(folder), damage(folder / "checkpoint-500")
+        ('the folder is empty', 'it is no folder')
+    """
     if not checkpoint.is_dir():
         return "it is no folder"
     if not any(checkpoint.iterdir()):
@@ -137,7 +158,17 @@ def _differs_from_manifest(folder: Path) -> str | None:
 
 
 def seal(folder: Path) -> None:
-    """Write manifest.json, sizes and SHA-256 of all files in `folder`, and wait until all of it is on the disk."""
+    """Write manifest.json, sizes and SHA-256 of all files in `folder`, and wait until all of it is on the disk.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / "trainer_state.json").write_text('{"step": 500, "identity": {}}')
+        29
+        >>> seal(folder)
+        >>> damage(folder) is None
+        True
+    """
     found = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)}
         for path in _files(folder)
@@ -163,6 +194,11 @@ def agree(checkpoint: Path | None, accelerator: Accelerator) -> Path | None:
 
     Raises:
         UserError: this process sees another one under that path.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> agree(Path("checkpoint-500"), SimpleNamespace(num_processes=1)).name  # nobody else is there
+        'checkpoint-500'
     """
     if accelerator.num_processes == 1:
         return checkpoint
@@ -194,6 +230,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
     Raises:
         UserError: it is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> files.atomic_write(folder / "trainer_state.json", '{"step": 500, "identity": {"seed": 0}}')
+        >>> read_state(folder)
+        {'step': 500, 'identity': {'seed': 0}}
     """
     try:
         state = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
@@ -209,6 +252,14 @@ def check_identity(checkpoint: Path, state: Mapping[str, Any], identity: Mapping
 
     Raises:
         UserError: a setting or the images differ; resuming would mix two runs.
+
+    Example:
+        >>> check_identity(Path("checkpoint-500"), {"identity": {"seed": 0}}, {"seed": 0})
+        >>> try:
+        ...     check_identity(Path("checkpoint-500"), {"identity": {"seed": 0}}, {"seed": 1})
+        ... except UserError as error:
+        ...     print(str(error).partition(";")[0])
+        checkpoint-500 was written with seed = 0
     """
     saved = state["identity"]
     # Through JSON: a tuple saved comes back as a list.
@@ -239,6 +290,14 @@ def save(
         optimizer: its `state_dict`, every tensor whole.
         state: what else goes to trainer_state.json.
         limit: number of checkpoints to keep, the new one among them; all if None.
+
+    Example:
+        >>> import tempfile
+        >>> optimizer = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters())
+        >>> done = {"optimizer": optimizer.state_dict(), "state": {"identity": {}}, "write_weights": lambda folder: None}
+        >>> checkpoint = save(Path(tempfile.mkdtemp()), 500, **done, limit=None)
+        >>> checkpoint.name, damage(checkpoint)
+        ('checkpoint-500', None)
     """
     target, part = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.part"
     files.recover(output_dir)
@@ -274,6 +333,13 @@ def load_optimizer(checkpoint: Path, state: Mapping[str, Any], optimizer: torch.
 
     Raises:
         UserError: the file is missing or damaged, or does not fit the trained weights.
+
+    Example:
+        >>> import tempfile
+        >>> optimizer = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters())
+        >>> done = {"optimizer": optimizer.state_dict(), "state": {"identity": {}}, "write_weights": lambda folder: None}
+        >>> checkpoint = save(Path(tempfile.mkdtemp()), 500, **done, limit=None)
+        >>> load_optimizer(checkpoint, read_state(checkpoint), optimizer)
     """
     path = checkpoint / OPTIMIZER_NAME
     slots: dict[int, dict[str, torch.Tensor]] = {}

@@ -50,6 +50,11 @@ class TrainConfig:
 
     Raises:
         UserError: a value has the wrong type or is out of range, or an option of one mode is given in another.
+
+    Example:
+        >>> config = TrainConfig("base-model", train_data_dir="my-images", lora=True)
+        >>> config.objective, config.ambient_level, config.rank, config.source
+        ('ambient', 1.0, 4, 'my-images')
     """
 
     # fmt: off
@@ -265,6 +270,11 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
 
     Raises:
         UserError: an unknown flag or key (the nearest known one is suggested), or a bad value.
+
+    Example:
+        >>> config = parse(["--pretrained_model_name_or_path", "base-model", "--train_data_dir", "my-images", "--resolution", "256"])
+        >>> config.resolution, config.resolution_given
+        (256, True)
     """
     flags = vars(make_parser().parse_args(argv))
     path = flags.pop("config", None)
@@ -281,12 +291,23 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
     Raises:
         UserError: the file is missing, is no YAML mapping, or has an unknown key.
+
+    Example:
+        >>> import tempfile
+        >>> path = TrainConfig("base-model", train_data_dir="my-images").save(Path(tempfile.mkdtemp()))
+        >>> load_yaml(path)["train_data_dir"]
+        'my-images'
     """
     return settings.load_yaml(path, TrainConfig)
 
 
 def make_parser() -> Parser:
-    """Build the command line from the fields of `TrainConfig`; only what the user gives ends up in the result."""
+    """Build the command line from the fields of `TrainConfig`; only what the user gives ends up in the result.
+
+    Example:
+        >>> vars(make_parser().parse_args(["--max_train_steps", "100"]))  # texts, until `parse` checks them
+        {'max_train_steps': '100'}
+    """
     parser = Parser(
         prog="train_text_to_image_ambient.py",
         usage="[accelerate launch] train_text_to_image_ambient.py --config FILE.yaml [--flag value ...]",

@@ -54,6 +54,12 @@ class LossBank:
 
     Raises:
         UserError: the checkpoint's means cannot be read.
+
+    Example:
+        >>> bank = LossBank(timesteps=2, factor=0.5)
+        >>> bank.take_in([1, 1], [1.0, 1.0])
+        >>> [round(v, 2) for v in bank.limit(torch.tensor([0, 1])).tolist()]
+        [0.0, 0.18]
     """
 
     def __init__(self, timesteps: int, factor: float, checkpoint: Path | None = None) -> None:
@@ -89,6 +95,13 @@ class Dropping:
         scheduler: the base's scheduler; it says what turns the network's output into noise.
         timesteps: number of its timesteps.
         checkpoint: folder to continue from, or None.
+
+    Example:
+        >>> rule = Dropping(None, 0.8, scheduler=None, timesteps=2, checkpoint=None)
+        >>> rule.bank.take_in([1], [1.0])
+        >>> outputs = torch.zeros(2, 4, 8, 8)  # of the network; AGC does not ask for them
+        >>> rule.keep(torch.tensor([0.1, 0.5]), outputs, None, torch.tensor([1, 1])).tolist()
+        [0.0, 1.0]
     """
 
     def __init__(
@@ -175,6 +188,10 @@ def check_scheduler(scheduler: Any) -> None:
 
     Raises:
         UserError: it is not.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> check_scheduler(tiny_pipeline().scheduler)
     """
     try:
         scores.require_supported(scheduler)

@@ -56,6 +56,17 @@ class Encoder:
 
     Attributes:
         image_encoder, caption_encoder: frozen; without prompts and probe they may be gone.
+
+    Example:
+        >>> from accelerate import PartialState
+        >>> from ambient_sd.assets import BASE, PICTURES
+        >>> from ambient_sd.training.config import TrainConfig
+        >>> from ambient_sd.training.plan import plan_run
+        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(PICTURES), max_train_samples=3, resolution=64))
+        >>> rule = ViewRule(resolution=64, center_crop=True, random_flip=False, per_image=True, noise_seed=0)
+        >>> encoder = Encoder(plan, rule, SampleStream(3, seed=0), PartialState(), progress=False)
+        >>> encoder.latents([0, 1]).shape
+        torch.Size([2, 4, 16, 16])
     """
 
     def __init__(
@@ -187,7 +198,22 @@ class Encoder:
 
 
 class CachedLatents(Dataset[tuple[str, torch.Tensor]]):
-    """Give key and latent of the sample at each position, from a store that `fill_latents` has filled."""
+    """Give key and latent of the sample at each position, from a store that `fill_latents` has filled.
+
+    Example:
+        >>> import tempfile
+        >>> from accelerate import PartialState
+        >>> from ambient_sd.assets import PICTURES, BASE
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> from ambient_sd.data.sources import load_rows
+        >>> from ambient_sd.families.base import Model
+        >>> encoder, images = ImageEncoder(Model(str(BASE)).family, tiny_pipeline().vae), load_rows(PICTURES, max_samples=2).check()
+        >>> rule = ViewRule(resolution=32, center_crop=True, random_flip=False, per_image=True, noise_seed=0)
+        >>> store = fill_latents(tempfile.mkdtemp(), encoder, images, rule, PartialState(), progress=False)
+        >>> key, latent = CachedLatents(store, images, rule, SampleStream(2, seed=0))[0]
+        >>> latent.shape
+        torch.Size([4, 16, 16])
+    """
 
     def __init__(self, store: Store, images: ImageDataset, rule: ViewRule, stream: SampleStream) -> None:
         self.store, self.images, self.rule, self.stream = store, images, rule, stream
@@ -209,6 +235,14 @@ class CachedCaptions:
     Args:
         store: filled.
         encoder: encodes what is not in the store, on its own device; without it that is an error.
+
+    Example:
+        >>> import tempfile
+        >>> store = Store(tempfile.mkdtemp(), "captions", {"text_encoder": "its digest"})
+        >>> store.create()
+        >>> store.open([store.add([entry_id("a cat")], [{"hidden": torch.zeros(24, 16)}])])
+        >>> CachedCaptions(store)(["a cat", "a cat"])["hidden"].shape
+        torch.Size([2, 24, 16])
     """
 
     def __init__(self, store: Store, encoder: CaptionEncoder | None = None) -> None:
@@ -248,6 +282,18 @@ def fill_latents(
 
     Raises:
         UserError: the folder cannot be written, or not all processes see it.
+
+    Example:
+        >>> import tempfile
+        >>> from accelerate import PartialState
+        >>> from ambient_sd.assets import PICTURES, BASE
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> from ambient_sd.data.sources import load_rows
+        >>> from ambient_sd.families.base import Model
+        >>> encoder, images = ImageEncoder(Model(str(BASE)).family, tiny_pipeline().vae), load_rows(PICTURES, max_samples=2).check()
+        >>> rule = ViewRule(resolution=32, center_crop=True, random_flip=False, per_image=True, noise_seed=0)
+        >>> len(fill_latents(tempfile.mkdtemp(), encoder, images, rule, PartialState(), progress=False).shards())
+        1
     """
     about = {
         "what": "latents", "version": _VERSION, "vae": fingerprint(encoder.vae), "resolution": rule.resolution,
@@ -275,6 +321,17 @@ def fill_captions(
 
     Raises:
         UserError: as for `fill_latents`.
+
+    Example:
+        >>> import tempfile
+        >>> from accelerate import PartialState
+        >>> from ambient_sd.assets import BASE
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> from ambient_sd.families.base import Model
+        >>> encoder = CaptionEncoder(Model(str(BASE)).family, tiny_pipeline().components)
+        >>> store = fill_captions(tempfile.mkdtemp(), encoder, ["a cat", "a dog"], PartialState(), progress=False)
+        >>> store.missing([entry_id("a cat"), entry_id("a bird")])
+        [1]
     """
     about: dict[str, Any] = {
         "what": "caption embeddings", "version": _VERSION, "device": accelerator.device.type, "zero_empty": encoder.zero_empty,

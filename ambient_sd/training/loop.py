@@ -72,6 +72,12 @@ class TrainingBatch:
         noise: (B, C, h, w) fresh noise.
         perturbation: (B, C, h, w) what is added to the noise of the input only, or None.
         time_ids: (B, 6) float32, SDXL's sizes in pixels, or None.
+
+    Example:
+        >>> x0 = torch.zeros(1, 4, 8, 8)
+        >>> batch = TrainingBatch([7], ["key"], ["a cat"], torch.tensor([500]), x0, None, torch.randn(x0.shape))
+        >>> batch.captions
+        ['a cat']
     """
 
     positions: list[int]
@@ -113,6 +119,16 @@ def run(
         UserError: something in settings, base, images or checkpoint is wrong; nothing has been written then. Or the
             loss became infinite.
         Interrupted: Ctrl-C or SIGTERM; its text names the newest checkpoint and how to resume.
+
+    Example:
+        >>> import tempfile
+        >>> from ambient_sd.assets import PICTURES
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> base, output = tempfile.mkdtemp(), tempfile.mkdtemp()
+        >>> tiny_pipeline().save_pretrained(base)
+        >>> options = {"resolution": 32, "max_train_samples": 3, "max_train_steps": 2, "report_to": "none", "output_dir": output}
+        >>> run(TrainConfig(base, train_data_dir=str(PICTURES), lora=True, **options), progress=False).steps
+        2
     """
     progress = progress and processes.is_first()
     with processes.interruptible(config):

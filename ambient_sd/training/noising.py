@@ -49,6 +49,12 @@ def min_snr_weight(
 
     Raises:
         UserError: the schedule or prediction is one of flow matching.
+
+    Example:
+        >>> schedule = NoiseSchedule(3, "epsilon", torch.tensor([0.9, 0.5, 0.0]))
+        >>> found = min_snr_weight(schedule, torch.tensor([0, 1, 2]), gamma=5.0, prediction_type="epsilon")
+        >>> [round(v, 3) for v in found.tolist()]
+        [0.556, 1.0, 1.0]
     """
     if schedule.is_flow or prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise UserError("snr_gamma is given", rule="Min-SNR is defined for schedules with alpha^2 + sigma^2 = 1",
@@ -68,6 +74,11 @@ def offset(noise: torch.Tensor, stream: SampleStream, positions: Sequence[int], 
         stream: the run's samples.
         positions: B places.
         amount: o; 0 returns `noise` itself.
+
+    Example:
+        >>> moved = offset(torch.zeros(1, 4, 8, 8), SampleStream(count=3, seed=0), [7], 0.1)
+        >>> moved.unique().numel()  # one number for each channel
+        4
     """
     if not amount:
         return noise
@@ -83,6 +94,12 @@ class LogNormalLevels:
     Args:
         schedule: of the base.
         mean, std: of ln s.
+
+    Example:
+        >>> schedule = NoiseSchedule(4, "epsilon", torch.tensor([0.9, 0.8, 0.5, 0.2]))
+        >>> levels = LogNormalLevels(schedule, mean=0.0, std=0.0)  # the timestep of level 1
+        >>> int(levels(SampleStream(count=3, seed=0), position=7))
+        2
     """
 
     def __init__(self, schedule: NoiseSchedule, mean: float, std: float) -> None:
@@ -120,6 +137,13 @@ def corrupt(
         noise: (B, C, h, w) fresh noise.
         perturbation: (B, C, h, w) p z from `perturbation_at`, or None.
         snr_gamma: of Min-SNR, or None.
+
+    Example:
+        >>> objective = AmbientObjective(NoiseSchedule(2, "epsilon", torch.tensor([0.8, 0.2])), mode="plain")
+        >>> x0, noise = torch.zeros(2, 4, 2, 2), torch.ones(2, 4, 2, 2)
+        >>> batch = corrupt(objective, x0, None, torch.tensor([0, 1]), noise=noise, snr_gamma=1.0)
+        >>> [round(v, 3) for v in batch.weight.tolist()]
+        [0.25, 1.0]
     """
     batch = objective.corrupt(x0, eps_n, timesteps, noise=noise)
     if perturbation is not None:
@@ -134,7 +158,13 @@ def corrupt(
 def perturbation_at(
     stream: SampleStream, positions: Sequence[int], shape: Sequence[int], amount: float
 ) -> torch.Tensor | None:
-    """Return `amount z`, (B, *shape) float32, of these places; None if `amount` is 0."""
+    """Return `amount z`, (B, *shape) float32, of these places; None if `amount` is 0.
+
+    Example:
+        >>> stream = SampleStream(count=3, seed=0)
+        >>> perturbation_at(stream, [7, 8], (4, 8, 8), 0.1).shape, perturbation_at(stream, [7], (4, 8, 8), 0.0)
+        (torch.Size([2, 4, 8, 8]), None)
+    """
     if not amount:
         return None
     draws = [torch.randn(tuple(shape), generator=stream.generator("perturbation", p)) for p in positions]

@@ -69,6 +69,12 @@ class Plan:
         buckets: (width, height) by noise key; None: all images are seen as squares.
         notes: what the user should know before the run, a line each.
         level_reason: where a measured level comes from; None if the settings give it.
+
+    Example:
+        >>> from ambient_sd.assets import BASE, PICTURES
+        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(PICTURES), max_train_samples=3, resolution=64))
+        >>> plan.fixed_noise, plan.with_level(0.5, "measured").objective.level
+        (True, 0.5)
     """
 
     config: TrainConfig
@@ -111,6 +117,12 @@ def base_of(config: TrainConfig) -> Base:
 
     Raises:
         UserError: as `check_base`.
+
+    Example:
+        >>> from ambient_sd.assets import BASE
+        >>> base = base_of(TrainConfig(str(BASE), train_data_dir="my-images", resolution=64))
+        >>> base.schedule.num_train_timesteps
+        1000
     """
     return check_base(
         str(config.pretrained_model_name_or_path), revision=config.revision, variant=config.variant, cache_dir=config.cache_dir,
@@ -124,6 +136,12 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
 
     Raises:
         UserError: something is wrong.
+
+    Example:
+        >>> from ambient_sd.assets import BASE, PICTURES
+        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(PICTURES), max_train_samples=3, resolution=64))
+        >>> len(plan.images), plan.objective.level, plan.checkpoint
+        (3, 1.0, None)
     """
     _check_packages(config)
     sharding.check(config)
@@ -165,6 +183,12 @@ def make_objective(config: TrainConfig, base: Base) -> AmbientObjective:
 
     Raises:
         UserError: level, timestep or gap lies beyond the schedule.
+
+    Example:
+        >>> from ambient_sd.assets import BASE
+        >>> config = TrainConfig(str(BASE), train_data_dir="my-images", resolution=64, ambient_level=0.5)
+        >>> make_objective(config, base_of(config)).level
+        0.5
     """
     options: dict[str, Any] = {"mode": config.objective}
     if config.objective != "plain":
@@ -213,6 +237,11 @@ def open_images(config: TrainConfig) -> ImageDataset:
 
     Raises:
         UserError: as `load_rows`.
+
+    Example:
+        >>> from ambient_sd.assets import BASE, PICTURES
+        >>> len(open_images(TrainConfig(str(BASE), train_data_dir=str(PICTURES), max_train_samples=3)))
+        3
     """
     return load_rows(
         config.source,
@@ -260,6 +289,12 @@ def enlargement_note(
 
     Raises:
         UserError: most of them are enlarged so far that the resolution cannot be meant.
+
+    Example:
+        >>> from ambient_sd.assets import BASE, PICTURES
+        >>> config = TrainConfig(str(BASE), train_data_dir=str(PICTURES), max_train_samples=3, resolution=64)
+        >>> enlargement_note(config, open_images(config).check(), step=8) is None  # they have 64 pixels
+        True
     """
     square = (config.resolution, config.resolution)
     targets = [square if buckets is None else buckets[key] for key in images.noise_keys]
@@ -274,6 +309,13 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
     Raises:
         UserError: a precision that the device lacks, or a distribution that this trainer was never run under.
+
+    Example:
+        >>> from accelerate.state import AcceleratorState
+        >>> accelerator = make_accelerator(TrainConfig("base-model", train_data_dir="my-images", report_to="none"))
+        >>> accelerator.num_processes
+        1
+        >>> AcceleratorState._reset_state(reset_partial_state=True)  # another run may want another precision
     """
     env = os.environ
     if env.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in env and "WORLD_SIZE" not in env:

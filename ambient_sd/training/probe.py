@@ -54,6 +54,11 @@ class ProbeEvaluation:
         published: share of images with d1/d2 < 1/3.
         median_ratio: of d1/d2; score: median of the guard's.
         sheet: the images, each row above the training images that explain it best; on the main process only.
+
+    Example:
+        >>> seen = ProbeEvaluation(100, Estimate.of_share(3, 32), published=0.1, median_ratio=0.8, score=2.0, sheet=None)
+        >>> seen.record()["step"], seen.record()["n"]
+        (100, 32)
     """
 
     step: int
@@ -80,6 +85,12 @@ class Probe:
 
     Raises:
         UserError: fewer than two different training images: a copy is nearer to one of them than to the others.
+
+    Example:
+        >>> from ambient_sd.assets import PICTURES
+        >>> from ambient_sd.data.sources import load_rows
+        >>> Probe(load_rows(PICTURES, max_samples=3).check(), count=2, resolution=64, seed=0).real.shape
+        torch.Size([3, 12288])
     """
 
     def __init__(self, images: ImageDataset, *, count: int, resolution: int, seed: int) -> None:
@@ -154,7 +165,16 @@ class Probe:
 
 
 def add_evaluation(path: Path, record: Mapping[str, float]) -> None:
-    """Add an evaluation to a file of JSON lines; those of later steps, which a resumed run repeats, are dropped."""
+    """Add an evaluation to a file of JSON lines; those of later steps, which a resumed run repeats, are dropped.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "probe.jsonl"
+        >>> for step in (100, 200, 150):  # it was resumed before step 150
+        ...     add_evaluation(path, {"step": step, "copies": 0.0})
+        >>> [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        [100, 150]
+    """
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] < record["step"]]
     atomic_write(path, "".join(f"{line}\n" for line in [*kept, json.dumps(dict(record))]))

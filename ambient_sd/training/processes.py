@@ -41,7 +41,12 @@ _LAUNCHERS = ("accelerate", "accelerate.commands.launch", "torchrun", "torch.dis
 
 
 def is_first() -> bool:
-    """Tell whether this process is the one that speaks, before and after accelerate is set up."""
+    """Tell whether this process is the one that speaks, before and after accelerate is set up.
+
+    Example:
+        >>> is_first()
+        True
+    """
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -51,6 +56,10 @@ def report_peer_failure() -> Iterator[None]:
 
     Raises:
         UserError: another process of the run has died.
+
+    Example:
+        >>> with report_peer_failure():
+        ...     loss = 0.5  # a step of the run
     """
     try:
         yield
@@ -70,6 +79,10 @@ def check_same_images(fingerprint: str, accelerator: Accelerator) -> None:
 
     Raises:
         UserError: they decode different images.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> check_same_images("00ff", SimpleNamespace(num_processes=1))  # there is nobody to differ from
     """
     if accelerator.num_processes == 1:
         return
@@ -88,6 +101,11 @@ def interruptible(config: TrainConfig) -> Iterator[None]:
 
     Raises:
         Interrupted: one of the signals came; on processes other than the first its text is empty.
+
+    Example:
+        >>> import tempfile
+        >>> with interruptible(TrainConfig("base-model", train_data_dir="my-images", output_dir=tempfile.mkdtemp())):
+        ...     loss = 0.5  # the run
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are the main thread's

@@ -44,6 +44,18 @@ class RunRecord:
         global_batch: samples per optimizer step.
         processes: how many trained together.
         fingerprint: SHA-256 over images and captions.
+
+    Example:
+        >>> from ambient_sd.assets import BASE, PICTURES
+        >>> from ambient_sd.training.config import TrainConfig
+        >>> from ambient_sd.training.plan import plan_run
+        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(PICTURES), max_train_samples=3, resolution=64))
+        >>> means = {"loss": 0.5, "clean_loss": math.nan, "ambient_loss": 0.5}
+        >>> record = RunRecord(plan, Path("results"), 100, 0, 50.0, [0.5] * 100, means, [], 1e-5, 4, 1, plan.images.fingerprint())
+        >>> print(record.describe())
+        100 steps in 50 s, 8 samples a second, 3 images
+        loss 0.5000, mean of the last steps
+        results in results
     """
 
     plan: Plan
@@ -108,6 +120,15 @@ def describe_start(
         global_batch: samples per step; processes: how many train together.
         trained: number of weights that are trained.
         device: of this process; precision: of the forward and backward passes.
+
+    Example:
+        >>> from ambient_sd.assets import BASE, PICTURES
+        >>> from ambient_sd.training.config import TrainConfig
+        >>> from ambient_sd.training.plan import plan_run
+        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(PICTURES), max_train_samples=3, resolution=64))
+        >>> text = describe_start(plan, steps=100, first_step=0, global_batch=4, processes=1, trained=1234, device="cpu", precision="no")
+        >>> print(text.splitlines()[2])
+        steps      100, about 133 epochs
     """
     config, objective, images = plan.config, plan.objective, plan.images
     level = f", noise level s_n = {objective.level:g}" if objective.mode != "plain" else ""
@@ -134,6 +155,12 @@ class StepSums:
 
     Args:
         device: of the samples.
+
+    Example:
+        >>> step, clean = StepSums(torch.device("cpu")), torch.tensor([True, False])
+        >>> step.add(torch.tensor([0.5, 0.3]), torch.tensor([0.5, 0.3]), clean=clean, level=torch.tensor([0.2, 2.0]))
+        >>> [round(v, 3) for v in step.sums[:6].tolist()]  # sum and count: all, clean, ambient
+        [0.8, 2.0, 0.5, 1.0, 0.3, 1.0]
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -194,6 +221,13 @@ class LossLog:
 
     Raises:
         UserError: the checkpoint's losses cannot be read.
+
+    Example:
+        >>> log = LossLog(None)
+        >>> log.add(1, {"loss": 0.5})
+        >>> log.add(2, {"loss": 0.3})
+        >>> log.late_mean("loss", steps=100)
+        0.4
     """
 
     def __init__(self, checkpoint: Path | None) -> None:

@@ -38,6 +38,13 @@ def check_overwrite(folder: Path, *, allowed: bool) -> None:
 
     Raises:
         UserError: something is there that must not be replaced.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> check_overwrite(folder, allowed=False)  # empty
+        >>> (folder / "checkpoint-500").mkdir()
+        >>> check_overwrite(folder, allowed=True)
     """
     found = [name for name in _RESULTS if (folder / name).exists()]
     if found and allowed and not (folder / CONFIG_NAME).is_file():
@@ -58,7 +65,17 @@ def check_overwrite(folder: Path, *, allowed: bool) -> None:
 
 
 def clear(folder: Path, logging_dir: str) -> None:
-    """Remove what an earlier run left in its folder: checkpoints, result, sheets, records and curves; all else stays."""
+    """Remove what an earlier run left in its folder: checkpoints, result, sheets, records and curves; all else stays.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / "checkpoint-500").mkdir(), (folder / "notes.txt").touch()
+        (None, None)
+        >>> clear(folder, "logs")
+        >>> [path.name for path in folder.iterdir()]
+        ['notes.txt']
+    """
     files.recover(folder)
     parts: list[str] = []
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -81,6 +98,19 @@ def write(folder: Path, unet: Any, base: Base, config: TrainConfig) -> None:
 
     Raises:
         UserError: the base is no longer there, so that the U-Net alone could be written.
+
+    Example:
+        >>> import tempfile
+        >>> from ambient_sd.assets import BASE
+        >>> from ambient_sd.families.base import check_base
+        >>> config, base = TrainConfig(str(BASE), train_data_dir="my-images", lora=True), check_base(str(BASE), lora=True)
+        >>> unet = base.skeleton()["unet"].to_empty(device="cpu")
+        >>> adapters.attach(unet, rank=4, alpha=4.0, targets=["to_q"], seed=0)
+        []
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> write(folder, unet, base, config)
+        >>> [path.name for path in folder.iterdir()]
+        ['pytorch_lora_weights.safetensors']
     """
     staging = folder / ".results.part"
     files.remove(staging)
@@ -114,6 +144,14 @@ def full_disk_in_one_line(what: str, folder: Path) -> Iterator[None]:
 
     Raises:
         UserError: in place of the error of the system.
+
+    Example:
+        >>> try:
+        ...     with full_disk_in_one_line("checkpoint-500", Path("results")):
+        ...         raise OSError("No space left on device")
+        ... except UserError as error:
+        ...     print(error)
+        checkpoint-500 cannot be written to results; OSError: No space left on device; make room there and resume with --resume_from_checkpoint latest
     """
     try:
         yield

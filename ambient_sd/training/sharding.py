@@ -36,6 +36,9 @@ def check(config: TrainConfig) -> None:
 
     Raises:
         UserError: DeepSpeed, or a kind of FSDP or a setting that does not go with it.
+
+    Example:
+        >>> check(TrainConfig("base-model", train_data_dir="my-images"))  # no FSDP is asked for
     """
     if _asked("ACCELERATE_USE_DEEPSPEED"):
         if config.use_ema:
@@ -71,7 +74,12 @@ def check(config: TrainConfig) -> None:
 
 
 def enable(accelerator: Accelerator) -> None:
-    """Complete accelerate's choice of FSDP2: on CPUs too, with gradients summed in float32."""
+    """Complete accelerate's choice of FSDP2: on CPUs too, with gradients summed in float32.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> enable(SimpleNamespace(state=None, distributed_type=DistributedType.NO, is_fsdp2=False))  # nothing to complete
+    """
     state = accelerator.state
     if _asked("ACCELERATE_USE_FSDP") and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # accelerate 1.15 reads the FSDP settings for accelerators only, and keeps whole models on CPUs.
@@ -85,7 +93,12 @@ def enable(accelerator: Accelerator) -> None:
 
 
 def is_spread(unet: Any) -> bool:
-    """Say whether a U-Net's weights are cut."""
+    """Say whether a U-Net's weights are cut.
+
+    Example:
+        >>> is_spread(torch.nn.Linear(2, 2))
+        False
+    """
     # Its parameters do not tell: those outside of all blocks stay gathered from a forward pass to the next backward one.
     return isinstance(unet, FSDPModule)
 
@@ -96,6 +109,11 @@ def whole_unet(unet: Any) -> Any:
     Returns:
         `unet` itself if it is not spread. Else, on the first process, another one with the weights gathered in
         CPU memory (of a LoRA only the trained ones: the others stay without storage); None on the others.
+
+    Example:
+        >>> unet = torch.nn.Linear(2, 2)
+        >>> whole_unet(unet) is unet  # it is not spread
+        True
     """
     if not is_spread(unet):
         return unet
@@ -116,7 +134,12 @@ def whole_unet(unet: Any) -> Any:
 
 
 def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the optimizer's `state_dict` with every tensor whole, on the first process; to be called by every process."""
+    """Return the optimizer's `state_dict` with every tensor whole, on the first process; to be called by every process.
+
+    Example:
+        >>> sorted(whole_state(torch.optim.AdamW(torch.nn.Linear(2, 2).parameters())))
+        ['param_groups', 'state']
+    """
     packed = optimizer.state_dict()
     state: dict[int, dict[str, Any]] = {}
     for i, slots in packed["state"].items():
@@ -135,6 +158,11 @@ def cut(slots: Mapping[int, Mapping[str, torch.Tensor]], optimizer: torch.optim.
     Args:
         slots: by number of the weight, as in `state_dict`, the state's tensors. Every process has all of them.
         optimizer: after `Accelerator.prepare`.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters())
+        >>> cut({0: {"exp_avg": torch.zeros(2, 2)}}, optimizer)[0]["exp_avg"].shape  # its weights are whole
+        torch.Size([2, 2])
     """
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     return {

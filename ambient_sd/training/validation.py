@@ -39,7 +39,12 @@ _SCORES = {
 
 
 class Samples(NamedTuple):
-    """Hold sampled images, one row a prompt, and the guard's score of each, in the same rows."""
+    """Hold sampled images, one row a prompt, and the guard's score of each, in the same rows.
+
+    Example:
+        >>> Samples(rows=[[Image.new("RGB", (8, 8))]], scores=[[1.5]]).scores
+        [[1.5]]
+    """
 
     rows: list[list[Image.Image]]
     scores: list[list[float]]
@@ -87,6 +92,13 @@ def sample(
 
     Returns:
         One row of images and of scores per prompt, on every process.
+
+    Example:
+        >>> from accelerate import PartialState
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> sampled = sample(tiny_pipeline().to(PartialState().device), ["a cat"], 1, resolution=32, seed=0, accelerator=PartialState())
+        >>> sampled.rows[0][0].size, len(sampled.scores[0])
+        ((32, 32), 1)
     """
     config = SamplingConfig(
         "the model in training", num_inference_steps=INFERENCE_STEPS, guidance_scale=guidance_scale, resolution=resolution,
@@ -102,12 +114,26 @@ def sample(
 
 
 def sheet(sampled: Samples, prompts: Sequence[str]) -> Image.Image:
-    """Lay sampled images on one sheet, a row for each prompt, which stands above it, and each image's score below it."""
+    """Lay sampled images on one sheet, a row for each prompt, which stands above it, and each image's score below it.
+
+    Example:
+        >>> images = [Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")]
+        >>> sheet(Samples([images], [[1.5, 2.5]]), ["a square"]).width >= 128
+        True
+    """
     return prompt_sheet(sampled.rows, prompts, [[f"score {score:.3g}" for score in row] for row in sampled.scores])
 
 
 def write_scores(folder: Path, step: int, scores: Sequence[float]) -> None:
-    """Write the guard's scores of the images sampled at a step into `folder`, in the sheet's order; one that is not finite is null."""
+    """Write the guard's scores of the images sampled at a step into `folder`, in the sheet's order; one that is not finite is null.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> write_scores(folder, step=100, scores=[1.5, float("inf")])
+        >>> (folder / "scores.json").read_text()
+        '{"step": 100, "scores": [1.5, null]}\\n'
+    """
     atomic_write(folder / SCORES_NAME, json.dumps(json_safe({"step": step, "scores": list(scores)})) + "\n")
 
 
@@ -116,6 +142,13 @@ def read_scores(folder: Path, step: int) -> list[float]:
 
     Raises:
         UserError: the file is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> write_scores(folder, step=100, scores=[1.5, float("inf")])
+        >>> read_scores(folder, step=100), read_scores(folder, step=200)
+        ([1.5], [])
     """
     path = folder / SCORES_NAME
     if not path.is_file():
