@@ -203,7 +203,7 @@ class CachedLatents(Dataset[tuple[str, torch.Tensor]]):
     Example:
         >>> import tempfile
         >>> from accelerate import PartialState
-        >>> from ambient_sd.assets import PICTURES, BASE
+        >>> from ambient_sd.assets import BASE, PICTURES
         >>> from ambient_sd.assets.tiny import tiny_pipeline
         >>> from ambient_sd.data.sources import load_rows
         >>> from ambient_sd.families.base import Model
@@ -286,7 +286,7 @@ def fill_latents(
     Example:
         >>> import tempfile
         >>> from accelerate import PartialState
-        >>> from ambient_sd.assets import PICTURES, BASE
+        >>> from ambient_sd.assets import BASE, PICTURES
         >>> from ambient_sd.assets.tiny import tiny_pipeline
         >>> from ambient_sd.data.sources import load_rows
         >>> from ambient_sd.families.base import Model
