@@ -391,9 +391,9 @@ def generate(
 
     Example:
         >>> from ambient_sd.assets.tiny import tiny_pipeline
-        >>> config = SamplingConfig("tiny", num_inference_steps=2, resolution=32, batch_size=2)
-        >>> [[one.image.size for one in batch] for batch in generate(tiny_pipeline(), requests_for(["a cat"], 3), config)]
-        [[(32, 32), (32, 32)], [(32, 32)]]
+        >>> config = SamplingConfig("tiny", num_inference_steps=1, resolution=32)
+        >>> [[one.image.size for one in batch] for batch in generate(tiny_pipeline(), [Request("a cat", 0)], config)]
+        [[(32, 32)]]
     """
 
     def sample(batch: Sequence[Request], options: dict[str, Any]) -> list[Sampled]:
