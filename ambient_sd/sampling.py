@@ -98,7 +98,12 @@ class SamplingConfig(SamplingOptions):
 
 
 def label(name: str) -> str:
-    """Return a name that may be published: a hub id, or of a local place its last part; after `open_clip:`, if it begins so."""
+    """Return a name that may be published: a hub id, or of a local place its last part; after `open_clip:`, if it begins so.
+
+    Example:
+        >>> label("/home/me/my-model"), label("someone/their-model")
+        ('my-model', 'someone/their-model')
+    """
     if name.startswith(OPEN_CLIP):
         return OPEN_CLIP + label(name.removeprefix(OPEN_CLIP))
     if Path(name).exists():
@@ -109,7 +114,13 @@ def label(name: str) -> str:
 
 
 def home(settings: SamplingConfig) -> Path | None:
-    """Return the folder that a threshold of this model belongs in: the adapter's, else the model's; None on the hub."""
+    """Return the folder that a threshold of this model belongs in: the adapter's, else the model's; None on the hub.
+
+    Example:
+        >>> from ambient_sd.assets import BASE
+        >>> home(SamplingConfig(str(BASE))) == BASE, home(SamplingConfig("someone/their-model"))
+        (True, None)
+    """
     place = Path(settings.lora_weights if settings.lora_weights is not None else settings.model)
     return place if place.is_dir() else place.parent if place.is_file() else None
 
@@ -119,6 +130,13 @@ def read_prompts(path: str | Path) -> list[str]:
 
     Raises:
         UserError: the file cannot be read, holds no prompt, or one that no tokenizer takes.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "prompts.jsonl"
+        >>> _ = file.write_text('{"prompt": "a cat"}')
+        >>> read_prompts(file)
+        ['a cat']
     """
     try:
         # By line feeds only: other characters that split lines for Python may stand in a prompt.
@@ -164,7 +182,13 @@ def collect_prompts(entries: Sequence[str] | None) -> list[str]:
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
-    """Refuse prompts that no tokenizer takes: half of a surrogate pair is no text."""
+    """Refuse prompts that no tokenizer takes: half of a surrogate pair is no text.
+
+    Example:
+        >>> check_prompts(["a cat", chr(0xD83D)])
+        Traceback (most recent call last):
+        ambient_sd.utils.errors.UserError: prompt 2 cannot be encoded; it holds half of a surrogate pair; remove it
+    """
     for number, prompt in enumerate(prompts, start=1):
         try:
             prompt.encode("utf-8")
@@ -175,7 +199,13 @@ def check_prompts(prompts: Sequence[str]) -> None:
 
 
 def say_cut(pipe: Any, prompts: Sequence[str]) -> dict[str, Cut]:
-    """Return what the pipeline's text encoders do not read of prompts, by prompt, and say it in one line."""
+    """Return what the pipeline's text encoders do not read of prompts, by prompt, and say it in one line.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> say_cut(tiny_pipeline(), ["a cat", "a dog"])  # read whole
+        {}
+    """
     cuts = find_cut(prompts, tokenizers_of(pipe))
     if cuts:
         say(in_one_line(cuts, len(prompts), "prompts", f"number {cuts[0].index + 1}"))
@@ -183,7 +213,12 @@ def say_cut(pipe: Any, prompts: Sequence[str]) -> dict[str, Cut]:
 
 
 def digest(prompts: Sequence[str]) -> str:
-    """Return the SHA-256 of a list of prompts."""
+    """Return the SHA-256 of a list of prompts.
+
+    Example:
+        >>> digest(["a cat", "a dog"]) == digest(["a dog", "a cat"])
+        False
+    """
     return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
 
 
@@ -196,6 +231,11 @@ def load_pipeline(settings: SamplingConfig, *, safety_checker: bool = True) -> A
 
     Raises:
         UserError: something cannot be loaded.
+
+    Example:
+        >>> from ambient_sd.assets import BASE
+        >>> load_pipeline(SamplingConfig(str(BASE), device="cpu", scheduler="ddim")).scheduler.config._class_name
+        'DDIMScheduler'
     """
     import diffusers
 
@@ -258,14 +298,25 @@ def image_seed(seed: int, prompt_index: int, image_index: int = 0) -> int:
 
 
 def check_images_per_prompt(count: int, name: str = "images per prompt") -> None:
-    """Raise a `UserError` unless from 1 to 1009 images of each prompt are asked for."""
+    """Raise a `UserError` unless from 1 to 1009 images of each prompt are asked for.
+
+    Example:
+        >>> check_images_per_prompt(2000)
+        Traceback (most recent call last):
+        ambient_sd.utils.errors.UserError: images per prompt is 2000; it must be from 1 to 1009: seeds of more would collide
+    """
     if not 1 <= count <= MOST_IMAGES:
         raise UserError(f"{name} is {count}", rule=f"it must be from 1 to {MOST_IMAGES}: seeds of more would collide")
 
 
 @dataclass(frozen=True)
 class Request:
-    """Ask for one image: its prompt, and the two places that give its seed."""
+    """Ask for one image: its prompt, and the two places that give its seed.
+
+    Example:
+        >>> Request("a cat", prompt_index=2, image_index=3).place
+        (2, 3)
+    """
 
     prompt: str
     prompt_index: int
@@ -299,6 +350,10 @@ class Sampled:
         image: None where images were not decoded.
         report: what the guard saw; None without a guard.
         nsfw: whether the pipeline's own safety checker blanked it; None: it has none.
+
+    Example:
+        >>> Sampled(Request("a cat", 0), image=None, report=None, nsfw=None).request.prompt
+        'a cat'
     """
 
     request: Request
@@ -333,6 +388,12 @@ def generate(
 
     Yields:
         The results of one batch; of several processes those of one batch each.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> config = SamplingConfig("tiny", num_inference_steps=1, resolution=32)
+        >>> [[one.image.size for one in batch] for batch in generate(tiny_pipeline(), [Request("a cat", 0)], config)]
+        [[(32, 32)]]
     """
 
     def sample(batch: Sequence[Request], options: dict[str, Any]) -> list[Sampled]:
@@ -364,6 +425,13 @@ def in_batches(
     Args:
         ask: takes the requests of a batch and the options of the pipeline's call; returns one result, which can be pickled, for each.
         pipe, requests, config, state, bar: as in `generate`.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> config = SamplingConfig("tiny", resolution=32, batch_size=2)
+        >>> batches = in_batches(tiny_pipeline(), requests_for(["a cat"], 3), config, lambda batch, options: [options["width"]] * len(batch))
+        >>> list(batches)
+        [[32, 32], [32]]
     """
     from accelerate.utils import gather_object
     from tqdm.auto import tqdm
@@ -399,7 +467,12 @@ def _options(pipe: Any, config: SamplingConfig, batch: Sequence[Request]) -> dic
 
 
 def processes() -> Any:
-    """Return accelerate's `PartialState`: of one process, or of those that `accelerate launch` has started."""
+    """Return accelerate's `PartialState`: of one process, or of those that `accelerate launch` has started.
+
+    Example:
+        >>> processes().num_processes
+        1
+    """
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
@@ -407,19 +480,34 @@ def processes() -> Any:
 
 
 def own_device() -> str:
-    """Return the device of this process: its GPU where there is one, else the CPU."""
+    """Return the device of this process: its GPU where there is one, else the CPU.
+
+    Example:
+        >>> own_device() in ("cpu", "cuda")
+        True
+    """
     state = processes()
     return str(state.device) if state.num_processes > 1 else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def say(text: str) -> None:
-    """Print a line of the command's, once however many processes there are."""
+    """Print a line of the command's, once however many processes there are.
+
+    Example:
+        >>> say("ready")
+        ambient-sd: ready
+    """
     if processes().is_main_process:
         print(f"ambient-sd: {text}", flush=True)
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """Return on every process what `make` gives on the main one: what it reads or writes may lie on that machine alone."""
+    """Return on every process what `make` gives on the main one: what it reads or writes may lie on that machine alone.
+
+    Example:
+        >>> from_main(lambda: 2 + 3)
+        5
+    """
     from accelerate.utils import broadcast_object_list
 
     state = processes()

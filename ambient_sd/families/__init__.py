@@ -38,6 +38,11 @@ def of_pipeline(pipe: Any) -> Family:
 
     An unknown one is taken for Stable Diffusion: `guidance_of` refuses it without a U-Net, and the guard checks the rest
     when it samples.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> of_pipeline(tiny_pipeline()).name
+        'Stable Diffusion 1.x or 2.x'
     """
     found = (of_class(kind.__name__) for kind in type(pipe).__mro__)
     return next((family for family in found if family is not None), SD)
@@ -48,6 +53,11 @@ def guidance_of(pipe: Any) -> Guidance:
 
     Raises:
         UserError: the pipeline cannot be guarded, or is distilled and has no unconditional half.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> guidance_of(tiny_pipeline()).network
+        'unet'
     """
     family = of_pipeline(pipe)
     known = (family.guidance[kind.__name__] for kind in type(pipe).__mro__ if kind.__name__ in family.guidance)
@@ -64,14 +74,25 @@ def guidance_of(pipe: Any) -> Guidance:
 
 
 def tokenizers_of(pipe: Any) -> list[Any]:
-    """Return the tokenizers of a pipeline, the first one first."""
+    """Return the tokenizers of a pipeline, the first one first.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> [tokenizer.model_max_length for tokenizer in tokenizers_of(tiny_pipeline())]
+        [24]
+    """
     family = of_pipeline(pipe)
     names = [name for name in family.text_parts if name.startswith("tokenizer")]
     return [one for name in names if (one := getattr(pipe, name, None)) is not None]
 
 
 def refuse_distilled(pipe: Any) -> None:
-    """Raise a `UserError` if a pipeline is distilled."""
+    """Raise a `UserError` if a pipeline is distilled.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> refuse_distilled(tiny_pipeline())
+    """
     why = distilled(pipe)
     if why is not None:
         raise UserError(
@@ -82,5 +103,11 @@ def refuse_distilled(pipe: Any) -> None:
 
 
 def distilled(pipe: Any) -> str | None:
-    """Say what makes a pipeline one without classifier-free guidance (LCM and its kin), or return None."""
+    """Say what makes a pipeline one without classifier-free guidance (LCM and its kin), or return None.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> distilled(tiny_pipeline()) is None
+        True
+    """
     return of_pipeline(pipe).distilled(pipe)

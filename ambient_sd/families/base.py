@@ -186,6 +186,12 @@ class Base(Model):
         vae_config: config.json of the VAE that the run uses.
         vae_name: folder or hub id of another VAE, or None.
         zero_empty: the pipeline samples its unconditional half with zeros, not with the empty prompt (SDXL).
+
+    Example:
+        >>> from ambient_sd.assets import BASE
+        >>> base = check_base(str(BASE))
+        >>> base.schedule.prediction_type, base.latent_shape((64, 32))
+        ('v_prediction', (4, 8, 16))
     """
 
     scheduler: Any = None
@@ -274,6 +280,12 @@ def check_base(
     Raises:
         UserError: the folder or id does not exist, lacks a part, or is another kind of pipeline; resolution does not
             fit the VAE; or a LoRA asks for another prediction type than the base's.
+
+    Example:
+        >>> from ambient_sd.assets import BASE
+        >>> check_base(str(BASE), resolution=33)
+        Traceback (most recent call last):
+        ambient_sd.utils.errors.UserError: resolution is 33; it must be a multiple of 4 for this VAE; try 32
     """
     if nowhere(name := resolve_model_id(name)):
         raise UserError(
@@ -320,6 +332,10 @@ def check_same_space(model: Model, base: Model) -> None:
 
     Raises:
         UserError: what differs, with both values.
+
+    Example:
+        >>> from ambient_sd.assets import BASE
+        >>> check_same_space(Model(str(BASE)), Model(str(BASE)))
     """
     for file, shared in _SHARED.items():
         ours, theirs = model.read(file), base.read(file)

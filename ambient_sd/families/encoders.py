@@ -20,6 +20,12 @@ class ImageEncoder:
     Args:
         family: of the base; its `encode` and `latent_shape` are used.
         vae: the base's autoencoder, float32.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> from ambient_sd.families import SD
+        >>> ImageEncoder(SD, tiny_pipeline().vae)(torch.zeros(1, 3, 32, 32), torch.zeros(1, 4, 16, 16)).shape
+        torch.Size([1, 4, 16, 16])
     """
 
     def __init__(self, family: Family, vae: Any) -> None:
@@ -52,6 +58,12 @@ class CaptionEncoder:
         family: of the base; its `embed` is used.
         parts: tokenizers and text encoders (float32) under the names that pipelines give them.
         zero_empty: the empty caption is all zeros, as SDXL's pipeline samples its unconditional half.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> from ambient_sd.families import SD
+        >>> CaptionEncoder(SD, tiny_pipeline().components)(["a cat", "a dog"])["hidden"].shape
+        torch.Size([2, 24, 16])
     """
 
     def __init__(self, family: Family, parts: Mapping[str, Any], *, zero_empty: bool = False) -> None:

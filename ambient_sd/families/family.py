@@ -38,6 +38,11 @@ class Family:
         takes_sizes: whether the network is told the sizes of the original, the crop and the target.
         lora_prefixes: by part that a LoRA can change, what other programs' names for its layers begin with, and whose
             they are; behind a prefix that ends in "_" stands "_" for each ".".
+
+    Example:
+        >>> from ambient_sd.families import SDXL
+        >>> SDXL.text_parts
+        ['text_encoder', 'tokenizer', 'text_encoder_2', 'tokenizer_2']
     """
 
     name: str

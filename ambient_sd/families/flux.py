@@ -9,7 +9,12 @@ from ambient_sd.families.guidance import Guidance
 
 
 class Flux(Family):
-    """Describe FLUX.1, as far as the guard needs it: two calls, a timestep in [0, 1], packed latents."""
+    """Describe FLUX.1, as far as the guard needs it: two calls, a timestep in [0, 1], packed latents.
+
+    Example:
+        >>> FLUX.guidance["FluxPipeline"].halves
+        'calls'
+    """
 
     name = "FLUX.1"
     pipeline = "FluxPipeline"

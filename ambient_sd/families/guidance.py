@@ -27,6 +27,10 @@ class Guidance:
         shared: inputs that have no row per image, whatever their size.
         latents_end_early: whether a run with output_type="latent" returns without `maybe_free_model_hooks`.
         tokens: whether the first tokenizer's tokens are, one by one, the rows of the embeddings.
+
+    Example:
+        >>> Guidance(network="unet", sample="sample", embeds="encoder_hidden_states").halves
+        'batch'
     """
 
     network: str

@@ -96,6 +96,11 @@ class LoraFile:
         tensors: by their names.
         metadata: of the file's head.
         config: contents of PEFT's adapter_config.json; None without.
+
+    Example:
+        >>> tensors = {"conv_in.lora_A.weight": torch.ones(1, 4, 3, 3), "conv_in.lora_B.weight": torch.ones(16, 1, 1, 1)}
+        >>> LoraFile("my-lora", "my.safetensors", "0" * 64, tensors).name
+        'my.safetensors'
     """
 
     label: str
@@ -117,6 +122,11 @@ class Layer:
         magnitude: DoRA's length of each row, `(out,)`, of a convolution `(1, out, 1, 1)`; None: plain LoRA.
         bias: of B, `(out,)`; None: none.
         alpha: the update is scaled by `scale`, which is alpha / rank, or alpha / sqrt(rank) under rsLoRA.
+
+    Example:
+        >>> layer = Layer("unet", "to_q", torch.ones(4, 16), torch.zeros(16, 4), None, None, alpha=4.0, scale=1.0)
+        >>> layer.rank, layer.moves()
+        (4, False)
     """
 
     part: str
@@ -155,6 +165,12 @@ class Adapter:
         alpha_from: what says alpha.
         rslora: per part, whether the scale is alpha / sqrt(rank).
         network: which part is the denoising network.
+
+    Example:
+        >>> layer = Layer("unet", "to_q", torch.ones(4, 16), torch.ones(16, 4), None, None, alpha=8.0, scale=2.0)
+        >>> file = LoraFile("my-lora", "my.safetensors", "0" * 64, {})
+        >>> Adapter(file, [layer], ["PEFT"], "metadata", {"unet": False}, "unet").record()["rank"]
+        4
     """
 
     file: LoraFile
@@ -214,7 +230,13 @@ def load_lora(
 
 
 def told(record: Mapping[str, Any]) -> str:
-    """Return a record in a line."""
+    """Return a record in a line.
+
+    Example:
+        >>> what = {"kind": "LoRA", "rank": 4, "alpha": 8.0, "alpha_from": "metadata", "layers": 32}
+        >>> told({"file": "my.safetensors", "scheme": "PEFT", "sha256": "0123456789abcdef", **what})
+        'my.safetensors: LoRA of rank 4, alpha 8.0 (metadata), on 32 layers, PEFT names, 0123456789ab'
+    """
     said = f"{record['kind']} of rank {record['rank']}, alpha {record['alpha']} ({record['alpha_from']}), on {record['layers']} layers"
     return f"{one_line(record['file'], 60)}: {one_line(said, 160)}, {record['scheme']} names, {record['sha256'][:12]}"
 
@@ -257,7 +279,13 @@ def choose(names: Sequence[str], where: str, weight_name: str | None = None) -> 
 
 
 def refuse_pickle(name: str) -> None:
-    """Refuse every file that is not safetensors: pickle runs what it holds."""
+    """Refuse every file that is not safetensors: pickle runs what it holds.
+
+    Example:
+        >>> refuse_pickle("my-lora.bin")
+        Traceback (most recent call last):
+        ambient_sd.utils.errors.UserError: the adapter is 'my-lora.bin'; only .safetensors files are loaded: pickle can run any code; save it as safetensors
+    """
     if not name.endswith(".safetensors"):
         raise UserError(f"the adapter is {name!r}", rule="only .safetensors files are loaded: pickle can run any code",
                         remedy="save it as safetensors")  # fmt: skip
@@ -275,6 +303,13 @@ def locate(
 
     Raises:
         UserError: there is none, or it is pickle.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / "my.safetensors").touch()
+        >>> locate(folder).name
+        'my.safetensors'
     """
     path, text = Path(source), str(source)
     if path.is_file():
@@ -331,6 +366,13 @@ def read(path: Path, label: str | None = None) -> LoraFile:
 
     Raises:
         UserError: it cannot be read, or holds no LoRA.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "my.safetensors"
+        >>> safetensors.torch.save_file({"to_q.lora_A.weight": torch.ones(4, 16), "to_q.lora_B.weight": torch.ones(16, 4)}, file)
+        >>> sorted(read(file).tensors)
+        ['to_q.lora_A.weight', 'to_q.lora_B.weight']
     """
     shown = str(path) if label is None else label
     refuse_pickle(path.name)
@@ -357,6 +399,11 @@ def read_state_dict(tensors: Mapping[str, Tensor]) -> LoraFile:
 
     Raises:
         UserError: it holds no LoRA, or something that is no tensor.
+
+    Example:
+        >>> file = read_state_dict({"to_q.lora_A.weight": torch.ones(4, 16), "to_q.lora_B.weight": torch.ones(16, 4)})
+        >>> file.label, len(file.tensors)
+        ('the state dict', 2)
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -401,6 +448,11 @@ def parts_of(pipe: Any) -> dict[str, nn.Module]:
 
     Raises:
         UserError: adapters are not loaded into pipelines of its family.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> sorted(parts_of(tiny_pipeline()))
+        ['text_encoder', 'unet']
     """
     family = of_pipeline(pipe)
     if not isinstance(getattr(pipe, family.network, None), nn.Module) or not family.lora_prefixes:
@@ -461,6 +513,13 @@ def fit(file: LoraFile, parts: Mapping[str, nn.Module], family: Family) -> Adapt
 
     Raises:
         UserError: a tensor is left over, missing, of a wrong shape or not finite, or the update is zero everywhere.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> pipe, down, up = tiny_pipeline(), torch.ones(1, 4, 3, 3), torch.ones(16, 1, 1, 1)
+        >>> file = read_state_dict({"unet.conv_in.lora_A.weight": down, "unet.conv_in.lora_B.weight": up})
+        >>> fit(file, parts_of(pipe), of_pipeline(pipe)).record()["parts"]
+        {'unet': 1}
     """
     _require_lora(list(file.tensors), file.label)
     known = _known(parts, family)
@@ -716,6 +775,13 @@ def attach(pipe: Any, adapter: Adapter, adapter_name: str | None = None, *, low_
 
     Raises:
         UserError: the name is taken, or a layer does not hold what the file does; the pipeline is then as it was.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> pipe, down, up = tiny_pipeline(), torch.ones(1, 4, 3, 3), torch.ones(16, 1, 1, 1)
+        >>> file = read_state_dict({"unet.conv_in.lora_A.weight": down, "unet.conv_in.lora_B.weight": up})
+        >>> attach(pipe, fit(file, parts_of(pipe), of_pipeline(pipe)), "mine")
+        'mine'
     """
     from diffusers.utils import get_adapter_name
 
@@ -783,7 +849,15 @@ def _peft_settings(layers: Sequence[Layer], rslora: bool) -> dict[str, Any]:
 
 
 def misplaced(parts: Mapping[str, nn.Module], adapter: Adapter, name: str) -> str | None:
-    """Say what differs between a file and the layers of a loaded model, or return None: they agree, value by value."""
+    """Say what differs between a file and the layers of a loaded model, or return None: they agree, value by value.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> pipe, down, up = tiny_pipeline(), torch.ones(1, 4, 3, 3), torch.ones(16, 1, 1, 1)
+        >>> file = read_state_dict({"unet.conv_in.lora_A.weight": down, "unet.conv_in.lora_B.weight": up})
+        >>> misplaced(parts_of(pipe), fit(file, parts_of(pipe), of_pipeline(pipe)), "mine")  # not attached
+        'unet.conv_in has no update'
+    """
     expected = {(layer.part, layer.path): layer for layer in adapter.layers}
     found = {(part, path): module for part, network in parts.items() for path, module in _adapted(network, name)}
     if extra := sorted(found.keys() - expected.keys()):

@@ -143,7 +143,13 @@ class StableDiffusion(Family):
 
 
 def tokenize(tokenizer: Any, caption: str) -> Any:
-    """Tokenize as the pipelines do: padded and cut to the encoder's length."""
+    """Tokenize as the pipelines do: padded and cut to the encoder's length.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_tokenizer
+        >>> tokenize(tiny_tokenizer(), "a cat").input_ids.shape
+        torch.Size([1, 24])
+    """
     length = tokenizer.model_max_length
     return tokenizer(caption, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
 

@@ -9,7 +9,12 @@ from ambient_sd.families.guidance import Guidance
 
 
 class StableDiffusion3(Family):
-    """Describe Stable Diffusion 3 and 3.5, as far as the guard needs it."""
+    """Describe Stable Diffusion 3 and 3.5, as far as the guard needs it.
+
+    Example:
+        >>> SD3.guidance["StableDiffusion3Pipeline"].outputs
+        (0, 2)
+    """
 
     name = "Stable Diffusion 3"
     pipeline = "StableDiffusion3Pipeline"

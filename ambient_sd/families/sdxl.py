@@ -25,7 +25,12 @@ _XL = replace(LAYOUT, pooled=("added_cond_kwargs", "text_embeds"), outputs=(0, 2
 
 
 class StableDiffusionXL(StableDiffusion):
-    """Describe SDXL base; the refiner is another model."""
+    """Describe SDXL base; the refiner is another model.
+
+    Example:
+        >>> SDXL.refuse({"requires_aesthetics_score": True})
+        'the SDXL refiner starts from an image and is conditioned on an aesthetic score'
+    """
 
     name = "SDXL base"
     pipeline = "StableDiffusionXLPipeline"

@@ -8,7 +8,12 @@ from torch import nn
 
 
 def layers_in(part: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear and convolution layers of a network by name; those with an adapter count as what they were."""
+    """Return the linear and convolution layers of a network by name; those with an adapter count as what they were.
+
+    Example:
+        >>> list(layers_in(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))))
+        ['0', '2']
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     found: dict[str, nn.Module] = {}
@@ -29,6 +34,11 @@ def names(unet: Any) -> dict[str, str]:
 
     A down block holds one input block for each residual block (`.0`; its transformer is `.1`) and one for the downsampler; an up block
     one output block for each residual block, of which the last one has the upsampler too.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> names(tiny_pipeline().unet)["mid_block.resnets.0.conv1"]
+        'middle_block.0.in_layers.2'
     """
     places = {
         "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",

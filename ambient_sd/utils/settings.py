@@ -147,6 +147,15 @@ def check_modes(instance: Any) -> None:
 
     Raises:
         UserError: names the setting and the mode.
+
+    Example:
+        >>> @dataclasses.dataclass
+        ... class Settings:
+        ...     lora: bool = option(False, "train an adapter")
+        ...     rank: int = option(4, "rank of the adapter", needs="lora")
+        >>> check_modes(Settings(rank=8))
+        Traceback (most recent call last):
+        ambient_sd.utils.errors.UserError: rank is given; it has no effect here: lora is off; add --lora, or leave it out
     """
     values = {item.name: getattr(instance, item.name) for item in _options(type(instance))}
     for item in _options(type(instance)):
@@ -155,13 +164,30 @@ def check_modes(instance: Any) -> None:
 
 
 def is_on(owner: type, name: str, values: Mapping[str, Any]) -> bool:
-    """Return whether a mode that the setting `name` needs is on; `values` lacks what has its default."""
+    """Return whether a mode that the setting `name` needs is on; `values` lacks what has its default.
+
+    Example:
+        >>> @dataclasses.dataclass
+        ... class Settings:
+        ...     lora: bool = option(False, "train an adapter")
+        ...     rank: int = option(4, "rank of the adapter", needs="lora")
+        >>> is_on(Settings, "rank", {"lora": True}), is_on(Settings, "rank", {})
+        (True, False)
+    """
     needs = _field(owner, name).metadata["needs"]
     return not needs or any(_holds(owner, term, values) for term in needs)
 
 
 def is_given(owner: type, name: str, value: Any) -> bool:
-    """Return whether a value differs from the setting's default."""
+    """Return whether a value differs from the setting's default.
+
+    Example:
+        >>> @dataclasses.dataclass
+        ... class Settings:
+        ...     steps: int = option(50, "steps of the sampler")
+        >>> is_given(Settings, "steps", 20), is_given(Settings, "steps", 50)
+        (True, False)
+    """
     return bool(value != _default(_field(owner, name)))
 
 
@@ -175,6 +201,15 @@ def add_flags(
         owner: the dataclass; fields that `option` did not make are left out.
         skip: names of settings that the command does not take from its user.
         groups: heading -> the sentence under it in `--help`.
+
+    Example:
+        >>> @dataclasses.dataclass
+        ... class Settings:
+        ...     steps: int = option(50, "steps of the sampler", alias="n")
+        >>> parser = Parser(prog="mine")
+        >>> add_flags(parser, Settings)
+        >>> parser.parse_args(["--n", "20"])
+        Namespace(steps='20')
     """
     for item in _options(owner):
         if item.name not in skip:
@@ -206,6 +241,16 @@ def load_yaml(path: str | Path, owner: type) -> dict[str, Any]:
 
     Raises:
         UserError: the file is missing, is no YAML mapping, or has an unknown key or one key twice.
+
+    Example:
+        >>> import tempfile
+        >>> @dataclasses.dataclass
+        ... class Settings:
+        ...     steps: int = option(50, "steps of the sampler")
+        >>> file = Path(tempfile.mkdtemp()) / "mine.yaml"
+        >>> _ = file.write_text("steps: 20")
+        >>> load_yaml(file, Settings)
+        {'steps': 20}
     """
     import yaml
 
@@ -246,6 +291,14 @@ def over_file(owner: type, flags: Mapping[str, Any], file: Mapping[str, Any]) ->
 
     Returns:
         The settings, and the names of what was dropped because its mode is off now.
+
+    Example:
+        >>> @dataclasses.dataclass
+        ... class Settings:
+        ...     lora: bool = option(False, "train an adapter")
+        ...     rank: int = option(4, "rank of the adapter", needs="lora")
+        >>> over_file(Settings, flags={"lora": False}, file={"lora": True, "rank": 8})
+        ({'lora': False}, ['rank'])
     """
     rivals = {name for item in _options(owner) for name in _rivals(owner, item.name) if item.name in flags}
     kept = {key: value for key, value in file.items() if key in flags or key not in rivals}
@@ -262,7 +315,14 @@ def over_file(owner: type, flags: Mapping[str, Any], file: Mapping[str, Any]) ->
 
 
 class Help(argparse.HelpFormatter):
-    """Format `--help` widely, with the value after the last spelling of a flag and only what is required in the usage line."""
+    """Format `--help` widely, with the value after the last spelling of a flag and only what is required in the usage line.
+
+    Example:
+        >>> parser = argparse.ArgumentParser("mine", formatter_class=Help)
+        >>> _ = parser.add_argument("--steps", metavar="INTEGER"), parser.add_argument("--seed", required=True)
+        >>> parser.format_usage().strip()
+        'usage: mine --seed SEED [options]'
+    """
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=110)
@@ -352,6 +412,13 @@ def checked(owner: type, name: str, value: Any) -> Any:
 
     Raises:
         UserError: it has another type or breaks the setting's rule.
+
+    Example:
+        >>> @dataclasses.dataclass
+        ... class Settings:
+        ...     steps: int = option(50, "steps of the sampler")
+        >>> checked(Settings, "steps", "20")
+        20
     """
     item, kind = _field(owner, name), _kind(_hints(owner)[name])
     words = (*item.metadata["words"], *kind.words)
