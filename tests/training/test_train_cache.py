@@ -153,7 +153,7 @@ def test_a_damaged_shard_is_named_and_computed_again(
     encoded.clear()
     with caplog.at_level(logging.WARNING):
         assert same(first, trained(settings("again")))
-    named = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
+    named = [record.getMessage() for record in caplog.records if " is damaged" in record.getMessage()]
     assert len(named) == 2
     assert all(any(name in message for message in named) for name in (shard.name, "00.safetensors"))
     assert len(encoded) == 6, "the six latents, no caption"
