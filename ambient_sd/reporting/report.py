@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from ambient_sd.audit.decision import Decided
 from ambient_sd.audit.metrics import MEMORIZED_RATIO, Row, difference, memorized
@@ -168,10 +169,19 @@ def make_samples(
             f"report: {len(images)} images, {len(prompts)} prompts, {len(neighbours.index)} neighbours",
             rule="one each per sample",
         )
+    if decided is not None:
+        order = rank(decided)
+        return [
+            decided_sample(
+                decided, i, neighbours, image=images[i], prompt=prompts[i], originals=training_images,
+                captions=training_prompts, score=scores[i] if scores is not None else None, order=float(order[i]),
+            )
+            for i in range(len(images))
+        ]  # fmt: skip
     ratio, index = neighbours.ratio.tolist(), neighbours.index[:, 0].tolist()
     similar = None if threshold is None else neighbours.similarity.tolist()
     copied = memorized(neighbours).tolist() if similar is None else [s > threshold for s in similar]
-    made = [
+    return [
         Sample(
             image=images[i],
             prompt=prompts[i],
@@ -185,27 +195,66 @@ def make_samples(
         )
         for i in range(len(images))
     ]
-    if decided is None:
-        return made
-    order = decided.p + 1e-6 * decided.ratio.clamp(max=1e3) - 2 * decided.copy.double()
-    return [
-        replace(
-            sample,
-            nearest_image=training_images[int(decided.row[i])],
-            nearest_prompt=training_prompts[int(decided.row[i])] if training_prompts is not None else "",
-            ratio=float(decided.ratio[i]),
-            distance=float(decided.residual[i]),
-            memorized=bool(decided.copy[i]),
-            similarity=None,
-            order=float(order[i]),
-            facts=(_p(float(decided.p[i])), f"residual {float(decided.residual[i]):.2f}", f"d1/d2 {ratio[i]:.2f}"),
-        )
-        for i, sample in enumerate(made)
-    ]
 
 
-def _p(value: float) -> str:
-    return f"p {value:.2g}" if value >= 1e-4 else "p < 0.0001"
+def rank(decided: Decided) -> Tensor:
+    """Return what sorts images, lowest first: copies, then by p, among equal p by the ratio."""
+    return decided.p + 1e-6 * decided.ratio.clamp(max=1e3) - 2 * decided.copy.double()
+
+
+def decided_sample(
+    decided: Decided,
+    i: int,
+    published: Neighbours,
+    *,
+    image: Image.Image,
+    prompt: str,
+    originals: Sequence[Image.Image],
+    captions: Sequence[str] | None,
+    score: float | None,
+    order: float,
+) -> Sample:
+    """Put generated image `i` beside the training image that explains it best, with the published measure among the facts.
+
+    Args:
+        published: neighbours of all generated images by a feature.
+        originals, captions: of the training set; only the one image that is shown is read.
+        order: from `rank`.
+    """
+    row, p = int(decided.row[i]), float(decided.p[i])
+    beside = (
+        f"similarity {float(published.similarity[i]):.2f}"
+        if published.metric == "cosine"
+        else f"d1/d2 {float(published.ratio[i]):.2f}"
+    )
+    return Sample(
+        image=image,
+        prompt=prompt,
+        nearest_image=originals[row],
+        ratio=float(decided.ratio[i]),
+        distance=float(decided.residual[i]),
+        memorized=bool(decided.copy[i]),
+        score=score,
+        nearest_prompt=captions[row] if captions is not None else "",
+        order=order,
+        facts=(f"p {p:.2g}" if p >= 1e-4 else "p < 0.0001", f"residual {float(decided.residual[i]):.2f}", beside),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of this package and of what its figures depend on, for how a page was made."""
+    import platform
+
+    import diffusers
+    import torch
+    import transformers
+
+    from ambient_sd import __version__
+
+    return {
+        "ambient_sd": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__, "python": platform.python_version(),
+    }  # fmt: skip
 
 
 # --- the sentence ----------------------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ import dataclasses
 import errno
 import json
 import math
-import platform
 import shlex
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -37,7 +36,6 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ambient_sd import __version__
 from ambient_sd.audit.clip_score import ClipScore
 from ambient_sd.audit.decision import BASE, EACH, HELDOUT, RATE, RENDERED, SAME, CopyDecision, Decided, Null
 from ambient_sd.audit.embedding import EmbeddingStore, weights_digest
@@ -52,7 +50,6 @@ from ambient_sd.audit.metrics import (
     measure,
     memorized,
 )
-from ambient_sd.audit.neighbours import Neighbours
 from ambient_sd.audit.originals import one_of_each
 from ambient_sd.audit.record import AuditRecord, measures
 from ambient_sd.audit.registry import choose, labels
@@ -71,10 +68,12 @@ from ambient_sd.reporting.report import (
     Histogram,
     Report,
     RunSection,
-    Sample,
     TokenAttribution,
+    decided_sample,
     find,
+    rank,
     ratio_histogram,
+    versions,
 )
 from ambient_sd.sampling import (
     SamplingConfig,
@@ -479,8 +478,9 @@ def _aligners(settings: AuditSettings, prompts: Sequence[str] | None, device: st
                 device=device,
             )
         )
-        factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-        judge = DiffusionAlignment(pipe, resolution=pipe.unet.config.sample_size * factor, seed=settings.seed)
+        judge = DiffusionAlignment(
+            pipe, resolution=_own_resolution(resolve_model_id(settings.judge)), seed=settings.seed
+        )
         assert prompts is not None
         judge.choose(prompts[:1], prompts)  # are there others to hold a prompt against?
         told = f"more is better; error with other prompts minus error with its own, judged by {label(settings.judge)}"
@@ -626,7 +626,7 @@ def _write(
         "measures": measures(measured.rows),
         "tokens": [dataclasses.asdict(pull) for pull in pulls],
         "notes": list(report.notes),
-        "made": {**_versions(), "command": command, "device": _device(settings), "seconds": round(time.time() - begun, 1)},
+        "made": {**versions(), "command": command, "device": _device(settings), "seconds": round(time.time() - begun, 1)},
     }  # fmt: skip
     lines = _lines(training, generated, features, measured, decision.decided)
     atomic_write(settings.output_dir / "images.jsonl", "".join(json.dumps(json_safe(line)) + "\n" for line in lines))
@@ -720,13 +720,15 @@ def _report(
 ) -> Report:
     decided = decision.decided
     published = measured.neighbours[features[0].name]
-    order = decided.p + 1e-6 * decided.ratio.clamp(max=1e3) - 2 * decided.copy.double()
+    order = rank(decided)
     # Only what is shown is decoded again.
-    decoded = training.images
     samples = [
-        _sample(i, generated, decoded, training.captions, decided, published, float(order[i]))
+        decided_sample(
+            decided, i, published, image=generated.images[i].image, prompt="" if generated.prompts is None else generated.prompts[i],
+            originals=training.images, captions=training.captions, score=generated.scores[i], order=float(order[i]),
+        )
         for i in order.argsort(stable=True)[: 3 * _SHOWN].tolist()
-    ]
+    ]  # fmt: skip
     name = "this folder" if settings.sampling is None else _model_name(settings.sampling)
     run = RunSection(
         name=name,
@@ -756,29 +758,6 @@ def _report(
 
 def _model_name(config: SamplingConfig) -> str:
     return label(config.model) + (f" with {label(config.lora_weights)}" if config.lora_weights else "")
-
-
-def _sample(
-    i: int, generated: Generated, originals: Sequence[Image.Image], captions: Sequence[str], decided: Decided, published: Neighbours, order: float
-) -> Sample:  # fmt: skip
-    row, p = int(decided.row[i]), float(decided.p[i])
-    beside = (
-        f"similarity {float(published.similarity[i]):.2f}"
-        if published.metric == "cosine"
-        else f"d1/d2 {float(published.ratio[i]):.2f}"
-    )
-    return Sample(
-        image=generated.images[i].image,
-        prompt="" if generated.prompts is None else generated.prompts[i],
-        nearest_image=originals[row],
-        ratio=float(decided.ratio[i]),
-        distance=float(decided.residual[i]),
-        memorized=bool(decided.copy[i]),
-        score=generated.scores[i],
-        nearest_prompt=captions[row],
-        order=order,
-        facts=(f"p {p:.2g}" if p >= 1e-4 else "p < 0.0001", f"residual {float(decided.residual[i]):.2f}", beside),
-    )
 
 
 def _decision_histogram(decision: Decision, name: str) -> Histogram:
@@ -915,7 +894,7 @@ def _made(
     settings: AuditSettings, training: ImageDataset, heldout: ImageDataset | None, generated: Generated
 ) -> dict[str, object]:
     config = settings.sampling
-    made: dict[str, object] = {**_versions(), "seed": settings.seed}
+    made: dict[str, object] = {**versions(), "seed": settings.seed}
     if config is not None:
         steps = f"{config.scheduler or 'its own sampler'}, {config.num_inference_steps} steps, guidance {config.guidance_scale:g}"
         above = "" if config.base_above is None else f", its base above noise level {config.base_above:g}"
@@ -929,13 +908,3 @@ def _made(
         made["held-out images (sha256)"] = heldout.fingerprint()
     made["generated images (sha256)"] = generated.images.fingerprint()
     return made
-
-
-def _versions() -> dict[str, str]:
-    import diffusers
-    import transformers
-
-    return {
-        "ambient_sd": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__, "python": platform.python_version(),
-    }  # fmt: skip

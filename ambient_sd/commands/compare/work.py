@@ -374,7 +374,7 @@ def ordinary_scores(curves: torch.Tensor, ordinary: Sequence[int], guidance_scal
 
 
 def peak_of(samples: Samples) -> float | None:
-    """Return the peak of the median call, MiB; None if it was not measured at every call (earlier versions did not).
+    """Return the peak of the median call, MiB; None if it was not measured at every call.
 
     The median, because the first call of a process pays for what libraries set up once, whichever mitigation it is of.
     """
@@ -453,9 +453,9 @@ def compare(
     shown: dict[str, dict[str, list[Image.Image]]] = {}
     chosen: list[int] = []
     requests = requests_for(captions, k)
+    cells = settings.output_dir / "cells"
     for model, config in configs.items():
         pipe = load_pipeline(config, safety_checker=False)
-        cells = settings.output_dir / "cells"
         base = sample_requests(pipe, cells / model / "all", requests, config, None, f"{model}, all prompts")
         decided, near = decide(base.images, reals)
         known, ordinary = truth(decided.copy, k)
@@ -490,7 +490,7 @@ def compare(
         found["mitigations"] = {}
         shown[model] = {}
         for name, (make, rule) in tried.items():
-            place = settings.output_dir / "cells" / model / re.sub(r"[^\w+. -]", "-", name)
+            place = cells / model / re.sub(r"[^\w+. -]", "-", name)
             samples = sample_requests(pipe, place, mitigated, config, make(scores), f"{model}, {name}")
             figures = _kept_figures(
                 place / "figures.json",

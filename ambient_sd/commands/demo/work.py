@@ -33,7 +33,16 @@ from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.reporting.audit_page import write_report
 from ambient_sd.reporting.model_card import write_run_card
 from ambient_sd.reporting.next_steps import after_demo
-from ambient_sd.reporting.report import Histogram, Report, RunSection, find, make_samples, ratio_histogram, show
+from ambient_sd.reporting.report import (
+    Histogram,
+    Report,
+    RunSection,
+    find,
+    make_samples,
+    ratio_histogram,
+    show,
+    versions,
+)
 from ambient_sd.reporting.sheets import contact_sheet
 from ambient_sd.sampling import SamplingConfig, generate, load_pipeline, requests_for
 from ambient_sd.training import plan_run
@@ -280,19 +289,8 @@ def _cell(row: Row) -> str:
 
 
 def _made(settings: DemoSettings, begun: float, fingerprint: str) -> dict[str, object]:
-    import platform
-
-    import diffusers
-    import transformers
-
-    from ambient_sd import __version__
-
     return {
-        "ambient_sd": __version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
+        **versions(),
         "threads": torch.get_num_threads(),
         "seed": settings.seed,
         "training images (sha256)": fingerprint,
