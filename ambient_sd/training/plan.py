@@ -25,6 +25,7 @@ from ambient_sd.data.duplicates import noise_fingerprint
 from ambient_sd.data.enlargement import check_enlargement
 from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.families.base import Base, check_base
+from ambient_sd.families.lora import Adapter
 from ambient_sd.objective import AmbientObjective
 from ambient_sd.sampling import collect_prompts
 from ambient_sd.training import (
@@ -69,6 +70,7 @@ class Plan:
         buckets: (width, height) by noise key; None: all images are seen as squares.
         notes: what the user should know before the run, a line each.
         level_reason: where a measured level comes from; None if the settings give it.
+        start: the adapter that the training starts from; None: a fresh one, or the whole U-Net.
 
     Example:
         >>> from ambient_sd.assets import BASE, PICTURES
@@ -86,6 +88,7 @@ class Plan:
     buckets: dict[str, tuple[int, int]] | None = None
     notes: tuple[str, ...] = ()
     level_reason: str | None = None
+    start: Adapter | None = None
 
     @property
     def fixed_noise(self) -> bool:
@@ -106,6 +109,7 @@ class Plan:
             "ambient_level": self.objective.level,
             "prediction_type": self.objective.prediction_type,
             "vae": self.base.vae_label,
+            "lora_weights": None if self.start is None else self.start.file.sha256,
             "global_batch": global_batch,
             "images": self.images.fingerprint(),
             "noise_keys": noise_fingerprint(self.images.noise_keys, self.images.mirrored),
@@ -151,7 +155,11 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         noising.min_snr_weight(base.schedule, torch.tensor([0]), config.snr_gamma, objective.prediction_type)
     if config.memorization_threshold is not None:
         dropping.check_scheduler(base.scheduler)
-    if config.lora:
+    start = None
+    if config.lora_weights is not None:
+        start = adapters.read_start(config.lora_weights, base)
+        config = adapters.settle(config, start, base.skeleton()[base.family.network])
+    elif config.lora:
         adapters.check_targets(base.skeleton()[base.family.network], config.lora_target_modules or ())
     prompts = collect_prompts(config.validation_prompts)
     checkpoint = _check_output(config)
@@ -163,7 +171,7 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         sizes = read_buckets(config.aspect_ratio_buckets, config.resolution, base.pixel_step)
         buckets = assign(images.sizes, images.noise_keys, sizes)
     notes = _notes(config, base, images, prompts, buckets)
-    return Plan(config, base, objective, images, prompts, checkpoint, buckets, notes)
+    return Plan(config, base, objective, images, prompts, checkpoint, buckets, notes, start=start)
 
 
 def _check_packages(config: TrainConfig) -> None:
@@ -219,7 +227,7 @@ def _check_output(config: TrainConfig) -> Path | None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"output_dir is {config.output_dir}", rule=f"{existing} is no folder that can be written to",
                         remedy="name another one")  # fmt: skip
-    for name in ("pretrained_model_name_or_path", "train_data_dir", "dataset_name"):
+    for name in ("pretrained_model_name_or_path", "train_data_dir", "dataset_name", "lora_weights"):
         given = getattr(config, name)
         if given is not None and folder.exists() and folder.resolve() == Path(given).expanduser().resolve():
             raise UserError(f"output_dir is {config.output_dir}", rule=f"that is {name} too, and would be overwritten",
