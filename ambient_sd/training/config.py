@@ -126,7 +126,7 @@ class TrainConfig:
     allow_tf32: bool = option(False, "let Ampere and later GPUs multiply float32 matrices in TF32", group="optimisation")
     use_8bit_adam: bool = option(False, "AdamW with moments in 8 bits (needs bitsandbytes)", group="optimisation")
     enable_xformers_memory_efficient_attention: bool = option(False, "attention of xformers in place of torch's own (needs xformers)", group="optimisation")
-    use_ema: bool = option(False, "average the weights over the steps; images are sampled from the average, and it is what is saved (whole U-Net only)", group="optimisation", needs="not lora", because="the average is kept and saved as a whole U-Net, and a LoRA trains none")
+    use_ema: bool = option(False, "average the weights over the steps; images are sampled from the average, and it is what is saved", group="optimisation")
     offload_ema: bool = option(False, "keep the average in CPU memory between steps; needs use_ema", group="optimisation", needs="use_ema")
     foreach_ema: bool = option(False, "update the average in one call over all tensors; needs use_ema", group="optimisation", needs="use_ema")
 
@@ -146,7 +146,9 @@ class TrainConfig:
 
     probe_steps: int | None = option(None, "measure the copy rate every N optimizer steps: sample images for training captions and compare them with the training images", group="validation", low=1)
     probe_images: int | None = option(None, "images per evaluation (default 32)", group="validation", low=1, needs="probe_steps")
-    stop_on_memorization: float | None = option(None, "end the run at the first evaluation whose copy rate, decided as in an audit, is above this", group="validation", low=0.0, high=1.0, needs="probe_steps")
+    stop_on_memorization: float | None = option(None, "end the run at the first evaluation whose copy rate, decided as in an audit, is above this; with --keep best at the second in a row", group="validation", low=0.0, high=1.0, needs="probe_steps")
+    keep: str = option("last", "which weights are the result. best: of the last evaluation before copying begins, that is before two in a row have more copies than images of the base (and than stop_on_memorization); the run ends there. Every evaluation then leaves a checkpoint", group="validation", choices=("last", "best"), needs="probe_steps")
+    probe_prompts: list[str] | None = option(None, "keep best: prompts that are not trained, or a file of them, on which the probe measures quality (default: composed of the training captions' words)", group="validation", needs="keep=best")
 
     checkpointing_steps: int = option(500, "write a checkpoint every N optimizer steps", group="checkpoints", low=1)
     checkpoints_total_limit: int | None = option(None, "keep only the N newest checkpoints", group="checkpoints", low=1)

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from ambient_sd.data.buckets import assign, read_buckets
-from ambient_sd.data.captions import find_cut, in_one_line
+from ambient_sd.data.captions import compose, find_cut, in_one_line
 from ambient_sd.data.conditions import split_condition
 from ambient_sd.data.duplicates import noise_fingerprint
 from ambient_sd.data.enlargement import check_enlargement
@@ -69,6 +69,7 @@ class Plan:
         checkpoint: where the run continues, known on the first process only; None at the start.
         buckets: (width, height) by noise key; None: all images are seen as squares.
         notes: what the user should know before the run, a line each.
+        new_captions: captions that are not trained, on which the probe measures quality.
         level_reason: where a measured level comes from; None if the settings give it.
         start: the adapter that the training starts from; None: a fresh one, or the whole U-Net.
 
@@ -87,6 +88,7 @@ class Plan:
     checkpoint: Path | None
     buckets: dict[str, tuple[int, int]] | None = None
     notes: tuple[str, ...] = ()
+    new_captions: tuple[str, ...] = ()
     level_reason: str | None = None
     start: Adapter | None = None
 
@@ -161,7 +163,7 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         config = adapters.settle(config, start, base.skeleton()[base.family.network])
     elif config.lora:
         adapters.check_targets(base.skeleton()[base.family.network], config.lora_target_modules or ())
-    prompts = collect_prompts(config.validation_prompts)
+    prompts, new = collect_prompts(config.validation_prompts), collect_prompts(config.probe_prompts)
     checkpoint = _check_output(config)
     images = open_images(config)
     caption_augmentation.check(config, images)
@@ -171,7 +173,16 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         sizes = read_buckets(config.aspect_ratio_buckets, config.resolution, base.pixel_step)
         buckets = assign(images.sizes, images.noise_keys, sizes)
     notes = _notes(config, base, images, prompts, buckets)
-    return Plan(config, base, objective, images, prompts, checkpoint, buckets, notes, start=start)
+    if config.keep == "best":
+        new = new or compose(images.captions, config.probe_images or 32, config.seed)
+        if trained := set(new) & set(images.all_captions):
+            raise UserError(f"probe_prompts has {one_line(min(trained), 80)}", rule="quality is measured on captions that are not trained",
+                            remedy="leave it out")  # fmt: skip
+        if len(new) < 2:
+            notes += (
+                "quality is not measured on the way: the captions give no new ones; name some with --probe_prompts",
+            )
+    return Plan(config, base, objective, images, prompts, checkpoint, buckets, notes, tuple(new), start=start)
 
 
 def _check_packages(config: TrainConfig) -> None:

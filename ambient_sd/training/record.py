@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from ambient_sd.training.keeping import Kept
 from ambient_sd.training.plan import Plan
 from ambient_sd.utils import files
 from ambient_sd.utils.errors import UserError
@@ -40,6 +41,7 @@ class RunRecord:
         means: loss, clean_loss and ambient_loss over the last 100 steps, NaN where no sample was of that kind; with a rule that
             drops samples also its share.
         evaluations: one record for each evaluation of the probe.
+        kept: with `--keep best`, which evaluation the result is of and why.
         learning_rate: the peak rate.
         global_batch: samples per optimizer step.
         processes: how many trained together.
@@ -70,6 +72,7 @@ class RunRecord:
     global_batch: int
     processes: int
     fingerprint: str
+    kept: Kept | None = None
 
     @property
     def loss(self) -> float:
@@ -98,6 +101,8 @@ class RunRecord:
             last = self.evaluations[-1]
             lines.append(f"last evaluation, step {last['step']}: {last['copies']:.0%} of {last['n']:.0f} images are copies "
                          f"[{last['copies_low']:.0%}, {last['copies_high']:.0%}]")  # fmt: skip
+        if self.kept is not None:
+            lines.append(self.kept.describe())
         return "\n".join([*lines, f"results in {self.output}"])
 
 

@@ -26,7 +26,7 @@ from ambient_sd.utils.errors import UserError, one_line
 
 INDEX_NAME = "model_index.json"
 _RESULTS = (INDEX_NAME, "unet", WEIGHTS_NAME, adapters.KOHYA_NAME)
-_SHEET = re.compile(r"step-\d+\.png|scores\.json")
+_SHEET = re.compile(r"step-\d+(-new)?\.png|scores\.json|curve\.png")
 
 
 def check_overwrite(folder: Path, *, allowed: bool) -> None:

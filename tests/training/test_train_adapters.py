@@ -74,7 +74,11 @@ def attach(unet: Any, plan: Plan) -> None:
 def own(settings: Settings) -> TrainConfig:
     """A finished training of ours."""
     config = settings(
-        "own-private-name", rank=2, lora_alpha=6.0, lora_target_modules=["to_q", "to_out.0", "conv1"], output_kohya_format=True
+        "own-private-name",
+        rank=2,
+        lora_alpha=6.0,
+        lora_target_modules=["to_q", "to_out.0", "conv1"],
+        output_kohya_format=True,
     )
     run(config, progress=False)
     return config
