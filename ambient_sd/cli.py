@@ -1,6 +1,6 @@
 """The command `ambient-sd`: one module of `ambient_sd.commands` for each command, imported when it is asked for.
 
-Training has its own script, `train_text_to_image_ambient.py`, because `accelerate launch` wants one.
+`train_text_to_image_ambient.py` is the script for `accelerate launch`, with diffusers' flags; `ambient-sd train` takes the same and proposes the rest.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from ambient_sd.utils.settings import Parser, nearest
 
 # Each is a module of ambient_sd.commands with `make_parser` and `run`, which load nothing heavy before a command runs.
 COMMANDS = {
+    "train": "train a LoRA on a folder of images, stop before it copies, and audit it",
     "demo": "train a small model twice, plain and ambient, and look at the difference",
     "inspect": "list what is wrong with an image dataset: broken, small, captionless, duplicate",
     "level": "see the nature level that an image dataset proposes, without training",

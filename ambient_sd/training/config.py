@@ -40,6 +40,7 @@ CAPTION_MITIGATIONS = ("mc", "gn", "rc", "rt", "cwr")
 DEFAULT_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 CONFIG_NAME = "train_config.yaml"
 AUTO = "auto"
+PRESETS = Path(__file__).parents[1] / "presets"
 MAX_SEED = 2**64 - 1  # what torch's generators take
 _NOT_AMBIENT = ("objective=plain,gap,weighted", "ambient_level=0")
 
@@ -58,7 +59,7 @@ class TrainConfig:
     """
 
     # fmt: off
-    pretrained_model_name_or_path: str | None = option(None, "base model: pipeline folder or hub id (required)", group="model")
+    pretrained_model_name_or_path: str | None = option(None, "base model: pipeline folder or hub id (required); `embedded` is the small one inside this package", group="model")
     pretrained_vae_model_name_or_path: str | None = option(None, "another VAE in place of the base's: folder with config.json, or hub id. A full fine-tune saves it; a LoRA must be sampled with it", group="model")
     revision: str | None = option(None, "revision of the hub repository", group="model")
     variant: str | None = option(None, "variant of the weight files, e.g. fp16", group="model")
@@ -289,7 +290,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Read settings from a YAML file with the keys of `TrainConfig`.
+    """Read settings from a YAML file with the keys of `TrainConfig`, or from a preset of this package by its name, such as sd2-lora.
 
     Raises:
         UserError: the file is missing, is no YAML mapping, or has an unknown key.
@@ -300,6 +301,12 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         >>> load_yaml(path)["train_data_dir"]
         'my-images'
     """
+    if not os.path.exists(path) and not Path(path).suffix and os.sep not in str(path):
+        known = {file.stem: file for file in sorted(PRESETS.glob("*.yaml"))}
+        if str(path) not in known:
+            raise UserError(f"config is {path}", rule=f"there is no such file, and the presets are {', '.join(known)}",
+                            remedy=settings.nearest(str(path), list(known)))  # fmt: skip
+        path = known[str(path)]
     return settings.load_yaml(path, TrainConfig)
 
 
@@ -316,6 +323,6 @@ def make_parser() -> Parser:
         description="Fine-tune a Stable Diffusion U-Net, whole or by LoRA, so that it does not hand its training images back.",
         epilog="Example: accelerate launch train_text_to_image_ambient.py --config configs/sd2-lora.yaml --train_data_dir my-images",
     )
-    parser.add_argument("--config", metavar="FILE.yaml", help="settings from a file with these same names; the command line wins")  # fmt: skip
+    parser.add_argument("--config", metavar="FILE.yaml", help="settings from a file with these same names, or a preset by name (sd2-lora, sd2-full, sd15-lora, sdxl-lora); the command line wins")  # fmt: skip
     add_flags(parser, TrainConfig, groups=GROUPS)
     return parser

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from ambient_sd.training.config import AUTO
 from ambient_sd.training.keeping import Kept
 from ambient_sd.training.plan import Plan
 from ambient_sd.utils import files
@@ -25,7 +26,7 @@ from ambient_sd.utils.errors import UserError
 
 # Noise levels s = sigma / alpha whose errors get a curve each: the loss of one step says more of its timesteps than of the model.
 _BANDS = ((0.0, 0.3), (0.3, 1.0), (1.0, 3.0), (3.0, math.inf))
-LOSSES_NAME = "losses.jsonl"
+LOSSES_NAME, CURVE_NAME = "losses.jsonl", "probe/curve.png"
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,8 @@ def describe_start(
         steps      100, about 133 epochs
     """
     config, objective, images = plan.config, plan.objective, plan.images
-    level = f", noise level s_n = {objective.level:g}" if objective.mode != "plain" else ""
+    known = "measured at the start" if config.ambient_level == AUTO else f"s_n = {objective.level:g}"
+    level = f", noise level {known}" if objective.mode != "plain" else ""
     if plan.level_reason:
         level += f" ({plan.level_reason})"
     kind = f"LoRA of rank {config.rank}" if config.lora else "whole U-Net"
