@@ -74,8 +74,8 @@ class Plan:
         start: the adapter that the training starts from; None: a fresh one, or the whole U-Net.
 
     Example:
-        >>> from ambient_sd.assets import BASE, PICTURES
-        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(PICTURES), max_train_samples=3, resolution=64))
+        >>> from ambient_sd.assets import BASE, IMAGES
+        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(IMAGES), max_train_samples=3, resolution=64))
         >>> plan.fixed_noise, plan.with_level(0.5, "measured").objective.level
         (True, 0.5)
     """
@@ -144,8 +144,8 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         UserError: something is wrong.
 
     Example:
-        >>> from ambient_sd.assets import BASE, PICTURES
-        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(PICTURES), max_train_samples=3, resolution=64))
+        >>> from ambient_sd.assets import BASE, IMAGES
+        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(IMAGES), max_train_samples=3, resolution=64))
         >>> len(plan.images), plan.objective.level, plan.checkpoint
         (3, 1.0, None)
     """
@@ -258,8 +258,8 @@ def open_images(config: TrainConfig) -> ImageDataset:
         UserError: as `load_rows`.
 
     Example:
-        >>> from ambient_sd.assets import BASE, PICTURES
-        >>> len(open_images(TrainConfig(str(BASE), train_data_dir=str(PICTURES), max_train_samples=3)))
+        >>> from ambient_sd.assets import BASE, IMAGES
+        >>> len(open_images(TrainConfig(str(BASE), train_data_dir=str(IMAGES), max_train_samples=3)))
         3
     """
     return load_rows(
@@ -310,8 +310,8 @@ def enlargement_note(
         UserError: most of them are enlarged so far that the resolution cannot be meant.
 
     Example:
-        >>> from ambient_sd.assets import BASE, PICTURES
-        >>> config = TrainConfig(str(BASE), train_data_dir=str(PICTURES), max_train_samples=3, resolution=64)
+        >>> from ambient_sd.assets import BASE, IMAGES
+        >>> config = TrainConfig(str(BASE), train_data_dir=str(IMAGES), max_train_samples=3, resolution=64)
         >>> enlargement_note(config, open_images(config).check(), step=8) is None  # they have 64 pixels
         True
     """
