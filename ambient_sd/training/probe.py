@@ -77,6 +77,11 @@ class ProbeEvaluation:
     kid: float | None = None
     new_sheet: Image.Image | None = None
 
+    def describe(self) -> str:
+        """Return it in one line."""
+        quality = "" if self.kid is None else f"; KID x 1000 on new captions {1000 * self.kid:.1f}"
+        return f"step {self.step}: copy rate {self.copies.show(1, 100, ' %')} of {self.copies.n} images{quality}"
+
     def record(self) -> dict[str, float]:
         """Return the numbers, for curves and files."""
         return {"step": self.step, "copies": self.copies.value, "copies_low": self.copies.low, "copies_high": self.copies.high,
