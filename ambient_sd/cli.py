@@ -17,7 +17,7 @@ COMMANDS = {
     "train": "train a LoRA on a folder of images, stop before it copies, and audit it",
     "demo": "train a small model twice, plain and ambient, and look at the difference",
     "inspect": "list what is wrong with an image dataset: broken, small, captionless, duplicate",
-    "level": "see the nature level that an image dataset proposes, without training",
+    "level": "see the noise level s_n that an image dataset proposes, without training",
     "sample": "sample images under the memorization guard, with scores, a sheet and a page",
     "calibrate": "find the score above which an image is flagged, for one model and sampler",
     "compare": "try every detector and every mitigation on models whose training images are at hand, side by side",

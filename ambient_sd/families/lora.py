@@ -686,7 +686,7 @@ def _of_layer(file: LoraFile, config: Mapping[str, Any], key: str, path: str, de
     if not isinstance(patterns, dict):
         raise _unfit(file, f"has settings that cannot be read: {key}")
     for pattern, value in patterns.items():
-        # A name with its dots plain or escaped, perhaps anchored; an expression of a stranger's can take for ever.
+        # A name with its dots plain or escaped, perhaps anchored; a stranger's expression may never end.
         if not re.fullmatch(r"\^?(\w|-|\\?\.)+\$?", pattern):
             raise _unfit(file, f"has a {key} that is no name of a layer: {one_line(pattern, 60)!r}")
         name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")

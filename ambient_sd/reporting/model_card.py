@@ -481,7 +481,7 @@ def _misfit(audit: AuditRecord, facts: Facts, folder: Path) -> str | None:
 def _own_files(audit: AuditRecord) -> dict[str, str]:
     """Return the digests of what was trained: the adapter's file, or without one the U-Net's."""
     files = (audit.model or {})["files"]
-    found: dict[str, str] = files["unet"] if files["adapter"] is None else files["adapter"]
+    found: dict[str, str] = files["unet"] if files["lora_weights"] is None else files["lora_weights"]
     return found
 
 

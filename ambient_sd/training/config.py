@@ -25,7 +25,7 @@ from ambient_sd.utils.settings import Parser, add_flags, option, same
 GROUPS = {
     "model": "Which base model is fine-tuned: a local pipeline folder or a hub id.",
     "data": "Images and captions: a folder with metadata.jsonl, a parquet file, WebDataset shards, or a dataset's hub id.",
-    "objective": "The loss. `ambient` never shows the network a clean image above the nature level s_n = sigma / alpha "
+    "objective": "The loss. `ambient` never shows the network a clean image above the noise level s_n = sigma / alpha "
     "(on SD's schedule s = 0.34 at t=100, 0.83 at 300, 1.16 at 400, 2.3 at 600, 14.6 at 999); each image keeps one "
     "noise. `plain` is the ordinary loss. `gap` is plain without the band of noise levels from the level to gap_upper; `weighted` is plain with ambient's weight a^q above the level: controls for studies.",
     "mitigation": "Published ways to keep a model from memorizing, beside the loss or in place of the ambient one; each off by default.",
@@ -86,7 +86,7 @@ class TrainConfig:
     dataloader_num_workers: int = option(0, "worker processes that decode images where latents are not held in memory", group="data", low=0)
 
     objective: str = option("ambient", "the loss", group="objective", choices=("ambient", "plain", "gap", "weighted"))
-    ambient_level: float | str | None = option(None, "ambient and weighted: nature level s_n, 0 is plain DDPM (default 1.0, t = 353 on SD's schedule); ambient: auto measures the images and proposes one; gap: lower edge of the band", group="objective", low=0.0, words=(AUTO,), needs="objective=ambient,gap,weighted")
+    ambient_level: float | str | None = option(None, "ambient and weighted: noise level s_n, 0 is plain DDPM (default 1.0, t = 353 on SD's schedule); ambient: auto measures the images and proposes one; gap: lower edge of the band", group="objective", low=0.0, words=(AUTO,), needs="objective=ambient,gap,weighted")
     ambient_timestep: int | None = option(None, "the same level given as a timestep of the base model's schedule", group="objective", low=0, rival="ambient_level", needs="objective=ambient,gap,weighted")
     gap_upper: float | None = option(None, "gap: upper edge of the noise levels without loss (required there)", group="objective", above=0.0, needs="objective=gap")
     reweight: int | None = option(None, "ambient and weighted: power q of the weight a^q, a = 1 - s_n^2 / s_t^2, on the levels above s_n: 2 = the paper's loss, 1 = noise target, 0 = full re-weighting (default 2)", group="objective", choices=(2, 1, 0), needs="objective=ambient,weighted")
@@ -98,7 +98,7 @@ class TrainConfig:
     weighting_scheme: str = option("none", "none: uniform timesteps; logit_normal: noise levels s_t are log-normal, ln s ~ N(logit_mean, logit_std^2), as in EDM and Stable Diffusion 3 (EDM: mean -0.5, std 1.2 at latents of unit variance)", group="objective", choices=("none", "logit_normal"))
     logit_mean: float | None = option(None, "logit_normal: mean of ln s (default 0)", group="objective", needs="weighting_scheme=logit_normal")
     logit_std: float | None = option(None, "logit_normal: standard deviation of ln s (default 1)", group="objective", above=0.0, needs="weighting_scheme=logit_normal")
-    noise_offset: float = option(0.0, "offset of the fresh noise per sample and channel, for very dark and bright images (plain and gap only)", group="objective", low=0.0, needs=_NOT_AMBIENT, because="the ambient loss needs fresh noise of the covariance of each image's fixed one, and an offset gives it another: above the nature level channel means would be learnt wrongly")
+    noise_offset: float = option(0.0, "offset of the fresh noise per sample and channel, for very dark and bright images (plain and gap only)", group="objective", low=0.0, needs=_NOT_AMBIENT, because="the ambient loss needs fresh noise of the covariance of each image's fixed one, and an offset gives it another: above the noise level s_n channel means would be learnt wrongly")
     input_perturbation: float = option(0.0, "perturb the noise of the input, not of the target, by that much (plain and gap only; 0.1 in its paper)", group="objective", low=0.0, needs=_NOT_AMBIENT, because="the ambient loss tells fixed from fresh noise by the level of its input, and a perturbed input lies above it")
 
     memorization_threshold: float | None = option(None, "a sample with || eps_c - eps_u || of at least this gives no loss (Wen et al. 2024); one more forward pass without gradient per pass. The scale is the model's own", group="mitigation", above=0.0)

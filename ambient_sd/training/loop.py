@@ -123,12 +123,12 @@ def run(
 
     Example:
         >>> import tempfile
-        >>> from ambient_sd.assets import PICTURES
+        >>> from ambient_sd.assets import IMAGES
         >>> from ambient_sd.assets.tiny import tiny_pipeline
         >>> base, output = tempfile.mkdtemp(), tempfile.mkdtemp()
         >>> tiny_pipeline().save_pretrained(base)
         >>> options = {"resolution": 32, "max_train_samples": 3, "max_train_steps": 2, "report_to": "none", "output_dir": output}
-        >>> run(TrainConfig(base, train_data_dir=str(PICTURES), lora=True, **options), progress=False).steps
+        >>> run(TrainConfig(base, train_data_dir=str(IMAGES), lora=True, **options), progress=False).steps
         2
     """
     progress = progress and processes.is_first()

@@ -72,8 +72,8 @@ class Plan:
         level_reason: where a measured level comes from; None if the settings give it.
 
     Example:
-        >>> from ambient_sd.assets import BASE, PICTURES
-        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(PICTURES), max_train_samples=3, resolution=64))
+        >>> from ambient_sd.assets import BASE, IMAGES
+        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(IMAGES), max_train_samples=3, resolution=64))
         >>> plan.fixed_noise, plan.with_level(0.5, "measured").objective.level
         (True, 0.5)
     """
@@ -140,8 +140,8 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         UserError: something is wrong.
 
     Example:
-        >>> from ambient_sd.assets import BASE, PICTURES
-        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(PICTURES), max_train_samples=3, resolution=64))
+        >>> from ambient_sd.assets import BASE, IMAGES
+        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(IMAGES), max_train_samples=3, resolution=64))
         >>> len(plan.images), plan.objective.level, plan.checkpoint
         (3, 1.0, None)
     """
@@ -250,8 +250,8 @@ def open_images(config: TrainConfig) -> ImageDataset:
         UserError: as `load_rows`.
 
     Example:
-        >>> from ambient_sd.assets import BASE, PICTURES
-        >>> len(open_images(TrainConfig(str(BASE), train_data_dir=str(PICTURES), max_train_samples=3)))
+        >>> from ambient_sd.assets import BASE, IMAGES
+        >>> len(open_images(TrainConfig(str(BASE), train_data_dir=str(IMAGES), max_train_samples=3)))
         3
     """
     return load_rows(
@@ -302,8 +302,8 @@ def enlargement_note(
         UserError: most of them are enlarged so far that the resolution cannot be meant.
 
     Example:
-        >>> from ambient_sd.assets import BASE, PICTURES
-        >>> config = TrainConfig(str(BASE), train_data_dir=str(PICTURES), max_train_samples=3, resolution=64)
+        >>> from ambient_sd.assets import BASE, IMAGES
+        >>> config = TrainConfig(str(BASE), train_data_dir=str(IMAGES), max_train_samples=3, resolution=64)
         >>> enlargement_note(config, open_images(config).check(), step=8) is None  # they have 64 pixels
         True
     """

@@ -103,9 +103,9 @@ class Probe:
         UserError: fewer than two different training images: a copy is nearer to one of them than to the others.
 
     Example:
-        >>> from ambient_sd.assets import PICTURES
+        >>> from ambient_sd.assets import IMAGES
         >>> from ambient_sd.data.sources import load_rows
-        >>> Probe(load_rows(PICTURES, max_samples=3).check(), count=2, resolution=64, seed=0).real.shape
+        >>> Probe(load_rows(IMAGES, max_samples=3).check(), count=2, resolution=64, seed=0).real.shape
         torch.Size([3, 12288])
     """
 

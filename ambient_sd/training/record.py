@@ -49,10 +49,10 @@ class RunRecord:
         fingerprint: SHA-256 over images and captions.
 
     Example:
-        >>> from ambient_sd.assets import BASE, PICTURES
+        >>> from ambient_sd.assets import BASE, IMAGES
         >>> from ambient_sd.training.config import TrainConfig
         >>> from ambient_sd.training.plan import plan_run
-        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(PICTURES), max_train_samples=3, resolution=64))
+        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(IMAGES), max_train_samples=3, resolution=64))
         >>> means = {"loss": 0.5, "clean_loss": math.nan, "ambient_loss": 0.5}
         >>> record = RunRecord(plan, Path("results"), 100, 0, 50.0, [0.5] * 100, means, [], 1e-5, 4, 1, plan.images.fingerprint())
         >>> print(record.describe())
@@ -97,7 +97,7 @@ class RunRecord:
         split = f" ({', '.join(parts)})" if len(parts) > 1 else ""
         lines = [done, f"loss {self.loss:.4f}{split}, mean of the last steps"]
         if self.plan.level_reason:
-            lines.append(f"nature level {self.level:g}, {self.plan.level_reason}")
+            lines.append(f"noise level s_n = {self.level:g}, {self.plan.level_reason}")
         if self.evaluations:
             last = self.evaluations[-1]
             lines.append(f"last evaluation, step {last['step']}: {last['copies']:.0%} of {last['n']:.0f} images are copies "
@@ -128,10 +128,10 @@ def describe_start(
         device: of this process; precision: of the forward and backward passes.
 
     Example:
-        >>> from ambient_sd.assets import BASE, PICTURES
+        >>> from ambient_sd.assets import BASE, IMAGES
         >>> from ambient_sd.training.config import TrainConfig
         >>> from ambient_sd.training.plan import plan_run
-        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(PICTURES), max_train_samples=3, resolution=64))
+        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(IMAGES), max_train_samples=3, resolution=64))
         >>> text = describe_start(plan, steps=100, first_step=0, global_batch=4, processes=1, trained=1234, device="cpu", precision="no")
         >>> print(text.splitlines()[2])
         steps      100, about 133 epochs
