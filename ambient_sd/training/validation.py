@@ -79,6 +79,7 @@ def sample(
     seed: int,
     accelerator: Accelerator,
     guidance_scale: float = GUIDANCE_SCALE,
+    steps: int | None = None,
 ) -> Samples:
     """Sample `per_prompt` images of each prompt; to be called by every process.
 
@@ -90,6 +91,7 @@ def sample(
         seed: of the run; an image's own is `ambient_sd.sampling.image_seed` of it and of the place in the grid.
         accelerator: who is here.
         guidance_scale: of classifier-free guidance, above 1.
+        steps: of the sampler (default 25).
 
     Returns:
         One row of images and of scores per prompt, on every process.
@@ -102,7 +104,7 @@ def sample(
         ((32, 32), 1)
     """
     config = SamplingConfig(
-        "the model in training", num_inference_steps=INFERENCE_STEPS, guidance_scale=guidance_scale, resolution=resolution,
+        "the model in training", num_inference_steps=steps or INFERENCE_STEPS, guidance_scale=guidance_scale, resolution=resolution,
         seed=seed, batch_size=max(1, min(_MOST_AT_ONCE, _PIXELS_AT_ONCE // resolution**2)),
     )  # fmt: skip
     requests, images, scores = requests_for(prompts, per_prompt), [], []
