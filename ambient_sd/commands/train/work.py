@@ -139,7 +139,7 @@ def audit(record: RunRecord, config: TrainConfig) -> int:
     options = [
         "--output_dir", str(folder), "--overwrite", "--resolution", str(config.resolution), "--num_prompts", str(prompts),
         "--num_images_per_prompt", str(max(1, _AUDITED // prompts)), "--num_inference_steps", str(INFERENCE_STEPS),
-        "--guidance_scale", f"{GUIDANCE_SCALE:g}", "--scheduler", "dpm++", "--seed", str(config.seed), "--base_images", str(_AUDITED // 2),
+        "--guidance_scale", f"{GUIDANCE_SCALE:g}", "--scheduler", "dpm++", "--seed", str(config.seed), "--base_images", str(_AUDITED // 2), "--batch_size", str(max(1, min(16, 2**20 // config.resolution**2))),
     ]  # fmt: skip
     place = str(config.pretrained_model_name_or_path) if config.lora else str(record.output)
     if config.lora:
