@@ -42,6 +42,7 @@ DEFAULT_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 CONFIG_NAME = "train_config.yaml"
 AUTO = "auto"
 PRESETS = Path(__file__).parents[1] / "presets"
+CONFIG_HELP = "settings from a file with these same names, or a preset by name (sd2-lora, sd2-full, sd15-lora, sdxl-lora); the command line wins"
 MAX_SEED = 2**64 - 1  # what torch's generators take
 _NOT_AMBIENT = ("objective=plain,gap,weighted", "ambient_level=0")
 
@@ -326,6 +327,6 @@ def make_parser() -> Parser:
         description="Fine-tune a Stable Diffusion U-Net, whole or by LoRA, so that it does not hand its training images back.",
         epilog="Example: accelerate launch train_text_to_image_ambient.py --config configs/sd2-lora.yaml --train_data_dir my-images",
     )
-    parser.add_argument("--config", metavar="FILE.yaml", help="settings from a file with these same names, or a preset by name (sd2-lora, sd2-full, sd15-lora, sdxl-lora); the command line wins")  # fmt: skip
+    parser.add_argument("--config", metavar="NAME|FILE.yaml", help=CONFIG_HELP)  # fmt: skip
     add_flags(parser, TrainConfig, groups=GROUPS)
     return parser

@@ -497,6 +497,7 @@ class _Trainer:
         record = seen.record()
         self.evaluations.append(record)
         if seen.sheet is not None:  # the main process
+            logger.info("%s", seen.describe())
             self._show("probe", seen.sheet, step)
             if seen.new_sheet is not None:
                 self._show("probe", seen.new_sheet, step, "-new")

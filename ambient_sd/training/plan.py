@@ -174,7 +174,7 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         buckets = assign(images.sizes, images.noise_keys, sizes)
     notes = _notes(config, base, images, prompts, buckets)
     if config.keep == "best":
-        new = new or compose(images.captions, config.probe_images or 32, config.seed)
+        new = new or compose(images.captions, (config.probe_images or 32) // 2, config.seed)
         if trained := set(new) & set(images.all_captions):
             raise UserError(f"probe_prompts has {one_line(min(trained), 80)}", rule="quality is measured on captions that are not trained",
                             remedy="leave it out")  # fmt: skip
