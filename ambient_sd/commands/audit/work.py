@@ -382,7 +382,7 @@ def _contents_depend_on(
         "training": training.fingerprint(),
         "heldout": None if heldout is None else heldout.fingerprint(),
         "prompts": None if prompts is None else digest(prompts),
-        "samples_per_prompt": None if prompts is None else settings.num_images_per_prompt,
+        "num_images_per_prompt": None if prompts is None else settings.num_images_per_prompt,
         "sampling": None if settings.sampling is None else settings.sampling.public(),
         "generated": None if existing is None else existing.images.fingerprint(),
         "base": None if (base := settings.base()) is None else {**base.public(), "images": settings.base_images},
@@ -605,7 +605,7 @@ def _write(
             "generated": {
                 "n": len(generated.images), "fingerprint": generated.images.fingerprint(),
                 "prompts": None if generated.prompts is None else len(set(generated.prompts)),
-                "samples_per_prompt": None if settings.sampling is None else settings.num_images_per_prompt,
+                "num_images_per_prompt": None if settings.sampling is None else settings.num_images_per_prompt,
                 "source": "training captions" if settings.sampling is not None and settings.prompts is None else "given",
                 "weights": generated.weights, "unlisted": generated.images.unlisted,
             },
@@ -642,7 +642,7 @@ def _weight_files(config: SamplingConfig) -> dict[str, Any]:
     """Return the digests of the files that are sampled: the U-Net's and the adapter's, None without one."""
     return {
         "unet": unet_files(config.model),
-        "adapter": None if config.lora_weights is None else adapter_files(config.lora_weights),
+        "lora_weights": None if config.lora_weights is None else adapter_files(config.lora_weights),
     }
 
 
