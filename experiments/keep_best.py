@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m experiments.keep_best --output_dir build/keep-best --seeds 0 1 2
 
 Each run trains to its end whatever the probe sees, and leaves a checkpoint at every evaluation. What `--keep best` would have kept follows from the
-probe's records alone. Hindsight measures every checkpoint with eight times the images: copies on training captions (held-out images as the
+probe's records alone. Hindsight measures every checkpoint with several times the images: copies on training captions (held-out images as the
 null), and the Frechet distance of images for captions of held-out images to those images. Its best is the smallest distance among
 the checkpoints whose copy rate is not above that of held-out images with its whole interval.
 """
@@ -37,14 +37,14 @@ RUNS: dict[str, dict[str, Any]] = {
     "whole U-Net, plain": {"objective": "plain", "learning_rate": 1e-3},
 }
 SAMPLING: dict[str, Any] = {"scheduler": "dpm++", "num_inference_steps": 15, "guidance_scale": 1.5, "batch_size": 16}
-PER_CAPTION, NEW = 4, 160
+PER_CAPTION, NEW, EVALUATIONS = 2, 96, 6
 
 
 def config_of(label: str, seed: int, folder: Path, steps: int) -> TrainConfig:
     """Return the settings of a run: as `ambient-sd train` proposes them, but that nothing ends it."""
     return TrainConfig(
         str(BASE), train_data_dir=str(IMAGES), row_filter=["subset_60=true"], resolution=64, center_crop=True, train_batch_size=16,
-        max_train_steps=steps, use_ema=True, probe_steps=steps // 8, probe_images=32, keep="best", stop_on_memorization=1.0,
+        max_train_steps=steps, use_ema=True, probe_steps=steps // EVALUATIONS, probe_images=32, keep="best", stop_on_memorization=1.0,
         checkpointing_steps=10**9, report_to="none", seed=seed, output_dir=str(folder), resume_from_checkpoint="latest",
         latent_cache_dir=str(folder.parent / "latents"), **RUNS[label],
     )  # fmt: skip
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=480)
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     args.output_dir.mkdir(parents=True, exist_ok=True)
