@@ -816,7 +816,7 @@ def _inject(pipe: Any, adapter: Adapter, name: str, low_cpu_mem_usage: bool) -> 
     for layer in adapter.layers:
         by_part.setdefault(layer.part, []).append(layer)
     for part, layers in by_part.items():
-        config = _peft_settings(layers, adapter.rslora[part])
+        config = peft_settings(layers, adapter.rslora[part])
         if part == adapter.network:
             state = {f"{layer.path}.{key}": value for layer in layers for key, value in layer.tensors()}
             getattr(pipe, part).load_lora_adapter(
@@ -836,8 +836,15 @@ def _inject(pipe: Any, adapter: Adapter, name: str, low_cpu_mem_usage: bool) -> 
         )  # fmt: skip
 
 
-def _peft_settings(layers: Sequence[Layer], rslora: bool) -> dict[str, Any]:
-    """Return what peft's LoraConfig is made of: nothing but what the tensors say."""
+def peft_settings(layers: Sequence[Layer], rslora: bool) -> dict[str, Any]:
+    """Return what peft's LoraConfig is made of: nothing but what the tensors say.
+
+    Example:
+        >>> layer = Layer("unet", "to_q", torch.ones(4, 16), torch.ones(16, 4), None, None, alpha=8.0, scale=2.0)
+        >>> settings = peft_settings([layer], rslora=False)
+        >>> settings["r"], settings["lora_alpha"], settings["target_modules"]
+        (4, 8.0, ['to_q'])
+    """
     ranks, alphas = Counter(layer.rank for layer in layers), Counter(layer.alpha for layer in layers)
     rank, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
     return {
@@ -859,7 +866,7 @@ def misplaced(parts: Mapping[str, nn.Module], adapter: Adapter, name: str) -> st
         'unet.conv_in has no update'
     """
     expected = {(layer.part, layer.path): layer for layer in adapter.layers}
-    found = {(part, path): module for part, network in parts.items() for path, module in _adapted(network, name)}
+    found = {(part, path): module for part, network in parts.items() for path, module in adapted(network, name)}
     if extra := sorted(found.keys() - expected.keys()):
         return f"{'.'.join(extra[0])} has an update, and the file has none for it"
     for place, layer in expected.items():
@@ -884,8 +891,14 @@ def misplaced(parts: Mapping[str, nn.Module], adapter: Adapter, name: str) -> st
     return None
 
 
-def _adapted(network: nn.Module, name: str) -> list[tuple[str, Any]]:
-    """Return the layers of a network that hold an adapter of a name."""
+def adapted(network: nn.Module, name: str) -> list[tuple[str, Any]]:
+    """Return the layers of a network that hold an adapter of a name.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> adapted(tiny_pipeline().unet, "default")
+        []
+    """
     from peft.tuners.lora import LoraLayer
 
     return [(path, m) for path, m in network.named_modules() if isinstance(m, LoraLayer) and (
@@ -908,7 +921,7 @@ def _lengths_move(parts: Mapping[str, nn.Module], adapter: Adapter, name: str) -
     for layer in adapter.layers:
         if layer.magnitude is None:
             continue
-        weight = _stored(dict(_adapted(parts[layer.part], name))[layer.path].get_base_layer(), "weight")
+        weight = _stored(dict(adapted(parts[layer.part], name))[layer.path].get_base_layer(), "weight")
         if weight is None:
             return True
         lengths = weight.float().flatten(1).norm(dim=1)
