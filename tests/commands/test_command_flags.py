@@ -71,7 +71,7 @@ def test_help_shows_every_setting_and_no_none(name: str) -> None:
 
 def test_one_flag_means_the_same_in_every_command() -> None:
     # compare has several models, each with a name and perhaps a LoRA of its own.
-    known = {"--lora_weights: compare and sample", "--adapter: compare and sample"}
+    known = {"--lora_weights: compare and sample", "--adapter: compare and sample", "--revision: compare and level"}
     assert set(conflicts(ALL)) == known
 
 
