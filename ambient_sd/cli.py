@@ -1,6 +1,6 @@
 """The command `ambient-sd`: one module of `ambient_sd.commands` for each command, imported when it is asked for.
 
-Training has its own script, `train_text_to_image_ambient.py`, because `accelerate launch` wants one.
+`train_text_to_image_ambient.py` is the script for `accelerate launch`, with diffusers' flags; `ambient-sd train` takes the same and proposes the rest.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from ambient_sd.utils.settings import Parser, nearest
 
 # Each is a module of ambient_sd.commands with `make_parser` and `run`, which load nothing heavy before a command runs.
 COMMANDS = {
+    "train": "train a LoRA on a folder of images, stop before it copies, and audit it",
     "demo": "train a small model twice, plain and ambient, and look at the difference",
     "inspect": "list what is wrong with an image dataset: broken, small, captionless, duplicate",
-    "level": "see the nature level that an image dataset proposes, without training",
+    "level": "see the noise level s_n that an image dataset proposes, without training",
     "sample": "sample images under the memorization guard, with scores, a sheet and a page",
     "calibrate": "find the score above which an image is flagged, for one model and sampler",
     "compare": "try every detector and every mitigation on models whose training images are at hand, side by side",

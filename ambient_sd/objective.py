@@ -1,7 +1,7 @@
 """Ambient diffusion as a corrupted input, a corrected target and a weight, for any trainer.
 
 Algorithm 1 of Shah, Kalavasis, Klivans, Daras, "Does Generation Require Memorization?" (ICML 2025), in noise levels
-`s = sigma / alpha`. Every image has ONE noisy version, `x_n = alpha_n x0 + sigma_n eps_n`, at the nature level s_n.
+`s = sigma / alpha`. Every image has ONE noisy version, `x_n = alpha_n x0 + sigma_n eps_n`, at the noise level s_n.
 
     s_t <= s_n    x_t = alpha_t x0 + sigma_t xi                     ordinary denoising of the clean image
     s_t >  s_n    x_t = (alpha_t / alpha_n) x_n + c xi              c = sigma_t sqrt(a),  a = 1 - s_n^2 / s_t^2
@@ -63,7 +63,7 @@ class AmbientObjective:
 
     Args:
         schedule: the model's noise schedule.
-        level: nature level s_n >= 0; 0 gives the plain loss, bit for bit. A timestep is ambient if level(t) > s_n.
+        level: noise level s_n >= 0; 0 gives the plain loss, bit for bit. A timestep is ambient if level(t) > s_n.
         timestep: the same as `level=schedule.level(timestep)`; exactly one of the two (neither is needed by "plain").
         prediction_type: epsilon, v_prediction, sample or flow_prediction; the schedule's own if not given.
         reweight: q of the weight a^q. 2 is the paper's loss and its released code, which hardly trains the band just
@@ -105,7 +105,7 @@ class AmbientObjective:
         self.mode = mode
         self.reweight = reweight
         self.prediction_type = _check_prediction_type(schedule, prediction_type)
-        self.level = 0.0 if mode == "plain" else _nature_level(schedule, level, timestep)
+        self.level = 0.0 if mode == "plain" else _noise_level(schedule, level, timestep)
         self.gap_upper = _check_gap(mode, self.level, gap_upper)
 
     def corrupt(
@@ -203,16 +203,16 @@ def _check_prediction_type(schedule: NoiseSchedule, prediction_type: str | None)
     return chosen
 
 
-def _nature_level(schedule: NoiseSchedule, level: float | None, timestep: float | None) -> float:
+def _noise_level(schedule: NoiseSchedule, level: float | None, timestep: float | None) -> float:
     if (level is None) == (timestep is None):
         raise UserError(
-            "the nature level is " + ("missing" if level is None else "given twice"),
+            "the noise level s_n is " + ("missing" if level is None else "given twice"),
             rule="exactly one of level (a noise level) and timestep is needed",
         )
     s_n = float(level) if level is not None else float(schedule.level(timestep if timestep is not None else 0))
     if not (0.0 <= s_n <= schedule.max_level and math.isfinite(s_n)):
         raise UserError(
-            f"the nature level is {s_n}",
+            f"the noise level s_n is {s_n}",
             rule=f"it must be a finite noise level from 0 to {schedule.max_level:.6g}, the schedule's largest",
             remedy="levels between 0.3 and 4 are usual; 0 is plain training",
         )

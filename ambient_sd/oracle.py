@@ -91,7 +91,7 @@ def ideal_ambient_denoiser(
     # sigma_t - alpha_t s_n rather than s_t - s_n, for alpha_t = 0.
     c_squared = (sigma - alpha * s_n) * (sigma + alpha * s_n)
     if not bool((c_squared > 0).all()):
-        raise UserError(f"a noise level is not above the nature level {s_n:.6g}", rule="use ideal_denoiser there")
+        raise UserError(f"a noise level is not above s_n = {s_n:.6g}", rule="use ideal_denoiser there")
     y_n = ideal_denoiser(x_t, alpha, c_squared.sqrt(), x_n.double() / alpha_n).flatten(1)
     a = (c_squared / sigma.square())[:, None]
     # (1 - a) / alpha_t = s_n^2 alpha_t / sigma_t^2: no division by alpha_t.

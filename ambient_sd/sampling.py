@@ -94,7 +94,7 @@ class SamplingConfig(SamplingOptions):
     def public(self) -> dict[str, Any]:
         """Return what images depend on, fit to be written down: of local folders the last part of their name only."""
         return {
-            "model": label(self.model), "adapter": None if self.lora_weights is None else label(self.lora_weights),
+            "model": label(self.model), "lora_weights": None if self.lora_weights is None else label(self.lora_weights),
             **({} if self.lora_weights is None else {"lora": self.lora()}),
             **{name: label(value) for name in ("revision", "variant", "single_file_config") if (value := getattr(self, name)) is not None},
             "scheduler": self.scheduler, "num_inference_steps": self.num_inference_steps,

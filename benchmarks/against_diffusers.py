@@ -88,7 +88,7 @@ def prepare(folder: Path, count: int) -> None:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
-    from ambient_sd.assets import BASE, PICTURES
+    from ambient_sd.assets import BASE, IMAGES
     from ambient_sd.data.sources import load_rows
 
     torch.manual_seed(0)
@@ -102,7 +102,7 @@ def prepare(folder: Path, count: int) -> None:
     images = folder / "images"
     images.mkdir()
     with (images / "metadata.jsonl").open("w") as rows:
-        for i, image in enumerate(load_rows(PICTURES, max_samples=count)):
+        for i, image in enumerate(load_rows(IMAGES, max_samples=count)):
             image.image.resize((SMALL[4] * 3 // 2, SMALL[4])).save(images / f"{i:04d}.png")
             rows.write(json.dumps({"file_name": f"{i:04d}.png", "text": image.caption}) + "\n")
 

@@ -22,7 +22,7 @@ from PIL import Image
 from series import caption, member
 from torch import Tensor
 
-from ambient_sd.assets import BASE, PICTURES
+from ambient_sd.assets import BASE, IMAGES
 from ambient_sd.audit.decision import SAME, CopyDecision, discoveries, through_vae
 from ambient_sd.audit.features import MIRROR, embed
 from ambient_sd.audit.neighbours import Neighbours
@@ -54,8 +54,8 @@ def sampled_from_base(captions: Sequence[str]) -> Images:
 
 
 def emoji() -> tuple[Images, Images, list[str], list[Any]]:
-    training = load_rows(PICTURES, row_filter=[("subset_300", "=", "true")]).check(near_duplicates=True)
-    unseen = [as_rgb(row.image) for row in load_rows(PICTURES, split="heldout")]
+    training = load_rows(IMAGES, row_filter=[("subset_300", "=", "true")]).check(near_duplicates=True)
+    unseen = [as_rgb(row.image) for row in load_rows(IMAGES, split="heldout")]
     return [as_rgb(row.image) for row in training], unseen, training.captions, list(training.noise_keys)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-STEPS, BATCH, PICTURES, GENERATED, SAMPLING = 100_000, 16, 10_000, 10_000, 50
+STEPS, BATCH, IMAGES, GENERATED, SAMPLING = 100_000, 16, 10_000, 10_000, 50
 
 
 def parts() -> dict[str, Any]:
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     found = count(args.resolution)
     found["training_pflop"] = found["unet_step"] * STEPS * BATCH / 1e3
-    found["encoding_pflop"] = (found["vae_encode"] + found["text"]) * PICTURES / 1e3
+    found["encoding_pflop"] = (found["vae_encode"] + found["text"]) * IMAGES / 1e3
     found["generating_pflop"] = (2 * SAMPLING * found["unet_forward"] + found["vae_decode"]) * GENERATED / 1e3
     print(json.dumps({k: round(v, 4) for k, v in found.items()}, indent=1))
 

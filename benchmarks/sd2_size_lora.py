@@ -69,13 +69,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--images", type=int, default=4)
     args = parser.parse_args()
-    from ambient_sd.assets import PICTURES
+    from ambient_sd.assets import IMAGES
 
     if not (args.work / "model" / "model_index.json").exists():
         build(args.work / "model")
     command = [
         sys.executable, str(ROOT / "train_text_to_image_ambient.py"), "--lora", "--rank", "16", "--gradient_checkpointing",
-        "--pretrained_model_name_or_path", str(args.work / "model"), "--train_data_dir", str(PICTURES),
+        "--pretrained_model_name_or_path", str(args.work / "model"), "--train_data_dir", str(IMAGES),
         "--max_train_samples", str(args.images), "--latent_cache_dir", str(args.work / "cache"), "--mixed_precision", "bf16",
         "--train_batch_size", "1", "--gradient_accumulation_steps", "1", "--resolution", str(args.resolution),
         "--max_train_steps", str(args.steps), "--report_to", "none", "--output_dir", str(args.work / "out"),

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ambient_sd.assets import PICTURES
+from ambient_sd.assets import IMAGES
 from ambient_sd.audit.features import embed
 from ambient_sd.audit.registry import FeatureOptions, choose
 from ambient_sd.data.conditions import split_condition
@@ -30,7 +30,7 @@ from experiments.transformations import detection, embed_all, table
 @exits_on_user_error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default=str(PICTURES))
+    parser.add_argument("--data", default=str(IMAGES))
     parser.add_argument(
         "--row_filter",
         nargs="+",

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from PIL import ImageOps
 
-from ambient_sd.assets import BASE, PICTURES
+from ambient_sd.assets import BASE, IMAGES
 from ambient_sd.audit.features import embed
 from ambient_sd.audit.metrics import bootstrap, memorized, quality_rows
 from ambient_sd.audit.neighbours import nearest
@@ -46,7 +46,7 @@ def main() -> None:
     images, _ = sample(args.base, PROMPTS, settings, title="prompts")
     contact_sheet(images, 8, captions=PROMPTS).save(args.docs / "base-grid.png")
 
-    rows, heldout = load_rows(PICTURES, split="base"), load_rows(PICTURES, split="heldout")
+    rows, heldout = load_rows(IMAGES, split="base"), load_rows(IMAGES, split="heldout")
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed))[: args.count].tolist()
     images, _ = sample(args.base, [rows[i].caption for i in chosen], settings, title="captions")
     features = choose(with_sscd("pixels", "efflite0"))

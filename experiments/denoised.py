@@ -279,7 +279,7 @@ def _named(text: str) -> tuple[str, str]:
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    from ambient_sd.assets import PICTURES
+    from ambient_sd.assets import IMAGES
     from ambient_sd.data.conditions import split_condition
 
     parser = argparse.ArgumentParser(
@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", default=None, help="pipeline that LoRA folders belong to")
     parser.add_argument("--data", required=True, help="the training images")
     parser.add_argument("--row_filter", nargs="+", default=[], help="which rows of them")
-    parser.add_argument("--heldout", default=str(PICTURES), help="images that no model has seen")
+    parser.add_argument("--heldout", default=str(IMAGES), help="images that no model has seen")
     parser.add_argument("--heldout_filter", nargs="*", default=["split=heldout"], help="which rows of them")
     parser.add_argument("--resolution", type=int, default=64, help="pixels")
     parser.add_argument("--levels", type=float, nargs="+", default=list(LEVELS), help="noise levels")

@@ -92,7 +92,7 @@ def optima(x0: torch.Tensor, y_n: torch.Tensor, s_n: float, seed: int) -> tuple[
 
     Args:
         x0: (M, C, h, w) clean latents. y_n: their noisy copies `x0 + s_n eps_n`.
-        s_n: nature level. seed: of the fresh noise.
+        s_n: the noise level of the fixed copies. seed: of the fresh noise.
     """
     found, outputs = [], {}
     for factor in _FACTORS:
@@ -118,7 +118,7 @@ def leakage(
     """Average m noisy copies of each image under m noise seeds; return the figures and the averages by m.
 
     Args:
-        x0: (M, C, h, w) clean latents. keys: of the images. s_n: nature level.
+        x0: (M, C, h, w) clean latents. keys: of the images. s_n: the noise level of the fixed copies.
         seed: of the noises. copies: numbers m, ascending.
     """
     found, averages = [], {}
@@ -158,7 +158,7 @@ def ways_to_leak(encoder: ImageEncoder, images: ImageDataset, s_n: float, seed: 
     rolled = [eps.roll((-dy, -dx), (-2, -1)) for dy in (0, 1) for dx in (0, 1)]
     half, quarter = 1 / math.sqrt(2), 1 / 2
     rows: list[tuple[str, torch.Tensor, float]] = [
-        ("ours: one copy for ever, however many epochs", s_n * torch.stack([eps] * 4).mean(0), 1.0),
+        ("ours: one copy, however many epochs", s_n * torch.stack([eps] * 4).mean(0), 1.0),
         ("ours: image and noise mirrored together, then mirrored back", s_n * (eps + eps.flip(-1).flip(-1)) / 2, 1.0),
         ("mirror the latent, then add the same noise (the paper's code)", s_n * (eps + eps.flip(-1)) / 2, half),
         (
@@ -388,7 +388,7 @@ def _write_page(
                 [pages.Table(["s_t", "plain: error", "ambient: error", "s_n / sqrt(a)", "plain: d1/d2", "ambient: d1/d2", "recognised"],
                              [[f"{o.level:.3g}", _show(o.plain), _show(o.ambient), f"{o.ambient.expected:.4f}", _show(o.plain_ratio),
                                _show(o.ambient_ratio), f"{o.identified:.0%}"] for o in first])],
-                pages.terms("nature level s_n", "d1/d2", "interval"),
+                pages.terms("noise level s_n", "d1/d2", "interval"),
             ),
             pages.Section(
                 "Lemma 4.2: two copies are one too many",
@@ -410,7 +410,7 @@ def _write_page(
                                     [[w["way"], f"{w['value']:.4f} [{w['low']:.4f}, {w['high']:.4f}]", f"{w['expected']:.4f}"] for w in result["ways"]])],
             ),
         ],
-        lead=f"{n} images, {result['numbers']} numbers each, nature level s_n = {level:g}. Closed forms in float64; no network but the VAE.",
+        lead=f"{n} images, {result['numbers']} numbers each, noise level s_n = {level:g}. Closed forms in float64; no network but the VAE.",
         made={"command": "python -m experiments.lemmas", "model": result["model"], "images": result["data"], "seed": result["seed"],
               "intervals": "95 %, bootstrap over images"},
     )  # fmt: skip
@@ -423,7 +423,7 @@ def _show(value: Value) -> str:
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    from ambient_sd.assets import BASE, PICTURES
+    from ambient_sd.assets import BASE, IMAGES
     from ambient_sd.data.conditions import split_condition
     from ambient_sd.utils.quiet import quiet
 
@@ -432,11 +432,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="folder of the page")
-    parser.add_argument("--data", default=str(PICTURES), help="images")
+    parser.add_argument("--data", default=str(IMAGES), help="images")
     parser.add_argument("--model", default=str(BASE), help="base whose VAE encodes them")
     parser.add_argument("--row_filter", nargs="+", default=["subset_60=true"], help="which rows")
     parser.add_argument("--resolution", type=int, default=64, help="pixels")
-    parser.add_argument("--level", type=float, default=1.0, help="nature level s_n")
+    parser.add_argument("--level", type=float, default=1.0, help="noise level s_n")
     parser.add_argument("--seed", type=int, default=0, help="of all noise")
     args = parser.parse_args(argv)
     quiet()

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ambient_sd.assets import PICTURES
+from ambient_sd.assets import IMAGES
 from ambient_sd.commands.demo.work import AMBIENT, TRAINING
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
@@ -29,7 +29,7 @@ from ambient_sd.utils.quiet import quiet
 
 def write_images(path: Path, copies: int) -> Path:
     """Write the 300 images, those of the subset of 60 `copies` times, as a parquet file."""
-    rows = pq.read_table(PICTURES, filters=[("subset_300", "=", True)])
+    rows = pq.read_table(IMAGES, filters=[("subset_300", "=", True)])
     repeated = rows.filter(rows["subset_60"])
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.concat_tables([rows, *[repeated] * (copies - 1)]), path)

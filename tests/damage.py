@@ -111,7 +111,7 @@ def instead(make_it: Callable[[Path], Any], *words: str) -> Case:
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 48 48\n%%EndComments\n0 0 48 48 rectfill\nshowpage\n"
-PICTURES = {
+IMAGES = {
     "empty": image(b""),
     "one byte": image(b"\x89"),
     "signature alone": image(b"\x89PNG\r\n\x1a\n"),
@@ -683,7 +683,7 @@ BASES = {
 
 
 FAMILIES: dict[str, dict[str, Case]] = {
-    "images": PICTURES,
+    "images": IMAGES,
     "lists": LISTS,
     "parquet": PARQUET,
     "shards": SHARDS,

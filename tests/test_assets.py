@@ -13,18 +13,18 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from ambient_sd.assets import BASE, PICTURES
-from ambient_sd.data.sources import content_key
+from ambient_sd.assets import BASE, IMAGES
+from ambient_sd.data.images import content_key
 from experiments.build_images import NEAR_DUPLICATE_RMS, near_duplicate_groups
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    return pq.read_table(PICTURES).to_pylist()
+    return pq.read_table(IMAGES).to_pylist()
 
 
 def test_embedded_files_keep_their_size_limits() -> None:
-    assert PICTURES.stat().st_size <= 12e6
+    assert IMAGES.stat().st_size <= 12e6
     assert sum(p.stat().st_size for p in BASE.rglob("*") if p.is_file()) <= 24e6
 
 

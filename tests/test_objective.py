@@ -136,7 +136,7 @@ def test_other_weights_are_powers_of_the_same_factor(reweight: int) -> None:
     t = torch.tensor([300, 400, 600, 999])
     batch = AmbientObjective(schedule, level=1.0, reweight=reweight).corrupt(x0, eps_n, t, noise=noise)
     a = 1 - 1 / schedule.level(t).square()
-    a[0] = 1.0  # at or below the nature level
+    a[0] = 1.0  # at or below s_n
     assert torch.allclose(batch.weight, a**reweight, rtol=1e-13)
     # q = 1 is |xi - sqrt(a) eps_hat|^2, the noise-target loss.
     if reweight == 1:
@@ -168,7 +168,7 @@ def test_the_input_is_the_noisy_image_plus_fresh_noise_and_never_sees_the_clean_
     same = objective.corrupt(other, (x_n - alpha_n * other) / sigma_n, t, noise=noise)
     assert torch.allclose(same.x_t, batch.x_t, rtol=1e-11, atol=1e-12)
     assert torch.allclose(same.target, batch.target, rtol=1e-11, atol=1e-12)
-    # Control: below the nature level it does get through.
+    # Control: below s_n it does get through.
     low = torch.tensor([100, 100])
     below = [objective.corrupt(x, (x_n - alpha_n * x) / sigma_n, low, noise=noise).x_t for x in (x0, other)]
     assert not torch.allclose(*below, atol=0.1)
@@ -193,7 +193,7 @@ def batches_at_the_edges(
 @pytest.mark.parametrize(
     ("prediction_type", "zero_snr"), [(p, z) for p in VP_TYPES for z in (False, True)] + [("flow_prediction", False)]
 )
-def test_nothing_is_nan_or_infinite_at_just_above_or_below_the_nature_level_nor_at_the_last_timestep(
+def test_nothing_is_nan_or_infinite_at_just_above_or_below_the_level_nor_at_the_last_timestep(
     prediction_type: str, zero_snr: bool, reweight: int, dtype: torch.dtype
 ) -> None:
     for batch in batches_at_the_edges(prediction_type, zero_snr, reweight, dtype):
@@ -216,7 +216,7 @@ def test_the_published_form_of_the_target_would_be_nan_at_zero_terminal_snr() ->
     assert torch.equal(batch.x_t, noise)
 
 
-def test_a_timestep_is_ambient_only_strictly_above_the_nature_level() -> None:
+def test_a_timestep_is_ambient_only_strictly_above_the_level() -> None:
     schedule = schedule_for("epsilon")
     t = torch.tensor([0, 353, 354, 355, 999])
     x0, eps_n = draw(2, 5, *SHAPE)
@@ -297,7 +297,7 @@ def test_ambient_loss_is_finite_on_the_infinite_level_of_other_schedulers() -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "nature level is missing"),
+        ({}, "noise level s_n is missing"),
         ({"level": 1.0, "timestep": 354}, "given twice"),
         ({"level": -0.1}, "must be a finite noise level from 0 to 14.61"),
         ({"level": 14.7}, "must be a finite noise level"),
@@ -324,7 +324,7 @@ def test_an_argument_that_breaks_its_rule_is_refused_in_one_line(arguments: dict
     assert "\n" not in str(error.value)
 
 
-def test_an_infinite_nature_level_is_refused() -> None:
+def test_an_infinite_level_is_refused() -> None:
     with pytest.raises(UserError, match="finite"):
         AmbientObjective(schedule_for("epsilon", zero_snr=True), timestep=999)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageFilter
 
-from ambient_sd.assets import BASE, PICTURES
+from ambient_sd.assets import BASE, IMAGES
 from ambient_sd.audit.decision import HELDOUT, CopyDecision
 from ambient_sd.commands.audit import AuditSettings, Source
 from ambient_sd.commands.audit.work import audit
@@ -37,10 +37,10 @@ def changed(image: Image.Image) -> Image.Image:
 
 
 def test_all_commands_call_the_same_images_copies(tmp_path: Path) -> None:
-    rows = load_rows(PICTURES, split="finetune").subset(range(0, 1000, 40))
+    rows = load_rows(IMAGES, split="finetune").subset(range(0, 1000, 40))
     training = [row.image.convert("RGB") for row in rows]
-    heldout = [row.image.convert("RGB") for row in load_rows(PICTURES, split="heldout").subset(range(0, 320, 13))]
-    others = [row.image.convert("RGB") for row in load_rows(PICTURES, split="finetune").subset(range(20, 500, 40))]
+    heldout = [row.image.convert("RGB") for row in load_rows(IMAGES, split="heldout").subset(range(0, 320, 13))]
+    others = [row.image.convert("RGB") for row in load_rows(IMAGES, split="finetune").subset(range(20, 500, 40))]
     captions = [row.caption for row in rows]
     known = folder(tmp_path / "training", training, captions)
     unseen = folder(tmp_path / "heldout", heldout, ["" for _ in heldout])

@@ -165,8 +165,8 @@ def test_what_the_formulas_do_not_cover_is_refused() -> None:
         (lambda: ideal_denoiser(x, 1.0, 1.0, data[:0]), "at least one row"),
         (lambda: ideal_denoiser(x, 1.0, 1.0, torch.zeros(3, 2)), "shaped like an input"),
         (lambda: ideal_denoiser(x, torch.ones(3), 1.0, data), "a number or"),
-        (lambda: ideal_ambient_denoiser(x, 0.8, 0.6, data, alpha_n=0.6, sigma_n=0.8), "not above the nature level"),
-        (lambda: ideal_ambient_denoiser(x, 0.6, 0.8, data, alpha_n=0.6, sigma_n=0.8), "not above the nature level"),
+        (lambda: ideal_ambient_denoiser(x, 0.8, 0.6, data, alpha_n=0.6, sigma_n=0.8), "not above s_n"),
+        (lambda: ideal_ambient_denoiser(x, 0.6, 0.8, data, alpha_n=0.6, sigma_n=0.8), "not above s_n"),
         (lambda: ideal_ambient_denoiser(x, 0.6, 0.8, data, alpha_n=0.0, sigma_n=1.0), "alpha_n > 0"),
     ):
         with pytest.raises(UserError, match=message):

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from test_lora import KOHYA, renamed
 
-from ambient_sd.assets import BASE, PICTURES
+from ambient_sd.assets import BASE, IMAGES
 from ambient_sd.commands.audit import AuditSettings, Source
 from ambient_sd.commands.audit.work import audit
 from ambient_sd.data.sources import load_rows
@@ -26,7 +26,7 @@ LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "proj
 
 @pytest.mark.slow
 def test_an_overfitted_lora_has_one_verdict_under_five_names(tmp_path: Path) -> None:
-    rows = load_rows(PICTURES, row_filter=[("subset_60", "=", "true")])
+    rows = load_rows(IMAGES, row_filter=[("subset_60", "=", "true")])
     folder = tmp_path / "images"
     folder.mkdir()
     lines = []
@@ -55,7 +55,7 @@ def test_an_overfitted_lora_has_one_verdict_under_five_names(tmp_path: Path) -> 
         found = audit(AuditSettings(
             Source(str(folder)), tmp_path / f"audit-{name}",
             SamplingConfig(str(BASE), None if adapter is None else str(adapter), scheduler="dpm++", num_inference_steps=15, guidance_scale=1.5),
-            heldout=Source(str(PICTURES), split="heldout"), num_images_per_prompt=2, base_images=0, features=("pixels",), resamples=10,
+            heldout=Source(str(IMAGES), split="heldout"), num_images_per_prompt=2, base_images=0, features=("pixels",), resamples=10,
             attributed_prompts=0, fail_over=0.01,
         )).found  # fmt: skip
         return found["verdict"], [

@@ -564,10 +564,10 @@ def rate(ctx: Context, name: str, values: dict[str, Any]) -> dict[str, Any]:
     """Train the random pipeline of Stable Diffusion 2's size; return samples a second, peak memory and the GPU's busy share."""
     import torch
 
-    from ambient_sd.assets import PICTURES
+    from ambient_sd.assets import IMAGES
 
     common = {
-        "pretrained_model_name_or_path": str(random_base(ctx)), "train_data_dir": str(PICTURES), "row_filter": None,
+        "pretrained_model_name_or_path": str(random_base(ctx)), "train_data_dir": str(IMAGES), "row_filter": None,
         "max_train_samples": 16, "max_train_steps": 1000, "validation_prompts": None, "validation_steps": None,
         "num_validation_images": None, "checkpoints_total_limit": None, "report_to": "none",
     }  # fmt: skip

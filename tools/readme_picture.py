@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ambient_sd.assets import PICTURES
+from ambient_sd.assets import IMAGES
 from ambient_sd.cli import main as ambient_sd
 from ambient_sd.data.sources import load_rows
 
@@ -76,9 +76,9 @@ def main() -> None:
     parser.add_argument("demo", type=Path, help="folder of a finished `ambient-sd demo`")
     parser.add_argument("--out", type=Path, required=True, help="folder for the samples and readme.png")
     args = parser.parse_args()
-    training = load_rows(PICTURES, row_filter=[("subset_60", "=", "true")])
+    training = load_rows(IMAGES, row_filter=[("subset_60", "=", "true")])
     captions = [row.caption for row in training]
-    held_out = [row.caption for row in load_rows(PICTURES, split="heldout")][:ORDINARY]
+    held_out = [row.caption for row in load_rows(IMAGES, split="heldout")][:ORDINARY]
     target = target_of(sample(args.demo / "plain", held_out, args.out / "ordinary"))
     policy = f"prompt_optimization:target={target:.3g}"
     print(f"policy: {policy}", flush=True)

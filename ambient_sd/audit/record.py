@@ -22,7 +22,7 @@ from ambient_sd.utils.files import atomic_write, json_safe
 from ambient_sd.utils.json_schema import load_json, shortened, violation
 
 FILE_NAME = "audit.json"
-FORMAT = 2
+FORMAT = 3
 _SCHEMA = Path(__file__).with_name("audit.schema.json")
 _LARGEST = 64 * 2**20  # bytes; an audit of every feature has some 100,000
 _SIDES = ("generated", "heldout", "excess", "background")
@@ -34,7 +34,7 @@ def schema() -> dict[str, Any]:
 
     Example:
         >>> schema()["properties"]["format"]["enum"]
-        [2]
+        [3]
     """
     found: dict[str, Any] = json.loads(_SCHEMA.read_text(encoding="utf-8"))
     return found

@@ -1,4 +1,4 @@
-"""`ambient-sd level`: look at the nature level that an image set proposes, before training and without a network.
+"""`ambient-sd level`: look at the noise level s_n that an image set proposes, before training and without a network.
 
 The table of `ambient_sd.data.noise_level` in the terminal, as a page with curves, and as JSON. The images are encoded as
 `--ambient_level auto` would see them: same crop, mirroring, VAE draws; of a large set only those that are measured.
@@ -21,7 +21,7 @@ from ambient_sd.utils.files import atomic_write, check_target
 from ambient_sd.utils.settings import REQUIRED, Parser, add_flags, check, from_flags, option, same
 
 if TYPE_CHECKING:
-    from ambient_sd.data.noise_level import Levels
+    from ambient_sd.data.noise_level import NoiseLevels
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> None:
         level_page.write(settings.html, found, name, resolution=config.resolution)
 
 
-def level(config: TrainConfig, *, progress: bool = False) -> Levels:
+def level(config: TrainConfig, *, progress: bool = False) -> NoiseLevels:
     """Measure the images of a run's settings.
 
     Args:

@@ -1,11 +1,14 @@
-"""Find captions that text encoders cut: texts with more tokens than they have positions, 77 with start and end for CLIP.
+"""Captions as texts: those that text encoders cut, and new ones of the same words.
 
-diffusers and transformers cut the rest silently. SDXL has two tokenizers: a text is cut where either cuts it.
+A text with more tokens than an encoder has positions (77 with start and end for CLIP) is cut, silently by diffusers and transformers. SDXL has
+two tokenizers: a text is cut where either cuts it.
 """
 
 from __future__ import annotations
 
+import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,3 +103,32 @@ def in_one_line(cuts: Sequence[Cut], total: int, what: str, first: str) -> str:
         f"{len(cuts)} of {total} {what} are longer than the text encoder reads and are cut; the first, {one_line(first, 80)}, has "
         f"{one.tokens} tokens of {one.limit}, lost: {one_line(one.lost, 160)}"
     )
+
+
+def compose(captions: Sequence[str], count: int, seed: int = 0) -> list[str]:
+    """Return captions that are not among the given ones, of their words: each is one of them with the rarest word of another in place of its own.
+
+    Quality measured on trained captions rewards copies; on these nothing can be copied whole. Fewer than `count` come back where the captions
+    do not give as many, none where all of them are equal.
+
+    Args:
+        captions: of the training images.
+        count: how many at most.
+        seed: of the choice.
+
+    Example:
+        >>> compose(["a red apple, flat", "a blue house, flat", "a green tree, flat"], count=2)
+        ['a red tree, flat', 'a apple house, flat']
+    """
+    texts = list(dict.fromkeys(text for text in captions if text.strip()))
+    words = {text: re.findall(r"\w+", text) for text in texts}
+    seen = Counter(word.lower() for text in texts for word in set(words[text]))
+    # Of equally rare words the last: in English the thing itself comes after what describes it.
+    rarest = {text: min(reversed(found), key=lambda w: seen[w.lower()]) for text, found in words.items() if found}
+    found, g, texts = dict[str, None](), random.Random(seed), list(rarest)
+    for _ in range(20 * count if len(texts) > 1 else 0):
+        frame, other = g.sample(texts, 2)
+        new = rarest[other].join(re.split(rf"\b{re.escape(rarest[frame])}\b", frame))
+        if new not in words and len(found) < count:
+            found[new] = None
+    return list(found)

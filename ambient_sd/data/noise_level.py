@@ -1,4 +1,4 @@
-"""Propose a nature level s_n for a dataset: measured on its latents before any training, without a network.
+"""Propose a noise level s_n for a dataset: measured on its latents before any training, without a network.
 
 For images x_i in d numbers, a noisy copy is `y = x_i + s z`. By noise level s:
 
@@ -51,7 +51,7 @@ Quantiles = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class Levels:
+class NoiseLevels:
     """Hold the measurement and the proposal.
 
     Attributes:
@@ -132,8 +132,8 @@ def representatives(images: ImageDataset, shapes: Sequence[Any] | None = None) -
 
 
 @torch.no_grad()
-def measure(latents: torch.Tensor, *, total: int | None = None, max_level: float = math.inf) -> Levels:
-    """Measure a set by its latents and propose a nature level.
+def measure(latents: torch.Tensor, *, total: int | None = None, max_level: float = math.inf) -> NoiseLevels:
+    """Measure a set by its latents and propose a noise level s_n.
 
     Args:
         latents: (m, C, h, w) clean latents of distinct images, as the network sees them.
@@ -193,7 +193,7 @@ def measure(latents: torch.Tensor, *, total: int | None = None, max_level: float
     deviations = (flat[:PROBES] - flat.mean(0)).double()
     size = math.sqrt(flat.shape[1])
     proposed, reason = _propose(target, collapse, max_level, n)
-    return Levels(
+    return NoiseLevels(
         images=n,
         used=m,
         numbers=flat.shape[1],
@@ -251,7 +251,7 @@ def _quantiles(values: torch.Tensor) -> Quantiles:
     return low, middle, high
 
 
-def as_text(found: Levels) -> str:
+def as_text(found: NoiseLevels) -> str:
     """Return the table for the terminal.
 
     Example:
@@ -276,7 +276,7 @@ def as_text(found: Levels) -> str:
     return "\n".join(lines)
 
 
-def marks(found: Levels) -> list[tuple[float | None, str]]:
+def marks(found: NoiseLevels) -> list[tuple[float | None, str]]:
     """Return the levels that mean something, each with its meaning.
 
     Example:

@@ -1,7 +1,7 @@
 """Which part of an image a sample shows: crop and mirror, and what follows from them without decoding the image.
 
 What must not leak (Shah et al., ICML 2025, Lemma 4.2: m noisy copies of an image average to noise sigma_n / sqrt(m)):
-under the ambient objective each image has one view (crop and mirror) for ever, drawn from its key (that of its group of
+under the ambient objective each image keeps one view (crop and mirror), drawn from its key (that of its group of
 near-duplicates), and the VAE's draw is fixed by key and view. x_n is then one tensor per image. A mirrored copy with its
 own noise would be a second draw, for it can be mirrored back; and mirroring x0 but not its noise (as the paper's code
 does) is just that. The other objectives use no fixed noise, so their views are drawn anew at each position.

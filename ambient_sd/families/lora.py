@@ -696,7 +696,7 @@ def _of_layer(file: LoraFile, config: Mapping[str, Any], key: str, path: str, de
     if not isinstance(patterns, dict):
         raise _unfit(file, f"has settings that cannot be read: {key}")
     for pattern, value in patterns.items():
-        # A name with its dots plain or escaped, perhaps anchored; an expression of a stranger's can take for ever.
+        # A name with its dots plain or escaped, perhaps anchored; a stranger's expression may never end.
         if not re.fullmatch(r"\^?(\w|-|\\?\.)+\$?", pattern):
             raise _unfit(file, f"has a {key} that is no name of a layer: {one_line(pattern, 60)!r}")
         name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
@@ -826,7 +826,7 @@ def _inject(pipe: Any, adapter: Adapter, name: str, low_cpu_mem_usage: bool) -> 
     for layer in adapter.layers:
         by_part.setdefault(layer.part, []).append(layer)
     for part, layers in by_part.items():
-        config = _peft_settings(layers, adapter.rslora[part])
+        config = peft_settings(layers, adapter.rslora[part])
         if part == adapter.network:
             state = {f"{layer.path}.{key}": value for layer in layers for key, value in layer.tensors()}
             getattr(pipe, part).load_lora_adapter(
@@ -846,8 +846,15 @@ def _inject(pipe: Any, adapter: Adapter, name: str, low_cpu_mem_usage: bool) -> 
         )  # fmt: skip
 
 
-def _peft_settings(layers: Sequence[Layer], rslora: bool) -> dict[str, Any]:
-    """Return what peft's LoraConfig is made of: nothing but what the tensors say."""
+def peft_settings(layers: Sequence[Layer], rslora: bool) -> dict[str, Any]:
+    """Return what peft's LoraConfig is made of: nothing but what the tensors say.
+
+    Example:
+        >>> layer = Layer("unet", "to_q", torch.ones(4, 16), torch.ones(16, 4), None, None, alpha=8.0, scale=2.0)
+        >>> settings = peft_settings([layer], rslora=False)
+        >>> settings["r"], settings["lora_alpha"], settings["target_modules"]
+        (4, 8.0, ['to_q'])
+    """
     ranks, alphas = Counter(layer.rank for layer in layers), Counter(layer.alpha for layer in layers)
     rank, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
     return {

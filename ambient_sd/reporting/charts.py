@@ -10,7 +10,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,9 @@ from ambient_sd.reporting.report import Histogram, show, span, unit_of
 from ambient_sd.utils.errors import one_line
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ambient_sd.training.keeping import Kept
     from ambient_sd.utils.estimate import Estimate
 
 PALETTE = {
@@ -254,6 +257,34 @@ def bars(title: str, rows: Sequence[tuple[str, float]]) -> Markup:
             )
             axes.annotate(f"{value:.3g}", (value, y), xytext=(5, 0), textcoords="offset points", va="center")
         return _svg(figure, title)
+
+
+def write_training_curve(path: Path, evaluations: Sequence[Mapping[str, float]], kept: Kept) -> None:
+    """Write the evaluations of a training as a PNG: copy rate with its intervals above, quality below, and what was kept."""
+    with _figure(4.4) as figure:
+        figure.set_layout_engine("constrained")
+        figure.set_facecolor(PALETTE["card"])
+        quality = [e for e in evaluations if "kid" in e]
+        top, *rest = figure.subplots(2 if quality else 1, 1, sharex=True, squeeze=False)[:, 0]
+        steps = [e["step"] for e in evaluations]
+        low, high = ([100 * e[name] for e in evaluations] for name in ("copies_low", "copies_high"))
+        top.fill_between(steps, low, high, color=PALETTE["run0"], alpha=0.18, linewidth=0)
+        top.plot(steps, [100 * e["copies"] for e in evaluations], color=PALETTE["run0"], marker="o", markersize=4)
+        top.axhline(100 * kept.allowed, color=PALETTE["held"], linestyle="--", linewidth=1)
+        top.set(ylabel="copy rate, %", ylim=(0, None))
+        for axes in rest:
+            axes.plot([e["step"] for e in quality], [1000 * e["kid"] for e in quality], color=PALETTE["run3"], marker="o", markersize=4)  # fmt: skip
+            axes.set(ylabel="KID x 1000, new captions\n(lower is better)")
+        for axes in (top, *rest):
+            axes.grid(True, axis="y")
+            if kept.step is not None:
+                axes.axvline(kept.step, color=PALETTE["run1"], linewidth=1.5)
+        if kept.step is not None:
+            top.annotate(f"kept: step {kept.step}", (kept.step, 1), xycoords=("data", "axes fraction"), xytext=(4, -4),
+                         textcoords="offset points", va="top", color=PALETTE["run1"])  # fmt: skip
+        (rest[-1] if rest else top).set_xlabel("optimizer steps")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png", dpi=160, metadata={"Software": None})
 
 
 def standalone(svg: Markup) -> str:

@@ -89,5 +89,7 @@ def _next(found: Found, name: str) -> list[pages.Next]:
     level = pages.command("ambient-sd", "level", name, "--model", "MODEL", "--resolution", found.resolution)
     return [
         *([pages.Next("Mend or remove the rows with faults, then look again:", look)] if found.faults else []),
-        pages.Next("See which nature level these images propose; MODEL is the base that you want to fine-tune:", level),
+        pages.Next(
+            "See which noise level s_n these images propose; MODEL is the base that you want to fine-tune:", level
+        ),
     ]

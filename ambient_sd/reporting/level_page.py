@@ -1,15 +1,15 @@
-"""The page of `ambient-sd level`: the nature level that the images propose, with the two curves that it comes from."""
+"""The page of `ambient-sd level`: the noise level s_n that the images propose, with the two curves that it comes from."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ambient_sd.data.noise_level import COPY, IDENTIFIED, TARGET, Levels, marks
+from ambient_sd.data.noise_level import COPY, IDENTIFIED, TARGET, NoiseLevels, marks
 from ambient_sd.reporting import charts, pages
 from ambient_sd.reporting.charts import Line, Mark
 
 
-def write(path: Path, found: Levels, name: str, *, resolution: int) -> Path:
+def write(path: Path, found: NoiseLevels, name: str, *, resolution: int) -> Path:
     """Write the page.
 
     Args:
@@ -41,10 +41,10 @@ def write(path: Path, found: Levels, name: str, *, resolution: int) -> Path:
         ["noise level s", "what it is"], [("none" if at is None else f"{at:.2g}", text) for at, text in marks(found)], text=(1,)
     )  # fmt: skip
     return pages.write_article(
-        path, f"Nature level of {name}", f"Train {name} with nature level s_n = {found.proposed:g}.",
+        path, f"Noise level of {name}", f"Train {name} with noise level s_n = {found.proposed:g}.",
         [
             pages.Section("Where it comes from", [_sentence(found.reason)], charts=curves,
-                          terms=pages.terms("nature level s_n", "d1/d2")),
+                          terms=pages.terms("noise level s_n", "d1/d2")),
             pages.Section("The levels that mean something", [
                 f"{found.images} distinct images, {found.numbers} numbers each. The nearest other image is {middle:.2f} per number away "
                 f"(5 to 95 %: {low:.2f} to {high:.2f}).{drawn}"], tables=[table]),

@@ -32,6 +32,7 @@ from ambient_sd.guard.calibration import FILE_NAME as THRESHOLD_NAME
 from ambient_sd.guard.calibration import Calibration
 from ambient_sd.reporting.report import show
 from ambient_sd.training.config import TrainConfig
+from ambient_sd.training.record import CURVE_NAME
 from ambient_sd.training.validation import read_scores
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.estimate import Estimate
@@ -83,6 +84,7 @@ class Facts:
         level_proposed: `level` was measured on the images, not given.
         also: other settings of the loss that are not at their defaults, by flag.
         base_files: SHA-256 of the base's U-Net by file, for a LoRA: an audit of it on another base says nothing of this one.
+        kept: where `--keep best` chose the step: what it says of that.
     """
 
     base: str
@@ -117,6 +119,7 @@ class Facts:
     level_proposed: bool = False
     also: dict[str, Any] = dataclasses.field(default_factory=dict)
     base_files: dict[str, str] = dataclasses.field(default_factory=dict)
+    kept: str | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Facts | None:
@@ -164,6 +167,8 @@ class Facts:
         if self.lora is not None:
             for name, to in {"rank": int, "alpha": float, "dropout": float, "dora": bool, "targets": list}.items():
                 to(self.lora[name])
+            if not isinstance(self.lora.get("start"), str | None):
+                raise TypeError("start")
         if self.licence != _clean_licence(self.licence, None):
             raise ValueError("licence is none")
         if any(not isinstance(digest, str) for digest in self.base_files.values()):
@@ -180,6 +185,7 @@ def describe_run(
     steps: int,
     batch: int,
     level_proposed: bool = False,
+    kept: str | None = None,
 ) -> Facts:
     """Gather what the card will say; asks the hub for the licence of a base that lies there.
 
@@ -192,6 +198,7 @@ def describe_run(
         steps: optimizer steps done in all.
         batch: samples per optimizer step.
         level_proposed: the level was measured on the images.
+        kept: which evaluation the weights are of, and why.
     """
     local = Path(base.name).exists()
     base_id = base.name if not local and HUB_ID.fullmatch(base.name) else None
@@ -214,14 +221,15 @@ def describe_run(
         gap_upper=config.gap_upper,
         reweight=config.reweight,
         pipeline=base.family.guarded or base.family.pipeline,
-        vae=_public(config.pretrained_vae_model_name_or_path),
+        vae=_public(config.pretrained_vae_model_name_or_path, "another VAE"),
         lora=None
         if not config.lora
         else {"rank": config.rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout, "dora": config.use_dora,
-              "targets": list(config.lora_target_modules or ())},
+              "targets": list(config.lora_target_modules or ()), "start": _public(config.lora_weights, "another adapter")},
         averaged=config.use_ema,
         fresh_copies=config.fresh_copies,
         level_proposed=level_proposed,
+        kept=kept,
         also=given_settings(config),
         base_files=unet_files(base.name, revision=base.revision, variant=base.variant, cache_dir=base.cache_dir) if config.lora else {},
         steps=steps,
@@ -250,9 +258,9 @@ def given_settings(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _public(name: str | None) -> str | None:
-    """Return a hub id as it is, and of a folder only that it is one."""
-    return None if name is None else name if HUB_ID.fullmatch(name) and not Path(name).exists() else "another VAE"
+def _public(name: str | None, local: str) -> str | None:
+    """Return a hub id as it is, and for what lies on this machine the words `local`."""
+    return None if name is None else name if HUB_ID.fullmatch(name) and not Path(name).exists() else local
 
 
 def write_run_card(record: RunRecord) -> None:
@@ -264,7 +272,8 @@ def write_run_card(record: RunRecord) -> None:
     try:
         facts = describe_run(
             plan.config, base=plan.base, objective=plan.objective, images=plan.images, prompts=plan.prompts,
-            steps=record.steps, batch=record.global_batch, level_proposed=plan.level_reason is not None,
+            steps=record.steps if record.kept is None else record.kept.step or record.steps, batch=record.global_batch,
+            level_proposed=plan.level_reason is not None, kept=None if record.kept is None else record.kept.describe(),
         )  # fmt: skip
         write_card(record.output, facts)
     except Exception as error:
@@ -315,6 +324,7 @@ def make_card(
         placeholder=PLACEHOLDER, licence=None if unknown else facts.licence, settings={k: v for k, v in facts.also.items() if k in _LOSS},
         audit=None if audit is None else _audit_facts(audit), left_out=left_out, threshold=_threshold(facts, folder) if measured else None,
         threshold_name=THRESHOLD_NAME, sheet=sheet, step=None if sheet is None else Path(sheet).stem.removeprefix("step-"),
+        curve=CURVE_NAME if facts.kept and (folder / CURVE_NAME).is_file() else None,
         shown_prompts=_SHOWN_PROMPTS, scores=[] if sheet is None or not measured else _scores(sheet, folder),
     )  # fmt: skip
     return _stamped(str(card))
@@ -473,7 +483,7 @@ def _misfit(audit: AuditRecord, facts: Facts, folder: Path) -> str | None:
 def _own_files(audit: AuditRecord) -> dict[str, str]:
     """Return the digests of what was trained: the adapter's file, or without one the U-Net's."""
     files = (audit.model or {})["files"]
-    found: dict[str, str] = files["unet"] if files["adapter"] is None else files["adapter"]
+    found: dict[str, str] = files["unet"] if files["lora_weights"] is None else files["lora_weights"]
     return found
 
 

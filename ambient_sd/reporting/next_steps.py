@@ -12,10 +12,10 @@ def model_words(found: Mapping[str, Any]) -> list[object]:
     """Return the words that name a model, its adapter, and how it is sampled, as `SamplingConfig.public` has them.
 
     Example:
-        >>> model_words({"model": "base", "adapter": None, "num_inference_steps": 20, "guidance_scale": 4.0})
+        >>> model_words({"model": "base", "lora_weights": None, "num_inference_steps": 20, "guidance_scale": 4.0})
         ['base', '--num_inference_steps', 20, '--guidance_scale', '4']
     """
-    adapter = ["--lora_weights", found["adapter"]] if found["adapter"] else []
+    adapter = ["--lora_weights", found["lora_weights"]] if found["lora_weights"] else []
     how = ["--num_inference_steps", found["num_inference_steps"], "--guidance_scale", f"{found['guidance_scale']:g}"]
     return [found["model"], *adapter, *how]
 
@@ -59,7 +59,7 @@ def after_audit(kind: str, model: Mapping[str, Any] | None) -> list[Next]:
                 "ambient-sd", "sample", *words, "--prompts", "PROMPTS.txt", "--policy", "static_transition", "--when", "flagged", "--out",
                 "mitigated")),
         ]  # fmt: skip
-    if kind == "no-copies" and model is not None and model["adapter"]:
+    if kind == "no-copies" and model is not None and model["lora_weights"]:
         steps.append(Next("Publish it; the model card shows this audit:", command(
-            "ambient-sd", "push", model["adapter"], "--repo", "OWNER/NAME")))  # fmt: skip
+            "ambient-sd", "push", model["lora_weights"], "--repo", "OWNER/NAME")))  # fmt: skip
     return steps

@@ -65,7 +65,7 @@ TERMS = {
     "score": "how strongly the prompt changes the predicted noise; high where an image may be a copy. It compares within one model, size and number of steps",
     "token attribution": "how far the score depends on each token, by its gradient; a first-order statement, no trial",
     "threshold": "the score from which an image is flagged",
-    "nature level s_n": "the noise of the one noisy version of each image that ambient training sees; below that level it sees the image clean",
+    "noise level s_n": "the noise of the one noisy version of each image that ambient training sees; below that level it sees the image clean",
     "5-way prompt accuracy": "how often an image fits its own prompt better than four others; chance is 20 %",
     "CPU s/image": "seconds of processor time for one image",
     "alignment": "how much better an image fits its own prompt than others, judged by a diffusion model; more is better",

@@ -31,6 +31,7 @@ from ambient_sd.guard.calibration import FILE_NAMES as THRESHOLD_NAMES
 from ambient_sd.guard.calibration import Calibration
 from ambient_sd.reporting.model_card import CARD_NAME, HUB_ID, Facts, is_ours, make_card, renamed
 from ambient_sd.training.config import CONFIG_NAME, TrainConfig
+from ambient_sd.training.record import CURVE_NAME
 from ambient_sd.utils.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
@@ -41,13 +42,18 @@ _MODELS = (*(part for part in _PARTS if part not in _TOKENIZERS), "safety_checke
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 ALLOWED = (
     CARD_NAME, "model_index.json", "pytorch_lora_weights.safetensors", CONFIG_NAME, *THRESHOLD_NAMES.values(),
-    "scheduler/scheduler_config.json", "feature_extractor/preprocessor_config.json", "validation/step-*.png",
+    "scheduler/scheduler_config.json", "feature_extractor/preprocessor_config.json", "validation/step-*.png", CURVE_NAME,
     *(f"{part}/{name}" for part in _MODELS for name in ("config.json", "*model*.safetensors", "*.safetensors.index.json")),
     *(f"{part}/{name}" for part in _TOKENIZERS for name in _TOKENIZER),
 )  # fmt: skip
 _PATHS = ("train_data_dir", "cache_dir", "latent_cache_dir", "output_dir", "logging_dir", "resume_from_checkpoint")
-# A path or a hub id.
-_NAMES = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "single_file_config", "dataset_name")
+_NAMES = (
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    "single_file_config",
+    "dataset_name",
+    "lora_weights",
+)  # a path or a hub id
 # The hub's errors derive from those of the HTTP client in use (httpx or httpx2, by version): lost connections are caught too.
 _CLIENT = [kind for kind in HfHubHTTPError.__bases__ if issubclass(kind, Exception)]
 _WAITS = (1, 4)  # seconds before a commit that failed is tried again

@@ -98,7 +98,7 @@ def _flags(records: Sequence[Record]) -> str:
 
 def _made(first: Record) -> dict[str, str]:
     facts = {
-        "model": first["model"] + (f" with {first['adapter']}" if first["adapter"] else ""),
+        "model": first["model"] + (f" with {first['lora_weights']}" if first["lora_weights"] else ""),
         "sampler": f"{first['sampler']}, {first['num_inference_steps']} steps, guidance {first['guidance_scale']:g}, seed {first['run_seed']}",
         "policy": "none" if not first["policy"] else first["policy"] + (", on flagged images only" if first["when"] == "flagged" else ""),
     }  # fmt: skip

@@ -1,15 +1,16 @@
-"""Moving average of the U-Net's weights: diffusers' `EMAModel`, saved and resumed without pickle and to the bit.
+"""Moving average of the trained weights: diffusers' `EMAModel`, saved and resumed without pickle and to the bit.
 
     shadow <- shadow - (1 - d)(shadow - weights)        d = min(0.9999, (1 + k) / (10 + k)) after k + 1 steps
 
-Checkpoints hold `unet_ema/` in the layout of `EMAModel.save_pretrained`. A model that is spread over devices is not averaged.
+Checkpoints hold `unet_ema/` in the layout of `EMAModel.save_pretrained`; of a LoRA `lora_ema.safetensors`, the average of its weights by name.
+A model that is spread over devices is not averaged.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ import torch
 from accelerate.utils import DistributedType
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ambient_sd.utils.errors import UserError
 
-FOLDER = "unet_ema"
+FOLDER, LORA_NAME = "unet_ema", "lora_ema.safetensors"
+_SETTINGS = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
 _WHOLE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
@@ -42,10 +46,10 @@ def check_distribution(kind: DistributedType) -> None:
 
 
 class Average:
-    """Average a U-Net's weights over the steps of a run.
+    """Average the trained weights of a network over the steps of a run.
 
     Args:
-        unet: the trained U-Net, weights in float32, already on its device.
+        unet: the network, on its device, trained weights in float32. Where some are frozen, as under a LoRA, only the others are averaged.
         offload: keep the average in CPU memory between steps.
         foreach: update all tensors in one call.
         checkpoint: folder of a checkpoint to continue from; else the average begins as a copy of the weights.
@@ -65,61 +69,80 @@ class Average:
     def __init__(
         self, unet: Any, *, offload: bool = False, foreach: bool = False, checkpoint: Path | None = None, step: int = 0
     ) -> None:
-        self.unet, self.offload = unet, offload
+        self.offload = offload
+        self.named = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+        self.whole = len(self.named) == len(list(unet.parameters()))
         self.device = next(unet.parameters()).device
-        source, settings = unet, dict[str, Any]()
+        whole: Any = {"model_cls": UNet2DConditionModel, "model_config": unet.config} if self.whole else {}
+        self.model: Any = EMAModel(self.named.values(), foreach=foreach, **whole)
         if checkpoint is not None:
-            source, settings = _read(checkpoint / FOLDER, step)
-        self.model: Any = EMAModel(
-            source.parameters(), model_cls=UNet2DConditionModel, model_config=unet.config, foreach=foreach
-        )
-        if len(self.model.shadow_params) != len(list(unet.parameters())) or any(
-            a.shape != b.shape for a, b in zip(self.model.shadow_params, unet.parameters(), strict=True)
-        ):
-            raise UserError(f"{checkpoint}/{FOLDER} belongs to another U-Net", remedy="resume from another checkpoint")
-        self.model.load_state_dict(settings)
+            self.resume(checkpoint, step)
         self.model.to("cpu" if offload else self.device)
+
+    def resume(self, checkpoint: Path, step: int) -> None:
+        """Take the average of a checkpoint.
+
+        Raises:
+            UserError: it is missing, damaged, of another network or of another step.
+        """
+        path = checkpoint / (FOLDER if self.whole else LORA_NAME)
+        try:
+            shadow, settings = _read(path, self.named)
+        except Exception as error:  # OSError, JSON errors, KeyError, SafetensorError, RuntimeError
+            raise UserError(f"{path} cannot be read", rule=f"{type(error).__name__}: {error}"[:300],
+                            remedy="resume from another checkpoint, or without --use_ema in another folder") from None  # fmt: skip
+        if shadow is None:
+            raise UserError(f"{path} belongs to another network", remedy="resume from another checkpoint")
+        if settings["optimization_step"] != step:
+            raise UserError(f"{path} averages {settings['optimization_step']} steps", rule=f"its checkpoint has {step}",
+                            remedy="resume from another checkpoint")  # fmt: skip
+        self.model.load_state_dict({**settings, "shadow_params": shadow})
+        self.model.to("cpu" if self.offload else self.device)
 
     def update(self) -> None:
         """Take in the weights after an optimizer step."""
         if self.offload:
             self.model.to(self.device)
-        self.model.step(self.unet.parameters())
+        self.model.step(self.named.values())
         if self.offload:
             self.model.to("cpu")
 
     def save(self, checkpoint: Path) -> None:
-        """Write `checkpoint/unet_ema/`."""
+        """Write `checkpoint/unet_ema/`, or of a LoRA `checkpoint/lora_ema.safetensors`."""
+        if not self.whole:
+            settings = {name: self.model.state_dict()[name] for name in _SETTINGS}
+            tensors = dict(zip(self.named, (p.detach().cpu() for p in self.model.shadow_params), strict=True))
+            save_file(tensors, checkpoint / LORA_NAME, metadata={"ema": json.dumps(settings)})
+            return
         # It builds a fresh model to fill, and a fresh model draws from the global generator.
         with torch.random.fork_rng(devices=[]):
             self.model.save_pretrained(checkpoint / FOLDER)
 
     def give(self) -> None:
-        """Replace the trained weights of the U-Net by their average, for good."""
-        self.model.copy_to(self.unet.parameters())
+        """Replace the trained weights by their average, for good."""
+        self.model.copy_to(self.named.values())
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Lend the averaged weights to the U-Net; the trained ones are put back whatever happens."""
-        self.model.store(self.unet.parameters())
+        """Lend the averaged weights to the network; the trained ones are put back whatever happens."""
+        self.model.store(self.named.values())
         try:
-            self.model.copy_to(self.unet.parameters())
+            self.model.copy_to(self.named.values())
             yield
         finally:
-            self.model.restore(self.unet.parameters())
+            self.model.restore(self.named.values())
 
 
-def _read(folder: Path, step: int) -> tuple[Any, dict[str, Any]]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        names = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
-        settings = {name: config[name] for name in names}
+def _read(path: Path, named: Mapping[str, torch.nn.Parameter]) -> tuple[list[torch.Tensor] | None, dict[str, Any]]:
+    """Return the saved average, None where its weights are not those of the network, and how it was made."""
+    if path.name == LORA_NAME:
+        with safe_open(path, framework="pt") as file:
+            settings = json.loads(file.metadata()["ema"])
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    else:
+        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
         # EMAModel.from_pretrained would fall back to .bin files, which are pickles.
-        model = UNet2DConditionModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    except Exception as error:  # OSError, JSON errors, KeyError, SafetensorError, RuntimeError
-        raise UserError(f"{folder} cannot be read", rule=f"{type(error).__name__}: {error}"[:300],
-                        remedy="resume from another checkpoint, or without --use_ema in another folder") from None  # fmt: skip
-    if settings["optimization_step"] != step:
-        raise UserError(f"{folder} averages {settings['optimization_step']} steps", rule=f"its checkpoint has {step}",
-                        remedy="resume from another checkpoint")  # fmt: skip
-    return model, settings
+        model: Any = UNet2DConditionModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+        found = {name: p.detach() for name, p in model.named_parameters()}
+    fits = {name: p.shape for name, p in found.items()} == {name: p.shape for name, p in named.items()}
+    return [found[name] for name in named] if fits else None, {name: settings[name] for name in _SETTINGS}

@@ -1,10 +1,10 @@
 """Folders checkpoint-N: everything that makes a run continue bit for bit, and nothing that needs pickle.
 
     checkpoint-500/  unet/ or pytorch_lora_weights.safetensors     the trained weights, loadable by diffusers
-                     unet_ema/                                     their moving average, if one is kept
+                     unet_ema/ or lora_ema.safetensors             their moving average, if one is kept
                      optimizer.safetensors                         AdamW moments
                      losses.jsonl                                  losses of all steps so far
-                     trainer_state.json                            step, loss scaler, identity
+                     trainer_state.json                            step, loss scaler, identity, evaluations of the probe
                      manifest.json                                 sizes and SHA-256 of the files above; written last
 
 There is no generator state: random numbers are functions of (seed, position), see `ambient_sd.data.stream`; nor one of
@@ -280,6 +280,7 @@ def save(
     optimizer: Mapping[str, Any],
     state: Mapping[str, Any],
     limit: int | None,
+    spared: int | None = None,
 ) -> Path:
     """Write `output_dir/checkpoint-{step}` atomically, then remove the oldest beyond `limit`; return its path.
 
@@ -290,6 +291,7 @@ def save(
         optimizer: its `state_dict`, every tensor whole.
         state: what else goes to trainer_state.json.
         limit: number of checkpoints to keep, the new one among them; all if None.
+        spared: step of one that is kept beside them.
 
     Example:
         >>> import tempfile
@@ -316,14 +318,16 @@ def save(
     seal(part)
     files.replace(part, target)
     if limit is not None:
-        _remove_oldest(output_dir, step, limit)
+        _remove_oldest(output_dir, step, limit, spared)
     return target
 
 
-def _remove_oldest(output_dir: Path, step: int, limit: int) -> None:
+def _remove_oldest(output_dir: Path, step: int, limit: int, spared: int | None) -> None:
     """Keep `limit` checkpoints. Those go first whose step this run has not reached: it did not come from them."""
     ours = [p for p in find_all(output_dir) if any((p / name).is_file() for name in (STATE_NAME, MANIFEST_NAME))]
     for old in sorted(ours, key=lambda p: (_step(p) <= step, _step(p)))[:-limit]:
+        if _step(old) == spared:
+            continue
         # Without its name first: killed in the middle of it, half a checkpoint would be left.
         shutil.rmtree(old.rename(output_dir / f".{old.name}.part"))
 

@@ -26,7 +26,7 @@ from ambient_sd.utils.settings import Parser, add_flags, option, same
 GROUPS = {
     "model": "Which base model is fine-tuned: a local pipeline folder, a whole model in one .safetensors file, or a hub id.",
     "data": "Images and captions: a folder with metadata.jsonl, a parquet file, WebDataset shards, or a dataset's hub id.",
-    "objective": "The loss. `ambient` never shows the network a clean image above the nature level s_n = sigma / alpha "
+    "objective": "The loss. `ambient` never shows the network a clean image above the noise level s_n = sigma / alpha "
     "(on SD's schedule s = 0.34 at t=100, 0.83 at 300, 1.16 at 400, 2.3 at 600, 14.6 at 999); each image keeps one "
     "noise. `plain` is the ordinary loss. `gap` is plain without the band of noise levels from the level to gap_upper; `weighted` is plain with ambient's weight a^q above the level: controls for studies.",
     "mitigation": "Published ways to keep a model from memorizing, beside the loss or in place of the ambient one; each off by default.",
@@ -41,6 +41,8 @@ CAPTION_MITIGATIONS = ("mc", "gn", "rc", "rt", "cwr")
 DEFAULT_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 CONFIG_NAME = "train_config.yaml"
 AUTO = "auto"
+PRESETS = Path(__file__).parents[1] / "presets"
+CONFIG_HELP = "settings from a file with these same names, or a preset by name (sd2-lora, sd2-full, sd15-lora, sdxl-lora); the command line wins"
 MAX_SEED = 2**64 - 1  # what torch's generators take
 _NOT_AMBIENT = ("objective=plain,gap,weighted", "ambient_level=0")
 
@@ -59,7 +61,7 @@ class TrainConfig:
     """
 
     # fmt: off
-    pretrained_model_name_or_path: str | None = option(None, "base model: pipeline folder, whole model in one .safetensors file, or hub id (required)", group="model")
+    pretrained_model_name_or_path: str | None = option(None, "base model: pipeline folder, whole model in one .safetensors file, or hub id (required); `embedded` is the small one inside this package", group="model")
     pretrained_vae_model_name_or_path: str | None = option(None, "another VAE in place of the base's: folder with config.json, or hub id. A full fine-tune saves it; a LoRA must be sampled with it", group="model")
     revision: str | None = option(None, "revision of the hub repository", group="model")
     variant: str | None = option(None, "variant of the weight files, e.g. fp16", group="model")
@@ -86,7 +88,7 @@ class TrainConfig:
     dataloader_num_workers: int = option(0, "worker processes that decode images where latents are not held in memory", group="data", low=0)
 
     objective: str = option("ambient", "the loss", group="objective", choices=("ambient", "plain", "gap", "weighted"))
-    ambient_level: float | str | None = option(None, "ambient and weighted: nature level s_n, 0 is plain DDPM (default 1.0, t = 353 on SD's schedule); ambient: auto measures the images and proposes one; gap: lower edge of the band", group="objective", low=0.0, words=(AUTO,), needs="objective=ambient,gap,weighted")
+    ambient_level: float | str | None = option(None, "ambient and weighted: noise level s_n, 0 is plain DDPM (default 1.0, t = 353 on SD's schedule); ambient: auto measures the images and proposes one; gap: lower edge of the band", group="objective", low=0.0, words=(AUTO,), needs="objective=ambient,gap,weighted")
     ambient_timestep: int | None = option(None, "the same level given as a timestep of the base model's schedule", group="objective", low=0, rival="ambient_level", needs="objective=ambient,gap,weighted")
     gap_upper: float | None = option(None, "gap: upper edge of the noise levels without loss (required there)", group="objective", above=0.0, needs="objective=gap")
     reweight: int | None = option(None, "ambient and weighted: power q of the weight a^q, a = 1 - s_n^2 / s_t^2, on the levels above s_n: 2 = the paper's loss, 1 = noise target, 0 = full re-weighting (default 2)", group="objective", choices=(2, 1, 0), needs="objective=ambient,weighted")
@@ -98,7 +100,7 @@ class TrainConfig:
     weighting_scheme: str = option("none", "none: uniform timesteps; logit_normal: noise levels s_t are log-normal, ln s ~ N(logit_mean, logit_std^2), as in EDM and Stable Diffusion 3 (EDM: mean -0.5, std 1.2 at latents of unit variance)", group="objective", choices=("none", "logit_normal"))
     logit_mean: float | None = option(None, "logit_normal: mean of ln s (default 0)", group="objective", needs="weighting_scheme=logit_normal")
     logit_std: float | None = option(None, "logit_normal: standard deviation of ln s (default 1)", group="objective", above=0.0, needs="weighting_scheme=logit_normal")
-    noise_offset: float = option(0.0, "offset of the fresh noise per sample and channel, for very dark and bright images (plain and gap only)", group="objective", low=0.0, needs=_NOT_AMBIENT, because="the ambient loss needs fresh noise of the covariance of each image's fixed one, and an offset gives it another: above the nature level channel means would be learnt wrongly")
+    noise_offset: float = option(0.0, "offset of the fresh noise per sample and channel, for very dark and bright images (plain and gap only)", group="objective", low=0.0, needs=_NOT_AMBIENT, because="the ambient loss needs fresh noise of the covariance of each image's fixed one, and an offset gives it another: above the noise level s_n channel means would be learnt wrongly")
     input_perturbation: float = option(0.0, "perturb the noise of the input, not of the target, by that much (plain and gap only; 0.1 in its paper)", group="objective", low=0.0, needs=_NOT_AMBIENT, because="the ambient loss tells fixed from fresh noise by the level of its input, and a perturbed input lies above it")
 
     memorization_threshold: float | None = option(None, "a sample with || eps_c - eps_u || of at least this gives no loss (Wen et al. 2024); one more forward pass without gradient per pass. The scale is the model's own", group="mitigation", above=0.0)
@@ -127,11 +129,12 @@ class TrainConfig:
     allow_tf32: bool = option(False, "let Ampere and later GPUs multiply float32 matrices in TF32", group="optimisation")
     use_8bit_adam: bool = option(False, "AdamW with moments in 8 bits (needs bitsandbytes)", group="optimisation")
     enable_xformers_memory_efficient_attention: bool = option(False, "attention of xformers in place of torch's own (needs xformers)", group="optimisation")
-    use_ema: bool = option(False, "average the weights over the steps; images are sampled from the average, and it is what is saved (whole U-Net only)", group="optimisation", needs="not lora", because="the average is kept and saved as a whole U-Net, and a LoRA trains none")
+    use_ema: bool = option(False, "average the weights over the steps; images are sampled from the average, and it is what is saved", group="optimisation")
     offload_ema: bool = option(False, "keep the average in CPU memory between steps; needs use_ema", group="optimisation", needs="use_ema")
     foreach_ema: bool = option(False, "update the average in one call over all tensors; needs use_ema", group="optimisation", needs="use_ema")
 
     lora: bool = option(False, "train a LoRA instead of the whole U-Net", group="LoRA")
+    lora_weights: str | None = same(SamplingOptions, "lora_weights", text="start from this adapter: folder, .safetensors file or hub id, in any names that `sample` reads; rank, lora_alpha, layers and kind are its own", group="LoRA", needs="lora")
     rank: int | None = option(None, "rank of the update (default 4)", group="LoRA", low=1, needs="lora")
     lora_alpha: float | None = option(None, "the update is scaled by lora_alpha / rank (default: the rank); kept in the saved file", group="LoRA", above=0.0, needs="lora")
     lora_target_modules: list[str] | None = option(None, "names of the layers that get an adapter (default: the attention projections to_k to_q to_v to_out.0)", group="LoRA", needs="lora")
@@ -146,7 +149,9 @@ class TrainConfig:
 
     probe_steps: int | None = option(None, "measure the copy rate every N optimizer steps: sample images for training captions and compare them with the training images", group="validation", low=1)
     probe_images: int | None = option(None, "images per evaluation (default 32)", group="validation", low=1, needs="probe_steps")
-    stop_on_memorization: float | None = option(None, "end the run at the first evaluation whose copy rate, decided as in an audit, is above this", group="validation", low=0.0, high=1.0, needs="probe_steps")
+    stop_on_memorization: float | None = option(None, "end the run at the first evaluation whose copy rate, decided as in an audit, is above this; with --keep best at the second in a row", group="validation", low=0.0, high=1.0, needs="probe_steps")
+    keep: str = option("last", "which weights are the result. best: of the last evaluation before copying begins, that is before two in a row have more copies than images of the base (and than stop_on_memorization); the run ends there. Every evaluation then leaves a checkpoint", group="validation", choices=("last", "best"), needs="probe_steps")
+    probe_prompts: list[str] | None = option(None, "keep best: prompts that are not trained, or a file of them, on which the probe measures quality (default: composed of the training captions' words)", group="validation", needs="keep=best")
 
     checkpointing_steps: int = option(500, "write a checkpoint every N optimizer steps", group="checkpoints", low=1)
     checkpoints_total_limit: int | None = option(None, "keep only the N newest checkpoints", group="checkpoints", low=1)
@@ -223,6 +228,7 @@ class TrainConfig:
 
         if self.lora:
             self.lora_dropout = self.lora_dropout or 0.0
+        if self.lora and self.lora_weights is None:  # else the plan takes them from the adapter
             self.rank = self.rank or 4
             self.lora_alpha = self.lora_alpha or float(self.rank)
             self.lora_target_modules = self.lora_target_modules or list(DEFAULT_TARGETS)
@@ -289,7 +295,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Read settings from a YAML file with the keys of `TrainConfig`.
+    """Read settings from a YAML file with the keys of `TrainConfig`, or from a preset of this package by its name, such as sd2-lora.
 
     Raises:
         UserError: the file is missing, is no YAML mapping, or has an unknown key.
@@ -300,6 +306,12 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         >>> load_yaml(path)["train_data_dir"]
         'my-images'
     """
+    if not os.path.exists(path) and not Path(path).suffix and os.sep not in str(path):
+        known = {file.stem: file for file in sorted(PRESETS.glob("*.yaml"))}
+        if str(path) not in known:
+            raise UserError(f"config is {path}", rule=f"there is no such file, and the presets are {', '.join(known)}",
+                            remedy=settings.nearest(str(path), list(known)))  # fmt: skip
+        path = known[str(path)]
     return settings.load_yaml(path, TrainConfig)
 
 
@@ -316,6 +328,6 @@ def make_parser() -> Parser:
         description="Fine-tune a Stable Diffusion U-Net, whole or by LoRA, so that it does not hand its training images back.",
         epilog="Example: accelerate launch train_text_to_image_ambient.py --config configs/sd2-lora.yaml --train_data_dir my-images",
     )
-    parser.add_argument("--config", metavar="FILE.yaml", help="settings from a file with these same names; the command line wins")  # fmt: skip
+    parser.add_argument("--config", metavar="NAME|FILE.yaml", help=CONFIG_HELP)  # fmt: skip
     add_flags(parser, TrainConfig, groups=GROUPS)
     return parser

@@ -59,10 +59,10 @@ class Encoder:
 
     Example:
         >>> from accelerate import PartialState
-        >>> from ambient_sd.assets import BASE, PICTURES
+        >>> from ambient_sd.assets import BASE, IMAGES
         >>> from ambient_sd.training.config import TrainConfig
         >>> from ambient_sd.training.plan import plan_run
-        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(PICTURES), max_train_samples=3, resolution=64))
+        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(IMAGES), max_train_samples=3, resolution=64))
         >>> rule = ViewRule(resolution=64, center_crop=True, random_flip=False, per_image=True, noise_seed=0)
         >>> encoder = Encoder(plan, rule, SampleStream(3, seed=0), PartialState(), progress=False)
         >>> encoder.latents([0, 1]).shape
@@ -203,11 +203,11 @@ class CachedLatents(Dataset[tuple[str, torch.Tensor]]):
     Example:
         >>> import tempfile
         >>> from accelerate import PartialState
-        >>> from ambient_sd.assets import BASE, PICTURES
+        >>> from ambient_sd.assets import BASE, IMAGES
         >>> from ambient_sd.assets.tiny import tiny_pipeline
         >>> from ambient_sd.data.sources import load_rows
         >>> from ambient_sd.families.base import Model
-        >>> encoder, images = ImageEncoder(Model(str(BASE)).family, tiny_pipeline().vae), load_rows(PICTURES, max_samples=2).check()
+        >>> encoder, images = ImageEncoder(Model(str(BASE)).family, tiny_pipeline().vae), load_rows(IMAGES, max_samples=2).check()
         >>> rule = ViewRule(resolution=32, center_crop=True, random_flip=False, per_image=True, noise_seed=0)
         >>> store = fill_latents(tempfile.mkdtemp(), encoder, images, rule, PartialState(), progress=False)
         >>> key, latent = CachedLatents(store, images, rule, SampleStream(2, seed=0))[0]
@@ -286,11 +286,11 @@ def fill_latents(
     Example:
         >>> import tempfile
         >>> from accelerate import PartialState
-        >>> from ambient_sd.assets import BASE, PICTURES
+        >>> from ambient_sd.assets import BASE, IMAGES
         >>> from ambient_sd.assets.tiny import tiny_pipeline
         >>> from ambient_sd.data.sources import load_rows
         >>> from ambient_sd.families.base import Model
-        >>> encoder, images = ImageEncoder(Model(str(BASE)).family, tiny_pipeline().vae), load_rows(PICTURES, max_samples=2).check()
+        >>> encoder, images = ImageEncoder(Model(str(BASE)).family, tiny_pipeline().vae), load_rows(IMAGES, max_samples=2).check()
         >>> rule = ViewRule(resolution=32, center_crop=True, random_flip=False, per_image=True, noise_seed=0)
         >>> len(fill_latents(tempfile.mkdtemp(), encoder, images, rule, PartialState(), progress=False).shards())
         1

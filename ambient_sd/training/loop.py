@@ -38,6 +38,7 @@ from ambient_sd.training import (
     auto_level,
     averaging,
     checkpoints,
+    keeping,
     noising,
     processes,
     results,
@@ -122,12 +123,12 @@ def run(
 
     Example:
         >>> import tempfile
-        >>> from ambient_sd.assets import PICTURES
+        >>> from ambient_sd.assets import IMAGES
         >>> from ambient_sd.assets.tiny import tiny_pipeline
         >>> base, output = tempfile.mkdtemp(), tempfile.mkdtemp()
         >>> tiny_pipeline().save_pretrained(base)
         >>> options = {"resolution": 32, "max_train_samples": 3, "max_train_steps": 2, "report_to": "none", "output_dir": output}
-        >>> run(TrainConfig(base, train_data_dir=str(PICTURES), lora=True, **options), progress=False).steps
+        >>> run(TrainConfig(base, train_data_dir=str(IMAGES), lora=True, **options), progress=False).steps
         2
     """
     progress = progress and processes.is_first()
@@ -255,12 +256,13 @@ class _Trainer:
                 accelerator.scaler.load_state_dict(state["scaler"])
 
         # What looks for copies on the way.
-        self.evaluations: list[dict[str, float]] = []
+        self.evaluations: list[dict[str, float]] = list(state.get("evaluations", ()))
         self.probe = None
         if config.probe_steps is not None:
             self.probe = Probe(
-                plan.images, count=config.probe_images or 32, resolution=config.resolution, seed=config.seed
-            )
+                plan.images, count=config.probe_images or 32, resolution=config.resolution, seed=config.seed,
+                new_captions=plan.new_captions,
+            )  # fmt: skip
 
         # The folder: from here on something is written.
         self.output = Path(config.output_dir)
@@ -289,6 +291,8 @@ class _Trainer:
             self.first_step, self.steps, batch_size=config.train_batch_size, accumulation=config.gradient_accumulation_steps,
             rank=accelerator.process_index, processes=accelerator.num_processes,
         ))  # fmt: skip
+        if self.probe is not None and config.keep == "best" and done == 0:
+            self._evaluate(self.probe, 0)  # what the base itself counts
         options = {"desc": "training", **self.bar}
         with tqdm(total=self.steps, initial=self.first_step, disable=not self.progress, **options) as bar:
             for step in range(self.first_step + 1, self.steps + 1):
@@ -303,21 +307,23 @@ class _Trainer:
                 bar.update()
                 if self._validates_after(step):
                     self._validate(step)
-                if self.probe is not None and (step % (config.probe_steps or 1) == 0 or step == self.steps):
+                evaluates = self.probe is not None and (step % (config.probe_steps or 1) == 0 or step == self.steps)
+                if self.probe is not None and evaluates:
                     self._evaluate(self.probe, step)
                 # After the evaluations: a run that is killed in between repeats the step, and none is missing.
-                if step % config.checkpointing_steps == 0:
+                if step % config.checkpointing_steps == 0 or (evaluates and config.keep == "best"):
                     self._save_checkpoint(step)
                 if step < self.steps and self._copies_too_much():
                     break
         seconds = time.perf_counter() - begin
-        self._save_result()
+        kept = self._kept()
+        self._save_result(done if kept is None else kept.step)
         quantities = ["loss", "clean_loss", "ambient_loss", *(self.dropping.names if self.dropping else ())]
         return RunRecord(
             plan=self.plan, output=self.output, steps=done, first_step=self.first_step, seconds=seconds,
             losses=[r["loss"] for r in self.losses.records],
             means={name: self.losses.late_mean(name, _FINAL_STEPS) for name in quantities},
-            evaluations=self.evaluations, learning_rate=self.rate, global_batch=self.global_batch,
+            evaluations=self.evaluations, kept=kept, learning_rate=self.rate, global_batch=self.global_batch,
             processes=accelerator.num_processes, fingerprint=self.fingerprint,
         )  # fmt: skip
 
@@ -430,8 +436,10 @@ class _Trainer:
                         "identity": self.identity,
                         "scaler": scaler.state_dict() if scaler is not None else {},
                         "versions": _versions(),
+                        "evaluations": self.evaluations,
                     },
                     limit=self.config.checkpoints_total_limit,
+                    spared=None if (kept := self._kept()) is None else kept.step,
                 )
         self.accelerator.wait_for_everyone()
 
@@ -489,14 +497,27 @@ class _Trainer:
         record = seen.record()
         self.evaluations.append(record)
         if seen.sheet is not None:  # the main process
+            logger.info("%s", seen.describe())
             self._show("probe", seen.sheet, step)
-            curves = ("copies", "published", "ratio", "guard_score")
-            self._track({f"probe/{name}": record[name] for name in curves}, step)
+            if seen.new_sheet is not None:
+                self._show("probe", seen.new_sheet, step, "-new")
+            curves = ("copies", "published", "ratio", "guard_score", "kid")
+            self._track({f"probe/{name}": record[name] for name in curves if name in record}, step)
             add_evaluation(self.output / "probe.jsonl", record)
         self.accelerator.wait_for_everyone()
 
+    def _kept(self) -> keeping.Kept | None:
+        """Return what `--keep best` keeps as far as is known; None where the last weights are the result."""
+        if self.config.keep == "last":
+            return None
+        return keeping.decide(self.evaluations, self.config.stop_on_memorization or 0.0)
+
     def _copies_too_much(self) -> bool:
-        """Tell whether the copy rate of the last evaluation is above the limit; say so in a warning."""
+        """Tell whether going on can only copy more; say so in a warning."""
+        if (kept := self._kept()) is not None:
+            if kept.confirmed:
+                logger.warning("stopped after step %d: %s", self.evaluations[-1]["step"], kept.describe())
+            return kept.confirmed
         limit = self.config.stop_on_memorization
         if limit is None or not self.evaluations:
             return False
@@ -511,49 +532,63 @@ class _Trainer:
         )
         return True
 
-    def _show(self, name: str, sheet: Image.Image, step: int) -> None:
+    def _show(self, name: str, sheet: Image.Image, step: int, kind: str = "") -> None:
         folder = self.output / name
         folder.mkdir(exist_ok=True)
-        sheet.save(folder / f"step-{step}.png")
+        sheet.save(folder / f"step-{step}{kind}.png")
         for tracker in self.accelerator.trackers:
             pixels = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8)
             pixels = pixels.reshape(sheet.height, sheet.width, 3)
             shape = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({name: pixels[None].numpy()}, step=step, **shape)
+            tracker.log_images({name + kind: pixels[None].numpy()}, step=step, **shape)
 
     def _track(self, values: dict[str, float], step: int) -> None:
         if self.config.report_to != "none":
             self.accelerator.log({k: v for k, v in values.items() if math.isfinite(v)}, step=step)
 
-    def _save_result(self) -> None:
+    def _save_result(self, step: int | None) -> None:
+        """Write the weights of a step: those at hand, or a checkpoint's where `--keep best` chose an earlier one."""
         accelerator = self.accelerator
         accelerator.wait_for_everyone()
+        if step is None:
+            first = next(e["step"] for e in self.evaluations if e["step"] > 0)
+            raise UserError(f"copying began before the first evaluation, step {first:g}", rule="no checkpoint is clean, so --keep best keeps none",
+                            remedy="evaluate earlier (--probe_steps), lower learning_rate, or allow more (--stop_on_memorization); the checkpoints are left")  # fmt: skip
         accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         unet = sharding.whole_unet(self.unet)
         if accelerator.is_main_process:
+            checkpoint = self.output / f"checkpoint-{step}"
+            earlier = self.config.keep == "best" and step != self.evaluations[-1]["step"]
             if self.average is not None:
+                if earlier:
+                    self.average.resume(checkpoint, step)
                 self.average.give()
+            elif earlier and self.config.lora:
+                adapters.load(unet, checkpoint)
+            elif earlier:
+                unet.load_state_dict(_read_unet(checkpoint).state_dict())
             with results.full_disk_in_one_line("the result", self.output):
                 results.write(self.output, unet, self.base, self.config)
         accelerator.wait_for_everyone()
 
 
+def _read_unet(checkpoint: Path) -> Any:
+    try:
+        return UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", dtype=torch.float32)
+    except Exception as error:  # OSError, SafetensorError, RuntimeError: unusable files
+        raise UserError(f"unet of {checkpoint} cannot be read", rule=f"{type(error).__name__}: {error}"[:300],
+                        remedy="resume from another checkpoint") from None  # fmt: skip
+
+
 def _load_unet(plan: Plan, checkpoint: Path | None, precision: str) -> tuple[Any, list[adapters.AddressedDropout]]:
     """Load the U-Net that is trained, from the base or a checkpoint, with its LoRA; return it and the LoRA's dropout."""
     config, base, dropouts = plan.config, plan.base, list[adapters.AddressedDropout]()
-    if checkpoint is not None and not config.lora:
-        try:
-            unet = UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", dtype=torch.float32)
-        except Exception as error:  # OSError, SafetensorError, RuntimeError: unusable files
-            raise UserError(f"unet of {checkpoint} cannot be read", rule=f"{type(error).__name__}: {error}"[:300],
-                            remedy="resume from another checkpoint") from None  # fmt: skip
-    else:
-        unet = base.load(base.family.network)
+    unet = _read_unet(checkpoint) if checkpoint is not None and not config.lora else base.load(base.family.network)
     if config.lora:
         unet.to({"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32))  # frozen weights
         dropouts = adapters.attach(
             unet, rank=config.rank or 4, alpha=config.lora_alpha or 4.0, targets=config.lora_target_modules or (),
-            seed=config.seed, dropout=config.lora_dropout or 0.0, dora=config.use_dora,
+            seed=config.seed, dropout=config.lora_dropout or 0.0, dora=config.use_dora, start=plan.start,
         )  # fmt: skip
         if checkpoint is not None:
             adapters.load(unet, checkpoint)

@@ -19,12 +19,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from ambient_sd.data.buckets import assign, read_buckets
-from ambient_sd.data.captions import find_cut, in_one_line
+from ambient_sd.data.captions import compose, find_cut, in_one_line
 from ambient_sd.data.conditions import split_condition
 from ambient_sd.data.duplicates import noise_fingerprint
 from ambient_sd.data.enlargement import check_enlargement
 from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.families.base import Base, check_base
+from ambient_sd.families.lora import Adapter
 from ambient_sd.objective import AmbientObjective
 from ambient_sd.sampling import collect_prompts
 from ambient_sd.training import (
@@ -68,11 +69,13 @@ class Plan:
         checkpoint: where the run continues, known on the first process only; None at the start.
         buckets: (width, height) by noise key; None: all images are seen as squares.
         notes: what the user should know before the run, a line each.
+        new_captions: captions that are not trained, on which the probe measures quality.
         level_reason: where a measured level comes from; None if the settings give it.
+        start: the adapter that the training starts from; None: a fresh one, or the whole U-Net.
 
     Example:
-        >>> from ambient_sd.assets import BASE, PICTURES
-        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(PICTURES), max_train_samples=3, resolution=64))
+        >>> from ambient_sd.assets import BASE, IMAGES
+        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(IMAGES), max_train_samples=3, resolution=64))
         >>> plan.fixed_noise, plan.with_level(0.5, "measured").objective.level
         (True, 0.5)
     """
@@ -85,7 +88,9 @@ class Plan:
     checkpoint: Path | None
     buckets: dict[str, tuple[int, int]] | None = None
     notes: tuple[str, ...] = ()
+    new_captions: tuple[str, ...] = ()
     level_reason: str | None = None
+    start: Adapter | None = None
 
     @property
     def fixed_noise(self) -> bool:
@@ -106,6 +111,7 @@ class Plan:
             "ambient_level": self.objective.level,
             "prediction_type": self.objective.prediction_type,
             "vae": self.base.vae_label,
+            "lora_weights": None if self.start is None else self.start.file.sha256,
             "global_batch": global_batch,
             "images": self.images.fingerprint(),
             "noise_keys": noise_fingerprint(self.images.noise_keys, self.images.mirrored),
@@ -138,8 +144,8 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         UserError: something is wrong.
 
     Example:
-        >>> from ambient_sd.assets import BASE, PICTURES
-        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(PICTURES), max_train_samples=3, resolution=64))
+        >>> from ambient_sd.assets import BASE, IMAGES
+        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(IMAGES), max_train_samples=3, resolution=64))
         >>> len(plan.images), plan.objective.level, plan.checkpoint
         (3, 1.0, None)
     """
@@ -151,9 +157,13 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         noising.min_snr_weight(base.schedule, torch.tensor([0]), config.snr_gamma, objective.prediction_type)
     if config.memorization_threshold is not None:
         dropping.check_scheduler(base.scheduler)
-    if config.lora:
+    start = None
+    if config.lora_weights is not None:
+        start = adapters.read_start(config.lora_weights, base)
+        config = adapters.settle(config, start, base.skeleton()[base.family.network])
+    elif config.lora:
         adapters.check_targets(base.skeleton()[base.family.network], config.lora_target_modules or ())
-    prompts = collect_prompts(config.validation_prompts)
+    prompts, new = collect_prompts(config.validation_prompts), collect_prompts(config.probe_prompts)
     checkpoint = _check_output(config)
     images = open_images(config)
     caption_augmentation.check(config, images)
@@ -163,7 +173,16 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         sizes = read_buckets(config.aspect_ratio_buckets, config.resolution, base.pixel_step)
         buckets = assign(images.sizes, images.noise_keys, sizes)
     notes = _notes(config, base, images, prompts, buckets)
-    return Plan(config, base, objective, images, prompts, checkpoint, buckets, notes)
+    if config.keep == "best":
+        new = new or compose(images.captions, (config.probe_images or 32) // 2, config.seed)
+        if trained := set(new) & set(images.all_captions):
+            raise UserError(f"probe_prompts has {one_line(min(trained), 80)}", rule="quality is measured on captions that are not trained",
+                            remedy="leave it out")  # fmt: skip
+        if len(new) < 2:
+            notes += (
+                "quality is not measured on the way: the captions give no new ones; name some with --probe_prompts",
+            )
+    return Plan(config, base, objective, images, prompts, checkpoint, buckets, notes, tuple(new), start=start)
 
 
 def _check_packages(config: TrainConfig) -> None:
@@ -219,7 +238,7 @@ def _check_output(config: TrainConfig) -> Path | None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"output_dir is {config.output_dir}", rule=f"{existing} is no folder that can be written to",
                         remedy="name another one")  # fmt: skip
-    for name in ("pretrained_model_name_or_path", "train_data_dir", "dataset_name"):
+    for name in ("pretrained_model_name_or_path", "train_data_dir", "dataset_name", "lora_weights"):
         given = getattr(config, name)
         if given is not None and folder.exists() and folder.resolve() == Path(given).expanduser().resolve():
             raise UserError(f"output_dir is {config.output_dir}", rule=f"that is {name} too, and would be overwritten",
@@ -239,8 +258,8 @@ def open_images(config: TrainConfig) -> ImageDataset:
         UserError: as `load_rows`.
 
     Example:
-        >>> from ambient_sd.assets import BASE, PICTURES
-        >>> len(open_images(TrainConfig(str(BASE), train_data_dir=str(PICTURES), max_train_samples=3)))
+        >>> from ambient_sd.assets import BASE, IMAGES
+        >>> len(open_images(TrainConfig(str(BASE), train_data_dir=str(IMAGES), max_train_samples=3)))
         3
     """
     return load_rows(
@@ -291,8 +310,8 @@ def enlargement_note(
         UserError: most of them are enlarged so far that the resolution cannot be meant.
 
     Example:
-        >>> from ambient_sd.assets import BASE, PICTURES
-        >>> config = TrainConfig(str(BASE), train_data_dir=str(PICTURES), max_train_samples=3, resolution=64)
+        >>> from ambient_sd.assets import BASE, IMAGES
+        >>> config = TrainConfig(str(BASE), train_data_dir=str(IMAGES), max_train_samples=3, resolution=64)
         >>> enlargement_note(config, open_images(config).check(), step=8) is None  # they have 64 pixels
         True
     """

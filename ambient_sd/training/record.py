@@ -18,13 +18,15 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from ambient_sd.training.config import AUTO
+from ambient_sd.training.keeping import Kept
 from ambient_sd.training.plan import Plan
 from ambient_sd.utils import files
 from ambient_sd.utils.errors import UserError
 
 # Noise levels s = sigma / alpha whose errors get a curve each: the loss of one step says more of its timesteps than of the model.
 _BANDS = ((0.0, 0.3), (0.3, 1.0), (1.0, 3.0), (3.0, math.inf))
-LOSSES_NAME = "losses.jsonl"
+LOSSES_NAME, CURVE_NAME = "losses.jsonl", "probe/curve.png"
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,17 @@ class RunRecord:
         means: loss, clean_loss and ambient_loss over the last 100 steps, NaN where no sample was of that kind; with a rule that
             drops samples also its share.
         evaluations: one record for each evaluation of the probe.
+        kept: with `--keep best`, which evaluation the result is of and why.
         learning_rate: the peak rate.
         global_batch: samples per optimizer step.
         processes: how many trained together.
         fingerprint: SHA-256 over images and captions.
 
     Example:
-        >>> from ambient_sd.assets import BASE, PICTURES
+        >>> from ambient_sd.assets import BASE, IMAGES
         >>> from ambient_sd.training.config import TrainConfig
         >>> from ambient_sd.training.plan import plan_run
-        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(PICTURES), max_train_samples=3, resolution=64))
+        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(IMAGES), max_train_samples=3, resolution=64))
         >>> means = {"loss": 0.5, "clean_loss": math.nan, "ambient_loss": 0.5}
         >>> record = RunRecord(plan, Path("results"), 100, 0, 50.0, [0.5] * 100, means, [], 1e-5, 4, 1, plan.images.fingerprint())
         >>> print(record.describe())
@@ -70,6 +73,7 @@ class RunRecord:
     global_batch: int
     processes: int
     fingerprint: str
+    kept: Kept | None = None
 
     @property
     def loss(self) -> float:
@@ -93,11 +97,13 @@ class RunRecord:
         split = f" ({', '.join(parts)})" if len(parts) > 1 else ""
         lines = [done, f"loss {self.loss:.4f}{split}, mean of the last steps"]
         if self.plan.level_reason:
-            lines.append(f"nature level {self.level:g}, {self.plan.level_reason}")
+            lines.append(f"noise level s_n = {self.level:g}, {self.plan.level_reason}")
         if self.evaluations:
             last = self.evaluations[-1]
             lines.append(f"last evaluation, step {last['step']}: {last['copies']:.0%} of {last['n']:.0f} images are copies "
                          f"[{last['copies_low']:.0%}, {last['copies_high']:.0%}]")  # fmt: skip
+        if self.kept is not None:
+            lines.append(self.kept.describe())
         return "\n".join([*lines, f"results in {self.output}"])
 
 
@@ -122,16 +128,17 @@ def describe_start(
         device: of this process; precision: of the forward and backward passes.
 
     Example:
-        >>> from ambient_sd.assets import BASE, PICTURES
+        >>> from ambient_sd.assets import BASE, IMAGES
         >>> from ambient_sd.training.config import TrainConfig
         >>> from ambient_sd.training.plan import plan_run
-        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(PICTURES), max_train_samples=3, resolution=64))
+        >>> plan = plan_run(TrainConfig(str(BASE), train_data_dir=str(IMAGES), max_train_samples=3, resolution=64))
         >>> text = describe_start(plan, steps=100, first_step=0, global_batch=4, processes=1, trained=1234, device="cpu", precision="no")
         >>> print(text.splitlines()[2])
         steps      100, about 133 epochs
     """
     config, objective, images = plan.config, plan.objective, plan.images
-    level = f", noise level s_n = {objective.level:g}" if objective.mode != "plain" else ""
+    known = "measured at the start" if config.ambient_level == AUTO else f"s_n = {objective.level:g}"
+    level = f", noise level {known}" if objective.mode != "plain" else ""
     if plan.level_reason:
         level += f" ({plan.level_reason})"
     kind = f"LoRA of rank {config.rank}" if config.lora else "whole U-Net"

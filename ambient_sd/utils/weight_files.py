@@ -53,11 +53,11 @@ def unet_files(
         >>> list(unet_files(str(BASE)))
         ['unet/diffusion_pytorch_model.safetensors']
     """
-    folder = Path(model)
+    folder = Path(name := resolve_model_id(model))
     if folder.is_file():
         return {folder.name: file_digest(folder)}
     if not folder.is_dir():
-        found = _cached(resolve_model_id(model), f"{_UNET}/config.json", revision, cache_dir)
+        found = _cached(name, f"{_UNET}/config.json", revision, cache_dir)
         if found is None:
             return {}
         folder = found.parents[1]

@@ -7,7 +7,7 @@ import tiny
 import torch
 from diffusers import StableDiffusionPipeline
 
-from ambient_sd.assets import BASE, PICTURES
+from ambient_sd.assets import BASE, IMAGES
 from ambient_sd.audit.alignment import LEVELS, DiffusionAlignment
 from ambient_sd.data.sources import load_rows
 from ambient_sd.schedule import NoiseSchedule
@@ -19,7 +19,7 @@ PROMPTS = ["a cat", "the red dog", "a", "dog"]
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_an_error_is_the_mean_over_levels_of_the_distance_to_the_noise(prediction_type: str) -> None:
     pipe = tiny.tiny_pipeline(prediction_type)
-    images = [r.image for r in load_rows(PICTURES, max_samples=3)]
+    images = [r.image for r in load_rows(IMAGES, max_samples=3)]
     measure = DiffusionAlignment(pipe, resolution=16)
     got = measure.errors(images, [PROMPTS[:2], PROMPTS[1:3], PROMPTS[2:]])
     schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
@@ -42,7 +42,7 @@ def test_an_error_is_the_mean_over_levels_of_the_distance_to_the_noise(predictio
 
 def test_alignment_holds_the_own_prompt_against_fixed_other_ones() -> None:
     pipe = tiny.tiny_pipeline("epsilon")
-    images = [r.image for r in load_rows(PICTURES, max_samples=4)]
+    images = [r.image for r in load_rows(IMAGES, max_samples=4)]
     measure = DiffusionAlignment(pipe, resolution=16, others=2, batch_size=3)
     chosen = measure.choose(PROMPTS)
     assert all(len(set(o)) == 2 and c not in o for c, o in zip(PROMPTS, chosen, strict=True))
@@ -55,7 +55,7 @@ def test_alignment_holds_the_own_prompt_against_fixed_other_ones() -> None:
 
 def test_images_that_the_judge_knows_fit_their_captions_better_than_others() -> None:
     pipe = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None)
-    rows = list(load_rows(PICTURES, split="base"))[::90]
+    rows = list(load_rows(IMAGES, split="base"))[::90]
     measure = DiffusionAlignment(pipe, resolution=64)
     images, captions = [r.image for r in rows], [r.caption for r in rows]
     right, wrong = measure(images, captions), measure(images, captions[7:] + captions[:7])
@@ -71,4 +71,4 @@ def test_what_cannot_be_scored_is_one_line() -> None:
     with pytest.raises(UserError, match="one prompt per image"):
         DiffusionAlignment(pipe, resolution=16)([], ["a"])
     with pytest.raises(UserError, match="1 different prompts"):
-        DiffusionAlignment(pipe, resolution=16)([r.image for r in load_rows(PICTURES, max_samples=1)], ["a"])
+        DiffusionAlignment(pipe, resolution=16)([r.image for r in load_rows(IMAGES, max_samples=1)], ["a"])

@@ -87,7 +87,7 @@ def test_every_value_of_another_kind_is_refused(values: dict[str, Any], tmp_path
 
 def test_every_missing_and_every_unknown_key_is_refused(values: dict[str, Any]) -> None:
     free = {("features",), ("model", "files", "unet")}  # keyed by what was audited
-    optional = {"base", "base_above", "base_weights", "adapter"}
+    optional = {"base", "base_above", "base_weights", "lora_weights"}
     for address in [(), *places(values)]:
         inner: Any = values
         for key in address:
@@ -114,9 +114,9 @@ def first(values: dict[str, Any]) -> dict[str, Any]:
 
 
 CASES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "format 1": (lambda v: v.update(format=1), "its format is 1, this version reads 2"),
-    "a later format": (lambda v: v.update(format=3), "its format is 3"),
-    "format as text": (lambda v: v.update(format="2"), "its format is '2'"),
+    "format 2": (lambda v: v.update(format=2), "its format is 2, this version reads 3"),
+    "a later format": (lambda v: v.update(format=4), "its format is 4"),
+    "format as text": (lambda v: v.update(format="3"), "its format is '3'"),
     "format true": (lambda v: v.update(format=True), "its format is True"),
     "no format": (lambda v: v.pop("format"), "its format is None"),
     "the card's former file": (lambda v: (v.clear(), v.update(runs={"x": {}})), "its format is None"),
@@ -154,7 +154,7 @@ def test_damage_is_one_line_that_names_the_place(values: dict[str, Any], tmp_pat
 @pytest.mark.parametrize(
     ("contents", "words"),
     [("", "Expecting value"), ("{", "Expecting"), ("[]", "an object is allowed"), ("null", "it is None"), (b"\xff\xfe", "decode"), ("[" * 10**5, "deeply"),
-     ('{"format": 2, "format": 2}', "the key 'format' twice"), ('{"x": NaN}', "NaN"), ('{"x": -Infinity}', "-Infinity"), ('{"x": 1e999}', "1e999"),
+     ('{"format": 3, "format": 3}', "the key 'format' twice"), ('{"x": NaN}', "NaN"), ('{"x": -Infinity}', "-Infinity"), ('{"x": 1e999}', "1e999"),
      ('{"x": ' + "9" * 5000 + "}", "digits")],
 )  # fmt: skip
 def test_what_is_no_audit_at_all_is_one_line(tmp_path: Path, contents: str | bytes, words: str) -> None:
@@ -172,7 +172,7 @@ def test_missing_and_enormous_files_are_one_line(tmp_path: Path) -> None:
 
 def test_a_record_that_breaks_the_schema_is_not_built(values: dict[str, Any]) -> None:
     del values["format"]
-    assert AuditRecord.of(values).as_dict() == {"format": 2, **values}
+    assert AuditRecord.of(values).as_dict() == {"format": 3, **values}
     with pytest.raises(ValueError, match="unknown key 'surprise'"):
         AuditRecord.of({**values, "surprise": 1})
 

@@ -207,7 +207,7 @@ def test_command_draws_measures_and_writes_the_same_bytes_again(sets: dict[str, 
     first = {name: (sets["out"] / name).read_bytes() for name in ("audit.json", "audit.html", "images.jsonl")}
     found = json.loads(first["audit.json"])
     assert found["images"]["generated"] | {"fingerprint": ""} == {
-        "n": 6, "fingerprint": "", "prompts": 3, "samples_per_prompt": 2, "source": "training captions",
+        "n": 6, "fingerprint": "", "prompts": 3, "num_images_per_prompt": 2, "source": "training captions",
         "weights": found["model"]["weights"], "unlisted": 0,
     }  # fmt: skip
     assert len(found["model"]["weights"]) == len(found["images"]["training"]["fingerprint"]) == 64
@@ -562,5 +562,5 @@ def test_folders_of_samples_keep_prompts_and_scores(sets: dict[str, Path]) -> No
     assert seen.prompts == ["p0", "p0", "p1", "p1"] and seen.scores == [0, 0.5, 1, 1.5] and seen.weights == "w"
     found = audit(dataclasses.replace(settings(sets))).found
     assert found["images"]["generated"] | {"fingerprint": ""} == {
-        "n": 4, "fingerprint": "", "prompts": 2, "samples_per_prompt": None, "source": "given", "weights": "w", "unlisted": 0,
+        "n": 4, "fingerprint": "", "prompts": 2, "num_images_per_prompt": None, "source": "given", "weights": "w", "unlisted": 0,
     }  # fmt: skip

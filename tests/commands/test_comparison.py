@@ -17,7 +17,7 @@ import tiny
 import torch
 from PIL import Image, ImageOps
 
-from ambient_sd.assets import BASE, PICTURES
+from ambient_sd.assets import BASE, IMAGES
 from ambient_sd.cli import main, parser_of
 from ambient_sd.commands.compare import ComparedOptions, CompareSettings
 from ambient_sd.commands.compare import work as comparison
@@ -87,7 +87,7 @@ def image_folder(folder: Path, images: list[Image.Image], captions: list[str]) -
 @pytest.fixture(scope="module")
 def unseen_command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Images that the base has never seen."""
-    rows = list(load_rows(PICTURES, split="finetune"))[::100]
+    rows = list(load_rows(IMAGES, split="finetune"))[::100]
     folder = tmp_path_factory.mktemp("unseen")
     return arguments(image_folder(folder, [r.image for r in rows], [r.caption for r in rows]))
 
@@ -95,7 +95,7 @@ def unseen_command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Of three captions the training image is what the base makes of them: it has memorized these, whatever it has seen."""
-    rows = list(load_rows(PICTURES, split="finetune"))[::100]
+    rows = list(load_rows(IMAGES, split="finetune"))[::100]
     images, captions = [r.image for r in rows], sorted(r.caption for r in rows)
     images = [images[[r.caption for r in rows].index(caption)] for caption in captions]
     folder = tmp_path_factory.mktemp("drawn")
@@ -254,8 +254,8 @@ def test_hostile_prompts_are_text_on_the_page(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_copies_in_other_colours_are_counted_beside_those_by_the_published_measure(tmp_path: Path) -> None:
-    rows = load_rows(PICTURES, split="finetune").subset(range(0, 1000, 25))
-    reals = comparison.read_reals(rows, load_rows(PICTURES, split="heldout").subset(range(0, 320, 8)))
+    rows = load_rows(IMAGES, split="finetune").subset(range(0, 1000, 25))
+    reals = comparison.read_reals(rows, load_rows(IMAGES, split="heldout").subset(range(0, 320, 8)))
     settings = CompareSettings({"a": str(BASE)}, str(BASE), tmp_path, 64, num_images_per_prompt=1)
 
     def judge(images: Any, own: Any, captions: Any) -> Any:
@@ -273,7 +273,7 @@ def test_copies_in_other_colours_are_counted_beside_those_by_the_published_measu
     published, copies = shares(negative)
     assert published == 0 and copies > 0.95
     # Control: images of other things, which the null does not hold, are copies by neither.
-    unseen = list(load_rows(PICTURES, split="finetune").subset(range(12, 1000, 100)))
+    unseen = list(load_rows(IMAGES, split="finetune").subset(range(12, 1000, 100)))
     assert max(shares([row.image for row in unseen] * 4)) <= 0.1
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ambient_sd.assets import BASE, PICTURES
+from ambient_sd.assets import BASE, IMAGES
 from ambient_sd.cli import main
 from ambient_sd.commands.demo import DemoSettings
 from ambient_sd.commands.demo.work import CONTENTS, settings_of_run
@@ -23,8 +23,8 @@ def test_config_file_says_what_the_demo_does() -> None:
     by_hand = TrainConfig(**load_yaml(ROOT / "configs" / "demo.yaml"))
     in_demo = settings_of_run(DemoSettings(), "ambient")
     assert (ROOT / str(by_hand.pretrained_model_name_or_path)).resolve() == BASE.resolve()
-    assert (ROOT / str(by_hand.train_data_dir)).resolve() == PICTURES.resolve()
-    same = {"pretrained_model_name_or_path": str(BASE), "train_data_dir": str(PICTURES)}
+    assert (ROOT / str(by_hand.train_data_dir)).resolve() == IMAGES.resolve()
+    same = {"pretrained_model_name_or_path": str(BASE), "train_data_dir": str(IMAGES)}
     assert by_hand.to_dict() | same == in_demo.to_dict()
 
 

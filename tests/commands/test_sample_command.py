@@ -293,7 +293,7 @@ def test_an_adapter_changes_the_images_and_is_named(tiny_base: Path, tmp_path: P
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(unet))
     plain = sample.sample(settings(tiny_base, tmp_path / "plain", ["a cat"]))
     adapted = sample.sample(settings(tiny_base, tmp_path / "adapted", ["a cat"], lora_weights=str(folder)))
-    assert adapted[0]["adapter"] == "my-lora" and plain[0]["adapter"] is None
+    assert adapted[0]["lora_weights"] == "my-lora" and plain[0]["lora_weights"] is None
     assert abs(adapted[0]["score"] / plain[0]["score"] - 1) > 1e-4
     # Above a level the base: at the ends these very images.
     for level, same in ((0.0, "plain"), (1.0, None), (1e6, "adapted")):

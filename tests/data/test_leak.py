@@ -22,7 +22,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image, ImageEnhance
 
-from ambient_sd.assets import BASE, PICTURES
+from ambient_sd.assets import BASE, IMAGES
 from ambient_sd.data.latents import encode
 from ambient_sd.data.sources import ImageDataset, ImageRow, load_rows
 from ambient_sd.data.stream import SampleStream
@@ -87,7 +87,7 @@ def errors(unet: Any, base: Any, images: ImageDataset, captions: torch.Tensor, s
 
 
 def a_seed(seed: int, folder: Path) -> dict[str, dict[float, float]]:
-    pool = load_rows(PICTURES, row_filter=[("subset_60", "=", "true")])
+    pool = load_rows(IMAGES, row_filter=[("subset_60", "=", "true")])
     chosen = np.random.default_rng(seed).permutation(len(pool))[:COUNT].tolist()
     originals = pool.subset(chosen).check()
     copies = write_copies(list(originals), folder / "images")

@@ -11,9 +11,9 @@ import tiny
 import torch
 from PIL import Image
 
-from ambient_sd.assets import BASE, PICTURES
+from ambient_sd.assets import BASE, IMAGES
 from ambient_sd.data import noise_level as levels
-from ambient_sd.data.noise_level import GRID, Levels, measure, representatives
+from ambient_sd.data.noise_level import GRID, NoiseLevels, measure, representatives
 from ambient_sd.data.sources import load_rows
 from ambient_sd.utils.errors import UserError
 
@@ -118,7 +118,7 @@ def test_the_same_latents_give_the_same_bits_and_equal_ones_count_once() -> None
     x = cloud(40, side=8)
     assert measure(x) == measure(x.clone())
     twice = torch.cat([x, x])
-    found: Levels = measure(twice)
+    found: NoiseLevels = measure(twice)
     assert found.overlap == pytest.approx(measure(x).overlap, rel=0.02), "a copy at distance 0 is no neighbour"
 
 
@@ -138,7 +138,7 @@ def test_duplicates_do_not_change_the_level(tmp_path: Path) -> None:
 
 def test_a_large_set_is_represented_by_some_whatever_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(levels, "MOST", 20)
-    images = load_rows(PICTURES, row_filter=[("subset_60", "=", "true")]).check()
+    images = load_rows(IMAGES, row_filter=[("subset_60", "=", "true")]).check()
     rows, total = representatives(images)
     turned = images.subset(range(59, -1, -1)).check()
     again, _ = representatives(turned)
@@ -167,7 +167,7 @@ def test_the_embedded_images_propose_a_level_between_a_copy_and_the_collapse() -
     from ambient_sd.families.encoders import ImageEncoder
     from ambient_sd.families.sd import SD
 
-    images = load_rows(PICTURES, row_filter=[("subset_60", "=", "true")]).check(near_duplicates=True)
+    images = load_rows(IMAGES, row_filter=[("subset_60", "=", "true")]).check(near_duplicates=True)
     rows, total = representatives(images)
     encoder = ImageEncoder(SD, AutoencoderKL.from_pretrained(BASE / "vae").eval())
     found = measure(encode_all(encoder, images, ViewRule(64, True, False, True, 0), rows), total=total)

@@ -58,7 +58,7 @@ def test_the_ambient_objective_takes_a_flow_family_s_output() -> None:
     assert schedule.prediction_type == "flow_prediction"
     g = torch.Generator().manual_seed(1)
     x0, eps_n = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 4, 8, 8, generator=g)
-    timesteps = torch.tensor([800.0, 300.0])  # s = 4 and 0.43: on both sides of the nature level
+    timesteps = torch.tensor([800.0, 300.0])  # s = 4 and 0.43: on both sides of s_n
     batch = AmbientObjective(schedule, level=1.0).corrupt(x0, eps_n, timesteps, generator=g)
     assert batch.clean.tolist() == [False, True]
     hidden, pooled, _ = pipe.encode_prompt(["a cat", "a dog"], None, "cpu")

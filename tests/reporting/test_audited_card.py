@@ -101,7 +101,7 @@ def test_card_on_the_hub_shows_what_the_audit_measured(
     copies = record.row(record.verdict["measure"]).generated
     low, high = (show(dataclasses.replace(copies, value=end)) for end in (copies.low, copies.high))
     assert record.model is not None
-    (digest,) = record.model["files"]["adapter"].values()
+    (digest,) = record.model["files"]["lora_weights"].values()
     for said in (f"{show(copies)} ({low} to {high})", record.finding["sentence"], "3 images for 3 training captions", "seed 0, 1000 resamples",
                  "8 training images and 12 held-out images", "2 steps", digest, "Verdict: passed", "does not exceed the limit of 99.00%",
                  *record.notes):  # fmt: skip
@@ -134,7 +134,7 @@ def without_last_byte_of_weights(folder: Path) -> None:
         (without_last_byte_of_weights, "it is of other weights"),
         (edited(lambda a: a["model"]["files"].update(unet={})), "on another base"),
         (edited(lambda a: a["model"]["files"]["unet"].update({"unet/diffusion_pytorch_model.safetensors": "0" * 64})), "on another base"),
-        (edited(lambda a: a["model"]["files"].update(adapter=None)), "it is of other weights"),
+        (edited(lambda a: a["model"]["files"].update(lora_weights=None)), "it is of other weights"),
         (edited(lambda a: a.update(model=None)), "made elsewhere"),
         (edited(lambda a: a["model"].update(base_above=1.5)), "above noise level 1.5"),
         (edited(lambda a: a["images"]["training"].update(fingerprint="0" * 64)), "against other images"),
@@ -169,7 +169,7 @@ def test_damaged_audit_stops_a_push_and_does_not_stop_a_training(
         assert push(hub, monkeypatch, lora) == 2
         assert not hub.files
     (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("ambient-sd: error:")]
-    assert "its format is 1, this version reads 2; run the audit again" in line
+    assert "its format is 1, this version reads 3; run the audit again" in line
     train(lora.parent, tiny_base, tiny_images, steps=3)
     assert "has not been measured here" in words((lora / "README.md").read_text())
 

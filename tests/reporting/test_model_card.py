@@ -94,7 +94,7 @@ def test_card_says_what_was_trained_on_what_and_how(tmp_path: Path) -> None:
     }  # fmt: skip
     assert ModelCard(text).data.base_model == "owner/base"
     page = rendered_text(render(text))
-    for said in ("LoRA, rank 4, alpha 8, on to_q to_k", "ambient, nature level 1 (timestep 353.4 of 1000", "weight a^2",
+    for said in ("LoRA, rank 4, alpha 8, on to_q to_k", "ambient, noise level s_n = 1 (timestep 353.4 of 1000", "weight a^2",
                  "20 steps of 4 samples at 32 px, learning rate 0.0001", "of which 1 are exact copies", "75%", "1, 3 images in all",
                  "ab" * 32, "measured, not proven: no privacy guarantee", "has not been measured here", "licence: openrail++"):  # fmt: skip
         assert said in page, said
@@ -168,10 +168,10 @@ def test_hostile_words_change_no_structure_and_no_front_matter(
     (tmp_path / ADAPTER_NAME).write_bytes(b"a LoRA")
     values = AuditRecord.read(tmp_path).as_dict()
     del values["format"]
-    files = {**values["model"]["files"], "adapter": adapter_files(str(tmp_path))}
+    files = {**values["model"]["files"], "lora_weights": adapter_files(str(tmp_path))}
 
     def card(given: str) -> str:
-        model = {**values["model"], "model": given, "adapter": given, "scheduler": given, "files": files}
+        model = {**values["model"], "model": given, "lora_weights": given, "scheduler": given, "files": files}
         finding = {**values["finding"], "sentence": given, "detail": given}
         AuditRecord.of({**values, "model": model, "finding": finding, "notes": [given]}).write(tmp_path)
         said = dataclasses.replace(

@@ -16,7 +16,7 @@ import pytest
 from jinja2 import UndefinedError
 from report_tools import HOSTILE, Page, image, report, run
 
-from ambient_sd.data.noise_level import Levels
+from ambient_sd.data.noise_level import NoiseLevels
 from ambient_sd.data.sources import Fault
 from ambient_sd.reporting import charts, compare_page, inspect_page, level_page, next_steps, pages, sample_page
 from ambient_sd.reporting.audit_page import write_report
@@ -51,7 +51,7 @@ def inspect(path: Path, text: str) -> Path:
 
 
 def level(path: Path, text: str) -> Path:
-    found = Levels(
+    found = NoiseLevels(
         images=12, used=12, numbers=256, levels=(0.1, 1.0, 10.0), own=(1.0, 0.9, 0.1), own_quantiles=((0.9, 1, 1),) * 3,
         ratio_quantiles=((0.1, 0.2, 0.3), (0.5, 0.6, 0.7), (0.9, 1.0, 1.1)), nearest=(0.5, 0.6, 0.7), overlap=0.3, copy=0.4,
         collapse=5.0, speciation=3.0, proposed=1.1, reason=text,
@@ -64,7 +64,7 @@ def sample(path: Path, text: str) -> Path:
     image(3).save(path.parent / "images" / "a.png")
     attribution = {"words": [text, ""], "word_scores": [2.0, 1.0], "padding_score": 0.1}
     record: dict[str, Any] = {
-        "file": "images/a.png", "prompt": text, "prompt_index": 0, "image_index": 0, "model": text, "adapter": text, "base_above": 1.0,
+        "file": "images/a.png", "prompt": text, "prompt_index": 0, "image_index": 0, "model": text, "lora_weights": text, "base_above": 1.0,
         "base": text, "sampler": text, "num_inference_steps": 5, "guidance_scale": 4.0, "run_seed": 0, "policy": None, "when": "always",
         "score": 12.0, "curve": [12.0], "flagged": True, "threshold": 10.0, "threshold_origin": text, "undecided": text, "mitigated": True,
         "first_score_before": 1.0, "first_score_after": 0.5, "decision_score": 1.0, "truncated": True, "nsfw": False, "attribution": attribution,
@@ -208,7 +208,7 @@ def test_no_page_is_wider_than_a_phone(tmp_path: Path) -> None:
 
 def offered() -> list[str]:
     """Every command that a page may offer, but for those of the trainer's script."""
-    model = {"model": "base", "adapter": "my lora", "num_inference_steps": 20, "guidance_scale": 4.0}
+    model = {"model": "base", "lora_weights": "my lora", "num_inference_steps": 20, "guidance_scale": 4.0}
     kinds = ("copies", "copies-otherwise", "no-copies", "no-background")
     steps = [step for kind in kinds for of in (model, None) for step in next_steps.after_audit(kind, of)]
     return [step.command for step in (*steps, *next_steps.after_demo()) if step.command.startswith("ambient-sd")]

@@ -73,7 +73,7 @@ def test_the_level_is_the_measured_one_everywhere_and_equals_giving_it(
     assert yaml.safe_load((out / "train_config.yaml").read_text())["ambient_level"] == expected
     state = json.loads((out / "checkpoint-1" / "trainer_state.json").read_text())
     assert state["identity"]["ambient_level"] == expected
-    assert f"nature level {expected:.4g}" in (out / "README.md").read_text()
+    assert f"noise level s_n = {expected:.4g}" in (out / "README.md").read_text()
     assert "proposed from the images" in (out / "README.md").read_text()
     assert caplog.text.count(f"s_n = {expected:g} ({summary.plan.level_reason})") == 1
     given = run(settings("given", ambient_level=expected), progress=False)
@@ -125,7 +125,7 @@ def test_two_processes_propose_the_level_of_one(settings: Settings, tmp_path: Pa
     assert done.returncode == 0, done.stderr[-3000:]
     assert yaml.safe_load((tmp_path / "two" / "train_config.yaml").read_text())["ambient_level"] == alone
     assert done.stderr.count(f"s_n = {alone:g} (") == 1, "the first process says it, once"
-    assert f"nature level {alone:g}, " in done.stdout
+    assert f"noise level s_n = {alone:g}, " in done.stdout
 
 
 def test_the_word_is_a_setting_like_a_number_and_refused_where_it_means_nothing(

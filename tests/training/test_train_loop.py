@@ -257,7 +257,7 @@ def test_full_result_is_a_stock_pipeline_and_names_no_path_of_this_machine(
     public = [p for p in out.rglob("*") if p.is_file() and p.name != "train_config.yaml"]
     leaks = [p for p in public if str(tmp_path).encode() in (b := p.read_bytes()) or str(tiny_base).encode() in b]
     assert leaks == []
-    assert "ambient, nature level 1" in (out / "README.md").read_text()
+    assert "ambient, noise level s_n = 1" in (out / "README.md").read_text()
 
 
 def test_lora_file_names_no_path_of_this_machine(settings: Settings, tiny_base: Path) -> None:

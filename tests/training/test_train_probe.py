@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 
-from ambient_sd.assets import PICTURES
+from ambient_sd.assets import IMAGES
 from ambient_sd.audit.features import Pixels
 from ambient_sd.audit.metrics import memorized
 from ambient_sd.audit.neighbours import nearest
@@ -43,12 +43,12 @@ def settings(tiny_base: Path, tiny_images: Path, tmp_path: Path) -> Settings:
 
 @pytest.fixture(scope="module")
 def images() -> ImageDataset:
-    return load_rows(PICTURES, split="finetune").subset(range(0, 1000, 25)).check()
+    return load_rows(IMAGES, split="finetune").subset(range(0, 1000, 25)).check()
 
 
 @pytest.fixture(scope="module")
 def unseen() -> list[Image.Image]:
-    return [row.image.convert("RGB") for row in load_rows(PICTURES, split="heldout").subset(range(0, 320, 40))]
+    return [row.image.convert("RGB") for row in load_rows(IMAGES, split="heldout").subset(range(0, 320, 40))]
 
 
 def changed(image: Image.Image) -> Image.Image:

@@ -59,7 +59,8 @@ from ambient_sd.audit.stored import missing_features, recall
 from ambient_sd.commands.audit import AuditSettings, Source
 from ambient_sd.commands.sample import SampleSettings
 from ambient_sd.commands.sample.work import sample
-from ambient_sd.data.sources import ImageDataset, load_rows, not_listed, refuse_unlisted
+from ambient_sd.data.layouts.layout import not_listed, refuse_unlisted
+from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.data.stream import drawn
 from ambient_sd.families.base import Model
 from ambient_sd.reporting.audit_page import write_report
@@ -371,7 +372,7 @@ def _contents_depend_on(
         "training": training.fingerprint(),
         "heldout": None if heldout is None else heldout.fingerprint(),
         "prompts": None if prompts is None else digest(prompts),
-        "samples_per_prompt": None if prompts is None else settings.num_images_per_prompt,
+        "num_images_per_prompt": None if prompts is None else settings.num_images_per_prompt,
         "sampling": None if settings.sampling is None else settings.sampling.public(),
         "generated": None if existing is None else existing.images.fingerprint(),
         "base": None if (base := settings.base()) is None else {**base.public(), "images": settings.base_images},
@@ -583,7 +584,7 @@ def _write(
             "generated": {
                 "n": len(generated.images), "fingerprint": generated.images.fingerprint(),
                 "prompts": None if generated.prompts is None else len(set(generated.prompts)),
-                "samples_per_prompt": None if settings.sampling is None else settings.num_images_per_prompt,
+                "num_images_per_prompt": None if settings.sampling is None else settings.num_images_per_prompt,
                 "source": "training captions" if settings.sampling is not None and settings.prompts is None else "given",
                 "weights": generated.weights, "unlisted": generated.images.unlisted,
             },
@@ -620,7 +621,7 @@ def _weight_files(config: SamplingConfig) -> dict[str, Any]:
     """Return the digests of the files that are sampled: the U-Net's and the adapter's, None without one."""
     return {
         "unet": unet_files(config.model, revision=config.revision, variant=config.variant),
-        "adapter": None if config.lora_weights is None else adapter_files(config.lora_weights),
+        "lora_weights": None if config.lora_weights is None else adapter_files(config.lora_weights),
     }
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ambient_sd.assets import BASE, PICTURES
+from ambient_sd.assets import BASE, IMAGES
 from ambient_sd.audit.decision import HELDOUT, CopyDecision
 from ambient_sd.audit.features import embed
 from ambient_sd.audit.metrics import Measurement, Row, measure, memorized
@@ -55,7 +55,7 @@ CONTENTS = ("report.html", "figures.json", "plain.png", "ambient.png", "plain", 
 # The fine-tune, but for objective and output. configs/demo.yaml says the same for a run by hand; a test holds them equal.
 TRAINING: dict[str, Any] = {
     "pretrained_model_name_or_path": str(BASE),
-    "train_data_dir": str(PICTURES),
+    "train_data_dir": str(IMAGES),
     "resolution": 64,
     "center_crop": True,
     "train_batch_size": 16,
@@ -161,7 +161,7 @@ def run_demo(settings: DemoSettings) -> Report:
             if f.name not in ("output_dir", "overwrite", "open")
         }
     )
-    heldout = load_rows(PICTURES, split="heldout")
+    heldout = load_rows(IMAGES, split="heldout")
     training_images = [row.image for row in training]
     captions = [row.caption for row in training]
     features = choose(with_sscd("pixels", "edges", "efflite0"))

@@ -1,0 +1,217 @@
+"""What `ambient-sd train` and the training script do around a run: propose settings, launch, train, write card and curve, audit."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+import math
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+
+from ambient_sd.commands.train import ASSUMED, TrainOptions
+from ambient_sd.data.dataset_options import DatasetOptions
+from ambient_sd.families.lora import WEIGHTS_NAME
+from ambient_sd.reporting.charts import write_training_curve
+from ambient_sd.reporting.model_card import write_run_card
+from ambient_sd.reporting.publishing import prepare, push
+from ambient_sd.training import RunRecord, results, run
+from ambient_sd.training.config import AUTO, TrainConfig
+from ambient_sd.training.plan import Plan, base_of, open_images, plan_run
+from ambient_sd.training.probe import GUIDANCE_SCALE, INFERENCE_STEPS
+from ambient_sd.training.proposals import Proposal, propose
+from ambient_sd.training.record import CURVE_NAME, describe_start
+from ambient_sd.utils.memory import peak_memory
+
+_LOOKED_AT = 256  # images whose sizes decide the resolution
+_MEASURED = 3  # steps of a dry run
+_AUDITED = 128  # images that --audit samples
+
+
+def train(options: TrainOptions, values: dict[str, Any], words: Sequence[str]) -> int:
+    """Propose what is not given, say it, and train; return the exit status, which is the audit's where there is one.
+
+    Raises:
+        UserError: settings, images or base are unusable.
+    """
+    first, launched = os.environ.get("RANK", "0") == "0", "WORLD_SIZE" in os.environ
+    processes = options.num_processes or max(1, torch.cuda.device_count())
+    if launched:
+        processes = int(os.environ["WORLD_SIZE"])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("ambient_sd").setLevel(logging.INFO)
+    config, proposed = complete(values, processes=processes, progress=first)
+    if not config.overwrite and config.resume_from_checkpoint is None:
+        results.check_finished(Path(config.output_dir))
+        config.resume_from_checkpoint = "latest"
+    if first:
+        for one in proposed:
+            print(f"  {one}", flush=True)
+    if options.dry_run:
+        print(describe_plan(config, processes), flush=True)
+        return 0
+    if processes > 1 and not launched:
+        launch(processes, words)
+    record = fit(config)
+    if not (first and options.audit):
+        return 0
+    return audit(record, config)
+
+
+def complete(
+    values: Mapping[str, Any], *, processes: int = 1, progress: bool = False
+) -> tuple[TrainConfig, list[Proposal]]:
+    """Return the settings of a run, with what is not given proposed from its images and base."""
+    sketch = TrainConfig(**{**ASSUMED, **values})
+    base, images = base_of(sketch), open_images(sketch)
+    rows = range(0, len(images), max(1, len(images) // _LOOKED_AT))
+    seen = [images[i] for i in tqdm(rows, desc="looking at images", disable=not progress, leave=False)]
+    network = base.skeleton()[base.family.network]
+    proposed = propose(
+        values, sizes=[row.image.size for row in seen], count=len(images), distinct=len({row.key for row in seen}),
+        native=base.family.native_side(base.network_config, base.vae_config), step=base.pixel_step,
+        parameters=sum(p.numel() for p in network.parameters()), device=device(), processes=processes,
+        objective=sketch.objective, lora=values.get("lora"), steps=sketch.max_train_steps,
+        batch=sketch.train_batch_size * sketch.gradient_accumulation_steps if "train_batch_size" in values else None,
+    )  # fmt: skip
+    config = TrainConfig(**values, **{one.name: one.value for one in proposed})
+    config.resolution_given = True
+    return config, proposed
+
+
+def device() -> torch.device:
+    """Return what a training on this machine runs on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def launch(processes: int, words: Sequence[str]) -> NoReturn:
+    """Replace this process by `accelerate launch` of the same command on several devices."""
+    where = {} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"}
+    command = [
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        str(processes),
+        "-m",
+        "ambient_sd.cli",
+        *words,
+    ]
+    print(f"  accelerate launch on {processes} devices", flush=True)
+    os.execve(sys.executable, [sys.executable, "-m", *command], {**os.environ, **where})
+
+
+def fit(config: TrainConfig) -> RunRecord:
+    """Train; then, on the first process, say what came of it, write curve and card, and push where asked."""
+    repo = str(config.hub_model_id)
+    access: dict[str, Any] = {"token": config.hub_token, "private": config.hub_private_repo or None}
+
+    def ask_hub(_: Plan) -> None:
+        if config.push_to_hub:
+            prepare(repo, **access)
+
+    # Token and repository are checked before hours of training.
+    record = run(config, on_planned=ask_hub)
+    if os.environ.get("RANK", "0") == "0":
+        print(record.describe(), flush=True)
+        if record.kept is not None:
+            write_training_curve(record.output / CURVE_NAME, record.evaluations, record.kept)
+        write_run_card(record)
+        if config.push_to_hub:
+            push(record.output, repo, **access)
+    return record
+
+
+def audit(record: RunRecord, config: TrainConfig) -> int:
+    """Audit the result with the training's own base, resolution and captions, and make the card anew; return the status."""
+    folder = record.output / "audit"
+    prompts = min(_AUDITED // 2, len(set(record.plan.images.captions)))
+    options = [
+        "--output_dir", str(folder), "--overwrite", "--resolution", str(config.resolution), "--num_prompts", str(prompts),
+        "--num_images_per_prompt", str(max(1, _AUDITED // prompts)), "--num_inference_steps", str(INFERENCE_STEPS),
+        "--guidance_scale", f"{GUIDANCE_SCALE:g}", "--scheduler", "dpm++", "--seed", str(config.seed), "--base_images", str(_AUDITED // 2), "--batch_size", str(max(1, min(16, 2**20 // config.resolution**2))),
+    ]  # fmt: skip
+    place = str(config.pretrained_model_name_or_path) if config.lora else str(record.output)
+    if config.lora:
+        options += ["--lora_weights", str(record.output / WEIGHTS_NAME)]
+    for item in dataclasses.fields(DatasetOptions):
+        value = getattr(config, item.name)
+        if value != item.default:
+            options += [f"--{item.name}", *([str(one) for one in value] if isinstance(value, list) else [str(value)])]
+    words = ["audit", place, config.source, *options]
+    print(f"ambient-sd {shlex.join(words)}", flush=True)
+    command = importlib.import_module("ambient_sd.commands.audit")
+    status = int(command.run(command.make_parser().parse_args(words[1:]), words) or 0)
+    write_run_card(record)  # now with what was measured
+    return status
+
+
+def describe_plan(config: TrainConfig, processes: int) -> str:
+    """Return what a run would do, with time and memory of a few of its steps on this machine."""
+    plan = plan_run(config, progress=True)
+    batch = config.train_batch_size * config.gradient_accumulation_steps * processes
+    steps = config.max_train_steps or math.ceil(config.num_train_epochs * len(plan.images) / batch)
+    measured = _measure(config, plan)
+    looks = 0 if config.probe_steps is None else steps // config.probe_steps + (2 if config.keep == "best" else 1)
+    each = (config.probe_images or 0) + len(plan.new_captions)
+    # A pass without gradient is about a third of a step's work, and guidance makes two of each sampler step.
+    looking = looks * each * INFERENCE_STEPS * 2 * measured.seconds / config.train_batch_size / 3
+    shapes = Counter((config.resolution,) * 2 if plan.buckets is None else plan.buckets[k] for k in plan.images.noise_keys)  # fmt: skip
+    weights = measured.trained * 4 / 2**20
+    held = weights * (3 + config.use_ema)
+    written = ["pytorch_lora_weights.safetensors" if config.lora else "the pipeline", "train_config.yaml", "README.md, card.json", "losses.jsonl"]  # fmt: skip
+    written += ["probe/ (sheets of sampled images, curve.png), probe.jsonl"] if looks else []
+    written += ["validation/"] if plan.prompts else []
+    rows = {
+        "buckets": ", ".join(f"{w} x {h} px: {n}" for (w, h), n in shapes.most_common(6))
+        + (f" and {len(shapes) - 6} more" if len(shapes) > 6 else ""),
+        "time": f"about {_minutes(steps * measured.seconds)} of training ({measured.seconds:.2g} s a step, measured on {_MEASURED} steps here)"
+        + (f" and {_minutes(looking)} of {looks} evaluations" if looks else ""),
+        "memory": "not measured on this system" if measured.peak is None else f"about {measured.peak:,.0f} MiB at the highest of {_MEASURED} steps",
+        "writes": f"{config.output_dir}: {'; '.join(written)}; checkpoints of {held:,.0f} MiB",
+    }  # fmt: skip
+    start = describe_start(plan, steps=steps, first_step=0, global_batch=batch, processes=processes, trained=measured.trained,
+                           device=str(device()), precision=config.mixed_precision or "no")  # fmt: skip
+    lines = [*plan.notes, *(line for line in start.splitlines() if not line.startswith("output"))]
+    return "\n".join([*lines, *(f"{name:<10} {text}" for name, text in rows.items()), "nothing was trained or written (--dry_run)"])  # fmt: skip
+
+
+class _Measured(NamedTuple):
+    seconds: float
+    peak: float | None
+    trained: int
+
+
+def _measure(config: TrainConfig, plan: Plan) -> _Measured:
+    """Make a few real steps aside, and return what they took."""
+    at: list[float] = []
+    few = min(len(plan.images), max(16, config.train_batch_size))
+    off = dict.fromkeys(("probe_steps", "probe_images", "probe_prompts", "stop_on_memorization", "validation_prompts", "num_validation_images",
+                         "validation_epochs", "validation_steps", "resume_from_checkpoint", "hub_model_id", "latent_cache_dir"))  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        aside: dict[str, Any] = {
+            **off, "keep": "last", "push_to_hub": False, "overwrite": False, "report_to": "none", "output_dir": folder,
+            "checkpointing_steps": 10**9, "max_train_steps": _MEASURED + 1, "max_train_samples": few,
+        }  # fmt: skip
+        if config.ambient_level == AUTO:
+            aside["ambient_level"] = 1.0
+        logging.getLogger("ambient_sd").setLevel(logging.WARNING)
+        with peak_memory(device()) as peak:
+            run(dataclasses.replace(config, **aside), progress=False, on_step=lambda *_: at.append(time.perf_counter()))
+        network = load_file(Path(folder, WEIGHTS_NAME)) if config.lora else None
+    trained = sum(v.numel() for v in network.values()) if network else sum(p.numel() for p in plan.base.skeleton()[plan.base.family.network].parameters())  # fmt: skip
+    return _Measured((at[-1] - at[0]) / (len(at) - 1), peak.mb, trained)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"  # fmt: skip

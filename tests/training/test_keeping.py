@@ -1,0 +1,135 @@
+"""`--keep best` keeps the last evaluation before copying begins, and its weights are those of that checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from ambient_sd.data.captions import compose
+from ambient_sd.training import validation
+from ambient_sd.training.config import TrainConfig
+from ambient_sd.training.keeping import Kept, decide
+from ambient_sd.training.loop import run
+from ambient_sd.utils.errors import UserError
+
+
+def curve(*shares: float) -> list[dict[str, float]]:
+    return [{"step": 10 * i, "copies": share} for i, share in enumerate(shares)]
+
+
+@pytest.mark.parametrize(
+    ("shares", "limit", "step", "began", "confirmed"),
+    [
+        ((0, 0, 0, 0), 0.0, 30, None, False),
+        ((0, 0, 0.1, 0.2), 0.0, 10, 20, True),
+        ((0, 0, 0.1, 0, 0), 0.0, 40, None, False),  # a false alarm
+        ((0, 0, 0, 0.1), 0.0, 20, 30, False),  # nothing can confirm the last one
+        ((0.1, 0.1, 0.1, 0.2, 0.2), 0.0, 20, 30, True),  # the base's own count is no copying
+        ((0, 0.1, 0.1, 0.3, 0.3), 0.2, 20, 30, True),
+        ((0, 0.1, 0.1), 0.0, None, 10, True),
+        ((0,), 0.0, None, None, False),
+    ],
+)
+def test_last_clean_evaluation_is_kept(shares: Any, limit: float, step: int | None, began: int | None, confirmed: bool) -> None:  # fmt: skip
+    kept = decide(curve(*shares), limit)
+    assert (kept.step, kept.began, kept.confirmed) == (step, began, confirmed)
+
+
+def test_composed_captions_are_new_and_of_the_same_words() -> None:
+    captions = ["a red apple, flat", "a blue house, flat", "a green tree, flat", "a small dog, flat"]
+    made = compose(captions, 12, seed=1)
+    assert len(made) == len(set(made)) == 12
+    assert not set(made) & set(captions)
+    known = {word for caption in captions for word in caption.split()} | {"apple", "house", "tree", "dog"}
+    assert all(set(caption.replace(",", " ,").split()) <= known | {","} for caption in made)
+    assert compose(captions, 12, seed=1) == made != compose(captions, 12, seed=2)
+    assert compose(["one", "one"], 3) == compose(["", ""], 3) == compose([], 3) == []
+
+
+@pytest.fixture
+def config(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A run that samples training images from step 6 on: an untrained network of this size copies nothing by itself."""
+    folder = tiny.tiny_folder(tmp_path / "images", count=24)
+    images = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
+    sample, calls = validation.sample, []
+
+    def planting(pipe: Any, prompts: Any, *args: Any, **options: Any) -> Any:
+        found = sample(pipe, prompts, *args, **options)
+        calls.append(prompts)
+        copies = planting.begin is not None and len(calls) // 2 >= planting.begin and len(calls) % 2 == 1
+        return validation.Samples([[image] for image in images[: len(prompts)]], found.scores) if copies else found
+
+    planting.begin = 3  # type: ignore[attr-defined]  # evaluations before copying begins, that of the base among them
+    monkeypatch.setattr(validation, "sample", planting)
+
+    def make(name: str, begin: int | None = 3, **values: Any) -> TrainConfig:
+        planting.begin = begin  # type: ignore[attr-defined]
+        calls.clear()
+        return TrainConfig(
+            str(tiny_base), train_data_dir=str(folder), resolution=32, train_batch_size=4, max_train_steps=12, report_to="none",
+            output_dir=str(tmp_path / name), learning_rate=1e-3, probe_steps=2, probe_images=4, keep="best", **values,
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.mark.parametrize("values", [{}, {"use_ema": True}, {"lora": True}, {"lora": True, "use_ema": True}], ids=str)
+def test_result_is_the_kept_checkpoint(config: Any, values: dict[str, Any]) -> None:
+    kept = run(config("kept", checkpoints_total_limit=1, **values), progress=False)
+    assert kept.kept == Kept(step=4, began=6, confirmed=True, allowed=0.0)
+    assert kept.steps == 8, "the run ends at the second evaluation in a row"
+    assert "kept step 4; copying began at step 6" in kept.describe()
+    out = kept.output
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"], (
+        "the kept one is spared"
+    )
+    assert [e["step"] for e in kept.evaluations] == [0, 2, 4, 6, 8] and all("kid" in e for e in kept.evaluations)
+    assert (out / "probe" / "step-4-new.png").is_file()
+
+    # A run that ends at step 4 by itself has these weights; one that ends at 8 has not.
+    name = "pytorch_lora_weights.safetensors" if "lora" in values else "unet/diffusion_pytorch_model.safetensors"
+    result = load_file(out / name)
+    for steps, same in ((4, True), (8, False)):
+        straight = config(f"straight-{steps}", begin=None, **values)
+        straight.max_train_steps, straight.keep, straight.probe_steps = steps, "last", None
+        run(straight, progress=False)
+        other = load_file(Path(straight.output_dir) / name)
+        assert all(torch.equal(other[k], v) for k, v in result.items()) is same
+
+
+def test_resumed_run_keeps_what_a_straight_one_keeps(config: Any) -> None:
+    straight = run(config("straight", lora=True), progress=False)
+    weights = load_file(straight.output / "pytorch_lora_weights.safetensors")
+    resumed = run(config("straight", begin=0, lora=True, resume_from_checkpoint="checkpoint-6"), progress=False)
+    assert resumed.evaluations == straight.evaluations
+    assert resumed.kept == straight.kept
+    again = load_file(straight.output / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(weights[k], v) for k, v in again.items())
+
+
+def test_copying_before_the_first_evaluation_keeps_nothing(config: Any) -> None:
+    with pytest.raises(UserError, match="copying began before the first evaluation, step 2"):
+        run(config("none", begin=1, lora=True), progress=False)
+
+
+def test_trained_captions_are_no_measure_of_quality(config: Any) -> None:
+    plain = config("plain", lora=True)
+    from ambient_sd.training.plan import open_images
+
+    with pytest.raises(UserError, match="probe_prompts has"):
+        run(config("known", lora=True, probe_prompts=[open_images(plain).captions[0]]), progress=False)
+
+
+def test_options_without_their_mode_are_refused() -> None:
+    for values, text in (
+        ({"keep": "best"}, "--probe_steps"),
+        ({"probe_steps": 2, "probe_prompts": ["a"]}, "--keep best"),
+    ):
+        with pytest.raises(UserError, match=text):
+            TrainConfig("base", train_data_dir="images", **values)
