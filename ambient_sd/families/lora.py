@@ -876,7 +876,7 @@ def misplaced(parts: Mapping[str, nn.Module], adapter: Adapter, name: str) -> st
         'unet.conv_in has no update'
     """
     expected = {(layer.part, layer.path): layer for layer in adapter.layers}
-    found = {(part, path): module for part, network in parts.items() for path, module in _adapted(network, name)}
+    found = {(part, path): module for part, network in parts.items() for path, module in adapted(network, name)}
     if extra := sorted(found.keys() - expected.keys()):
         return f"{'.'.join(extra[0])} has an update, and the file has none for it"
     for place, layer in expected.items():
@@ -901,8 +901,14 @@ def misplaced(parts: Mapping[str, nn.Module], adapter: Adapter, name: str) -> st
     return None
 
 
-def _adapted(network: nn.Module, name: str) -> list[tuple[str, Any]]:
-    """Return the layers of a network that hold an adapter of a name."""
+def adapted(network: nn.Module, name: str) -> list[tuple[str, Any]]:
+    """Return the layers of a network that hold an adapter of a name.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> adapted(tiny_pipeline().unet, "default")
+        []
+    """
     from peft.tuners.lora import LoraLayer
 
     return [(path, m) for path, m in network.named_modules() if isinstance(m, LoraLayer) and (
@@ -925,7 +931,7 @@ def _lengths_move(parts: Mapping[str, nn.Module], adapter: Adapter, name: str) -
     for layer in adapter.layers:
         if layer.magnitude is None:
             continue
-        weight = _stored(dict(_adapted(parts[layer.part], name))[layer.path].get_base_layer(), "weight")
+        weight = _stored(dict(adapted(parts[layer.part], name))[layer.path].get_base_layer(), "weight")
         if weight is None:
             return True
         lengths = weight.float().flatten(1).norm(dim=1)

@@ -167,8 +167,8 @@ class Facts:
         if self.lora is not None:
             for name, to in {"rank": int, "alpha": float, "dropout": float, "dora": bool, "targets": list}.items():
                 to(self.lora[name])
-            if not isinstance(self.lora.get("start"), str | None):
-                raise TypeError("start")
+            if not all(isinstance(self.lora.get(name), str | None) for name in ("start", "init")):
+                raise TypeError("lora")
         if self.licence != _clean_licence(self.licence, None):
             raise ValueError("licence is none")
         if any(not isinstance(digest, str) for digest in self.base_files.values()):
@@ -225,7 +225,8 @@ def describe_run(
         lora=None
         if not config.lora
         else {"rank": config.rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout, "dora": config.use_dora,
-              "targets": list(config.lora_target_modules or ()), "start": _public(config.lora_weights, "another adapter")},
+              "targets": list(config.lora_target_modules or ()), "start": _public(config.lora_weights, "another adapter"),
+              "init": config.lora_init, "rslora": config.use_rslora},
         averaged=config.use_ema,
         fresh_copies=config.fresh_copies,
         level_proposed=level_proposed,

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from ambient_sd.families import lora
 from ambient_sd.families.base import Base
 from ambient_sd.families.family import Family
 from ambient_sd.families.lora import WEIGHTS_NAME, Adapter
-from ambient_sd.training.config import DEFAULT_TARGETS, TrainConfig
+from ambient_sd.training.config import DEFAULT_TARGETS, MOVED_BASE, TrainConfig
 from ambient_sd.utils.errors import UserError, one_line
 
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
@@ -69,16 +71,17 @@ class AddressedDropout(torch.nn.Module):
         return x * keep / (1.0 - self.p)
 
 
-def check_targets(network: torch.nn.Module, targets: Sequence[str]) -> None:
-    """Check that every target names a layer of the network; it needs no weights.
+def check_targets(network: torch.nn.Module, targets: Sequence[str], init: str | None = None, rank: int = 1) -> None:
+    """Check that every target names a layer of the network, and one that can begin as asked; it needs no weights.
 
     Raises:
-        UserError: a name fits no layer.
+        UserError: a name fits no layer, or one that `init` cannot start at this rank.
 
     Example:
         >>> check_targets(torch.nn.ModuleDict({"to_q": torch.nn.Linear(2, 2)}), ["to_q"])
     """
-    names = [name for name, module in network.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
+    layers = {name: m for name, m in network.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+    names = list(layers)
     for target in targets:
         if not any(_named(name, [target]) for name in names):
             ends = sorted({name.rsplit(".", 1)[-1] for name in names if not name[-1].isdigit()})
@@ -87,6 +90,14 @@ def check_targets(network: torch.nn.Module, targets: Sequence[str]) -> None:
                 rule="no linear or convolution layer of the U-Net has this name or ending",
                 remedy=f"some that exist: to_out.0, {', '.join(ends[:12])}",
             )
+    for name, layer in layers.items():
+        if init not in (None, "kaiming") and _named(name, targets):
+            if isinstance(layer, torch.nn.Conv2d):
+                raise UserError(f"lora_init is {init}", rule=f"it starts linear layers, and {name} is a convolution",
+                                remedy="use gaussian or kaiming, or leave this layer out of lora_target_modules")  # fmt: skip
+            if init in MOVED_BASE and rank > min(layer.weight.shape):
+                raise UserError(f"rank is {rank} with lora_init {init}", rule=f"{name} has {min(layer.weight.shape)} components",
+                                remedy="lower the rank")  # fmt: skip
 
 
 def _named(path: str, targets: Sequence[str]) -> bool:
@@ -156,7 +167,7 @@ def settle(config: TrainConfig, start: Adapter, network: torch.nn.Module) -> Tra
 
 def attach(
     unet: Any, *, rank: int, alpha: float, targets: Sequence[str], seed: int, dropout: float = 0.0, dora: bool = False,
-    start: Adapter | None = None,
+    start: Adapter | None = None, init: str | None = None, rslora: bool = False, checkpoint: Path | None = None,
 ) -> list[AddressedDropout]:  # fmt: skip
     """Add a LoRA in float32 to a U-Net whose own weights are frozen from here on.
 
@@ -168,6 +179,9 @@ def attach(
         seed: seed of the gaussian start of A, and of dropout.
         dropout: share of the update's input that is dropped in training.
         dora: train the length of each row of W' too.
+        init: how the update begins, one of `LORA_INITS`; None: gaussian.
+        rslora: the update is scaled by alpha / sqrt(r).
+        checkpoint: folder that `save` wrote to, to be given to `load` afterwards; says with what `init` began.
         start: adapter to begin from, bit for bit; its layers, ranks and alphas then stand in place of those above.
 
     Raises:
@@ -184,16 +198,27 @@ def attach(
         True
     """
     unet.requires_grad_(False)
-    shape: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": list(targets), "use_dora": dora}
+    shape: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": list(targets),
+        "use_dora": dora,
+        "use_rslora": rslora,
+    }
     if start is not None:
         shape = lora.peft_settings(start.layers, start.rslora[start.network])
-    settings = LoraConfig(**shape, init_lora_weights="gaussian", lora_dropout=dropout)
+    moved = init in MOVED_BASE
+    begins: Any = True if init == "kaiming" or (moved and checkpoint is not None) else init or "gaussian"
+    settings = LoraConfig(**shape, init_lora_weights=begins, lora_dropout=dropout)
+    whole = {name: m.weight.clone() for name, m in unet.named_modules() if moved and _named(name, targets)}
     # peft draws from the global generator: borrow it with our seed, and give it back as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet.add_adapter(settings)
     # Trained weights in half precision lose small updates, and the fp16 scaler refuses them.
     cast_training_params(unet, dtype=torch.float32)
+    if moved:
+        _move(unet, whole, None if checkpoint is None else {n: b for n, (_, b) in _halves(_read(checkpoint)).items()})
     if start is not None:
         state = {f"{layer.path}.{key}": value for layer in start.layers for key, value in layer.tensors()}
         if wrong := _fill(unet, state):
@@ -211,6 +236,69 @@ def _install(unet: Any, *, p: float, seed: int) -> list[AddressedDropout]:
     return placed
 
 
+def _move(unet: Any, whole: Mapping[str, torch.Tensor], begun: Mapping[str, torch.Tensor] | None) -> None:
+    """Take what the update begins with, that of peft or of a checkpoint, out of the base: `W <- W - s B0 A0`, and remember it.
+
+    peft does so too, in an order of its own for each start; a resumed run must come to the same bits without its decomposition.
+    """
+    if begun is not None:
+        _fill(unet, begun)
+    unet.peft_config["default"].init_lora_weights = True  # of the file that is saved
+    unet.begun = {name: value.detach().clone().cpu() for name, value in get_peft_model_state_dict(unet).items()}
+    with torch.no_grad():
+        for path, weight in whole.items():
+            layer = unet.get_submodule(path)
+            update = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            layer.get_base_layer().weight.copy_(weight.float() - update)
+
+
+def _halves(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return what is trained and what it began with of a saved adapter whose base was moved, by name."""
+    found = {}
+    for name, value in state.items():
+        trained, begun = value.chunk(2, dim=1 if "lora_B" in name else 0)
+        found[name] = trained.contiguous(), (-begun if "lora_B" in name else begun).contiguous()
+    return found
+
+
+def plain(unet: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the adapter as every reader takes it: a LoRA on the untouched base whose scale is alpha / rank.
+
+        s (B A - B0 A0) = s [B, -B0] [A; A0]          what began at B0 A0 has twice the rank in the file
+
+    Returns:
+        Its tensors by peft's names, and peft's settings as plain JSON, with the alpha of every layer that has one of its own.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> unet = tiny_pipeline().unet
+        >>> modules = attach(unet, rank=4, alpha=4.0, targets=["to_q"], seed=0, rslora=True)
+        >>> plain(unet)[1]["lora_alpha"]
+        8.0
+    """
+    config, state = unet.peft_config["default"], get_peft_model_state_dict(unet)
+    # peft keeps sets, which JSON has not. The file may be published without the base's path on this machine. And diffusers leaves the
+    # dropout of a loaded LoRA on while it samples: no two images of a seed would be equal.
+    settings = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    settings |= {"base_model_name_or_path": None, "lora_dropout": 0.0}
+    begun = getattr(unet, "begun", None)
+    if begun is not None:
+        state = {
+            name: torch.cat(
+                [value.cpu(), -begun[name] if "lora_B" in name else begun[name]], dim=1 if "lora_B" in name else 0
+            )
+            for name, value in state.items()
+        }
+        settings |= {"r": 2 * config.r}
+    if begun is not None or config.use_rslora:
+        factor = 1 if begun is None else 2
+        alphas = {path: factor * m.r["default"] * m.scaling["default"] for path, m in lora.adapted(unet, "default")}
+        most = Counter(alphas.values()).most_common(1)[0][0]
+        settings |= {"use_rslora": False, "lora_alpha": most,
+                     "alpha_pattern": {f"^{re.escape(p)}": a for p, a in alphas.items() if a != most}}  # fmt: skip
+    return state, settings
+
+
 def save(unet: Any, folder: Path, family: Family) -> None:
     """Write the LoRA with its metadata to `folder/pytorch_lora_weights.safetensors`.
 
@@ -225,15 +313,9 @@ def save(unet: Any, folder: Path, family: Family) -> None:
         >>> [path.name for path in folder.iterdir()]
         ['pytorch_lora_weights.safetensors']
     """
-    settings = unet.peft_config["default"].to_dict()
-    # The file may be published without the base's path on this machine; and JSON has no sets.
-    settings["base_model_name_or_path"] = None
-    # diffusers leaves the dropout of a loaded LoRA on while it samples, and no two images of a seed are equal.
-    settings["lora_dropout"] = 0.0
-    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
     # In peft's names. `convert_state_dict_to_diffusers` renames the attention layers only, and a reader that takes a file
     # with both kinds of names drops one kind without a word.
-    family.save_lora(folder, get_peft_model_state_dict(unet), plain)
+    family.save_lora(folder, *plain(unet))
     _settle(folder / WEIGHTS_NAME)
 
 
@@ -253,23 +335,22 @@ def save_kohya(unet: Any, folder: Path, family: Family) -> None:
         >>> [path.name for path in folder.iterdir()]
         ['pytorch_lora_weights_kohya.safetensors']
     """
-    settings = unet.peft_config["default"]
+    tensors, settings = plain(unet)
     theirs = family.kohya_names(unet)
-    layers = {}
-    for name, value in get_peft_model_state_dict(unet).items():
+    layers, alphas = {}, {}
+    for name, value in tensors.items():
         path, rest = name.split(".lora_", 1)
         layers[f"unet.{theirs.get(path, path)}.lora_{rest}"] = value
+        alpha = settings["alpha_pattern"].get(f"^{re.escape(path)}", settings["lora_alpha"])
+        alphas[f"lora_unet_{theirs.get(path, path).replace('.', '_')}.alpha"] = torch.tensor(float(alpha))
     converted = convert_state_dict_to_kohya(layers)
     # diffusers writes the rank as every layer's alpha.
-    state = {
-        name: torch.tensor(float(settings.lora_alpha)) if name.endswith(".alpha") else value.detach().cpu().contiguous()
-        for name, value in converted.items()
-    }
+    state = {name: alphas.get(name, value.detach().cpu().contiguous()) for name, value in converted.items()}
     metadata = {
         "format": "pt",
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(settings.r),
-        "ss_network_alpha": str(float(settings.lora_alpha)),
+        "ss_network_dim": str(settings["r"]),
+        "ss_network_alpha": str(float(settings["lora_alpha"])),
     }
     save_file(state, folder / KOHYA_NAME, metadata=metadata)
     _settle(folder / KOHYA_NAME)
@@ -303,15 +384,28 @@ def load(unet: Any, folder: Path) -> None:
         >>> load(unet, folder)
     """
     path = folder / WEIGHTS_NAME
-    try:
-        wrong = _fill(unet, {name.removeprefix("unet."): value for name, value in load_file(path).items()})
-    except Exception as error:  # SafetensorError, OSError, shape mismatch (RuntimeError)
-        raise UserError(
-            f"{path} cannot be read", rule=f"{type(error).__name__}: {error}"[:300], remedy="use another checkpoint"
-        ) from None
+    state = _read(folder)
+    if (begun := getattr(unet, "begun", None)) is not None:
+        halves = _halves(state)
+        state = {name: trained for name, (trained, _) in halves.items()}
+        wrong = [name for name, (_, b) in halves.items() if name not in begun or not torch.equal(b, begun[name])]
+    else:
+        wrong = []
+    wrong = wrong or _fill(unet, state)
     if wrong:
         raise UserError(f"{path} belongs to another adapter", rule=f"{len(wrong)} weights are missing, unknown or of another shape, the first is {wrong[0]}",
                         remedy="use another checkpoint")  # fmt: skip
+
+
+def _read(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a saved adapter by peft's names."""
+    path = folder / WEIGHTS_NAME
+    try:
+        return {name.removeprefix("unet."): value for name, value in load_file(path).items()}
+    except Exception as error:  # SafetensorError, OSError
+        raise UserError(
+            f"{path} cannot be read", rule=f"{type(error).__name__}: {error}"[:300], remedy="use another checkpoint"
+        ) from None
 
 
 def _fill(unet: Any, state: Mapping[str, torch.Tensor]) -> list[str]:

@@ -38,6 +38,8 @@ GROUPS = {
 }
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 CAPTION_MITIGATIONS = ("mc", "gn", "rc", "rt", "cwr")
+LORA_INITS = ("gaussian", "kaiming", "orthogonal", "pissa", "olora")
+MOVED_BASE = ("pissa", "olora")  # starts of an update that is not zero: the base gives what they take
 DEFAULT_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 CONFIG_NAME = "train_config.yaml"
 AUTO = "auto"
@@ -134,8 +136,10 @@ class TrainConfig:
     foreach_ema: bool = option(False, "update the average in one call over all tensors; needs use_ema", group="optimisation", needs="use_ema")
 
     lora: bool = option(False, "train a LoRA instead of the whole U-Net", group="LoRA")
-    lora_weights: str | None = same(SamplingOptions, "lora_weights", text="start from this adapter: folder, .safetensors file or hub id, in any names that `sample` reads; rank, lora_alpha, layers and kind are its own", group="LoRA", needs="lora")
+    lora_weights: str | None = same(SamplingOptions, "lora_weights", text="LoRA on the model: folder, .safetensors file or hub id. Training continues it; rank, lora_alpha, layers and kind are its own", group="LoRA", needs="lora")
     rank: int | None = option(None, "rank of the update (default 4)", group="LoRA", low=1, needs="lora")
+    lora_init: str | None = option(None, "how the update begins. gaussian (default, as in diffusers' scripts), kaiming, orthogonal: at zero. pissa: at the largest singular components of each weight, olora: at its QR components; both take them out of the base and are saved as a LoRA of twice the rank on the untouched base", group="LoRA", choices=LORA_INITS, needs="lora")
+    use_rslora: bool = option(False, "scale the update by lora_alpha / sqrt(rank); saved as the lora_alpha that gives this scale in every reader", group="LoRA", needs="lora")
     lora_alpha: float | None = option(None, "the update is scaled by lora_alpha / rank (default: the rank); kept in the saved file", group="LoRA", above=0.0, needs="lora")
     lora_target_modules: list[str] | None = option(None, "names of the layers that get an adapter (default: the attention projections to_k to_q to_v to_out.0)", group="LoRA", needs="lora")
     lora_dropout: float | None = option(None, "share of the update's input that is dropped in training (default 0); a function of seed, layer and place in the run", group="LoRA", low=0.0, below=1.0, needs="lora")
@@ -221,6 +225,17 @@ class TrainConfig:
             self.caption_mitigation_p = 1.0 if self.caption_mitigation in ("mc", "gn") else 0.1
         if self.caption_mitigation == "gn":
             self.caption_noise_std = self.caption_noise_std or 0.1
+        if self.lora_init == "gaussian":
+            self.lora_init = None  # one spelling of one run
+        for given, name, rule in (
+            (self.use_dora and self.lora_init in MOVED_BASE, "use_dora", f"the row lengths of DoRA belong to weights that {self.lora_init} changes"),
+            (self.lora_weights and self.lora_init, "lora_init", "an adapter that lora_weights names has begun already"),
+            (self.lora_weights and self.use_rslora, "use_rslora", "the adapter that lora_weights names has a scale of its own"),
+            (self.lora_init == "orthogonal" and (self.rank or 4) % 2, f"rank {self.rank}", "orthogonal halves need an even rank"),
+        ):  # fmt: skip
+            if given:
+                raise UserError(f"{name} is given with {'lora_weights' if self.lora_weights else f'lora_init {self.lora_init}'}", rule=rule,
+                                remedy="leave one of them out" if "rank " not in name else "give an even one")  # fmt: skip
         if self.use_dora and self.output_kohya_format:
             raise UserError("output_kohya_format is given with use_dora",
                             rule="its readers disagree about which side of a weight a DoRA's lengths belong to",

@@ -589,6 +589,7 @@ def _load_unet(plan: Plan, checkpoint: Path | None, precision: str) -> tuple[Any
         dropouts = adapters.attach(
             unet, rank=config.rank or 4, alpha=config.lora_alpha or 4.0, targets=config.lora_target_modules or (),
             seed=config.seed, dropout=config.lora_dropout or 0.0, dora=config.use_dora, start=plan.start,
+            init=config.lora_init, rslora=config.use_rslora, checkpoint=checkpoint,
         )  # fmt: skip
         if checkpoint is not None:
             adapters.load(unet, checkpoint)

@@ -111,6 +111,8 @@ class Plan:
             "ambient_level": self.objective.level,
             "prediction_type": self.objective.prediction_type,
             "vae": self.base.vae_label,
+            "lora_init": self.config.lora_init,
+            "use_rslora": self.config.use_rslora or None,
             "lora_weights": None if self.start is None else self.start.file.sha256,
             "global_batch": global_batch,
             "images": self.images.fingerprint(),
@@ -162,7 +164,9 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         start = adapters.read_start(config.lora_weights, base)
         config = adapters.settle(config, start, base.skeleton()[base.family.network])
     elif config.lora:
-        adapters.check_targets(base.skeleton()[base.family.network], config.lora_target_modules or ())
+        adapters.check_targets(
+            base.skeleton()[base.family.network], config.lora_target_modules or (), config.lora_init, config.rank or 4
+        )
     prompts, new = collect_prompts(config.validation_prompts), collect_prompts(config.probe_prompts)
     checkpoint = _check_output(config)
     images = open_images(config)

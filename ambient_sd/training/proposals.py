@@ -29,8 +29,8 @@ class Proposal:
     """Hold one setting with its reason.
 
     Example:
-        >>> str(Proposal("resolution", 512, "the base's own"))
-        'resolution 512: the base\\'s own'
+        >>> print(Proposal("rank", 16, "as in the presets"))
+        rank 16: as in the presets
     """
 
     name: str

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ambient_sd.reporting.model_card import write_run_card
-from ambient_sd.training import adapters
+from ambient_sd.training import adapters, results
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
 from ambient_sd.training.plan import Plan, base_of, plan_run
@@ -169,3 +170,91 @@ def test_a_mixed_start_keeps_each_rank(settings: Settings, tmp_path: Path) -> No
         layer.path: layer.scale for layer in plan_run(settings("again", lora_weights=config.output_dir)).start.layers
     }
     assert set(scales.values()) == {2.0, 3.0}
+
+
+def unet_output(unet: Any) -> torch.Tensor:
+    g = torch.Generator().manual_seed(0)
+    inputs = (torch.randn(2, 4, 16, 16, generator=g), torch.tensor([10, 500]), torch.randn(2, 24, 16, generator=g))
+    with torch.no_grad():
+        return unet.eval()(*inputs).sample
+
+
+def stock_output(config: TrainConfig, **options: Any) -> torch.Tensor:
+    """What the untouched base gives with the file loaded by diffusers alone."""
+    pipe = StableDiffusionPipeline.from_pretrained(config.pretrained_model_name_or_path)
+    pipe.load_lora_weights(config.output_dir, **options)
+    return unet_output(pipe.unet)
+
+
+@pytest.fixture
+def trained_output(monkeypatch: pytest.MonkeyPatch) -> Callable[[TrainConfig], torch.Tensor]:
+    """Train, and return what the network gives that was trained."""
+
+    def train(config: TrainConfig) -> torch.Tensor:
+        seen = []
+        write = results.write
+
+        def look(folder: Path, unet: Any, *rest: Any, **named: Any) -> None:
+            seen.append(unet_output(unet))
+            write(folder, unet, *rest, **named)
+
+        monkeypatch.setattr(results, "write", look)
+        run(config, progress=False)
+        return seen[0]
+
+    return train
+
+
+INITS: dict[str, dict[str, Any]] = {
+    "kaiming": {"lora_init": "kaiming"}, "orthogonal": {"lora_init": "orthogonal"}, "pissa": {"lora_init": "pissa"},
+    "olora": {"lora_init": "olora"}, "rslora": {"use_rslora": True}, "pissa-rslora": {"lora_init": "pissa", "use_rslora": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", INITS)
+def test_every_start_is_saved_for_the_untouched_base(
+    settings: Settings, trained_output: Callable[[TrainConfig], torch.Tensor], kind: str
+) -> None:
+    config = settings(rank=4, lora_alpha=6.0, output_kohya_format=True, **INITS[kind])
+    wanted = trained_output(config)
+    close = {"rtol": 0, "atol": 2e-5}
+    torch.testing.assert_close(stock_output(config), wanted, **close)
+    torch.testing.assert_close(stock_output(config, weight_name=adapters.KOHYA_NAME), wanted, **close)
+    if kind != "rslora":
+        other = settings("plain", rank=4, lora_alpha=6.0)
+        assert not torch.allclose(trained_output(other), wanted, atol=1e-3), "another start ends elsewhere"
+    if "pissa" in kind or kind == "olora":
+        half = {n: v.chunk(2, dim=1 if "lora_B" in n else 0)[0].contiguous() for n, v in result(config).items()}
+        save_file(half, Path(config.output_dir) / "half.safetensors")
+        assert not torch.allclose(stock_output(config, weight_name="half.safetensors"), wanted, atol=1e-2), "control"
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora", "rslora"])
+def test_every_start_resumes_to_the_bit(settings: Settings, kind: str) -> None:
+    resumes_to_the_bit(settings, **INITS[kind])
+
+
+def test_a_moved_base_gives_what_the_base_gave(settings: Settings) -> None:
+    unet = base_of(settings()).load("unet")
+    before = unet_output(unet)
+    adapters.attach(unet, rank=4, alpha=6.0, targets=["to_q", "to_v"], seed=0, init="pissa")
+    torch.testing.assert_close(unet_output(unet), before, rtol=0, atol=1e-5)
+    unet.disable_adapters()
+    assert not torch.allclose(unet_output(unet), before, atol=1e-3), "control: the base alone was moved"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lora_init": "pissa", "use_dora": True}, "use_dora is given with lora_init pissa"),
+        ({"lora_init": "pissa", "lora_weights": "x"}, "lora_init is given with lora_weights"),
+        ({"use_rslora": True, "lora_weights": "x"}, "use_rslora is given with lora_weights"),
+        ({"lora_init": "orthogonal", "rank": 3}, "even rank"),
+        ({"lora_init": "pissa", "lora_target_modules": ["conv1"]}, "is a convolution"),
+        ({"lora_init": "olora", "rank": 64}, "rank is 64 with lora_init olora"),
+        ({"lora_init": "pissa", "lora": False}, "lora_init is given"),
+    ],
+)
+def test_starts_that_do_not_fit_are_refused(settings: Settings, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_run(settings(**values))
