@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from ambient_sd.data.sources import content_key
+from ambient_sd.data.images import content_key
 from experiments.names import ALIASES, COMMON
 
 PACKAGES = {"3D": "@lobehub/fluent-emoji-3d@1.1.0", "flat": "emoji-datasource-google@16.0.0"}

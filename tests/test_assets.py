@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from ambient_sd.assets import BASE, IMAGES
-from ambient_sd.data.sources import content_key
+from ambient_sd.data.images import content_key
 from experiments.build_images import NEAR_DUPLICATE_RMS, near_duplicate_groups
 
 

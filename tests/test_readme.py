@@ -43,7 +43,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_readme_has_the_commands_that_are_tested_here() -> None:
     assert len(launches()) == 3
-    assert len(guarding()) == 4
+    assert len(guarding()) == 5
     assert len(blocks("python")) == 2
 
 
@@ -72,10 +72,15 @@ def test_training_commands_run(
 
 
 @pytest.mark.parametrize(
-    "words", [pytest.param(w, id=w[-1], marks=[pytest.mark.slow] if w[1] == "audit" else []) for w in guarding()]
+    "words", [pytest.param(w, id=w[1] + w[-1], marks=[pytest.mark.slow] if w[1] == "audit" else []) for w in guarding()]
 )
-def test_guard_commands_run(words: list[str], clone: Path) -> None:
-    """As written, but with fewer steps and images."""
+def test_commands_run(words: list[str], clone: Path, tiny_base: Path) -> None:
+    """As written, but with fewer steps and images, and a tiny base in place of one on the hub."""
+    if words[1] == "train":
+        words = [str(tiny_base) if word.startswith("sd2-community/") else word for word in words]
+        main([*words[1:], "--max_train_steps", "1", "--train_batch_size", "1"])
+        assert (clone / words[-1] / "audit" / "audit.html").is_file()
+        return
     few = "--num_prompts 2 --num_images_per_prompt 1 --features pixels --attributed_prompts 0"
     fewer = {"calibrate": ["--num_images_per_prompt", "1"], "audit": few.split()}.get(words[1], [])
     main([*words[1:], *fewer, "--num_inference_steps", "2", "--batch_size", "4"])

@@ -43,6 +43,9 @@ def section(parser: argparse.ArgumentParser, title: str) -> str:
     parts = [f"## {title}", parser.description or ""]
     positional, options, *titled = parser._action_groups
     parts.append(table([*positional._group_actions, *options._group_actions]))
+    if title.endswith(" train"):
+        titled = []
+        parts.append("Beside these every setting of `train_text_to_image_ambient.py`, below.")
     for group in titled:
         parts += [f"**{group.title}.** {group.description or ''}".strip(), table(group._group_actions)]
     if parser.epilog and "policies and their settings" in parser.epilog:

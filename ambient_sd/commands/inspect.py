@@ -26,7 +26,8 @@ from ambient_sd.utils.settings import REQUIRED, Parser, add_flags, check, from_f
 
 if TYPE_CHECKING:
     from ambient_sd.data.duplicates import Group
-    from ambient_sd.data.sources import Fault, ImageDataset
+    from ambient_sd.data.layouts.layout import Fault
+    from ambient_sd.data.sources import ImageDataset
 
 KINDS = {
     "broken": "unusable: training refuses the set",
@@ -119,7 +120,9 @@ def inspect(
     from tqdm.auto import tqdm
 
     from ambient_sd.data.duplicates import Thumbnails, find_groups
-    from ambient_sd.data.sources import FRAMES, Fault, content_key, load_rows
+    from ambient_sd.data.images import FRAMES, content_key
+    from ambient_sd.data.layouts.layout import Fault
+    from ambient_sd.data.sources import load_rows
 
     faults: list[Fault] = []
     images = load_rows(

@@ -8,6 +8,8 @@ from ambient_sd.data.conditions import split_condition
 from ambient_sd.utils.settings import check, option
 
 UNLISTED = ("refuse", "ignore")
+AUTO = "auto"
+LAYOUT_NAMES = (AUTO, "webdataset", "arrow", "metadata", "parquet", "images", "hub")
 
 
 @dataclass(frozen=True)

@@ -816,7 +816,7 @@ def _inject(pipe: Any, adapter: Adapter, name: str, low_cpu_mem_usage: bool) -> 
     for layer in adapter.layers:
         by_part.setdefault(layer.part, []).append(layer)
     for part, layers in by_part.items():
-        config = _peft_settings(layers, adapter.rslora[part])
+        config = peft_settings(layers, adapter.rslora[part])
         if part == adapter.network:
             state = {f"{layer.path}.{key}": value for layer in layers for key, value in layer.tensors()}
             getattr(pipe, part).load_lora_adapter(
@@ -836,8 +836,15 @@ def _inject(pipe: Any, adapter: Adapter, name: str, low_cpu_mem_usage: bool) -> 
         )  # fmt: skip
 
 
-def _peft_settings(layers: Sequence[Layer], rslora: bool) -> dict[str, Any]:
-    """Return what peft's LoraConfig is made of: nothing but what the tensors say."""
+def peft_settings(layers: Sequence[Layer], rslora: bool) -> dict[str, Any]:
+    """Return what peft's LoraConfig is made of: nothing but what the tensors say.
+
+    Example:
+        >>> layer = Layer("unet", "to_q", torch.ones(4, 16), torch.ones(16, 4), None, None, alpha=8.0, scale=2.0)
+        >>> settings = peft_settings([layer], rslora=False)
+        >>> settings["r"], settings["lora_alpha"], settings["target_modules"]
+        (4, 8.0, ['to_q'])
+    """
     ranks, alphas = Counter(layer.rank for layer in layers), Counter(layer.alpha for layer in layers)
     rank, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
     return {

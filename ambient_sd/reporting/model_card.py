@@ -167,6 +167,8 @@ class Facts:
         if self.lora is not None:
             for name, to in {"rank": int, "alpha": float, "dropout": float, "dora": bool, "targets": list}.items():
                 to(self.lora[name])
+            if not isinstance(self.lora.get("start"), str | None):
+                raise TypeError("start")
         if self.licence != _clean_licence(self.licence, None):
             raise ValueError("licence is none")
         if any(not isinstance(digest, str) for digest in self.base_files.values()):
@@ -219,11 +221,11 @@ def describe_run(
         gap_upper=config.gap_upper,
         reweight=config.reweight,
         pipeline=base.family.guarded or base.family.pipeline,
-        vae=_public(config.pretrained_vae_model_name_or_path),
+        vae=_public(config.pretrained_vae_model_name_or_path, "another VAE"),
         lora=None
         if not config.lora
         else {"rank": config.rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout, "dora": config.use_dora,
-              "targets": list(config.lora_target_modules or ())},
+              "targets": list(config.lora_target_modules or ()), "start": _public(config.lora_weights, "another adapter")},
         averaged=config.use_ema,
         fresh_copies=config.fresh_copies,
         level_proposed=level_proposed,
@@ -256,9 +258,9 @@ def given_settings(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _public(name: str | None) -> str | None:
-    """Return a hub id as it is, and of a folder only that it is one."""
-    return None if name is None else name if HUB_ID.fullmatch(name) and not Path(name).exists() else "another VAE"
+def _public(name: str | None, local: str) -> str | None:
+    """Return a hub id as it is, and for what lies on this machine the words `local`."""
+    return None if name is None else name if HUB_ID.fullmatch(name) and not Path(name).exists() else local
 
 
 def write_run_card(record: RunRecord) -> None:

@@ -47,7 +47,12 @@ ALLOWED = (
     *(f"{part}/{name}" for part in _TOKENIZERS for name in _TOKENIZER),
 )  # fmt: skip
 _PATHS = ("train_data_dir", "cache_dir", "latent_cache_dir", "output_dir", "logging_dir", "resume_from_checkpoint")
-_NAMES = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name")  # a path or a hub id
+_NAMES = (
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    "dataset_name",
+    "lora_weights",
+)  # a path or a hub id
 # The hub's errors derive from those of the HTTP client in use (httpx or httpx2, by version): lost connections are caught too.
 _CLIENT = [kind for kind in HfHubHTTPError.__bases__ if issubclass(kind, Exception)]
 _WAITS = (1, 4)  # seconds before a commit that failed is tried again

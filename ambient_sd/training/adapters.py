@@ -8,8 +8,9 @@ update comes back at the wrong scale. Merging is not done here.
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,17 @@ import torch
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
+from peft.tuners.tuners_utils import _find_minimal_target_modules
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from ambient_sd.data.stream import keyed_seed
+from ambient_sd.families import lora
+from ambient_sd.families.base import Base
 from ambient_sd.families.family import Family
-from ambient_sd.families.lora import WEIGHTS_NAME
-from ambient_sd.utils.errors import UserError
+from ambient_sd.families.lora import WEIGHTS_NAME, Adapter
+from ambient_sd.training.config import DEFAULT_TARGETS, TrainConfig
+from ambient_sd.utils.errors import UserError, one_line
 
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
 
@@ -75,7 +80,7 @@ def check_targets(network: torch.nn.Module, targets: Sequence[str]) -> None:
     """
     names = [name for name, module in network.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
+        if not any(_named(name, [target]) for name in names):
             ends = sorted({name.rsplit(".", 1)[-1] for name in names if not name[-1].isdigit()})
             raise UserError(
                 f"lora_target_modules names {target!r}",
@@ -84,9 +89,75 @@ def check_targets(network: torch.nn.Module, targets: Sequence[str]) -> None:
             )
 
 
+def _named(path: str, targets: Sequence[str]) -> bool:
+    return any(path == target or path.endswith(f".{target}") for target in targets)
+
+
+def read_start(source: str, base: Base) -> Adapter:
+    """Read the adapter that a training starts from; no weights of the base are needed.
+
+    Args:
+        source: folder, .safetensors file or hub id.
+        base: the base model.
+
+    Raises:
+        UserError: it does not fit the base whole, or holds what is not trained here.
+
+    Example:
+        >>> from ambient_sd.assets import BASE
+        >>> from ambient_sd.families.base import check_base
+        >>> read_start("./none", check_base(str(BASE)))
+        Traceback (most recent call last):
+        ambient_sd.utils.errors.UserError: adapter is ./none; there is no .safetensors file and no folder with pytorch_lora_weights.safetensors
+    """
+    found = lora.fit(lora.read(lora.locate(source), source), base.skeleton(), base.family)
+    for wrong, what, remedy in (
+        ([x for x in found.layers if x.part != found.network], "updates of {0.part}", "give an adapter of the U-Net alone"),
+        ([x for x in found.layers if x.bias is not None], "a bias of {0.path}", "give an adapter without biases"),
+    ):  # fmt: skip
+        if wrong:
+            raise UserError(f"lora_weights {source} holds {what.format(wrong[0])}",
+                            rule="training goes on with every weight of an adapter or not at all", remedy=remedy)  # fmt: skip
+    return found
+
+
+def settle(config: TrainConfig, start: Adapter, network: torch.nn.Module) -> TrainConfig:
+    """Return the settings with rank, alpha, layers and kind of the adapter that the training starts from.
+
+    Where layers differ in rank or alpha, the settings name that of most layers.
+
+    Raises:
+        UserError: a setting is given and is another than the adapter's.
+
+    Example:
+        >>> layer = lora.Layer("unet", "to_q", torch.ones(8, 16), torch.ones(16, 8), None, None, alpha=4.0, scale=0.5)
+        >>> start = Adapter(lora.LoraFile("mine", None, "0" * 64, {}), [layer], ["PEFT"], "metadata", {"unet": False}, "unet")
+        >>> config = TrainConfig("base-model", train_data_dir="my-images", lora=True, lora_weights="mine")
+        >>> config = settle(config, start, torch.nn.ModuleDict({"to_q": torch.nn.Linear(16, 16)}))
+        >>> config.rank, config.lora_alpha, config.lora_target_modules
+        (8, 4.0, ['to_q'])
+    """
+    known = lora.peft_settings(start.layers, start.rslora[start.network])
+    paths, names = set(known["target_modules"]), [name for name, _ in network.named_modules()]
+    # Endings, as a person would give them, in place of a path for each layer.
+    ends = sorted(_find_minimal_target_modules(paths, set(names) - paths))
+    found = {"rank": known["r"], "lora_alpha": float(known["lora_alpha"]), "use_dora": known["use_dora"],
+             "lora_target_modules": ends if set(ends) != set(DEFAULT_TARGETS) else list(DEFAULT_TARGETS)}  # fmt: skip
+    for name, value in found.items():
+        given = getattr(config, name)
+        same = {path for path in names if _named(path, given)} == paths if isinstance(given, list) else given == value
+        if given not in (None, False) and not same:
+            raise UserError(f"{name} is {given}", rule=f"the adapter of lora_weights has {one_line(value, 200)}",
+                            remedy=f"leave {name} out")  # fmt: skip
+    settled = dataclasses.replace(config, **found)
+    settled.resolution_given = config.resolution_given
+    return settled
+
+
 def attach(
-    unet: Any, *, rank: int, alpha: float, targets: Sequence[str], seed: int, dropout: float = 0.0, dora: bool = False
-) -> list[AddressedDropout]:
+    unet: Any, *, rank: int, alpha: float, targets: Sequence[str], seed: int, dropout: float = 0.0, dora: bool = False,
+    start: Adapter | None = None,
+) -> list[AddressedDropout]:  # fmt: skip
     """Add a LoRA in float32 to a U-Net whose own weights are frozen from here on.
 
     Args:
@@ -97,6 +168,10 @@ def attach(
         seed: seed of the gaussian start of A, and of dropout.
         dropout: share of the update's input that is dropped in training.
         dora: train the length of each row of W' too.
+        start: adapter to begin from, bit for bit; its layers, ranks and alphas then stand in place of those above.
+
+    Raises:
+        UserError: `start` did not reach the layers whole.
 
     Returns:
         The dropout modules, which must be told the places of the samples before each forward pass; none without dropout.
@@ -109,16 +184,20 @@ def attach(
         True
     """
     unet.requires_grad_(False)
-    settings = LoraConfig(
-        r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets),  # type: ignore[arg-type]
-        lora_dropout=dropout, use_dora=dora,
-    )  # fmt: skip
+    shape: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": list(targets), "use_dora": dora}
+    if start is not None:
+        shape = lora.peft_settings(start.layers, start.rslora[start.network])
+    settings = LoraConfig(**shape, init_lora_weights="gaussian", lora_dropout=dropout)
     # peft draws from the global generator: borrow it with our seed, and give it back as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet.add_adapter(settings)
     # Trained weights in half precision lose small updates, and the fp16 scaler refuses them.
     cast_training_params(unet, dtype=torch.float32)
+    if start is not None:
+        state = {f"{layer.path}.{key}": value for layer in start.layers for key, value in layer.tensors()}
+        if wrong := _fill(unet, state):
+            raise UserError(f"lora_weights {start.file.label} did not reach the U-Net whole", rule=wrong[0])
     return _install(unet, p=dropout, seed=seed) if dropout else []
 
 
@@ -225,15 +304,7 @@ def load(unet: Any, folder: Path) -> None:
     """
     path = folder / WEIGHTS_NAME
     try:
-        state = {name.removeprefix("unet."): value for name, value in load_file(path).items()}
-        expected = {name: value.shape for name, value in get_peft_model_state_dict(unet).items()}
-        wrong = sorted(expected.keys() ^ state.keys()) or [n for n, v in state.items() if v.shape != expected[n]]
-        if not wrong:
-            set_peft_model_state_dict(unet, state, adapter_name="default")
-            held = get_peft_model_state_dict(unet)
-            wrong = [
-                name for name, value in state.items() if not torch.equal(held[name].cpu(), value.to(held[name].dtype))
-            ]
+        wrong = _fill(unet, {name.removeprefix("unet."): value for name, value in load_file(path).items()})
     except Exception as error:  # SafetensorError, OSError, shape mismatch (RuntimeError)
         raise UserError(
             f"{path} cannot be read", rule=f"{type(error).__name__}: {error}"[:300], remedy="use another checkpoint"
@@ -241,3 +312,14 @@ def load(unet: Any, folder: Path) -> None:
     if wrong:
         raise UserError(f"{path} belongs to another adapter", rule=f"{len(wrong)} weights are missing, unknown or of another shape, the first is {wrong[0]}",
                         remedy="use another checkpoint")  # fmt: skip
+
+
+def _fill(unet: Any, state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Put values by peft's names into an attached adapter; return the names that are missing, unknown or not held as given."""
+    expected = {name: value.shape for name, value in get_peft_model_state_dict(unet).items()}
+    wrong = sorted(expected.keys() ^ state.keys()) or [n for n, v in state.items() if v.shape != expected[n]]
+    if not wrong:
+        set_peft_model_state_dict(unet, dict(state), adapter_name="default")
+        held = get_peft_model_state_dict(unet)
+        wrong = [n for n, value in state.items() if not torch.equal(held[n].cpu(), value.to(held[n].dtype))]
+    return wrong

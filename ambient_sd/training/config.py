@@ -18,6 +18,7 @@ from typing import Any
 
 from ambient_sd.data.conditions import split_condition
 from ambient_sd.data.dataset_options import DatasetOptions
+from ambient_sd.sampling_options import SamplingOptions
 from ambient_sd.utils import files, settings
 from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.settings import Parser, add_flags, option, same
@@ -41,6 +42,7 @@ DEFAULT_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 CONFIG_NAME = "train_config.yaml"
 AUTO = "auto"
 PRESETS = Path(__file__).parents[1] / "presets"
+CONFIG_HELP = "settings from a file with these same names, or a preset by name (sd2-lora, sd2-full, sd15-lora, sdxl-lora); the command line wins"
 MAX_SEED = 2**64 - 1  # what torch's generators take
 _NOT_AMBIENT = ("objective=plain,gap,weighted", "ambient_level=0")
 
@@ -131,6 +133,7 @@ class TrainConfig:
     foreach_ema: bool = option(False, "update the average in one call over all tensors; needs use_ema", group="optimisation", needs="use_ema")
 
     lora: bool = option(False, "train a LoRA instead of the whole U-Net", group="LoRA")
+    lora_weights: str | None = same(SamplingOptions, "lora_weights", text="start from this adapter: folder, .safetensors file or hub id, in any names that `sample` reads; rank, lora_alpha, layers and kind are its own", group="LoRA", needs="lora")
     rank: int | None = option(None, "rank of the update (default 4)", group="LoRA", low=1, needs="lora")
     lora_alpha: float | None = option(None, "the update is scaled by lora_alpha / rank (default: the rank); kept in the saved file", group="LoRA", above=0.0, needs="lora")
     lora_target_modules: list[str] | None = option(None, "names of the layers that get an adapter (default: the attention projections to_k to_q to_v to_out.0)", group="LoRA", needs="lora")
@@ -224,6 +227,7 @@ class TrainConfig:
 
         if self.lora:
             self.lora_dropout = self.lora_dropout or 0.0
+        if self.lora and self.lora_weights is None:  # else the plan takes them from the adapter
             self.rank = self.rank or 4
             self.lora_alpha = self.lora_alpha or float(self.rank)
             self.lora_target_modules = self.lora_target_modules or list(DEFAULT_TARGETS)
@@ -323,6 +327,6 @@ def make_parser() -> Parser:
         description="Fine-tune a Stable Diffusion U-Net, whole or by LoRA, so that it does not hand its training images back.",
         epilog="Example: accelerate launch train_text_to_image_ambient.py --config configs/sd2-lora.yaml --train_data_dir my-images",
     )
-    parser.add_argument("--config", metavar="FILE.yaml", help="settings from a file with these same names, or a preset by name (sd2-lora, sd2-full, sd15-lora, sdxl-lora); the command line wins")  # fmt: skip
+    parser.add_argument("--config", metavar="NAME|FILE.yaml", help=CONFIG_HELP)  # fmt: skip
     add_flags(parser, TrainConfig, groups=GROUPS)
     return parser

@@ -497,6 +497,7 @@ class _Trainer:
         record = seen.record()
         self.evaluations.append(record)
         if seen.sheet is not None:  # the main process
+            logger.info("%s", seen.describe())
             self._show("probe", seen.sheet, step)
             if seen.new_sheet is not None:
                 self._show("probe", seen.new_sheet, step, "-new")
@@ -587,7 +588,7 @@ def _load_unet(plan: Plan, checkpoint: Path | None, precision: str) -> tuple[Any
         unet.to({"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32))  # frozen weights
         dropouts = adapters.attach(
             unet, rank=config.rank or 4, alpha=config.lora_alpha or 4.0, targets=config.lora_target_modules or (),
-            seed=config.seed, dropout=config.lora_dropout or 0.0, dora=config.use_dora,
+            seed=config.seed, dropout=config.lora_dropout or 0.0, dora=config.use_dora, start=plan.start,
         )  # fmt: skip
         if checkpoint is not None:
             adapters.load(unet, checkpoint)

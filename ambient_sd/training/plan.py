@@ -25,6 +25,7 @@ from ambient_sd.data.duplicates import noise_fingerprint
 from ambient_sd.data.enlargement import check_enlargement
 from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.families.base import Base, check_base
+from ambient_sd.families.lora import Adapter
 from ambient_sd.objective import AmbientObjective
 from ambient_sd.sampling import collect_prompts
 from ambient_sd.training import (
@@ -70,6 +71,7 @@ class Plan:
         notes: what the user should know before the run, a line each.
         new_captions: captions that are not trained, on which the probe measures quality.
         level_reason: where a measured level comes from; None if the settings give it.
+        start: the adapter that the training starts from; None: a fresh one, or the whole U-Net.
 
     Example:
         >>> from ambient_sd.assets import BASE, IMAGES
@@ -88,6 +90,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     new_captions: tuple[str, ...] = ()
     level_reason: str | None = None
+    start: Adapter | None = None
 
     @property
     def fixed_noise(self) -> bool:
@@ -108,6 +111,7 @@ class Plan:
             "ambient_level": self.objective.level,
             "prediction_type": self.objective.prediction_type,
             "vae": self.base.vae_label,
+            "lora_weights": None if self.start is None else self.start.file.sha256,
             "global_batch": global_batch,
             "images": self.images.fingerprint(),
             "noise_keys": noise_fingerprint(self.images.noise_keys, self.images.mirrored),
@@ -153,7 +157,11 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         noising.min_snr_weight(base.schedule, torch.tensor([0]), config.snr_gamma, objective.prediction_type)
     if config.memorization_threshold is not None:
         dropping.check_scheduler(base.scheduler)
-    if config.lora:
+    start = None
+    if config.lora_weights is not None:
+        start = adapters.read_start(config.lora_weights, base)
+        config = adapters.settle(config, start, base.skeleton()[base.family.network])
+    elif config.lora:
         adapters.check_targets(base.skeleton()[base.family.network], config.lora_target_modules or ())
     prompts, new = collect_prompts(config.validation_prompts), collect_prompts(config.probe_prompts)
     checkpoint = _check_output(config)
@@ -166,7 +174,7 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         buckets = assign(images.sizes, images.noise_keys, sizes)
     notes = _notes(config, base, images, prompts, buckets)
     if config.keep == "best":
-        new = new or compose(images.captions, config.probe_images or 32, config.seed)
+        new = new or compose(images.captions, (config.probe_images or 32) // 2, config.seed)
         if trained := set(new) & set(images.all_captions):
             raise UserError(f"probe_prompts has {one_line(min(trained), 80)}", rule="quality is measured on captions that are not trained",
                             remedy="leave it out")  # fmt: skip
@@ -174,7 +182,7 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
             notes += (
                 "quality is not measured on the way: the captions give no new ones; name some with --probe_prompts",
             )
-    return Plan(config, base, objective, images, prompts, checkpoint, buckets, notes, tuple(new))
+    return Plan(config, base, objective, images, prompts, checkpoint, buckets, notes, tuple(new), start=start)
 
 
 def _check_packages(config: TrainConfig) -> None:
@@ -230,7 +238,7 @@ def _check_output(config: TrainConfig) -> Path | None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"output_dir is {config.output_dir}", rule=f"{existing} is no folder that can be written to",
                         remedy="name another one")  # fmt: skip
-    for name in ("pretrained_model_name_or_path", "train_data_dir", "dataset_name"):
+    for name in ("pretrained_model_name_or_path", "train_data_dir", "dataset_name", "lora_weights"):
         given = getattr(config, name)
         if given is not None and folder.exists() and folder.resolve() == Path(given).expanduser().resolve():
             raise UserError(f"output_dir is {config.output_dir}", rule=f"that is {name} too, and would be overwritten",

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from ambient_sd.audit.decision import CopyDecision
@@ -44,6 +45,7 @@ from ambient_sd.utils.sheets import above, contact_sheet
 
 # Guidance of 7.5 drives the colours of a fine-tuned model away from the originals and hides copies from a distance in pixels.
 GUIDANCE_SCALE = 2.0
+INFERENCE_STEPS = 15  # of DPM-Solver++
 MAX_SEARCHED = 4096  # 12,288 numbers an image: 200 MB
 MAX_DECIDED = 1000  # training images that the decision lays over the sampled ones
 _SIDE, _PER_ROW = 64, 8
@@ -76,6 +78,11 @@ class ProbeEvaluation:
     sheet: Image.Image | None
     kid: float | None = None
     new_sheet: Image.Image | None = None
+
+    def describe(self) -> str:
+        """Return it in one line."""
+        quality = "" if self.kid is None else f"; KID x 1000 on new captions {1000 * self.kid:.1f}"
+        return f"step {self.step}: copy rate {self.copies.show(1, 100, ' %')} of {self.copies.n} images{quality}"
 
     def record(self) -> dict[str, float]:
         """Return the numbers, for curves and files."""
@@ -146,8 +153,11 @@ class Probe:
     def evaluate(self, pipe: Any, accelerator: Accelerator, step: int) -> ProbeEvaluation:
         """Sample the probe's images and measure them; to be called by every process. All return the main one's numbers."""
         self.vae = pipe.vae
+        # Fifteen of its steps draw better than 25 of DDIM, in less than two thirds of the time.
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
         options: dict[str, Any] = {
             "resolution": self.resolution, "seed": self.seed, "accelerator": accelerator, "guidance_scale": GUIDANCE_SCALE,
+            "steps": min(INFERENCE_STEPS, validation.INFERENCE_STEPS),
         }  # fmt: skip
         sampled = validation.sample(pipe, self.captions, 1, **options)
         new = validation.sample(pipe, self.new_captions, 1, **options).rows if self.new_captions else []

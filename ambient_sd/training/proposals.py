@@ -19,7 +19,7 @@ from ambient_sd.data.noise_level import FEWEST
 from ambient_sd.training.config import AUTO
 
 SAMPLES_PER_IMAGE, FEWEST_SAMPLES, MOST_SAMPLES = 100, 4_000, 40_000
-EVALUATIONS = 8
+EVALUATIONS = 6
 _SMALL = 100e6  # parameters; Stable Diffusion has 866 million
 _SIDES = 64  # pixels that a proposed resolution is a multiple of, where the base has more
 
@@ -106,7 +106,7 @@ def propose(
         add("mixed_precision", "bf16" if torch.cuda.is_bf16_supported() else "fp16", "the GPU has it")
         add("gradient_checkpointing", True, "less memory")
     if distinct > 1:
-        add("probe_steps", max(1, steps // EVALUATIONS), f"{EVALUATIONS} evaluations on the way")
+        add("probe_steps", -(-steps // EVALUATIONS), f"{EVALUATIONS} evaluations, the last one at the end")
         add("probe_images", min(32, count), "captions that are probed")
         add("keep", "best", "the result is the last evaluation before copying begins")
         add("checkpoints_total_limit", 1, "the newest, and the one that is kept")

@@ -1,7 +1,7 @@
 """Images during training: the same prompts with the same start noise every time, shared out over the processes.
 
 They are sampled under the memorization guard, whose score (mean norm of the guidance, Wen et al., ICLR 2024) comes with each.
-Every process samples its share and all meet in a gather after each image, so none waits on another for longer than one image takes
+Every process samples its share and all meet in a gather after each batch, so none waits on another for longer than one batch takes
 (sampling on the first process alone ends in NCCL's timeout). Training is left as it was: own generators, modes restored.
 """
 
@@ -27,6 +27,7 @@ from ambient_sd.utils.sheets import prompt_sheet
 INFERENCE_STEPS = 25
 GUIDANCE_SCALE = 7.5
 SCORES_NAME = "scores.json"
+_PIXELS_AT_ONCE, _MOST_AT_ONCE = 2**20, 16  # of a batch: four images of 512 px, beside a model in training
 _SCORES = {
     "type": "object",
     "required": ["step", "scores"],
@@ -78,6 +79,7 @@ def sample(
     seed: int,
     accelerator: Accelerator,
     guidance_scale: float = GUIDANCE_SCALE,
+    steps: int | None = None,
 ) -> Samples:
     """Sample `per_prompt` images of each prompt; to be called by every process.
 
@@ -89,6 +91,7 @@ def sample(
         seed: of the run; an image's own is `ambient_sd.sampling.image_seed` of it and of the place in the grid.
         accelerator: who is here.
         guidance_scale: of classifier-free guidance, above 1.
+        steps: of the sampler (default 25).
 
     Returns:
         One row of images and of scores per prompt, on every process.
@@ -101,8 +104,8 @@ def sample(
         ((32, 32), 1)
     """
     config = SamplingConfig(
-        "the model in training", num_inference_steps=INFERENCE_STEPS, guidance_scale=guidance_scale, resolution=resolution,
-        seed=seed, batch_size=1,
+        "the model in training", num_inference_steps=steps or INFERENCE_STEPS, guidance_scale=guidance_scale, resolution=resolution,
+        seed=seed, batch_size=max(1, min(_MOST_AT_ONCE, _PIXELS_AT_ONCE // resolution**2)),
     )  # fmt: skip
     requests, images, scores = requests_for(prompts, per_prompt), [], []
     with _ready_to_sample(pipe, accelerator.device):

@@ -19,7 +19,7 @@ from ambient_sd.audit.embedding import EmbeddingStore, embed_set, load_set, main
 from ambient_sd.audit.features import EffLite0, Pixels
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.registry import choose
-from ambient_sd.data.sources import content_key
+from ambient_sd.data.images import content_key
 from ambient_sd.utils.errors import UserError
 
 COUNT, BLOCK = 200, 64

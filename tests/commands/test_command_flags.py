@@ -22,6 +22,7 @@ from ambient_sd.commands.inspect import InspectSettings
 from ambient_sd.commands.level import LevelSettings
 from ambient_sd.commands.push import PushSettings
 from ambient_sd.commands.sample import PromptOptions, SampleSettings
+from ambient_sd.commands.train import TrainOptions
 from ambient_sd.data.dataset_options import DatasetOptions
 from ambient_sd.sampling_options import SamplingOptions
 from ambient_sd.training import config
@@ -31,11 +32,11 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "demo": (DemoSettings,), "inspect": (InspectSettings,), "level": (LevelSettings,), "push": (PushSettings,),
     "sample": (SamplingOptions, PromptOptions, SampleSettings), "calibrate": (SamplingOptions, CalibrationPrompts, CalibrateSettings),
     "compare": (ComparedOptions, DatasetOptions, CompareSettings),
-    "audit": (AuditedOptions, AuditSettings, FeatureOptions, DatasetOptions, SamplingOptions), "train": (config.TrainConfig,),
+    "audit": (AuditedOptions, AuditSettings, FeatureOptions, DatasetOptions, SamplingOptions), "script": (config.TrainConfig,), "train": (TrainOptions, config.TrainConfig),
 }  # fmt: skip
 # Anisotropy and the scores of a calibration are of the model alone; MODEL stands among the places of an audit.
-LEFT_OUT = {"calibrate": {"base", "base_above"}, "audit": {"model"}}
-ALL = {**{name: parser_of(name) for name in COMMANDS}, "train": config.make_parser()}
+LEFT_OUT = {"calibrate": {"base", "base_above"}, "audit": {"model"}, "train": {"train_data_dir", "dataset_name"}}
+ALL = {**{name: parser_of(name) for name in COMMANDS}, "script": config.make_parser()}
 
 
 def options(parser: Parser) -> dict[str, argparse.Action]:
@@ -60,7 +61,9 @@ def conflicts(commands: dict[str, Parser]) -> list[str]:
 def test_help_shows_every_setting_and_no_none(name: str) -> None:
     text = ALL[name].format_help()
     names = {f.name for owner in SETTINGS[name] for f in dataclasses.fields(owner) if "text" in f.metadata}
-    assert {action.dest for action in ALL[name]._actions} - {"help", "config"} == names - LEFT_OUT.get(name, set())
+    assert {action.dest for action in ALL[name]._actions} - {"help", "config"} == names - {"config"} - LEFT_OUT.get(
+        name, set()
+    )
     for owner in SETTINGS[name]:
         for item in dataclasses.fields(owner):
             if "text" in item.metadata and item.name not in LEFT_OUT.get(name, set()):
@@ -70,8 +73,8 @@ def test_help_shows_every_setting_and_no_none(name: str) -> None:
 
 
 def test_one_flag_means_the_same_in_every_command() -> None:
-    # compare has several models, each with a name and perhaps a LoRA of its own.
-    known = {"--lora_weights: compare and sample", "--adapter: compare and sample"}
+    # compare has several models, each with a name and perhaps a LoRA of its own; train goes on from it.
+    known = {f"{flag}: {name} and sample" for flag in ("--lora_weights", "--adapter") for name in ("compare", "train")}
     assert set(conflicts(ALL)) == known
 
 

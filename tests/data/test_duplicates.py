@@ -14,8 +14,9 @@ from PIL import Image, ImageEnhance, ImageOps
 
 import ambient_sd
 from ambient_sd.data.duplicates import Group, Thumbnails, find_groups, noise_fingerprint, noise_keys, shared_noise
+from ambient_sd.data.images import content_key
 from ambient_sd.data.noise import image_noise
-from ambient_sd.data.sources import content_key, load_rows
+from ambient_sd.data.sources import load_rows
 
 
 def photo(seed: int, size: tuple[int, int] = (192, 144)) -> Image.Image:

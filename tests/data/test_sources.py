@@ -13,8 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ambient_sd.data import sources
-from ambient_sd.data.sources import content_key, load_rows
+from ambient_sd.data.images import Undecodable, content_key, decode
+from ambient_sd.data.layouts.hub import Hub
+from ambient_sd.data.layouts.layout import Request
+from ambient_sd.data.sources import load_rows
 from ambient_sd.utils.errors import UserError
 
 
@@ -54,9 +56,9 @@ def test_folder_parquet_and_hub_loader_give_the_same_images(folder: Path, tmp_pa
     shutil.copy(parquet, tmp_path / "hub" / "train.parquet")
     from_folder, from_parquet = load_rows(folder).check(), load_rows(parquet).check()
     # The hub client reads a local data set by the same call.
-    table = sources._from_hub(str(tmp_path / "hub"), "image", "text", "train", None, str(tmp_path / "cache"))
+    table = Hub().read(Request(str(tmp_path / "hub"), cache_dir=str(tmp_path / "cache")))
     assert len(from_folder) == len(from_parquet) == len(table.rows) == 8
-    assert from_folder.keys == from_parquet.keys == [content_key(sources.decode(table.image(i))) for i in range(8)]
+    assert from_folder.keys == from_parquet.keys == [content_key(decode(table.image(i))) for i in range(8)]
     assert from_folder.captions == from_parquet.captions == [table.rows[i]["text"] for i in range(8)]
     assert (
         from_folder.fingerprint() == load_rows(parquet).fingerprint() != load_rows(folder, max_samples=7).fingerprint()
@@ -68,7 +70,7 @@ def test_the_key_is_the_content_whatever_the_file(folder: Path) -> None:
     image = load_rows(folder)[0]
     for name, options in {"a.bmp": {}, "b.webp": {"lossless": True}, "c.png": {"compress_level": 1}}.items():
         image.image.save(folder / name, **options)
-        assert content_key(sources.decode(folder / name)) == image.key
+        assert content_key(decode(folder / name)) == image.key
     changed = image.image.copy()
     changed.putpixel((0, 0), (1, 2, 3))
     assert content_key(changed) != image.key
@@ -80,12 +82,12 @@ def test_transparency_lies_on_white_and_exif_turns_upright() -> None:
     clear = Image.new("RGBA", (4, 2), (255, 0, 0, 0))
     buffer = io.BytesIO()
     clear.save(buffer, "PNG")
-    assert sources.decode(buffer.getvalue()).getpixel((0, 0)) == (255, 255, 255)
+    assert decode(buffer.getvalue()).getpixel((0, 0)) == (255, 255, 255)
     exif = Image.Exif()
     exif[0x0112] = 6
     buffer = io.BytesIO()
     Image.new("RGB", (4, 2)).save(buffer, "JPEG", exif=exif)
-    assert sources.decode(buffer.getvalue()).size == (2, 4)
+    assert decode(buffer.getvalue()).size == (2, 4)
 
 
 def test_split_and_row_filters_choose_rows(folder: Path, tmp_path: Path) -> None:
@@ -191,7 +193,7 @@ def test_a_mistyped_folder_is_not_looked_for_on_the_hub(monkeypatch: pytest.Monk
     def no_hub(*_: object) -> None:
         raise AssertionError("asked the hub")
 
-    monkeypatch.setattr(sources, "_from_hub", no_hub)
+    monkeypatch.setattr(Hub, "read", no_hub)
     one_line(lambda: load_rows("my-images", local=True), "my-images", "no file or folder")
     with pytest.raises(AssertionError, match="asked the hub"):
         load_rows("my-images")
@@ -203,12 +205,12 @@ def test_sixteen_bit_grey_keeps_its_greys_and_what_has_no_white_is_refused(tmp_p
         for x, value in enumerate(values):
             image.putpixel((x, 0), value)
         image.save(tmp_path / name)
-        return sources.decode(tmp_path / name)
+        return decode(tmp_path / name)
 
     grey = decoded("grey.png", "I;16", (20000, 60000))
     assert [grey.getpixel((x, 0)) for x in (0, 1)] == [(78,) * 3, (234,) * 3]
     for mode, values in (("F", (0.2, 0.7)), ("I", (70000, 90000))):
-        with pytest.raises(sources._Undecodable, match="white"):
+        with pytest.raises(Undecodable, match="white"):
             decoded("deep.tiff", mode, values)
 
 
@@ -216,14 +218,14 @@ def test_sixteen_bit_grey_keeps_its_greys_and_what_has_no_white_is_refused(tmp_p
 def test_every_usual_mode_of_image_decodes_to_rgb(tmp_path: Path, mode: str) -> None:
     name = tmp_path / {"CMYK": "a.jpg", "YCbCr": "a.jpg"}.get(mode, "a.png")
     Image.new("RGB", (16, 16), "white").convert(mode).save(name)
-    image = sources.decode(name)
+    image = decode(name)
     assert (image.mode, image.getpixel((5, 5))) == ("RGB", (255, 255, 255))
 
 
 def test_the_first_frame_of_an_animation_is_the_image(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert sources.decode(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
+    assert decode(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_images_reach_worker_processes_that_do_not_fork(folder: Path, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from ambient_sd.cli import main
 from ambient_sd.commands.audit import AuditSettings, Source
 from ambient_sd.commands.audit.work import audit, read_generated
 from ambient_sd.commands.inspect import inspect
-from ambient_sd.data import sources, walk
+from ambient_sd.data import walk
+from ambient_sd.data.images import decode
 from ambient_sd.data.sources import load_rows
 from ambient_sd.utils.errors import UserError
 
@@ -229,7 +230,7 @@ def test_a_png_with_a_large_text_is_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="MAX_TEXT_CHUNK"), Image.open(tmp_path / "a.png") as opened:
         opened.load()
     expected = image.transpose(Image.Transpose.ROTATE_270)
-    assert np.array_equal(np.asarray(sources.decode(tmp_path / "a.png")), np.asarray(expected))
+    assert np.array_equal(np.asarray(decode(tmp_path / "a.png")), np.asarray(expected))
 
 
 def test_grey_of_sixteen_bits_keeps_its_transparency(tmp_path: Path) -> None:
@@ -237,7 +238,7 @@ def test_grey_of_sixteen_bits_keeps_its_transparency(tmp_path: Path) -> None:
     grey.save(tmp_path / "a.png", transparency=20000)
     with Image.open(tmp_path / "a.png") as opened:
         assert opened.mode == "I;16" and opened.info["transparency"] == 20000
-    assert [sources.decode(tmp_path / "a.png").getpixel((x, 0)) for x in (0, 1)] == [(255,) * 3, (234,) * 3]
+    assert [decode(tmp_path / "a.png").getpixel((x, 0)) for x in (0, 1)] == [(255,) * 3, (234,) * 3]
 
 
 def test_too_many_pixels_are_refused_in_our_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

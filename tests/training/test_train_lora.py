@@ -23,19 +23,6 @@ from ambient_sd.training.plan import base_of
 Settings = Callable[..., TrainConfig]
 
 
-@pytest.fixture
-def settings(tiny_base: Path, tiny_images: Path, tmp_path: Path) -> Settings:
-    def make(name: str = "out", **values: Any) -> TrainConfig:
-        defaults: dict[str, Any] = {
-            "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tiny_images), "resolution": 32,
-            "train_batch_size": 4, "max_train_steps": 3, "report_to": "none", "output_dir": str(tmp_path / name),
-            "learning_rate": 1e-2, "lora": True,
-        }  # fmt: skip
-        return TrainConfig(**{**defaults, **values})
-
-    return make
-
-
 class Stop(Exception):
     """The power goes out."""
 

@@ -59,7 +59,8 @@ from ambient_sd.audit.stored import missing_features, recall
 from ambient_sd.commands.audit import AuditSettings, Source
 from ambient_sd.commands.sample import SampleSettings
 from ambient_sd.commands.sample.work import sample
-from ambient_sd.data.sources import ImageDataset, load_rows, not_listed, refuse_unlisted
+from ambient_sd.data.layouts.layout import not_listed, refuse_unlisted
+from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.data.stream import drawn
 from ambient_sd.families.base import Model
 from ambient_sd.reporting.audit_page import write_report

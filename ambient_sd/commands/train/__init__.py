@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ambient_sd.training.config import GROUPS, TrainConfig, load_yaml
+from ambient_sd.training.config import CONFIG_HELP, GROUPS, TrainConfig, load_yaml
 from ambient_sd.utils import settings
 from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.settings import REQUIRED, Parser, add_flags, check, from_flags, option
@@ -29,7 +29,7 @@ class TrainOptions:
 
     # fmt: off
     folder: str = option(REQUIRED, "the images: a folder as your tools keep it, a parquet file, tar shards, or a dataset's hub id", positional=True, metavar="DATA")
-    config: str | None = option(None, "preset (sd2-lora, sd2-full, sd15-lora, sdxl-lora) or YAML file; the command line wins", metavar="NAME|FILE")
+    config: str | None = option(None, CONFIG_HELP, metavar="NAME|FILE.yaml")
     dry_run: bool = option(False, "print the plan, with time and memory measured on three steps, and train nothing")
     audit: bool = option(False, "audit the result at the end: output_dir/audit/audit.html")
     num_processes: int | None = option(None, "train on N devices (default: all GPUs of this machine)", low=1)

@@ -29,9 +29,9 @@ from ambient_sd.reporting.publishing import prepare, push
 from ambient_sd.training import RunRecord, results, run
 from ambient_sd.training.config import AUTO, TrainConfig
 from ambient_sd.training.plan import Plan, base_of, open_images, plan_run
+from ambient_sd.training.probe import GUIDANCE_SCALE, INFERENCE_STEPS
 from ambient_sd.training.proposals import Proposal, propose
 from ambient_sd.training.record import CURVE_NAME, describe_start
-from ambient_sd.training.validation import INFERENCE_STEPS
 from ambient_sd.utils.memory import peak_memory
 
 _LOOKED_AT = 256  # images whose sizes decide the resolution
@@ -139,7 +139,7 @@ def audit(record: RunRecord, config: TrainConfig) -> int:
     options = [
         "--output_dir", str(folder), "--overwrite", "--resolution", str(config.resolution), "--num_prompts", str(prompts),
         "--num_images_per_prompt", str(max(1, _AUDITED // prompts)), "--num_inference_steps", str(INFERENCE_STEPS),
-        "--guidance_scale", "2", "--seed", str(config.seed),
+        "--guidance_scale", f"{GUIDANCE_SCALE:g}", "--scheduler", "dpm++", "--seed", str(config.seed), "--base_images", str(_AUDITED // 2), "--batch_size", str(max(1, min(16, 2**20 // config.resolution**2))),
     ]  # fmt: skip
     place = str(config.pretrained_model_name_or_path) if config.lora else str(record.output)
     if config.lora:

@@ -1,0 +1,176 @@
+"""`ambient-sd train`: a folder becomes a LoRA; what is not said is proposed from images, base and device."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from diffusers import StableDiffusionPipeline
+
+from ambient_sd.cli import main
+from ambient_sd.training import validation
+from ambient_sd.training.config import PRESETS, TrainConfig, load_yaml, parse
+from ambient_sd.training.proposals import propose
+from ambient_sd.utils.errors import UserError
+from ambient_sd.utils.hub_ids import resolve_model_id
+
+ROOT = Path(__file__).parents[2]
+SD2 = {"native": 512, "step": 8, "parameters": 866_000_000, "device": torch.device("cpu")}
+
+
+def proposed(given: Any = (), sizes: Any = ((512, 512),), count: int = 50, **more: Any) -> dict[str, Any]:
+    found = propose(given, sizes=list(sizes), count=count, distinct=count, **{**SD2, **more})
+    return {one.name: one.value for one in found}
+
+
+def test_a_given_setting_is_never_proposed() -> None:
+    everything = proposed()
+    assert everything["lora"] is True and everything["keep"] == "best" and everything["ambient_level"] == "auto"
+    for name, value in everything.items():
+        more = {"lora": value} if name == "lora" else {"steps": value} if name == "max_train_steps" else {}
+        more |= {"batch": value} if name == "train_batch_size" else {}
+        assert set(proposed({name}, **more)) == set(everything) - {name}
+    assert "ambient_level" not in proposed(objective="plain") and "ambient_level" not in proposed({"ambient_timestep"})
+    assert "rank" not in proposed({"lora"}, lora=False)
+
+
+@pytest.mark.parametrize(
+    ("size", "native", "wanted"),
+    [((900, 700), 512, 512), ((450, 600), 512, 512), ((300, 300), 512, 256), ((64, 64), 64, 64), ((70, 66), 512, 64),
+     ((50, 50), 512, 48), ((40, 40), 64, 40), ((2000, 1500), 1024, 1024)],
+)  # fmt: skip
+def test_resolution_is_the_bases_or_what_small_images_have(size: tuple[int, int], native: int, wanted: int) -> None:
+    assert proposed(sizes=[size] * 9, native=native)["resolution"] == wanted
+
+
+def test_steps_follow_the_number_of_images_within_bounds() -> None:
+    samples = [proposed(count=n, batch=4, given={"train_batch_size"})["max_train_steps"] * 4 for n in (5, 100, 100_000)]
+    assert samples == [4_000, 10_000, 40_000]
+    assert proposed(count=100, processes=2)["max_train_steps"] * 2 == proposed(count=100)["max_train_steps"]
+
+
+def test_mixed_shapes_get_buckets() -> None:
+    assert proposed(sizes=[(512, 512)] * 8 + [(768, 512)] * 2)["aspect_ratio_buckets"] == "auto"
+    assert "aspect_ratio_buckets" not in proposed(sizes=[(512, 512)] * 9 + [(768, 512)])
+    assert "aspect_ratio_buckets" not in proposed({"center_crop"}, sizes=[(512, 512), (768, 512)])
+
+
+def test_too_few_images_are_not_measured() -> None:
+    few = proposed(count=3)
+    assert few["ambient_level"] == 1.0 and "probe_steps" in few
+    assert "probe_steps" not in proposed(count=1)
+
+
+def test_presets_are_the_files_of_the_configs_folder() -> None:
+    names = {path.stem for path in PRESETS.glob("*.yaml")}
+    assert names == {"sd15-lora", "sd2-full", "sd2-lora", "sdxl-lora"}
+    for name in names:
+        assert load_yaml(name) == load_yaml(ROOT / "configs" / f"{name}.yaml")
+    assert parse(["--config", "sd2-lora", "--train_data_dir", "x"]).rank == 16
+    with pytest.raises(UserError, match=r"the presets are sd15-lora.*the nearest known one is sd2-lora"):
+        load_yaml("sd2-lorra")
+
+
+def test_embedded_is_the_base_of_the_package() -> None:
+    assert (Path(resolve_model_id("embedded")) / "model_index.json").is_file()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_base: Path) -> str:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(validation, "INFERENCE_STEPS", 2)
+    monkeypatch.setattr(logging.getLogger("ambient_sd"), "handlers", [])
+    tiny.tiny_folder(tmp_path / "my-images", count=12)
+    return f"train my-images --pretrained_model_name_or_path {tiny_base} --max_train_steps 4 --probe_images 2 --report_to none"
+
+
+def test_one_command_makes_a_lora_with_card_curve_and_audit(quick: str, capsys: pytest.CaptureFixture[str], tiny_base: Path) -> None:  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        main([*quick.split(), "--audit"])
+        raise SystemExit(0)
+    said = capsys.readouterr().out
+    assert stop.value.code == 0, said
+    out = Path("my-images-lora")
+    for name in ("pytorch_lora_weights.safetensors", "README.md", "card.json", "probe/curve.png", "audit/audit.html"):
+        assert (out / name).is_file(), name
+    assert "resolution 32: the base's 32" in said and "ambient_level auto: measured on the images" in said
+    card = (out / "README.md").read_text()
+    assert "kept step" in card and "probe/curve.png" in card and "How much of the training images it hands back has not" not in card  # fmt: skip
+    record = json.loads((out / "audit" / "audit.json").read_text())
+    assert record["model"]["guidance_scale"] == 2
+    StableDiffusionPipeline.from_pretrained(tiny_base).load_lora_weights(out, weight_name="pytorch_lora_weights.safetensors")  # fmt: skip
+
+    # The same command again: a finished training is not trained again.
+    with pytest.raises(SystemExit) as stop:
+        main(quick.split())
+    assert stop.value.code == 2 and "holds a finished training" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_resumes_with_the_same_command(quick: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    main(quick.split())
+    out = Path("my-images-lora")
+    whole = (out / "pytorch_lora_weights.safetensors").read_bytes()
+    checkpoints = sorted(path.name for path in out.glob("checkpoint-*"))
+    assert checkpoints
+    (out / "pytorch_lora_weights.safetensors").unlink()
+    losses = (out / "losses.jsonl").read_text()
+    main(quick.split())
+    assert (out / "pytorch_lora_weights.safetensors").read_bytes() == whole
+    assert (out / "losses.jsonl").read_text() == losses
+
+
+def test_dry_run_trains_and_writes_nothing(quick: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*quick.split(), "--dry_run"])
+    said = capsys.readouterr().out
+    assert not Path("my-images-lora").exists()
+    for word in (
+        "images     12 at 32 px",
+        "buckets    32 x 32 px: 12",
+        "time       about",
+        "memory",
+        "writes     my-images-lora",
+    ):
+        assert word in said, said
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("train no-such-folder --pretrained_model_name_or_path embedded", "there is no file or folder no-such-folder"),
+        ("train my-images", "pretrained_model_name_or_path is missing"),
+        ("train my-images --pretrained_model_name_or_path embedded --no-lora --rank 4", "rank is given"),
+        ("train my-images --config no-preset", "config is no-preset"),
+        ("train my-images --pretrained_model_name_or_path embedded --num_processes 0", "num_processes is 0"),
+        ("train", "DATA"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(words: str, text: str, quick: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and text in error and error.count("\n") == 1, error
+
+
+def test_several_devices_are_launched_by_accelerate(quick: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+
+    def execve(path: str, command: list[str], env: dict[str, str]) -> None:
+        called.append((command, env))
+        raise SystemExit(0)
+
+    monkeypatch.setattr("os.execve", execve)
+    with pytest.raises(SystemExit):
+        main([*quick.split(), "--num_processes", "2"])
+    ((command, env),) = called
+    assert command[1:6] == ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    assert command[6:9] == ["-m", "ambient_sd.cli", "train"] and env["ACCELERATE_USE_CPU"] == "true"
+
+
+def test_configs_that_need_a_default_of_the_command_may_be_given_alone() -> None:
+    with pytest.raises(UserError, match="keep"):
+        TrainConfig("base", train_data_dir="x", keep="best")
