@@ -12,6 +12,7 @@ Under `accelerate launch` the processes share the batches out and all of them se
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -55,13 +56,28 @@ class SamplingConfig(SamplingOptions):
             torch.device(self.device or "cpu")
         except RuntimeError:
             raise UserError(f"device is {self.device!r}", remedy="for example cpu, cuda or cuda:1") from None
-        model = Model(resolve_model_id(self.model))
-        assert model.family
+        model = self.source()
+        model.check_weights()
         if self.base is not None:
-            base = Model(resolve_model_id(self.base))
-            assert base.family
+            base = self.of(self.base).source()
+            base.check_weights()
             check_same_space(model, base)
         self.lora()
+
+    def source(self) -> Model:
+        """Return the model, to be read file by file."""
+        return Model(
+            resolve_model_id(self.model), self.revision, self.variant, config=self.single_file_config
+        )  # fmt: skip
+
+    def of(self, model: str) -> SamplingConfig:
+        """Return how another model is sampled in the same way: of a folder the variant is kept if it has it, the revision is MODEL's alone."""
+        other = Model(resolve_model_id(model))
+        variant = self.variant if self.variant is not None and other.has_variant(self.variant) else None
+        config = self.single_file_config if other.is_file else None
+        return dataclasses.replace(
+            self, model=model, revision=None, variant=variant, single_file_config=config, lora_weights=None, base=None, base_above=None
+        )  # fmt: skip
 
     def lora(self) -> dict[str, Any] | None:
         """Return the record of the adapter (`ambient_sd.families.lora.Adapter.record`), without loading the model; None without one.
@@ -73,17 +89,14 @@ class SamplingConfig(SamplingOptions):
             return None
         path = locate(self.lora_weights)
         seen = path.stat()
-        return dict(
-            _fitted(
-                self.lora_weights, path, (seen.st_mtime_ns, seen.st_size, seen.st_ino), resolve_model_id(self.model)
-            )
-        )
+        return dict(_fitted(self.lora_weights, path, (seen.st_mtime_ns, seen.st_size, seen.st_ino), self.source()))
 
     def public(self) -> dict[str, Any]:
         """Return what images depend on, fit to be written down: of local folders the last part of their name only."""
         return {
             "model": label(self.model), "lora_weights": None if self.lora_weights is None else label(self.lora_weights),
             **({} if self.lora_weights is None else {"lora": self.lora()}),
+            **{name: label(value) for name in ("revision", "variant", "single_file_config") if (value := getattr(self, name)) is not None},
             "scheduler": self.scheduler, "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale, "resolution": self.resolution, "seed": self.seed, "dtype": self.dtype,
             **({} if self.base_above is None else {"base_above": self.base_above, "base": None if self.base is None else label(self.base)}),
@@ -243,11 +256,13 @@ def load_pipeline(settings: SamplingConfig, *, safety_checker: bool = True) -> A
     quiet()
     diffusers.utils.logging.set_verbosity_error()
     settings.check()
-    model = Model(resolve_model_id(settings.model))
+    model = settings.source()
     dtype: torch.dtype = getattr(torch, settings.dtype)
     try:
         options = {} if safety_checker else {"safety_checker": None, "requires_safety_checker": False}
         pipe = model.load_pipeline(dtype, **options)
+    except UserError:
+        raise
     except Exception as error:  # OSError, ValueError, SafetensorError, ...: all mean unusable files
         raise UserError(f"{settings.model} cannot be loaded", rule=one_line(f"{type(error).__name__}: {error}", 240),
                         remedy="give a whole Stable Diffusion pipeline with safetensors weights") from None  # fmt: skip
@@ -270,7 +285,7 @@ def load_pipeline(settings: SamplingConfig, *, safety_checker: bool = True) -> A
         raise UserError(f"the model does not go to {settings.device or 'the GPU'}", rule=one_line(error, 240),
                         remedy="give another --device") from None  # fmt: skip
     if settings.base_above is not None:
-        base = None if settings.base is None else Model(resolve_model_id(settings.base))
+        base = None if settings.base is None else settings.of(settings.base).source()
         BaseAbove(pipe, settings.base_above, None if base is None else base.load(base.family.network, dtype))
     return pipe
 
@@ -519,7 +534,6 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 @functools.lru_cache(maxsize=8)
-def _fitted(adapter: str, path: Path, _: tuple[int, ...], model: str) -> dict[str, Any]:
+def _fitted(adapter: str, path: Path, _: tuple[int, ...], model: Model) -> dict[str, Any]:
     """Return the record of an adapter that fits a model, read from the model's configurations; by the file's time and size, once."""
-    found = Model(model)
-    return fit(read(path, adapter), found.skeleton(), found.family).record()
+    return fit(read(path, adapter), model.skeleton(), model.family).record()

@@ -34,7 +34,7 @@ class SamplingOptions:
     """
 
     # fmt: off
-    model: str = option(REQUIRED, "pipeline folder or hub id", positional=True, metavar="MODEL")
+    model: str = option(REQUIRED, "pipeline folder, whole model in one .safetensors file, or hub id", positional=True, metavar="MODEL")
     lora_weights: str | None = option(None, "LoRA on the model: folder, .safetensors file or hub id", alias="adapter", metavar="LORA")
     scheduler: str | None = option(None, "sampler (default: the model's)", choices=tuple(SCHEDULERS))
     num_inference_steps: int = option(50, "steps of the sampler", low=1)
@@ -44,6 +44,9 @@ class SamplingOptions:
     dtype: str = option("float32", "precision of the weights", choices=DTYPES)
     device: str | None = option(None, "torch device (default: a GPU if there is one)")
     batch_size: int = option(4, "images that go through the network together", low=1)
+    revision: str | None = option(None, "revision of the hub repository: branch, tag or commit")
+    variant: str | None = option(None, "variant of the weight files, e.g. fp16")
+    single_file_config: str | None = option(None, "of a model in one .safetensors file: diffusers folder or hub id with its settings and tokenizer (default: those of the first model of its architecture)", metavar="MODEL")
     base_above: float | None = option(None, "noise level (sigma / alpha) above which the base stands in for the fine-tuned network: fewer copies, nothing to train; try 1.6", low=0, metavar="LEVEL")
     base: str | None = option(None, "the base of --base_above (default: MODEL without its LoRA)", metavar="MODEL", needs="base_above")
     # fmt: on

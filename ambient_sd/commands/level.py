@@ -39,7 +39,12 @@ class LevelSettings:
     data: str = option(
         REQUIRED, "folder with metadata.jsonl, parquet file, or tar shards", positional=True, metavar="DATA"
     )
-    model: str = option(REQUIRED, "base model: pipeline folder or hub id", metavar="MODEL")
+    model: str = option(
+        REQUIRED, "base model: pipeline folder, whole model in one .safetensors file, or hub id", metavar="MODEL"
+    )
+    revision: str | None = same(TrainConfig, "revision")
+    variant: str | None = same(TrainConfig, "variant")
+    single_file_config: str | None = same(TrainConfig, "single_file_config")
     resolution: int | None = same(
         TrainConfig,
         "resolution",
@@ -64,7 +69,7 @@ class LevelSettings:
 
     def training(self) -> TrainConfig:
         """Return the settings of the training that would see the images."""
-        shared = {name: getattr(self, name) for name in ("image_column", "caption_column", "dataset_split", "row_filter",
+        shared = {name: getattr(self, name) for name in ("image_column", "caption_column", "dataset_split", "row_filter", "revision", "variant", "single_file_config",
                                                           "center_crop", "random_flip", "unlisted", "allow_upscaling")}  # fmt: skip
         config = TrainConfig(pretrained_model_name_or_path=self.model, train_data_dir=self.data, resolution=self.resolution or 512,
                              ambient_level="auto", **shared)  # fmt: skip

@@ -36,6 +36,7 @@ class Family:
         parts: what it is trained and encoded with, in the form of model_index.json: (library, class) by name. Loaded
             as another class, a part gets random weights where names differ.
         takes_sizes: whether the network is told the sizes of the original, the crop and the target.
+        single_file_texts: by text encoder, how the names of its tensors may begin in a file that holds a whole model.
         lora_prefixes: by part that a LoRA can change, what other programs' names for its layers begin with, and whose
             they are; behind a prefix that ends in "_" stands "_" for each ".".
 
@@ -53,6 +54,7 @@ class Family:
     network: str = "transformer"
     parts: Mapping[str, tuple[str, str]] = {}
     takes_sizes: bool = False
+    single_file_texts: Mapping[str, tuple[str, ...]] = {}
     lora_prefixes: Mapping[str, Mapping[str, str]] = {}
 
     @property

@@ -28,7 +28,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -422,11 +422,21 @@ def _require_lora(names: Sequence[str], label: str) -> None:
             if re.search(pattern, name):
                 raise UserError(f"the adapter {label} holds {kind}: {name!r}", rule="taken are LoRA and DoRA",
                                 remedy="convert it, or fuse it into the base and give the whole model")  # fmt: skip
-    if not any(_split(name) for name in names):
+    if not holds_lora(names):
         first = f", the first is {names[0]!r}" if names else ""
         raise UserError(f"the adapter {label} holds no LoRA: {len(names)} tensors{first}",
                         rule="its tensors are called lora_A and lora_B, or lora_down and lora_up",
                         remedy="give a LoRA; a whole model is given as MODEL")  # fmt: skip
+
+
+def holds_lora(names: Iterable[str]) -> bool:
+    """Tell by the names of its tensors whether a file holds a LoRA.
+
+    Example:
+        >>> holds_lora(["lora_unet_mid_block_to_q.lora_down.weight"]), holds_lora(["model.diffusion_model.out.2.bias"])
+        (True, False)
+    """
+    return any(_split(name) for name in names)
 
 
 def _split(name: str) -> tuple[str, Part] | None:

@@ -45,6 +45,9 @@ class StableDiffusion(Family):
         "unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", "AutoencoderKL"),
         "text_encoder": ("transformers", "CLIPTextModel"), "tokenizer": ("transformers", "CLIPTokenizer"),
     }  # fmt: skip
+    single_file_texts: Mapping[str, tuple[str, ...]] = {
+        "text_encoder": ("cond_stage_model.transformer.", "cond_stage_model.model.")
+    }
     lora_prefixes: Mapping[str, Mapping[str, str]] = {
         "unet": {"lora_unet_": "kohya", "diffusion_model.": "ComfyUI"},
         "text_encoder": {

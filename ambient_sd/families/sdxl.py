@@ -43,6 +43,9 @@ class StableDiffusionXL(StableDiffusion):
         **StableDiffusion.parts,
         "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"), "tokenizer_2": ("transformers", "CLIPTokenizer"),
     }  # fmt: skip
+    single_file_texts: Mapping[str, tuple[str, ...]] = {
+        "text_encoder": ("conditioner.embedders.0.transformer.",), "text_encoder_2": ("conditioner.embedders.1.model.",),
+    }  # fmt: skip
     lora_prefixes: Mapping[str, Mapping[str, str]] = {
         "unet": StableDiffusion.lora_prefixes["unet"],
         "text_encoder": {"lora_te1_": "kohya", "lora_te_": "kohya", "text_encoders.clip_l.transformer.": "ComfyUI"},

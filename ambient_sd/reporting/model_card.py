@@ -232,7 +232,7 @@ def describe_run(
         level_proposed=level_proposed,
         kept=kept,
         also=given_settings(config),
-        base_files=unet_files(base.name, revision=base.revision, cache_dir=base.cache_dir) if config.lora else {},
+        base_files=unet_files(base.name, revision=base.revision, variant=base.variant, cache_dir=base.cache_dir) if config.lora else {},
         steps=steps,
         batch=batch,
         learning_rate=config.learning_rate * (batch if config.scale_lr else 1),

@@ -50,6 +50,7 @@ _PATHS = ("train_data_dir", "cache_dir", "latent_cache_dir", "output_dir", "logg
 _NAMES = (
     "pretrained_model_name_or_path",
     "pretrained_vae_model_name_or_path",
+    "single_file_config",
     "dataset_name",
     "lora_weights",
 )  # a path or a hub id

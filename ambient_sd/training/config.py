@@ -24,7 +24,7 @@ from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.settings import Parser, add_flags, option, same
 
 GROUPS = {
-    "model": "Which base model is fine-tuned: a local pipeline folder or a hub id.",
+    "model": "Which base model is fine-tuned: a local pipeline folder, a whole model in one .safetensors file, or a hub id.",
     "data": "Images and captions: a folder with metadata.jsonl, a parquet file, WebDataset shards, or a dataset's hub id.",
     "objective": "The loss. `ambient` never shows the network a clean image above the noise level s_n = sigma / alpha "
     "(on SD's schedule s = 0.34 at t=100, 0.83 at 300, 1.16 at 400, 2.3 at 600, 14.6 at 999); each image keeps one "
@@ -63,10 +63,11 @@ class TrainConfig:
     """
 
     # fmt: off
-    pretrained_model_name_or_path: str | None = option(None, "base model: pipeline folder or hub id (required); `embedded` is the small one inside this package", group="model")
+    pretrained_model_name_or_path: str | None = option(None, "base model: pipeline folder, whole model in one .safetensors file, or hub id (required); `embedded` is the small one inside this package", group="model")
     pretrained_vae_model_name_or_path: str | None = option(None, "another VAE in place of the base's: folder with config.json, or hub id. A full fine-tune saves it; a LoRA must be sampled with it", group="model")
     revision: str | None = option(None, "revision of the hub repository", group="model")
     variant: str | None = option(None, "variant of the weight files, e.g. fp16", group="model")
+    single_file_config: str | None = same(SamplingOptions, "single_file_config", group="model")
     prediction_type: str | None = option(None, "what the U-Net predicts; default: as in the base model's scheduler. Saved with a full fine-tune; a LoRA must keep the base's", group="model", choices=("epsilon", "v_prediction", "sample"))
 
     dataset_name: str | None = option(None, "hub id of a dataset; a local folder or parquet file works too", group="data")

@@ -135,7 +135,7 @@ def base_of(config: TrainConfig) -> Base:
     """
     return check_base(
         str(config.pretrained_model_name_or_path), revision=config.revision, variant=config.variant, cache_dir=config.cache_dir,
-        vae=config.pretrained_vae_model_name_or_path, prediction_type=config.prediction_type, lora=config.lora,
+        config=config.single_file_config, vae=config.pretrained_vae_model_name_or_path, prediction_type=config.prediction_type, lora=config.lora,
         resolution=config.resolution,
     )  # fmt: skip
 

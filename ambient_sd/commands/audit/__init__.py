@@ -139,9 +139,9 @@ class AuditSettings:
         config = self.sampling
         if config is None or not self.base_images or (self.base_model is None and config.lora_weights is None):
             return None
-        return dataclasses.replace(
-            config, model=self.base_model or config.model, lora_weights=None, base=None, base_above=None
-        )
+        if self.base_model is not None:
+            return config.of(self.base_model)
+        return dataclasses.replace(config, lora_weights=None, base=None, base_above=None)
 
 
 def make_parser() -> Parser:

@@ -88,7 +88,6 @@ from ambient_sd.sampling import (
 )
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.files import atomic_write, json_safe
-from ambient_sd.utils.hub_ids import resolve_model_id
 from ambient_sd.utils.output_folder import FILE, OutputFolder
 from ambient_sd.utils.weight_files import adapter_files, unet_files
 
@@ -336,27 +335,18 @@ def _decide(
 
 
 def _vae(settings: AuditSettings) -> tuple[Any, int]:
-    """Return the model's autoencoder and the side that it is sampled at; None where that is more than `RENDERED`, or it has none."""
-    from diffusers import AutoencoderKL
-
+    """Return the model's autoencoder and the side that it is sampled at; None where that is more than `RENDERED`."""
     config = settings.sampling
     if config is None:
         return None, 0
-    name = resolve_model_id(config.model)
-    try:
-        side = config.resolution or _own_resolution(name)
-        if side > RENDERED:
-            return None, side
-        vae: Any = AutoencoderKL.from_pretrained(name, subfolder="vae", use_safetensors=True)
-    except (OSError, ValueError, KeyError):
-        return None, 0
-    return vae.to(_device(settings)), side
+    model = config.source()
+    side = config.resolution or _own_resolution(model)
+    return (None if side > RENDERED else model.load("vae").to(_device(settings))), side
 
 
-def _own_resolution(model: str) -> int:
+def _own_resolution(model: Model) -> int:
     """Return the side that a pipeline samples at by default, from its configuration."""
-    found = Model(model)
-    return found.family.native_side(found.read(f"{found.family.network}/config.json"), found.read("vae/config.json"))
+    return model.family.native_side(model.read(f"{model.family.network}/config.json"), model.read("vae/config.json"))
 
 
 def _used(stored: Mapping[str, EmbeddingStore], compared: int) -> dict[str, Any] | None:
@@ -468,20 +458,9 @@ def _aligners(settings: AuditSettings, prompts: Sequence[str] | None, device: st
     if settings.judge is not None:
         from ambient_sd.audit.alignment import DiffusionAlignment
 
-        pipe = load_pipeline(
-            dataclasses.replace(
-                settings.sampling or SamplingConfig(settings.judge),
-                model=settings.judge,
-                lora_weights=None,
-                base_above=None,
-                base=None,
-                scheduler=None,
-                device=device,
-            )
-        )
-        judge = DiffusionAlignment(
-            pipe, resolution=_own_resolution(resolve_model_id(settings.judge)), seed=settings.seed
-        )
+        judging = (settings.sampling or SamplingConfig(settings.judge)).of(settings.judge)
+        pipe = load_pipeline(dataclasses.replace(judging, scheduler=None, device=device))
+        judge = DiffusionAlignment(pipe, resolution=_own_resolution(judging.source()), seed=settings.seed)
         assert prompts is not None
         judge.choose(prompts[:1], prompts)  # are there others to hold a prompt against?
         told = f"more is better; error with other prompts minus error with its own, judged by {label(settings.judge)}"
@@ -641,7 +620,7 @@ def _write(
 def _weight_files(config: SamplingConfig) -> dict[str, Any]:
     """Return the digests of the files that are sampled: the U-Net's and the adapter's, None without one."""
     return {
-        "unet": unet_files(config.model),
+        "unet": unet_files(config.model, revision=config.revision, variant=config.variant),
         "lora_weights": None if config.lora_weights is None else adapter_files(config.lora_weights),
     }
 
