@@ -53,6 +53,7 @@ class LevelSettings:
     )
     allow_upscaling: bool = same(TrainConfig, "allow_upscaling")
     center_crop: bool = same(TrainConfig, "center_crop")
+    image_interpolation_mode: str = same(TrainConfig, "image_interpolation_mode")
     random_flip: bool = same(TrainConfig, "random_flip")
     image_column: str = same(DatasetOptions, "image_column")
     caption_column: str = same(DatasetOptions, "caption_column")
@@ -70,7 +71,7 @@ class LevelSettings:
     def training(self) -> TrainConfig:
         """Return the settings of the training that would see the images."""
         shared = {name: getattr(self, name) for name in ("image_column", "caption_column", "dataset_split", "row_filter", "revision", "variant", "single_file_config",
-                                                          "center_crop", "random_flip", "unlisted", "allow_upscaling")}  # fmt: skip
+                                                          "center_crop", "image_interpolation_mode", "random_flip", "unlisted", "allow_upscaling")}  # fmt: skip
         config = TrainConfig(pretrained_model_name_or_path=self.model, train_data_dir=self.data, resolution=self.resolution or 512,
                              ambient_level="auto", **shared)  # fmt: skip
         config.resolution_given = self.resolution is not None
@@ -130,7 +131,8 @@ def level(config: TrainConfig, *, progress: bool = False) -> NoiseLevels:
         print(f"ambient-sd: {note}", file=sys.stderr, flush=True)
     if images.unlisted:
         print(f"ambient-sd: {images.unlisted} files in {images.source} are left out", file=sys.stderr, flush=True)
-    rule = ViewRule(config.resolution, config.center_crop, config.random_flip, True, config.noise_seed)
+    rule = ViewRule(config.resolution, config.center_crop, config.random_flip, True, config.noise_seed,
+                    interpolation=config.image_interpolation_mode)  # fmt: skip
     rows, total = representatives(images)
     x0 = encode_all(base.images(), images, rule, rows, progress=progress)
     return measure(x0, total=total, max_level=base.schedule.max_level)

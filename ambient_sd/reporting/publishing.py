@@ -46,7 +46,15 @@ ALLOWED = (
     *(f"{part}/{name}" for part in _MODELS for name in ("config.json", "*model*.safetensors", "*.safetensors.index.json")),
     *(f"{part}/{name}" for part in _TOKENIZERS for name in _TOKENIZER),
 )  # fmt: skip
-_PATHS = ("train_data_dir", "cache_dir", "latent_cache_dir", "output_dir", "logging_dir", "resume_from_checkpoint")
+_PATHS = (
+    "train_data_dir",
+    "class_data_dir",
+    "cache_dir",
+    "latent_cache_dir",
+    "output_dir",
+    "logging_dir",
+    "resume_from_checkpoint",
+)
 _NAMES = (
     "pretrained_model_name_or_path",
     "pretrained_vae_model_name_or_path",

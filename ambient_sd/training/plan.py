@@ -36,11 +36,13 @@ from ambient_sd.training import (
     checkpoints,
     dropping,
     noising,
+    prior,
     processes,
     results,
     sharding,
 )
 from ambient_sd.training.config import AUTO, TrainConfig
+from ambient_sd.training.prior import Prior
 from ambient_sd.utils.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,7 @@ class Plan:
         new_captions: captions that are not trained, on which the probe measures quality.
         level_reason: where a measured level comes from; None if the settings give it.
         start: the adapter that the training starts from; None: a fresh one, or the whole U-Net.
+        prior: the class images; None: there are none, or the base has yet to generate them.
 
     Example:
         >>> from ambient_sd.assets import BASE, IMAGES
@@ -91,6 +94,7 @@ class Plan:
     new_captions: tuple[str, ...] = ()
     level_reason: str | None = None
     start: Adapter | None = None
+    prior: Prior | None = None
 
     @property
     def fixed_noise(self) -> bool:
@@ -111,11 +115,14 @@ class Plan:
             "ambient_level": self.objective.level,
             "prediction_type": self.objective.prediction_type,
             "vae": self.base.vae_label,
+            # None where it is as it always was: checkpoints from before there was a choice go on.
+            "image_interpolation_mode": None if (mode := self.config.image_interpolation_mode) == "lanczos" else mode,
             "lora_init": self.config.lora_init,
             "use_rslora": self.config.use_rslora or None,
             "train_text_encoder": self.config.train_text_encoder or None,
             "lora_weights": None if self.start is None else self.start.file.sha256,
             "global_batch": global_batch,
+            "prior": None if self.prior is None else self.prior.identity(self.config.prior_loss_weight),
             "images": self.images.fingerprint(),
             "noise_keys": noise_fingerprint(self.images.noise_keys, self.images.mirrored),
         }
@@ -172,7 +179,11 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
     checkpoint = _check_output(config)
     images = open_images(config)
     caption_augmentation.check(config, images)
-    images.check(progress, near_duplicates=config.near_duplicates == "share" and objective.level > 0)
+    grouped = config.near_duplicates == "share" and objective.level > 0
+    if (found := prior.find(config, base, images)) is None:
+        images.check(progress, near_duplicates=grouped)
+    else:
+        prior.check_together(images, found.images, near_duplicates=grouped, progress=progress)
     buckets = None
     if config.aspect_ratio_buckets is not None:
         sizes = read_buckets(config.aspect_ratio_buckets, config.resolution, base.pixel_step)
@@ -187,7 +198,9 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
             notes += (
                 "quality is not measured on the way: the captions give no new ones; name some with --probe_prompts",
             )
-    return Plan(config, base, objective, images, prompts, checkpoint, buckets, notes, tuple(new), start=start)
+    return Plan(
+        config, base, objective, images, prompts, checkpoint, buckets, notes, tuple(new), start=start, prior=found
+    )
 
 
 def _check_packages(config: TrainConfig) -> None:
@@ -243,7 +256,7 @@ def _check_output(config: TrainConfig) -> Path | None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"output_dir is {config.output_dir}", rule=f"{existing} is no folder that can be written to",
                         remedy="name another one")  # fmt: skip
-    for name in ("pretrained_model_name_or_path", "train_data_dir", "dataset_name", "lora_weights"):
+    for name in ("pretrained_model_name_or_path", "train_data_dir", "dataset_name", "lora_weights", "class_data_dir"):
         given = getattr(config, name)
         if given is not None and folder.exists() and folder.resolve() == Path(given).expanduser().resolve():
             raise UserError(f"output_dir is {config.output_dir}", rule=f"that is {name} too, and would be overwritten",
