@@ -233,7 +233,9 @@ class _Trainer:
         )  # fmt: skip
 
         # The network, its optimizer and its average.
-        self.unet, self.dropouts = _load_unet(plan, self.checkpoint, accelerator.mixed_precision)
+        # A CPU's layer norm takes no bfloat16 weights under autocast, and gains no speed from them.
+        frozen = "no" if accelerator.device.type == "cpu" else accelerator.mixed_precision
+        self.unet, self.dropouts = _load_unet(plan, self.checkpoint, frozen)
         self.rate = config.learning_rate * (self.global_batch if config.scale_lr else 1)
         optimizer = _make_optimizer(config, [p for p in self.unet.parameters() if p.requires_grad], self.rate)
         # Not given to `prepare`: accelerate would step it once per process. It counts optimizer steps, and is a function
