@@ -376,7 +376,9 @@ def test_mixed_precision_keeps_trained_weights_in_float32(settings: Settings) ->
 
 
 def test_lora_in_bf16_trains_a_base_with_norms_of_its_embeddings(settings: Settings) -> None:
-    config = settings("b", pretrained_model_name_or_path=str(BASE), lora=True, mixed_precision="bf16", max_train_steps=1)
+    config = settings(
+        "b", pretrained_model_name_or_path=str(BASE), lora=True, mixed_precision="bf16", max_train_steps=1
+    )
     assert math.isfinite(run(config, progress=False).loss)
 
 
