@@ -226,7 +226,7 @@ def describe_run(
         if not config.lora
         else {"rank": config.rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout, "dora": config.use_dora,
               "targets": list(config.lora_target_modules or ()), "start": _public(config.lora_weights, "another adapter"),
-              "init": config.lora_init, "rslora": config.use_rslora},
+              "init": config.lora_init, "rslora": config.use_rslora, "text": config.train_text_encoder},
         averaged=config.use_ema,
         fresh_copies=config.fresh_copies,
         level_proposed=level_proposed,

@@ -1,4 +1,4 @@
-"""LoRA and DoRA on the U-Net through peft: attach, save, load; a LoRA also in kohya's format.
+"""LoRA and DoRA on the U-Net, and text encoders, through peft: attach, save, load; a LoRA also in kohya's format.
 
     W' = W + (alpha / rank) B A          A gaussian, B zero: training starts at the base model
 
@@ -14,12 +14,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_kohya
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import _find_minimal_target_modules
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -32,6 +32,8 @@ from ambient_sd.families.lora import WEIGHTS_NAME, Adapter
 from ambient_sd.training.config import DEFAULT_TARGETS, MOVED_BASE, TrainConfig
 from ambient_sd.utils.errors import UserError, one_line
 
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # as in diffusers' scripts
+_NONE: Mapping[str, Any] = MappingProxyType({})
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
 
 
@@ -104,12 +106,13 @@ def _named(path: str, targets: Sequence[str]) -> bool:
     return any(path == target or path.endswith(f".{target}") for target in targets)
 
 
-def read_start(source: str, base: Base) -> Adapter:
+def read_start(source: str, base: Base, *, text: bool = False) -> Adapter:
     """Read the adapter that a training starts from; no weights of the base are needed.
 
     Args:
         source: folder, .safetensors file or hub id.
         base: the base model.
+        text: text encoders are trained too.
 
     Raises:
         UserError: it does not fit the base whole, or holds what is not trained here.
@@ -123,7 +126,7 @@ def read_start(source: str, base: Base) -> Adapter:
     """
     found = lora.fit(lora.read(lora.locate(source), source), base.skeleton(), base.family)
     for wrong, what, remedy in (
-        ([x for x in found.layers if x.part != found.network], "updates of {0.part}", "give an adapter of the U-Net alone"),
+        ([x for x in found.layers if x.part != found.network and not text], "updates of {0.part}", "give --train_text_encoder too"),
         ([x for x in found.layers if x.bias is not None], "a bias of {0.path}", "give an adapter without biases"),
     ):  # fmt: skip
         if wrong:
@@ -148,7 +151,13 @@ def settle(config: TrainConfig, start: Adapter, network: torch.nn.Module) -> Tra
         >>> config.rank, config.lora_alpha, config.lora_target_modules
         (8, 4.0, ['to_q'])
     """
-    known = lora.peft_settings(start.layers, start.rslora[start.network])
+    mine = [layer for layer in start.layers if layer.part == start.network]
+    if not mine:
+        raise UserError(
+            f"lora_weights {start.file.label} changes no layer of the {start.network}",
+            remedy="give an adapter that does",
+        )
+    known = lora.peft_settings(mine, start.rslora[start.network])
     paths, names = set(known["target_modules"]), [name for name, _ in network.named_modules()]
     # Endings, as a person would give them, in place of a path for each layer.
     ends = sorted(_find_minimal_target_modules(paths, set(names) - paths))
@@ -167,12 +176,12 @@ def settle(config: TrainConfig, start: Adapter, network: torch.nn.Module) -> Tra
 
 def attach(
     unet: Any, *, rank: int, alpha: float, targets: Sequence[str], seed: int, dropout: float = 0.0, dora: bool = False,
-    start: Adapter | None = None, init: str | None = None, rslora: bool = False, checkpoint: Path | None = None,
+    part: str = "unet", start: Adapter | None = None, init: str | None = None, rslora: bool = False, checkpoint: Path | None = None,
 ) -> list[AddressedDropout]:  # fmt: skip
-    """Add a LoRA in float32 to a U-Net whose own weights are frozen from here on.
+    """Add a LoRA in float32 to a U-Net or text encoder whose own weights are frozen from here on.
 
     Args:
-        unet: UNet2DConditionModel, any dtype.
+        unet: the part of the pipeline, any dtype; its name in it is `part`.
         rank: r.
         alpha: the update is scaled by alpha / r.
         targets: layer names.
@@ -205,8 +214,9 @@ def attach(
         "use_dora": dora,
         "use_rslora": rslora,
     }
-    if start is not None:
-        shape = lora.peft_settings(start.layers, start.rslora[start.network])
+    layers = [] if start is None else [layer for layer in start.layers if layer.part == part]
+    if start is not None and layers:
+        shape = lora.peft_settings(layers, start.rslora[part])
     moved = init in MOVED_BASE
     begins: Any = True if init == "kaiming" or (moved and checkpoint is not None) else init or "gaussian"
     settings = LoraConfig(**shape, init_lora_weights=begins, lora_dropout=dropout)
@@ -214,24 +224,37 @@ def attach(
     # peft draws from the global generator: borrow it with our seed, and give it back as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet.add_adapter(settings)
+        if part == "unet":
+            unet.add_adapter(settings)
+        else:  # transformers' own method asks for a newer peft than its loader does
+            inject_adapter_in_model(settings, unet, "default")
+    if part != "unet":
+        for module in unet.modules():
+            if isinstance(getattr(module, "dropout", None), float):
+                module.dropout = 0.0  # of attention: its masks would come from the global generator
     # Trained weights in half precision lose small updates, and the fp16 scaler refuses them.
     cast_training_params(unet, dtype=torch.float32)
     if moved:
-        _move(unet, whole, None if checkpoint is None else {n: b for n, (_, b) in _halves(_read(checkpoint)).items()})
-    if start is not None:
-        state = {f"{layer.path}.{key}": value for layer in start.layers for key, value in layer.tensors()}
+        _move(
+            unet,
+            whole,
+            None if checkpoint is None else {n: b for n, (_, b) in _halves(_read(checkpoint, part, unet)).items()},
+        )
+    if start is not None and layers:
+        state = {f"{layer.path}.{key}": value for layer in layers for key, value in layer.tensors()}
         if wrong := _fill(unet, state):
-            raise UserError(f"lora_weights {start.file.label} did not reach the U-Net whole", rule=wrong[0])
-    return _install(unet, p=dropout, seed=seed) if dropout else []
+            raise UserError(f"lora_weights {start.file.label} did not reach the {part} whole", rule=wrong[0])
+    return _install(unet, p=dropout, seed=seed, part=part) if dropout else []
 
 
-def _install(unet: Any, *, p: float, seed: int) -> list[AddressedDropout]:
+def _install(unet: Any, *, p: float, seed: int, part: str) -> list[AddressedDropout]:
     """Put addressed dropout of share `p` in place of peft's own into every adapted layer, and return the modules."""
     placed = []
     for name, layer in unet.named_modules():
         if "default" in getattr(layer, "lora_dropout", {}):
-            layer.lora_dropout["default"] = AddressedDropout(p, seed=seed, layer=name)
+            layer.lora_dropout["default"] = AddressedDropout(
+                p, seed=seed, layer=name if part == "unet" else f"{part}.{name}"
+            )
             placed.append(layer.lora_dropout["default"])
     return placed
 
@@ -299,8 +322,8 @@ def plain(unet: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return state, settings
 
 
-def save(unet: Any, folder: Path, family: Family) -> None:
-    """Write the LoRA with its metadata to `folder/pytorch_lora_weights.safetensors`.
+def save(unet: Any, folder: Path, family: Family, text: Mapping[str, Any] = _NONE) -> None:
+    """Write the LoRA, with those of text encoders, and its metadata to `folder/pytorch_lora_weights.safetensors`.
 
     Example:
         >>> import tempfile
@@ -315,11 +338,19 @@ def save(unet: Any, folder: Path, family: Family) -> None:
     """
     # In peft's names. `convert_state_dict_to_diffusers` renames the attention layers only, and a reader that takes a file
     # with both kinds of names drops one kind without a word.
-    family.save_lora(folder, *plain(unet))
+    parts = {family.network: plain(unet)}
+    for part, encoder in text.items():
+        layers, settings = plain(encoder)
+        # Transformers 5 has no `text_model` around CLIP's layers. Readers of every age know the longer name.
+        parts[part] = (
+            {f"text_model.{name.removeprefix('text_model.')}": value for name, value in layers.items()},
+            settings,
+        )
+    family.save_lora(folder, parts)
     _settle(folder / WEIGHTS_NAME)
 
 
-def save_kohya(unet: Any, folder: Path, family: Family) -> None:
+def save_kohya(unet: Any, folder: Path, family: Family, text: Mapping[str, Any] = _NONE) -> None:
     """Write the LoRA to `folder/pytorch_lora_weights_kohya.safetensors`, as sd-scripts and ComfyUI name things.
 
     Readers of this format scale the update by `alpha / rank` with the alpha of each layer in the file.
@@ -335,17 +366,21 @@ def save_kohya(unet: Any, folder: Path, family: Family) -> None:
         >>> [path.name for path in folder.iterdir()]
         ['pytorch_lora_weights_kohya.safetensors']
     """
-    tensors, settings = plain(unet)
-    theirs = family.kohya_names(unet)
-    layers, alphas = {}, {}
-    for name, value in tensors.items():
-        path, rest = name.split(".lora_", 1)
-        layers[f"unet.{theirs.get(path, path)}.lora_{rest}"] = value
-        alpha = settings["alpha_pattern"].get(f"^{re.escape(path)}", settings["lora_alpha"])
-        alphas[f"lora_unet_{theirs.get(path, path).replace('.', '_')}.alpha"] = torch.tensor(float(alpha))
-    converted = convert_state_dict_to_kohya(layers)
-    # diffusers writes the rank as every layer's alpha.
-    state = {name: alphas.get(name, value.detach().cpu().contiguous()) for name, value in converted.items()}
+    state, theirs = {}, family.kohya_names(unet)
+    for part, module in {family.network: unet, **text}.items():
+        tensors, found = plain(module)
+        for name, value in tensors.items():
+            path, rest = name.split(".lora_", 1)
+            named = (
+                theirs.get(path, path) if part == family.network else f"text_model.{path.removeprefix('text_model.')}"
+            )
+            key = family.kohya_prefix(part) + named.replace(".", "_")
+            state[f"{key}.lora_{'down' if rest == 'A.weight' else 'up'}.weight"] = value.detach().cpu().contiguous()
+            # diffusers' own converter writes the rank as every layer's alpha.
+            state[f"{key}.alpha"] = torch.tensor(
+                float(found["alpha_pattern"].get(f"^{re.escape(path)}", found["lora_alpha"]))
+            )
+    settings = plain(unet)[1]
     metadata = {
         "format": "pt",
         "ss_network_module": "networks.lora",
@@ -367,8 +402,8 @@ def _settle(path: Path) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
 
 
-def load(unet: Any, folder: Path) -> None:
-    """Read weights that `save` wrote into a U-Net with the same adapter attached.
+def load(unet: Any, folder: Path, text: Mapping[str, Any] = _NONE) -> None:
+    """Read weights that `save` wrote into a U-Net, and text encoders, with the same adapter attached.
 
     Raises:
         UserError: the file is missing or damaged, or is not this adapter, tensor for tensor.
@@ -384,24 +419,31 @@ def load(unet: Any, folder: Path) -> None:
         >>> load(unet, folder)
     """
     path = folder / WEIGHTS_NAME
-    state = _read(folder)
-    if (begun := getattr(unet, "begun", None)) is not None:
-        halves = _halves(state)
-        state = {name: trained for name, (trained, _) in halves.items()}
-        wrong = [name for name, (_, b) in halves.items() if name not in begun or not torch.equal(b, begun[name])]
-    else:
-        wrong = []
-    wrong = wrong or _fill(unet, state)
+    parts = {"unet": unet, **text}
+    wrong = [name for name in _tensors(folder) if name.partition(".")[0] not in parts]
+    for part, module in parts.items():
+        state = _read(folder, part, module)
+        if (begun := getattr(module, "begun", None)) is not None:
+            halves = _halves(state)
+            state = {name: trained for name, (trained, _) in halves.items()}
+            wrong += [name for name, (_, b) in halves.items() if name not in begun or not torch.equal(b, begun[name])]
+        wrong = wrong or _fill(module, state)
     if wrong:
         raise UserError(f"{path} belongs to another adapter", rule=f"{len(wrong)} weights are missing, unknown or of another shape, the first is {wrong[0]}",
                         remedy="use another checkpoint")  # fmt: skip
 
 
-def _read(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a saved adapter by peft's names."""
+def _read(folder: Path, part: str, module: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of a part of a saved adapter by peft's names in the module."""
+    inner = f"{part}." if part == "unet" or hasattr(module, "text_model") else f"{part}.text_model."
+    return {n.removeprefix(inner): v for n, v in _tensors(folder).items() if n.startswith(f"{part}.")}
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a saved adapter."""
     path = folder / WEIGHTS_NAME
     try:
-        return {name.removeprefix("unet."): value for name, value in load_file(path).items()}
+        return dict(load_file(path))
     except Exception as error:  # SafetensorError, OSError
         raise UserError(
             f"{path} cannot be read", rule=f"{type(error).__name__}: {error}"[:300], remedy="use another checkpoint"

@@ -144,6 +144,8 @@ class TrainConfig:
     lora_target_modules: list[str] | None = option(None, "names of the layers that get an adapter (default: the attention projections to_k to_q to_v to_out.0)", group="LoRA", needs="lora")
     lora_dropout: float | None = option(None, "share of the update's input that is dropped in training (default 0); a function of seed, layer and place in the run", group="LoRA", low=0.0, below=1.0, needs="lora")
     use_dora: bool = option(False, "train DoRA: the length of each row of the weights too", group="LoRA", needs="lora")
+    train_text_encoder: bool = option(False, "train adapters of the text encoders too, of the same kind, rank and alpha; embeddings are then computed at every step", group="LoRA", needs="lora")
+    text_encoder_lr: float | None = option(None, "learning rate of the text encoders (default: learning_rate)", group="LoRA", above=0.0, needs="train_text_encoder")
     output_kohya_format: bool = option(False, "write pytorch_lora_weights_kohya.safetensors too, for ComfyUI, AUTOMATIC1111 and others", group="LoRA", needs="lora")
 
     validation_prompts: list[str] | None = option(None, "prompts, or a .jsonl file with one {\"prompt\": ...} a line", group="validation", alias="validation_prompt")
@@ -236,6 +238,9 @@ class TrainConfig:
             if given:
                 raise UserError(f"{name} is given with {'lora_weights' if self.lora_weights else f'lora_init {self.lora_init}'}", rule=rule,
                                 remedy="leave one of them out" if "rank " not in name else "give an even one")  # fmt: skip
+        if self.train_text_encoder and self.use_ema:
+            raise UserError("use_ema is given with train_text_encoder", rule="the average is one of the U-Net's weights",
+                            remedy="leave one of them out")  # fmt: skip
         if self.use_dora and self.output_kohya_format:
             raise UserError("output_kohya_format is given with use_dora",
                             rule="its readers disagree about which side of a weight a DoRA's lengths belong to",

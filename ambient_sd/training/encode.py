@@ -80,7 +80,7 @@ class Encoder:
         self._embed = self._embed_once()
         self._cached = self._cache_latents()
         self._held = self._hold_latents() if self._cached is None else None
-        if not plan.prompts and plan.config.probe_steps is None:
+        if not plan.prompts and plan.config.probe_steps is None and not plan.config.train_text_encoder:
             # Whatever is kept makes its maker superfluous.
             if self._held is not None or self._cached is not None:
                 self.image_encoder = None
@@ -90,7 +90,10 @@ class Encoder:
             torch.cuda.empty_cache()
 
     def embed(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return the embeddings of captions: `hidden` (B, L, D), of SDXL also `pooled` (B, P), float32 on the CPU."""
+        """Return the embeddings of captions: `hidden` (B, L, D), of SDXL also `pooled` (B, P), float32 on the CPU.
+
+        They have a gradient where the text encoders are trained.
+        """
         return self._embed(captions)
 
     def latents(self, rows: Sequence[int]) -> torch.Tensor:
@@ -141,6 +144,8 @@ class Encoder:
     def _embed_once(self) -> Callable[[Sequence[str]], dict[str, torch.Tensor]]:
         """Encode all captions of the images, into the cache or into memory, and return what gives their embeddings."""
         captions, texts = self.caption_encoder, self.images.all_captions
+        if self.config.train_text_encoder:
+            return captions.embed
         rest = self.accelerator.device if self._captions_change else "cpu"
         if self.config.latent_cache_dir is not None:
             store = fill_captions(

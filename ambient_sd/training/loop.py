@@ -3,8 +3,8 @@
     loss = mean_b weight_b ||f(x_t_b, t_b, caption_b) - target_b||^2 / dim          t uniform over the base's timesteps
 
 with (x_t, target, weight) from `AmbientObjective.corrupt`. The same code trains the whole U-Net or a LoRA, on one
-process or several; sample p of a run has the same image, timestep and noise whichever process takes it. It does not
-train the text encoder or the VAE. `plan` has checked everything before, `encode` computes what never changes.
+process or several; sample p of a run has the same image, timestep and noise whichever process takes it. Text encoders
+are trained by LoRA only, the VAE never. `plan` has checked everything before, `encode` computes what never changes.
 """
 
 from __future__ import annotations
@@ -233,9 +233,16 @@ class _Trainer:
         )  # fmt: skip
 
         # The network, its optimizer and its average.
-        self.unet, self.dropouts = _load_unet(plan, self.checkpoint, accelerator.mixed_precision)
-        self.rate = config.learning_rate * (self.global_batch if config.scale_lr else 1)
-        optimizer = _make_optimizer(config, [p for p in self.unet.parameters() if p.requires_grad], self.rate)
+        encoders = self.encoder.caption_encoder.parts if config.train_text_encoder else {}
+        self.text = {name: part for name, part in encoders.items() if name.startswith("text_encoder")}
+        self.unet, self.dropouts = _load_unet(plan, self.checkpoint, accelerator.mixed_precision, self.text)
+        scale = self.global_batch if config.scale_lr else 1
+        self.rate = config.learning_rate * scale
+        self.text_trained = [p for part in self.text.values() for p in part.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": [p for p in self.unet.parameters() if p.requires_grad]}]
+        if self.text_trained:
+            groups.append({"params": self.text_trained, "lr": (config.text_encoder_lr or config.learning_rate) * scale})
+        optimizer = _make_optimizer(config, groups, self.rate)
         # Not given to `prepare`: accelerate would step it once per process. It counts optimizer steps, and is a function
         # of settings and step alone: a run that resumes with another learning rate gets what it asks for.
         self.lr_schedule = get_scheduler(
@@ -243,7 +250,8 @@ class _Trainer:
             last_epoch=self.first_step - 1,
         )  # fmt: skip
         self.model, self.optimizer = accelerator.prepare(self.unet, optimizer)
-        self.trained = [p for p in self.unet.parameters() if p.requires_grad]  # FSDP puts others in their place
+        # FSDP puts others in the place of the U-Net's.
+        self.trained = [*(p for p in self.unet.parameters() if p.requires_grad), *self.text_trained]
         self.average = None
         if config.use_ema:
             self.average = averaging.Average(
@@ -285,7 +293,8 @@ class _Trainer:
                 processes=accelerator.num_processes, trained=sum(p.numel() for p in self.trained),
                 device=str(accelerator.device), precision=accelerator.mixed_precision,
             ))  # fmt: skip
-        self.model.train()
+        for part in (self.model, *self.text.values()):
+            part.train()
         done, begin = self.first_step, time.perf_counter()
         batches = self.encoder.batches(process_batches(
             self.first_step, self.steps, batch_size=config.train_batch_size, accumulation=config.gradient_accumulation_steps,
@@ -384,6 +393,11 @@ class _Trainer:
                 accelerator.backward(each.mean() / parts)
             level = self.plan.objective.schedule.level(batch.timesteps)
             sums.add(each, error, clean=corrupted.clean.to(device), level=level.to(device))
+        if accelerator.num_processes > 1:
+            # Not wrapped as the U-Net is: of SDXL's first encoder the last layer has no gradient, which DDP takes for a fault.
+            for parameter in self.text_trained:
+                if parameter.grad is not None:
+                    parameter.grad.copy_(accelerator.reduce(parameter.grad, "mean"))
         kept = None
         if self.dropping is not None and config.dropped_mean == "kept":
             # So far each gradient is that of the sum of losses over the number of all samples.
@@ -445,7 +459,7 @@ class _Trainer:
 
     def _write_weights(self, unet: Any, folder: Path) -> None:
         if self.config.lora:
-            adapters.save(unet, folder, self.family)
+            adapters.save(unet, folder, self.family, self.text)
         else:
             unet.save_pretrained(folder / "unet")
         if self.average is not None:
@@ -564,11 +578,11 @@ class _Trainer:
                     self.average.resume(checkpoint, step)
                 self.average.give()
             elif earlier and self.config.lora:
-                adapters.load(unet, checkpoint)
+                adapters.load(unet, checkpoint, self.text)
             elif earlier:
                 unet.load_state_dict(_read_unet(checkpoint).state_dict())
             with results.full_disk_in_one_line("the result", self.output):
-                results.write(self.output, unet, self.base, self.config)
+                results.write(self.output, unet, self.base, self.config, self.text)
         accelerator.wait_for_everyone()
 
 
@@ -580,28 +594,34 @@ def _read_unet(checkpoint: Path) -> Any:
                         remedy="resume from another checkpoint") from None  # fmt: skip
 
 
-def _load_unet(plan: Plan, checkpoint: Path | None, precision: str) -> tuple[Any, list[adapters.AddressedDropout]]:
-    """Load the U-Net that is trained, from the base or a checkpoint, with its LoRA; return it and the LoRA's dropout."""
+def _load_unet(
+    plan: Plan, checkpoint: Path | None, precision: str, text: Mapping[str, Any]
+) -> tuple[Any, list[adapters.AddressedDropout]]:
+    """Load the U-Net that is trained, from the base or a checkpoint; give it and text encoders their LoRA; return it and the LoRA's dropout."""
     config, base, dropouts = plan.config, plan.base, list[adapters.AddressedDropout]()
     unet = _read_unet(checkpoint) if checkpoint is not None and not config.lora else base.load(base.family.network)
     if config.lora:
         unet.to({"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32))  # frozen weights
-        dropouts = adapters.attach(
-            unet, rank=config.rank or 4, alpha=config.lora_alpha or 4.0, targets=config.lora_target_modules or (),
-            seed=config.seed, dropout=config.lora_dropout or 0.0, dora=config.use_dora, start=plan.start,
+        for part, module in {base.family.network: unet, **text}.items():
+            own = part == base.family.network
+            dropouts += adapters.attach(
+            module, part=part, rank=config.rank or 4, alpha=config.lora_alpha or 4.0,
+            targets=config.lora_target_modules or () if own else adapters.TEXT_TARGETS, seed=config.seed, dropout=config.lora_dropout or 0.0, dora=config.use_dora, start=plan.start,
             init=config.lora_init, rslora=config.use_rslora, checkpoint=checkpoint,
         )  # fmt: skip
         if checkpoint is not None:
-            adapters.load(unet, checkpoint)
+            adapters.load(unet, checkpoint, text)
     unet.register_to_config(_name_or_path=base.label)
     if config.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+        for encoder in text.values():
+            encoder.gradient_checkpointing_enable()
     return unet, dropouts
 
 
-def _make_optimizer(config: TrainConfig, trained: list[torch.nn.Parameter], rate: float) -> torch.optim.Optimizer:
+def _make_optimizer(config: TrainConfig, trained: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:
     """Return AdamW, fused or in 8 bits.
 
     One fused kernel reads each weight once, where the default passes over all of them a dozen times: on a CPU a third of
@@ -618,7 +638,7 @@ def _make_optimizer(config: TrainConfig, trained: list[torch.nn.Parameter], rate
         eps=config.adam_epsilon,
     )  # fmt: skip
     for group in optimizer.param_groups:
-        group["initial_lr"] = rate  # what the schedule of a resumed run starts from
+        group["initial_lr"] = group["lr"]  # what the schedule of a resumed run starts from
     return optimizer
 
 

@@ -113,6 +113,7 @@ class Plan:
             "vae": self.base.vae_label,
             "lora_init": self.config.lora_init,
             "use_rslora": self.config.use_rslora or None,
+            "train_text_encoder": self.config.train_text_encoder or None,
             "lora_weights": None if self.start is None else self.start.file.sha256,
             "global_batch": global_batch,
             "images": self.images.fingerprint(),
@@ -161,7 +162,7 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         dropping.check_scheduler(base.scheduler)
     start = None
     if config.lora_weights is not None:
-        start = adapters.read_start(config.lora_weights, base)
+        start = adapters.read_start(config.lora_weights, base, text=config.train_text_encoder)
         config = adapters.settle(config, start, base.skeleton()[base.family.network])
     elif config.lora:
         adapters.check_targets(

@@ -141,7 +141,11 @@ def describe_start(
     level = f", noise level {known}" if objective.mode != "plain" else ""
     if plan.level_reason:
         level += f" ({plan.level_reason})"
-    kind = f"LoRA of rank {config.rank}" if config.lora else "whole U-Net"
+    kind = (
+        f"LoRA of rank {config.rank}" + (" with text encoders" * config.train_text_encoder)
+        if config.lora
+        else "whole U-Net"
+    )
     grouped = f", {len(images.groups)} groups of near-duplicates" if images.groups else ""
     rows = {
         "images": f"{len(images)} at {config.resolution} px{grouped}",

@@ -54,20 +54,20 @@ class Samples(NamedTuple):
 @contextlib.contextmanager
 def _ready_to_sample(pipe: Any, device: torch.device) -> Iterator[None]:
     """Lend the parts of a pipeline in training to sampling: on the device, in evaluation mode, and back as they were."""
-    unet, parts = pipe.unet, pipe.components
-    homes = {
-        name: part.device for name, part in parts.items() if isinstance(part, torch.nn.Module) and part is not unet
-    }
-    training = unet.training
-    unet.eval()
+    parts: list[Any] = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    homes = [(part, part.device) for part in parts if part is not pipe.unet]
+    training = [(part, part.training) for part in parts]
+    for part in parts:
+        part.eval()
     try:
-        for name in homes:
-            parts[name].to(device)
+        for part, _ in homes:
+            part.to(device)
         yield
     finally:
-        unet.train(training)
-        for name, home in homes.items():
-            parts[name].to(home)
+        for part, mode in training:
+            part.train(mode)
+        for part, home in homes:
+            part.to(home)
 
 
 def sample(

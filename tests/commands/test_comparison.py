@@ -110,6 +110,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return arguments(image_folder(folder / "images", images, captions))
 
 
+@pytest.mark.slow
 def test_a_run_writes_tables_sheets_and_page_and_goes_on_where_it_was_cut(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

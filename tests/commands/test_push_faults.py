@@ -13,11 +13,10 @@ import shutil
 import time
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import yaml
-from hub_server import TOKEN, HubServer
+from hub_server import TOKEN, HubServer, reach
 from PIL import Image, PngImagePlugin
 from safetensors.numpy import save_file
 
@@ -68,16 +67,8 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return asked
 
 
-@pytest.fixture(autouse=True)
-def quiet_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-
-
 def push(hub: HubServer, monkeypatch: pytest.MonkeyPatch, folder: Path, *more: str) -> int:
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    reach(monkeypatch, hub.url, folder.parent, TOKEN)
     try:
         main(["push", str(folder), "--repo", "owner/name", *more])
     except SystemExit as leaving:

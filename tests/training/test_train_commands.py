@@ -79,6 +79,7 @@ def test_the_command_in_a_config_header_runs(
         pipe.load_lora_weights(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_accelerate_launch_runs_the_script(tiny_base: Path, tiny_images: Path, tmp_path: Path) -> None:
     command = header_commands(ROOT / "configs" / "sd2-lora.yaml")[0]
     arguments = tiny_arguments(command, tiny_base, tiny_images, tmp_path / "out")
