@@ -258,7 +258,9 @@ class _Trainer:
         # The network, its optimizer and its average.
         encoders = self.encoder.caption_encoder.parts if config.train_text_encoder else {}
         self.text = {name: part for name, part in encoders.items() if name.startswith("text_encoder")}
-        self.unet, self.dropouts = _load_unet(plan, self.checkpoint, accelerator.mixed_precision, self.text)
+        # A CPU's layer norm takes no bfloat16 weights under autocast, and gains no speed from them.
+        frozen = "no" if accelerator.device.type == "cpu" else accelerator.mixed_precision
+        self.unet, self.dropouts = _load_unet(plan, self.checkpoint, frozen, self.text)
         scale = self.global_batch if config.scale_lr else 1
         self.rate = config.learning_rate * scale
         self.text_trained = [p for part in self.text.values() for p in part.parameters() if p.requires_grad]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -117,6 +118,15 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> None:
     from ambient_sd.commands.compare.work import compare
     from ambient_sd.data.sources import load_rows
     from ambient_sd.reporting.compare_page import tables
+    from ambient_sd.sampling import SamplingConfig, adapted
+
+    for name, place in models.items():
+        if (
+            name not in loras
+            and (found := adapted(SamplingConfig(place, resolution=settings.resolution))).lora_weights is not None
+        ):
+            models[name], loras[name] = found.model, found.lora_weights
+    settings = dataclasses.replace(settings, models=models, lora_weights=loras)
 
     columns: dict[str, Any] = {"image_column": rows.image_column, "caption_column": rows.caption_column, "unlisted": rows.unlisted}  # fmt: skip
     result = compare(
