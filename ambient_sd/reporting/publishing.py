@@ -227,9 +227,9 @@ def _clean_settings(path: Path) -> bytes:
         given = values.get(key)
         if isinstance(given, str) and (not HUB_ID.fullmatch(given) or Path(given).exists()):
             values[key] = PurePath(given).name
-    prompts = values.get("validation_prompts")
-    if isinstance(prompts, list):
-        values["validation_prompts"] = [PurePath(p).name if str(p).endswith(".jsonl") else p for p in prompts]
+    for key in ("validation_prompts", "probe_prompts"):
+        if isinstance(prompts := values.get(key), list):
+            values[key] = [PurePath(p).name if str(p).endswith((".jsonl", ".txt")) else p for p in prompts]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
 
 
