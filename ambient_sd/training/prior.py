@@ -60,6 +60,10 @@ class Prior:
     images: ImageDataset
     real: bool
 
+    def describe(self, weight: float) -> str:
+        """Return how many there are, whose they are, and what they weigh."""
+        return f"{len(self.images)} {'real' if self.real else 'generated'} images, weight {weight:g}"
+
     def identity(self, weight: float) -> dict[str, Any]:
         """Return what must be equal for a checkpoint to continue a run with these images."""
         return {
@@ -81,6 +85,12 @@ def find(config: TrainConfig, base: Base, images: ImageDataset) -> Prior | None:
         >>> find(TrainConfig(str(BASE), train_data_dir="my-images"), check_base(str(BASE)), images) is None
         True
     """
+    given = getattr(images, "regularisation", None)  # a dataset's own, with captions of their own
+    if not config.with_prior_preservation and given is not None:
+        return Prior(given, real=True)
+    if given is not None:
+        raise UserError(f"with_prior_preservation is given, and {images.source} has {len(given)} regularisation images",
+                        rule="both are class images", remedy="leave one of them out")  # fmt: skip
     if not config.with_prior_preservation:
         if config.prior_loss_weight != 1.0:
             raise UserError(f"prior_loss_weight is {config.prior_loss_weight:g}", rule="there are no class images",

@@ -149,6 +149,7 @@ def describe_start(
     grouped = f", {len(images.groups)} groups of near-duplicates" if images.groups else ""
     rows = {
         "images": f"{len(images)} at {config.resolution} px{grouped}",
+        **({} if plan.prior is None else {"class": plan.prior.describe(config.prior_loss_weight)}),
         "objective": f"{config.objective}{level}, {objective.prediction_type}",
         "steps": f"{steps}, about {steps * global_batch / len(images):.3g} epochs"
         + (f"; resuming after step {first_step}" if first_step else ""),

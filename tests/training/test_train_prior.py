@@ -14,6 +14,8 @@ import torch
 from launching import launch
 from safetensors.torch import load_file
 
+from ambient_sd.data.sources import ImageDataset, load_rows
+from ambient_sd.training import plan
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import TrainingBatch, run
 from ambient_sd.training.record import RunRecord
@@ -189,6 +191,30 @@ def test_real_class_images_keep_one_noise_each(settings: Settings, tiny_images: 
     assert len(own & theirs) == 1 and len(noise) == 15
     _, plain = watched(settings("plain", objective="plain", **asked(folder, num_class_images=8)))
     assert all(batch.eps_n is None for batch in plain)
+
+
+def test_regularisation_images_keep_their_captions(
+    settings: Settings, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the layout of kohya's folders leaves them beside the training images."""
+    others = tiny.image_folder(
+        tmp_path / "reg", [tiny.noise_image(70 + i) for i in range(4)], [f"class {i}" for i in range(4)]
+    )
+    opened = plan.open_images
+
+    def with_regularisation(config: TrainConfig) -> ImageDataset:
+        images = opened(config)
+        images.regularisation = load_rows(others)  # type: ignore[attr-defined,unused-ignore]
+        return images
+
+    monkeypatch.setattr(plan, "open_images", with_regularisation)
+    record, seen = watched(settings(caption_dropout=0.0, prior_loss_weight=0.5))
+    theirs = [batch for batch in seen if batch.prior]
+    assert {c for batch in theirs for c in batch.captions} == {f"class {i}" for i in range(4)}
+    assert all(batch.eps_n is not None for batch in theirs) and record.plan.prior is not None
+    assert record.plan.prior.describe(0.5) == "4 real images, weight 0.5"
+    with pytest.raises(UserError, match="both are class images"):
+        run(settings("both", **asked(classes)), progress=False)
 
 
 @pytest.mark.parametrize(
