@@ -90,6 +90,7 @@ def test_measures_leave_the_global_random_stream_alone() -> None:
 # --- intervals
 
 
+@pytest.mark.slow
 def test_bootstrap_interval_of_a_mean_covers_the_truth_about_95_percent_of_the_time() -> None:
     covered = 0
     for s in range(200):
@@ -135,6 +136,7 @@ def test_difference_is_paired_for_runs_resampled_together_and_combined_otherwise
     assert mover.high == pytest.approx(0.3 + (0.2**2 + 0.1**2) ** 0.5)
 
 
+@pytest.mark.slow
 def test_frechet_interval_contains_its_expectation_at_this_sample_size() -> None:
     expected = np.mean([frechet_distance(draw(40, 6, seed=s), draw(40, 6, seed=s + 5000)) for s in range(100)])
     covered = 0
