@@ -183,11 +183,13 @@ class _Trainer:
 
         # Which samples, in which order, seen how.
         self.global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-        self.steps = config.max_train_steps or math.ceil(config.num_train_epochs * len(plan.images) / self.global_batch)
-        self.stream = SampleStream(len(plan.images), config.seed)
+        self.steps = config.max_train_steps or math.ceil(
+            config.num_train_epochs * sum(plan.images.repeats) / self.global_batch
+        )
+        self.stream = SampleStream(len(plan.images), config.seed, plan.images.repeats)
         if plan.buckets is not None:
             bucket_of = [plan.buckets[key] for key in plan.images.noise_keys]
-            self.stream = BucketStream(bucket_of, self.global_batch, config.seed)
+            self.stream = BucketStream(bucket_of, self.global_batch, config.seed, plan.images.repeats)
         self.rule = ViewRule(
             config.resolution, config.center_crop, config.random_flip, plan.fixed_noise, config.noise_seed, plan.buckets
         )
@@ -272,6 +274,7 @@ class _Trainer:
             self.output.mkdir(parents=True, exist_ok=True)
             self.config.save(self.output)
             self.losses.open(self.output)
+            results.write_skipped(self.output, self.plan.images.skipped)
         accelerator.wait_for_everyone()
         if config.report_to != "none":
             accelerator.init_trackers(config.tracker_project_name)
@@ -460,7 +463,7 @@ class _Trainer:
             return False
         if config.validation_steps is not None:
             return step % config.validation_steps == 0 or step == self.steps
-        every = (config.validation_epochs or 1) * len(self.plan.images)
+        every = (config.validation_epochs or 1) * self.stream.count
         samples = step * self.global_batch
         return samples // every > (samples - self.global_batch) // every or step == self.steps
 
