@@ -12,6 +12,7 @@ Under `accelerate launch` the processes share the batches out and all of them se
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -28,6 +29,7 @@ from ambient_sd.data.captions import Cut, find_cut, in_one_line
 from ambient_sd.families import of_pipeline, tokenizers_of
 from ambient_sd.families.base import Model, check_same_space
 from ambient_sd.families.lora import fit, load_lora, locate, read, told
+from ambient_sd.families.origin import TRAINED, adapter_file, read_origin
 from ambient_sd.guard.base_above import BaseAbove
 from ambient_sd.guard.calibration import Sampling
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard, active_guard
@@ -55,13 +57,28 @@ class SamplingConfig(SamplingOptions):
             torch.device(self.device or "cpu")
         except RuntimeError:
             raise UserError(f"device is {self.device!r}", remedy="for example cpu, cuda or cuda:1") from None
-        model = Model(resolve_model_id(self.model))
-        assert model.family
+        model = self.source()
+        model.check_weights()
         if self.base is not None:
-            base = Model(resolve_model_id(self.base))
-            assert base.family
+            base = self.of(self.base).source()
+            base.check_weights()
             check_same_space(model, base)
         self.lora()
+
+    def source(self) -> Model:
+        """Return the model, to be read file by file."""
+        return Model(
+            resolve_model_id(self.model), self.revision, self.variant, config=self.single_file_config
+        )  # fmt: skip
+
+    def of(self, model: str) -> SamplingConfig:
+        """Return how another model is sampled in the same way: of a folder the variant is kept if it has it, the revision is MODEL's alone."""
+        other = Model(resolve_model_id(model))
+        variant = self.variant if self.variant is not None and other.has_variant(self.variant) else None
+        config = self.single_file_config if other.is_file else None
+        return dataclasses.replace(
+            self, model=model, revision=None, variant=variant, single_file_config=config, lora_weights=None, base=None, base_above=None
+        )  # fmt: skip
 
     def lora(self) -> dict[str, Any] | None:
         """Return the record of the adapter (`ambient_sd.families.lora.Adapter.record`), without loading the model; None without one.
@@ -73,17 +90,14 @@ class SamplingConfig(SamplingOptions):
             return None
         path = locate(self.lora_weights)
         seen = path.stat()
-        return dict(
-            _fitted(
-                self.lora_weights, path, (seen.st_mtime_ns, seen.st_size, seen.st_ino), resolve_model_id(self.model)
-            )
-        )
+        return dict(_fitted(self.lora_weights, path, (seen.st_mtime_ns, seen.st_size, seen.st_ino), self.source()))
 
     def public(self) -> dict[str, Any]:
         """Return what images depend on, fit to be written down: of local folders the last part of their name only."""
         return {
             "model": label(self.model), "lora_weights": None if self.lora_weights is None else label(self.lora_weights),
             **({} if self.lora_weights is None else {"lora": self.lora()}),
+            **{name: label(value) for name in ("revision", "variant", "single_file_config") if (value := getattr(self, name)) is not None},
             "scheduler": self.scheduler, "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale, "resolution": self.resolution, "seed": self.seed, "dtype": self.dtype,
             **({} if self.base_above is None else {"base_above": self.base_above, "base": None if self.base is None else label(self.base)}),
@@ -95,6 +109,45 @@ class SamplingConfig(SamplingOptions):
             pipe, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale,
             height=self.resolution, width=self.resolution,
         )  # fmt: skip
+
+
+def adapted(config: SamplingConfig) -> SamplingConfig:
+    """Return the settings of a LoRA that is given as the model: its base, the LoRA on it, and its resolution; of others as they are.
+
+    What is taken from where is said in a line each.
+
+    Raises:
+        UserError: nothing names its base, or that cannot be had.
+
+    Example:
+        >>> from ambient_sd.assets import BASE
+        >>> config = SamplingConfig(str(BASE))
+        >>> adapted(config) is config
+        True
+    """
+    if (file := adapter_file(config.model)) is None:
+        return config
+    shown = label(config.model)
+    if config.lora_weights is not None:
+        raise UserError(f"{shown} is a LoRA, and lora_weights is given", rule="one adapter is loaded", remedy="give its base as MODEL")  # fmt: skip
+    origin = read_origin(file, shown)
+    base, source = origin.base() if config.base is None else (config.base, "--base")
+    say(f"{shown} is a LoRA: its base is {label(base)} ({source})")
+    found: dict[str, Any] = {"model": base, "lora_weights": config.model, "base": None}
+    if source == TRAINED:
+        found |= {name: value for name, value in origin.loading.items() if getattr(config, name) is None}
+    if config.resolution is None:
+        if origin.resolution is not None:
+            found["resolution"] = origin.resolution[0]
+            say(f"resolution: {origin.resolution[0]} ({origin.resolution[1]})")
+        else:
+            why = (
+                "nothing names another"
+                if origin.sides is None
+                else "{} x {} ({}) is not sampled".format(*origin.sides[0], origin.sides[1])
+            )
+            say(f"resolution: the base's own; {why}")
+    return dataclasses.replace(config, **found)
 
 
 def label(name: str) -> str:
@@ -243,11 +296,13 @@ def load_pipeline(settings: SamplingConfig, *, safety_checker: bool = True) -> A
     quiet()
     diffusers.utils.logging.set_verbosity_error()
     settings.check()
-    model = Model(resolve_model_id(settings.model))
+    model = settings.source()
     dtype: torch.dtype = getattr(torch, settings.dtype)
     try:
         options = {} if safety_checker else {"safety_checker": None, "requires_safety_checker": False}
         pipe = model.load_pipeline(dtype, **options)
+    except UserError:
+        raise
     except Exception as error:  # OSError, ValueError, SafetensorError, ...: all mean unusable files
         raise UserError(f"{settings.model} cannot be loaded", rule=one_line(f"{type(error).__name__}: {error}", 240),
                         remedy="give a whole Stable Diffusion pipeline with safetensors weights") from None  # fmt: skip
@@ -270,7 +325,7 @@ def load_pipeline(settings: SamplingConfig, *, safety_checker: bool = True) -> A
         raise UserError(f"the model does not go to {settings.device or 'the GPU'}", rule=one_line(error, 240),
                         remedy="give another --device") from None  # fmt: skip
     if settings.base_above is not None:
-        base = None if settings.base is None else Model(resolve_model_id(settings.base))
+        base = None if settings.base is None else settings.of(settings.base).source()
         BaseAbove(pipe, settings.base_above, None if base is None else base.load(base.family.network, dtype))
     return pipe
 
@@ -519,7 +574,6 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 @functools.lru_cache(maxsize=8)
-def _fitted(adapter: str, path: Path, _: tuple[int, ...], model: str) -> dict[str, Any]:
+def _fitted(adapter: str, path: Path, _: tuple[int, ...], model: Model) -> dict[str, Any]:
     """Return the record of an adapter that fits a model, read from the model's configurations; by the file's time and size, once."""
-    found = Model(model)
-    return fit(read(path, adapter), found.skeleton(), found.family).record()
+    return fit(read(path, adapter), model.skeleton(), model.family).record()

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -16,6 +18,48 @@ def cheap_garbage_collection() -> None:
     """Each training ends in a full collection, which need not walk through all that was imported."""
     gc.collect()
     gc.freeze()
+
+
+# By cost, for `--no-loadscope-reorder`: xdist hands out files in this order, and a long one that begins last leaves the other cores idle.
+LONGEST = (
+    "test_audit_command", "test_train_mitigations", "test_train_loop", "test_calibrate_command", "test_audit_stored", "test_policies_in_pipelines",
+    "test_train_bases", "test_guard_runtimes", "test_decision", "test_one_definition", "test_train_commands", "test_lora", "test_train_flags",
+    "test_train_processes", "test_train_cache", "test_train_killed", "test_train_probe", "test_train_lora", "test_embedding", "test_train_buckets",
+    "test_push_faults", "test_pages", "test_readme", "test_docs", "test_examples", "test_sample_command", "test_alignment",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def registered_once() -> Iterator[None]:
+    """Audits of the same images lay them over each other again; what that gives follows from the images alone, so it is kept."""
+    from ambient_sd.audit import decision, registration
+
+    kept: dict[Any, Any] = {}
+
+    def content(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return str(value.dtype), value.shape, value.contiguous().numpy().tobytes()
+        return tuple(map(content, value)) if isinstance(value, list | tuple) else value
+
+    def register(queries: torch.Tensor, training: torch.Tensor, *, poses: Any = None, **given: Any) -> Any:
+        key = (
+            content(queries),
+            content(training),
+            tuple((name, content(value)) for name, value in sorted(given.items())),
+        )
+        name = hash(key)
+        if name not in kept:
+            kept[name] = registration.register(queries, training, poses=poses, **given)
+        return kept[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decision, "register", register)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,12 @@ import struct
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import huggingface_hub
+import pytest
 import yaml
 
 TOKEN = "hf_standin0000secret"
@@ -82,6 +85,21 @@ class HubServer:
     def __exit__(self, *_: object) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+
+def reach(monkeypatch: pytest.MonkeyPatch, url: str, home: Path, token: str = "") -> None:
+    """Send this process to that hub, with that token and a cache in that folder; nothing of the user's is read or written."""
+    constants = huggingface_hub.constants
+    for name, value in {
+        "ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}", "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(home / "hub"), "HF_TOKEN_PATH": str(home / "token"), "HF_STORED_TOKENS_PATH": str(home / "tokens"),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
 
 
 class _Handler(BaseHTTPRequestHandler):

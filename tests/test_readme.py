@@ -71,7 +71,13 @@ def test_training_commands_run(
     assert (out / "model_index.json").is_file() or (out / "pytorch_lora_weights.safetensors").is_file()
 
 
-@pytest.mark.parametrize("words", guarding(), ids=lambda words: words[1] + words[-1])
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(w, id=w[1] + w[-1], marks=[pytest.mark.slow] if w[1] in ("audit", "train") else [])
+        for w in guarding()
+    ],
+)
 def test_commands_run(words: list[str], clone: Path, tiny_base: Path) -> None:
     """As written, but with fewer steps and images, and a tiny base in place of one on the hub."""
     if words[1] == "train":

@@ -143,6 +143,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_files_of_one(tiny_base: Path, tmp_path: Path) -> None:
     """Five images in batches of two: the last round has a process without a batch. Words are explained, and the run is resumed."""
     (tmp_path / "prompts.txt").write_text("a cat\na dog\na bird\nfish\nthe red house\n")

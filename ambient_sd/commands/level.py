@@ -39,7 +39,12 @@ class LevelSettings:
     data: str = option(
         REQUIRED, "folder with metadata.jsonl, parquet file, or tar shards", positional=True, metavar="DATA"
     )
-    model: str = option(REQUIRED, "base model: pipeline folder or hub id", metavar="MODEL")
+    model: str = option(
+        REQUIRED, "base model: pipeline folder, whole model in one .safetensors file, or hub id", metavar="MODEL"
+    )
+    revision: str | None = same(TrainConfig, "revision")
+    variant: str | None = same(TrainConfig, "variant")
+    single_file_config: str | None = same(TrainConfig, "single_file_config")
     resolution: int | None = same(
         TrainConfig,
         "resolution",
@@ -48,6 +53,7 @@ class LevelSettings:
     )
     allow_upscaling: bool = same(TrainConfig, "allow_upscaling")
     center_crop: bool = same(TrainConfig, "center_crop")
+    image_interpolation_mode: str = same(TrainConfig, "image_interpolation_mode")
     random_flip: bool = same(TrainConfig, "random_flip")
     image_column: str = same(DatasetOptions, "image_column")
     caption_column: str = same(DatasetOptions, "caption_column")
@@ -69,7 +75,8 @@ class LevelSettings:
 
     def training(self) -> TrainConfig:
         """Return the settings of the training that would see the images."""
-        names = [*DatasetOptions.__dataclass_fields__, "center_crop", "random_flip", "allow_upscaling"]
+        names = [*DatasetOptions.__dataclass_fields__, "revision", "variant", "single_file_config", "center_crop", "image_interpolation_mode", "random_flip",
+                 "allow_upscaling"]  # fmt: skip
         shared = {name: getattr(self, name) for name in names}
         config = TrainConfig(pretrained_model_name_or_path=self.model, train_data_dir=self.data, resolution=self.resolution or 512,
                              ambient_level="auto", **shared)  # fmt: skip
@@ -132,7 +139,8 @@ def level(config: TrainConfig, *, progress: bool = False) -> NoiseLevels:
         print(f"ambient-sd: {note}", file=sys.stderr, flush=True)
     if images.unlisted:
         print(f"ambient-sd: {images.unlisted} files in {images.source} are left out", file=sys.stderr, flush=True)
-    rule = ViewRule(config.resolution, config.center_crop, config.random_flip, True, config.noise_seed)
+    rule = ViewRule(config.resolution, config.center_crop, config.random_flip, True, config.noise_seed,
+                    interpolation=config.image_interpolation_mode)  # fmt: skip
     rows, total = representatives(images)
     x0 = encode_all(base.images(), images, rule, rows, progress=progress)
     return measure(x0, total=total, max_level=base.schedule.max_level)

@@ -118,7 +118,7 @@ def compose(captions: Sequence[str], count: int, seed: int = 0) -> list[str]:
 
     Example:
         >>> compose(["a red apple, flat", "a blue house, flat", "a green tree, flat"], count=2)
-        ['a red tree, flat', 'a apple house, flat']
+        ['a blue tree, flat', 'a red house, flat']
     """
     texts = list(dict.fromkeys(text for text in captions if text.strip()))
     words = {text: re.findall(r"\w+", text) for text in texts}

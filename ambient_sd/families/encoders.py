@@ -93,9 +93,14 @@ class CaptionEncoder:
     @torch.no_grad()
     def encode(self, caption: str) -> dict[str, torch.Tensor]:
         """Return one caption's embedding, float32 on the CPU: `hidden` (L, D), and what else the family has."""
-        found = self.family.embed(self.parts, caption)
-        if caption == "" and self.zero_empty:
-            return {name: torch.zeros_like(value) for name, value in found.items()}
+        return {name: value[0] for name, value in self.embed([caption]).items()}
+
+    def embed(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return the embeddings of captions, through the encoders together and with their gradient."""
+        found = self.family.embed(self.parts, captions)
+        if self.zero_empty and "" in captions:
+            told = torch.tensor([caption != "" for caption in captions])
+            return {n: torch.where(told.view(-1, *[1] * (v.dim() - 1)), v, 0.0) for n, v in found.items()}
         return found
 
     def hold(self, captions: Sequence[str], *, limit: int, progress: bool = False) -> bool:

@@ -10,7 +10,7 @@ ways, so the objective sees one parametrisation: epsilon, v, x0, or the flow `ep
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ class Family:
         parts: what it is trained and encoded with, in the form of model_index.json: (library, class) by name. Loaded
             as another class, a part gets random weights where names differ.
         takes_sizes: whether the network is told the sizes of the original, the crop and the target.
+        single_file_texts: by text encoder, how the names of its tensors may begin in a file that holds a whole model.
         lora_prefixes: by part that a LoRA can change, what other programs' names for its layers begin with, and whose
             they are; behind a prefix that ends in "_" stands "_" for each ".".
 
@@ -53,6 +54,7 @@ class Family:
     network: str = "transformer"
     parts: Mapping[str, tuple[str, str]] = {}
     takes_sizes: bool = False
+    single_file_texts: Mapping[str, tuple[str, ...]] = {}
     lora_prefixes: Mapping[str, Mapping[str, str]] = {}
 
     @property
@@ -92,15 +94,15 @@ class Family:
 
     # --- captions to conditioning ---
 
-    def embed(self, parts: Mapping[str, Any], caption: str) -> dict[str, torch.Tensor]:
-        """Return one caption's embeddings as the stock pipeline makes them of a prompt, float32 on the CPU.
+    def embed(self, parts: Mapping[str, Any], captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return captions' embeddings as the stock pipeline makes them of a prompt, float32 on the CPU.
 
         Args:
             parts: tokenizers and text encoders by name.
-            caption: any text.
+            captions: any B texts; they go through the encoders together.
 
         Returns:
-            `hidden` (L, D), and under names of the family's own what else `inputs` needs; equal shapes for all captions.
+            `hidden` (B, L, D), and under names of the family's own what else `inputs` needs; equal shapes for all captions.
         """
         raise NotImplementedError(self.unready)
 
@@ -179,15 +181,22 @@ class Family:
         """Return what sd-scripts calls the network's layers in its files, by diffusers' name, where it differs."""
         return {}
 
-    def save_lora(self, folder: Path, layers: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
-        """Write a LoRA of the network as the stock pipeline does, with peft's settings in the file's head.
+    def save_lora(
+        self, folder: Path, parts: Mapping[str, tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]]
+    ) -> None:
+        """Write a LoRA as the stock pipeline does, with peft's settings in the file's head.
 
         Args:
             folder: gets pytorch_lora_weights.safetensors.
-            layers: by peft's names in the network.
-            metadata: peft's settings, plain JSON.
+            parts: by part of the pipeline, its layers by peft's names in it, and peft's settings, plain JSON.
         """
         import diffusers
 
-        layers_of, metadata_of = f"{self.network}_lora_layers", f"{self.network}_lora_adapter_metadata"
-        getattr(diffusers, self.pipeline).save_lora_weights(folder, **{layers_of: layers, metadata_of: metadata})
+        given: dict[str, Any] = {}
+        for part, (layers, settings) in parts.items():
+            given |= {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": settings}
+        getattr(diffusers, self.pipeline).save_lora_weights(folder, **given)
+
+    def kohya_prefix(self, part: str) -> str:
+        """Return what sd-scripts puts before the names of a part's layers."""
+        return next(prefix for prefix, scheme in self.lora_prefixes[part].items() if scheme == "kohya")

@@ -28,7 +28,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -422,11 +422,21 @@ def _require_lora(names: Sequence[str], label: str) -> None:
             if re.search(pattern, name):
                 raise UserError(f"the adapter {label} holds {kind}: {name!r}", rule="taken are LoRA and DoRA",
                                 remedy="convert it, or fuse it into the base and give the whole model")  # fmt: skip
-    if not any(_split(name) for name in names):
+    if not holds_lora(names):
         first = f", the first is {names[0]!r}" if names else ""
         raise UserError(f"the adapter {label} holds no LoRA: {len(names)} tensors{first}",
                         rule="its tensors are called lora_A and lora_B, or lora_down and lora_up",
                         remedy="give a LoRA; a whole model is given as MODEL")  # fmt: skip
+
+
+def holds_lora(names: Iterable[str]) -> bool:
+    """Tell by the names of its tensors whether a file holds a LoRA.
+
+    Example:
+        >>> holds_lora(["lora_unet_mid_block_to_q.lora_down.weight"]), holds_lora(["model.diffusion_model.out.2.bias"])
+        (True, False)
+    """
+    return any(_split(name) for name in names)
 
 
 def _split(name: str) -> tuple[str, Part] | None:
@@ -866,7 +876,7 @@ def misplaced(parts: Mapping[str, nn.Module], adapter: Adapter, name: str) -> st
         'unet.conv_in has no update'
     """
     expected = {(layer.part, layer.path): layer for layer in adapter.layers}
-    found = {(part, path): module for part, network in parts.items() for path, module in _adapted(network, name)}
+    found = {(part, path): module for part, network in parts.items() for path, module in adapted(network, name)}
     if extra := sorted(found.keys() - expected.keys()):
         return f"{'.'.join(extra[0])} has an update, and the file has none for it"
     for place, layer in expected.items():
@@ -891,8 +901,14 @@ def misplaced(parts: Mapping[str, nn.Module], adapter: Adapter, name: str) -> st
     return None
 
 
-def _adapted(network: nn.Module, name: str) -> list[tuple[str, Any]]:
-    """Return the layers of a network that hold an adapter of a name."""
+def adapted(network: nn.Module, name: str) -> list[tuple[str, Any]]:
+    """Return the layers of a network that hold an adapter of a name.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> adapted(tiny_pipeline().unet, "default")
+        []
+    """
     from peft.tuners.lora import LoraLayer
 
     return [(path, m) for path, m in network.named_modules() if isinstance(m, LoraLayer) and (
@@ -915,7 +931,7 @@ def _lengths_move(parts: Mapping[str, nn.Module], adapter: Adapter, name: str) -
     for layer in adapter.layers:
         if layer.magnitude is None:
             continue
-        weight = _stored(dict(_adapted(parts[layer.part], name))[layer.path].get_base_layer(), "weight")
+        weight = _stored(dict(adapted(parts[layer.part], name))[layer.path].get_base_layer(), "weight")
         if weight is None:
             return True
         lengths = weight.float().flatten(1).norm(dim=1)

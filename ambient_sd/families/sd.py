@@ -8,7 +8,7 @@ output         epsilon or v, as the scheduler's prediction_type says
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +45,9 @@ class StableDiffusion(Family):
         "unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", "AutoencoderKL"),
         "text_encoder": ("transformers", "CLIPTextModel"), "tokenizer": ("transformers", "CLIPTokenizer"),
     }  # fmt: skip
+    single_file_texts: Mapping[str, tuple[str, ...]] = {
+        "text_encoder": ("cond_stage_model.transformer.", "cond_stage_model.model.")
+    }
     lora_prefixes: Mapping[str, Mapping[str, str]] = {
         "unet": {"lora_unet_": "kohya", "diffusion_model.": "ComfyUI"},
         "text_encoder": {
@@ -96,12 +99,12 @@ class StableDiffusion(Family):
     def assembly(self, zero_empty: bool) -> dict[str, Any]:
         return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
-    def embed(self, parts: Mapping[str, Any], caption: str) -> dict[str, torch.Tensor]:
+    def embed(self, parts: Mapping[str, Any], captions: Sequence[str]) -> dict[str, torch.Tensor]:
         model = parts["text_encoder"]
-        tokens = tokenize(parts["tokenizer"], caption)
+        tokens = tokenize(parts["tokenizer"], captions)
         masked = getattr(model.config, "use_attention_mask", False)
         mask = tokens.attention_mask.to(model.device) if masked else None
-        hidden = model(tokens.input_ids.to(model.device), attention_mask=mask)[0][0]
+        hidden = model(tokens.input_ids.to(model.device), attention_mask=mask)[0]
         return {"hidden": hidden.float().cpu()}
 
     def vae_factor(self, vae: Mapping[str, Any]) -> int:
@@ -142,7 +145,7 @@ class StableDiffusion(Family):
         return sgm.names(network)
 
 
-def tokenize(tokenizer: Any, caption: str) -> Any:
+def tokenize(tokenizer: Any, captions: str | Sequence[str]) -> Any:
     """Tokenize as the pipelines do: padded and cut to the encoder's length.
 
     Example:
@@ -151,7 +154,13 @@ def tokenize(tokenizer: Any, caption: str) -> Any:
         torch.Size([1, 24])
     """
     length = tokenizer.model_max_length
-    return tokenizer(caption, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return tokenizer(
+        captions if isinstance(captions, str) else list(captions),
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        return_tensors="pt",
+    )
 
 
 def _damaged(model: Model, part: str, what: str, rule: str) -> UserError:

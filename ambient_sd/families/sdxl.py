@@ -7,7 +7,7 @@ time_ids       (height, width of the original, top, left of the crop, height, wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +43,12 @@ class StableDiffusionXL(StableDiffusion):
         **StableDiffusion.parts,
         "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"), "tokenizer_2": ("transformers", "CLIPTokenizer"),
     }  # fmt: skip
+    single_file_texts: Mapping[str, tuple[str, ...]] = {
+        "text_encoder": ("conditioner.embedders.0.transformer.",), "text_encoder_2": ("conditioner.embedders.1.model.",),
+    }  # fmt: skip
     lora_prefixes: Mapping[str, Mapping[str, str]] = {
         "unet": StableDiffusion.lora_prefixes["unet"],
-        "text_encoder": {"lora_te_": "kohya", "lora_te1_": "kohya", "text_encoders.clip_l.transformer.": "ComfyUI"},
+        "text_encoder": {"lora_te1_": "kohya", "lora_te_": "kohya", "text_encoders.clip_l.transformer.": "ComfyUI"},
         "text_encoder_2": {"lora_te2_": "kohya", "text_encoders.clip_g.transformer.": "ComfyUI"},
     }
     takes_sizes = True
@@ -79,14 +82,14 @@ class StableDiffusionXL(StableDiffusion):
     def assembly(self, zero_empty: bool) -> dict[str, Any]:
         return {"force_zeros_for_empty_prompt": zero_empty, "add_watermarker": False}
 
-    def embed(self, parts: Mapping[str, Any], caption: str) -> dict[str, torch.Tensor]:
+    def embed(self, parts: Mapping[str, Any], captions: Sequence[str]) -> dict[str, torch.Tensor]:
         outputs = []
         for end in ("", "_2"):
             model = parts[f"text_encoder{end}"]
-            tokens = tokenize(parts[f"tokenizer{end}"], caption)
+            tokens = tokenize(parts[f"tokenizer{end}"], captions)
             outputs.append(model(tokens.input_ids.to(model.device), output_hidden_states=True))
-        hidden = torch.cat([output.hidden_states[-2][0].float().cpu() for output in outputs], dim=-1)
-        return {"hidden": hidden, "pooled": outputs[1].text_embeds[0].float().cpu()}
+        hidden = torch.cat([output.hidden_states[-2].float().cpu() for output in outputs], dim=-1)
+        return {"hidden": hidden, "pooled": outputs[1].text_embeds.float().cpu()}
 
     def inputs(
         self, embeddings: Mapping[str, torch.Tensor], sizes: torch.Tensor | None, device: torch.device | str

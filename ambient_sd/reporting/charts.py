@@ -280,8 +280,9 @@ def write_training_curve(path: Path, evaluations: Sequence[Mapping[str, float]],
             if kept.step is not None:
                 axes.axvline(kept.step, color=PALETTE["run1"], linewidth=1.5)
         if kept.step is not None:
-            top.annotate(f"kept: step {kept.step}", (kept.step, 1), xycoords=("data", "axes fraction"), xytext=(4, -4),
-                         textcoords="offset points", va="top", color=PALETTE["run1"])  # fmt: skip
+            late = kept.step > max(steps) / 2
+            top.annotate(f"kept: step {kept.step}", (kept.step, 1), xycoords=("data", "axes fraction"), xytext=(-4 if late else 4, -4),
+                         textcoords="offset points", va="top", ha="right" if late else "left", color=PALETTE["run1"])  # fmt: skip
         (rest[-1] if rest else top).set_xlabel("optimizer steps")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png", dpi=160, metadata={"Software": None})

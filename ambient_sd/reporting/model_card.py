@@ -60,7 +60,8 @@ _SHOWN_PROMPTS = 12
 _LARGEST = 16 * 2**20  # bytes of card.json
 # Settings that change what the loss is or sees; a card names those that are not at their defaults.
 _LOSS = ("snr_gamma", "weighting_scheme", "logit_mean", "logit_std", "noise_offset", "input_perturbation", "memorization_threshold", "agc", "dropped_mean",
-         "caption_mitigation", "caption_mitigation_p", "caption_noise_std", "caption_dropout", "random_flip")  # fmt: skip
+         "caption_mitigation", "caption_mitigation_p", "caption_noise_std", "caption_dropout", "random_flip",
+         "with_prior_preservation", "class_prompt", "num_class_images", "prior_loss_weight")  # fmt: skip
 _STAMP = re.compile(r"\n*<!-- ambient_sd card ([0-9a-f]{64})[^\n]*-->\s*$")
 
 
@@ -167,8 +168,8 @@ class Facts:
         if self.lora is not None:
             for name, to in {"rank": int, "alpha": float, "dropout": float, "dora": bool, "targets": list}.items():
                 to(self.lora[name])
-            if not isinstance(self.lora.get("start"), str | None):
-                raise TypeError("start")
+            if not all(isinstance(self.lora.get(name), str | None) for name in ("start", "init")):
+                raise TypeError("lora")
         if self.licence != _clean_licence(self.licence, None):
             raise ValueError("licence is none")
         if any(not isinstance(digest, str) for digest in self.base_files.values()):
@@ -225,13 +226,14 @@ def describe_run(
         lora=None
         if not config.lora
         else {"rank": config.rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout, "dora": config.use_dora,
-              "targets": list(config.lora_target_modules or ()), "start": _public(config.lora_weights, "another adapter")},
+              "targets": list(config.lora_target_modules or ()), "start": _public(config.lora_weights, "another adapter"),
+              "init": config.lora_init, "rslora": config.use_rslora, "text": config.train_text_encoder},
         averaged=config.use_ema,
         fresh_copies=config.fresh_copies,
         level_proposed=level_proposed,
         kept=kept,
         also=given_settings(config),
-        base_files=unet_files(base.name, revision=base.revision, cache_dir=base.cache_dir) if config.lora else {},
+        base_files=unet_files(base.name, revision=base.revision, variant=base.variant, cache_dir=base.cache_dir) if config.lora else {},
         steps=steps,
         batch=batch,
         learning_rate=config.learning_rate * (batch if config.scale_lr else 1),

@@ -1,4 +1,4 @@
-"""LoRA and DoRA on the U-Net through peft: attach, save, load; a LoRA also in kohya's format.
+"""LoRA and DoRA on the U-Net, and text encoders, through peft: attach, save, load; a LoRA also in kohya's format.
 
     W' = W + (alpha / rank) B A          A gaussian, B zero: training starts at the base model
 
@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_kohya
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import _find_minimal_target_modules
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -27,9 +29,11 @@ from ambient_sd.families import lora
 from ambient_sd.families.base import Base
 from ambient_sd.families.family import Family
 from ambient_sd.families.lora import WEIGHTS_NAME, Adapter
-from ambient_sd.training.config import DEFAULT_TARGETS, TrainConfig
+from ambient_sd.training.config import DEFAULT_TARGETS, MOVED_BASE, TrainConfig
 from ambient_sd.utils.errors import UserError, one_line
 
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # as in diffusers' scripts
+_NONE: Mapping[str, Any] = MappingProxyType({})
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
 
 
@@ -69,16 +73,17 @@ class AddressedDropout(torch.nn.Module):
         return x * keep / (1.0 - self.p)
 
 
-def check_targets(network: torch.nn.Module, targets: Sequence[str]) -> None:
-    """Check that every target names a layer of the network; it needs no weights.
+def check_targets(network: torch.nn.Module, targets: Sequence[str], init: str | None = None, rank: int = 1) -> None:
+    """Check that every target names a layer of the network, and one that can begin as asked; it needs no weights.
 
     Raises:
-        UserError: a name fits no layer.
+        UserError: a name fits no layer, or one that `init` cannot start at this rank.
 
     Example:
         >>> check_targets(torch.nn.ModuleDict({"to_q": torch.nn.Linear(2, 2)}), ["to_q"])
     """
-    names = [name for name, module in network.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
+    layers = {name: m for name, m in network.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+    names = list(layers)
     for target in targets:
         if not any(_named(name, [target]) for name in names):
             ends = sorted({name.rsplit(".", 1)[-1] for name in names if not name[-1].isdigit()})
@@ -87,18 +92,27 @@ def check_targets(network: torch.nn.Module, targets: Sequence[str]) -> None:
                 rule="no linear or convolution layer of the U-Net has this name or ending",
                 remedy=f"some that exist: to_out.0, {', '.join(ends[:12])}",
             )
+    for name, layer in layers.items():
+        if init not in (None, "kaiming") and _named(name, targets):
+            if isinstance(layer, torch.nn.Conv2d):
+                raise UserError(f"lora_init is {init}", rule=f"it starts linear layers, and {name} is a convolution",
+                                remedy="use gaussian or kaiming, or leave this layer out of lora_target_modules")  # fmt: skip
+            if init in MOVED_BASE and rank > min(layer.weight.shape):
+                raise UserError(f"rank is {rank} with lora_init {init}", rule=f"{name} has {min(layer.weight.shape)} components",
+                                remedy="lower the rank")  # fmt: skip
 
 
 def _named(path: str, targets: Sequence[str]) -> bool:
     return any(path == target or path.endswith(f".{target}") for target in targets)
 
 
-def read_start(source: str, base: Base) -> Adapter:
+def read_start(source: str, base: Base, *, text: bool = False) -> Adapter:
     """Read the adapter that a training starts from; no weights of the base are needed.
 
     Args:
         source: folder, .safetensors file or hub id.
         base: the base model.
+        text: text encoders are trained too.
 
     Raises:
         UserError: it does not fit the base whole, or holds what is not trained here.
@@ -112,7 +126,7 @@ def read_start(source: str, base: Base) -> Adapter:
     """
     found = lora.fit(lora.read(lora.locate(source), source), base.skeleton(), base.family)
     for wrong, what, remedy in (
-        ([x for x in found.layers if x.part != found.network], "updates of {0.part}", "give an adapter of the U-Net alone"),
+        ([x for x in found.layers if x.part != found.network and not text], "updates of {0.part}", "give --train_text_encoder too"),
         ([x for x in found.layers if x.bias is not None], "a bias of {0.path}", "give an adapter without biases"),
     ):  # fmt: skip
         if wrong:
@@ -137,7 +151,13 @@ def settle(config: TrainConfig, start: Adapter, network: torch.nn.Module) -> Tra
         >>> config.rank, config.lora_alpha, config.lora_target_modules
         (8, 4.0, ['to_q'])
     """
-    known = lora.peft_settings(start.layers, start.rslora[start.network])
+    mine = [layer for layer in start.layers if layer.part == start.network]
+    if not mine:
+        raise UserError(
+            f"lora_weights {start.file.label} changes no layer of the {start.network}",
+            remedy="give an adapter that does",
+        )
+    known = lora.peft_settings(mine, start.rslora[start.network])
     paths, names = set(known["target_modules"]), [name for name, _ in network.named_modules()]
     # Endings, as a person would give them, in place of a path for each layer.
     ends = sorted(_find_minimal_target_modules(paths, set(names) - paths))
@@ -156,18 +176,21 @@ def settle(config: TrainConfig, start: Adapter, network: torch.nn.Module) -> Tra
 
 def attach(
     unet: Any, *, rank: int, alpha: float, targets: Sequence[str], seed: int, dropout: float = 0.0, dora: bool = False,
-    start: Adapter | None = None,
+    part: str = "unet", start: Adapter | None = None, init: str | None = None, rslora: bool = False, checkpoint: Path | None = None,
 ) -> list[AddressedDropout]:  # fmt: skip
-    """Add a LoRA in float32 to a U-Net whose own weights are frozen from here on.
+    """Add a LoRA in float32 to a U-Net or text encoder whose own weights are frozen from here on.
 
     Args:
-        unet: UNet2DConditionModel, any dtype.
+        unet: the part of the pipeline, any dtype; its name in it is `part`.
         rank: r.
         alpha: the update is scaled by alpha / r.
         targets: layer names.
         seed: seed of the gaussian start of A, and of dropout.
         dropout: share of the update's input that is dropped in training.
         dora: train the length of each row of W' too.
+        init: how the update begins, one of `LORA_INITS`; None: gaussian.
+        rslora: the update is scaled by alpha / sqrt(r).
+        checkpoint: folder that `save` wrote to, to be given to `load` afterwards; says with what `init` began.
         start: adapter to begin from, bit for bit; its layers, ranks and alphas then stand in place of those above.
 
     Raises:
@@ -184,35 +207,123 @@ def attach(
         True
     """
     unet.requires_grad_(False)
-    shape: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": list(targets), "use_dora": dora}
-    if start is not None:
-        shape = lora.peft_settings(start.layers, start.rslora[start.network])
-    settings = LoraConfig(**shape, init_lora_weights="gaussian", lora_dropout=dropout)
+    shape: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": list(targets),
+        "use_dora": dora,
+        "use_rslora": rslora,
+    }
+    layers = [] if start is None else [layer for layer in start.layers if layer.part == part]
+    if start is not None and layers:
+        shape = lora.peft_settings(layers, start.rslora[part])
+    moved = init in MOVED_BASE
+    begins: Any = True if init == "kaiming" or (moved and checkpoint is not None) else init or "gaussian"
+    settings = LoraConfig(**shape, init_lora_weights=begins, lora_dropout=dropout)
+    whole = {name: m.weight.clone() for name, m in unet.named_modules() if moved and _named(name, targets)}
     # peft draws from the global generator: borrow it with our seed, and give it back as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet.add_adapter(settings)
+        if part == "unet":
+            unet.add_adapter(settings)
+        else:  # transformers' own method asks for a newer peft than its loader does
+            inject_adapter_in_model(settings, unet, "default")
+    if part != "unet":
+        for module in unet.modules():
+            if isinstance(getattr(module, "dropout", None), float):
+                module.dropout = 0.0  # of attention: its masks would come from the global generator
     # Trained weights in half precision lose small updates, and the fp16 scaler refuses them.
     cast_training_params(unet, dtype=torch.float32)
-    if start is not None:
-        state = {f"{layer.path}.{key}": value for layer in start.layers for key, value in layer.tensors()}
+    if moved:
+        _move(
+            unet,
+            whole,
+            None if checkpoint is None else {n: b for n, (_, b) in _halves(_read(checkpoint, part, unet)).items()},
+        )
+    if start is not None and layers:
+        state = {f"{layer.path}.{key}": value for layer in layers for key, value in layer.tensors()}
         if wrong := _fill(unet, state):
-            raise UserError(f"lora_weights {start.file.label} did not reach the U-Net whole", rule=wrong[0])
-    return _install(unet, p=dropout, seed=seed) if dropout else []
+            raise UserError(f"lora_weights {start.file.label} did not reach the {part} whole", rule=wrong[0])
+    return _install(unet, p=dropout, seed=seed, part=part) if dropout else []
 
 
-def _install(unet: Any, *, p: float, seed: int) -> list[AddressedDropout]:
+def _install(unet: Any, *, p: float, seed: int, part: str) -> list[AddressedDropout]:
     """Put addressed dropout of share `p` in place of peft's own into every adapted layer, and return the modules."""
     placed = []
     for name, layer in unet.named_modules():
         if "default" in getattr(layer, "lora_dropout", {}):
-            layer.lora_dropout["default"] = AddressedDropout(p, seed=seed, layer=name)
+            layer.lora_dropout["default"] = AddressedDropout(
+                p, seed=seed, layer=name if part == "unet" else f"{part}.{name}"
+            )
             placed.append(layer.lora_dropout["default"])
     return placed
 
 
-def save(unet: Any, folder: Path, family: Family) -> None:
-    """Write the LoRA with its metadata to `folder/pytorch_lora_weights.safetensors`.
+def _move(unet: Any, whole: Mapping[str, torch.Tensor], begun: Mapping[str, torch.Tensor] | None) -> None:
+    """Take what the update begins with, that of peft or of a checkpoint, out of the base: `W <- W - s B0 A0`, and remember it.
+
+    peft does so too, in an order of its own for each start; a resumed run must come to the same bits without its decomposition.
+    """
+    if begun is not None:
+        _fill(unet, begun)
+    unet.peft_config["default"].init_lora_weights = True  # of the file that is saved
+    unet.begun = {name: value.detach().clone().cpu() for name, value in get_peft_model_state_dict(unet).items()}
+    with torch.no_grad():
+        for path, weight in whole.items():
+            layer = unet.get_submodule(path)
+            update = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            layer.get_base_layer().weight.copy_(weight.float() - update)
+
+
+def _halves(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return what is trained and what it began with of a saved adapter whose base was moved, by name."""
+    found = {}
+    for name, value in state.items():
+        trained, begun = value.chunk(2, dim=1 if "lora_B" in name else 0)
+        found[name] = trained.contiguous(), (-begun if "lora_B" in name else begun).contiguous()
+    return found
+
+
+def plain(unet: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the adapter as every reader takes it: a LoRA on the untouched base whose scale is alpha / rank.
+
+        s (B A - B0 A0) = s [B, -B0] [A; A0]          what began at B0 A0 has twice the rank in the file
+
+    Returns:
+        Its tensors by peft's names, and peft's settings as plain JSON, with the alpha of every layer that has one of its own.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> unet = tiny_pipeline().unet
+        >>> modules = attach(unet, rank=4, alpha=4.0, targets=["to_q"], seed=0, rslora=True)
+        >>> plain(unet)[1]["lora_alpha"]
+        8.0
+    """
+    config, state = unet.peft_config["default"], get_peft_model_state_dict(unet)
+    # peft keeps sets, which JSON has not. The file may be published without the base's path on this machine. And diffusers leaves the
+    # dropout of a loaded LoRA on while it samples: no two images of a seed would be equal.
+    settings = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    settings |= {"base_model_name_or_path": None, "lora_dropout": 0.0}
+    begun = getattr(unet, "begun", None)
+    if begun is not None:
+        state = {
+            name: torch.cat(
+                [value.cpu(), -begun[name] if "lora_B" in name else begun[name]], dim=1 if "lora_B" in name else 0
+            )
+            for name, value in state.items()
+        }
+        settings |= {"r": 2 * config.r}
+    if begun is not None or config.use_rslora:
+        factor = 1 if begun is None else 2
+        alphas = {path: factor * m.r["default"] * m.scaling["default"] for path, m in lora.adapted(unet, "default")}
+        most = Counter(alphas.values()).most_common(1)[0][0]
+        settings |= {"use_rslora": False, "lora_alpha": most,
+                     "alpha_pattern": {f"^{re.escape(p)}": a for p, a in alphas.items() if a != most}}  # fmt: skip
+    return state, settings
+
+
+def save(unet: Any, folder: Path, family: Family, text: Mapping[str, Any] = _NONE) -> None:
+    """Write the LoRA, with those of text encoders, and its metadata to `folder/pytorch_lora_weights.safetensors`.
 
     Example:
         >>> import tempfile
@@ -225,19 +336,21 @@ def save(unet: Any, folder: Path, family: Family) -> None:
         >>> [path.name for path in folder.iterdir()]
         ['pytorch_lora_weights.safetensors']
     """
-    settings = unet.peft_config["default"].to_dict()
-    # The file may be published without the base's path on this machine; and JSON has no sets.
-    settings["base_model_name_or_path"] = None
-    # diffusers leaves the dropout of a loaded LoRA on while it samples, and no two images of a seed are equal.
-    settings["lora_dropout"] = 0.0
-    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
     # In peft's names. `convert_state_dict_to_diffusers` renames the attention layers only, and a reader that takes a file
     # with both kinds of names drops one kind without a word.
-    family.save_lora(folder, get_peft_model_state_dict(unet), plain)
+    parts = {family.network: plain(unet)}
+    for part, encoder in text.items():
+        layers, settings = plain(encoder)
+        # Transformers 5 has no `text_model` around CLIP's layers. Readers of every age know the longer name.
+        parts[part] = (
+            {f"text_model.{name.removeprefix('text_model.')}": value for name, value in layers.items()},
+            settings,
+        )
+    family.save_lora(folder, parts)
     _settle(folder / WEIGHTS_NAME)
 
 
-def save_kohya(unet: Any, folder: Path, family: Family) -> None:
+def save_kohya(unet: Any, folder: Path, family: Family, text: Mapping[str, Any] = _NONE) -> None:
     """Write the LoRA to `folder/pytorch_lora_weights_kohya.safetensors`, as sd-scripts and ComfyUI name things.
 
     Readers of this format scale the update by `alpha / rank` with the alpha of each layer in the file.
@@ -253,23 +366,26 @@ def save_kohya(unet: Any, folder: Path, family: Family) -> None:
         >>> [path.name for path in folder.iterdir()]
         ['pytorch_lora_weights_kohya.safetensors']
     """
-    settings = unet.peft_config["default"]
-    theirs = family.kohya_names(unet)
-    layers = {}
-    for name, value in get_peft_model_state_dict(unet).items():
-        path, rest = name.split(".lora_", 1)
-        layers[f"unet.{theirs.get(path, path)}.lora_{rest}"] = value
-    converted = convert_state_dict_to_kohya(layers)
-    # diffusers writes the rank as every layer's alpha.
-    state = {
-        name: torch.tensor(float(settings.lora_alpha)) if name.endswith(".alpha") else value.detach().cpu().contiguous()
-        for name, value in converted.items()
-    }
+    state, theirs = {}, family.kohya_names(unet)
+    for part, module in {family.network: unet, **text}.items():
+        tensors, found = plain(module)
+        for name, value in tensors.items():
+            path, rest = name.split(".lora_", 1)
+            named = (
+                theirs.get(path, path) if part == family.network else f"text_model.{path.removeprefix('text_model.')}"
+            )
+            key = family.kohya_prefix(part) + named.replace(".", "_")
+            state[f"{key}.lora_{'down' if rest == 'A.weight' else 'up'}.weight"] = value.detach().cpu().contiguous()
+            # diffusers' own converter writes the rank as every layer's alpha.
+            state[f"{key}.alpha"] = torch.tensor(
+                float(found["alpha_pattern"].get(f"^{re.escape(path)}", found["lora_alpha"]))
+            )
+    settings = plain(unet)[1]
     metadata = {
         "format": "pt",
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(settings.r),
-        "ss_network_alpha": str(float(settings.lora_alpha)),
+        "ss_network_dim": str(settings["r"]),
+        "ss_network_alpha": str(float(settings["lora_alpha"])),
     }
     save_file(state, folder / KOHYA_NAME, metadata=metadata)
     _settle(folder / KOHYA_NAME)
@@ -286,8 +402,8 @@ def _settle(path: Path) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
 
 
-def load(unet: Any, folder: Path) -> None:
-    """Read weights that `save` wrote into a U-Net with the same adapter attached.
+def load(unet: Any, folder: Path, text: Mapping[str, Any] = _NONE) -> None:
+    """Read weights that `save` wrote into a U-Net, and text encoders, with the same adapter attached.
 
     Raises:
         UserError: the file is missing or damaged, or is not this adapter, tensor for tensor.
@@ -303,15 +419,35 @@ def load(unet: Any, folder: Path) -> None:
         >>> load(unet, folder)
     """
     path = folder / WEIGHTS_NAME
-    try:
-        wrong = _fill(unet, {name.removeprefix("unet."): value for name, value in load_file(path).items()})
-    except Exception as error:  # SafetensorError, OSError, shape mismatch (RuntimeError)
-        raise UserError(
-            f"{path} cannot be read", rule=f"{type(error).__name__}: {error}"[:300], remedy="use another checkpoint"
-        ) from None
+    parts = {"unet": unet, **text}
+    wrong = [name for name in _tensors(folder) if name.partition(".")[0] not in parts]
+    for part, module in parts.items():
+        state = _read(folder, part, module)
+        if (begun := getattr(module, "begun", None)) is not None:
+            halves = _halves(state)
+            state = {name: trained for name, (trained, _) in halves.items()}
+            wrong += [name for name, (_, b) in halves.items() if name not in begun or not torch.equal(b, begun[name])]
+        wrong = wrong or _fill(module, state)
     if wrong:
         raise UserError(f"{path} belongs to another adapter", rule=f"{len(wrong)} weights are missing, unknown or of another shape, the first is {wrong[0]}",
                         remedy="use another checkpoint")  # fmt: skip
+
+
+def _read(folder: Path, part: str, module: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of a part of a saved adapter by peft's names in the module."""
+    inner = f"{part}." if part == "unet" or hasattr(module, "text_model") else f"{part}.text_model."
+    return {n.removeprefix(inner): v for n, v in _tensors(folder).items() if n.startswith(f"{part}.")}
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a saved adapter."""
+    path = folder / WEIGHTS_NAME
+    try:
+        return dict(load_file(path))
+    except Exception as error:  # SafetensorError, OSError
+        raise UserError(
+            f"{path} cannot be read", rule=f"{type(error).__name__}: {error}"[:300], remedy="use another checkpoint"
+        ) from None
 
 
 def _fill(unet: Any, state: Mapping[str, torch.Tensor]) -> list[str]:

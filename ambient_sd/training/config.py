@@ -24,7 +24,7 @@ from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.settings import Parser, add_flags, option, same
 
 GROUPS = {
-    "model": "Which base model is fine-tuned: a local pipeline folder or a hub id.",
+    "model": "Which base model is fine-tuned: a local pipeline folder, a whole model in one .safetensors file, or a hub id.",
     "data": "Images and captions: a folder with metadata.jsonl, a parquet file, WebDataset shards, or a dataset's hub id.",
     "objective": "The loss. `ambient` never shows the network a clean image above the noise level s_n = sigma / alpha "
     "(on SD's schedule s = 0.34 at t=100, 0.83 at 300, 1.16 at 400, 2.3 at 600, 14.6 at 999); each image keeps one "
@@ -32,12 +32,16 @@ GROUPS = {
     "mitigation": "Published ways to keep a model from memorizing, beside the loss or in place of the ambient one; each off by default.",
     "optimisation": "Steps, batches and the optimizer (AdamW). Steps are optimizer steps.",
     "LoRA": "Low-rank adapters instead of a full fine-tune; these options need --lora.",
+    "class": "Prior preservation: images of the subject's class, trained beside the training images. Regularisation images of a dataset are used without a flag.",
     "validation": "Images sampled during training, to TensorBoard and to output_dir/validation/.",
     "checkpoints": "Folders checkpoint-N in output_dir from which a run resumes bit for bit.",
     "output": "Where results and logs go.",
 }
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+INTERPOLATIONS = ("lanczos", "bicubic", "bilinear", "hamming", "box", "nearest")
 CAPTION_MITIGATIONS = ("mc", "gn", "rc", "rt", "cwr")
+LORA_INITS = ("gaussian", "kaiming", "orthogonal", "pissa", "olora")
+MOVED_BASE = ("pissa", "olora")  # starts of an update that is not zero: the base gives what they take
 DEFAULT_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 CONFIG_NAME = "train_config.yaml"
 AUTO = "auto"
@@ -61,10 +65,11 @@ class TrainConfig:
     """
 
     # fmt: off
-    pretrained_model_name_or_path: str | None = option(None, "base model: pipeline folder or hub id (required); `embedded` is the small one inside this package", group="model")
+    pretrained_model_name_or_path: str | None = option(None, "base model: pipeline folder, whole model in one .safetensors file, or hub id (required); `embedded` is the small one inside this package", group="model")
     pretrained_vae_model_name_or_path: str | None = option(None, "another VAE in place of the base's: folder with config.json, or hub id. A full fine-tune saves it; a LoRA must be sampled with it", group="model")
     revision: str | None = option(None, "revision of the hub repository", group="model")
     variant: str | None = option(None, "variant of the weight files, e.g. fp16", group="model")
+    single_file_config: str | None = same(SamplingOptions, "single_file_config", group="model")
     prediction_type: str | None = option(None, "what the U-Net predicts; default: as in the base model's scheduler. Saved with a full fine-tune; a LoRA must keep the base's", group="model", choices=("epsilon", "v_prediction", "sample"))
 
     dataset_name: str | None = option(None, "hub id of a dataset; a local folder or parquet file works too", group="data")
@@ -85,6 +90,7 @@ class TrainConfig:
     latent_cache_dir: str | None = option(None, "keep latents and caption embeddings in this folder: computed once, for this run and later ones; VAE and text encoder leave memory", group="data")
     resolution: int = option(512, "side of the images in pixels: they are resized (shorter side) and cropped to it", group="data", low=8)
     allow_upscaling: bool = option(False, "train although most images are enlarged several times to the resolution", group="data")
+    image_interpolation_mode: str = option("lanczos", "filter with which images are resized; one for a whole run and for later ones on the same images: another gives each image another noisy copy", group="data", choices=INTERPOLATIONS)
     center_crop: bool = option(False, "crop the centre; otherwise crop at random (ambient: one fixed place per image)", group="data")
     aspect_ratio_buckets: str | None = option(None, "let images keep their shape: auto (sides for the area of resolution, 1:2 to 2:1), or height,width pairs such as 512,768;640,640;768,512; otherwise all are cropped to squares", group="data")
     random_flip: bool = option(False, "mirror half of the images (ambient: always the same half; otherwise chosen anew each epoch)", group="data")
@@ -138,18 +144,28 @@ class TrainConfig:
     foreach_ema: bool = option(False, "update the average in one call over all tensors; needs use_ema", group="optimisation", needs="use_ema")
 
     lora: bool = option(False, "train a LoRA instead of the whole U-Net", group="LoRA")
-    lora_weights: str | None = same(SamplingOptions, "lora_weights", text="start from this adapter: folder, .safetensors file or hub id, in any names that `sample` reads; rank, lora_alpha, layers and kind are its own", group="LoRA", needs="lora")
+    lora_weights: str | None = same(SamplingOptions, "lora_weights", text="LoRA on the model: folder, .safetensors file or hub id. Training continues it; rank, lora_alpha, layers and kind are its own", group="LoRA", needs="lora")
     rank: int | None = option(None, "rank of the update (default 4)", group="LoRA", low=1, needs="lora")
+    lora_init: str | None = option(None, "how the update begins. gaussian (default, as in diffusers' scripts), kaiming, orthogonal: at zero. pissa: at the largest singular components of each weight, olora: at its QR components; both take them out of the base and are saved as a LoRA of twice the rank on the untouched base", group="LoRA", choices=LORA_INITS, needs="lora")
+    use_rslora: bool = option(False, "scale the update by lora_alpha / sqrt(rank); saved as the lora_alpha that gives this scale in every reader", group="LoRA", needs="lora")
     lora_alpha: float | None = option(None, "the update is scaled by lora_alpha / rank (default: the rank); kept in the saved file", group="LoRA", above=0.0, needs="lora")
     lora_target_modules: list[str] | None = option(None, "names of the layers that get an adapter (default: the attention projections to_k to_q to_v to_out.0)", group="LoRA", needs="lora")
     lora_dropout: float | None = option(None, "share of the update's input that is dropped in training (default 0); a function of seed, layer and place in the run", group="LoRA", low=0.0, below=1.0, needs="lora")
     use_dora: bool = option(False, "train DoRA: the length of each row of the weights too", group="LoRA", needs="lora")
+    train_text_encoder: bool = option(False, "train adapters of the text encoders too, of the same kind, rank and alpha; embeddings are then computed at every step", group="LoRA", needs="lora")
+    text_encoder_lr: float | None = option(None, "learning rate of the text encoders (default: learning_rate)", group="LoRA", above=0.0, needs="train_text_encoder")
     output_kohya_format: bool = option(False, "write pytorch_lora_weights_kohya.safetensors too, for ComfyUI, AUTOMATIC1111 and others", group="LoRA", needs="lora")
 
     validation_prompts: list[str] | None = option(None, "prompts, or a .jsonl file with one {\"prompt\": ...} a line", group="validation", alias="validation_prompt")
     num_validation_images: int | None = option(None, "images per prompt (default 4)", group="validation", low=1, needs="validation_prompts")
     validation_epochs: int | None = option(None, "sample every N epochs (default 5; with --lora 1)", group="validation", low=1, needs="validation_prompts")
     validation_steps: int | None = option(None, "sample every N optimizer steps instead", group="validation", low=1, rival="validation_epochs", needs="validation_prompts")
+
+    with_prior_preservation: bool = option(False, "train as many class images as training images in each batch, so that the class of the subject stays what the base knows (DreamBooth)", group="class")
+    class_data_dir: str | None = option(None, "their folder. What it lacks of num_class_images the base generates, under the guard, and the folder keeps; a folder that was filled by hand is taken as it is (required)", group="class", needs="with_prior_preservation")
+    class_prompt: str | None = option(None, "their prompt, such as \"a photo of a dog\" (required)", group="class", needs="with_prior_preservation")
+    num_class_images: int | None = option(None, "how many of them (default 100)", group="class", low=1, needs="with_prior_preservation")
+    prior_loss_weight: float = option(1.0, "weight of their loss; also of a dataset's own regularisation images", group="class", above=0.0)
 
     probe_steps: int | None = option(None, "measure the copy rate every N optimizer steps: sample images for training captions and compare them with the training images", group="validation", low=1)
     probe_images: int | None = option(None, "images per evaluation (default 32)", group="validation", low=1, needs="probe_steps")
@@ -225,6 +241,20 @@ class TrainConfig:
             self.caption_mitigation_p = 1.0 if self.caption_mitigation in ("mc", "gn") else 0.1
         if self.caption_mitigation == "gn":
             self.caption_noise_std = self.caption_noise_std or 0.1
+        if self.lora_init == "gaussian":
+            self.lora_init = None  # one spelling of one run
+        for given, name, rule in (
+            (self.use_dora and self.lora_init in MOVED_BASE, "use_dora", f"the row lengths of DoRA belong to weights that {self.lora_init} changes"),
+            (self.lora_weights and self.lora_init, "lora_init", "an adapter that lora_weights names has begun already"),
+            (self.lora_weights and self.use_rslora, "use_rslora", "the adapter that lora_weights names has a scale of its own"),
+            (self.lora_init == "orthogonal" and (self.rank or 4) % 2, f"rank {self.rank}", "orthogonal halves need an even rank"),
+        ):  # fmt: skip
+            if given:
+                raise UserError(f"{name} is given with {'lora_weights' if self.lora_weights else f'lora_init {self.lora_init}'}", rule=rule,
+                                remedy="leave one of them out" if "rank " not in name else "give an even one")  # fmt: skip
+        if self.train_text_encoder and self.use_ema:
+            raise UserError("use_ema is given with train_text_encoder", rule="the average is one of the U-Net's weights",
+                            remedy="leave one of them out")  # fmt: skip
         if self.use_dora and self.output_kohya_format:
             raise UserError("output_kohya_format is given with use_dora",
                             rule="its readers disagree about which side of a weight a DoRA's lengths belong to",
@@ -236,6 +266,13 @@ class TrainConfig:
             self.rank = self.rank or 4
             self.lora_alpha = self.lora_alpha or float(self.rank)
             self.lora_target_modules = self.lora_target_modules or list(DEFAULT_TARGETS)
+
+        if self.with_prior_preservation:
+            for name in ("class_data_dir", "class_prompt"):
+                if not getattr(self, name):
+                    raise UserError(f"{name} is missing", rule="with_prior_preservation needs it",
+                                    remedy="for example --class_data_dir class-images --class_prompt \"a photo of a dog\"")  # fmt: skip
+            self.num_class_images = self.num_class_images or 100
 
         if self.validation_prompts:
             if self.validation_steps is not None and self.validation_epochs is not None:

@@ -37,11 +37,13 @@ from ambient_sd.training import (
     checkpoints,
     dropping,
     noising,
+    prior,
     processes,
     results,
     sharding,
 )
 from ambient_sd.training.config import AUTO, TrainConfig
+from ambient_sd.training.prior import Prior
 from ambient_sd.utils.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ class Plan:
         new_captions: captions that are not trained, on which the probe measures quality.
         level_reason: where a measured level comes from; None if the settings give it.
         start: the adapter that the training starts from; None: a fresh one, or the whole U-Net.
+        prior: the class images; None: there are none, or the base has yet to generate them.
 
     Example:
         >>> from ambient_sd.assets import BASE, IMAGES
@@ -92,6 +95,7 @@ class Plan:
     new_captions: tuple[str, ...] = ()
     level_reason: str | None = None
     start: Adapter | None = None
+    prior: Prior | None = None
 
     @property
     def fixed_noise(self) -> bool:
@@ -112,8 +116,14 @@ class Plan:
             "ambient_level": self.objective.level,
             "prediction_type": self.objective.prediction_type,
             "vae": self.base.vae_label,
+            # None where it is as it always was: checkpoints from before there was a choice go on.
+            "image_interpolation_mode": None if (mode := self.config.image_interpolation_mode) == "lanczos" else mode,
+            "lora_init": self.config.lora_init,
+            "use_rslora": self.config.use_rslora or None,
+            "train_text_encoder": self.config.train_text_encoder or None,
             "lora_weights": None if self.start is None else self.start.file.sha256,
             "global_batch": global_batch,
+            "prior": None if self.prior is None else self.prior.identity(self.config.prior_loss_weight),
             "images": self.images.fingerprint(),
             "noise_keys": noise_fingerprint(self.images.noise_keys, self.images.mirrored),
         }
@@ -133,7 +143,7 @@ def base_of(config: TrainConfig) -> Base:
     """
     return check_base(
         str(config.pretrained_model_name_or_path), revision=config.revision, variant=config.variant, cache_dir=config.cache_dir,
-        vae=config.pretrained_vae_model_name_or_path, prediction_type=config.prediction_type, lora=config.lora,
+        config=config.single_file_config, vae=config.pretrained_vae_model_name_or_path, prediction_type=config.prediction_type, lora=config.lora,
         resolution=config.resolution,
     )  # fmt: skip
 
@@ -160,16 +170,22 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         dropping.check_scheduler(base.scheduler)
     start = None
     if config.lora_weights is not None:
-        start = adapters.read_start(config.lora_weights, base)
+        start = adapters.read_start(config.lora_weights, base, text=config.train_text_encoder)
         config = adapters.settle(config, start, base.skeleton()[base.family.network])
     elif config.lora:
-        adapters.check_targets(base.skeleton()[base.family.network], config.lora_target_modules or ())
+        adapters.check_targets(
+            base.skeleton()[base.family.network], config.lora_target_modules or (), config.lora_init, config.rank or 4
+        )
     prompts, new = collect_prompts(config.validation_prompts), collect_prompts(config.probe_prompts)
     checkpoint = _check_output(config)
     images = open_images(config)
     check_asks(config, images, fixed=objective.mode == "ambient" and objective.level > 0)
     caption_augmentation.check(config, images)
-    images.check(progress, near_duplicates=config.near_duplicates == "share" and objective.level > 0)
+    grouped = config.near_duplicates == "share" and objective.level > 0
+    if (found := prior.find(config, base, images)) is None:
+        images.check(progress, near_duplicates=grouped)
+    else:
+        prior.check_together(images, found.images, near_duplicates=grouped, progress=progress)
     buckets = None
     if config.aspect_ratio_buckets is not None:
         sizes = read_buckets(config.aspect_ratio_buckets, config.resolution, base.pixel_step)
@@ -184,7 +200,9 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
             notes += (
                 "quality is not measured on the way: the captions give no new ones; name some with --probe_prompts",
             )
-    return Plan(config, base, objective, images, prompts, checkpoint, buckets, notes, tuple(new), start=start)
+    return Plan(
+        config, base, objective, images, prompts, checkpoint, buckets, notes, tuple(new), start=start, prior=found
+    )
 
 
 def _check_packages(config: TrainConfig) -> None:
@@ -240,7 +258,7 @@ def _check_output(config: TrainConfig) -> Path | None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"output_dir is {config.output_dir}", rule=f"{existing} is no folder that can be written to",
                         remedy="name another one")  # fmt: skip
-    for name in ("pretrained_model_name_or_path", "train_data_dir", "dataset_name", "lora_weights"):
+    for name in ("pretrained_model_name_or_path", "train_data_dir", "dataset_name", "lora_weights", "class_data_dir"):
         given = getattr(config, name)
         if given is not None and folder.exists() and folder.resolve() == Path(given).expanduser().resolve():
             raise UserError(f"output_dir is {config.output_dir}", rule=f"that is {name} too, and would be overwritten",

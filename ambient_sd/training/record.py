@@ -141,10 +141,15 @@ def describe_start(
     level = f", noise level {known}" if objective.mode != "plain" else ""
     if plan.level_reason:
         level += f" ({plan.level_reason})"
-    kind = f"LoRA of rank {config.rank}" if config.lora else "whole U-Net"
+    kind = (
+        f"LoRA of rank {config.rank}" + (" with text encoders" * config.train_text_encoder)
+        if config.lora
+        else "whole U-Net"
+    )
     grouped = f", {len(images.groups)} groups of near-duplicates" if images.groups else ""
     rows = {
         "images": f"{len(images)} at {config.resolution} px{grouped}",
+        **({} if plan.prior is None else {"class": plan.prior.describe(config.prior_loss_weight)}),
         "objective": f"{config.objective}{level}, {objective.prediction_type}",
         "steps": f"{steps}, about {steps * global_batch / sum(images.repeats):.3g} epochs"
         + (f"; resuming after step {first_step}" if first_step else ""),

@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -125,8 +126,10 @@ def clear(folder: Path, logging_dir: str) -> None:
         path.unlink()
 
 
-def write(folder: Path, unet: Any, base: Base, config: TrainConfig) -> None:
-    """Write the result of a run; `unet` holds the trained weights, whole.
+def write(
+    folder: Path, unet: Any, base: Base, config: TrainConfig, text: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Write the result of a run; `unet` holds the trained weights, whole, and `text` the text encoders with an adapter, by name.
 
     Raises:
         UserError: the base is no longer there, so that the U-Net alone could be written.
@@ -149,9 +152,9 @@ def write(folder: Path, unet: Any, base: Base, config: TrainConfig) -> None:
     staging.mkdir()
     lost: Exception | None = None
     if config.lora:
-        adapters.save(unet, staging, base.family)
+        adapters.save(unet, staging, base.family, text)
         if config.output_kohya_format:
-            adapters.save_kohya(unet, staging, base.family)
+            adapters.save_kohya(unet, staging, base.family, text)
     else:
         try:
             pipe = base.pipeline(unet)

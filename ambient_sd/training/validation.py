@@ -51,23 +51,33 @@ class Samples(NamedTuple):
     scores: list[list[float]]
 
 
+def images_at_once(resolution: int) -> int:
+    """Return how many images of a resolution are sampled in one batch.
+
+    Example:
+        >>> images_at_once(512), images_at_once(64)
+        (4, 16)
+    """
+    return max(1, min(_MOST_AT_ONCE, _PIXELS_AT_ONCE // resolution**2))
+
+
 @contextlib.contextmanager
 def _ready_to_sample(pipe: Any, device: torch.device) -> Iterator[None]:
     """Lend the parts of a pipeline in training to sampling: on the device, in evaluation mode, and back as they were."""
-    unet, parts = pipe.unet, pipe.components
-    homes = {
-        name: part.device for name, part in parts.items() if isinstance(part, torch.nn.Module) and part is not unet
-    }
-    training = unet.training
-    unet.eval()
+    parts: list[Any] = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    homes = [(part, part.device) for part in parts if part is not pipe.unet]
+    training = [(part, part.training) for part in parts]
+    for part in parts:
+        part.eval()
     try:
-        for name in homes:
-            parts[name].to(device)
+        for part, _ in homes:
+            part.to(device)
         yield
     finally:
-        unet.train(training)
-        for name, home in homes.items():
-            parts[name].to(home)
+        for part, mode in training:
+            part.train(mode)
+        for part, home in homes:
+            part.to(home)
 
 
 def sample(
@@ -105,7 +115,7 @@ def sample(
     """
     config = SamplingConfig(
         "the model in training", num_inference_steps=steps or INFERENCE_STEPS, guidance_scale=guidance_scale, resolution=resolution,
-        seed=seed, batch_size=max(1, min(_MOST_AT_ONCE, _PIXELS_AT_ONCE // resolution**2)),
+        seed=seed, batch_size=images_at_once(resolution),
     )  # fmt: skip
     requests, images, scores = requests_for(prompts, per_prompt), [], []
     with _ready_to_sample(pipe, accelerator.device):

@@ -17,16 +17,35 @@ from ambient_sd.utils.hub_ids import resolve_model_id
 
 ADAPTER_NAME = "pytorch_lora_weights.safetensors"
 _UNET = "unet"
-# What diffusers loads by default: whole or in parts, no variant such as .fp16.
-_FILE = re.compile(r"diffusion_pytorch_model(-\d{5}-of-\d{5})?\.safetensors")
+# Whole or in parts; diffusers has written the variant before and behind the number of the part.
+_NUMBER = r"(-\d{5}-of-\d{5})?"
+_FILE = re.compile(rf"(diffusion_pytorch_)?model{_NUMBER}(\.(?P<variant>[\w-]+?))?{_NUMBER}\.safetensors")
 
 
-def unet_files(model: str, *, revision: str | None = None, cache_dir: str | None = None) -> dict[str, str]:
+def variants(part: Path) -> dict[str | None, list[Path]]:
+    """Return the weight files in the folder of a pipeline's part by their variant; None is the plain one.
+
+    Example:
+        >>> from ambient_sd.assets import BASE
+        >>> list(variants(BASE / "unet"))
+        [None]
+    """
+    found: dict[str | None, list[Path]] = {}
+    for path in sorted(part.glob("*.safetensors")):
+        if (match := _FILE.fullmatch(path.name)) is not None:
+            found.setdefault(match["variant"], []).append(path)
+    return found
+
+
+def unet_files(
+    model: str, *, revision: str | None = None, variant: str | None = None, cache_dir: str | None = None
+) -> dict[str, str]:
     """Return name -> SHA-256 of the U-Net's weight files of a pipeline; empty where there are none, or it is not on this machine.
 
     Args:
-        model: folder or hub id.
+        model: folder, one file, or hub id.
         revision: branch, tag or commit on the hub.
+        variant: such as fp16; where there is none, the plain files are loaded, and are meant.
         cache_dir: where the hub's files are kept, if not in the usual place.
 
     Example:
@@ -34,13 +53,16 @@ def unet_files(model: str, *, revision: str | None = None, cache_dir: str | None
         >>> list(unet_files(str(BASE)))
         ['unet/diffusion_pytorch_model.safetensors']
     """
-    folder = Path(model)
+    folder = Path(name := resolve_model_id(model))
+    if folder.is_file():
+        return {folder.name: file_digest(folder)}
     if not folder.is_dir():
-        found = _cached(resolve_model_id(model), f"{_UNET}/config.json", revision, cache_dir)
+        found = _cached(name, f"{_UNET}/config.json", revision, cache_dir)
         if found is None:
             return {}
         folder = found.parents[1]
-    paths = sorted(path for path in (folder / _UNET).glob("*.safetensors") if _FILE.fullmatch(path.name))
+    there = variants(folder / _UNET)
+    paths = there.get(variant) or there.get(None, [])
     return {f"{_UNET}/{path.name}": file_digest(path) for path in paths}
 
 

@@ -103,6 +103,7 @@ def test_half_precision_rounds_by_two_to_the_minus_eleven(folder: Path, store: P
     assert not torch.equal(whole, rounded)
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_bytes_of_one(tmp_path: Path) -> None:
     (tmp_path / "few").mkdir()
     few = made(tmp_path / "few", 66)

@@ -487,6 +487,7 @@ def test_missing_captions_are_a_mistake_only_where_they_are_the_prompts(sets: di
     assert left.value.code == 2 and not sets["out"].with_name("o").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_audit_is_refused_but_figures_may_be_made_again(sets: dict[str, Path]) -> None:
     first = audit(settings(sets)).found
     again = audit(settings(sets, mirrored=False, resamples=30)).found

@@ -92,6 +92,7 @@ def test_figures_neighbours_and_verdict_are_those_of_an_audit_that_embeds(
     assert "were embedded before" in page and str(world) not in page + json.dumps(told)
 
 
+@pytest.mark.slow
 def test_a_folder_of_results_may_be_made_again_with_stored_embeddings(world: Path, tmp_path: Path) -> None:
     audit(settings(world, tmp_path, features=("pixels8",)))
     audit(settings(world, tmp_path, features=("pixels8",), training_embeddings=world / "stored"))
@@ -109,6 +110,7 @@ def test_vectors_come_from_the_store(world: Path, tmp_path: Path) -> None:
     assert [line["nearest"]["pixels8"]["row"] for line in lines[:3]] == [1, 4, 8]
 
 
+@pytest.mark.slow
 def test_training_images_are_decoded_once_and_only_mirror_images_embedded(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

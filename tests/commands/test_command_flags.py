@@ -35,7 +35,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "audit": (AuditedOptions, AuditSettings, FeatureOptions, DatasetOptions, SamplingOptions), "script": (config.TrainConfig,), "train": (TrainOptions, config.TrainConfig),
 }  # fmt: skip
 # Anisotropy and the scores of a calibration are of the model alone; MODEL stands among the places of an audit.
-LEFT_OUT = {"calibrate": {"base", "base_above"}, "audit": {"model"}, "train": {"train_data_dir", "dataset_name"}}
+LEFT_OUT = {"calibrate": {"base_above"}, "audit": {"model"}, "train": {"train_data_dir", "dataset_name"}}
 ALL = {**{name: parser_of(name) for name in COMMANDS}, "script": config.make_parser()}
 
 
@@ -73,8 +73,8 @@ def test_help_shows_every_setting_and_no_none(name: str) -> None:
 
 
 def test_one_flag_means_the_same_in_every_command() -> None:
-    # compare has several models, each with a name and perhaps a LoRA of its own; train goes on from it.
-    known = {f"{flag}: {name} and sample" for flag in ("--lora_weights", "--adapter") for name in ("compare", "train")}
+    # compare has several models, each with a name and perhaps a LoRA of its own.
+    known = {f"{flag}: compare and train" for flag in ("--lora_weights", "--adapter", "--revision")}
     assert set(conflicts(ALL)) == known
 
 

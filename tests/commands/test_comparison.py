@@ -26,7 +26,7 @@ from ambient_sd.data.dataset_options import DatasetOptions
 from ambient_sd.data.sources import load_rows
 from ambient_sd.guard.policies import Policy
 from ambient_sd.reporting import compare_page
-from ambient_sd.sampling import load_pipeline, requests_for
+from ambient_sd.sampling import SamplingConfig, load_pipeline, requests_for
 from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.settings import from_flags
 
@@ -110,6 +110,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return arguments(image_folder(folder / "images", images, captions))
 
 
+@pytest.mark.slow
 def test_a_run_writes_tables_sheets_and_page_and_goes_on_where_it_was_cut(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,14 +218,14 @@ def test_models_of_the_hub_are_told_apart_by_their_weights(
     for module in (huggingface_hub.constants, huggingface_hub.file_download.constants):
         monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path))
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
-    one, same, other = (comparison._digest(f"owner/{name}") for name in ("one", "same", "other"))
+    one, same, other = (comparison._digest(SamplingConfig(f"owner/{name}")) for name in ("one", "same", "other"))
     assert one == same != other
     assert (
-        comparison._digest(str(tiny_base))
+        comparison._digest(SamplingConfig(str(tiny_base)))
         == hashlib.sha256((tiny_base / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
     )  # of a folder as in claims written before
     with pytest.raises(UserError, match="owner/none cannot be read"):
-        comparison._digest("owner/none")
+        comparison._digest(SamplingConfig("owner/none"))
 
 
 def test_a_norm_beside_the_bases_finds_what_the_norm_alone_cannot_tell() -> None:

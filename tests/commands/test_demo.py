@@ -34,6 +34,7 @@ def test_the_two_runs_differ_in_the_objective_alone() -> None:
     assert different == {"objective", "ambient_level", "reweight", "near_duplicates", "output_dir"}
 
 
+@pytest.mark.slow
 def test_demo_writes_page_figures_sheets_and_loadable_models(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,42 +2,59 @@
 
 from __future__ import annotations
 
-import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hub_server import TOKEN, HubServer
+from hub_server import TOKEN, HubServer, reach
 from PIL import Image
+
+from ambient_sd.cli import main
 
 ROOT = Path(__file__).parents[2]
 
 
-def call(hub: str, home: Path, *words: str, token: str = "") -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "RANK", "WORLD"))}
-    env |= {"HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}  # fmt: skip
-    if token:
-        env["HF_TOKEN"] = token
-    return subprocess.run(
-        [sys.executable, *words], check=False, env=env, capture_output=True, text=True, timeout=300, cwd=home
-    )
+class Here:
+    """A command in this process, sent to a hub of its own: exit status, output and errors."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], home: Path) -> None:
+        self.patch, self.capsys, self.home = monkeypatch, capsys, home
+        monkeypatch.chdir(home)
+
+    def call(self, hub: str, work: Callable[[], object], token: str = "") -> subprocess.CompletedProcess[str]:
+        reach(self.patch, hub, self.home, token)
+        status = 0
+        try:
+            work()
+        except SystemExit as leaving:
+            status = int(leaving.code or 0)
+        return subprocess.CompletedProcess([], status, *self.capsys.readouterr())
+
+    def run(self, hub: str, code: str) -> subprocess.CompletedProcess[str]:
+        return self.call(hub, lambda: exec(code, {}))
+
+    def train(
+        self, hub: str, base: str | Path, images: Path, out: Path, token: str, *more: str
+    ) -> subprocess.CompletedProcess[str]:
+        given = ["--hub_token", token] if token else []
+        script = str(ROOT / "train_text_to_image_ambient.py")
+        self.patch.setattr(sys, "argv", [
+            script, "--pretrained_model_name_or_path", str(base), "--train_data_dir", str(images), "--resolution", "32",
+            "--train_batch_size", "2", "--max_train_steps", "2", "--checkpointing_steps", "1", "--output_dir", str(out),
+            "--push_to_hub", "--hub_model_id", "name", *given, *more,
+        ])  # fmt: skip
+        return self.call(hub, lambda: runpy.run_path(script, run_name="__main__"))
 
 
-def train(
-    hub: str, home: Path, base: str | Path, images: Path, out: Path, token: str, *more: str
-) -> subprocess.CompletedProcess[str]:
-    given = ["--hub_token", token] if token else []
-    return call(
-        hub, home, str(ROOT / "train_text_to_image_ambient.py"), "--pretrained_model_name_or_path", str(base),
-        "--train_data_dir", str(images), "--resolution", "32", "--train_batch_size", "2", "--max_train_steps", "2",
-        "--checkpointing_steps", "1", "--output_dir", str(out), "--push_to_hub", "--hub_model_id", "name", *given,
-        *more,
-    )  # fmt: skip
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Here:
+    return Here(monkeypatch, capsys, tmp_path)
 
 
 def snippet(hub: HubServer) -> str:
@@ -59,12 +76,12 @@ def assert_one_line(done: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.mark.slow
 def test_upload_fails_midway_then_a_retry_brings_results_and_nothing_else(
-    tmp_path: Path, tiny_base: Path, tiny_images: Path
+    here: Here, tmp_path: Path, tiny_base: Path, tiny_images: Path
 ) -> None:
     out = tmp_path / "out"
     with HubServer(fail_upload=2) as hub:
         # Training without validation prompts, the second of its uploads refused: the results stay and say how to retry.
-        line = assert_one_line(train(hub.url, tmp_path, tiny_base, tiny_images, out, TOKEN))
+        line = assert_one_line(here.train(hub.url, tiny_base, tiny_images, out, TOKEN))
         assert f"ambient-sd push {out} --repo owner/name" in line
         assert (out / "unet/diffusion_pytorch_model.safetensors").exists()
         assert not hub.files
@@ -75,7 +92,7 @@ def test_upload_fails_midway_then_a_retry_brings_results_and_nothing_else(
         (out / "validation").mkdir()
         (out / "validation" / "step-9.png").symlink_to(out / "secrets.txt")
         assert TOKEN not in (out / "train_config.yaml").read_text()
-        done = call(hub.url, tmp_path, "-m", "ambient_sd.cli", "push", str(out), "--repo", "owner/name", token=TOKEN)
+        done = here.call(hub.url, lambda: main(["push", str(out), "--repo", "owner/name"]), TOKEN)
         assert done.returncode == 0, done.stderr
         assert not [n for n in hub.files if "checkpoint" in n or "optim" in n or "log" in n or "private" in n]
         assert "secrets.txt" not in hub.files
@@ -90,7 +107,7 @@ def test_upload_fails_midway_then_a_retry_brings_results_and_nothing_else(
             "assert all(torch.equal(x, y) for x, y in zip(a.unet.state_dict().values(), b.unet.state_dict().values())); "
             "assert a.scheduler.config.prediction_type == 'v_prediction'"
         )
-        loaded = call(hub.url, tmp_path, "-c", f"{code}\n{snippet(hub)}")
+        loaded = here.run(hub.url, f"{code}\n{snippet(hub)}")
         assert loaded.returncode == 0, loaded.stderr
         assert float(loaded.stdout) > 0
         with Image.open(tmp_path / "image.png") as image:
@@ -98,15 +115,15 @@ def test_upload_fails_midway_then_a_retry_brings_results_and_nothing_else(
 
 
 def test_lora_goes_to_the_hub_and_loads_from_there_as_its_card_says(
-    tmp_path: Path, tiny_base: Path, tiny_images: Path
+    here: Here, tmp_path: Path, tiny_base: Path, tiny_images: Path
 ) -> None:
     out, prompt = tmp_path / "out", "``` | </script> \u202e --- |\n---\nlicense: mit\n---"
     with HubServer() as hub:
         hub.others["owner/base"] = {
             path.relative_to(tiny_base).as_posix(): path.read_bytes() for path in tiny_base.rglob("*") if path.is_file()
         } | {"README.md": b"---\nlicense: openrail++\n---\n# A base\n"}
-        done = train(
-            hub.url, tmp_path, "owner/base", tiny_images, out, TOKEN, "--lora", "--rank", "2", "--lora_alpha", "6",
+        done = here.train(
+            hub.url, "owner/base", tiny_images, out, TOKEN, "--lora", "--rank", "2", "--lora_alpha", "6",
             "--learning_rate", "0.05", "--validation_prompt", prompt, "--num_validation_images", "1", "--output_kohya_format",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -137,7 +154,7 @@ def test_lora_goes_to_the_hub_and_loads_from_there_as_its_card_says(
             "assert (there == here).all() and (there != base).any()\n"
         )
         # The folder also holds kohya's file: the plain call takes the right one of the two.
-        loaded = call(hub.url, tmp_path, "-c", f"{code}{snippet(hub)}")
+        loaded = here.run(hub.url, f"{code}{snippet(hub)}")
         assert loaded.returncode == 0, loaded.stderr
         assert float(loaded.stdout) > 0
         assert (tmp_path / "image.png").exists()
@@ -145,17 +162,19 @@ def test_lora_goes_to_the_hub_and_loads_from_there_as_its_card_says(
 
 @pytest.mark.parametrize(("writable", "token"), [(True, ""), (False, TOKEN)])
 def test_no_token_or_no_right_to_write_ends_before_anything_is_written(
-    tmp_path: Path, tiny_base: Path, tiny_images: Path, writable: bool, token: str
+    here: Here, tmp_path: Path, tiny_base: Path, tiny_images: Path, writable: bool, token: str
 ) -> None:
     with HubServer(writable=writable) as hub:
         hub.exists = True  # a repository of somebody else's, which `create_repo(exist_ok=True)` accepts
-        line = assert_one_line(train(hub.url, tmp_path, tiny_base, tiny_images, tmp_path / "out", token))
+        line = assert_one_line(here.train(hub.url, tiny_base, tiny_images, tmp_path / "out", token))
     assert ("owner/name" if token else "name on the hub") in line
     assert not (tmp_path / "out").exists()
 
 
-def test_a_hub_out_of_reach_ends_before_anything_is_written(tmp_path: Path, tiny_base: Path, tiny_images: Path) -> None:
+def test_a_hub_out_of_reach_ends_before_anything_is_written(
+    here: Here, tmp_path: Path, tiny_base: Path, tiny_images: Path
+) -> None:
     with HubServer() as hub:
         gone = hub.url
-    assert "ConnectError" in assert_one_line(train(gone, tmp_path, tiny_base, tiny_images, tmp_path / "out", TOKEN))
+    assert "ConnectError" in assert_one_line(here.train(gone, tiny_base, tiny_images, tmp_path / "out", TOKEN))
     assert not (tmp_path / "out").exists()

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import guard_calibration
 import pytest
-from hub_server import HubServer
+from hub_server import HubServer, reach
 
 from ambient_sd.guard.calibration import FILE_NAME, AnisotropyTerms, Calibration
+from ambient_sd.guard.pipeline import threshold_file
 from ambient_sd.reporting.model_card import Facts, make_card
 from ambient_sd.reporting.publishing import collect
 from ambient_sd.utils.errors import UserError
@@ -79,14 +78,13 @@ def test_a_damaged_threshold_is_one_line_and_not_half_a_card(folder: Path, place
         make_card(facts(), folder)
 
 
-def test_the_pipeline_finds_a_threshold_on_the_hub_and_takes_a_model_without_one(folder: Path, tmp_path: Path) -> None:
-    code = (
-        "from ambient_sd.guard.pipeline import threshold_file as find; from ambient_sd.guard.calibration import Calibration; "
-        "print(find('owner/other', {}), Calibration.load(find('owner/name', {'revision': 'main'})).threshold(1, 4))"
-    )
+def test_the_pipeline_finds_a_threshold_on_the_hub_and_takes_a_model_without_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with HubServer() as hub:
+        reach(monkeypatch, hub.url, tmp_path)
         hub.exists = True
         hub.branches["main"] = {FILE_NAME: (folder / FILE_NAME).read_bytes()}
-        env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
-        done = subprocess.run([sys.executable, "-c", code], check=False, env=env, capture_output=True, text=True)
-    assert done.stdout == "None 2.5\n", done.stderr
+        found = threshold_file("owner/name", {"revision": "main"})
+        assert found is not None and Calibration.load(found).threshold(1, 4) == 2.5
+        assert threshold_file("owner/other", {}) is None

@@ -201,6 +201,7 @@ def test_a_run_that_goes_out_of_bounds_costs_no_other_run(
     assert [run["label"] for run in results["runs"]] == ["plain"] and results["missing"] == ["wild seed=0"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # images of what is left
 def test_figures_that_are_no_numbers_end_their_run_and_no_other(plan: Plan, tmp_path: Path) -> None:
     # The loss of the only step is that of the base, which is finite; what the step leaves behind is not.

@@ -19,6 +19,7 @@ from ambient_sd.families import FAMILIES, SUPPORTED, guidance_of, of_class, of_p
 from ambient_sd.families.base import Model, check_base
 from ambient_sd.families.sd import SD
 from ambient_sd.families.sdxl import SDXL
+from ambient_sd.sampling import SamplingConfig, load_pipeline
 from ambient_sd.utils.errors import UserError
 
 PACKAGE = Path(__file__).parents[2] / "ambient_sd"
@@ -89,8 +90,24 @@ def test_a_model_in_a_variant_loads_whole(half: Path) -> None:
     assert torch.equal(loaded.conv_in.weight.half(), pipe.unet.conv_in.weight)
     with pytest.raises(OSError, match="no file named"):
         Model(str(half)).load_pipeline()  # control: without it there are none
-    with pytest.raises(UserError, match=r"unet of model .* cannot be read"):
-        check_base(str(half)).load("unet")
+    for variant, words in (
+        (None, "holds weights of the variant fp16 alone; give --variant fp16"),
+        ("bf16", "it has fp16; leave variant out"),
+    ):
+        for check in (check_base, lambda name, variant: SamplingConfig(name, variant=variant).check()):
+            with pytest.raises(UserError, match=words):
+                check(str(half), variant=variant)
+
+
+def test_a_part_without_the_variant_has_plain_weights(half: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(half, tmp_path / "mixed"))
+    shutil.rmtree(folder / "vae")
+    tiny.tiny_pipeline().vae.save_pretrained(folder / "vae")
+    base = check_base(str(folder), variant="fp16")
+    plain = tiny.tiny_pipeline().vae.state_dict()
+    assert all(torch.equal(value, plain[name]) for name, value in base.load("vae").state_dict().items())
+    sampled = load_pipeline(SamplingConfig(str(folder), variant="fp16", device="cpu"))
+    assert torch.equal(sampled.vae.decoder.conv_in.weight, plain["decoder.conv_in.weight"])
 
 
 def test_a_skeleton_has_the_model_s_layers_without_weights(half: Path) -> None:

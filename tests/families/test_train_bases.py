@@ -103,8 +103,10 @@ def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
     return load_file(Path(config.output_dir) / (adapters.WEIGHTS_NAME if config.lora else UNET))
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    ("base", "lora"),
+    [pytest.param(b, lora, id=f"{b}-{'lora' if lora else 'full'}", marks=[] if lora == (b in ("sdxl", "sd2-base")) else [pytest.mark.slow]) for b in BASES for lora in (False, True)],
+)  # fmt: skip
 def test_a_base_is_trained_resumed_to_the_bit_and_read_back_by_its_stock_pipeline(
     settings: Settings, bases: Path, monkeypatch: pytest.MonkeyPatch, base: str, lora: bool
 ) -> None:
@@ -238,6 +240,7 @@ with open(f"{config.output_dir}-rank{os.environ.get('RANK', 0)}.json", "w") as f
 """
 
 
+@pytest.mark.slow
 def test_two_processes_and_one_give_sdxl_the_same_samples_to_the_bit(
     settings: Settings, wide: ImageDataset, tmp_path: Path
 ) -> None:
@@ -261,6 +264,7 @@ def test_two_processes_and_one_give_sdxl_the_same_samples_to_the_bit(
     assert list(process_batches(0, 1, batch_size=2, accumulation=1, rank=1, processes=2)) == [[2, 3]]
 
 
+@pytest.mark.slow
 def test_sdxl_is_watched_drawn_and_described_as_what_it_is(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

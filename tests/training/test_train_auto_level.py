@@ -116,6 +116,7 @@ def test_held_cached_and_passing_latents_propose_one_level(
     assert run(settings("p"), progress=False).level == held
 
 
+@pytest.mark.slow
 def test_two_processes_propose_the_level_of_one(settings: Settings, tmp_path: Path) -> None:
     alone = run(settings("one"), progress=False).level
     config = settings("two")

@@ -216,6 +216,7 @@ def entries(folder: Path) -> dict[bytes, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_share_out_the_work_and_write_the_bits_of_one(settings: Settings, tmp_path: Path) -> None:
     values = {"max_train_steps": 1, "train_batch_size": 2}
     run(settings("alone", **values), progress=False)

@@ -62,7 +62,8 @@ def test_command_line_wins_over_the_file(tmp_path: Path) -> None:
         ("ambient_level: 0.5\nnear_duplicates: 'off'", "--objective gap --gap_upper 2", ["near_duplicates"]),
         ("objective: plain\nnoise_offset: 0.1", "--objective ambient", ["noise_offset"]),
         ("lora: true\nrank: 8\nuse_dora: true", "--no-lora", ["rank", "use_dora"]),
-        ("use_ema: true\noffload_ema: true", "--lora", ["use_ema", "offload_ema"]),
+        ("use_ema: true\noffload_ema: true", "--no-use_ema", ["offload_ema"]),
+        ("probe_steps: 5\nkeep: best\nprobe_prompts: [a]", "--keep last", ["probe_prompts"]),
         ("agc: 0.5\nlora: true\nrank: 8", "--rank 2", []),
     ],
 )

@@ -323,7 +323,6 @@ def test_a_missing_package_is_named_before_anything_is_read_or_written(
         ({"noise_offset": -0.1}, ["noise_offset", "at least 0"]),
         ({"offload_ema": True}, ["offload_ema", "use_ema"]),
         ({"foreach_ema": True}, ["foreach_ema", "use_ema"]),
-        ({"use_ema": True, "lora": True}, ["use_ema", "LoRA"]),
         ({"use_dora": True}, ["use_dora", "--lora"]),
         ({"lora_dropout": 0.1}, ["lora_dropout", "--lora"]),
         ({"output_kohya_format": True}, ["output_kohya_format", "--lora"]),

@@ -42,9 +42,10 @@ def torture(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    "options", [["--kills", "3", "--use_ema", "--accumulation", "2"], pytest.param(["--kills", "1", "--processes", "2", "--lora"], marks=pytest.mark.slow)],
+    "options", [["--kills", "3", "--use_ema", "--accumulation", "2"], ["--kills", "1", "--processes", "2", "--lora"]],
     ids=["one process", "two processes"],
 )  # fmt: skip
+@pytest.mark.slow
 def test_sigkills_at_random_moments_change_no_byte(options: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "tools/torture.py", *options], capture_output=True, text=True, timeout=500, check=False,

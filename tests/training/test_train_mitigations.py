@@ -144,7 +144,7 @@ def test_the_means_take_samples_in_the_order_of_the_run_whatever_process_had_the
     assert not torch.equal(wrong.mean, wanted.mean), "negative control: order matters"
 
 
-@pytest.mark.parametrize("objective", ["ambient", "plain", "gap"])
+@pytest.mark.parametrize("objective", ["ambient", *(pytest.param(o, marks=pytest.mark.slow) for o in ("plain", "gap"))])
 def test_a_limit_that_nothing_reaches_leaves_the_run_as_it_is_bit_for_bit(settings: Settings, objective: str) -> None:
     values: dict[str, Any] = {"objective": objective, **({"gap_upper": 2.0} if objective == "gap" else {})}
     without = settings("without", **values)
@@ -269,7 +269,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("values", [v for _, v in CASES], ids=[n for n, _ in CASES])
+@pytest.mark.parametrize(
+    "values", [pytest.param(v, id=n, marks=[pytest.mark.slow] if n in ("lora", "rt") else []) for n, v in CASES]
+)
 def test_a_resumed_run_with_mitigations_equals_the_straight_one_bit_for_bit(
     settings: Settings, tmp_path: Path, values: dict[str, Any]
 ) -> None:
@@ -382,7 +384,7 @@ def test_noise_on_embeddings_has_its_size_is_addressed_and_spares_the_empty_capt
     assert wording("rc", 1.0).embeddings(found, ["a"] * 3, [1, 2, 3]) is found
 
 
-@pytest.mark.parametrize("kind", ["mc", "gn", "rc", "rt", "cwr"])
+@pytest.mark.parametrize("kind", ["mc", "gn", *(pytest.param(k, marks=pytest.mark.slow) for k in ("rc", "rt", "cwr"))])
 def test_each_caption_mitigation_acts_under_ambient_is_neutral_at_p_0_and_has_the_same_bits_beside_the_cache(
     settings: Settings, several_captions: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -482,6 +484,7 @@ run(TrainConfig(**json.loads(sys.argv[1])), progress=False)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_drop_the_samples_and_change_the_captions_that_one_does(
     few_steps_base: Path, tiny_images: Path, tmp_path: Path
 ) -> None:

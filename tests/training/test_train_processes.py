@@ -119,6 +119,7 @@ def test_every_process_gets_the_share_of_copies_that_one_decides_and_the_same_as
     assert (runs[2] / "probe" / "step-4.png").is_file()
 
 
+@pytest.mark.slow
 def test_processes_that_decode_other_images_do_not_train(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
     for rank in (0, 1):

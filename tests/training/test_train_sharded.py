@@ -98,6 +98,7 @@ def runs(tiny_base: Path, tiny_images: Path, tmp_path_factory: pytest.TempPathFa
     return folder
 
 
+@pytest.mark.slow
 def test_each_of_two_processes_holds_half_of_the_weights(runs: Path) -> None:
     whole, everything = json.loads((runs / "one.held0").read_text())
     assert whole == everything
@@ -106,6 +107,7 @@ def test_each_of_two_processes_holds_half_of_the_weights(runs: Path) -> None:
     assert max(parts) < 0.55 * everything
 
 
+@pytest.mark.slow
 def test_a_spread_model_has_the_losses_weights_and_moments_of_a_whole_one(runs: Path) -> None:
     assert losses(runs / "two") == pytest.approx(losses(runs / "one"), rel=1e-6)
     for step in (1, 2):
@@ -118,12 +120,14 @@ def test_a_spread_model_has_the_losses_weights_and_moments_of_a_whole_one(runs: 
         assert apart(one / "optimizer.safetensors", two / "optimizer.safetensors") < 1e-4 * CLIP
 
 
+@pytest.mark.slow
 def test_gradients_of_a_spread_model_are_clipped_by_their_norm_over_all_processes(runs: Path) -> None:
     moments = load_file(runs / "two/checkpoint-1/optimizer.safetensors")
     norm = float(torch.stack([v.square().sum() for k, v in moments.items() if k.endswith("exp_avg")]).sum().sqrt())
     assert norm == pytest.approx(0.1 * CLIP, rel=1e-3)  # after one step (1 - beta1) times the clipped gradient
 
 
+@pytest.mark.slow
 def test_the_result_of_a_spread_model_is_the_stock_folder(runs: Path) -> None:
     names = [{p.relative_to(out).as_posix() for p in out.rglob("*")} for out in (runs / "one", runs / "two")]
     assert names[0] == names[1]
@@ -132,6 +136,7 @@ def test_the_result_of_a_spread_model_is_the_stock_folder(runs: Path) -> None:
     assert type(pipe.unet).__name__ == "UNet2DConditionModel"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_spread_model_continues_on_one_process(runs: Path) -> None:
     assert losses(runs / "crossed") == pytest.approx(losses(runs / "two"), rel=1e-6)
     one, two = (runs / name / "checkpoint-2/optimizer.safetensors" for name in ("crossed", "two"))

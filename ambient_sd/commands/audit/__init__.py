@@ -145,9 +145,9 @@ class AuditSettings:
         config = self.sampling
         if config is None or not self.base_images or (self.base_model is None and config.lora_weights is None):
             return None
-        return dataclasses.replace(
-            config, model=self.base_model or config.model, lora_weights=None, base=None, base_above=None
-        )
+        if self.base_model is not None:
+            return config.of(self.base_model)
+        return dataclasses.replace(config, lora_weights=None, base=None, base_above=None)
 
 
 def make_parser() -> Parser:
@@ -179,7 +179,7 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
             remedy="see ambient-sd audit --help",
         )
     if wanted == 1:
-        for name in ("lora_weights", "base", "base_above"):
+        for name in ("lora_weights", "base", "base_above", "revision", "variant", "single_file_config"):
             if hasattr(args, name):
                 raise UserError(
                     f"{name} with generated images", rule="no model is sampled", remedy="leave one of them out"
@@ -194,9 +194,9 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
 
     quiet()  # before the imports below, which load what speaks
     from ambient_sd.commands.audit.work import audit
-    from ambient_sd.sampling import SamplingConfig
+    from ambient_sd.sampling import SamplingConfig, adapted
 
-    sampling = None if wanted == 1 else from_flags(SamplingConfig, args, model=audited.places[0])
+    sampling = None if wanted == 1 else adapted(from_flags(SamplingConfig, args, model=audited.places[0]))
     settings = from_flags(AuditSettings, args, **fixed, sampling=sampling)
     result = audit(settings, _command(words))
     if result is None:  # a process other than the main one

@@ -66,6 +66,7 @@ from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.data.stream import drawn
 from ambient_sd.data.walk import METADATA
 from ambient_sd.families.base import Model
+from ambient_sd.families.origin import adapter_file, read_origin
 from ambient_sd.reporting.audit_page import write_report
 from ambient_sd.reporting.next_steps import after_audit
 from ambient_sd.reporting.report import (
@@ -88,10 +89,10 @@ from ambient_sd.sampling import (
     load_pipeline,
     processes,
     read_prompts,
+    say,
 )
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.files import atomic_write, json_safe
-from ambient_sd.utils.hub_ids import resolve_model_id
 from ambient_sd.utils.output_folder import FILE, OutputFolder
 from ambient_sd.utils.weight_files import adapter_files, unet_files
 
@@ -171,10 +172,9 @@ def _audit(settings: AuditSettings, command: str) -> Audit | None:
     settings.check()
     folder = OutputFolder(settings.output_dir, "audit", CONTENTS, overwrite=settings.overwrite)
     folder.check({})
-    own_prompts = settings.sampling is not None and settings.prompts is None
     device = _device(settings)
     stored = _stored(settings)
-    training = settings.training.open(need_captions=own_prompts)
+    training, triggers = _training(settings)
     heldout = None if settings.heldout is None else settings.heldout.open(need_captions=False)
     features = choose(settings.features, settings.files, device)
     compared = 0
@@ -194,7 +194,7 @@ def _audit(settings: AuditSettings, command: str) -> Audit | None:
                         rule="the background is what a model that never saw them would hit",
                         remedy="give other images, or the right split with --heldout_split")  # fmt: skip
     grouped = None if settings.group_column is None else training.column(settings.group_column)
-    prompts = None if settings.sampling is None else _prompts(settings, training)
+    prompts = None if settings.sampling is None else _prompts(settings, triggers or training.captions)
     existing = None if settings.generated is None else read_generated(settings.generated, settings.unlisted)
     from_main(lambda: folder.claim(_contents_depend_on(settings, training, heldout, prompts, existing)))
     known = prompts if existing is None else existing.prompts
@@ -211,7 +211,7 @@ def _audit(settings: AuditSettings, command: str) -> Audit | None:
         if changed := [name for name, digests in before.items() if digests and digests != files[name]]:
             raise UserError(f"the weight files of the {changed[0]} changed while they were audited",
                             rule="figures are of one model", remedy="audit again, into another folder with --output_dir")  # fmt: skip
-        base_place = _sample_base(settings, prompts)
+        base_place = _sample_base(settings, prompts, settings.num_images_per_prompt if triggers else 1)
     if not processes().is_main_process:
         return None
     generated = read_generated(place) if existing is None else existing
@@ -280,15 +280,39 @@ def _stored(settings: AuditSettings) -> dict[str, EmbeddingStore]:
                     remedy=f"make them: {shlex.join(words)}")  # fmt: skip
 
 
-def _sample_base(settings: AuditSettings, prompts: Sequence[str]) -> Path | None:
-    """Sample the base for the same prompts, one image each: a model that cannot have copied. Return the images' folder."""
+def _training(settings: AuditSettings) -> tuple[ImageDataset, list[str]]:
+    """Open the training images; with them the trigger words of an adapter whose images have no captions, else none."""
+    config = settings.sampling
+    own = config is not None and settings.prompts is None
+    file = None if config is None or not own or config.lora_weights is None else adapter_file(config.lora_weights)
+    place = label(settings.training.place)
+    if file is not None and (triggers := read_origin(file, file.name).triggers) is not None:
+        rows = settings.training.open(need_captions=False)
+        if not any(rows.captions):
+            say(
+                f"prompts: the trigger words {one_line(', '.join(triggers[0]), 120)!r} ({triggers[1]}), for no image in {place} has a caption"
+            )
+            return rows, triggers[0]
+    rows = settings.training.open(need_captions=own)
+    if config is not None and config.lora_weights is not None:
+        if own:
+            say(f"prompts: the captions of {place}")
+        if settings.heldout is None and (base := settings.base()) is not None:
+            say(
+                f"what cannot be a copy: images of the base {label(base.model)} for the same prompts, from the same seeds"
+            )
+    return rows, []
+
+
+def _sample_base(settings: AuditSettings, prompts: Sequence[str], images: int) -> Path | None:
+    """Sample the base for the same prompts, from the same seeds: a model that cannot have copied. Return the images' folder."""
     if (base := settings.base()) is None:
         return None
     chosen = list(prompts)
     if settings.base_images < len(chosen):
         chosen = [chosen[i] for i in drawn(len(chosen), settings.base_images, settings.seed, "base prompts")]
     folder = settings.output_dir / "base"
-    sample(SampleSettings(base, folder, chosen, 1))
+    sample(SampleSettings(base, folder, chosen, min(images, settings.base_images)))
     return folder
 
 
@@ -347,27 +371,18 @@ def _decide(
 
 
 def _vae(settings: AuditSettings) -> tuple[Any, int]:
-    """Return the model's autoencoder and the side that it is sampled at; None where that is more than `RENDERED`, or it has none."""
-    from diffusers import AutoencoderKL
-
+    """Return the model's autoencoder and the side that it is sampled at; None where that is more than `RENDERED`."""
     config = settings.sampling
     if config is None:
         return None, 0
-    name = resolve_model_id(config.model)
-    try:
-        side = config.resolution or _own_resolution(name)
-        if side > RENDERED:
-            return None, side
-        vae: Any = AutoencoderKL.from_pretrained(name, subfolder="vae", use_safetensors=True)
-    except (OSError, ValueError, KeyError):
-        return None, 0
-    return vae.to(_device(settings)), side
+    model = config.source()
+    side = config.resolution or _own_resolution(model)
+    return (None if side > RENDERED else model.load("vae").to(_device(settings))), side
 
 
-def _own_resolution(model: str) -> int:
+def _own_resolution(model: Model) -> int:
     """Return the side that a pipeline samples at by default, from its configuration."""
-    found = Model(model)
-    return found.family.native_side(found.read(f"{found.family.network}/config.json"), found.read("vae/config.json"))
+    return model.family.native_side(model.read(f"{model.family.network}/config.json"), model.read("vae/config.json"))
 
 
 def _used(stored: Mapping[str, EmbeddingStore], compared: int) -> dict[str, Any] | None:
@@ -400,13 +415,19 @@ def _contents_depend_on(
     }
 
 
-def _prompts(settings: AuditSettings, training: ImageDataset) -> list[str]:
-    """Return the prompts to draw: each once, in their order, or as many of them as wanted, drawn by the seed."""
-    given = training.captions if settings.prompts is None else read_prompts(settings.prompts)
+def _prompts(settings: AuditSettings, own: Sequence[str]) -> list[str]:
+    """Return the prompts to draw, `own` where none are given: each once, in their order, or as many of them as wanted, drawn by the seed."""
+    given = own if settings.prompts is None else read_prompts(settings.prompts)
     prompts = list(dict.fromkeys(given))
     if settings.num_prompts and settings.num_prompts < len(prompts):
         prompts = [prompts[i] for i in drawn(len(prompts), settings.num_prompts, settings.seed, "audit prompts")]
     return prompts
+
+
+def _prompt_source(settings: AuditSettings, training: ImageDataset) -> str:
+    if settings.sampling is None or settings.prompts is not None:
+        return "given"
+    return "training captions" if any(training.captions) else "trigger words"
 
 
 def _device(settings: AuditSettings) -> str:
@@ -482,20 +503,9 @@ def _aligners(settings: AuditSettings, prompts: Sequence[str] | None, device: st
     if settings.judge is not None:
         from ambient_sd.audit.alignment import DiffusionAlignment
 
-        pipe = load_pipeline(
-            dataclasses.replace(
-                settings.sampling or SamplingConfig(settings.judge),
-                model=settings.judge,
-                lora_weights=None,
-                base_above=None,
-                base=None,
-                scheduler=None,
-                device=device,
-            )
-        )
-        judge = DiffusionAlignment(
-            pipe, resolution=_own_resolution(resolve_model_id(settings.judge)), seed=settings.seed
-        )
+        judging = (settings.sampling or SamplingConfig(settings.judge)).of(settings.judge)
+        pipe = load_pipeline(dataclasses.replace(judging, scheduler=None, device=device))
+        judge = DiffusionAlignment(pipe, resolution=_own_resolution(judging.source()), seed=settings.seed)
         assert prompts is not None
         judge.choose(prompts[:1], prompts)  # are there others to hold a prompt against?
         told = f"more is better; error with other prompts minus error with its own, judged by {label(settings.judge)}"
@@ -620,7 +630,7 @@ def _write(
                 "n": len(generated.images), "fingerprint": generated.images.fingerprint(),
                 "prompts": None if generated.prompts is None else len(set(generated.prompts)),
                 "num_images_per_prompt": None if settings.sampling is None else settings.num_images_per_prompt,
-                "source": "training captions" if settings.sampling is not None and settings.prompts is None else "given",
+                "source": _prompt_source(settings, training),
                 "weights": generated.weights, "unlisted": generated.images.unlisted,
             },
             "training": {**settings.training.public(), **_counted(training), "groups_of_duplicates": len(training.groups),
@@ -655,7 +665,7 @@ def _write(
 def _weight_files(config: SamplingConfig) -> dict[str, Any]:
     """Return the digests of the files that are sampled: the U-Net's and the adapter's, None without one."""
     return {
-        "unet": unet_files(config.model),
+        "unet": unet_files(config.model, revision=config.revision, variant=config.variant),
         "lora_weights": None if config.lora_weights is None else adapter_files(config.lora_weights),
     }
 
@@ -860,8 +870,8 @@ def _notes(
             "No held-out images were given: nothing says how many hits are chance, and quality is not measured. "
             "Give real images of the same kind that the model never saw: --heldout FOLDER."
         )
-    if settings.sampling is not None and settings.prompts is None:
-        notes.append("Prompts are the training captions: the case in which copying is easiest.")
+    if (source := _prompt_source(settings, training)) != "given":
+        notes.append(f"Prompts are the {source}: the case in which copying is easiest.")
     for seen, name in ((generated.images, "generated"), (training, "training"), (heldout, "held-out")):
         if seen is not None and seen.unlisted:
             notes.append(

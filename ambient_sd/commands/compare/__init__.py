@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ class ComparedOptions:
     # fmt: off
     models: list[str] = option(REQUIRED, "pipeline folders or hub ids, each with a name of yours; the memorized prompts are those of the first", positional=True, metavar="NAME=MODEL")
     lora_weights: list[str] = same(SamplingOptions, "lora_weights", default=[], text="LoRA on the model: folder, .safetensors file or hub id; each with the name of its model", metavar="NAME=LORA")
+    revision: list[str] = same(SamplingOptions, "revision", default=[], text="revision of the hub repository: branch, tag or commit, each with the name of its model", metavar="NAME=REVISION")
     data: str = option(REQUIRED, "the training images: folder, parquet file, tar shards, or hub dataset", metavar="DATA")
     heldout: str = same(SharedOptions, "heldout", default=REQUIRED)
     heldout_split: str | None = same(SharedOptions, "heldout_split")
@@ -33,8 +35,8 @@ class ComparedOptions:
         check(self)
         self.named()
 
-    def named(self) -> tuple[dict[str, str], dict[str, str]]:
-        """Return models and LoRAs by the name of the model.
+    def named(self) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+        """Return models, LoRAs and revisions by the name of the model.
 
         Raises:
             UserError: a name is missing, unknown or there twice.
@@ -46,13 +48,15 @@ class ComparedOptions:
                 raise UserError(f"model {entry!r}", rule="each is NAME=MODEL, with a name of its own of letters, digits, - and _",
                                 remedy="for example plain=out/plain ambient=out/ambient")  # fmt: skip
             models[name] = place
-        loras: dict[str, str] = {}
-        for entry in self.lora_weights:
-            name, _, place = entry.partition("=")
-            if name not in models or name in loras or not place:
-                raise UserError(f"lora_weights {entry!r}", rule=f"each is NAME=LORA, with the name of a model: {', '.join(models)}")  # fmt: skip
-            loras[name] = place
-        return models, loras
+        given: dict[str, dict[str, str]] = {"lora_weights": {}, "revision": {}}
+        for flag, found in given.items():
+            for entry in getattr(self, flag):
+                name, _, value = entry.partition("=")
+                if name not in models or name in found or not value:
+                    what = "LORA" if flag == "lora_weights" else "REVISION"
+                    raise UserError(f"{flag} {entry!r}", rule=f"each is NAME={what}, with the name of a model: {', '.join(models)}")  # fmt: skip
+                found[name] = value
+        return models, given["lora_weights"], given["revision"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,9 @@ class CompareSettings:
     batch_size: int = same(SamplingOptions, "batch_size", default=16)
     seed: int = same(SamplingOptions, "seed")
     lora_weights: Mapping[str, str] = field(default_factory=dict)
+    revision: Mapping[str, str] = field(default_factory=dict)
+    variant: str | None = same(SamplingOptions, "variant", text="variant of the weight files, e.g. fp16; of models and judge that have it")
+    single_file_config: str | None = same(SamplingOptions, "single_file_config")
     overwrite: bool = same(SharedOptions, "overwrite")
     # fmt: on
 
@@ -103,14 +110,23 @@ def make_parser() -> Parser:
 def run(args: argparse.Namespace, words: Sequence[str]) -> None:
     """Compare, and print the tables."""
     places, rows = from_flags(ComparedOptions, args), from_flags(DatasetOptions, args)
-    models, loras = places.named()
-    settings = from_flags(CompareSettings, args, models=models, lora_weights=loras)
+    models, loras, revisions = places.named()
+    settings = from_flags(CompareSettings, args, models=models, lora_weights=loras, revision=revisions)
     from ambient_sd.utils.quiet import quiet
 
     quiet()  # before the imports below, which load what speaks
     from ambient_sd.commands.compare.work import compare
     from ambient_sd.data.sources import load_rows
     from ambient_sd.reporting.compare_page import tables
+    from ambient_sd.sampling import SamplingConfig, adapted
+
+    for name, place in models.items():
+        if (
+            name not in loras
+            and (found := adapted(SamplingConfig(place, resolution=settings.resolution))).lora_weights is not None
+        ):
+            models[name], loras[name] = found.model, found.lora_weights
+    settings = dataclasses.replace(settings, models=models, lora_weights=loras)
 
     rows_of = reading(rows)
     heldout = {**rows_of, "split": places.heldout_split, "row_filter": (), "layout": AUTO}
@@ -136,7 +152,10 @@ def _command(settings: CompareSettings, places: ComparedOptions, rows: DatasetOp
         }
     for name in ("data", "heldout", "judge"):
         values[name] = label(values[name])
-    values["lora_weights"] = [f"{name}={label(place)}" for name, place in settings.lora_weights.items()]
+    for flag in ("lora_weights", "revision"):
+        values[flag] = [f"{name}={label(value)}" for name, value in getattr(settings, flag).items()]
+    if settings.single_file_config is not None:
+        values["single_file_config"] = label(settings.single_file_config)
     values["output_dir"] = settings.output_dir.resolve().name  # no hub id, even where it looks like one
     for name, value in values.items():
         if value is not None and value != []:

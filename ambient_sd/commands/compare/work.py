@@ -43,7 +43,6 @@ from ambient_sd.audit.shares import COPIES, copy_rate
 from ambient_sd.commands.compare import CompareSettings
 from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import drawn
-from ambient_sd.families.base import Model
 from ambient_sd.guard import by_name, policies
 from ambient_sd.guard.anisotropy import anisotropy, fitted
 from ambient_sd.guard.calibration import ModelFingerprint
@@ -65,7 +64,6 @@ from ambient_sd.sampling import (
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.estimate import Estimate
 from ambient_sd.utils.files import atomic_write
-from ambient_sd.utils.hub_ids import resolve_model_id
 from ambient_sd.utils.memory import peak_memory
 from ambient_sd.utils.output_folder import FILE, OutputFolder
 
@@ -431,13 +429,20 @@ def compare(
             rule="it measures what each image costs",
             remedy="start it without accelerate launch",
         )
-    configs = {
-        name: config_of(settings, place, settings.lora_weights.get(name)) for name, place in settings.models.items()
-    }
+    configs = {name: config_of(settings, place, name) for name, place in settings.models.items()}
     judging = config_of(settings, settings.judge)
     for config in (*configs.values(), judging):  # the last one is loaded an hour after the first
-        check_folder(resolve_model_id(config.model))
+        source = config.source()
+        if not source.is_file:
+            check_folder(source.name)
+        elif source.family.guarded is None:
+            raise UserError(
+                f"{source.label} is {source.family.name}", rule="models of Stable Diffusion 1 and 2 are compared"
+            )
         config.check()
+    for name in ("variant", "single_file_config"):
+        if getattr(settings, name) is not None and all(getattr(c, name) is None for c in (*configs.values(), judging)):
+            raise UserError(f"{name} is {getattr(settings, name)!r}", rule="no model and no judge takes it", remedy="leave it out")  # fmt: skip
     out = _claim(settings, training, heldout)
     judge_pipe = load_pipeline(judging, safety_checker=False)
     reals = read_reals(training, heldout, judge_pipe.vae, settings.resolution)
@@ -540,27 +545,33 @@ def _kept_figures(
     return figures
 
 
-def config_of(settings: CompareSettings, model: str, lora_weights: str | None = None) -> SamplingConfig:
-    """Say how a model is sampled; whole prompts share a batch."""
+def config_of(settings: CompareSettings, model: str, name: str | None = None) -> SamplingConfig:
+    """Say how a model is sampled, with the adapter and revision of its name; whole prompts share a batch."""
     k = settings.num_images_per_prompt
-    return SamplingConfig(
-        model, lora_weights, "dpm++", settings.num_inference_steps, settings.guidance_scale, settings.resolution, settings.seed,
-        batch_size=max(1, settings.batch_size // k) * k,
-    )  # fmt: skip
+    config = SamplingConfig(
+        model, None, "dpm++", settings.num_inference_steps, settings.guidance_scale, settings.resolution, settings.seed,
+        batch_size=max(1, settings.batch_size // k) * k, variant=settings.variant, single_file_config=settings.single_file_config,
+    ).of(model)  # fmt: skip
+    if name is None:
+        return config
+    return dataclasses.replace(
+        config, lora_weights=settings.lora_weights.get(name), revision=settings.revision.get(name)
+    )
 
 
 def _described(settings: CompareSettings) -> dict[str, Any]:
     """Return the settings without local paths: models by name."""
     fields = dataclasses.asdict(settings)
-    places = {"models", "judge", "output_dir", "lora_weights", "overwrite"}
+    places = {"models", "judge", "output_dir", "lora_weights", "overwrite", "revision", "variant", "single_file_config"}
     return {name: value for name, value in fields.items() if name not in places} | {"names": list(settings.models)}
 
 
 def _claim(settings: CompareSettings, training: ImageDataset, heldout: ImageDataset) -> OutputFolder:
     """Let the folder belong to this comparison: the images in it are kept, and must be of the same settings and models."""
-    models = {name: _digest(place) for name, place in settings.models.items()}
-    for name, place in settings.lora_weights.items():
-        models[name] += " " + config_of(settings, settings.models[name], place).lora()["sha256"]  # type: ignore[index]
+    configs = {name: config_of(settings, place, name) for name, place in settings.models.items()}
+    models = {name: _digest(config) for name, config in configs.items()}
+    for name in settings.lora_weights:
+        models[name] += " " + configs[name].lora()["sha256"]  # type: ignore[index]
     free = {"names", "mitigations", "mitigated"}
     own = {key: value for key, value in _described(settings).items() if key not in free} | {
         "models": models, "training": training.fingerprint(), "heldout": heldout.fingerprint(), "definition of a copy": RULE,
@@ -576,11 +587,11 @@ def _claim(settings: CompareSettings, training: ImageDataset, heldout: ImageData
     return folder
 
 
-def _digest(model: str) -> str:
+def _digest(config: SamplingConfig) -> str:
     """Tell one model's U-Net from another's: a folder by its files, of the hub's the weights."""
-    files = sorted((Path(model) / "unet").glob("*.safetensors"))
+    source, place = config.source(), Path(config.model)
+    files = [place] if source.is_file else sorted((place / "unet").glob("*.safetensors"))
     if not files:
-        source = Model(resolve_model_id(model))
         found = ModelFingerprint.of(source.load(source.family.network))
         return found.weights or found.structure
     digest = hashlib.sha256()

@@ -232,7 +232,12 @@ def _calibration(settings: SampleSettings) -> Calibration | None:
     if settings.threshold != "auto":
         return None
     config = settings.sampling
-    path = threshold_file(resolve_model_id(config.model) if config.lora_weights is None else config.lora_weights, {})
+    adapted = config.lora_weights
+    path = (
+        threshold_file(resolve_model_id(config.model), {"revision": config.revision})
+        if adapted is None
+        else threshold_file(adapted, {})
+    )
     return None if path is None else Calibration.load(path)
 
 

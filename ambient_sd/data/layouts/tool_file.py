@@ -64,7 +64,7 @@ class Section:
                     raise UserError(
                         f"{name} is {one_line(repr(value), 80)} in {section.where}", rule=f"it must be {_KINDS[kind]}"
                     )
-                return value * 1.0 if kind is float else value
+                return float(value) if kind is float else value  # type: ignore[arg-type]
         return default
 
     def sections(self, name: str) -> list[Section]:
