@@ -96,6 +96,8 @@ class RunRecord:
         parts = [f"{name} {loss:.4f}" for name, loss in kinds.items() if math.isfinite(loss)]
         split = f" ({', '.join(parts)})" if len(parts) > 1 else ""
         lines = [done, f"loss {self.loss:.4f}{split}, mean of the last steps"]
+        if math.isfinite(known := self.means.get("prior_loss", math.nan)):
+            lines.append(f"loss of the class images {known:.4f}")
         if self.plan.level_reason:
             lines.append(f"noise level s_n = {self.level:g}, {self.plan.level_reason}")
         if self.evaluations:
