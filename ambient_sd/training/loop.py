@@ -543,7 +543,7 @@ class _Trainer:
             return False
         if config.validation_steps is not None:
             return step % config.validation_steps == 0 or step == self.steps
-        every = (config.validation_epochs or 1) * self.stream.count
+        every = (config.validation_epochs or 1) * self.line.stream.count
         samples = step * self.global_batch
         return samples // every > (samples - self.global_batch) // every or step == self.steps
 

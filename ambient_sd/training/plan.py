@@ -295,7 +295,7 @@ def open_images(config: TrainConfig) -> ImageDataset:
 
 
 def check_asks(config: TrainConfig, images: ImageDataset, *, fixed: bool) -> None:
-    """Refuse a source that asks for what the run does not do: settings of another trainer's file, regularisation images.
+    """Refuse a source that asks for what the run does not do: settings of another trainer's file.
 
     Args:
         config: the run's settings.
@@ -310,9 +310,6 @@ def check_asks(config: TrainConfig, images: ImageDataset, *, fixed: bool) -> Non
         >>> config = TrainConfig(str(BASE), train_data_dir=str(IMAGES), max_train_samples=3)
         >>> check_asks(config, open_images(config), fixed=True)  # asks for nothing
     """
-    if images.regularisation is not None:
-        raise UserError(f"{images.source} has {len(images.regularisation)} regularisation images", rule="training takes none",
-                        remedy="name the training images alone, or take them out of the file")  # fmt: skip
     leaking = [ask for ask in images.asks if ask.fresh and fixed]
     if leaking:
         raise UserError(f"{images.source} asks for {', '.join(ask.text for ask in leaking)}",
