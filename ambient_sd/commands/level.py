@@ -60,6 +60,11 @@ class LevelSettings:
     dataset_split: str | None = same(DatasetOptions, "dataset_split")
     row_filter: list[str] | None = same(DatasetOptions, "row_filter")
     unlisted: str = same(DatasetOptions, "unlisted")
+    layout: str = same(DatasetOptions, "layout")
+    caption_extension: str | None = same(DatasetOptions, "caption_extension")
+    instance_prompt: str | None = same(DatasetOptions, "instance_prompt")
+    trigger_word: str | None = same(DatasetOptions, "trigger_word")
+    skip_broken: bool = same(DatasetOptions, "skip_broken")
     html: Path | None = same(SharedOptions, "html")
     json: Path | None = same(SharedOptions, "json")
 
@@ -70,8 +75,9 @@ class LevelSettings:
 
     def training(self) -> TrainConfig:
         """Return the settings of the training that would see the images."""
-        shared = {name: getattr(self, name) for name in ("image_column", "caption_column", "dataset_split", "row_filter", "revision", "variant", "single_file_config",
-                                                          "center_crop", "image_interpolation_mode", "random_flip", "unlisted", "allow_upscaling")}  # fmt: skip
+        names = [*DatasetOptions.__dataclass_fields__, "revision", "variant", "single_file_config", "center_crop", "image_interpolation_mode", "random_flip",
+                 "allow_upscaling"]  # fmt: skip
+        shared = {name: getattr(self, name) for name in names}
         config = TrainConfig(pretrained_model_name_or_path=self.model, train_data_dir=self.data, resolution=self.resolution or 512,
                              ambient_level="auto", **shared)  # fmt: skip
         config.resolution_given = self.resolution is not None
@@ -128,6 +134,8 @@ def level(config: TrainConfig, *, progress: bool = False) -> NoiseLevels:
     base = base_of(config)
     images = open_images(config).check(progress, near_duplicates=True)
     if (note := enlargement_note(config, images, base.pixel_step)) is not None:
+        print(f"ambient-sd: {note}", file=sys.stderr, flush=True)
+    for note in images.notes:
         print(f"ambient-sd: {note}", file=sys.stderr, flush=True)
     if images.unlisted:
         print(f"ambient-sd: {images.unlisted} files in {images.source} are left out", file=sys.stderr, flush=True)

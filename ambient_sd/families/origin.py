@@ -87,10 +87,10 @@ class Origin:
         if self.bases:
             raise UserError(f"{self.label} is a LoRA of {self.of!r} ({self.bases[0][1]})",
                             rule="that is no hub id, and no diffusers folder or .safetensors file on this machine",
-                            remedy="give its base with --base")  # fmt: skip
+                            remedy="give its base with --base, or as MODEL with --lora_weights")  # fmt: skip
         if self.architecture is None or self.architecture[0] not in _ARCHITECTURES:
             raise UserError(f"{self.label} is a LoRA of {self.of}", rule="neither its head nor a file beside it names its base",
-                            remedy="give it with --base")  # fmt: skip
+                            remedy="give it with --base, or as MODEL with --lora_weights")  # fmt: skip
         return _ARCHITECTURES[
             self.architecture[0]
         ], f"the first {one_line(self.architecture[0], 40)}: {self.architecture[1]} says no more"

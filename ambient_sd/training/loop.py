@@ -204,7 +204,9 @@ class _Trainer:
 
         # Which samples, in which order, seen how.
         self.global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-        self.steps = config.max_train_steps or math.ceil(config.num_train_epochs * len(plan.images) / self.global_batch)
+        self.steps = config.max_train_steps or math.ceil(
+            config.num_train_epochs * sum(plan.images.repeats) / self.global_batch
+        )
         stream, rule = _order(plan, plan.images, plan.buckets, plan.fixed_noise, self.global_batch, config.seed)
         self.levels = None
         if config.weighting_scheme == "logit_normal":
@@ -305,6 +307,7 @@ class _Trainer:
             self.output.mkdir(parents=True, exist_ok=True)
             self.config.save(self.output)
             self.losses.open(self.output)
+            results.write_skipped(self.output, self.plan.images.skipped)
         accelerator.wait_for_everyone()
         if config.report_to != "none":
             accelerator.init_trackers(config.tracker_project_name)
@@ -540,7 +543,7 @@ class _Trainer:
             return False
         if config.validation_steps is not None:
             return step % config.validation_steps == 0 or step == self.steps
-        every = (config.validation_epochs or 1) * len(self.plan.images)
+        every = (config.validation_epochs or 1) * self.line.stream.count
         samples = step * self.global_batch
         return samples // every > (samples - self.global_batch) // every or step == self.steps
 
@@ -697,9 +700,9 @@ def _order(
 ) -> tuple[SampleStream, ViewRule]:
     """Return which samples come in which order, and how each is seen."""
     config = plan.config
-    stream = SampleStream(len(images), seed)
+    stream = SampleStream(len(images), seed, images.repeats)
     if buckets is not None:
-        stream = BucketStream([buckets[key] for key in images.noise_keys], global_batch, seed)
+        stream = BucketStream([buckets[key] for key in images.noise_keys], global_batch, seed, images.repeats)
     rule = ViewRule(
         config.resolution,
         config.center_crop,

@@ -85,7 +85,7 @@ def find(config: TrainConfig, base: Base, images: ImageDataset) -> Prior | None:
         >>> find(TrainConfig(str(BASE), train_data_dir="my-images"), check_base(str(BASE)), images) is None
         True
     """
-    given = getattr(images, "regularisation", None)  # a dataset's own, with captions of their own
+    given = images.regularisation  # a dataset's own, with captions of their own
     if not config.with_prior_preservation and given is not None:
         return Prior(given, real=True)
     if given is not None:

@@ -153,7 +153,7 @@ def describe_start(
         "images": f"{len(images)} at {config.resolution} px{grouped}",
         **({} if plan.prior is None else {"class": plan.prior.describe(config.prior_loss_weight)}),
         "objective": f"{config.objective}{level}, {objective.prediction_type}",
-        "steps": f"{steps}, about {steps * global_batch / len(images):.3g} epochs"
+        "steps": f"{steps}, about {steps * global_batch / sum(images.repeats):.3g} epochs"
         + (f"; resuming after step {first_step}" if first_step else ""),
         "batch": f"{config.train_batch_size} x {config.gradient_accumulation_steps} accumulated x {processes} "
         f"process{'es' if processes > 1 else ''} = {global_batch} samples a step",

@@ -59,9 +59,12 @@ from ambient_sd.audit.stored import missing_features, recall
 from ambient_sd.commands.audit import AuditSettings, Source
 from ambient_sd.commands.sample import SampleSettings
 from ambient_sd.commands.sample.work import sample
+from ambient_sd.data.dataset_options import AUTO
 from ambient_sd.data.layouts.layout import not_listed, refuse_unlisted
+from ambient_sd.data.shards import has_shards
 from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.data.stream import drawn
+from ambient_sd.data.walk import METADATA
 from ambient_sd.families.base import Model
 from ambient_sd.families.origin import adapter_file, read_origin
 from ambient_sd.reporting.audit_page import write_report
@@ -256,12 +259,20 @@ def _stored(settings: AuditSettings) -> dict[str, EmbeddingStore]:
     words = ["accelerate", "launch", "-m", "ambient_sd.audit.embedding", source.place]
     if source.split is not None:
         words += ["--dataset_split", source.split]
-    if source.unlisted != "refuse":
-        words += ["--unlisted", source.unlisted]
+    if source.skip_broken:
+        words.append("--skip_broken")
     if source.row_filter:
         words += ["--row_filter", *("".join(condition) for condition in source.row_filter)]
-    options = {"image_column": source.image_column, "caption_column": source.caption_column}
-    given = {name: value for name, value in options.items() if value != getattr(Source, name)}
+    options = (
+        "unlisted",
+        "image_column",
+        "caption_column",
+        "layout",
+        "caption_extension",
+        "instance_prompt",
+        "trigger_word",
+    )
+    given = {name: getattr(source, name) for name in options if getattr(source, name) != getattr(Source, name)}
     given |= {name: file for name, file in settings.files.items() if file and label_of(name) in missing}
     given |= {"features": ",".join(names[name] for name in missing), "output_dir": str(folder)}
     words += [word for name, value in given.items() for word in (f"--{name}", value)]
@@ -438,7 +449,10 @@ def read_generated(folder: Path, unlisted: str = "refuse") -> Generated:
         raise UserError(f"there is no folder {folder}", remedy="give a folder of generated images")
     listing = folder / _LIST
     if not listing.is_file():
-        rows = load_rows(folder, need_captions=False, local=True, unlisted=unlisted).check(progress=True)
+        # A text beside a generated image is not its prompt alone: A1111 writes every parameter there.
+        listed = has_shards(folder) or any((folder / name).is_file() for name in METADATA)
+        layout = AUTO if listed else "images"
+        rows = load_rows(folder, need_captions=False, local=True, unlisted=unlisted, layout=layout).check(progress=True)
         prompts = rows.captions if any(rows.captions) else None
         return Generated(rows, prompts, [None] * len(rows))
     records = []
@@ -864,6 +878,7 @@ def _notes(
                 f"{seen.unlisted} files in the folder of the {name} images hold or may hold images and were left out, as asked for "
                 "(--unlisted ignore): nothing here is said of them."
             )
+        notes += [f"Of the {name} images: {note}." for note in (seen.notes if seen is not None else ())]
         if seen is not None and seen.animated:
             notes.append(
                 f"{len(seen.animated)} {name} images have several frames, of which only the first was looked at: "

@@ -148,7 +148,9 @@ def audit(record: RunRecord, config: TrainConfig) -> int:
         options += ["--lora_weights", str(record.output / WEIGHTS_NAME)]
     for item in dataclasses.fields(DatasetOptions):
         value = getattr(config, item.name)
-        if value != item.default:
+        if value is True:
+            options.append(f"--{item.name}")
+        elif value != item.default:
             options += [f"--{item.name}", *([str(one) for one in value] if isinstance(value, list) else [str(value)])]
     words = ["audit", place, config.source, *options]
     print(f"ambient-sd {shlex.join(words)}", flush=True)
@@ -166,7 +168,7 @@ def describe_plan(config: TrainConfig, processes: int) -> str:
     """Return what a run would do, with time and memory of a few of its steps on this machine."""
     plan = plan_run(config, progress=True)
     batch = config.train_batch_size * config.gradient_accumulation_steps * processes
-    steps = config.max_train_steps or math.ceil(config.num_train_epochs * len(plan.images) / batch)
+    steps = config.max_train_steps or math.ceil(config.num_train_epochs * sum(plan.images.repeats) / batch)
     measured = _measure(config, plan)
     looks = 0 if config.probe_steps is None else steps // config.probe_steps + (2 if config.keep == "best" else 1)
     each = (config.probe_images or 0) + len(plan.new_captions)
