@@ -14,8 +14,6 @@ import torch
 from launching import launch
 from safetensors.torch import load_file
 
-from ambient_sd.data.sources import ImageDataset, load_rows
-from ambient_sd.training import plan
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import TrainingBatch, run
 from ambient_sd.training.record import RunRecord
@@ -193,28 +191,19 @@ def test_real_class_images_keep_one_noise_each(settings: Settings, tiny_images: 
     assert all(batch.eps_n is None for batch in plain)
 
 
-def test_regularisation_images_keep_their_captions(
-    settings: Settings, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As the layout of kohya's folders leaves them beside the training images."""
-    others = tiny.image_folder(
-        tmp_path / "reg", [tiny.noise_image(70 + i) for i in range(4)], [f"class {i}" for i in range(4)]
-    )
-    opened = plan.open_images
-
-    def with_regularisation(config: TrainConfig) -> ImageDataset:
-        images = opened(config)
-        images.regularisation = load_rows(others)  # type: ignore[attr-defined,unused-ignore]
-        return images
-
-    monkeypatch.setattr(plan, "open_images", with_regularisation)
-    record, seen = watched(settings(caption_dropout=0.0, prior_loss_weight=0.5))
-    theirs = [batch for batch in seen if batch.prior]
-    assert {c for batch in theirs for c in batch.captions} == {f"class {i}" for i in range(4)}
-    assert all(batch.eps_n is not None for batch in theirs) and record.plan.prior is not None
+def test_regularisation_images_keep_their_captions(settings: Settings, classes: Path, tmp_path: Path) -> None:
+    """kohya's folders: `img/` holds training images, `reg/` regularisation images, `N_words` repeats and the caption."""
+    for place, words, first in (("img", "2_sks dog", 0), ("reg", "1_dog", 70)):
+        tiny.image_folder(tmp_path / "kohya" / place / words, [tiny.noise_image(first + i) for i in range(4)])
+    (tmp_path / "kohya" / "reg" / "1_dog" / "000.txt").write_text("an old dog")
+    source = {"train_data_dir": str(tmp_path / "kohya"), "caption_dropout": 0.0}
+    record, seen = watched(settings(**source, prior_loss_weight=0.5))
+    own, theirs = ({c for batch in seen if batch.prior is which for c in batch.captions} for which in (False, True))
+    assert own == {"sks dog"} and theirs == {"dog", "an old dog"}
+    assert all(batch.eps_n is not None for batch in seen) and record.plan.prior is not None
     assert record.plan.prior.describe(0.5) == "4 real images, weight 0.5"
     with pytest.raises(UserError, match="both are class images"):
-        run(settings("both", **asked(classes)), progress=False)
+        run(settings("both", **source, **asked(classes)), progress=False)
 
 
 @pytest.mark.parametrize(
