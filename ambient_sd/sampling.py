@@ -29,6 +29,7 @@ from ambient_sd.data.captions import Cut, find_cut, in_one_line
 from ambient_sd.families import of_pipeline, tokenizers_of
 from ambient_sd.families.base import Model, check_same_space
 from ambient_sd.families.lora import fit, load_lora, locate, read, told
+from ambient_sd.families.origin import TRAINED, adapter_file, read_origin
 from ambient_sd.guard.base_above import BaseAbove
 from ambient_sd.guard.calibration import Sampling
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard, active_guard
@@ -108,6 +109,45 @@ class SamplingConfig(SamplingOptions):
             pipe, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale,
             height=self.resolution, width=self.resolution,
         )  # fmt: skip
+
+
+def adapted(config: SamplingConfig) -> SamplingConfig:
+    """Return the settings of a LoRA that is given as the model: its base, the LoRA on it, and its resolution; of others as they are.
+
+    What is taken from where is said in a line each.
+
+    Raises:
+        UserError: nothing names its base, or that cannot be had.
+
+    Example:
+        >>> from ambient_sd.assets import BASE
+        >>> config = SamplingConfig(str(BASE))
+        >>> adapted(config) is config
+        True
+    """
+    if (file := adapter_file(config.model)) is None:
+        return config
+    shown = label(config.model)
+    if config.lora_weights is not None:
+        raise UserError(f"{shown} is a LoRA, and lora_weights is given", rule="one adapter is loaded", remedy="give its base as MODEL")  # fmt: skip
+    origin = read_origin(file, shown)
+    base, source = origin.base() if config.base is None else (config.base, "--base")
+    say(f"{shown} is a LoRA: its base is {label(base)} ({source})")
+    found: dict[str, Any] = {"model": base, "lora_weights": config.model, "base": None}
+    if source == TRAINED:
+        found |= {name: value for name, value in origin.loading.items() if getattr(config, name) is None}
+    if config.resolution is None:
+        if origin.resolution is not None:
+            found["resolution"] = origin.resolution[0]
+            say(f"resolution: {origin.resolution[0]} ({origin.resolution[1]})")
+        else:
+            why = (
+                "nothing names another"
+                if origin.sides is None
+                else "{} x {} ({}) is not sampled".format(*origin.sides[0], origin.sides[1])
+            )
+            say(f"resolution: the base's own; {why}")
+    return dataclasses.replace(config, **found)
 
 
 def label(name: str) -> str:

@@ -6,6 +6,7 @@ They stand in a module of their own because a command line is built from them, a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.settings import REQUIRED, check, check_modes, option
@@ -34,7 +35,7 @@ class SamplingOptions:
     """
 
     # fmt: off
-    model: str = option(REQUIRED, "pipeline folder, whole model in one .safetensors file, or hub id", positional=True, metavar="MODEL")
+    model: str = option(REQUIRED, "pipeline folder, whole model in one .safetensors file, or hub id; or a LoRA that names its base, folder or file", positional=True, metavar="MODEL")
     lora_weights: str | None = option(None, "LoRA on the model: folder, .safetensors file or hub id", alias="adapter", metavar="LORA")
     scheduler: str | None = option(None, "sampler (default: the model's)", choices=tuple(SCHEDULERS))
     num_inference_steps: int = option(50, "steps of the sampler", low=1)
@@ -48,13 +49,18 @@ class SamplingOptions:
     variant: str | None = option(None, "variant of the weight files, e.g. fp16")
     single_file_config: str | None = option(None, "of a model in one .safetensors file: diffusers folder or hub id with its settings and tokenizer (default: those of the first model of its architecture)", metavar="MODEL")
     base_above: float | None = option(None, "noise level (sigma / alpha) above which the base stands in for the fine-tuned network: fewer copies, nothing to train; try 1.6", low=0, metavar="LEVEL")
-    base: str | None = option(None, "the base of --base_above (default: MODEL without its LoRA)", metavar="MODEL", needs="base_above")
+    base: str | None = option(None, "the base of --base_above (default: MODEL without its LoRA), or of a LoRA that is given as MODEL", metavar="MODEL")
     # fmt: on
 
     def __post_init__(self) -> None:
         check(self)
         check_modes(self)
-        if self.base_above is not None and self.base is None and self.lora_weights is None:
+        # What holds no index may be a LoRA; `ambient_sd.sampling.adapted` looks.
+        maybe_adapter = Path(self.model).exists() and not Path(self.model, "model_index.json").exists()
+        if self.base is not None and self.base_above is None and not maybe_adapter:
+            raise UserError("base is given", rule="it has no effect here: base_above is off, and MODEL is no LoRA",
+                            remedy="add --base_above, or leave it out")  # fmt: skip
+        if self.base_above is not None and self.base is None and self.lora_weights is None and not maybe_adapter:
             raise UserError(
                 "base_above without a base", rule="a model without LoRA holds none", remedy="give --base MODEL"
             )

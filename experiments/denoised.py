@@ -244,14 +244,18 @@ def write(
             for name in names[1:]
         ]  # fmt: skip
         svg = chart(title, lines, x_label="noise level s", y_label="error per number", top=_TOP)
-        charts.append(pages.Chart(title, svg, "per number of the latent; bands: 95 % intervals"))
+        charts.append(
+            pages.Chart(
+                title, svg, f"per number of the latent; bands: 95 % intervals; what is above {_TOP:g} lies on the edge"
+            )
+        )
     rows = [[e.model, f"{e.level:.3g}", *(f"{f.value:.3f} [{f.low:.3f}, {f.high:.3f}]" for f in (e.train, e.heldout, e.gap))]
             for e in errors]  # fmt: skip
     pages.write_article(
         out / "index.html", "Denoised, by noise level", _answer(errors),
         [
             pages.Section("The same noisy images through each model", [], [pages.Picture(
-                "Denoised", data_uri(sheet, 4000), "Columns: noise level. First training, then held-out images.")]),
+                "Denoised", data_uri(sheet, 4000), f"Columns: noise level {', '.join(f'{s:.2g}' for s in levels)}. First training, then held-out images.")]),
             pages.Section("Errors", ["A model whose error on training images falls away from that on held-out ones knows the images at that level."],
                           charts=charts, tables=[pages.Table(["model", "s", "training", "held-out", "difference"], rows)],
                           terms=pages.terms("held-out", "interval")),

@@ -32,6 +32,7 @@ from diffusers import AutoencoderKL
 from ambient_sd.audit.decision import RULE
 from ambient_sd.audit.shares import COPIES
 from ambient_sd.data.conditions import split_condition
+from ambient_sd.data.dataset_options import reading
 from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.reporting.model_card import write_run_card
 from ambient_sd.reporting.sheets import contact_sheet
@@ -334,9 +335,7 @@ def _heldout(plan: Plan, config: TrainConfig) -> ImageDataset:
     split = given.pop("dataset_split", None)
     if given:
         raise UserError(f"study: heldout: {sorted(given)[0]}", rule="entries are train_data_dir, dataset_name, dataset_split, row_filter")  # fmt: skip
-    return load_rows(
-        source, config.image_column, config.caption_column, split, row_filter=terms, unlisted=config.unlisted
-    )
+    return load_rows(source, **{**reading(config), "split": split, "row_filter": terms})
 
 
 def _check_folders(plan: Plan, out: Path) -> None:

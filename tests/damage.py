@@ -463,8 +463,8 @@ YAML = {
     "missing": config_at(lambda p: None, "c.yaml", "cannot be read"),
     "a folder": config_at(Path.mkdir, "c.yaml", "cannot be read"),
     "a link to itself": config_at(lambda p: p.symlink_to(p), "c.yaml", "cannot be read"),
-    "a path too long": config_at(lambda p: "x" * 5000, "config", "cannot be read"),
-    "no name": config_at(lambda p: " ", "config", "cannot be read"),
+    "a path too long": config_at(lambda p: "x" * 5000, "config", "no such file"),
+    "no name": config_at(lambda p: " ", "config", "no such file"),
 }  # fmt: skip
 
 
@@ -513,7 +513,7 @@ FLAGS = {
     "results into a file": flags("--output_dir {inputs}/images/000.png/x", "output_dir", "no folder"),
     "results into a path too long": Case(lambda p: ["--output_dir", "x" * 5000], ("output_dir",)),
     "base model nowhere": flags("--pretrained_model_name_or_path {inputs}/gone", "no such folder"),
-    "base model a file": flags("--pretrained_model_name_or_path {inputs}/images/000.png", "no such folder"),
+    "base model a file": flags("--pretrained_model_name_or_path {inputs}/images/000.png", "only .safetensors files"),
     "base model a path too long": Case(lambda p: ["--pretrained_model_name_or_path", "/" + "x" * 5000], ("pretrained_model_name_or_path", "no such folder")),
     **out_of_range(),
 }  # fmt: skip

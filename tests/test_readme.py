@@ -72,7 +72,11 @@ def test_training_commands_run(
 
 
 @pytest.mark.parametrize(
-    "words", [pytest.param(w, id=w[1] + w[-1], marks=[pytest.mark.slow] if w[1] == "audit" else []) for w in guarding()]
+    "words",
+    [
+        pytest.param(w, id=w[1] + w[-1], marks=[pytest.mark.slow] if w[1] in ("audit", "train") else [])
+        for w in guarding()
+    ],
 )
 def test_commands_run(words: list[str], clone: Path, tiny_base: Path) -> None:
     """As written, but with fewer steps and images, and a tiny base in place of one on the hub."""

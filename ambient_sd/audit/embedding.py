@@ -41,7 +41,7 @@ from tqdm.auto import tqdm
 from ambient_sd.audit.features import Distance, Features
 from ambient_sd.audit.registry import FeatureOptions, choose
 from ambient_sd.data.cache import fingerprint
-from ambient_sd.data.dataset_options import DatasetOptions
+from ambient_sd.data.dataset_options import DatasetOptions, reading
 from ambient_sd.data.duplicates import SIDE, Thumbnails
 from ambient_sd.data.sources import ImageDataset, ImageRow, load_rows
 from ambient_sd.utils.errors import UserError, exits_on_user_error
@@ -633,15 +633,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings, rows = from_flags(EmbeddingSettings, args), from_flags(DatasetOptions, args)
 
     names, files = from_flags(FeatureOptions, args).chosen()
-    images = load_set(
-        settings.data, row_filter=rows.conditions(), image_column=rows.image_column, caption_column=rows.caption_column,
-        split=rows.dataset_split, max_samples=settings.max_samples, unlisted=rows.unlisted,
-    )  # fmt: skip
+    images = load_set(settings.data, max_samples=settings.max_samples, **reading(rows))
     from accelerate import PartialState
 
     state = PartialState()
-    if images.unlisted and state.is_main_process:
-        print(f"{images.unlisted} files in {images.source} are left out", flush=True)
+    left = [f"{images.unlisted} files in {images.source} are left out"] if images.unlisted else []
+    for note in [*images.notes, *left] if state.is_main_process else ():
+        print(note, flush=True)
     features = choose(names, files, state.device)
     folders = embed_set(
         images, features, settings.output_dir, dtype=settings.dtype, block=settings.block, state=state, progress=True

@@ -327,9 +327,10 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     a, b = _pair(a, b, "Frechet distance")
+    # sync_on_compute: one process measures, and torchmetrics would wait for the others of a distributed run.
     # The metric accumulates sums of squares and subtracts n m m^T; a common shift changes nothing and saves the digits.
     shift = b.mean(dim=0)
-    metric = FrechetInceptionDistance(feature=_Given(a.shape[1]))
+    metric = FrechetInceptionDistance(feature=_Given(a.shape[1]), sync_on_compute=False)
     metric.update(b - shift, real=True)
     metric.update(a - shift, real=False)
     # Rounding can leave a distance of equal sets at -1e-13.
@@ -357,7 +358,7 @@ def kid(a: Tensor, b: Tensor) -> float:
     size = min(len(a), len(b))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features.*")
-        metric = KernelInceptionDistance(feature=_Given(a.shape[1]), subsets=1, subset_size=size)
+        metric = KernelInceptionDistance(feature=_Given(a.shape[1]), subsets=1, subset_size=size, sync_on_compute=False)
     metric.update(b[:size], real=True)
     metric.update(a[:size], real=False)
     # It shuffles with the global generator; on one full subset the order is irrelevant, the caller's stream is not.

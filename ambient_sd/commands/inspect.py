@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ambient_sd.commands.shared import SharedOptions
 from ambient_sd.data.captions import Cut, find_cut, surely_cut
-from ambient_sd.data.conditions import split_condition
-from ambient_sd.data.dataset_options import DatasetOptions
+from ambient_sd.data.dataset_options import DatasetOptions, reading
 from ambient_sd.data.enlargement import WARNED, median_enlargement
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.utils.errors import UserError, one_line
@@ -53,6 +52,7 @@ class Inspection:
         faults: of single rows, in the order of `KINDS`.
         groups: duplicates, exact and near; their rows index `names`.
         unlisted: files that were left out because the caller wanted it so.
+        notes: of how the source was read.
         tokenizers: whether captions were counted by a model's tokenizers; without, only what is cut by any is told.
     """
 
@@ -66,6 +66,7 @@ class Inspection:
     groups: Sequence[Group]
     unlisted: int = 0
     tokenizers: bool = False
+    notes: Sequence[str] = ()
 
     @property
     def enlargement(self) -> float | None:
@@ -97,22 +98,19 @@ def inspect(
     source: str | Path,
     *,
     resolution: int = 512,
-    image_column: str = "image",
-    caption_column: str = "text",
-    split: str | None = None,
-    row_filter: Sequence[tuple[str, str, str]] = (),
-    unlisted: str = "refuse",
     tokenizers: Sequence[Any] = (),
     progress: bool = False,
+    **options: Any,
 ) -> tuple[Inspection, ImageDataset]:
     """Read every row of an image set and return what is wrong, with the readable rows' images.
 
     Args:
-        source, image_column, caption_column, split, row_filter, unlisted: as `load_rows` takes them; unlisted files are faults here.
+        source: as `load_rows` takes it.
         resolution: of the training, pixels.
         tokenizers: of the base model, to count what its text encoders do not read of a caption; without them captions
             count as cut where every CLIP cuts them.
         progress: show a bar.
+        options: of `load_rows`, which columns and rows are read; unlisted and broken files are faults here.
 
     Raises:
         UserError: the source cannot be opened at all.
@@ -125,9 +123,7 @@ def inspect(
     from ambient_sd.data.sources import load_rows
 
     faults: list[Fault] = []
-    images = load_rows(
-        source, image_column, caption_column, split, row_filter=row_filter, unlisted=unlisted, faults=faults
-    )
+    images = load_rows(source, **options, faults=faults)
     cuts: dict[int, Cut] = {}  # of several captions of a row, the first is the one that is looked at
     for cut in find_cut(images.captions, tokenizers) if tokenizers else surely_cut(images.captions):
         cuts[cut.index] = cut
@@ -165,7 +161,7 @@ def inspect(
     kept = images.subset(readable)
     found = Inspection(
         str(source), resolution, kept.names, kept.captions, keys, sizes, faults, find_groups(keys, thumbnails),
-        images.unlisted if unlisted == "ignore" else 0, bool(tokenizers),
+        images.unlisted if options.get("unlisted") == "ignore" else 0, bool(tokenizers), images.notes,
     )  # fmt: skip
     return found, kept
 
@@ -182,7 +178,7 @@ def as_text(found: Inspection) -> str:
         )
     if found.unlisted:
         lines.append(f"{found.unlisted} files are left out (--unlisted ignore)")
-    lines.append("")
+    lines += [*found.notes, ""]
     for kind, meaning in KINDS.items():
         lines.append(f"{found.count(kind):8d}  {kind:<12}{meaning}")
     lines.append(f"{found.exact:8d}  {'exact':<12}copies of an earlier image: one noise in any case")
@@ -218,6 +214,7 @@ def as_json(found: Inspection) -> dict[str, Any]:
         "resolution": found.resolution,
         "readable": len(found.names),
         "unlisted": found.unlisted,
+        "notes": list(found.notes),
         "enlargement": found.enlargement,
         "captions_counted_by": "the model's tokenizers" if found.tokenizers else "a lower bound",
         "counts": {**{k: found.count(k) for k in KINDS}, "exact_copies": found.exact, "near_groups": found.near},
@@ -262,6 +259,11 @@ class InspectSettings:
     dataset_split: str | None = same(DatasetOptions, "dataset_split")
     row_filter: list[str] | None = same(DatasetOptions, "row_filter")
     unlisted: str = same(DatasetOptions, "unlisted")
+    layout: str = same(DatasetOptions, "layout")
+    caption_extension: str | None = same(DatasetOptions, "caption_extension")
+    instance_prompt: str | None = same(DatasetOptions, "instance_prompt")
+    trigger_word: str | None = same(DatasetOptions, "trigger_word")
+    skip_broken: bool = same(DatasetOptions, "skip_broken")
     html: Path | None = same(SharedOptions, "html")
     json: Path | None = same(SharedOptions, "json")
     fail_on: Literal["nothing", "problems"] = option("nothing", "problems: exit with status 1 if anything is found")
@@ -286,9 +288,7 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
     """Print the table, write page and JSON where asked, and return the exit status."""
     settings = from_flags(InspectSettings, args)
     found, images = inspect(
-        settings.data, resolution=settings.resolution, unlisted=settings.unlisted, tokenizers=_tokenizers(settings.model),
-        image_column=settings.image_column, caption_column=settings.caption_column, split=settings.dataset_split,
-        row_filter=[split_condition(term) for term in settings.row_filter or ()], progress=True,
+        settings.data, resolution=settings.resolution, tokenizers=_tokenizers(settings.model), progress=True, **reading(settings)
     )  # fmt: skip
     print(as_text(found), flush=True)
     if settings.html is not None:

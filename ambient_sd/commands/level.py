@@ -53,12 +53,18 @@ class LevelSettings:
     )
     allow_upscaling: bool = same(TrainConfig, "allow_upscaling")
     center_crop: bool = same(TrainConfig, "center_crop")
+    image_interpolation_mode: str = same(TrainConfig, "image_interpolation_mode")
     random_flip: bool = same(TrainConfig, "random_flip")
     image_column: str = same(DatasetOptions, "image_column")
     caption_column: str = same(DatasetOptions, "caption_column")
     dataset_split: str | None = same(DatasetOptions, "dataset_split")
     row_filter: list[str] | None = same(DatasetOptions, "row_filter")
     unlisted: str = same(DatasetOptions, "unlisted")
+    layout: str = same(DatasetOptions, "layout")
+    caption_extension: str | None = same(DatasetOptions, "caption_extension")
+    instance_prompt: str | None = same(DatasetOptions, "instance_prompt")
+    trigger_word: str | None = same(DatasetOptions, "trigger_word")
+    skip_broken: bool = same(DatasetOptions, "skip_broken")
     html: Path | None = same(SharedOptions, "html")
     json: Path | None = same(SharedOptions, "json")
 
@@ -69,8 +75,9 @@ class LevelSettings:
 
     def training(self) -> TrainConfig:
         """Return the settings of the training that would see the images."""
-        shared = {name: getattr(self, name) for name in ("image_column", "caption_column", "dataset_split", "row_filter", "revision", "variant", "single_file_config",
-                                                          "center_crop", "random_flip", "unlisted", "allow_upscaling")}  # fmt: skip
+        names = [*DatasetOptions.__dataclass_fields__, "revision", "variant", "single_file_config", "center_crop", "image_interpolation_mode", "random_flip",
+                 "allow_upscaling"]  # fmt: skip
+        shared = {name: getattr(self, name) for name in names}
         config = TrainConfig(pretrained_model_name_or_path=self.model, train_data_dir=self.data, resolution=self.resolution or 512,
                              ambient_level="auto", **shared)  # fmt: skip
         config.resolution_given = self.resolution is not None
@@ -128,9 +135,12 @@ def level(config: TrainConfig, *, progress: bool = False) -> NoiseLevels:
     images = open_images(config).check(progress, near_duplicates=True)
     if (note := enlargement_note(config, images, base.pixel_step)) is not None:
         print(f"ambient-sd: {note}", file=sys.stderr, flush=True)
+    for note in images.notes:
+        print(f"ambient-sd: {note}", file=sys.stderr, flush=True)
     if images.unlisted:
         print(f"ambient-sd: {images.unlisted} files in {images.source} are left out", file=sys.stderr, flush=True)
-    rule = ViewRule(config.resolution, config.center_crop, config.random_flip, True, config.noise_seed)
+    rule = ViewRule(config.resolution, config.center_crop, config.random_flip, True, config.noise_seed,
+                    interpolation=config.image_interpolation_mode)  # fmt: skip
     rows, total = representatives(images)
     x0 = encode_all(base.images(), images, rule, rows, progress=progress)
     return measure(x0, total=total, max_level=base.schedule.max_level)

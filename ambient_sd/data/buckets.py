@@ -109,6 +109,7 @@ class BucketStream(SampleStream):
         bucket_of: the bucket of each image.
         global_batch: G, positions per optimizer step over all processes.
         seed: seed of the run.
+        repeats: how often an epoch holds each image; once if not given.
 
     Example:
         >>> stream = BucketStream([(64, 64)] * 3 + [(128, 64)] * 3, global_batch=2, seed=0)
@@ -116,12 +117,12 @@ class BucketStream(SampleStream):
         [0, 0, 1, 1, 0, 0, 1, 1]
     """
 
-    def __init__(self, bucket_of: Sequence[Size], global_batch: int, seed: int) -> None:
-        super().__init__(len(bucket_of), seed)
+    def __init__(self, bucket_of: Sequence[Size], global_batch: int, seed: int, repeats: Sequence[int] = ()) -> None:
+        super().__init__(len(bucket_of), seed, repeats)
         self.global_batch = global_batch
         members: dict[Size, list[int]] = {}
-        for index, bucket in enumerate(bucket_of):
-            members.setdefault(bucket, []).append(index)
+        for index in self.entries:
+            members.setdefault(bucket_of[index], []).append(index)
         self._members = [members[bucket] for bucket in sorted(members)]
         self._edges = np.cumsum([len(rows) for rows in self._members])[:-1] / self.count
         self._start = torch.rand((), generator=self.generator("buckets", 0), dtype=torch.float64).item()

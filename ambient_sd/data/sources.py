@@ -1,4 +1,4 @@
-"""Images and captions from a folder with metadata.jsonl or .csv, a parquet file, tar shards or a hub dataset, checked before use.
+"""Images and captions from a source of any layout (`ambient_sd.data.layouts`), checked before use.
 
 An image's `key` is the SHA-256 of its decoded RGB content, size included. Whatever is fixed per image (its noise,
 its VAE sample, its view) follows from the key, so a copy under another name or in another lossless format shares all of it.
@@ -22,8 +22,22 @@ from ambient_sd.data import layouts
 from ambient_sd.data.dataset_options import AUTO, UNLISTED
 from ambient_sd.data.duplicates import Group, Thumbnails, find_groups, noise_keys
 from ambient_sd.data.images import FRAMES, Undecodable, content_key, decode
-from ambient_sd.data.layouts.layout import Fault, Picked, Request, Table, phrase, refuse_unlisted
+from ambient_sd.data.layouts.layout import (
+    HELDOUT,
+    REGULARISATION,
+    TRAINING,
+    Ask,
+    Fault,
+    Picked,
+    Request,
+    Table,
+    phrase,
+    refuse_unlisted,
+    with_trigger,
+)
 from ambient_sd.utils.errors import UserError, first_of
+
+ROLES = (TRAINING, REGULARISATION, HELDOUT)
 
 
 @dataclass(frozen=True)
@@ -62,10 +76,16 @@ class ImageDataset(Sequence[ImageRow]):
         source: where the rows come from, for messages.
         more_captions: per row the captions after its first one; none of any if not given.
         rows: per row its plain columns, for `column`.
+        repeats: how often an epoch of training holds each row; once if not given.
 
     Attributes:
         unlisted: number of files in the folder that hold or may hold images and were left out on request.
         animated: names of the rows with more than one frame, of which the first is the image; known after `check`.
+        skipped: files that were left out on request, because they are missing or do not decode.
+        regularisation: rows of the source that are no training images but keep a class as it was; None if there are none.
+        heldout: rows that the source sets apart for validation; None if there are none.
+        notes: what a user should know of how the source was read, a line each.
+        asks: what the source asks of a training beside its images.
 
     Example:
         >>> import tempfile
@@ -85,8 +105,10 @@ class ImageDataset(Sequence[ImageRow]):
         source: str,
         more_captions: Sequence[Sequence[str]] = (),
         rows: Sequence[Mapping[str, Any]] = (),
+        repeats: Sequence[int] = (),
     ) -> None:
         self._rows = rows
+        self.repeats = list(repeats) or [1] * len(captions)
         self.more_captions = [tuple(more) for more in more_captions] or [()] * len(captions)
         self._images, self.captions, self.names, self.source = images, list(captions), list(names), source
         self.keys: list[str] = []
@@ -96,6 +118,11 @@ class ImageDataset(Sequence[ImageRow]):
         self.groups: list[Group] = []
         self.unlisted = 0
         self.animated: list[str] = []
+        self.skipped: list[Fault] = []
+        self.regularisation: ImageDataset | None = None
+        self.heldout: ImageDataset | None = None
+        self.notes: list[str] = []
+        self.asks: tuple[Ask, ...] = ()
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -126,7 +153,8 @@ class ImageDataset(Sequence[ImageRow]):
         captions, names = [self.captions[i] for i in rows], [self.names[i] for i in rows]
         more = [self.more_captions[i] for i in rows]
         plain = Picked(self._rows.__getitem__, rows) if len(self._rows) else ()
-        return ImageDataset(Picked(self._images.__getitem__, rows), captions, names, self.source, more, plain)
+        repeats = [self.repeats[i] for i in rows]
+        return ImageDataset(Picked(self._images.__getitem__, rows), captions, names, self.source, more, plain, repeats)
 
     def column(self, name: str) -> list[str]:
         """Return a column's values as texts, an empty one where a row has none.
@@ -200,14 +228,16 @@ class ImageDataset(Sequence[ImageRow]):
         return self
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 over keys and captions in their order, running `check` if nothing has."""
+        """Return a SHA-256 over keys and captions in their order, and repeats other than one, running `check` if nothing has."""
         if not self.keys:
             self.check()
         digest = hashlib.sha256()
-        for key, caption, more in zip(self.keys, self.captions, self.more_captions, strict=True):
+        for key, caption, more, repeats in zip(self.keys, self.captions, self.more_captions, self.repeats, strict=True):
             digest.update(f"{key} {len(caption)} {caption}\n".encode("utf-8", "surrogatepass"))
             for other in more:
                 digest.update(f"+ {len(other)} {other}\n".encode("utf-8", "surrogatepass"))
+            if repeats != 1:
+                digest.update(f"x {repeats}\n".encode())
         return digest.hexdigest()
 
 
@@ -236,8 +266,7 @@ def load_rows(
     """Open a source of images and captions.
 
     Args:
-        source: folder with metadata.jsonl or metadata.csv, parquet file, tar shards (a folder of them, one, or a pattern
-            such as part-{000..010}.tar), or hub dataset id.
+        source: folder, file, pattern or hub dataset id, in any layout of `ambient_sd.data.layouts`.
         image_column: column of the images: bytes, or a struct of bytes and path; a folder uses file_name instead.
         caption_column: column of the captions, one text per row.
         split: of a hub dataset (default train); of a local source the value of its column `split`.
@@ -252,6 +281,11 @@ def load_rows(
         unlisted: what to do with images in a local folder that would not be read (`ambient_sd.data.walk`): not in its list,
             of an unsupported kind, hidden, or perhaps in an archive. "refuse", or "ignore": they are left out, and
             `ImageDataset.unlisted` counts them.
+        layout: how images and captions are kept, one of `LAYOUT_NAMES`; auto: the first layout that recognizes the source.
+        caption_extension: ending of caption files.
+        instance_prompt: caption of a row that has none.
+        trigger_word: put before each caption that lacks it, and in place of [trigger].
+        skip_broken: leave out what is missing or does not decode; `ImageDataset.skipped` names it. Each image is decoded once more.
         faults: collects the faults of single rows, which are then left out (a row without caption stays, with an empty
             one); without it the first fault raises.
 
@@ -274,12 +308,14 @@ def load_rows(
         raise UserError(f"unlisted is {unlisted!r}", rule=f"it must be {' or '.join(UNLISTED)}")
     request = Request(
         str(source), image_column, caption_column, need_captions, split, config_name, cache_dir, caption_extension,
-        instance_prompt, skip_broken, faults,
+        instance_prompt, skip_broken, layout != AUTO, faults,
     )  # fmt: skip
     table = layouts.read(request, layout, local=local)
     by_split = [("split", "=", split)] if split is not None and not table.split_done else []
     conditions = by_split + list(row_filter)
     kept = [i for i in range(len(table.rows)) if _meets(table, i, conditions)]
+    by_role = {role: [i for i in kept if not table.roles or table.roles[i] == role] for role in ROLES}
+    kept = by_role[TRAINING]
     if not kept and not faults:
         text = " and ".join("".join(c) for c in conditions)
         raise UserError(
@@ -288,30 +324,64 @@ def load_rows(
     if max_samples is not None and max_samples < len(kept):
         chosen = kept[:max_samples] if seed is None else random.Random(seed).sample(kept, max_samples)
         kept = sorted(chosen)
-    if need_captions:
-        captions = [_captions(table, i, request, several_captions) for i in kept]
-    else:
-        given = [table.rows[i].get(caption_column) for i in kept]
-        captions = [[text if isinstance(text, str) else ""] for text in given]
+    skipped: list[Fault] = []
+    if skip_broken and faults is None:
+        kept = _decodable(table, kept, skipped)
+
+    def dataset(rows: Sequence[int]) -> ImageDataset:
+        captions = [_captions(table, i, request, several_captions, trigger_word) for i in rows]
+        return ImageDataset(
+            Picked(table.image, rows), [c[0] for c in captions], [table.name(i) for i in rows], str(source),
+            [c[1:] for c in captions], Picked(table.rows.__getitem__, rows), [table.repeats[i] for i in rows] if table.repeats else (),
+        )  # fmt: skip
+
+    found = dataset(kept)
     # Last: a wrong row of the list is the nearer reason.
     if table.left and unlisted != "ignore":
         if faults is None:
             raise refuse_unlisted(request.path, table.left)
         faults.extend(Fault(name, "unlisted", f"it is {phrase(why)}") for name, why in table.left.items())
-    rows = ImageDataset(
-        Picked(table.image, kept), [c[0] for c in captions], [table.name(i) for i in kept], str(source),
-        [c[1:] for c in captions], Picked(table.rows.__getitem__, kept),
-    )  # fmt: skip
-    rows.unlisted = len(table.left)
-    return rows
+    found.unlisted, found.skipped, found.asks, found.notes = len(table.left), skipped, table.asks, list(table.notes)
+    if skipped:
+        names = first_of([fault.name for fault in skipped])
+        found.notes.append(f"{len(skipped)} images are skipped, for they do not decode: {names}")
+    if table.roles:
+        found.regularisation, found.heldout = (
+            dataset(by_role[role]) if by_role[role] else None for role in (REGULARISATION, HELDOUT)
+        )
+    return found
 
 
-def _captions(table: Table, index: int, request: Request, several: bool) -> list[str]:
+def _decodable(table: Table, rows: Sequence[int], skipped: list[Fault]) -> list[int]:
+    """Return the rows whose images decode, and tell `skipped` of the others.
+
+    Raises:
+        UserError: none does.
+    """
+    kept = []
+    for i in tqdm(rows, desc="looking for broken images", leave=False, delay=2):
+        try:
+            decode(table.image(i))
+        except Undecodable as error:
+            skipped.append(Fault(table.name(i), "broken", str(error)))
+        else:
+            kept.append(i)
+    if not kept:
+        raise UserError(
+            f"no image of {table.source} can be read: {skipped[0].name} ({skipped[0].text})",
+            rule="at least one is needed",
+        )
+    return kept
+
+
+def _captions(table: Table, index: int, request: Request, several: bool, trigger: str | None) -> list[str]:
     """Return the captions of a row, at least one."""
     column, given = request.caption_column, table.rows[index].get(request.caption_column)
     if given is None and request.instance_prompt is not None:
         given = request.instance_prompt
     captions = list(given) if several and isinstance(given, list) and given else [given]
+    if not request.need_captions:
+        captions = [captions[0] if isinstance(captions[0], str) else ""]
     rule, remedy = "", "write one, or an empty text for an image without caption"
     for caption in captions:
         if not isinstance(caption, str):
@@ -319,14 +389,14 @@ def _captions(table: Table, index: int, request: Request, several: bool) -> list
             rule = rule or f"column {column!r} must hold a text there, not {type(caption).__name__}"
             if isinstance(caption, list) and caption and not several:
                 remedy += "; --caption_mitigation mc takes a list of them"
-        elif any("\ud800" <= c <= "\udfff" for c in caption):  # no tokenizer takes it
+        elif any("\ud800" <= c <= "\udfff" for c in caption) and request.need_captions:  # no tokenizer takes it
             rule = f"column {column!r} holds half a character (a lone surrogate) there"
     if rule:
         if request.faults is None:
             raise UserError(f"{table.name(index)} in {table.source} has no caption", rule=rule, remedy=remedy)
         request.faults.append(Fault(table.name(index), "captionless", rule))
-        return [""]
-    return [str(caption) for caption in captions]
+        captions = [""]
+    return [with_trigger(str(caption), trigger) if trigger else str(caption) for caption in captions]
 
 
 def _meets(table: Table, index: int, conditions: Sequence[tuple[str, str, str]]) -> bool:

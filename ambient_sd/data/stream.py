@@ -1,7 +1,7 @@
 """Which image is trained on when, and with which random numbers: functions of a seed and a position alone.
 
 A run is an endless sequence of samples. Position p lies in epoch `p // n` and takes the entry `p % n` of that epoch's
-permutation of the n images. Timestep, fresh noise, caption dropout and view of a sample come from a generator
+permutation of the n images (of each, as often as it is repeated). Timestep, fresh noise, caption dropout and view of a sample come from a generator
 seeded by (seed, purpose, p). So no generator has a state to save: a run that resumes, or uses another number of
 processes or accumulation steps, sees the same samples with the same noise.
 """
@@ -9,7 +9,7 @@ processes or accumulation steps, sees the same samples with the same noise.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -52,6 +52,10 @@ class SampleStream:
     Args:
         count: number n of images.
         seed: seed of the run.
+        repeats: how often an epoch holds each image; once if not given.
+
+    Attributes:
+        count: entries of an epoch.
 
     Example:
         >>> stream = SampleStream(count=3, seed=0)
@@ -59,8 +63,11 @@ class SampleStream:
         [0, 1, 2]
     """
 
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed = count, seed
+    def __init__(self, count: int, seed: int, repeats: Sequence[int] = ()) -> None:
+        self.entries: Sequence[int] = range(count)
+        if any(n != 1 for n in repeats):
+            self.entries = [i for i, n in enumerate(repeats) for _ in range(n)]
+        self.count, self.seed = len(self.entries), seed
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
     def image(self, position: int) -> int:
@@ -69,7 +76,7 @@ class SampleStream:
         if epoch != self._epoch:
             self._order = torch.randperm(self.count, generator=self.generator("order", epoch))
             self._epoch = epoch
-        return int(self._order[offset])
+        return self.entries[int(self._order[offset])]
 
     def generator(self, purpose: str, position: int) -> torch.Generator:
         """Return the generator for one purpose at one position, from its start."""

@@ -59,6 +59,7 @@ class ViewRule:
         per_image: draw once per image from its key and `noise_seed` (ambient), not at each position.
         noise_seed: seed of everything that is fixed per image.
         buckets: (width, height) of the crop by noise key, in place of the square; None: all are square.
+        interpolation: the filter that resizes, a name of PIL's in small letters.
 
     Example:
         >>> import tempfile
@@ -78,6 +79,7 @@ class ViewRule:
     per_image: bool
     noise_seed: int
     buckets: Mapping[str, tuple[int, int]] | None = None
+    interpolation: str = "lanczos"
 
     def target(self, noise_key: str) -> tuple[int, int]:
         """Return (width, height) of what is seen of an image, pixels."""
@@ -136,13 +138,13 @@ class ViewRule:
         return (width, height), (top, left), draw_key
 
     def see(self, row: ImageRow, view: View) -> Sample:
-        """Return the pixels of a view of an image: resized to cover its target (Lanczos), cropped, mirrored."""
+        """Return the pixels of a view of an image: resized to cover its target, cropped, mirrored."""
         key = row.noise_key or row.key
         wide, high = self.target(key)
         size, (top, left), draw_key = self.place(row.image.size, view, key, row.mirrored)
         image = row.image
         if image.size != size:
-            image = image.resize(size, Image.Resampling.LANCZOS)
+            image = image.resize(size, Image.Resampling[self.interpolation.upper()])
         image = image.crop((left, top, left + wide, top + high))
         if view.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -46,6 +46,7 @@ class Found:
         images: files that are read as images.
         unread: file -> why it is not read: "a kind that is not read", "hidden", "an archive".
         lists: metadata files, the folder's own among them.
+        texts: other files that may hold captions: those of no other kind.
         broken: path -> what is wrong with it, of links and folders that cannot be followed.
         again: further paths to files that are counted already.
         real: image -> its real path.
@@ -58,6 +59,7 @@ class Found:
     images: list[str] = field(default_factory=list)
     unread: dict[str, str] = field(default_factory=dict)
     lists: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     again: list[str] = field(default_factory=list)
     real: dict[str, str] = field(default_factory=dict)
@@ -169,6 +171,8 @@ def _sort(files: list[tuple[bool, bool, str, str]], found: Found) -> None:
         if base in METADATA and not hidden:
             found.lists.append(name)
         if why is None:
+            if not hidden:
+                found.texts.append(name)
             continue
         if real in seen:
             if not hidden:

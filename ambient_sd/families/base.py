@@ -22,6 +22,7 @@ import torch
 from ambient_sd.families import FAMILIES, of_class
 from ambient_sd.families.encoders import CaptionEncoder, ImageEncoder
 from ambient_sd.families.family import Family
+from ambient_sd.families.origin import refuse_adapter
 from ambient_sd.families.single_file import SingleFile, open_single_file
 from ambient_sd.schedule import PREDICTION_TYPES, NoiseSchedule
 from ambient_sd.utils.errors import UserError, one_line
@@ -60,6 +61,7 @@ class Model:
         for place in (self.name, self.place):
             if nowhere(place):
                 raise UserError(f"there is no folder {place!r}", remedy="give a Stable Diffusion folder or hub id")
+        refuse_adapter(self.name)
         return self.read("model_index.json")
 
     @functools.cached_property

@@ -22,7 +22,7 @@ from accelerate import init_empty_weights
 from diffusers.loaders import single_file_utils as ldm
 from torch import Tensor, nn
 
-from ambient_sd.families.lora import holds_lora
+from ambient_sd.families.origin import refuse_adapter
 from ambient_sd.utils.errors import UserError, one_line
 
 _UNET = "model.diffusion_model."
@@ -167,8 +167,7 @@ def open_single_file(path: str | Path) -> SingleFile:
     except Exception as error:  # SafetensorError, OSError: cut short, or something else under that name
         raise UserError(f"{path} cannot be read", rule=one_line(f"{type(error).__name__}: {error}", 200),
                         remedy="fetch the file anew") from None  # fmt: skip
-    if holds_lora(shapes):
-        raise UserError(f"{path} is a LoRA", rule="a whole model is needed here", remedy="give the base that it was trained on")  # fmt: skip
+    refuse_adapter(str(path))
     if not any(name.startswith(_UNET) for name in shapes):
         first = f", the first is {one_line(min(shapes), 80)!r}" if shapes else ""
         raise UserError(f"{path} holds no whole model: {len(shapes)} tensors{first}",

@@ -60,7 +60,8 @@ _SHOWN_PROMPTS = 12
 _LARGEST = 16 * 2**20  # bytes of card.json
 # Settings that change what the loss is or sees; a card names those that are not at their defaults.
 _LOSS = ("snr_gamma", "weighting_scheme", "logit_mean", "logit_std", "noise_offset", "input_perturbation", "memorization_threshold", "agc", "dropped_mean",
-         "caption_mitigation", "caption_mitigation_p", "caption_noise_std", "caption_dropout", "random_flip")  # fmt: skip
+         "caption_mitigation", "caption_mitigation_p", "caption_noise_std", "caption_dropout", "random_flip",
+         "with_prior_preservation", "class_prompt", "num_class_images", "prior_loss_weight")  # fmt: skip
 _STAMP = re.compile(r"\n*<!-- ambient_sd card ([0-9a-f]{64})[^\n]*-->\s*$")
 
 

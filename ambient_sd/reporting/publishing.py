@@ -46,7 +46,15 @@ ALLOWED = (
     *(f"{part}/{name}" for part in _MODELS for name in ("config.json", "*model*.safetensors", "*.safetensors.index.json")),
     *(f"{part}/{name}" for part in _TOKENIZERS for name in _TOKENIZER),
 )  # fmt: skip
-_PATHS = ("train_data_dir", "cache_dir", "latent_cache_dir", "output_dir", "logging_dir", "resume_from_checkpoint")
+_PATHS = (
+    "train_data_dir",
+    "class_data_dir",
+    "cache_dir",
+    "latent_cache_dir",
+    "output_dir",
+    "logging_dir",
+    "resume_from_checkpoint",
+)
 _NAMES = (
     "pretrained_model_name_or_path",
     "pretrained_vae_model_name_or_path",
@@ -219,9 +227,9 @@ def _clean_settings(path: Path) -> bytes:
         given = values.get(key)
         if isinstance(given, str) and (not HUB_ID.fullmatch(given) or Path(given).exists()):
             values[key] = PurePath(given).name
-    prompts = values.get("validation_prompts")
-    if isinstance(prompts, list):
-        values["validation_prompts"] = [PurePath(p).name if str(p).endswith(".jsonl") else p for p in prompts]
+    for key in ("validation_prompts", "probe_prompts"):
+        if isinstance(prompts := values.get(key), list):
+            values[key] = [PurePath(p).name if str(p).endswith((".jsonl", ".txt")) else p for p in prompts]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
 
 

@@ -32,11 +32,13 @@ GROUPS = {
     "mitigation": "Published ways to keep a model from memorizing, beside the loss or in place of the ambient one; each off by default.",
     "optimisation": "Steps, batches and the optimizer (AdamW). Steps are optimizer steps.",
     "LoRA": "Low-rank adapters instead of a full fine-tune; these options need --lora.",
+    "class": "Prior preservation: images of the subject's class, trained beside the training images. Regularisation images of a dataset are used without a flag.",
     "validation": "Images sampled during training, to TensorBoard and to output_dir/validation/.",
     "checkpoints": "Folders checkpoint-N in output_dir from which a run resumes bit for bit.",
     "output": "Where results and logs go.",
 }
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+INTERPOLATIONS = ("lanczos", "bicubic", "bilinear", "hamming", "box", "nearest")
 CAPTION_MITIGATIONS = ("mc", "gn", "rc", "rt", "cwr")
 LORA_INITS = ("gaussian", "kaiming", "orthogonal", "pissa", "olora")
 MOVED_BASE = ("pissa", "olora")  # starts of an update that is not zero: the base gives what they take
@@ -78,11 +80,17 @@ class TrainConfig:
     caption_column: str = same(DatasetOptions, "caption_column", group="data")
     unlisted: str = same(DatasetOptions, "unlisted", group="data")
     row_filter: list[str] | None = same(DatasetOptions, "row_filter", group="data")
+    layout: str = same(DatasetOptions, "layout", group="data")
+    caption_extension: str | None = same(DatasetOptions, "caption_extension", group="data")
+    instance_prompt: str | None = same(DatasetOptions, "instance_prompt", group="data")
+    trigger_word: str | None = same(DatasetOptions, "trigger_word", group="data")
+    skip_broken: bool = same(DatasetOptions, "skip_broken", group="data")
     max_train_samples: int | None = option(None, "train on N images only, chosen by seed", group="data", low=1)
     cache_dir: str | None = option(None, "where hub downloads are kept", group="data")
     latent_cache_dir: str | None = option(None, "keep latents and caption embeddings in this folder: computed once, for this run and later ones; VAE and text encoder leave memory", group="data")
     resolution: int = option(512, "side of the images in pixels: they are resized (shorter side) and cropped to it", group="data", low=8)
     allow_upscaling: bool = option(False, "train although most images are enlarged several times to the resolution", group="data")
+    image_interpolation_mode: str = option("lanczos", "filter with which images are resized; one for a whole run and for later ones on the same images: another gives each image another noisy copy", group="data", choices=INTERPOLATIONS)
     center_crop: bool = option(False, "crop the centre; otherwise crop at random (ambient: one fixed place per image)", group="data")
     aspect_ratio_buckets: str | None = option(None, "let images keep their shape: auto (sides for the area of resolution, 1:2 to 2:1), or height,width pairs such as 512,768;640,640;768,512; otherwise all are cropped to squares", group="data")
     random_flip: bool = option(False, "mirror half of the images (ambient: always the same half; otherwise chosen anew each epoch)", group="data")
@@ -152,6 +160,12 @@ class TrainConfig:
     num_validation_images: int | None = option(None, "images per prompt (default 4)", group="validation", low=1, needs="validation_prompts")
     validation_epochs: int | None = option(None, "sample every N epochs (default 5; with --lora 1)", group="validation", low=1, needs="validation_prompts")
     validation_steps: int | None = option(None, "sample every N optimizer steps instead", group="validation", low=1, rival="validation_epochs", needs="validation_prompts")
+
+    with_prior_preservation: bool = option(False, "train as many class images as training images in each batch, so that the class of the subject stays what the base knows (DreamBooth)", group="class")
+    class_data_dir: str | None = option(None, "their folder. What it lacks of num_class_images the base generates, under the guard, and the folder keeps; a folder that was filled by hand is taken as it is (required)", group="class", needs="with_prior_preservation")
+    class_prompt: str | None = option(None, "their prompt, such as \"a photo of a dog\" (required)", group="class", needs="with_prior_preservation")
+    num_class_images: int | None = option(None, "how many of them (default 100)", group="class", low=1, needs="with_prior_preservation")
+    prior_loss_weight: float = option(1.0, "weight of their loss; also of a dataset's own regularisation images", group="class", above=0.0)
 
     probe_steps: int | None = option(None, "measure the copy rate every N optimizer steps: sample images for training captions and compare them with the training images", group="validation", low=1)
     probe_images: int | None = option(None, "images per evaluation (default 32)", group="validation", low=1, needs="probe_steps")
@@ -252,6 +266,13 @@ class TrainConfig:
             self.rank = self.rank or 4
             self.lora_alpha = self.lora_alpha or float(self.rank)
             self.lora_target_modules = self.lora_target_modules or list(DEFAULT_TARGETS)
+
+        if self.with_prior_preservation:
+            for name in ("class_data_dir", "class_prompt"):
+                if not getattr(self, name):
+                    raise UserError(f"{name} is missing", rule="with_prior_preservation needs it",
+                                    remedy="for example --class_data_dir class-images --class_prompt \"a photo of a dog\"")  # fmt: skip
+            self.num_class_images = self.num_class_images or 100
 
         if self.validation_prompts:
             if self.validation_steps is not None and self.validation_epochs is not None:

@@ -53,6 +53,7 @@ class Encoder:
         stream: the run's samples.
         accelerator: who is here.
         progress: show bars.
+        beside: of the training images; this one is of the run's class images, and shares text encoders that are trained.
 
     Attributes:
         image_encoder, caption_encoder: frozen; without prompts and probe they may be gone.
@@ -70,17 +71,31 @@ class Encoder:
     """
 
     def __init__(
-        self, plan: Plan, rule: ViewRule, stream: SampleStream, accelerator: Accelerator, *, progress: bool
+        self,
+        plan: Plan,
+        rule: ViewRule,
+        stream: SampleStream,
+        accelerator: Accelerator,
+        *,
+        progress: bool,
+        beside: Encoder | None = None,
     ) -> None:
-        self.config, self.images, self.rule, self.stream = plan.config, plan.images, rule, stream
+        images = plan.images if beside is None or plan.prior is None else plan.prior.images
+        self.config, self.images, self.rule, self.stream = plan.config, images, rule, stream
         self.accelerator, self.progress = accelerator, progress
-        self.shapes = [plan.base.latent_shape(rule.target(key)) for key in plan.images.noise_keys]
+        # Tells whether texts are made up on the way, and so are encoded on the way.
+        self._captions_change = beside is None and plan.config.caption_mitigation in LIVE
+        self.shapes = [plan.base.latent_shape(rule.target(key)) for key in images.noise_keys]
         self.image_encoder: Any = plan.base.images().to(accelerator.device)
-        self.caption_encoder = plan.base.captions().to(accelerator.device)
+        if beside is not None and plan.config.train_text_encoder:
+            self.caption_encoder: CaptionEncoder = beside.caption_encoder
+        else:
+            self.caption_encoder = plan.base.captions().to(accelerator.device)
         self._embed = self._embed_once()
         self._cached = self._cache_latents()
         self._held = self._hold_latents() if self._cached is None else None
-        if not plan.prompts and plan.config.probe_steps is None and not plan.config.train_text_encoder:
+        looked_at = beside is None and (plan.prompts or plan.config.probe_steps is not None)
+        if not looked_at and not plan.config.train_text_encoder:
             # Whatever is kept makes its maker superfluous.
             if self._held is not None or self._cached is not None:
                 self.image_encoder = None
@@ -135,11 +150,6 @@ class Encoder:
                     [s.key for s in batch],
                     latents.encode(self.image_encoder, batch, noise_seed=self.config.noise_seed),
                 )
-
-    @property
-    def _captions_change(self) -> bool:
-        """Tell whether texts are made up on the way, and so are encoded on the way."""
-        return self.config.caption_mitigation in LIVE
 
     def _embed_once(self) -> Callable[[Sequence[str]], dict[str, torch.Tensor]]:
         """Encode all captions of the images, into the cache or into memory, and return what gives their embeddings."""
@@ -303,6 +313,7 @@ def fill_latents(
     about = {
         "what": "latents", "version": _VERSION, "vae": fingerprint(encoder.vae), "resolution": rule.resolution,
         "noise_seed": rule.noise_seed, "device": accelerator.device.type,
+        **({} if rule.interpolation == "lanczos" else {"interpolation": rule.interpolation}),
     }  # fmt: skip
     store = Store(root, "latents", about)
     views = rule.views(images)

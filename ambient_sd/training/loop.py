@@ -10,6 +10,7 @@ are trained by LoRA only, the VAE never. `plan` has checked everything before, `
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import time
@@ -29,10 +30,12 @@ from diffusers.optimization import get_scheduler
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ambient_sd.data.buckets import BucketStream
+from ambient_sd.data.buckets import BucketStream, assign
 from ambient_sd.data.duplicates import shared_noise
-from ambient_sd.data.stream import SampleStream, process_batches
+from ambient_sd.data.sources import ImageDataset
+from ambient_sd.data.stream import SampleStream, keyed_seed, process_batches
 from ambient_sd.data.views import ViewRule
+from ambient_sd.objective import AmbientObjective
 from ambient_sd.training import (
     adapters,
     auto_level,
@@ -40,6 +43,7 @@ from ambient_sd.training import (
     checkpoints,
     keeping,
     noising,
+    prior,
     processes,
     results,
     sharding,
@@ -56,6 +60,7 @@ from ambient_sd.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+_Drawn = tuple[list[int], list[str], torch.Tensor]  # positions, keys and latents of a pass
 _FINAL_STEPS = 100  # the record's losses are means over that many last steps
 
 
@@ -73,6 +78,7 @@ class TrainingBatch:
         noise: (B, C, h, w) fresh noise.
         perturbation: (B, C, h, w) what is added to the noise of the input only, or None.
         time_ids: (B, 6) float32, SDXL's sizes in pixels, or None.
+        prior: they are class images.
 
     Example:
         >>> x0 = torch.zeros(1, 4, 8, 8)
@@ -90,6 +96,21 @@ class TrainingBatch:
     noise: torch.Tensor
     perturbation: torch.Tensor | None = None
     time_ids: torch.Tensor | None = None
+    prior: bool = False
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line of samples: the training images, or the class images beside them."""
+
+    images: ImageDataset
+    stream: SampleStream
+    rule: ViewRule
+    encoder: Encoder
+    objective: AmbientObjective
+    fixed_noise: bool
+    caption: Callable[[int], str]
+    prior: bool = False
 
 
 def run(
@@ -183,19 +204,19 @@ class _Trainer:
 
         # Which samples, in which order, seen how.
         self.global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-        self.steps = config.max_train_steps or math.ceil(config.num_train_epochs * len(plan.images) / self.global_batch)
-        self.stream = SampleStream(len(plan.images), config.seed)
-        if plan.buckets is not None:
-            bucket_of = [plan.buckets[key] for key in plan.images.noise_keys]
-            self.stream = BucketStream(bucket_of, self.global_batch, config.seed)
-        self.rule = ViewRule(
-            config.resolution, config.center_crop, config.random_flip, plan.fixed_noise, config.noise_seed, plan.buckets
+        self.steps = config.max_train_steps or math.ceil(
+            config.num_train_epochs * sum(plan.images.repeats) / self.global_batch
         )
+        stream, rule = _order(plan, plan.images, plan.buckets, plan.fixed_noise, self.global_batch, config.seed)
         self.levels = None
         if config.weighting_scheme == "logit_normal":
             self.levels = noising.LogNormalLevels(schedule, config.logit_mean or 0.0, config.logit_std or 1.0)
         self.fingerprint = plan.images.fingerprint()
         processes.check_same_images(self.fingerprint, accelerator)
+        if config.with_prior_preservation and plan.prior is None:
+            plan = dataclasses.replace(plan, prior=prior.make(config, plan.base, accelerator, progress=progress))
+        if plan.prior is not None:
+            processes.check_same_images(plan.prior.images.fingerprint(), accelerator)
 
         # Where an interrupted run continues.
         self.checkpoint = checkpoints.agree(plan.checkpoint, accelerator)
@@ -220,7 +241,7 @@ class _Trainer:
         # VAE and text encoders are gone, where nothing needs them any more, before the largest part comes.
         if config.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
-        self.encoder = Encoder(plan, self.rule, self.stream, accelerator, progress=progress)
+        self.encoder = Encoder(plan, rule, stream, accelerator, progress=progress)
         if plan.config.ambient_level == AUTO:
             plan = plan.with_level(*auto_level.propose(
                 plan.images, self.encoder.shapes, self.encoder.latents, accelerator, schedule.max_level
@@ -229,13 +250,19 @@ class _Trainer:
         self.identity = plan.identity(self.global_batch)
         self.augmentation = CaptionAugmentation(
             config.caption_mitigation, config.caption_mitigation_p or 0.0, config.caption_noise_std or 0.0,
-            images=plan.images, stream=self.stream, tokenizer=self.encoder.caption_encoder.tokenizers[0],
+            images=plan.images, stream=stream, tokenizer=self.encoder.caption_encoder.tokenizers[0],
         )  # fmt: skip
+        self.line = _Line(
+            plan.images, stream, rule, self.encoder, plan.objective, plan.fixed_noise, self.augmentation.caption
+        )
+        self.prior = None if plan.prior is None else self._class_line(plan, plan.prior)
 
         # The network, its optimizer and its average.
         encoders = self.encoder.caption_encoder.parts if config.train_text_encoder else {}
         self.text = {name: part for name, part in encoders.items() if name.startswith("text_encoder")}
-        self.unet, self.dropouts = _load_unet(plan, self.checkpoint, accelerator.mixed_precision, self.text)
+        # A CPU's layer norm takes no bfloat16 weights under autocast, and gains no speed from them.
+        frozen = "no" if accelerator.device.type == "cpu" else accelerator.mixed_precision
+        self.unet, self.dropouts = _load_unet(plan, self.checkpoint, frozen, self.text)
         scale = self.global_batch if config.scale_lr else 1
         self.rate = config.learning_rate * scale
         self.text_trained = [p for part in self.text.values() for p in part.parameters() if p.requires_grad]
@@ -280,9 +307,27 @@ class _Trainer:
             self.output.mkdir(parents=True, exist_ok=True)
             self.config.save(self.output)
             self.losses.open(self.output)
+            results.write_skipped(self.output, self.plan.images.skipped)
         accelerator.wait_for_everyone()
         if config.report_to != "none":
             accelerator.init_trackers(config.tracker_project_name)
+
+    def _class_line(self, plan: Plan, found: prior.Prior) -> _Line:
+        """Return the line of the class images: real ones are trained as the training images are, generated ones with the plain loss."""
+        images, fixed = found.images, found.real and plan.fixed_noise
+        buckets = (
+            None
+            if plan.buckets is None or not found.real
+            else assign(images.sizes, images.noise_keys, sorted(set(plan.buckets.values())))
+        )
+        stream, rule = _order(
+            plan, images, buckets, fixed, self.global_batch, keyed_seed(plan.config.seed, "class images")
+        )
+        encoder = Encoder(plan, rule, stream, self.accelerator, progress=self.progress, beside=self.encoder)
+        objective = plan.objective if found.real else AmbientObjective(plan.base.schedule, mode="plain")
+        return _Line(
+            images, stream, rule, encoder, objective, fixed, lambda p: images.captions[stream.image(p)], prior=True
+        )
 
     def train(self) -> RunRecord:
         """Make all steps, with what comes between them, save the result and return the record."""
@@ -296,16 +341,17 @@ class _Trainer:
         for part in (self.model, *self.text.values()):
             part.train()
         done, begin = self.first_step, time.perf_counter()
-        batches = self.encoder.batches(process_batches(
+        lines = [self.line] if self.prior is None else [self.line, self.prior]
+        batches = [line.encoder.batches(process_batches(
             self.first_step, self.steps, batch_size=config.train_batch_size, accumulation=config.gradient_accumulation_steps,
             rank=accelerator.process_index, processes=accelerator.num_processes,
-        ))  # fmt: skip
+        )) for line in lines]  # fmt: skip
         if self.probe is not None and config.keep == "best" and done == 0:
             self._evaluate(self.probe, 0)  # what the base itself counts
         options = {"desc": "training", **self.bar}
         with tqdm(total=self.steps, initial=self.first_step, disable=not self.progress, **options) as bar:
             for step in range(self.first_step + 1, self.steps + 1):
-                record, bands = self._step(batches)
+                record, bands = self._step(*batches)
                 done = step
                 self.losses.add(step, record)
                 if accelerator.is_main_process:
@@ -328,6 +374,7 @@ class _Trainer:
         kept = self._kept()
         self._save_result(done if kept is None else kept.step)
         quantities = ["loss", "clean_loss", "ambient_loss", *(self.dropping.names if self.dropping else ())]
+        quantities += [] if self.prior is None else ["prior_loss"]
         return RunRecord(
             plan=self.plan, output=self.output, steps=done, first_step=self.first_step, seconds=seconds,
             losses=[r["loss"] for r in self.losses.records],
@@ -336,75 +383,63 @@ class _Trainer:
             processes=accelerator.num_processes, fingerprint=self.fingerprint,
         )  # fmt: skip
 
-    def _draw_batch(self, positions: list[int], keys: list[str], x0: torch.Tensor) -> TrainingBatch:
+    def _draw_batch(self, line: _Line, positions: list[int], keys: list[str], x0: torch.Tensor) -> TrainingBatch:
         """Draw what is fresh at these positions and look up what is fixed for these images."""
-        timesteps, noise, captions, shape = [], [], [], tuple(x0.shape[1:])
+        timesteps, noise, captions, shape, stream = [], [], [], tuple(x0.shape[1:]), line.stream
         for position in positions:
-            g = self.stream.generator("draw", position)
-            uniform = torch.randint(self.plan.objective.schedule.num_train_timesteps, (), generator=g)
-            timesteps.append(uniform if self.levels is None else self.levels(self.stream, position))
+            g = stream.generator("draw", position)
+            uniform = torch.randint(line.objective.schedule.num_train_timesteps, (), generator=g)
+            timesteps.append(uniform if self.levels is None else self.levels(stream, position))
             dropped = float(torch.rand((), generator=g)) < self.config.caption_dropout
-            captions.append("" if dropped else self.augmentation.caption(position))
+            captions.append("" if dropped else line.caption(position))
             noise.append(torch.randn(shape, generator=g))
         eps_n = None
-        if self.plan.fixed_noise:
-            images, rows = self.plan.images, [self.stream.image(p) for p in positions]
-            noise_keys, mirrored = [images.noise_keys[i] for i in rows], [images.mirrored[i] for i in rows]
+        if line.fixed_noise:
+            rows = [stream.image(p) for p in positions]
+            noise_keys, mirrored = [line.images.noise_keys[i] for i in rows], [line.images.mirrored[i] for i in rows]
             eps_n = shared_noise(noise_keys, mirrored, shape, seed=self.config.noise_seed)
             if self.config.fresh_copies:
-                draws = [torch.randn(shape, generator=self.stream.generator("copy", p)) for p in positions]
+                draws = [torch.randn(shape, generator=stream.generator("copy", p)) for p in positions]
                 eps_n = torch.stack(draws).to(eps_n)
-        fresh = noising.offset(torch.stack(noise), self.stream, positions, self.config.noise_offset)
-        extra = noising.perturbation_at(self.stream, positions, shape, self.config.input_perturbation)
-        sizes = self.rule.sizes(self.plan.images, self.stream, positions) if self.family.takes_sizes else None
-        return TrainingBatch(positions, keys, captions, torch.stack(timesteps), x0, eps_n, fresh, extra, sizes)
+        fresh = noising.offset(torch.stack(noise), stream, positions, self.config.noise_offset)
+        extra = noising.perturbation_at(stream, positions, shape, self.config.input_perturbation)
+        sizes = line.rule.sizes(line.images, stream, positions) if self.family.takes_sizes else None
+        return TrainingBatch(
+            positions, keys, captions, torch.stack(timesteps), x0, eps_n, fresh, extra, sizes, line.prior
+        )
 
     def _step(
-        self, batches: Iterator[tuple[list[int], list[str], torch.Tensor]]
+        self, batches: Iterator[_Drawn], class_batches: Iterator[_Drawn] | None = None
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Make one optimizer step; return its record, and the mean error of each band of noise levels."""
         config, accelerator, device = self.config, self.accelerator, self.accelerator.device
-        sums = StepSums(device)
+        sums, class_sums = StepSums(device), StepSums(device)
         parts = config.gradient_accumulation_steps
         for part in range(parts):
-            batch = self._draw_batch(*next(batches))
-            if self.on_batch is not None:
-                self.on_batch(batch)
-            corrupted = noising.corrupt(
-                self.plan.objective, batch.x0, batch.eps_n, batch.timesteps, noise=batch.noise,
-                perturbation=batch.perturbation, snr_gamma=config.snr_gamma,
-            )  # fmt: skip
-            for dropout in self.dropouts:
-                dropout.positions = batch.positions
-            embeddings = self.augmentation.embeddings(
-                self.encoder.embed(batch.captions), batch.captions, batch.positions
-            )
-            inputs = self.family.inputs(embeddings, batch.time_ids, device)
-            uncond = None if config.memorization_threshold is None else self._unconditional(corrupted.x_t, batch)
-            with accelerator.no_sync(self.model) if part < parts - 1 else contextlib.nullcontext():
-                with accelerator.autocast():
-                    output = self.family.predict(
-                        self.model, corrupted.x_t.to(device), batch.timesteps.to(device), inputs
-                    )
-                error = (output.float() - corrupted.target.to(device)).square().flatten(1).mean(1)
-                each = corrupted.weight.to(device) * error
-                if self.dropping is not None:
-                    each = each * self.dropping.keep(error, output, uncond, batch.timesteps)
-                accelerator.backward(each.mean() / parts)
-            level = self.plan.objective.schedule.level(batch.timesteps)
-            sums.add(each, error, clean=corrupted.clean.to(device), level=level.to(device))
+            self._pass(self.line, next(batches), sums, parts, last=part == parts - 1 and class_batches is None)
+        kept, factor = None, 1.0
+        if self.dropping is not None and config.dropped_mean == "kept":
+            # So far each gradient is that of the sum of losses over the number of all samples.
+            kept = max(float(accelerator.reduce(self.dropping.kept(), "sum")), 1.0)
+            factor = config.train_batch_size * parts * accelerator.num_processes / kept
+        if self.prior is not None and class_batches is not None:
+            for part in range(parts):  # nothing of them is dropped, so the factor below is none of theirs
+                self._pass(
+                    self.prior,
+                    next(class_batches),
+                    class_sums,
+                    parts * factor / config.prior_loss_weight,
+                    last=part == parts - 1,
+                )
         if accelerator.num_processes > 1:
             # Not wrapped as the U-Net is: of SDXL's first encoder the last layer has no gradient, which DDP takes for a fault.
             for parameter in self.text_trained:
                 if parameter.grad is not None:
                     parameter.grad.copy_(accelerator.reduce(parameter.grad, "mean"))
-        kept = None
-        if self.dropping is not None and config.dropped_mean == "kept":
-            # So far each gradient is that of the sum of losses over the number of all samples.
-            kept = max(float(accelerator.reduce(self.dropping.kept(), "sum")), 1.0)
+        if kept is not None:
             for parameter in self.trained:
                 if parameter.grad is not None:
-                    parameter.grad.mul_(config.train_batch_size * parts * accelerator.num_processes / kept)
+                    parameter.grad.mul_(factor)
         accelerator.clip_grad_norm_(self.trained, config.max_grad_norm)
         rate = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
@@ -416,13 +451,47 @@ class _Trainer:
         if self.dropping is not None:
             self.dropping.end_step(accelerator.gather, device)
         record, bands = sums.means(accelerator, rate=rate, kept=kept, dropped=dropped)
-        if not math.isfinite(record["loss"]):
+        if class_batches is not None:
+            record["prior_loss"] = class_sums.means(accelerator, rate=rate, kept=None, dropped={})[0]["loss"]
+        if not all(math.isfinite(record.get(name, 0.0)) for name in ("loss", "prior_loss")):
             raise UserError(
                 "the loss is NaN or Inf",
                 rule="the weights are lost; checkpoints before this step are whole",
                 remedy="lower learning_rate, or use bf16 or no in place of fp16",
             )
         return record, bands
+
+    def _pass(self, line: _Line, drawn: _Drawn, sums: StepSums, over: float, *, last: bool) -> None:
+        """Make one pass forward and back: add its mean loss divided by `over` to the gradients, which the last one of a step gathers."""
+        config, accelerator, device = self.config, self.accelerator, self.accelerator.device
+        batch = self._draw_batch(line, *drawn)
+        if self.on_batch is not None:
+            self.on_batch(batch)
+        corrupted = noising.corrupt(
+            line.objective, batch.x0, batch.eps_n, batch.timesteps, noise=batch.noise,
+            perturbation=batch.perturbation, snr_gamma=config.snr_gamma,
+        )  # fmt: skip
+        for dropout in self.dropouts:
+            # Of a class image another mask than of the training image at its place.
+            dropout.positions = [-1 - p for p in batch.positions] if line.prior else batch.positions
+        embeddings = line.encoder.embed(batch.captions)
+        if not line.prior:
+            embeddings = self.augmentation.embeddings(embeddings, batch.captions, batch.positions)
+        inputs = self.family.inputs(embeddings, batch.time_ids, device)
+        dropping = None if line.prior else self.dropping
+        uncond = None
+        if dropping is not None and config.memorization_threshold is not None:
+            uncond = self._unconditional(corrupted.x_t, batch)
+        with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
+            with accelerator.autocast():
+                output = self.family.predict(self.model, corrupted.x_t.to(device), batch.timesteps.to(device), inputs)
+            error = (output.float() - corrupted.target.to(device)).square().flatten(1).mean(1)
+            each = corrupted.weight.to(device) * error
+            if dropping is not None:
+                each = each * dropping.keep(error, output, uncond, batch.timesteps)
+            accelerator.backward(each.mean() / over)
+        level = line.objective.schedule.level(batch.timesteps)
+        sums.add(each, error, clean=corrupted.clean.to(device), level=level.to(device))
 
     @torch.no_grad()
     def _unconditional(self, x_t: torch.Tensor, batch: TrainingBatch) -> torch.Tensor:
@@ -474,7 +543,7 @@ class _Trainer:
             return False
         if config.validation_steps is not None:
             return step % config.validation_steps == 0 or step == self.steps
-        every = (config.validation_epochs or 1) * len(self.plan.images)
+        every = (config.validation_epochs or 1) * self.line.stream.count
         samples = step * self.global_batch
         return samples // every > (samples - self.global_batch) // every or step == self.steps
 
@@ -619,6 +688,31 @@ def _load_unet(
         for encoder in text.values():
             encoder.gradient_checkpointing_enable()
     return unet, dropouts
+
+
+def _order(
+    plan: Plan,
+    images: ImageDataset,
+    buckets: Mapping[str, tuple[int, int]] | None,
+    fixed: bool,
+    global_batch: int,
+    seed: int,
+) -> tuple[SampleStream, ViewRule]:
+    """Return which samples come in which order, and how each is seen."""
+    config = plan.config
+    stream = SampleStream(len(images), seed, images.repeats)
+    if buckets is not None:
+        stream = BucketStream([buckets[key] for key in images.noise_keys], global_batch, seed, images.repeats)
+    rule = ViewRule(
+        config.resolution,
+        config.center_crop,
+        config.random_flip,
+        fixed,
+        config.noise_seed,
+        buckets,
+        config.image_interpolation_mode,
+    )
+    return stream, rule
 
 
 def _make_optimizer(config: TrainConfig, trained: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:

@@ -20,9 +20,10 @@ from accelerate.utils import DistributedType
 
 from ambient_sd.data.buckets import assign, read_buckets
 from ambient_sd.data.captions import compose, find_cut, in_one_line
-from ambient_sd.data.conditions import split_condition
+from ambient_sd.data.dataset_options import reading
 from ambient_sd.data.duplicates import noise_fingerprint
 from ambient_sd.data.enlargement import check_enlargement
+from ambient_sd.data.layouts.layout import Ask
 from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.families.base import Base, check_base
 from ambient_sd.families.lora import Adapter
@@ -36,11 +37,13 @@ from ambient_sd.training import (
     checkpoints,
     dropping,
     noising,
+    prior,
     processes,
     results,
     sharding,
 )
 from ambient_sd.training.config import AUTO, TrainConfig
+from ambient_sd.training.prior import Prior
 from ambient_sd.utils.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
@@ -72,6 +75,7 @@ class Plan:
         new_captions: captions that are not trained, on which the probe measures quality.
         level_reason: where a measured level comes from; None if the settings give it.
         start: the adapter that the training starts from; None: a fresh one, or the whole U-Net.
+        prior: the class images; None: there are none, or the base has yet to generate them.
 
     Example:
         >>> from ambient_sd.assets import BASE, IMAGES
@@ -91,6 +95,7 @@ class Plan:
     new_captions: tuple[str, ...] = ()
     level_reason: str | None = None
     start: Adapter | None = None
+    prior: Prior | None = None
 
     @property
     def fixed_noise(self) -> bool:
@@ -111,11 +116,14 @@ class Plan:
             "ambient_level": self.objective.level,
             "prediction_type": self.objective.prediction_type,
             "vae": self.base.vae_label,
+            # None where it is as it always was: checkpoints from before there was a choice go on.
+            "image_interpolation_mode": None if (mode := self.config.image_interpolation_mode) == "lanczos" else mode,
             "lora_init": self.config.lora_init,
             "use_rslora": self.config.use_rslora or None,
             "train_text_encoder": self.config.train_text_encoder or None,
             "lora_weights": None if self.start is None else self.start.file.sha256,
             "global_batch": global_batch,
+            "prior": None if self.prior is None else self.prior.identity(self.config.prior_loss_weight),
             "images": self.images.fingerprint(),
             "noise_keys": noise_fingerprint(self.images.noise_keys, self.images.mirrored),
         }
@@ -171,8 +179,13 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
     prompts, new = collect_prompts(config.validation_prompts), collect_prompts(config.probe_prompts)
     checkpoint = _check_output(config)
     images = open_images(config)
+    check_asks(config, images, fixed=objective.mode == "ambient" and objective.level > 0)
     caption_augmentation.check(config, images)
-    images.check(progress, near_duplicates=config.near_duplicates == "share" and objective.level > 0)
+    grouped = config.near_duplicates == "share" and objective.level > 0
+    if (found := prior.find(config, base, images)) is None:
+        images.check(progress, near_duplicates=grouped)
+    else:
+        prior.check_together(images, found.images, near_duplicates=grouped, progress=progress)
     buckets = None
     if config.aspect_ratio_buckets is not None:
         sizes = read_buckets(config.aspect_ratio_buckets, config.resolution, base.pixel_step)
@@ -187,7 +200,9 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
             notes += (
                 "quality is not measured on the way: the captions give no new ones; name some with --probe_prompts",
             )
-    return Plan(config, base, objective, images, prompts, checkpoint, buckets, notes, tuple(new), start=start)
+    return Plan(
+        config, base, objective, images, prompts, checkpoint, buckets, notes, tuple(new), start=start, prior=found
+    )
 
 
 def _check_packages(config: TrainConfig) -> None:
@@ -243,7 +258,7 @@ def _check_output(config: TrainConfig) -> Path | None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"output_dir is {config.output_dir}", rule=f"{existing} is no folder that can be written to",
                         remedy="name another one")  # fmt: skip
-    for name in ("pretrained_model_name_or_path", "train_data_dir", "dataset_name", "lora_weights"):
+    for name in ("pretrained_model_name_or_path", "train_data_dir", "dataset_name", "lora_weights", "class_data_dir"):
         given = getattr(config, name)
         if given is not None and folder.exists() and folder.resolve() == Path(given).expanduser().resolve():
             raise UserError(f"output_dir is {config.output_dir}", rule=f"that is {name} too, and would be overwritten",
@@ -269,17 +284,56 @@ def open_images(config: TrainConfig) -> ImageDataset:
     """
     return load_rows(
         config.source,
-        config.image_column,
-        config.caption_column,
-        config.dataset_split,
-        config.max_train_samples,
-        config.seed,
-        row_filter=[split_condition(term) for term in config.row_filter or ()],
+        max_samples=config.max_train_samples,
+        seed=config.seed,
         config_name=config.dataset_config_name,
         cache_dir=config.cache_dir,
         local=config.train_data_dir is not None,
-        unlisted=config.unlisted,
         several_captions=config.caption_mitigation == "mc",
+        **reading(config),
+    )
+
+
+def check_asks(config: TrainConfig, images: ImageDataset, *, fixed: bool) -> None:
+    """Refuse a source that asks for what the run does not do: settings of another trainer's file.
+
+    Args:
+        config: the run's settings.
+        images: of its source.
+        fixed: each image keeps one noise: what changes it anew at each epoch then gives it away.
+
+    Raises:
+        UserError: names all that is asked for, with the flags that do it.
+
+    Example:
+        >>> from ambient_sd.assets import BASE, IMAGES
+        >>> config = TrainConfig(str(BASE), train_data_dir=str(IMAGES), max_train_samples=3)
+        >>> check_asks(config, open_images(config), fixed=True)  # asks for nothing
+    """
+    leaking = [ask for ask in images.asks if ask.fresh and fixed]
+    if leaking:
+        raise UserError(f"{images.source} asks for {', '.join(ask.text for ask in leaking)}",
+                        rule="an image that is changed anew at each epoch gives itself away under ambient, where it has one noise",
+                        remedy="; ".join(dict.fromkeys(ask.remedy for ask in leaking)))  # fmt: skip
+    unmet = [ask for ask in images.asks if not _does(config, ask)]
+    if unmet:
+        told = [f"{ask.text} ({_flag(ask)})" for ask in unmet]
+        raise UserError(f"{images.source} asks for {', '.join(told)}", rule="what changes a training is not left out in silence",
+                        remedy="give these flags, or take the settings out of the file")  # fmt: skip
+
+
+def _does(config: TrainConfig, ask: Ask) -> bool:
+    given = getattr(config, ask.setting) if ask.setting else None
+    return bool(ask.setting) and (given in ask.values or (ask.values == ("auto",) and given is not None))
+
+
+def _flag(ask: Ask) -> str:
+    """Return the flag that does what is asked for."""
+    if not ask.setting:
+        return ask.remedy or "not done here"
+    wanted = ask.values[0]
+    return (
+        f"without --{ask.setting}" if wanted is False else f"--{ask.setting}" + ("" if wanted is True else f" {wanted}")
     )
 
 
@@ -292,6 +346,9 @@ def _notes(
 ) -> tuple[str, ...]:
     """Return what a run would otherwise do in silence: enlarge images, leave files out, cut captions."""
     notes = [enlargement_note(config, images, base.pixel_step, buckets)]
+    notes += images.notes
+    if images.heldout is not None:
+        notes.append(f"{len(images.heldout)} images are set apart for validation, and not trained on")
     if images.unlisted:
         notes.append(f"{images.unlisted} files in {images.source} are left out (unlisted is ignore)")
     if images.animated:

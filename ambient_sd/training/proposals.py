@@ -98,7 +98,8 @@ def propose(
         if not {"max_train_steps", "num_train_epochs"} & set(given):
             add("max_train_steps", steps, f"{samples} samples, {samples / count:.3g} passes over {count} images, at most: the run ends where copying begins")  # fmt: skip
     add("learning_rate", 1e-3 if parameters < _SMALL else 1e-4, "a small network" if parameters < _SMALL else "as in the presets")  # fmt: skip
-    add("use_ema", True, "averaged weights are steadier")
+    if "train_text_encoder" not in given:  # the average is of the network alone
+        add("use_ema", True, "averaged weights are steadier")
     if objective == "ambient" and not {"ambient_level", "ambient_timestep"} & set(given):
         known = distinct >= FEWEST
         add("ambient_level", AUTO if known else 1.0, "measured on the images" if known else f"fewer than {FEWEST} different images cannot be measured")  # fmt: skip

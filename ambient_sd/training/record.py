@@ -96,6 +96,8 @@ class RunRecord:
         parts = [f"{name} {loss:.4f}" for name, loss in kinds.items() if math.isfinite(loss)]
         split = f" ({', '.join(parts)})" if len(parts) > 1 else ""
         lines = [done, f"loss {self.loss:.4f}{split}, mean of the last steps"]
+        if math.isfinite(known := self.means.get("prior_loss", math.nan)):
+            lines.append(f"loss of the class images {known:.4f}")
         if self.plan.level_reason:
             lines.append(f"noise level s_n = {self.level:g}, {self.plan.level_reason}")
         if self.evaluations:
@@ -149,8 +151,9 @@ def describe_start(
     grouped = f", {len(images.groups)} groups of near-duplicates" if images.groups else ""
     rows = {
         "images": f"{len(images)} at {config.resolution} px{grouped}",
+        **({} if plan.prior is None else {"class": plan.prior.describe(config.prior_loss_weight)}),
         "objective": f"{config.objective}{level}, {objective.prediction_type}",
-        "steps": f"{steps}, about {steps * global_batch / len(images):.3g} epochs"
+        "steps": f"{steps}, about {steps * global_batch / sum(images.repeats):.3g} epochs"
         + (f"; resuming after step {first_step}" if first_step else ""),
         "batch": f"{config.train_batch_size} x {config.gradient_accumulation_steps} accumulated x {processes} "
         f"process{'es' if processes > 1 else ''} = {global_batch} samples a step",

@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError
 
+from ambient_sd.data.layouts.layout import Fault
 from ambient_sd.families.base import Base
 from ambient_sd.families.lora import WEIGHTS_NAME
 from ambient_sd.training import adapters, checkpoints
@@ -27,6 +28,7 @@ from ambient_sd.utils.errors import UserError, one_line
 
 INDEX_NAME = "model_index.json"
 _RESULTS = (INDEX_NAME, "unet", WEIGHTS_NAME, adapters.KOHYA_NAME)
+SKIPPED_NAME = "skipped.jsonl"
 _SHEET = re.compile(r"step-\d+(-new)?\.png|scores\.json|curve\.png")
 
 
@@ -78,6 +80,23 @@ def check_finished(folder: Path) -> None:
                         remedy="replace it with --overwrite, or name another output_dir")  # fmt: skip
 
 
+def write_skipped(folder: Path, skipped: Sequence[Fault]) -> None:
+    """Write which images a run left out because they do not decode, a line each; no file where there are none.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> write_skipped(folder, [Fault("a.png", "broken", "it is cut short")])
+        >>> (folder / SKIPPED_NAME).read_text()
+        '{"image": "a.png", "reason": "it is cut short"}\\n'
+    """
+    lines = [json.dumps({"image": fault.name, "reason": fault.text}, ensure_ascii=False) + "\n" for fault in skipped]
+    if lines:
+        files.atomic_write(folder / SKIPPED_NAME, "".join(lines))
+    else:
+        files.remove(folder / SKIPPED_NAME)
+
+
 def clear(folder: Path, logging_dir: str) -> None:
     """Remove what an earlier run left in its folder: checkpoints, result, sheets, records and curves; all else stays.
 
@@ -96,7 +115,7 @@ def clear(folder: Path, logging_dir: str) -> None:
         index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
         parts = [name for name, entry in index.items() if isinstance(entry, list) and re.fullmatch(r"\w+", name)]
     # Without its index a pipeline is none: it goes first.
-    for name in (*_RESULTS, *parts, "losses.jsonl", "probe.jsonl"):
+    for name in (*_RESULTS, *parts, "losses.jsonl", "probe.jsonl", SKIPPED_NAME):
         files.remove(folder / name)
     for path in (*checkpoints.find_all(folder), *folder.glob(".*.part")):
         files.remove(path)

@@ -51,6 +51,16 @@ class Samples(NamedTuple):
     scores: list[list[float]]
 
 
+def images_at_once(resolution: int) -> int:
+    """Return how many images of a resolution are sampled in one batch.
+
+    Example:
+        >>> images_at_once(512), images_at_once(64)
+        (4, 16)
+    """
+    return max(1, min(_MOST_AT_ONCE, _PIXELS_AT_ONCE // resolution**2))
+
+
 @contextlib.contextmanager
 def _ready_to_sample(pipe: Any, device: torch.device) -> Iterator[None]:
     """Lend the parts of a pipeline in training to sampling: on the device, in evaluation mode, and back as they were."""
@@ -105,7 +115,7 @@ def sample(
     """
     config = SamplingConfig(
         "the model in training", num_inference_steps=steps or INFERENCE_STEPS, guidance_scale=guidance_scale, resolution=resolution,
-        seed=seed, batch_size=max(1, min(_MOST_AT_ONCE, _PIXELS_AT_ONCE // resolution**2)),
+        seed=seed, batch_size=images_at_once(resolution),
     )  # fmt: skip
     requests, images, scores = requests_for(prompts, per_prompt), [], []
     with _ready_to_sample(pipe, accelerator.device):

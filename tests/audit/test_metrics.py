@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,6 +90,7 @@ def test_measures_leave_the_global_random_stream_alone() -> None:
 # --- intervals
 
 
+@pytest.mark.slow
 def test_bootstrap_interval_of_a_mean_covers_the_truth_about_95_percent_of_the_time() -> None:
     covered = 0
     for s in range(200):
@@ -134,6 +136,7 @@ def test_difference_is_paired_for_runs_resampled_together_and_combined_otherwise
     assert mover.high == pytest.approx(0.3 + (0.2**2 + 0.1**2) ** 0.5)
 
 
+@pytest.mark.slow
 def test_frechet_interval_contains_its_expectation_at_this_sample_size() -> None:
     expected = np.mean([frechet_distance(draw(40, 6, seed=s), draw(40, 6, seed=s + 5000)) for s in range(100)])
     covered = 0
@@ -239,3 +242,24 @@ def test_impossible_measures_are_refused_in_one_line(call: Callable[[], object])
     with pytest.raises(UserError) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_distances_wait_for_no_other_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed as dist
+
+    def waits(*_: object, **__: object) -> None:
+        raise AssertionError("it waits for the other processes")
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(dist, "barrier", waits)
+        points = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+        assert kid(points + 1, points) > 0 and frechet_distance(points + 1, points) > 0
+        with pytest.raises(AssertionError, match="waits"):  # what torchmetrics does by itself
+            from torchmetrics.aggregation import CatMetric
+
+            metric = CatMetric()
+            metric.update(points)
+            metric.compute()
+    finally:
+        dist.destroy_process_group()

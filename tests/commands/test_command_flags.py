@@ -35,7 +35,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "audit": (AuditedOptions, AuditSettings, FeatureOptions, DatasetOptions, SamplingOptions), "script": (config.TrainConfig,), "train": (TrainOptions, config.TrainConfig),
 }  # fmt: skip
 # Anisotropy and the scores of a calibration are of the model alone; MODEL stands among the places of an audit.
-LEFT_OUT = {"calibrate": {"base", "base_above"}, "audit": {"model"}, "train": {"train_data_dir", "dataset_name"}}
+LEFT_OUT = {"calibrate": {"base_above"}, "audit": {"model"}, "train": {"train_data_dir", "dataset_name"}}
 ALL = {**{name: parser_of(name) for name in COMMANDS}, "script": config.make_parser()}
 
 

@@ -243,3 +243,16 @@ def test_a_damaged_audit_or_image_uploads_no_half(
         (results / "validation" / "step-9.png").write_bytes(b"no image")
         assert push(hub, monkeypatch, results) == 0
         assert set(hub.files) == SENT - {"validation/step-9.png"}
+
+
+def test_no_setting_that_may_be_a_path_leaves_as_one(tmp_path: Path) -> None:
+    from ambient_sd.reporting.publishing import _clean_settings
+    from ambient_sd.training.config import TrainConfig
+
+    texts = {"instance_prompt", "class_prompt", "trigger_word", "hub_token"}
+    names = {item.name for item in dataclasses.fields(TrainConfig) if str(item.type) in ("str", "str | None") and not item.metadata["choices"]}  # fmt: skip
+    (tmp_path / "train_config.yaml").write_text(yaml.safe_dump(dict.fromkeys(names - texts, "/home/me/place/x")))
+    left = {key for key, value in yaml.safe_load(_clean_settings(tmp_path / "train_config.yaml")).items() if "/home" in value}  # fmt: skip
+    no_paths = {"image_column", "caption_column", "dataset_split", "dataset_config_name", "revision", "variant", "aspect_ratio_buckets",
+                "tracker_project_name", "hub_model_id", "caption_extension"}  # fmt: skip
+    assert left <= no_paths

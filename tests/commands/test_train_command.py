@@ -84,6 +84,8 @@ def test_embedded_is_the_base_of_the_package() -> None:
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_base: Path) -> str:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(validation, "INFERENCE_STEPS", 2)
+    for name, value in (("_AUDITED", 8), ("INFERENCE_STEPS", 2)):  # no claim hangs on how much the audit looks at
+        monkeypatch.setattr(f"ambient_sd.commands.train.work.{name}", value)
     monkeypatch.setattr(logging.getLogger("ambient_sd"), "handlers", [])
     tiny.tiny_folder(tmp_path / "my-images", count=12)
     return f"train my-images --pretrained_model_name_or_path {tiny_base} --max_train_steps 4 --probe_images 2 --report_to none"

@@ -87,6 +87,7 @@ def test_the_file_and_every_variant_of_it_plan_a_run_at_full_size_up_to_the_miss
         run(config, progress=False)
 
 
+@pytest.mark.slow
 def test_the_counts_on_the_page_are_the_counted_ones() -> None:
     found = benchmark().count(256)
     for name, text in (

@@ -483,14 +483,14 @@ def test_every_command_refuses_with_status_two(
     assert not (tmp_path / "out").exists()
 
 
-def test_compare_takes_no_adapter_for_a_model(
+def test_compare_asks_for_the_base_of_an_adapter(
     files: dict[str, Path], tiny_base: Path, tiny_images: Path, tmp_path: Path, capsys: Any
 ) -> None:
     for place in (files["ComfyUI"], files["diffusers"]):
         with pytest.raises(SystemExit) as stop:
             main(["compare", f"a={place}", "--data", str(tiny_images), "--heldout", str(tiny_images), "--judge", str(tiny_base),
                   "--resolution", "32", "--out", str(tmp_path / "out")])  # fmt: skip
-        assert stop.value.code == 2 and "has no model_index.json" in capsys.readouterr().err
+        assert stop.value.code == 2 and "is a LoRA of a base that nothing names" in capsys.readouterr().err
 
 
 def test_a_dora_that_was_never_trained_changes_nothing_and_is_refused(tiny_base: Path, parts: dict[str, Any]) -> None:

@@ -170,13 +170,6 @@ def test_truncated_file_is_refused(pairs: dict[str, Pair], tmp_path: Path) -> No
         check_base(str(path), config=settings_of(pairs["sd2"][1]))
 
 
-def test_lora_file_is_no_base(tmp_path: Path) -> None:
-    path = tmp_path / "lora.safetensors"
-    safetensors.torch.save_file({"lora_unet_conv_in.lora_down.weight": torch.ones(1, 4, 3, 3)}, path)
-    with pytest.raises(UserError, match="is a LoRA; a whole model is needed here"):
-        check_base(str(path))
-
-
 def test_settings_are_refused_beside_a_folder(pairs: dict[str, Pair]) -> None:
     with pytest.raises(UserError, match=r"single_file_config is .* it names the settings of a model in one file"):
         check_base(str(pairs["sd2"][0]), config=str(BASE))

@@ -79,7 +79,7 @@ def config(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return make
 
 
-@pytest.mark.parametrize("values", [{}, {"use_ema": True}, {"lora": True}, {"lora": True, "use_ema": True}], ids=str)
+@pytest.mark.parametrize("values", [{}, *(pytest.param(v, marks=pytest.mark.slow) for v in ({"use_ema": True}, {"lora": True})), {"lora": True, "use_ema": True}], ids=str)  # fmt: skip
 def test_result_is_the_kept_checkpoint(config: Any, values: dict[str, Any]) -> None:
     kept = run(config("kept", checkpoints_total_limit=1, **values), progress=False)
     assert kept.kept == Kept(step=4, began=6, confirmed=True, allowed=0.0)

@@ -214,7 +214,9 @@ INITS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", INITS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[] if k in ("orthogonal", "pissa-rslora") else [pytest.mark.slow]) for k in INITS]
+)
 def test_every_start_is_saved_for_the_untouched_base(
     settings: Settings, trained_output: Callable[[TrainConfig], torch.Tensor], kind: str
 ) -> None:

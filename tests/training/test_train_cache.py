@@ -78,9 +78,9 @@ def same(a: tuple[list[float], dict[str, torch.Tensor]], b: tuple[list[float], d
 @pytest.mark.parametrize(
     ("views", "per_image"),
     [
-        ({"objective": "ambient"}, 1),
+        pytest.param({"objective": "ambient"}, 1, marks=pytest.mark.slow),
         ({"objective": "ambient", "random_flip": True}, 1),
-        ({"objective": "plain", "center_crop": True}, 1),
+        pytest.param({"objective": "plain", "center_crop": True}, 1, marks=pytest.mark.slow),
         ({"objective": "plain", "center_crop": True, "random_flip": True, "max_train_steps": 6}, 2),
     ],
     ids=["ambient", "ambient-flip", "plain", "plain-flip"],

@@ -111,12 +111,12 @@ def test_script_ends_with_the_copies_that_the_probe_found(
 def test_hub_is_asked_before_training_and_pushed_to_after(
     tiny_base: Path, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ambient_sd.reporting import publishing
+    from ambient_sd.commands.train import work
 
     calls: list[tuple[str, bool]] = []
     card = tmp_path / "out" / "README.md"
-    monkeypatch.setattr(publishing, "prepare", lambda repo, **_: calls.append((f"prepare {repo}", card.exists())))
-    monkeypatch.setattr(publishing, "push", lambda folder, repo, **_: calls.append((f"push {repo}", card.exists())))
+    monkeypatch.setattr(work, "prepare", lambda repo, **_: calls.append((f"prepare {repo}", card.exists())))
+    monkeypatch.setattr(work, "push", lambda folder, repo, **_: calls.append((f"push {repo}", card.exists())))
     words = f"--pretrained_model_name_or_path {tiny_base} --train_data_dir {tiny_images} --lora --push_to_hub --hub_model_id me/it"
     monkeypatch.setattr(sys, "argv", ["train", *words.split(), *TINY.split(), "--output_dir", str(tmp_path / "out")])
     script().main()

@@ -15,6 +15,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ambient_sd.assets import BASE
 from ambient_sd.data import latents
 from ambient_sd.data.stream import SampleStream
 from ambient_sd.families.base import Base
@@ -372,6 +373,13 @@ def test_mixed_precision_keeps_trained_weights_in_float32(settings: Settings) ->
         assert {v.dtype for v in weights(config).values()} == {torch.float32}
     with pytest.raises(UserError, match=r"mixed_precision is fp16"):
         run(settings("h", mixed_precision="fp16"), progress=False)
+
+
+def test_lora_in_bf16_trains_a_base_with_norms_of_its_embeddings(settings: Settings) -> None:
+    config = settings(
+        "b", pretrained_model_name_or_path=str(BASE), lora=True, mixed_precision="bf16", max_train_steps=1
+    )
+    assert math.isfinite(run(config, progress=False).loss)
 
 
 def test_gradient_checkpointing_changes_memory_not_results(settings: Settings) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ambient_sd.audit.registry import DEFAULT, FeatureOptions
 from ambient_sd.commands.shared import SharedOptions
 from ambient_sd.data.conditions import split_condition
-from ambient_sd.data.dataset_options import DatasetOptions
+from ambient_sd.data.dataset_options import AUTO, DatasetOptions, reading
 from ambient_sd.sampling_options import SamplingOptions
 from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.settings import REQUIRED, Parser, add_flags, check, from_flags, option, same
@@ -36,15 +36,18 @@ class Source:
     image_column: str = "image"
     caption_column: str = "text"
     unlisted: str = "refuse"
+    layout: str = AUTO
+    caption_extension: str | None = None
+    instance_prompt: str | None = None
+    trigger_word: str | None = None
+    skip_broken: bool = False
 
     def open(self, need_captions: bool) -> ImageDataset:
         """Open the dataset."""
         from ambient_sd.data.sources import load_rows
 
-        return load_rows(
-            self.place, self.image_column, self.caption_column, self.split, row_filter=self.row_filter,
-            need_captions=need_captions, unlisted=self.unlisted,
-        )  # fmt: skip
+        options = {name: value for name, value in vars(self).items() if name != "place"}
+        return load_rows(self.place, need_captions=need_captions, **options)
 
     def public(self) -> dict[str, Any]:
         """Return it fit to be written down: of local places the last part of their name only."""
@@ -70,12 +73,15 @@ class AuditedOptions:
     def sources(self, rows: DatasetOptions) -> tuple[Source, Source | None]:
         """Return training and held-out images; both are read alike."""
 
-        def source(place: str, split: str | None, terms: Sequence[str] | None) -> Source:
+        def source(place: str, split: str | None, terms: Sequence[str] | None, layout: str) -> Source:
             conditions = tuple(split_condition(term) for term in terms or ())
-            return Source(place, split, conditions, rows.image_column, rows.caption_column, rows.unlisted)
+            chosen = {"split": split, "row_filter": conditions, "layout": layout}
+            return Source(place, **{**reading(rows), **chosen})
 
-        heldout = None if self.heldout is None else source(self.heldout, self.heldout_split, self.heldout_row_filter)
-        return source(self.places[-1], rows.dataset_split, rows.row_filter), heldout
+        heldout = (
+            None if self.heldout is None else source(self.heldout, self.heldout_split, self.heldout_row_filter, AUTO)
+        )
+        return source(self.places[-1], rows.dataset_split, rows.row_filter, rows.layout), heldout
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,7 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
             remedy="see ambient-sd audit --help",
         )
     if wanted == 1:
-        for name in ("lora_weights", "base", "base_above"):
+        for name in ("lora_weights", "base", "base_above", "revision", "variant", "single_file_config"):
             if hasattr(args, name):
                 raise UserError(
                     f"{name} with generated images", rule="no model is sampled", remedy="leave one of them out"
@@ -188,9 +194,9 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
 
     quiet()  # before the imports below, which load what speaks
     from ambient_sd.commands.audit.work import audit
-    from ambient_sd.sampling import SamplingConfig
+    from ambient_sd.sampling import SamplingConfig, adapted
 
-    sampling = None if wanted == 1 else from_flags(SamplingConfig, args, model=audited.places[0])
+    sampling = None if wanted == 1 else adapted(from_flags(SamplingConfig, args, model=audited.places[0]))
     settings = from_flags(AuditSettings, args, **fixed, sampling=sampling)
     result = audit(settings, _command(words))
     if result is None:  # a process other than the main one

@@ -59,10 +59,14 @@ from ambient_sd.audit.stored import missing_features, recall
 from ambient_sd.commands.audit import AuditSettings, Source
 from ambient_sd.commands.sample import SampleSettings
 from ambient_sd.commands.sample.work import sample
+from ambient_sd.data.dataset_options import AUTO
 from ambient_sd.data.layouts.layout import not_listed, refuse_unlisted
+from ambient_sd.data.shards import has_shards
 from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.data.stream import drawn
+from ambient_sd.data.walk import METADATA
 from ambient_sd.families.base import Model
+from ambient_sd.families.origin import adapter_file, read_origin
 from ambient_sd.reporting.audit_page import write_report
 from ambient_sd.reporting.next_steps import after_audit
 from ambient_sd.reporting.report import (
@@ -85,6 +89,7 @@ from ambient_sd.sampling import (
     load_pipeline,
     processes,
     read_prompts,
+    say,
 )
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.files import atomic_write, json_safe
@@ -167,10 +172,9 @@ def _audit(settings: AuditSettings, command: str) -> Audit | None:
     settings.check()
     folder = OutputFolder(settings.output_dir, "audit", CONTENTS, overwrite=settings.overwrite)
     folder.check({})
-    own_prompts = settings.sampling is not None and settings.prompts is None
     device = _device(settings)
     stored = _stored(settings)
-    training = settings.training.open(need_captions=own_prompts)
+    training, triggers = _training(settings)
     heldout = None if settings.heldout is None else settings.heldout.open(need_captions=False)
     features = choose(settings.features, settings.files, device)
     compared = 0
@@ -190,7 +194,7 @@ def _audit(settings: AuditSettings, command: str) -> Audit | None:
                         rule="the background is what a model that never saw them would hit",
                         remedy="give other images, or the right split with --heldout_split")  # fmt: skip
     grouped = None if settings.group_column is None else training.column(settings.group_column)
-    prompts = None if settings.sampling is None else _prompts(settings, training)
+    prompts = None if settings.sampling is None else _prompts(settings, triggers or training.captions)
     existing = None if settings.generated is None else read_generated(settings.generated, settings.unlisted)
     from_main(lambda: folder.claim(_contents_depend_on(settings, training, heldout, prompts, existing)))
     known = prompts if existing is None else existing.prompts
@@ -207,7 +211,7 @@ def _audit(settings: AuditSettings, command: str) -> Audit | None:
         if changed := [name for name, digests in before.items() if digests and digests != files[name]]:
             raise UserError(f"the weight files of the {changed[0]} changed while they were audited",
                             rule="figures are of one model", remedy="audit again, into another folder with --output_dir")  # fmt: skip
-        base_place = _sample_base(settings, prompts)
+        base_place = _sample_base(settings, prompts, settings.num_images_per_prompt if triggers else 1)
     if not processes().is_main_process:
         return None
     generated = read_generated(place) if existing is None else existing
@@ -255,12 +259,20 @@ def _stored(settings: AuditSettings) -> dict[str, EmbeddingStore]:
     words = ["accelerate", "launch", "-m", "ambient_sd.audit.embedding", source.place]
     if source.split is not None:
         words += ["--dataset_split", source.split]
-    if source.unlisted != "refuse":
-        words += ["--unlisted", source.unlisted]
+    if source.skip_broken:
+        words.append("--skip_broken")
     if source.row_filter:
         words += ["--row_filter", *("".join(condition) for condition in source.row_filter)]
-    options = {"image_column": source.image_column, "caption_column": source.caption_column}
-    given = {name: value for name, value in options.items() if value != getattr(Source, name)}
+    options = (
+        "unlisted",
+        "image_column",
+        "caption_column",
+        "layout",
+        "caption_extension",
+        "instance_prompt",
+        "trigger_word",
+    )
+    given = {name: getattr(source, name) for name in options if getattr(source, name) != getattr(Source, name)}
     given |= {name: file for name, file in settings.files.items() if file and label_of(name) in missing}
     given |= {"features": ",".join(names[name] for name in missing), "output_dir": str(folder)}
     words += [word for name, value in given.items() for word in (f"--{name}", value)]
@@ -268,15 +280,39 @@ def _stored(settings: AuditSettings) -> dict[str, EmbeddingStore]:
                     remedy=f"make them: {shlex.join(words)}")  # fmt: skip
 
 
-def _sample_base(settings: AuditSettings, prompts: Sequence[str]) -> Path | None:
-    """Sample the base for the same prompts, one image each: a model that cannot have copied. Return the images' folder."""
+def _training(settings: AuditSettings) -> tuple[ImageDataset, list[str]]:
+    """Open the training images; with them the trigger words of an adapter whose images have no captions, else none."""
+    config = settings.sampling
+    own = config is not None and settings.prompts is None
+    file = None if config is None or not own or config.lora_weights is None else adapter_file(config.lora_weights)
+    place = label(settings.training.place)
+    if file is not None and (triggers := read_origin(file, file.name).triggers) is not None:
+        rows = settings.training.open(need_captions=False)
+        if not any(rows.captions):
+            say(
+                f"prompts: the trigger words {one_line(', '.join(triggers[0]), 120)!r} ({triggers[1]}), for no image in {place} has a caption"
+            )
+            return rows, triggers[0]
+    rows = settings.training.open(need_captions=own)
+    if config is not None and config.lora_weights is not None:
+        if own:
+            say(f"prompts: the captions of {place}")
+        if settings.heldout is None and (base := settings.base()) is not None:
+            say(
+                f"what cannot be a copy: images of the base {label(base.model)} for the same prompts, from the same seeds"
+            )
+    return rows, []
+
+
+def _sample_base(settings: AuditSettings, prompts: Sequence[str], images: int) -> Path | None:
+    """Sample the base for the same prompts, from the same seeds: a model that cannot have copied. Return the images' folder."""
     if (base := settings.base()) is None:
         return None
     chosen = list(prompts)
     if settings.base_images < len(chosen):
         chosen = [chosen[i] for i in drawn(len(chosen), settings.base_images, settings.seed, "base prompts")]
     folder = settings.output_dir / "base"
-    sample(SampleSettings(base, folder, chosen, 1))
+    sample(SampleSettings(base, folder, chosen, min(images, settings.base_images)))
     return folder
 
 
@@ -379,13 +415,19 @@ def _contents_depend_on(
     }
 
 
-def _prompts(settings: AuditSettings, training: ImageDataset) -> list[str]:
-    """Return the prompts to draw: each once, in their order, or as many of them as wanted, drawn by the seed."""
-    given = training.captions if settings.prompts is None else read_prompts(settings.prompts)
+def _prompts(settings: AuditSettings, own: Sequence[str]) -> list[str]:
+    """Return the prompts to draw, `own` where none are given: each once, in their order, or as many of them as wanted, drawn by the seed."""
+    given = own if settings.prompts is None else read_prompts(settings.prompts)
     prompts = list(dict.fromkeys(given))
     if settings.num_prompts and settings.num_prompts < len(prompts):
         prompts = [prompts[i] for i in drawn(len(prompts), settings.num_prompts, settings.seed, "audit prompts")]
     return prompts
+
+
+def _prompt_source(settings: AuditSettings, training: ImageDataset) -> str:
+    if settings.sampling is None or settings.prompts is not None:
+        return "given"
+    return "training captions" if any(training.captions) else "trigger words"
 
 
 def _device(settings: AuditSettings) -> str:
@@ -407,7 +449,10 @@ def read_generated(folder: Path, unlisted: str = "refuse") -> Generated:
         raise UserError(f"there is no folder {folder}", remedy="give a folder of generated images")
     listing = folder / _LIST
     if not listing.is_file():
-        rows = load_rows(folder, need_captions=False, local=True, unlisted=unlisted).check(progress=True)
+        # A text beside a generated image is not its prompt alone: A1111 writes every parameter there.
+        listed = has_shards(folder) or any((folder / name).is_file() for name in METADATA)
+        layout = AUTO if listed else "images"
+        rows = load_rows(folder, need_captions=False, local=True, unlisted=unlisted, layout=layout).check(progress=True)
         prompts = rows.captions if any(rows.captions) else None
         return Generated(rows, prompts, [None] * len(rows))
     records = []
@@ -585,7 +630,7 @@ def _write(
                 "n": len(generated.images), "fingerprint": generated.images.fingerprint(),
                 "prompts": None if generated.prompts is None else len(set(generated.prompts)),
                 "num_images_per_prompt": None if settings.sampling is None else settings.num_images_per_prompt,
-                "source": "training captions" if settings.sampling is not None and settings.prompts is None else "given",
+                "source": _prompt_source(settings, training),
                 "weights": generated.weights, "unlisted": generated.images.unlisted,
             },
             "training": {**settings.training.public(), **_counted(training), "groups_of_duplicates": len(training.groups),
@@ -825,14 +870,15 @@ def _notes(
             "No held-out images were given: nothing says how many hits are chance, and quality is not measured. "
             "Give real images of the same kind that the model never saw: --heldout FOLDER."
         )
-    if settings.sampling is not None and settings.prompts is None:
-        notes.append("Prompts are the training captions: the case in which copying is easiest.")
+    if (source := _prompt_source(settings, training)) != "given":
+        notes.append(f"Prompts are the {source}: the case in which copying is easiest.")
     for seen, name in ((generated.images, "generated"), (training, "training"), (heldout, "held-out")):
         if seen is not None and seen.unlisted:
             notes.append(
                 f"{seen.unlisted} files in the folder of the {name} images hold or may hold images and were left out, as asked for "
                 "(--unlisted ignore): nothing here is said of them."
             )
+        notes += [f"Of the {name} images: {note}." for note in (seen.notes if seen is not None else ())]
         if seen is not None and seen.animated:
             notes.append(
                 f"{len(seen.animated)} {name} images have several frames, of which only the first was looked at: "

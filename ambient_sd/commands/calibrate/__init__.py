@@ -67,7 +67,7 @@ def make_parser() -> Parser:
         "Writes memorization_threshold.json, which the guard then uses (of anisotropy: memorization_threshold_anisotropy.json). "
         "Interrupted runs resume.",
     )
-    add_flags(parser, SamplingOptions, skip=("base_above", "base"))
+    add_flags(parser, SamplingOptions, skip=("base_above",))
     add_flags(parser, CalibrationPrompts)
     add_flags(parser, CalibrateSettings)
     return parser
@@ -82,10 +82,10 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> None:
 
     quiet()  # before the imports below, which load what speaks
     from ambient_sd.commands.calibrate.work import calibrate, read_both, table, useless
-    from ambient_sd.sampling import SamplingConfig, processes
+    from ambient_sd.sampling import SamplingConfig, adapted, processes
 
     ordinary, memorized = read_both(str(files.ordinary), None if files.memorized is None else str(files.memorized))
-    sampling = from_flags(SamplingConfig, args)
+    sampling = adapted(from_flags(SamplingConfig, args))
     found, path = calibrate(
         from_flags(CalibrateSettings, args, sampling=sampling, ordinary=ordinary, memorized=memorized)
     )

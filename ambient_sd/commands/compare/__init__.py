@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ambient_sd.commands.shared import SharedOptions
-from ambient_sd.data.dataset_options import DatasetOptions
+from ambient_sd.data.dataset_options import AUTO, DatasetOptions, reading
 from ambient_sd.guard.by_name import listing
 from ambient_sd.sampling_options import SamplingOptions
 from ambient_sd.utils.errors import UserError
@@ -117,12 +118,22 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> None:
     from ambient_sd.commands.compare.work import compare
     from ambient_sd.data.sources import load_rows
     from ambient_sd.reporting.compare_page import tables
+    from ambient_sd.sampling import SamplingConfig, adapted
 
-    columns: dict[str, Any] = {"image_column": rows.image_column, "caption_column": rows.caption_column, "unlisted": rows.unlisted}  # fmt: skip
+    for name, place in models.items():
+        if (
+            name not in loras
+            and (found := adapted(SamplingConfig(place, resolution=settings.resolution))).lora_weights is not None
+        ):
+            models[name], loras[name] = found.model, found.lora_weights
+    settings = dataclasses.replace(settings, models=models, lora_weights=loras)
+
+    rows_of = reading(rows)
+    heldout = {**rows_of, "split": places.heldout_split, "row_filter": (), "layout": AUTO}
     result = compare(
         settings,
-        load_rows(places.data, split=rows.dataset_split, row_filter=rows.conditions(), **columns),
-        load_rows(places.heldout, split=places.heldout_split, **columns),
+        load_rows(places.data, **rows_of),
+        load_rows(places.heldout, **heldout),
         _command(settings, places, rows),
     )
     if result is not None:

@@ -95,9 +95,9 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> None:
 
     quiet()  # before the imports below, which load what speaks
     from ambient_sd.commands.sample.work import sample
-    from ambient_sd.sampling import SamplingConfig, processes
+    from ambient_sd.sampling import SamplingConfig, adapted, processes
 
-    sampling = from_flags(SamplingConfig, args)
+    sampling = adapted(from_flags(SamplingConfig, args))
     settings = from_flags(SampleSettings, args, sampling=sampling, prompts=prompts.read())
     records = sample(settings)
     if not processes().is_main_process:

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import shlex
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +37,7 @@ from ambient_sd.utils.memory import peak_memory
 
 _LOOKED_AT = 256  # images whose sizes decide the resolution
 _MEASURED = 3  # steps of a dry run
+_LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "FORK_LAUNCHED")
 _AUDITED = 128  # images that --audit samples
 
 
@@ -55,7 +57,7 @@ def train(options: TrainOptions, values: dict[str, Any], words: Sequence[str]) -
     if not config.overwrite and config.resume_from_checkpoint is None:
         results.check_finished(Path(config.output_dir))
         config.resume_from_checkpoint = "latest"
-    if first:
+    if first and (launched or processes == 1 or options.dry_run):
         for one in proposed:
             print(f"  {one}", flush=True)
     if options.dry_run:
@@ -146,12 +148,18 @@ def audit(record: RunRecord, config: TrainConfig) -> int:
         options += ["--lora_weights", str(record.output / WEIGHTS_NAME)]
     for item in dataclasses.fields(DatasetOptions):
         value = getattr(config, item.name)
-        if value != item.default:
+        if value is True:
+            options.append(f"--{item.name}")
+        elif value != item.default:
             options += [f"--{item.name}", *([str(one) for one in value] if isinstance(value, list) else [str(value)])]
     words = ["audit", place, config.source, *options]
     print(f"ambient-sd {shlex.join(words)}", flush=True)
-    command = importlib.import_module("ambient_sd.commands.audit")
-    status = int(command.run(command.make_parser().parse_args(words[1:]), words) or 0)
+    if "WORLD_SIZE" in os.environ:  # the other processes of the launch are gone, and the audit would wait for them
+        alone = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_", "TORCHELASTIC_", "GROUP_")) and k not in _LAUNCHED}  # fmt: skip
+        status = subprocess.run([sys.executable, "-m", "ambient_sd.cli", *words], env=alone, check=False).returncode
+    else:
+        command = importlib.import_module("ambient_sd.commands.audit")
+        status = int(command.run(command.make_parser().parse_args(words[1:]), words) or 0)
     write_run_card(record)  # now with what was measured
     return status
 
@@ -160,7 +168,7 @@ def describe_plan(config: TrainConfig, processes: int) -> str:
     """Return what a run would do, with time and memory of a few of its steps on this machine."""
     plan = plan_run(config, progress=True)
     batch = config.train_batch_size * config.gradient_accumulation_steps * processes
-    steps = config.max_train_steps or math.ceil(config.num_train_epochs * len(plan.images) / batch)
+    steps = config.max_train_steps or math.ceil(config.num_train_epochs * sum(plan.images.repeats) / batch)
     measured = _measure(config, plan)
     looks = 0 if config.probe_steps is None else steps // config.probe_steps + (2 if config.keep == "best" else 1)
     each = (config.probe_images or 0) + len(plan.new_captions)

@@ -5,16 +5,25 @@ from __future__ import annotations
 import os
 
 from ambient_sd.data.dataset_options import AUTO, LAYOUT_NAMES
+from ambient_sd.data.layouts.ai_toolkit import AiToolkit
 from ambient_sd.data.layouts.arrow import Arrow
+from ambient_sd.data.layouts.caption_files import CaptionFiles
+from ambient_sd.data.layouts.class_folders import ClassFolders
 from ambient_sd.data.layouts.hub import Hub
 from ambient_sd.data.layouts.images import ImagesAlone
+from ambient_sd.data.layouts.kohya import Kohya
+from ambient_sd.data.layouts.kohya_toml import KohyaToml
 from ambient_sd.data.layouts.layout import Layout, Request, Table
 from ambient_sd.data.layouts.metadata import Metadata
+from ambient_sd.data.layouts.onetrainer import OneTrainer
 from ambient_sd.data.layouts.parquet import Parquet
 from ambient_sd.data.layouts.webdataset import WebDataset
 from ambient_sd.utils.errors import UserError
 
-LAYOUTS: tuple[Layout, ...] = (WebDataset(), Arrow(), Metadata(), Parquet(), ImagesAlone(), Hub())
+LAYOUTS: tuple[Layout, ...] = (
+    WebDataset(), Arrow(), KohyaToml(), AiToolkit(), OneTrainer(), Metadata(), Parquet(), Kohya(), CaptionFiles(), ClassFolders(),
+    ImagesAlone(), Hub(),
+)  # fmt: skip
 
 
 def read(request: Request, layout: str = AUTO, *, local: bool = False) -> Table:

@@ -8,6 +8,7 @@ and none has an opinion about training: what a file of settings asks of the trai
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -78,6 +79,7 @@ class Request:
     caption_extension: str | None = None
     instance_prompt: str | None = None
     skip_broken: bool = False
+    named: bool = False  # the layout is named, and not told from the files
     faults: list[Fault] | None = None
 
     @property
@@ -333,3 +335,15 @@ def need_columns(source: str, needed: Sequence[str | None], columns: Sequence[st
                 rule=f"its columns are {', '.join(map(str, columns)) or 'none'}",
                 remedy="name the right one with --caption_column or --image_column",
             )
+
+
+def with_trigger(caption: str, trigger: str) -> str:
+    """Return a caption with its trigger word: in place of [trigger], else before it unless it is in there.
+
+    Example:
+        >>> with_trigger("a photo of [trigger]", "sks"), with_trigger("a dog", "sks"), with_trigger("", "sks")
+        ('a photo of sks', 'sks a dog', 'sks')
+    """
+    caption = caption.replace("[trigger]", trigger)
+    there = re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption)
+    return caption if there else f"{trigger} {caption}".rstrip()

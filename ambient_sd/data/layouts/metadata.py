@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ambient_sd.data.layouts.caption_files import beside, extensions
 from ambient_sd.data.layouts.layout import Fault, Files, Layout, Request, Table, need_columns, not_listed, read_text
 from ambient_sd.data.walk import METADATA
 from ambient_sd.utils.errors import UserError, first_of, one_line
@@ -80,7 +81,23 @@ class Metadata(Layout):
         if rows and request.must_have_captions:
             need_columns(str(folder), [request.caption_column], sorted({k for r in rows for k in r}))
         names = [str(r["file_name"]) for r in rows]
+        if request.need_captions and not request.named:
+            self._refuse_two_lists(request, listing, rows, beside(names, seen.texts, extensions(request)))
         return Table(str(folder), rows, Files(folder, names), names.__getitem__, left)
+
+    def _refuse_two_lists(
+        self, request: Request, listing: Path, rows: Sequence[dict[str, Any]], files: dict[str, list[str]]
+    ) -> None:
+        """Refuse captions that differ from those of files beside the images: another tool wrote them, and either may be meant."""
+        differ = []
+        for row in rows:
+            given = row.get(request.caption_column)
+            texts = [read_text(request.path / name).strip() for name in files.get(row["file_name"], ())]
+            if isinstance(given, str) and any(text != given.strip() for text in texts):
+                differ.append(row["file_name"])
+        if differ:
+            raise UserError(f"{len(differ)} captions in {listing} differ from the text files beside the images: {first_of(differ)}",
+                            rule="either may be meant", remedy="say which with --layout metadata or --layout caption_files")  # fmt: skip
 
 
 def _listings(folder: Path) -> list[Path]:

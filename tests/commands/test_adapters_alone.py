@@ -1,0 +1,107 @@
+"""A LoRA alone is enough: `audit` and `sample` find base, size and prompts, and the figures are those of every flag given."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from safetensors.torch import load_file, save_file
+
+from ambient_sd.cli import main
+from ambient_sd.training.config import TrainConfig
+from ambient_sd.training.loop import run
+
+QUICK = ["--features", "pixels", "--max_prompts", "3", "--samples_per_prompt", "1", "--num_inference_steps", "1", "--attributed_prompts", "0",
+         "--base_images", "3", "--device", "cpu"]  # fmt: skip
+
+
+def kohya(name: str) -> str:
+    layer, _, end = name.removeprefix("unet.").partition(".lora_")
+    return f"lora_unet_{layer.replace('.', '_')}.lora_{'down' if end == 'A.weight' else 'up'}.weight"
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base: Path, tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    run(TrainConfig(str(tiny_base), train_data_dir=str(tiny_images), resolution=40, train_batch_size=4, max_train_steps=2, lora=True,
+                    report_to="none", output_dir=str(folder), learning_rate=1e-1))  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def audit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[dict[str, Any], str]]:
+    def audited(*words: object) -> tuple[dict[str, Any], str]:
+        out = tmp_path / f"audit-{len(list(tmp_path.glob('audit-*')))}"
+        main(["audit", *QUICK, "--output_dir", str(out), *map(str, words)])
+        found = json.loads((out / "audit.json").read_text())
+        found["base images"] = len((out / "base" / "samples.jsonl").read_text().splitlines())
+        return found, capsys.readouterr().out
+
+    return audited
+
+
+def test_a_lora_of_ours_is_audited_by_its_file_alone(
+    trained: Path, tiny_base: Path, tiny_images: Path, audit: Callable[..., Any]
+) -> None:
+    file = trained / "pytorch_lora_weights.safetensors"
+    alone, said = audit(file, tiny_images)
+    told, _ = audit(tiny_base, tiny_images, "--lora_weights", file, "--resolution", "40")
+    for key in ("model", "measures", "images", "copies", "finding"):
+        assert alone[key] == told[key], key
+    assert alone["model"]["resolution"] == 40 and alone["base images"] == 3
+    for line in (
+        f"is a LoRA: its base is {tiny_base.name} (train_config.yaml)", "resolution: 40 (train_config.yaml)",
+        f"prompts: the captions of {tiny_images.name}", f"what cannot be a copy: images of the base {tiny_base.name}",
+    ):  # fmt: skip
+        assert line in said
+    other, _ = audit(tiny_base, tiny_images, "--lora_weights", file)  # control: the base's own size
+    assert (
+        other["model"]["resolution"] is None
+        and other["images"]["generated"]["fingerprint"] != alone["images"]["generated"]["fingerprint"]
+    )
+
+
+def test_a_lora_of_kohya_is_audited_by_its_trigger_words(
+    trained: Path, tiny_base: Path, tmp_path: Path, audit: Callable[..., Any]
+) -> None:
+    lora = tmp_path / "kohya.safetensors"
+    head = {
+        "ss_sd_model_name": str(tiny_base),
+        "ss_resolution": "(32, 32)",
+        "ss_dataset_dirs": json.dumps({"10_sks dog": {}}),
+    }
+    state = load_file(trained / "pytorch_lora_weights.safetensors")
+    save_file({kohya(name): tensor for name, tensor in state.items()}, lora, head)
+    images = tiny.image_folder(tmp_path / "images", [tiny.noise_image(i) for i in range(4)])
+    found, said = audit(lora, images, "--samples_per_prompt", "2")
+    assert found["images"]["generated"]["source"] == "trigger words" and found["images"]["generated"]["prompts"] == 1
+    assert found["base images"] == 2, "the base's images are as many as the model's"
+    assert "prompts: the trigger words 'sks dog' (ss_dataset_dirs in the file's head)" in said
+    assert found["model"]["lora"]["scheme"] == "kohya" and found["model"]["resolution"] == 32
+
+
+def test_a_lora_is_sampled_alone(trained: Path, tiny_base: Path, tmp_path: Path) -> None:
+    images = []
+    for name, model in (("alone", [trained]), ("told", [tiny_base, "--lora_weights", trained, "--resolution", "40"])):
+        main(["sample", *map(str, model), "--prompt", "a disc", "--num_inference_steps", "1", "--output_dir", str(tmp_path / name),
+              "--device", "cpu", "--attribution", "none"])  # fmt: skip
+        images.append((tmp_path / name / "images" / "00000-00.png").read_bytes())
+    assert images[0] == images[1]
+
+
+def test_a_lora_of_another_family_is_refused_unloaded(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "xl"
+    tiny.tiny_sdxl_pipeline().save_pretrained(folder)
+    lora = shutil.copy(trained / "pytorch_lora_weights.safetensors", tmp_path / "my.safetensors")
+    monkeypatch.setattr("ambient_sd.families.base.Model.load_pipeline", None)
+    with pytest.raises(SystemExit) as stop:
+        main(["sample", str(lora), "--base", str(folder), "--prompt", "a", "--output_dir", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "the adapter" in error
