@@ -314,7 +314,8 @@ def load_rows(
     by_split = [("split", "=", split)] if split is not None and not table.split_done else []
     conditions = by_split + list(row_filter)
     kept = [i for i in range(len(table.rows)) if _meets(table, i, conditions)]
-    by_role = {role: [i for i in kept if not table.roles or table.roles[i] == role] for role in ROLES}
+    roles = table.roles or [TRAINING] * len(table.rows)
+    by_role = {role: [i for i in kept if roles[i] == role] for role in ROLES}
     kept = by_role[TRAINING]
     if not kept and not faults:
         text = " and ".join("".join(c) for c in conditions)
@@ -325,8 +326,9 @@ def load_rows(
         chosen = kept[:max_samples] if seed is None else random.Random(seed).sample(kept, max_samples)
         kept = sorted(chosen)
     skipped: list[Fault] = []
+    by_role[TRAINING] = kept
     if skip_broken and faults is None:
-        kept = _decodable(table, kept, skipped)
+        by_role = {role: _decodable(table, rows, skipped) for role, rows in by_role.items()}
 
     def dataset(rows: Sequence[int]) -> ImageDataset:
         captions = [_captions(table, i, request, several_captions, trigger_word) for i in rows]
@@ -335,7 +337,7 @@ def load_rows(
             [c[1:] for c in captions], Picked(table.rows.__getitem__, rows), [table.repeats[i] for i in rows] if table.repeats else (),
         )  # fmt: skip
 
-    found = dataset(kept)
+    found = dataset(by_role[TRAINING])
     # Last: a wrong row of the list is the nearer reason.
     if table.left and unlisted != "ignore":
         if faults is None:
@@ -345,10 +347,9 @@ def load_rows(
     if skipped:
         names = first_of([fault.name for fault in skipped])
         found.notes.append(f"{len(skipped)} images are skipped, for they do not decode: {names}")
-    if table.roles:
-        found.regularisation, found.heldout = (
-            dataset(by_role[role]) if by_role[role] else None for role in (REGULARISATION, HELDOUT)
-        )
+    found.regularisation, found.heldout = (
+        dataset(by_role[role]) if by_role[role] else None for role in (REGULARISATION, HELDOUT)
+    )
     return found
 
 
@@ -366,7 +367,7 @@ def _decodable(table: Table, rows: Sequence[int], skipped: list[Fault]) -> list[
             skipped.append(Fault(table.name(i), "broken", str(error)))
         else:
             kept.append(i)
-    if not kept:
+    if rows and not kept:
         raise UserError(
             f"no image of {table.source} can be read: {skipped[0].name} ({skipped[0].text})",
             rule="at least one is needed",

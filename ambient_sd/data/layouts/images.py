@@ -29,6 +29,10 @@ class ImagesAlone(Layout):
         names = seen.images
         if not names and not seen.unread:
             raise UserError(f"folder {folder} has no images", rule=f"it must hold images and {METADATA[0]}")
+        if not names:
+            name, why = next(iter(seen.unread.items()))
+            raise UserError(f"folder {folder} has no images that are read; {one_line(name, 60)} is {phrase(why)}",
+                            remedy="convert or unpack them to PNG or JPEG")  # fmt: skip
         if request.must_have_captions:
             deeper = next((folder / name for name in seen.lists), None)
             line = f'{{"file_name": "a.png", "{request.caption_column}": "a red apple"}}'
@@ -38,9 +42,5 @@ class ImagesAlone(Layout):
                 remedy=f"give {deeper.parent}, which has one" if deeper else
                 f"write one line per image, {line}, or give one caption for all with --instance_prompt",
             )  # fmt: skip
-        if not names:
-            name, why = next(iter(seen.unread.items()))
-            raise UserError(f"folder {folder} has no images that are read; {one_line(name, 60)} is {phrase(why)}",
-                            remedy="convert or unpack them to PNG or JPEG")  # fmt: skip
         rows = [{"file_name": name} for name in names]
         return Table(str(folder), rows, Files(folder, names), names.__getitem__, dict(seen.unread))

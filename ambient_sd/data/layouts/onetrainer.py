@@ -55,7 +55,10 @@ class OneTrainer(Layout):
         if isinstance(content, dict) and isinstance(content.get("config"), dict) and not request.named:
             return AiToolkit().read(request)
         if isinstance(content, dict):  # a whole configuration
-            content = content.get("concepts") or _load(_concepts_of(file, content))
+            config, content = content, content.get("concepts")
+            if not content:  # its paths are relative to the file that has them
+                file = _concepts_of(file, config)
+                content, request = _load(file), dataclasses.replace(request, source=str(file))
         top = Section({"concepts": content}, str(file))
         asks: dict[str, Ask] = {}
         notes: list[str] = []

@@ -53,8 +53,10 @@ class Section:
         Raises:
             UserError: it has another type.
         """
-        for section in (self, *self.above):
+        sections = (self, *self.above)
+        for section in sections:  # a value that another goes before is known too
             section._taken.add(name)
+        for section in sections:
             if section.values.get(name) is not None:
                 value: Any = section.values[name]
                 number = kind is float and isinstance(value, int)
