@@ -66,7 +66,10 @@ class OneTrainer(Layout):
         concepts = [concept for concept in top.sections("concepts") if concept.take("enabled", bool, True)]
         if not concepts:
             raise UserError(f"{file} has no concept that is enabled", rule="a concept names a folder of images")
-        folders = [find_folder(concept.take("path", str, ""), file, concept.where) for concept in concepts]
+        if nowhere := [concept.where for concept in concepts if not concept.take("path", str)]:
+            raise UserError(f"{nowhere[0]} has no path", rule="a concept names a folder of images",
+                            remedy="for another tool's file, give the folder of its images")  # fmt: skip
+        folders = [find_folder(concept.take("path", str), file, concept.where) for concept in concepts]
         rows: list[Row] = []
         for concept, folder, prefix in zip(concepts, folders, prefixes(folders), strict=True):
             rows += _read_concept(concept, folder, prefix, request, asks, notes, left)
