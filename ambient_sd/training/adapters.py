@@ -341,11 +341,7 @@ def save(unet: Any, folder: Path, family: Family, text: Mapping[str, Any] = _NON
     parts = {family.network: plain(unet)}
     for part, encoder in text.items():
         layers, settings = plain(encoder)
-        # Transformers 5 has no `text_model` around CLIP's layers. Readers of every age know the longer name.
-        parts[part] = (
-            {f"text_model.{name.removeprefix('text_model.')}": value for name, value in layers.items()},
-            settings,
-        )
+        parts[part] = {_clip_name(name): value for name, value in layers.items()}, settings
     family.save_lora(folder, parts)
     _settle(folder / WEIGHTS_NAME)
 
@@ -367,20 +363,18 @@ def save_kohya(unet: Any, folder: Path, family: Family, text: Mapping[str, Any] 
         ['pytorch_lora_weights_kohya.safetensors']
     """
     state, theirs = {}, family.kohya_names(unet)
-    for part, module in {family.network: unet, **text}.items():
-        tensors, found = plain(module)
+    parts = {part: plain(module) for part, module in {family.network: unet, **text}.items()}
+    for part, (tensors, found) in parts.items():
         for name, value in tensors.items():
             path, rest = name.split(".lora_", 1)
-            named = (
-                theirs.get(path, path) if part == family.network else f"text_model.{path.removeprefix('text_model.')}"
-            )
+            named = theirs.get(path, path) if part == family.network else _clip_name(path)
             key = family.kohya_prefix(part) + named.replace(".", "_")
             state[f"{key}.lora_{'down' if rest == 'A.weight' else 'up'}.weight"] = value.detach().cpu().contiguous()
             # diffusers' own converter writes the rank as every layer's alpha.
             state[f"{key}.alpha"] = torch.tensor(
                 float(found["alpha_pattern"].get(f"^{re.escape(path)}", found["lora_alpha"]))
             )
-    settings = plain(unet)[1]
+    settings = parts[family.network][1]
     metadata = {
         "format": "pt",
         "ss_network_module": "networks.lora",
@@ -389,6 +383,11 @@ def save_kohya(unet: Any, folder: Path, family: Family, text: Mapping[str, Any] 
     }
     save_file(state, folder / KOHYA_NAME, metadata=metadata)
     _settle(folder / KOHYA_NAME)
+
+
+def _clip_name(name: str) -> str:
+    """Return a layer of CLIP by the longer name: transformers 5 has no `text_model` around its layers, readers of every age know one."""
+    return f"text_model.{name.removeprefix('text_model.')}"
 
 
 def _settle(path: Path) -> None:

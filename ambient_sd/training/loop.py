@@ -204,9 +204,7 @@ class _Trainer:
 
         # Which samples, in which order, seen how.
         self.global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-        self.steps = config.max_train_steps or math.ceil(
-            config.num_train_epochs * sum(plan.images.repeats) / self.global_batch
-        )
+        self.steps = plan.steps(self.global_batch)
         stream, rule = _order(plan, plan.images, plan.buckets, plan.fixed_noise, self.global_batch, config.seed)
         self.levels = None
         if config.weighting_scheme == "logit_normal":

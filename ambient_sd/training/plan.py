@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,11 @@ class Plan:
     def fixed_noise(self) -> bool:
         """Tell whether each image keeps one noise and one view; at level 0 the ambient run is the plain one."""
         return self.objective.mode == "ambient" and self.objective.level > 0
+
+    def steps(self, global_batch: int) -> int:
+        """Return the optimizer steps of the run, of so many samples each: as given, or those of its epochs."""
+        config = self.config
+        return config.max_train_steps or math.ceil(config.num_train_epochs * sum(self.images.repeats) / global_batch)
 
     def with_level(self, level: float, reason: str) -> Plan:
         """Return the plan with a measured level, or that of a checkpoint, in place of `auto`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
-import math
 import os
 import shlex
 import subprocess
@@ -31,8 +30,10 @@ from ambient_sd.training import RunRecord, results, run
 from ambient_sd.training.config import AUTO, TrainConfig
 from ambient_sd.training.plan import Plan, base_of, open_images, plan_run
 from ambient_sd.training.probe import GUIDANCE_SCALE, INFERENCE_STEPS
+from ambient_sd.training.processes import is_first
 from ambient_sd.training.proposals import Proposal, propose
 from ambient_sd.training.record import CURVE_NAME, describe_start
+from ambient_sd.training.validation import images_at_once
 from ambient_sd.utils.memory import peak_memory
 
 _LOOKED_AT = 256  # images whose sizes decide the resolution
@@ -47,7 +48,7 @@ def train(options: TrainOptions, values: dict[str, Any], words: Sequence[str]) -
     Raises:
         UserError: settings, images or base are unusable.
     """
-    first, launched = os.environ.get("RANK", "0") == "0", "WORLD_SIZE" in os.environ
+    first, launched = is_first(), "WORLD_SIZE" in os.environ
     processes = options.num_processes or max(1, torch.cuda.device_count())
     if launched:
         processes = int(os.environ["WORLD_SIZE"])
@@ -124,7 +125,7 @@ def fit(config: TrainConfig) -> RunRecord:
 
     # Token and repository are checked before hours of training.
     record = run(config, on_planned=ask_hub)
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         print(record.describe(), flush=True)
         if record.kept is not None:
             write_training_curve(record.output / CURVE_NAME, record.evaluations, record.kept)
@@ -141,18 +142,16 @@ def audit(record: RunRecord, config: TrainConfig) -> int:
     options = [
         "--output_dir", str(folder), "--overwrite", "--resolution", str(config.resolution), "--num_prompts", str(prompts),
         "--num_images_per_prompt", str(max(1, _AUDITED // prompts)), "--num_inference_steps", str(INFERENCE_STEPS),
-        "--guidance_scale", f"{GUIDANCE_SCALE:g}", "--scheduler", "dpm++", "--seed", str(config.seed), "--base_images", str(_AUDITED // 2), "--batch_size", str(max(1, min(16, 2**20 // config.resolution**2))),
+        "--guidance_scale", f"{GUIDANCE_SCALE:g}", "--scheduler", "dpm++", "--seed", str(config.seed), "--base_images", str(_AUDITED // 2), "--batch_size", str(images_at_once(config.resolution)),
     ]  # fmt: skip
-    place = str(config.pretrained_model_name_or_path) if config.lora else str(record.output)
-    if config.lora:
-        options += ["--lora_weights", str(record.output / WEIGHTS_NAME)]
+    # A LoRA alone is a model to the audit: base, revision and variant come from its train_config.yaml.
     for item in dataclasses.fields(DatasetOptions):
         value = getattr(config, item.name)
         if value is True:
             options.append(f"--{item.name}")
         elif value != item.default:
             options += [f"--{item.name}", *([str(one) for one in value] if isinstance(value, list) else [str(value)])]
-    words = ["audit", place, config.source, *options]
+    words = ["audit", str(record.output), config.source, *options]
     print(f"ambient-sd {shlex.join(words)}", flush=True)
     if "WORLD_SIZE" in os.environ:  # the other processes of the launch are gone, and the audit would wait for them
         alone = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_", "TORCHELASTIC_", "GROUP_")) and k not in _LAUNCHED}  # fmt: skip
@@ -168,7 +167,7 @@ def describe_plan(config: TrainConfig, processes: int) -> str:
     """Return what a run would do, with time and memory of a few of its steps on this machine."""
     plan = plan_run(config, progress=True)
     batch = config.train_batch_size * config.gradient_accumulation_steps * processes
-    steps = config.max_train_steps or math.ceil(config.num_train_epochs * sum(plan.images.repeats) / batch)
+    steps = plan.steps(batch)
     measured = _measure(config, plan)
     looks = 0 if config.probe_steps is None else steps // config.probe_steps + (2 if config.keep == "best" else 1)
     each = (config.probe_images or 0) + len(plan.new_captions)

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ambient_sd.data.layouts.caption_files import Row, read_folder, table_of
+from ambient_sd.data.layouts.caption_files import Row, dotted, read_folder, table_of
 from ambient_sd.data.layouts.layout import (
     REGULARISATION,
     TRAINING,
@@ -135,7 +135,7 @@ def _read_dataset(
     ending = dataset.take("caption_ext", str) or dataset.take("caption_type", str) or "txt"
     default, repeats = dataset.take("default_caption", str), dataset.whole("num_repeats")
     dataset.refuse_unknown(_NO_EFFECT)
-    endings = () if request.caption_extension else (f".{ending.removeprefix('.')}",)
+    endings = () if request.caption_extension else (dotted(ending),)
     rows = read_folder(
         folder, request, endings=endings, fallback=default, prefix=prefix, role=role, repeats=repeats, left=left
     )

@@ -77,7 +77,17 @@ def extensions(request: Request) -> tuple[str, ...]:
         ('.cap',)
     """
     given = request.caption_extension
-    return EXTENSIONS if given is None else (given if given.startswith(".") else f".{given}",)
+    return EXTENSIONS if given is None else (dotted(given),)
+
+
+def dotted(ending: str) -> str:
+    """Return an ending with its dot.
+
+    Example:
+        >>> dotted("txt"), dotted(".txt")
+        ('.txt', '.txt')
+    """
+    return ending if ending.startswith(".") else f".{ending}"
 
 
 def beside(images: Sequence[str], texts: Sequence[str], endings: Sequence[str]) -> dict[str, list[str]]:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-from ambient_sd.data.layouts.caption_files import Row, read_folder, table_of
+from ambient_sd.data.layouts.caption_files import Row, dotted, read_folder, table_of
 from ambient_sd.data.layouts.kohya import first_lines
 from ambient_sd.data.layouts.layout import HELDOUT, REGULARISATION, TRAINING, Ask, Layout, Request, Table, read_text
-from ambient_sd.data.layouts.tool_file import Section, ask_if, find_folder, prefixes, scalar
+from ambient_sd.data.layouts.tool_file import Section, ask_if, find_folder, prefixes, read_json, scalar
 from ambient_sd.data.walk import IMAGE_SUFFIXES
 from ambient_sd.utils.errors import UserError
 
@@ -166,9 +165,7 @@ def _read_subset(
     repeats, tokens = subset.whole("num_repeats"), subset.take("class_tokens", str)
     role = REGULARISATION if subset.take("is_reg", bool, False) else TRAINING
     ending = subset.take("caption_extension", str)
-    endings = (
-        () if ending is None or request.caption_extension else (ending if ending.startswith(".") else f".{ending}",)
-    )
+    endings = () if ending is None or request.caption_extension else (dotted(ending),)
     before, after = subset.take("caption_prefix", str, ""), subset.take("caption_suffix", str, "")
     share, seed = subset.take("validation_split", float, 0.0), subset.take("validation_seed", int, 0)
     metadata = subset.take("metadata_file", str)
@@ -209,12 +206,7 @@ def _listed(subset: Section, folder: Path, metadata: str, prefix: str, request: 
     path = next((p for p in (request.path.parent / metadata, Path(metadata)) if p.is_file()), None)
     if path is None:
         raise UserError(f"{subset.where} names the metadata_file {metadata}, which does not exist", remedy="correct it")
-    try:
-        listed = Section(json.loads(read_text(path)), str(path))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is no JSON", rule=str(error)) from None
+    listed = Section(read_json(path), str(path))
     rows = []
     for name in sorted(listed.values):
         entry = Section(listed.values[name], f"{path}, {name}")

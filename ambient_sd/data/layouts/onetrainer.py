@@ -7,7 +7,6 @@ lines are several captions, of which one is meant at a time (`--caption_mitigati
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from ambient_sd.data.layouts.ai_toolkit import AiToolkit
 from ambient_sd.data.layouts.caption_files import Row, read_folder, table_of
 from ambient_sd.data.layouts.layout import HELDOUT, REGULARISATION, TRAINING, Ask, Layout, Request, Table, read_text
-from ambient_sd.data.layouts.tool_file import Section, ask_if, find_folder, prefixes
+from ambient_sd.data.layouts.tool_file import Section, ask_if, find_folder, prefixes, read_json
 from ambient_sd.utils.errors import UserError
 
 _ROLES = {"STANDARD": TRAINING, "VALIDATION": HELDOUT, "PRIOR_PREDICTION": REGULARISATION}
@@ -34,7 +33,7 @@ class OneTrainer(Layout):
     """Read the folders that OneTrainer's concepts name.
 
     Example:
-        >>> import tempfile
+        >>> import json, tempfile
         >>> folder = Path(tempfile.mkdtemp())
         >>> (folder / "a red apple.png").touch()
         >>> concepts = [{"path": str(folder), "balancing": 2.0, "text": {"prompt_source": "filename"}}]
@@ -51,14 +50,14 @@ class OneTrainer(Layout):
 
     def read(self, request: Request) -> Table:
         file = request.path
-        content = _load(file)
+        content = read_json(file)
         if isinstance(content, dict) and isinstance(content.get("config"), dict) and not request.named:
             return AiToolkit().read(request)
         if isinstance(content, dict):  # a whole configuration
             config, content = content, content.get("concepts")
             if not content:  # its paths are relative to the file that has them
                 file = _concepts_of(file, config)
-                content, request = _load(file), dataclasses.replace(request, source=str(file))
+                content, request = read_json(file), dataclasses.replace(request, source=str(file))
         top = Section({"concepts": content}, str(file))
         asks: dict[str, Ask] = {}
         notes: list[str] = []
@@ -74,15 +73,6 @@ class OneTrainer(Layout):
         for concept, folder, prefix in zip(concepts, folders, prefixes(folders), strict=True):
             rows += _read_concept(concept, folder, prefix, request, asks, notes, left)
         return table_of(request, rows, left=left, notes=list(dict.fromkeys(notes)), asks=list(asks.values()))
-
-
-def _load(file: Path) -> Any:
-    try:
-        return json.loads(read_text(file))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{file} is no JSON", rule=str(error)) from None
 
 
 def _concepts_of(file: Path, config: dict[str, Any]) -> Path:

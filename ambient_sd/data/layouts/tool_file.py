@@ -5,12 +5,13 @@ A key that is not known is refused, for it may change the training; a key that i
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ambient_sd.data.layouts.layout import Ask
+from ambient_sd.data.layouts.layout import Ask, read_text
 from ambient_sd.utils.errors import UserError, first_of, one_line
 
 _KINDS = {
@@ -100,6 +101,26 @@ class Section:
         if unknown:
             raise UserError(f"{self.where} has {first_of(unknown)}", rule="such a setting is not known here, and may change the training",
                             remedy="correct it or take it out")  # fmt: skip
+
+
+def read_json(path: Path) -> Any:
+    """Return the contents of a JSON file.
+
+    Raises:
+        UserError: it cannot be read, or is no JSON.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "concepts.json")
+        >>> _ = path.write_text("[]")
+        >>> read_json(path)
+        []
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON", rule=str(error)) from None
 
 
 def find_folder(text: str, file: Path, where: str) -> Path:
