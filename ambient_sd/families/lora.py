@@ -8,7 +8,8 @@ the fine-tune's name. Here the names of a file are looked up among the layers th
     diffusers   unet.down_blocks.0....to_q.lora_A.weight, text_encoder.*, text_encoder_2.*; also .lora.down., .processor.to_q_lora.down.
     PEFT        base_model.model.down_blocks.0....to_q.lora_A.weight
     bare        down_blocks.0....to_q.lora_A.weight
-    kohya       lora_unet_down_blocks_0_...to_q.lora_down.weight, lora_te_*, lora_te1_*, lora_te2_*; also in Stability's (sgm) names
+    kohya       lora_unet_down_blocks_0_...to_q.lora_down.weight, lora_te_*, lora_te1_*, lora_te2_*; also in Stability's (sgm) names;
+                lycoris_down_blocks_0_... as LyCORIS and SimpleTuner have it
     ComfyUI     diffusion_model.input_blocks.1.1....to_q.lora_down.weight; also in diffusers' names
 
 Before the pipeline is touched it is known that nothing is left over, no half of a pair is missing, shapes fit, and the update is not zero.
@@ -16,8 +17,8 @@ Afterwards the layers are read back: each holds the file's values, bit for bit, 
 is put back as it was. alpha comes from the file's alpha tensors, from diffusers' metadata, or from the adapter_config.json that PEFT
 writes beside its file; where none says it, it is the rank, as diffusers has it, and the record says so.
 
-Taken: LoRA and DoRA of linear and convolution layers, for pipelines with a U-Net (Stable Diffusion 1, 2, XL). Not taken: pickle, and
-LoHa, LoKr and whatever else is no product of two matrices.
+Taken: LoRA and DoRA of linear and convolution layers, for pipelines with a U-Net (Stable Diffusion 1, 2, XL), and LoHa, LoKr and LoRA in
+Tucker form as the LoRA that they are exactly (`ambient_sd.families.lycoris`). Not taken: pickle, and every other kind.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ambient_sd.families import of_pipeline
+from ambient_sd.families import lycoris, of_pipeline
 from ambient_sd.families.family import Family
 from ambient_sd.families.sgm import layers_in
 from ambient_sd.utils.errors import UserError, one_line
@@ -47,7 +48,7 @@ PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _METADATA_KEY = "lora_adapter_metadata"  # of diffusers, in the head of a file
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-Part = Literal["down", "up", "alpha", "magnitude", "bias"]
+Part = str  # down, up, mid (of Tucker), alpha, magnitude, bias, or a tensor of `lycoris.NAMES`
 
 # How names end, and what they end in says; "_lora.down" is diffusers' oldest format.
 _ENDINGS: dict[str, Part] = {
@@ -58,15 +59,15 @@ _ENDINGS: dict[str, Part] = {
     ".alpha": "alpha",
     ".lora_magnitude_vector": "magnitude", ".lora_magnitude_vector.weight": "magnitude",
     ".lora_magnitude_vector.default.weight": "magnitude", ".dora_scale": "magnitude",
-    ".lora_B.bias": "bias", ".lora_B.default.bias": "bias",
+    ".lora_B.bias": "bias", ".lora_B.default.bias": "bias", ".lora_mid.weight": "mid",
+    **{f".{name}{end}": name for name in sorted(lycoris.NAMES) for end in ("", ".default")},
 }  # fmt: skip
 _OLDEST = {
     "network": {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"},
     "text encoder": {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"},
 }
 _OTHER_KINDS = {
-    r"hada_": "LoHa", r"lokr_": "LoKr", r"boft_": "BOFT", r"oft_": "OFT", r"lora_mid": "a LoRA in Tucker form (lora_mid)",
-    r"lora_embedding_": "a LoRA of an embedding", r"\.on_input$|ia3_": "IA3", r"\.diff(_b)?$": "differences of whole weights",
+    r"boft_": "BOFT", r"oft_": "OFT", r"lora_embedding_": "a LoRA of an embedding", r"\.on_input$|ia3_": "IA3", r"\.diff(_b)?$": "differences of whole weights",
     r"vera_": "VeRA", r"\.[ab][12]\.weight$": "GLoRA", r"lora_controlnet": "Control-LoRA",
     r"^bundle_emb|^emb_params|string_to_param": "textual inversion", r"modules_to_save": "layers trained whole (modules_to_save)",
 }  # fmt: skip
@@ -80,6 +81,8 @@ _HARMLESS = frozenset({
     "lora_dropout", "init_lora_weights", "task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision",
     "inference_mode", "layers_to_transform", "layers_pattern", "modules_to_save", "megatron_config", "megatron_core", "loftq_config",
     "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+    # of LoHa and LoKr, whose tensors say the rest
+    "rank_dropout", "rank_dropout_scale", "module_dropout", "use_effective_conv2d", "decompose_both", "decompose_factor", "init_weights",
 })  # fmt: skip
 # The others (pissa, olora, loftq, corda, lora_ga) change the base's own weights, which the file does not hold.
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -122,6 +125,9 @@ class Layer:
         magnitude: DoRA's length of each row, `(out,)`, of a convolution `(1, out, 1, 1)`; None: plain LoRA.
         bias: of B, `(out,)`; None: none.
         alpha: the update is scaled by `scale`, which is alpha / rank, or alpha / sqrt(rank) under rsLoRA.
+        kind: what the file has in its place, LoRA, LoHa or LoKr.
+        said: rank (None: whole halves) and alpha of LoHa or LoKr as the file has them; None: those of the update.
+        native: tensors of LoHa or LoKr by the names of `lycoris.KINDS`.
 
     Example:
         >>> layer = Layer("unet", "to_q", torch.ones(4, 16), torch.zeros(16, 4), None, None, alpha=4.0, scale=1.0)
@@ -137,6 +143,9 @@ class Layer:
     bias: Tensor | None
     alpha: float
     scale: float
+    kind: str = "LoRA"
+    said: tuple[int | None, float] | None = None
+    native: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def rank(self) -> int:
@@ -182,13 +191,15 @@ class Adapter:
 
     def record(self) -> dict[str, Any]:
         """Return what outputs say of it, for JSON: which file, and what of it was loaded."""
+        said = [layer.said or (layer.rank, layer.alpha) for layer in self.layers]
+        kinds = sorted({"DoRA" if x.magnitude is not None and x.kind == "LoRA" else x.kind for x in self.layers})
         return {
             "file": None if self.file.name is None else one_line(self.file.name, 100), "sha256": self.file.sha256,
-            "kind": "DoRA" if any(layer.magnitude is not None for layer in self.layers) else "LoRA",
+            "kind": " + ".join(kinds),
             "scheme": " + ".join(self.schemes), "tensors": len(self.file.tensors), "layers": len(self.layers),
             "parts": dict(sorted(Counter(layer.part for layer in self.layers).items())),
-            "rank": _one_or_all({layer.rank for layer in self.layers}),
-            "alpha": _one_or_all({layer.alpha for layer in self.layers}), "alpha_from": self.alpha_from,
+            "rank": _one_or_all({rank or "whole" for rank, _ in said}),
+            "alpha": _one_or_all({alpha for _, alpha in said}), "alpha_from": self.alpha_from,
         }  # fmt: skip
 
 
@@ -420,12 +431,12 @@ def _require_lora(names: Sequence[str], label: str) -> None:
     for name in names:
         for pattern, kind in _OTHER_KINDS.items():
             if re.search(pattern, name):
-                raise UserError(f"the adapter {label} holds {kind}: {name!r}", rule="taken are LoRA and DoRA",
+                raise UserError(f"the adapter {label} holds {kind}: {name!r}", rule="taken are LoRA, DoRA, LoHa and LoKr",
                                 remedy="convert it, or fuse it into the base and give the whole model")  # fmt: skip
     if not holds_lora(names):
         first = f", the first is {names[0]!r}" if names else ""
         raise UserError(f"the adapter {label} holds no LoRA: {len(names)} tensors{first}",
-                        rule="its tensors are called lora_A and lora_B, or lora_down and lora_up",
+                        rule="its tensors are called lora_A and lora_B, lora_down and lora_up, hada_ or lokr_",
                         remedy="give a LoRA; a whole model is given as MODEL")  # fmt: skip
 
 
@@ -585,28 +596,65 @@ def _changes_nothing(file: LoraFile, layers: int) -> UserError:
 def _layer(
     file: LoraFile, part: str, path: str, module: Any, given: Mapping[Part, tuple[str, Tensor]], config: Mapping[str, Any]
 ) -> tuple[Layer, str]:  # fmt: skip
-    """Return the update of one layer, checked against it, and what said its alpha."""
+    """Return the update of one layer, checked against it, and what said its alpha; LoHa, LoKr and Tucker forms as a product of two."""
     where = f"{part}.{path}"
-    for half, other in (("down", "up"), ("up", "down")):
-        if half not in given:
-            kept = given[other] if other in given else next(iter(given.values()))  # type: ignore[index]
-            raise _unfit(file, f"has {kept[0]!r} and no {half} (lora_{'A' if half == 'down' else 'B'}) for {where}")
     for name, tensor in given.values():
         if tensor.dtype not in _DTYPES or not bool(torch.isfinite(tensor).all()):
             held = "values that are not finite" if tensor.dtype in _DTYPES else f"numbers of type {tensor.dtype}"
             raise _unfit(
                 file, f"has {held} in {name!r}", "give one in float32, float16 or bfloat16 that was trained to its end"
             )
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        raise _unfit(file, f"changes {where}, a convolution in groups")
+    given, product = dict(given), given.keys() & {"down", "up", "mid"}
+    if product == {"down", "up", "mid"}:
+        name, core = given.pop("mid")
+        down = given["down"][1].double().flatten(1)
+        if core.dim() != 4 or core.shape[1] != down.shape[0]:
+            raise _unfit(file, f"has a shape that does not fit: {name!r} is {tuple(core.shape)}")
+        given["down"] = name, torch.einsum("ij...,jx->ix...", core.double(), down).float()
+    native = {key: given.pop(key)[1] for key in lycoris.NAMES & given.keys()}
+    if not native:
+        return _product(file, part, path, module, given, config)
+    if product or "bias" in given:
+        raise _unfit(file, f"has tensors of two kinds for {where}")
+    try:
+        rank = own = lycoris.rank_of(native)
+        if own is None and config.get("r") is not None:
+            rank = int(_number(file, "r", _of_layer(file, config, "rank_pattern", path, config["r"])))
+        alpha, source = _alpha(file, part, path, rank or 1, given.pop("alpha", None), config)
+        # Two whole halves stand as they are, whatever alpha, in every reader but peft.
+        scale = alpha / rank if rank else 1.0
+        if own is None and scale != 1 and "lokr_w1" in native:
+            native["lokr_w1"], scale = native["lokr_w1"].float() * scale, 1.0
+        kind, down, up = lycoris.as_lora(native, module.weight.shape)
+    except UserError:
+        raise
+    except ValueError as why:
+        raise _unfit(file, f"{why}, for {where}") from None
+    given |= {"down": (where, down), "up": (where, up)}
+    layer, _ = _product(file, part, path, module, given, {})
+    said = (own, alpha if own else 1.0)
+    return replace(layer, alpha=scale * layer.rank, scale=scale, kind=kind, said=said, native=native), source
+
+
+def _product(
+    file: LoraFile, part: str, path: str, module: Any, given: Mapping[Part, tuple[str, Tensor]], config: Mapping[str, Any]
+) -> tuple[Layer, str]:  # fmt: skip
+    """Return the update B A of one layer, checked against it, and what said its alpha."""
+    where = f"{part}.{path}"
+    for half, other in (("down", "up"), ("up", "down")):
+        if half not in given:
+            kept = given[other] if other in given else next(iter(given.values()))
+            raise _unfit(file, f"has {kept[0]!r} and no {half} (lora_{'A' if half == 'down' else 'B'}) for {where}")
     rank = int(given["up"][1].shape[1]) if given["up"][1].dim() > 1 else 0
     if isinstance(module, nn.Conv2d):
-        if module.groups != 1:
-            raise _unfit(file, f"changes {where}, a convolution in groups")
         wide = (rank, module.in_channels, *module.kernel_size)
         high: tuple[int, ...] = (module.out_channels, rank, 1, 1)
         long: tuple[int, ...] = (1, module.out_channels, 1, 1)
     else:
         wide, high, long = (rank, module.in_features), (module.out_features, rank), (module.out_features,)
-    down, up = (_shaped(file, *given[key], shape, where) for key, shape in (("down", wide), ("up", high)))  # type: ignore[index]
+    down, up = (_shaped(file, *given[key], shape, where) for key, shape in (("down", wide), ("up", high)))
     magnitude = bias = None
     if "magnitude" in given:
         name, tensor = given["magnitude"]
@@ -727,7 +775,15 @@ def _configs(file: LoraFile, parts: Mapping[str, nn.Module], network: str) -> di
             found.setdefault(part, {})[name] = value
     if file.config is not None:
         found[network] = dict(file.config)
+    for config in found.values():
+        if _kind_of(config) != "LORA" and "alpha" in config:  # peft has another name for it in each kind
+            config["lora_alpha"] = config.pop("alpha")
     return found
+
+
+def _kind_of(config: Mapping[str, Any]) -> str:
+    kind = config.get("peft_type")
+    return "LORA" if kind is None else str(getattr(kind, "value", kind)).upper()
 
 
 def _check_settings(
@@ -739,9 +795,13 @@ def _check_settings(
 
     defaults = LoraConfig().to_dict()
     for part, config in configs.items():
-        kind = str(getattr(config.get("peft_type"), "value", config.get("peft_type")))
-        if config.get("peft_type") is not None and kind.upper() != "LORA":
-            raise _unfit(file, f"is of the kind {one_line(kind, 30)}", "give a LoRA")
+        kinds = {layer.kind.upper() for layer in layers if layer.part == part}
+        if config.get("peft_type") is not None and kinds - {_kind_of(config)}:
+            raise _unfit(
+                file,
+                f"is of the kind {one_line(_kind_of(config), 30)}, and its tensors are not",
+                "give a LoRA, LoHa or LoKr",
+            )
         for key, value in config.items():
             if key not in _HARMLESS and value and value != defaults.get(key):
                 raise _unfit(file, f"was trained with {one_line(key, 40)} {one_line(value, 40)}, which is not supported",
@@ -983,5 +1043,5 @@ class _Before:
 
 
 def _one_or_all(values: set[Any]) -> Any:
-    ordered = sorted(values)
+    ordered = sorted(values, key=lambda value: (isinstance(value, str), value))
     return ordered[0] if len(ordered) == 1 else ordered

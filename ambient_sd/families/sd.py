@@ -49,7 +49,7 @@ class StableDiffusion(Family):
         "text_encoder": ("cond_stage_model.transformer.", "cond_stage_model.model.")
     }
     lora_prefixes: Mapping[str, Mapping[str, str]] = {
-        "unet": {"lora_unet_": "kohya", "diffusion_model.": "ComfyUI"},
+        "unet": {"lora_unet_": "kohya", "lycoris_": "kohya", "diffusion_model.": "ComfyUI"},
         "text_encoder": {
             "lora_te_": "kohya", "lora_te1_": "kohya",
             "text_encoders.clip_l.transformer.": "ComfyUI", "text_encoders.clip_h.transformer.": "ComfyUI",
