@@ -48,6 +48,10 @@ class StableDiffusion(Family):
     single_file_texts: Mapping[str, tuple[str, ...]] = {
         "text_encoder": ("cond_stage_model.transformer.", "cond_stage_model.model.")
     }
+    architectures: Mapping[tuple[Any, str], tuple[str, str]] = {
+        (768, "epsilon"): ("sd_v1", "stable-diffusion-v1"), (1024, "epsilon"): ("sd_v2", "stable-diffusion-v2-512"),
+        (1024, "v_prediction"): ("sd_v2_v", "stable-diffusion-v2-768-v"),
+    }  # fmt: skip
     lora_prefixes: Mapping[str, Mapping[str, str]] = {
         "unet": {"lora_unet_": "kohya", "lycoris_": "kohya", "diffusion_model.": "ComfyUI"},
         "text_encoder": {

@@ -46,6 +46,7 @@ class StableDiffusionXL(StableDiffusion):
     single_file_texts: Mapping[str, tuple[str, ...]] = {
         "text_encoder": ("conditioner.embedders.0.transformer.",), "text_encoder_2": ("conditioner.embedders.1.model.",),
     }  # fmt: skip
+    architectures: Mapping[tuple[Any, str], tuple[str, str]] = {(2048, "epsilon"): ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")}  # fmt: skip
     lora_prefixes: Mapping[str, Mapping[str, str]] = {
         "unet": StableDiffusion.lora_prefixes["unet"],
         "text_encoder": {"lora_te1_": "kohya", "lora_te_": "kohya", "text_encoders.clip_l.transformer.": "ComfyUI"},

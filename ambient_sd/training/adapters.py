@@ -322,8 +322,10 @@ def plain(unet: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return state, settings
 
 
-def save(unet: Any, folder: Path, family: Family, text: Mapping[str, Any] = _NONE) -> None:
-    """Write the LoRA, with those of text encoders, and its metadata to `folder/pytorch_lora_weights.safetensors`.
+def save(
+    unet: Any, folder: Path, family: Family, text: Mapping[str, Any] = _NONE, head: Mapping[str, str] = _NONE
+) -> None:
+    """Write the LoRA, with those of text encoders, its metadata and `head` to `folder/pytorch_lora_weights.safetensors`.
 
     Example:
         >>> import tempfile
@@ -343,11 +345,13 @@ def save(unet: Any, folder: Path, family: Family, text: Mapping[str, Any] = _NON
         layers, settings = plain(encoder)
         parts[part] = {_clip_name(name): value for name, value in layers.items()}, settings
     family.save_lora(folder, parts)
-    _settle(folder / WEIGHTS_NAME)
+    _settle(folder / WEIGHTS_NAME, head)
 
 
-def save_kohya(unet: Any, folder: Path, family: Family, text: Mapping[str, Any] = _NONE) -> None:
-    """Write the LoRA to `folder/pytorch_lora_weights_kohya.safetensors`, as sd-scripts and ComfyUI name things.
+def save_kohya(
+    unet: Any, folder: Path, family: Family, text: Mapping[str, Any] = _NONE, head: Mapping[str, str] = _NONE
+) -> None:
+    """Write the LoRA and `head` to `folder/pytorch_lora_weights_kohya.safetensors`, as sd-scripts and ComfyUI name things.
 
     Readers of this format scale the update by `alpha / rank` with the alpha of each layer in the file.
 
@@ -382,7 +386,7 @@ def save_kohya(unet: Any, folder: Path, family: Family, text: Mapping[str, Any] 
         "ss_network_alpha": str(float(settings["lora_alpha"])),
     }
     save_file(state, folder / KOHYA_NAME, metadata=metadata)
-    _settle(folder / KOHYA_NAME)
+    _settle(folder / KOHYA_NAME, head)
 
 
 def _clip_name(name: str) -> str:
@@ -390,12 +394,12 @@ def _clip_name(name: str) -> str:
     return f"text_model.{name.removeprefix('text_model.')}"
 
 
-def _settle(path: Path) -> None:
-    """Sort a safetensors file's metadata, whose order changes from process to process: same weights, same bytes."""
+def _settle(path: Path, head: Mapping[str, str]) -> None:
+    """Add to a safetensors file's metadata and sort them: their order changes from process to process. Same weights, same bytes."""
     data = path.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    header["__metadata__"] = dict(sorted({**header["__metadata__"], **head}.items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])

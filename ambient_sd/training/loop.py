@@ -35,6 +35,7 @@ from ambient_sd.data.duplicates import shared_noise
 from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import SampleStream, keyed_seed, process_batches
 from ambient_sd.data.views import ViewRule
+from ambient_sd.families.origin import written
 from ambient_sd.objective import AmbientObjective
 from ambient_sd.training import (
     adapters,
@@ -526,7 +527,7 @@ class _Trainer:
 
     def _write_weights(self, unet: Any, folder: Path) -> None:
         if self.config.lora:
-            adapters.save(unet, folder, self.family, self.text)
+            adapters.save(unet, folder, self.family, self.text, written(self.base, self.config.resolution))
         else:
             unet.save_pretrained(folder / "unet")
         if self.average is not None:
