@@ -98,7 +98,7 @@ class Family:
     # --- captions to conditioning ---
 
     def embed(self, parts: Mapping[str, Any], captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return captions' embeddings as the stock pipeline makes them of a prompt, float32 on the CPU.
+        """Return captions' embeddings as the stock pipeline makes them of a prompt, float32 on the encoders' device.
 
         Args:
             parts: tokenizers and text encoders by name.

@@ -16,6 +16,7 @@ import torch
 from ambient_sd.families import sgm
 from ambient_sd.families.family import Family
 from ambient_sd.families.guidance import Guidance
+from ambient_sd.utils.devices import send
 from ambient_sd.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -107,9 +108,9 @@ class StableDiffusion(Family):
         model = parts["text_encoder"]
         tokens = tokenize(parts["tokenizer"], captions)
         masked = getattr(model.config, "use_attention_mask", False)
-        mask = tokens.attention_mask.to(model.device) if masked else None
-        hidden = model(tokens.input_ids.to(model.device), attention_mask=mask)[0]
-        return {"hidden": hidden.float().cpu()}
+        mask = send(tokens.attention_mask, model.device) if masked else None
+        hidden = model(send(tokens.input_ids, model.device), attention_mask=mask)[0]
+        return {"hidden": hidden.float()}
 
     def vae_factor(self, vae: Mapping[str, Any]) -> int:
         return int(2 ** (len(vae["block_out_channels"]) - 1))
@@ -137,7 +138,7 @@ class StableDiffusion(Family):
     def inputs(
         self, embeddings: Mapping[str, torch.Tensor], sizes: torch.Tensor | None, device: torch.device | str
     ) -> dict[str, Any]:
-        return {"encoder_hidden_states": embeddings["hidden"].to(device)}
+        return {"encoder_hidden_states": send(embeddings["hidden"], device)}
 
     def predict(
         self, network: Any, x_t: torch.Tensor, timesteps: torch.Tensor, inputs: Mapping[str, Any]

@@ -15,6 +15,7 @@ import torch
 
 from ambient_sd.families.guidance import Guidance
 from ambient_sd.families.sd import LAYOUT, StableDiffusion, tokenize
+from ambient_sd.utils.devices import send
 from ambient_sd.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,15 +89,15 @@ class StableDiffusionXL(StableDiffusion):
         for end in ("", "_2"):
             model = parts[f"text_encoder{end}"]
             tokens = tokenize(parts[f"tokenizer{end}"], captions)
-            outputs.append(model(tokens.input_ids.to(model.device), output_hidden_states=True))
-        hidden = torch.cat([output.hidden_states[-2].float().cpu() for output in outputs], dim=-1)
-        return {"hidden": hidden, "pooled": outputs[1].text_embeds.float().cpu()}
+            outputs.append(model(send(tokens.input_ids, model.device), output_hidden_states=True))
+        hidden = torch.cat([output.hidden_states[-2].float() for output in outputs], dim=-1)
+        return {"hidden": hidden, "pooled": outputs[1].text_embeds.float()}
 
     def inputs(
         self, embeddings: Mapping[str, torch.Tensor], sizes: torch.Tensor | None, device: torch.device | str
     ) -> dict[str, Any]:
         assert sizes is not None
-        added = {"text_embeds": embeddings["pooled"].to(device), "time_ids": sizes.to(device)}
+        added = {"text_embeds": send(embeddings["pooled"], device), "time_ids": send(sizes, device)}
         return {**super().inputs(embeddings, sizes, device), "added_cond_kwargs": added}
 
     def kohya_names(self, network: Any) -> dict[str, str]:

@@ -223,7 +223,7 @@ def attach(
     whole = {name: m.weight.clone() for name, m in unet.named_modules() if moved and _named(name, targets)}
     # peft draws from the global generator: borrow it with our seed, and give it back as it was.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would move the GPU's too
         if part == "unet":
             unet.add_adapter(settings)
         else:  # transformers' own method asks for a newer peft than its loader does
