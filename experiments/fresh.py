@@ -42,7 +42,7 @@ def fresh_base(base: str | Path, changes: Mapping[str, Any], seed: int, folder: 
     if unknown:
         raise UserError(f"from_scratch has {', '.join(unknown)}", rule="entries of the U-Net's config.json")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(keyed_seed(seed, "fresh U-Net") % 2**63)
+        torch.default_generator.manual_seed(keyed_seed(seed, "fresh U-Net") % 2**63)
         try:
             unet: Any = UNet2DConditionModel(**{**config, **changes})
         except (TypeError, ValueError, RuntimeError) as error:

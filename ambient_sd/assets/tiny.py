@@ -33,7 +33,7 @@ def tiny_pipeline(prediction_type: str = "v_prediction", seed: int = 0) -> Stabl
         16
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return unseeded_pipeline(prediction_type)
 
 

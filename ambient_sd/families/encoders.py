@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ambient_sd.families.family import Family
+from ambient_sd.utils.devices import send
 
 
 class ImageEncoder:
@@ -93,13 +94,13 @@ class CaptionEncoder:
     @torch.no_grad()
     def encode(self, caption: str) -> dict[str, torch.Tensor]:
         """Return one caption's embedding, float32 on the CPU: `hidden` (L, D), and what else the family has."""
-        return {name: value[0] for name, value in self.embed([caption]).items()}
+        return {name: value[0].cpu() for name, value in self.embed([caption]).items()}
 
     def embed(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return the embeddings of captions, through the encoders together and with their gradient."""
+        """Return the embeddings of captions, on the encoders' device: through the encoders together and with their gradient."""
         found = self.family.embed(self.parts, captions)
         if self.zero_empty and "" in captions:
-            told = torch.tensor([caption != "" for caption in captions])
+            told = send(torch.tensor([caption != "" for caption in captions]), found["hidden"].device)
             return {n: torch.where(told.view(-1, *[1] * (v.dim() - 1)), v, 0.0) for n, v in found.items()}
         return found
 
@@ -113,7 +114,18 @@ class CaptionEncoder:
             self.held[caption] = self.encode(caption)
         return True
 
+    @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return the embeddings of captions, float32 on the CPU: `hidden` (B, L, D), and what else the family has."""
-        found = [self.held[c] if c in self.held else self.encode(c) for c in captions]
-        return {name: torch.stack([entry[name] for entry in found]) for name in found[0]}
+        """Return the embeddings of captions, float32: `hidden` (B, L, D), and what else the family has; see `stacked` for where."""
+        return stacked([self.held.get(c) or {n: v[0] for n, v in self.embed([c]).items()} for c in captions])
+
+
+def stacked(entries: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return embeddings one below the other: on the CPU where all are there, else on the device of the others.
+
+    Example:
+        >>> stacked([{"hidden": torch.zeros(24, 16)}] * 2)["hidden"].shape
+        torch.Size([2, 24, 16])
+    """
+    device = next((v.device for entry in entries for v in entry.values() if v.device.type != "cpu"), "cpu")
+    return {name: torch.stack([send(entry[name], device) for entry in entries]) for name in entries[0]}

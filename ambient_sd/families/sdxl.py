@@ -15,6 +15,7 @@ import torch
 
 from ambient_sd.families.guidance import Guidance
 from ambient_sd.families.sd import LAYOUT, StableDiffusion, tokenize
+from ambient_sd.utils.devices import send
 from ambient_sd.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class StableDiffusionXL(StableDiffusion):
     single_file_texts: Mapping[str, tuple[str, ...]] = {
         "text_encoder": ("conditioner.embedders.0.transformer.",), "text_encoder_2": ("conditioner.embedders.1.model.",),
     }  # fmt: skip
+    architectures: Mapping[tuple[Any, str], tuple[str, str]] = {(2048, "epsilon"): ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")}  # fmt: skip
     lora_prefixes: Mapping[str, Mapping[str, str]] = {
         "unet": StableDiffusion.lora_prefixes["unet"],
         "text_encoder": {"lora_te1_": "kohya", "lora_te_": "kohya", "text_encoders.clip_l.transformer.": "ComfyUI"},
@@ -87,15 +89,15 @@ class StableDiffusionXL(StableDiffusion):
         for end in ("", "_2"):
             model = parts[f"text_encoder{end}"]
             tokens = tokenize(parts[f"tokenizer{end}"], captions)
-            outputs.append(model(tokens.input_ids.to(model.device), output_hidden_states=True))
-        hidden = torch.cat([output.hidden_states[-2].float().cpu() for output in outputs], dim=-1)
-        return {"hidden": hidden, "pooled": outputs[1].text_embeds.float().cpu()}
+            outputs.append(model(send(tokens.input_ids, model.device), output_hidden_states=True))
+        hidden = torch.cat([output.hidden_states[-2].float() for output in outputs], dim=-1)
+        return {"hidden": hidden, "pooled": outputs[1].text_embeds.float()}
 
     def inputs(
         self, embeddings: Mapping[str, torch.Tensor], sizes: torch.Tensor | None, device: torch.device | str
     ) -> dict[str, Any]:
         assert sizes is not None
-        added = {"text_embeds": embeddings["pooled"].to(device), "time_ids": sizes.to(device)}
+        added = {"text_embeds": send(embeddings["pooled"], device), "time_ids": send(sizes, device)}
         return {**super().inputs(embeddings, sizes, device), "added_cond_kwargs": added}
 
     def kohya_names(self, network: Any) -> dict[str, str]:

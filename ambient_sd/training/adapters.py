@@ -236,7 +236,7 @@ def attach(
     whole = {name: m.weight.clone() for name, m in unet.named_modules() if moved and _named(name, targets)}
     # peft draws from the global generator: borrow it with our seed, and give it back as it was.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would move the GPU's too
         if part == "unet":
             unet.add_adapter(settings)
         else:  # transformers' own method asks for a newer peft than its loader does
@@ -379,8 +379,10 @@ def plain(unet: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return state, settings
 
 
-def save(unet: Any, folder: Path, family: Family, text: Mapping[str, Any] = _NONE) -> None:
-    """Write the LoRA, with those of text encoders, and its metadata to `folder/pytorch_lora_weights.safetensors`.
+def save(
+    unet: Any, folder: Path, family: Family, text: Mapping[str, Any] = _NONE, head: Mapping[str, str] = _NONE
+) -> None:
+    """Write the LoRA, with those of text encoders, its metadata and `head` to `folder/pytorch_lora_weights.safetensors`.
 
     Of LoHa and LoKr that is the LoRA that they are; `save_kohya`'s file beside it holds their factors.
 
@@ -402,13 +404,15 @@ def save(unet: Any, folder: Path, family: Family, text: Mapping[str, Any] = _NON
         layers, settings = plain(encoder)
         parts[part] = {_clip_name(name): value for name, value in layers.items()}, settings
     family.save_lora(folder, parts)
-    _settle(folder / WEIGHTS_NAME)
+    _settle(folder / WEIGHTS_NAME, head)
     if _factors(unet):
-        save_kohya(unet, folder, family, text)
+        save_kohya(unet, folder, family, text, head)
 
 
-def save_kohya(unet: Any, folder: Path, family: Family, text: Mapping[str, Any] = _NONE) -> None:
-    """Write the LoRA to `folder/pytorch_lora_weights_kohya.safetensors`, as sd-scripts and ComfyUI name things.
+def save_kohya(
+    unet: Any, folder: Path, family: Family, text: Mapping[str, Any] = _NONE, head: Mapping[str, str] = _NONE
+) -> None:
+    """Write the LoRA and `head` to `folder/pytorch_lora_weights_kohya.safetensors`, as sd-scripts and ComfyUI name things.
 
     Readers of this format scale the update by `alpha / rank` with the alpha of each layer in the file.
 
@@ -424,11 +428,11 @@ def save_kohya(unet: Any, folder: Path, family: Family, text: Mapping[str, Any] 
         ['pytorch_lora_weights_kohya.safetensors']
     """
     state: dict[str, torch.Tensor] = {}
-    config = unet.peft_config["default"]
-    module, found = "networks.lora", {"r": config.r, "lora_alpha": getattr(config, "alpha", None)}
+    config, module, more = unet.peft_config["default"], "networks.lora", dict[str, str]()
+    found = {"r": config.r, "lora_alpha": getattr(config, "alpha", None)}
     for part, network in {family.network: unet, **text}.items():
         if factors := _factors(network):
-            module = "lycoris.kohya"
+            module, more = "lycoris.kohya", {"ss_network_args": json.dumps({"algo": config.peft_type.value.lower()})}
             for path, key in _kohya_keys(network, part, family, factors).items():
                 state |= {f"{key}.{name}": value for name, value in factors[path].items()}
                 state[f"{key}.alpha"] = torch.tensor(float(network.get_submodule(path).alpha["default"]))
@@ -449,14 +453,10 @@ def save_kohya(unet: Any, folder: Path, family: Family, text: Mapping[str, Any] 
         "ss_network_module": module,
         "ss_network_dim": str(found["r"]),
         "ss_network_alpha": str(float(found["lora_alpha"])),
-        **(
-            {"ss_network_args": json.dumps({"algo": config.peft_type.value.lower()})}
-            if module == "lycoris.kohya"
-            else {}
-        ),
+        **more,
     }
     save_file(state, folder / KOHYA_NAME, metadata=metadata)
-    _settle(folder / KOHYA_NAME)
+    _settle(folder / KOHYA_NAME, head)
 
 
 def _kohya_keys(network: Any, part: str, family: Family, paths: Iterable[str]) -> dict[str, str]:
@@ -471,12 +471,12 @@ def _clip_name(name: str) -> str:
     return f"text_model.{name.removeprefix('text_model.')}"
 
 
-def _settle(path: Path) -> None:
-    """Sort a safetensors file's metadata, whose order changes from process to process: same weights, same bytes."""
+def _settle(path: Path, head: Mapping[str, str]) -> None:
+    """Add to a safetensors file's metadata and sort them: their order changes from process to process. Same weights, same bytes."""
     data = path.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    header["__metadata__"] = dict(sorted({**header["__metadata__"], **head}.items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])

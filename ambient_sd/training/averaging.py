@@ -75,9 +75,23 @@ class Average:
         self.device = next(unet.parameters()).device
         whole: Any = {"model_cls": UNet2DConditionModel, "model_config": unet.config} if self.whole else {}
         self.model: Any = EMAModel(self.named.values(), foreach=foreach, **whole)
+        self._coming = False
         if checkpoint is not None:
             self.resume(checkpoint, step)
-        self.model.to("cpu" if offload else self.device)
+        else:
+            self._place()
+
+    def _place(self) -> None:
+        self.model.to("cpu" if self.offload else self.device)
+        self._coming = False
+        if self.offload and self.device.type == "cuda":
+            self.model.pin_memory()
+
+    def _arrived(self) -> None:
+        """Wait for the average if it is on its way to the CPU: whoever reads it there must call this first."""
+        if self._coming:
+            torch.cuda.synchronize(self.device)
+            self._coming = False
 
     def resume(self, checkpoint: Path, step: int) -> None:
         """Take the average of a checkpoint.
@@ -97,18 +111,20 @@ class Average:
             raise UserError(f"{path} averages {settings['optimization_step']} steps", rule=f"its checkpoint has {step}",
                             remedy="resume from another checkpoint")  # fmt: skip
         self.model.load_state_dict({**settings, "shadow_params": shadow})
-        self.model.to("cpu" if self.offload else self.device)
+        self._place()
 
     def update(self) -> None:
         """Take in the weights after an optimizer step."""
-        if self.offload:
-            self.model.to(self.device)
+        if self.offload:  # to the GPU and back without a wait: torch copies back into pinned memory
+            self.model.to(self.device, non_blocking=True)
         self.model.step(self.named.values())
         if self.offload:
-            self.model.to("cpu")
+            self.model.to("cpu", non_blocking=True)
+            self._coming = self.device.type == "cuda"
 
     def save(self, checkpoint: Path) -> None:
         """Write `checkpoint/unet_ema/`, or of a LoRA `checkpoint/lora_ema.safetensors`."""
+        self._arrived()
         if not self.whole:
             settings = {name: self.model.state_dict()[name] for name in _SETTINGS}
             tensors = dict(zip(self.named, (p.detach().cpu() for p in self.model.shadow_params), strict=True))

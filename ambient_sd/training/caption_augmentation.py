@@ -32,6 +32,7 @@ import torch
 from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import SampleStream
 from ambient_sd.training.config import TrainConfig
+from ambient_sd.utils.devices import send
 from ambient_sd.utils.errors import UserError
 
 LIVE = ("rc", "rt", "cwr")  # their texts cannot all be known beforehand
@@ -104,7 +105,7 @@ class CaptionAugmentation:
         """Return the embeddings of a batch with gn's noise on them; of another kind `found` itself.
 
         Args:
-            found: what a `CaptionEncoder` returns for `captions`: (B, ...) each, on the CPU.
+            found: what a `CaptionEncoder` returns for `captions`: (B, ...) each.
             captions: of the B samples; an empty one gets no noise.
             positions: their places in the run.
         """
@@ -115,7 +116,7 @@ class CaptionAugmentation:
             g = self.stream.generator("caption_mitigation", position)
             if caption and _happens(self.p, g):
                 for value in noisy.values():
-                    value[i] += self.noise_std * torch.randn(value[i].shape, generator=g)
+                    value[i] += send(self.noise_std * torch.randn(value[i].shape, generator=g), value.device)
         return noisy
 
     def _random_text(self, count: int, g: torch.Generator) -> str:

@@ -38,6 +38,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ambient_sd.guard import scores
+from ambient_sd.utils.devices import send
 from ambient_sd.utils.errors import UserError
 
 MOMENTUM = 0.8
@@ -134,10 +135,10 @@ class Dropping:
         """
         dropped = []
         if self.threshold is not None and uncond is not None:
-            factor = scores.noise_factor(self.scheduler, timesteps).to(error.device, torch.float32)
+            factor = send(scores.noise_factor(self.scheduler, timesteps).to(torch.float32), error.device)
             dropped.append(scores.guidance_norm(cond=cond, uncond=uncond) * factor >= self.threshold)
         if self.bank is not None:
-            dropped.append(error < self.bank.limit(timesteps).to(error.device, error.dtype))
+            dropped.append(error < send(self.bank.limit(timesteps).to(error.dtype), error.device))
             self._errors.append(error.detach())
             self._timesteps.append(timesteps)
         self._counts.append(torch.stack([d.sum() for d in dropped]))
@@ -168,7 +169,7 @@ class Dropping:
             return
         # (passes, 2, B). Timesteps are exact in float32.
         mine = torch.stack([
-            torch.stack([t.to(device, torch.float32), e.float()])
+            torch.stack([send(t.to(torch.float32), device), e.float()])
             for t, e in zip(self._timesteps, self._errors, strict=True)
         ])  # fmt: skip
         self._errors, self._timesteps = [], []

@@ -30,7 +30,7 @@ from ambient_sd.data.cache import SHARD_BYTES, Store, entry_id, fingerprint
 from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import SampleStream
 from ambient_sd.data.views import Samples, View, ViewRule
-from ambient_sd.families.encoders import CaptionEncoder, ImageEncoder
+from ambient_sd.families.encoders import CaptionEncoder, ImageEncoder, stacked
 from ambient_sd.training.caption_augmentation import LIVE
 from ambient_sd.training.plan import Plan
 from ambient_sd.utils.errors import UserError
@@ -105,9 +105,9 @@ class Encoder:
             torch.cuda.empty_cache()
 
     def embed(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return the embeddings of captions: `hidden` (B, L, D), of SDXL also `pooled` (B, P), float32 on the CPU.
+        """Return the embeddings of captions: `hidden` (B, L, D), of SDXL also `pooled` (B, P), float32.
 
-        They have a gradient where the text encoders are trained.
+        Those made on the way are on the device, all others on the CPU. They have a gradient where the text encoders are trained.
         """
         return self._embed(captions)
 
@@ -270,10 +270,12 @@ class CachedCaptions:
             found = self.store.read(ids)
         else:
             found = [
-                self.encoder.encode(caption) if self.store.missing([key]) else self.store.read([key])[0]
-                for caption, key in zip(captions, ids, strict=True)
+                {n: v[0] for n, v in self.encoder([c]).items()}
+                if self.store.missing([key])
+                else self.store.read([key])[0]
+                for c, key in zip(captions, ids, strict=True)
             ]
-        return {name: torch.stack([entry[name] for entry in found]) for name in found[0]}
+        return stacked(found)
 
 
 def fill_latents(

@@ -35,6 +35,7 @@ from ambient_sd.data.duplicates import shared_noise
 from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import SampleStream, keyed_seed, process_batches
 from ambient_sd.data.views import ViewRule
+from ambient_sd.families.origin import written
 from ambient_sd.objective import AmbientObjective
 from ambient_sd.training import (
     adapters,
@@ -56,6 +57,7 @@ from ambient_sd.training.encode import Encoder
 from ambient_sd.training.plan import Plan, make_accelerator, plan_run
 from ambient_sd.training.probe import Probe, add_evaluation
 from ambient_sd.training.record import LossLog, RunRecord, StepSums, describe_start
+from ambient_sd.utils.devices import send
 from ambient_sd.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -415,20 +417,20 @@ class _Trainer:
         parts = config.gradient_accumulation_steps
         for part in range(parts):
             self._pass(self.line, next(batches), sums, parts, last=part == parts - 1 and class_batches is None)
-        kept, factor = None, 1.0
+        kept: torch.Tensor | None = None
+        factor: float | torch.Tensor = 1.0
         if self.dropping is not None and config.dropped_mean == "kept":
-            # So far each gradient is that of the sum of losses over the number of all samples.
-            kept = max(float(accelerator.reduce(self.dropping.kept(), "sum")), 1.0)
+            # So far each gradient is that of the sum of losses over the number of all samples. Left on the device, in the
+            # precision of a Python number where it has it: nothing is waited for.
+            kept = accelerator.reduce(self.dropping.kept(), "sum").to(sums.sums.dtype).clamp(min=1.0)
             factor = config.train_batch_size * parts * accelerator.num_processes / kept
         if self.prior is not None and class_batches is not None:
-            for part in range(parts):  # nothing of them is dropped, so the factor below is none of theirs
-                self._pass(
-                    self.prior,
-                    next(class_batches),
-                    class_sums,
-                    parts * factor / config.prior_loss_weight,
-                    last=part == parts - 1,
-                )
+            over = (
+                parts * factor / config.prior_loss_weight
+            )  # nothing of them is dropped, so the factor is none of theirs
+            over = over.float() if isinstance(over, torch.Tensor) else over
+            for part in range(parts):
+                self._pass(self.prior, next(class_batches), class_sums, over, last=part == parts - 1)
         if accelerator.num_processes > 1:
             # Not wrapped as the U-Net is: of SDXL's first encoder the last layer has no gradient, which DDP takes for a fault.
             for parameter in self.text_trained:
@@ -459,7 +461,7 @@ class _Trainer:
             )
         return record, bands
 
-    def _pass(self, line: _Line, drawn: _Drawn, sums: StepSums, over: float, *, last: bool) -> None:
+    def _pass(self, line: _Line, drawn: _Drawn, sums: StepSums, over: float | torch.Tensor, *, last: bool) -> None:
         """Make one pass forward and back: add its mean loss divided by `over` to the gradients, which the last one of a step gathers."""
         config, accelerator, device = self.config, self.accelerator, self.accelerator.device
         batch = self._draw_batch(line, *drawn)
@@ -482,14 +484,16 @@ class _Trainer:
             uncond = self._unconditional(corrupted.x_t, batch)
         with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
             with accelerator.autocast():
-                output = self.family.predict(self.model, corrupted.x_t.to(device), batch.timesteps.to(device), inputs)
-            error = (output.float() - corrupted.target.to(device)).square().flatten(1).mean(1)
-            each = corrupted.weight.to(device) * error
+                output = self.family.predict(
+                    self.model, send(corrupted.x_t, device), send(batch.timesteps, device), inputs
+                )
+            error = (output.float() - send(corrupted.target, device)).square().flatten(1).mean(1)
+            each = send(corrupted.weight, device) * error
             if dropping is not None:
                 each = each * dropping.keep(error, output, uncond, batch.timesteps)
             accelerator.backward(each.mean() / over)
         level = line.objective.schedule.level(batch.timesteps)
-        sums.add(each, error, clean=corrupted.clean.to(device), level=level.to(device))
+        sums.add(each, error, clean=send(corrupted.clean, device), level=send(level, device))
 
     @torch.no_grad()
     def _unconditional(self, x_t: torch.Tensor, batch: TrainingBatch) -> torch.Tensor:
@@ -498,9 +502,9 @@ class _Trainer:
         inputs = self.family.inputs(self.encoder.embed([""] * len(batch.captions)), batch.time_ids, device)
         # An autocast of its own, before the other: one block keeps its casts, and these know no gradient.
         with self.accelerator.autocast():
-            output: torch.Tensor = self.model(x_t.to(device), batch.timesteps.to(device), **inputs, return_dict=False)[
-                0
-            ]
+            output: torch.Tensor = self.family.predict(
+                self.model, send(x_t, device), send(batch.timesteps, device), inputs
+            )
         return output
 
     def _save_checkpoint(self, step: int) -> None:
@@ -526,7 +530,7 @@ class _Trainer:
 
     def _write_weights(self, unet: Any, folder: Path) -> None:
         if self.config.lora:
-            adapters.save(unet, folder, self.family, self.text)
+            adapters.save(unet, folder, self.family, self.text, written(self.base, self.config.resolution))
         else:
             unet.save_pretrained(folder / "unet")
         if self.average is not None:

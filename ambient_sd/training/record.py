@@ -199,20 +199,24 @@ class StepSums:
         self.sums += torch.stack([s for value, k in pairs for s in ((value * k).sum(), k.sum())]).to(self.sums.dtype)
 
     def means(
-        self, accelerator: Accelerator, *, rate: float, kept: float | None, dropped: Mapping[str, torch.Tensor]
+        self, accelerator: Accelerator, *, rate: float, kept: torch.Tensor | None, dropped: Mapping[str, torch.Tensor]
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Return the step's record and the mean error of each band, over all processes; to be called by each of them.
 
         Args:
             accelerator: who is here.
             rate: learning rate of the step.
-            kept: what the loss is divided by in place of the number of samples, or None.
+            kept: what the loss is divided by in place of the number of samples, over all processes already, or None.
             dropped: samples that each rule dropped on this process.
         """
         mine = torch.cat([self.sums, *(count.reshape(1).to(self.sums) for count in dropped.values())])
-        total, n, clean_total, clean_n, ambient_total, ambient_n, *rest = accelerator.reduce(mine, "sum").tolist()
+        summed = accelerator.reduce(mine, "sum")
+        if kept is not None:  # the one wait of the step brings it along
+            summed = torch.cat([summed, kept.reshape(1).to(summed)])
+        total, n, clean_total, clean_n, ambient_total, ambient_n, *rest = summed.tolist()
+        over = n if kept is None else rest.pop()
         record = {
-            "loss": total / (n if kept is None else kept),
+            "loss": total / over,
             "clean_loss": clean_total / clean_n if clean_n else math.nan,
             "ambient_loss": ambient_total / ambient_n if ambient_n else math.nan,
             "lr": rate,

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from ambient_sd.data.layouts.layout import Fault
 from ambient_sd.families.base import Base
 from ambient_sd.families.lora import WEIGHTS_NAME
+from ambient_sd.families.origin import written
 from ambient_sd.training import adapters, checkpoints
 from ambient_sd.training.config import CONFIG_NAME, TrainConfig
 from ambient_sd.utils import files
@@ -152,9 +153,10 @@ def write(
     staging.mkdir()
     lost: Exception | None = None
     if config.lora:
-        adapters.save(unet, staging, base.family, text)
+        head = written(base, config.resolution)
+        adapters.save(unet, staging, base.family, text, head)
         if config.output_kohya_format:
-            adapters.save_kohya(unet, staging, base.family, text)
+            adapters.save_kohya(unet, staging, base.family, text, head)
     else:
         try:
             pipe = base.pipeline(unet)

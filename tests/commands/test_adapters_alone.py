@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from diffusers import StableDiffusionPipeline
+from hub_server import HubServer, reach
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ambient_sd.cli import main
@@ -64,6 +67,52 @@ def test_a_lora_of_ours_is_audited_by_its_file_alone(
         other["model"]["resolution"] is None
         and other["images"]["generated"]["fingerprint"] != alone["images"]["generated"]["fingerprint"]
     )
+
+
+@pytest.fixture
+def hub(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A hub with the tiny base as owner/base, and nothing of it in the cache."""
+    with HubServer() as server:
+        server.others["owner/base"] = {
+            path.relative_to(tiny_base).as_posix(): path.read_bytes() for path in tiny_base.rglob("*") if path.is_file()
+        }
+        reach(monkeypatch, server.url, tmp_path / "home")
+        yield server
+
+
+@pytest.mark.parametrize("base", ["embedded", "owner/base"])
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"])
+def test_one_file_of_ours_names_its_base(
+    base: str, name: str, hub: HubServer, tiny_images: Path, tmp_path: Path, audit: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    run(TrainConfig(base, train_data_dir=str(tiny_images), resolution=32, train_batch_size=4, max_train_steps=1, lora=True,
+                    report_to="none", output_dir=str(tmp_path / "out"), learning_rate=1e-1, output_kohya_format=True))  # fmt: skip
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    shutil.copy(tmp_path / "out" / name, empty / "my.safetensors")
+    monkeypatch.chdir(empty)
+    alone, said = audit("my.safetensors", tiny_images)
+    for line in (f"its base is {base} (ss_sd_model_name in the file's head)", "resolution: 32 (ss_resolution in"):
+        assert line in said
+    told, _ = audit(base, tiny_images, "--lora_weights", "my.safetensors", "--resolution", "32")
+    for key in ("model", "measures", "images", "copies", "finding"):
+        assert alone[key] == told[key], key
+    with safe_open("my.safetensors", "pt") as file:
+        tensors, head = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    assert str(tmp_path) not in json.dumps(head) and str(tiny_images) not in json.dumps(head)
+    # Without the head no base is found; peft's settings are those of before.
+    save_file(
+        tensors, empty / "bare.safetensors", {k: v for k, v in head.items() if not k.startswith(("ss_sd", "model"))}
+    )
+    with pytest.raises(SystemExit):
+        audit("bare.safetensors", tiny_images)
+    assert all(key.startswith("unet.") for key in json.loads(head.get("lora_adapter_metadata", "{}")))
+    if base != "embedded":
+        pipe = StableDiffusionPipeline.from_pretrained(base)
+        pipe.load_lora_weights(".", weight_name="my.safetensors")
+        layers = [m for m in pipe.unet.modules() if hasattr(m, "lora_A")]
+        assert len(layers) == len(tensors) // (3 if "kohya" in name else 2)
 
 
 def test_a_lora_of_kohya_is_audited_by_its_trigger_words(

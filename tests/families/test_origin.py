@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,8 @@ import safetensors.torch
 import torch
 
 from ambient_sd.families.base import Model, check_base
-from ambient_sd.families.origin import adapter_file, read_origin
+from ambient_sd.families.origin import adapter_file, read_origin, written
+from ambient_sd.families.sd import SD
 from ambient_sd.sampling import SamplingConfig, adapted
 from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.hub_ids import resolve_model_id
@@ -168,6 +170,30 @@ def test_stray_settings_of_a_training_are_left(tmp_path: Path) -> None:
     )
     origin = read_origin(path, "my")
     assert origin.loading == {} and origin.resolution is None and origin.base()[0] == "owner/base"
+
+
+@pytest.mark.parametrize(
+    ("width", "predicts", "kinds"),
+    [(768, "epsilon", ("sd_v1", "stable-diffusion-v1/lora")), (1024, "v_prediction", ("sd_v2_v", "stable-diffusion-v2-768-v/lora")), (32, "v_prediction", None)],
+)  # fmt: skip
+def test_our_head_is_read_back(
+    tiny_base: Path, tmp_path: Path, width: int, predicts: str, kinds: tuple[str, str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Model, "family", SD)  # no hub is asked
+    base = check_base(str(tiny_base), prediction_type=predicts)
+    known = dataclasses.replace(base, name="owner/base", network_config={"cross_attention_dim": width})
+    head = written(known, 512)
+    origin = read_origin(adapter(tmp_path, head), "my")
+    assert origin.base() == ("owner/base", f"ss_sd_model_name {HEAD}") and origin.resolution == (
+        512,
+        f"ss_resolution {HEAD}",
+    )
+    found = (head.get("ss_base_model_version"), head.get("modelspec.architecture"))
+    assert found == (kinds or (None, None))
+    # A local place is named in no way, nor is a revision that no reader would ask for: no other model stands in.
+    for other in (dataclasses.replace(known, name=str(tiny_base)), dataclasses.replace(known, revision="v2")):
+        with pytest.raises(UserError, match="names its base"):
+            read_origin(adapter(tmp_path, written(other, 512)), "my").base()
 
 
 def test_two_adapters_are_refused(tmp_path: Path) -> None:

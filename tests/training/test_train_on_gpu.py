@@ -1,0 +1,142 @@
+"""Training on a pretended GPU: nothing is on the wrong device, the losses are the CPU's, and a step waits for the GPU as rarely as it can."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from pretend_gpu import PretendGPU, pretend_gpu
+from safetensors.torch import load_file
+
+from ambient_sd.families.sd import StableDiffusion
+from ambient_sd.training import adapters, averaging
+from ambient_sd.training.config import TrainConfig
+from ambient_sd.training.loop import _Trainer, run
+from ambient_sd.training.record import RunRecord
+
+WAITS = 2  # a step: the losses, and what AGC, class images or random crops bring back beside them
+Settings = Callable[..., TrainConfig]
+
+
+@pytest.fixture(scope="module")
+def bases(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    xl = tmp_path_factory.mktemp("tiny-sdxl")
+    tiny.tiny_sdxl_pipeline().save_pretrained(xl)
+    return {"sd": str(tiny_base), "sdxl": str(xl), "embedded": "embedded"}
+
+
+def on_gpu(config: TrainConfig) -> tuple[RunRecord, list[Counter[str]], PretendGPU]:
+    """Train; return the record, the waits of every step by their place, and the GPU."""
+    waits: list[Counter[str]] = []
+    step = _Trainer._step
+    with pretend_gpu() as gpu, pytest.MonkeyPatch.context() as patch:
+
+        def counted(self: Any, *args: Any) -> Any:
+            before = gpu.places.copy()
+            record = step(self, *args)
+            waits.append(gpu.places - before)
+            return record
+
+        patch.setattr(_Trainer, "_step", counted)
+        return run(config, progress=False), waits, gpu
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "full": {"use_ema": True, "offload_ema": True, "gradient_checkpointing": True, "checkpointing_steps": 1},
+    "cache": {"latent_cache_dir": "cache", "random_flip": True, "use_ema": True, "foreach_ema": True, "snr_gamma": 5.0},
+    "lora": {"lora": True, "lora_dropout": 0.2, "caption_mitigation": "rt", "caption_mitigation_p": 0.5, "gradient_accumulation_steps": 2},
+    "dora": {"lora": True, "use_dora": True, "validation_prompts": ["a dot"], "validation_steps": 1, "num_validation_images": 1},
+    "probe": {"lora": True, "probe_steps": 2, "probe_images": 2, "keep": "best"},
+    "buckets": {"aspect_ratio_buckets": "auto", "resolution": 64, "objective": "plain", "agc": 0.5},
+    "class": {"lora": True, "with_prior_preservation": True, "class_data_dir": "class", "class_prompt": "a dot", "num_class_images": 1,
+              "objective": "plain", "memorization_threshold": 50.0, "dropped_mean": "kept"},
+    "sdxl": {"base": "sdxl", "lora": True, "train_text_encoder": True, "caption_mitigation": "gn", "caption_mitigation_p": 1.0},
+    "embedded": {"base": "embedded", "resolution": 64, "max_train_steps": 1},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def make(bases: dict[str, str], tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    root = tmp_path_factory.mktemp("runs")
+
+    def settings(name: str, *, base: str = "sd", **values: Any) -> TrainConfig:
+        for folder in ("latent_cache_dir", "class_data_dir"):
+            if folder in values:
+                values[folder] = str(root / values[folder] / name)
+        defaults: dict[str, Any] = {
+            "pretrained_model_name_or_path": bases[base], "train_data_dir": str(tiny_images), "resolution": 32, "train_batch_size": 2,
+            "max_train_steps": 2, "report_to": "none", "output_dir": str(root / name), "learning_rate": 1e-3,
+        }  # fmt: skip
+        return TrainConfig(**{**defaults, **values})
+
+    return settings
+
+
+@pytest.fixture(scope="module")
+def on_cpu(make: Settings) -> Callable[[str], RunRecord]:
+    return functools.cache(lambda name: run(make(f"{name}-cpu", **RUNS[name]), progress=False))
+
+
+def weights(record: RunRecord) -> dict[str, torch.Tensor]:
+    lora = Path(record.output) / adapters.WEIGHTS_NAME
+    return load_file(lora if lora.exists() else Path(record.output) / "unet/diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_training_gives_the_losses_of_the_cpu(make: Settings, on_cpu: Callable[[str], RunRecord], name: str) -> None:
+    record, waits, _ = on_gpu(make(name, **RUNS[name]))
+    assert max(sum(step.values()) for step in waits) <= WAITS, waits[-1]
+    assert record.losses == pytest.approx(on_cpu(name).losses, rel=1e-5)
+    ours, theirs = weights(record), weights(on_cpu(name))
+    assert max(float((ours[k] - theirs[k]).abs().max()) for k in theirs) < 1e-6
+
+
+@pytest.mark.parametrize(("name", "precision"), [("full", "fp16"), ("buckets", "bf16"), ("sdxl", "bf16")])
+def test_mixed_precision_trains_near_the_cpus_losses(
+    make: Settings, on_cpu: Callable[[str], RunRecord], name: str, precision: str
+) -> None:
+    record, waits, _ = on_gpu(make(f"{name}-{precision}", mixed_precision=precision, **RUNS[name]))
+    assert max(sum(step.values()) for step in waits) <= WAITS, waits[-1]
+    assert record.losses == pytest.approx(on_cpu(name).losses, rel=5e-2)
+    assert record.losses != on_cpu(name).losses, "negative control: nothing was computed in half precision"
+
+
+def test_a_resumed_run_gives_the_straight_ones_losses(make: Settings) -> None:
+    straight, _, _ = on_gpu(make("resumed", **RUNS["full"]))
+    (Path(straight.output) / "checkpoint-2").rename(Path(straight.output) / "gone")
+    resumed, waits, _ = on_gpu(make("resumed", resume_from_checkpoint="latest", **RUNS["full"]))
+    assert resumed.first_step == 1 and len(waits) == 1
+    assert resumed.losses == straight.losses
+
+
+def test_a_tensor_left_behind_is_found(make: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StableDiffusion, "inputs", lambda _, found, *__: {"encoder_hidden_states": found["hidden"]})
+    with pytest.raises(RuntimeError, match="same device"):
+        on_gpu(make("left"))
+
+
+def test_training_leaves_the_gpus_generator(make: Settings) -> None:
+    _, _, gpu = on_gpu(make("seeded", lora=True, max_train_steps=1))
+    assert torch.equal(gpu.generator.get_state(), PretendGPU().generator.get_state())
+    with pretend_gpu() as gpu:
+        torch.manual_seed(1)
+    assert not torch.equal(gpu.generator.get_state(), PretendGPU().generator.get_state()), "negative control"
+
+
+def test_an_offloaded_average_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pretend_gpu() as gpu:
+        average = averaging.Average(tiny.tiny_pipeline().unet.to("cuda"), offload=True)
+        gpu.waits.clear()
+        average.update()
+        assert not gpu.waits, "neither way is waited for"
+        average.save(tmp_path)
+        average.update()
+        monkeypatch.setattr(averaging.Average, "_arrived", lambda _: None)
+        with pytest.raises(RuntimeError, match="before its copy from the GPU was waited for"):
+            average.save(tmp_path)
