@@ -75,7 +75,9 @@ def check() -> None:
             command = [sys.executable, __file__, "measure", str(folder), json.dumps(options)]
             measured = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
             if number:
-                found = predict(config_of(folder, **options), base, (SMALL[4],) * 2, on_cpu=not torch.cuda.is_available())
+                found = predict(
+                    config_of(folder, **options), base, (SMALL[4],) * 2, on_cpu=not torch.cuda.is_available()
+                )
                 predicted = found.peak / 2**20
                 print(f"| {name} | {predicted:.0f} | {measured:.0f} | {measured / predicted:.2f} |", flush=True)
 
@@ -116,7 +118,11 @@ def _write(folder: Path, pipeline: str, unet: Any, vae: Any, *texts: Any) -> Pat
 
     index: dict[str, Any] = {"_class_name": pipeline, "scheduler": ["diffusers", "DDIMScheduler"]}
     shutil.copytree(BASE / "scheduler", folder / "scheduler")
-    parts = {"unet": unet, "vae": vae, **{f"text_encoder{'' if i == 0 else f'_{i + 1}'}": text for i, text in enumerate(texts)}}
+    parts = {
+        "unet": unet,
+        "vae": vae,
+        **{f"text_encoder{'' if i == 0 else f'_{i + 1}'}": text for i, text in enumerate(texts)},
+    }
     for name, part in parts.items():
         if hasattr(part, "save_config"):
             part.save_config(folder / name)
@@ -141,13 +147,17 @@ def cards(batches: list[int]) -> None:
             with torch.device("meta"):
                 folder = write(Path(place))
             base = check_base(str(folder))
-            print(f"\n| {title}, bf16 | " + " | ".join(f"{side} px, batch {n}" for side in sides for n in batches) + " |")
+            print(
+                f"\n| {title}, bf16 | " + " | ".join(f"{side} px, batch {n}" for side in sides for n in batches) + " |"
+            )
             print("|---" * (1 + len(sides) * len(batches)) + "|")
             for name, options in METHODS.items():
                 cells = []
                 for side in sides:
                     for n in batches:
-                        config = TrainConfig(str(folder), train_data_dir="images", resolution=side, train_batch_size=n, **options)
+                        config = TrainConfig(
+                            str(folder), train_data_dir="images", resolution=side, train_batch_size=n, **options
+                        )
                         gib = predict(config, base, (side, side), precision="bf16").peak / 2**30
                         card = next((f"{size} GB" for size in _CARDS if gib + _ROOM <= size), "none")
                         cells.append(f"{gib:.1f} ({card})")

@@ -54,7 +54,11 @@ def test_chain_of_layers_in_closed_form() -> None:
     # At the highest: inputs of the layers behind the first, output and its gradient, and at the last layer the gradient of its
     # weights with that of its input.
     most = footprint._peak(step, [chain]) - weights
-    assert (layers - 1 + 2 + 1) * activation + width * width * 4 <= most <= (layers + 3) * activation + 3 * width * width * 4
+    assert (
+        (layers - 1 + 2 + 1) * activation + width * width * 4
+        <= most
+        <= (layers + 3) * activation + 3 * width * width * 4
+    )
 
 
 @pytest.mark.parametrize("values", [{}, {"gradient_checkpointing": True}, {"lora": True, "rank": 4}])
