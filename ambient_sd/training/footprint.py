@@ -15,9 +15,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,7 +30,10 @@ from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.validation import images_at_once
 
 _BLOCK = 512  # bytes that CUDA's caching allocator rounds up to
-_QUANTIZED_BLOCK, _SMALLEST_QUANTIZED = 256, 4096  # of bitsandbytes: values that share a scale; smaller tensors stay float32
+_QUANTIZED_BLOCK, _SMALLEST_QUANTIZED = (
+    256,
+    4096,
+)  # of bitsandbytes: values that share a scale; smaller tensors stay float32
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -108,6 +113,23 @@ class _Alive(TorchDispatchMode):
         return out
 
 
+def _norms_in_float32(network: torch.nn.Module) -> None:
+    """Let norms compute in float32 under autocast, as CUDA's has it and the CPU's has not: what follows them is kept in float32 too."""
+    for norm in network.modules():
+        if isinstance(norm, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            norm.forward = partial(_in_float32, norm)  # type: ignore[method-assign]
+
+
+def _in_float32(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    if not torch.is_autocast_enabled("cpu"):
+        return type(norm).forward(norm, x)
+    weight, bias = (None if p is None else p.float() for p in (norm.weight, norm.bias))
+    with torch.autocast("cpu", enabled=False):
+        if isinstance(norm, torch.nn.GroupNorm):
+            return F.group_norm(x.float(), norm.num_groups, weight, bias, norm.eps)
+        return F.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps)
+
+
 def predict(
     config: TrainConfig, base: Base, size: tuple[int, int], *, precision: str | None = None, on_cpu: bool = False
 ) -> Footprint:
@@ -133,6 +155,8 @@ def predict(
     outlines = _outlines(config, base, None if on_cpu else dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         act = _Act(config, base, {part: _fake(outline) for part, outline in outlines.items()} | tokenizers, size, dtype)
+        if not on_cpu:
+            _norms_in_float32(act.network)
         encoding = _peak(act.encode, [act.vae, *act.encoders.values()])
         network, trained = [act.network, *act.text.values()], act.trained
         weights, gradients = _bytes(act.parameters), _bytes(trained)
@@ -153,7 +177,12 @@ class _Act:
     """Hold the parts of a training as fake tensors, and act its phases out."""
 
     def __init__(
-        self, config: TrainConfig, base: Base, parts: Mapping[str, Any], size: tuple[int, int], dtype: torch.dtype | None
+        self,
+        config: TrainConfig,
+        base: Base,
+        parts: Mapping[str, Any],
+        size: tuple[int, int],
+        dtype: torch.dtype | None,
     ) -> None:
         self.config, self.family, self.dtype = config, base.family, dtype
         self.network, self.vae = parts[self.family.network], parts["vae"]
@@ -205,7 +234,9 @@ class _Act:
     def _predict(self, count: int, embedded: Mapping[str, torch.Tensor]) -> torch.Tensor:
         inputs = self.family.inputs(embedded, torch.zeros(count, 6) if self.family.takes_sizes else None, "cpu")
         with torch.autocast("cpu", self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-            return self.family.predict(self.network, torch.empty(count, *self.latent), torch.zeros(count, dtype=torch.long), inputs)
+            return self.family.predict(
+                self.network, torch.empty(count, *self.latent), torch.zeros(count, dtype=torch.long), inputs
+            )
 
 
 def _outlines(config: TrainConfig, base: Base, dtype: torch.dtype | None) -> dict[str, Any]:

@@ -148,12 +148,23 @@ def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     state: dict[int, dict[str, Any]] = {}
     for i, slots in packed["state"].items():
         state[i] = {}  # not `slots`, which the optimizer still needs
-        for name, value in slots.items():
+        for name, value in _flat(slots).items():
             # Every process takes part, one tensor at a time; all but the first drop what they got.
             whole = value.full_tensor() if isinstance(value, DTensor) else value
             if not isinstance(value, DTensor) or torch.distributed.get_rank() == 0:
                 state[i][name] = whole.cpu()
     return {**packed, "state": state}
+
+
+def _flat(slots: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the state of one weight as tensors by name: bitsandbytes nests its own, shares tables and counts steps in a Python number."""
+    found: dict[str, torch.Tensor] = {}
+    for name, value in slots.items():
+        if isinstance(value, Mapping):
+            found |= {inner: tensor.clone() for inner, tensor in _flat(value).items()}
+        else:
+            found[name] = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+    return found
 
 
 def cut(slots: Mapping[int, Mapping[str, torch.Tensor]], optimizer: torch.optim.Optimizer) -> dict[int, Any]:
