@@ -266,11 +266,20 @@ def attach(
     return _install(unet, p=dropout, seed=seed, part=part) if dropout else []
 
 
+class _Never:
+    """Stand for a share of updates that are skipped in training: none.
+
+    peft asks whether a draw of the global generator is above it. Above 0.0 it is not once in 2^24 times, and fake tensors cannot say.
+    """
+
+    def __lt__(self, draw: object) -> bool:
+        return True
+
+
 def _settle_factors(unet: Any, start: Mapping[str, lora.Layer]) -> None:
     """Make the layers of LoHa or LoKr what LyCORIS's readers take them for, in the shapes of what is started from."""
     for path, module in [(n, m) for n, m in unet.named_modules() if "default" in getattr(m, "module_dropout", {})]:
-        # peft compares a draw of the global generator with it: at 0 the update is skipped once in 2^24 times.
-        module.module_dropout["default"] = -1.0
+        module.module_dropout["default"] = _Never()
         if path in start:
             own, module.alpha["default"] = start[path].said or (None, 1.0)
             module.r["default"], module.scaling["default"] = own or 1, start[path].scale

@@ -252,7 +252,8 @@ def _outlines(config: TrainConfig, base: Base, dtype: torch.dtype | None) -> dic
         if config.lora and (network or text):
             targets = config.lora_target_modules or () if network else adapters.TEXT_TARGETS
             adapters.attach(
-                module, part=part, rank=config.rank or 4, alpha=config.lora_alpha or 4.0, targets=targets, seed=0, dora=config.use_dora
+                module, part=part, rank=config.rank or 4, alpha=config.lora_alpha or 4.0, targets=targets, seed=0, dora=config.use_dora,
+                kind=config.lora_kind,
             )  # fmt: skip
     return found
 

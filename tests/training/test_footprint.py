@@ -61,7 +61,15 @@ def test_chain_of_layers_in_closed_form() -> None:
     )
 
 
-@pytest.mark.parametrize("values", [{}, {"gradient_checkpointing": True}, {"lora": True, "rank": 4}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"gradient_checkpointing": True},
+        {"lora": True, "rank": 4},
+        *({"lora": True, "lora_kind": k, "rank": 1} for k in ("loha", "lokr")),
+    ],
+)
 def test_fake_step_counts_as_a_real_one(
     values: dict[str, Any], settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
