@@ -87,6 +87,7 @@ from ambient_sd.sampling import (
     image_seed,
     label,
     load_pipeline,
+    own_device,
     processes,
     read_prompts,
     say,
@@ -432,7 +433,7 @@ def _prompt_source(settings: AuditSettings, training: ImageDataset) -> str:
 
 def _device(settings: AuditSettings) -> str:
     given = settings.sampling.device if settings.sampling is not None else None
-    return given or ("cuda" if torch.cuda.is_available() else "cpu")
+    return given or own_device()
 
 
 def read_generated(folder: Path, unlisted: str = "refuse") -> Generated:
