@@ -196,7 +196,7 @@ class Model:
         wanted = [part for part in self._weighted if part not in but]
         if self.file is not None:
             for part in wanted:
-                self.file.check(part, self._skeleton(part, *self.family.parts[part]), self.family.single_file_texts)
+                self.file.check(part, self.outline(part), self.family.single_file_texts)
         elif os.path.isdir(self.name):
             found = {part: self._variants(part) for part in wanted}
             if self.variant is not None and not any(self.variant in one for one in found.values()):
@@ -213,18 +213,26 @@ class Model:
         for part in self.family.lora_prefixes:
             match self.index.get(part):
                 case ["diffusers" | "transformers" as library, str(kind)]:
-                    found[part] = self._skeleton(part, library, kind)
+                    found[part] = self.outline(part, library, kind)
         return found
 
-    def _skeleton(self, part: str, library: str, kind: str) -> torch.nn.Module:
-        settings = self.read(f"{part}/config.json")
+    def outline(self, part: str, library: str | None = None, kind: str | None = None) -> torch.nn.Module:
+        """Build one part without weights, such as vae; of its family's class, or of another.
+
+        Raises:
+            UserError: its configuration is missing or damaged.
+        """
+        settings = self._settings(part)
         try:
             with torch.device("meta"):
-                return _built(_class(library, kind), settings)
+                return _built(_class(library, kind) if library and kind else _class(*self.family.parts[part]), settings)
         except Exception as error:  # whatever a damaged configuration leads to
             raise UserError(f"{part} of {self.name!r} cannot be built from its configuration",
                             rule=one_line(f"{type(error).__name__}: {error}", 240),
                             remedy="give a whole Stable Diffusion folder or hub id") from None  # fmt: skip
+
+    def _settings(self, part: str) -> dict[str, Any]:
+        return self.read(f"{part}/config.json")
 
     def load(self, part: str, dtype: torch.dtype = torch.float32) -> Any:
         """Load one part, such as unet, vae, text_encoder or tokenizer.
@@ -304,6 +312,9 @@ class Base(Model):
     def schedule(self) -> NoiseSchedule:
         """Return the noise schedule that the base was trained on."""
         return NoiseSchedule.from_scheduler(self.scheduler)
+
+    def _settings(self, part: str) -> dict[str, Any]:
+        return super()._settings(part) if part != "vae" or self.vae_name is None else self.vae_config
 
     def load(self, part: str, dtype: torch.dtype = torch.float32) -> Any:
         """Load one part; the VAE is the run's, perhaps another than the pipeline's."""

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 
 from ambient_sd.schedule import NoiseSchedule
+from ambient_sd.utils.devices import send
 from ambient_sd.utils.errors import UserError
 
 Space = Literal["noise", "output"]
@@ -135,7 +136,7 @@ class StepFactor:
         if self._levels is None:
             return torch.ones(timesteps.shape, device=timesteps.device)
         wide = torch.float32 if timesteps.device.type == "mps" else torch.float64
-        self._levels = self._levels.to(timesteps.device, wide)  # once: afterwards it is there
+        self._levels = send(self._levels.to(wide), timesteps.device)  # once: afterwards it is there
         last = len(self._levels) - 1
         t = timesteps.to(wide).clamp(0, last)
         below, part = t.floor(), t - t.floor()

@@ -31,7 +31,7 @@ from ambient_sd.audit.record import AuditRecord
 from ambient_sd.guard.calibration import FILE_NAME as THRESHOLD_NAME
 from ambient_sd.guard.calibration import Calibration
 from ambient_sd.reporting.report import show
-from ambient_sd.training.config import TrainConfig
+from ambient_sd.training.config import LORA_KINDS, TrainConfig
 from ambient_sd.training.record import CURVE_NAME
 from ambient_sd.training.validation import read_scores
 from ambient_sd.utils.errors import UserError, one_line
@@ -170,7 +170,12 @@ class Facts:
                 to(self.lora[name])
             if not all(
                 isinstance(self.lora.get(n), t)
-                for n, t in {"start": str | None, "init": str | None, "min_rank": int | None}.items()
+                for n, t in {
+                    "start": str | None,
+                    "init": str | None,
+                    "kind": str | None,
+                    "min_rank": int | None,
+                }.items()
             ):
                 raise TypeError("lora")
         if self.licence != _clean_licence(self.licence, None):
@@ -230,7 +235,7 @@ def describe_run(
         if not config.lora
         else {"rank": config.rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout, "dora": config.use_dora, "min_rank": config.lora_min_rank,
               "targets": list(config.lora_target_modules or ()), "start": _public(config.lora_weights, "another adapter"),
-              "init": config.lora_init, "rslora": config.use_rslora, "text": config.train_text_encoder},
+              "init": config.lora_init, "kind": LORA_KINDS[config.lora_kind or "lora"], "rslora": config.use_rslora, "text": config.train_text_encoder},
         averaged=config.use_ema,
         fresh_copies=config.fresh_copies,
         level_proposed=level_proposed,

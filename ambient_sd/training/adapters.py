@@ -1,9 +1,10 @@
-"""LoRA and DoRA on the U-Net, and text encoders, through peft: attach, save, load; a LoRA also in kohya's format.
+"""LoRA, DoRA, LoHa and LoKr on the U-Net, and text encoders, through peft: attach, save, load; also in the format of kohya and LyCORIS.
 
     W' = W + (alpha / rank) B A          A gaussian, B zero: training starts at the base model
 
 The saved file holds rank, alpha and target modules as metadata; without them a reader must guess alpha = rank and the
-update comes back at the wrong scale. Merging is not done here.
+update comes back at the wrong scale. LoHa and LoKr are saved twice: as the LoRA that they are exactly, which stock diffusers reads, and
+as their factors in LyCORIS's names, from which a run resumes. Merging is not done here.
 """
 
 from __future__ import annotations
@@ -12,25 +13,25 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import _find_minimal_target_modules
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from ambient_sd.data.stream import keyed_seed
-from ambient_sd.families import lora, rank_schedule
+from ambient_sd.families import lora, lycoris, rank_schedule
 from ambient_sd.families.base import Base
 from ambient_sd.families.family import Family
 from ambient_sd.families.lora import WEIGHTS_NAME, Adapter
 from ambient_sd.families.rank_schedule import RankSchedule
-from ambient_sd.training.config import DEFAULT_TARGETS, MOVED_BASE, TrainConfig
+from ambient_sd.training.config import DEFAULT_TARGETS, LYCORIS, MOVED_BASE, TrainConfig
 from ambient_sd.utils.errors import UserError, one_line
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # as in diffusers' scripts
@@ -158,11 +159,17 @@ def settle(config: TrainConfig, start: Adapter, network: torch.nn.Module) -> Tra
             f"lora_weights {start.file.label} changes no layer of the {start.network}",
             remedy="give an adapter that does",
         )
+    if len(kinds := sorted({layer.kind for layer in start.layers})) > 1:
+        raise UserError(f"lora_weights {start.file.label} holds {' and '.join(kinds)}", rule="one kind of adapter is trained",
+                        remedy="give an adapter of one kind")  # fmt: skip
     known = lora.peft_settings(mine, start.rslora[start.network])
+    if ranked := [layer.said for layer in mine if layer.said and layer.said[0]]:
+        known["r"], known["lora_alpha"] = (Counter(of).most_common(1)[0][0] for of in zip(*ranked, strict=True))
     paths, names = set(known["target_modules"]), [name for name, _ in network.named_modules()]
     # Endings, as a person would give them, in place of a path for each layer.
     ends = sorted(_find_minimal_target_modules(paths, set(names) - paths))
-    found = {"lora_min_rank": None if start.schedule is None else start.schedule.min_rank, "rank": known["r"], "lora_alpha": float(known["lora_alpha"]), "use_dora": known["use_dora"],
+    found = {"lora_kind": kinds[0].lower(), "rank": known["r"], "lora_min_rank": None if start.schedule is None else start.schedule.min_rank,
+             "lora_alpha": float(known["lora_alpha"]), "use_dora": known["use_dora"],
              "lora_target_modules": ends if set(ends) != set(DEFAULT_TARGETS) else list(DEFAULT_TARGETS)}  # fmt: skip
     for name, value in found.items():
         given = getattr(config, name)
@@ -178,7 +185,7 @@ def settle(config: TrainConfig, start: Adapter, network: torch.nn.Module) -> Tra
 def attach(
     unet: Any, *, rank: int, alpha: float, targets: Sequence[str], seed: int, dropout: float = 0.0, dora: bool = False,
     part: str = "unet", start: Adapter | None = None, init: str | None = None, rslora: bool = False, checkpoint: Path | None = None,
-    schedule: RankSchedule | None = None,
+    kind: str | None = None, schedule: RankSchedule | None = None,
 ) -> list[AddressedDropout]:  # fmt: skip
     """Add a LoRA in float32 to a U-Net or text encoder whose own weights are frozen from here on.
 
@@ -194,7 +201,7 @@ def attach(
         rslora: the update is scaled by alpha / sqrt(r).
         checkpoint: folder that `save` wrote to, to be given to `load` afterwards; says with what `init` began.
         start: adapter to begin from, bit for bit; its layers, ranks and alphas then stand in place of those above.
-
+        kind: lora, loha or lokr; None: lora.
         schedule: how the rank depends on the timestep; of a start that has a schedule, its own.
 
     Raises:
@@ -223,7 +230,12 @@ def attach(
         shape = lora.peft_settings(layers, start.rslora[part])
     moved = init in MOVED_BASE
     begins: Any = True if init == "kaiming" or (moved and checkpoint is not None) else init or "gaussian"
-    settings = LoraConfig(**shape, init_lora_weights=begins, lora_dropout=dropout)
+    settings: Any
+    if kind in LYCORIS:
+        paths, more = shape["target_modules"], {"init_weights": "lycoris"} if kind == "lokr" else {}
+        settings = {"loha": LoHaConfig, "lokr": LoKrConfig}[kind](r=rank, alpha=alpha, target_modules=paths, **more)  # type: ignore[arg-type]
+    else:
+        settings = LoraConfig(**shape, init_lora_weights=begins, lora_dropout=dropout)
     whole = {name: m.weight.clone() for name, m in unet.named_modules() if moved and _named(name, targets)}
     # peft draws from the global generator: borrow it with our seed, and give it back as it was.
     with torch.random.fork_rng(devices=[]):
@@ -236,21 +248,63 @@ def attach(
         for module in unet.modules():
             if isinstance(getattr(module, "dropout", None), float):
                 module.dropout = 0.0  # of attention: its masks would come from the global generator
+    if kind in LYCORIS:
+        _settle_factors(unet, {layer.path: layer for layer in layers})
     # Trained weights in half precision lose small updates, and the fp16 scaler refuses them.
     cast_training_params(unet, dtype=torch.float32)
     if moved:
         _move(
             unet,
             whole,
-            None if checkpoint is None else {n: b for n, (_, b) in _halves(_read(checkpoint, part, unet)).items()},
+            None
+            if checkpoint is None
+            else {n: b for n, (_, b) in _halves(_of_part(_tensors(checkpoint / WEIGHTS_NAME), part, unet)).items()},
         )
     if start is not None and layers:
-        state = {f"{layer.path}.{key}": value for layer in layers for key, value in layer.tensors()}
+        state = {
+            f"{layer.path}.{key}": value for layer in layers for key, value in (layer.native.items() or layer.tensors())
+        }
         if wrong := _fill(unet, state):
             raise UserError(f"lora_weights {start.file.label} did not reach the {part} whole", rule=wrong[0])
     if (schedule := (start and start.schedule) or schedule) is not None and part == "unet":
         rank_schedule.install(unet, "default", schedule)
     return _install(unet, p=dropout, seed=seed, part=part) if dropout else []
+
+
+class _Never:
+    """Stand for a share of updates that are skipped in training: none.
+
+    peft asks whether a draw of the global generator is above it. Above 0.0 it is not once in 2^24 times, and fake tensors cannot say.
+    """
+
+    def __lt__(self, draw: object) -> bool:
+        return True
+
+
+def _settle_factors(unet: Any, start: Mapping[str, lora.Layer]) -> None:
+    """Make the layers of LoHa or LoKr what LyCORIS's readers take them for, in the shapes of what is started from."""
+    for path, module in [(n, m) for n, m in unet.named_modules() if "default" in getattr(m, "module_dropout", {})]:
+        module.module_dropout["default"] = _Never()
+        if path in start:
+            own, module.alpha["default"] = start[path].said or (None, 1.0)
+            module.r["default"], module.scaling["default"] = own or 1, start[path].scale
+            device, native = module.get_base_layer().weight.device, start[path].native
+            for name in module.adapter_layer_names:
+                held = {"default": native[name].to(device, copy=True)} if name in native else {}
+                setattr(module, name, torch.nn.ParameterDict(held))
+        elif not any("default" in getattr(module, name) for name in module.adapter_layer_names if name.endswith("_b")):
+            # Two whole halves are taken as they are by every reader but peft.
+            module.r["default"], module.alpha["default"], module.scaling["default"] = 1, 1.0, 1.0
+
+
+def _factors(unet: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the tensors of LoHa or LoKr by layer and name; none of a LoRA."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in get_peft_model_state_dict(unet).items():
+        path, _, last = name.rpartition(".")
+        if last in lycoris.NAMES:
+            found.setdefault(path, {})[last] = value.detach().cpu().contiguous()
+    return found
 
 
 def _install(unet: Any, *, p: float, seed: int, part: str) -> list[AddressedDropout]:
@@ -295,6 +349,8 @@ def plain(unet: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
         s (B A - B0 A0) = s [B, -B0] [A; A0]          what began at B0 A0 has twice the rank in the file
 
+    LoHa and LoKr are of a higher rank in it (`ambient_sd.families.lycoris`).
+
     Returns:
         Its tensors by peft's names, and peft's settings as plain JSON, with the alpha of every layer that has one of its own.
 
@@ -306,6 +362,15 @@ def plain(unet: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         8.0
     """
     config, state = unet.peft_config["default"], get_peft_model_state_dict(unet)
+    if factors := _factors(unet):
+        layers = []
+        for path, tensors in factors.items():
+            module = unet.get_submodule(path)
+            kind, down, up = lycoris.as_lora(tensors, module.get_base_layer().weight.shape)
+            s = module.scaling["default"]
+            layers.append(lora.Layer("", path, down, up, None, None, s * len(down), s, kind))
+        config = LoraConfig(**lora.peft_settings(layers, rslora=False))
+        state = {f"{layer.path}.{key}": value for layer in layers for key, value in layer.tensors()}
     # peft keeps sets, which JSON has not. The file may be published without the base's path on this machine. And diffusers leaves the
     # dropout of a loaded LoRA on while it samples: no two images of a seed would be equal.
     settings = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
@@ -333,6 +398,8 @@ def save(
 ) -> None:
     """Write the LoRA, with those of text encoders, its metadata and `head` to `folder/pytorch_lora_weights.safetensors`.
 
+    Of LoHa and LoKr that is the LoRA that they are; `save_kohya`'s file beside it holds their factors.
+
     Example:
         >>> import tempfile
         >>> from ambient_sd.assets import BASE
@@ -352,6 +419,8 @@ def save(
         parts[part] = {_clip_name(name): value for name, value in layers.items()}, settings
     family.save_lora(folder, parts)
     _settle(folder / WEIGHTS_NAME, {**head, **rank_schedule.head(unet, "default")})
+    if _factors(unet):
+        save_kohya(unet, folder, family, text, head)
 
 
 def save_kohya(
@@ -372,27 +441,43 @@ def save_kohya(
         >>> [path.name for path in folder.iterdir()]
         ['pytorch_lora_weights_kohya.safetensors']
     """
-    state, theirs = {}, family.kohya_names(unet)
-    parts = {part: plain(module) for part, module in {family.network: unet, **text}.items()}
-    for part, (tensors, found) in parts.items():
+    state: dict[str, torch.Tensor] = {}
+    config, module, more = unet.peft_config["default"], "networks.lora", dict[str, str]()
+    found = {"r": config.r, "lora_alpha": getattr(config, "alpha", None)}
+    for part, network in {family.network: unet, **text}.items():
+        if factors := _factors(network):
+            module, more = "lycoris.kohya", {"ss_network_args": json.dumps({"algo": config.peft_type.value.lower()})}
+            for path, key in _kohya_keys(network, part, family, factors).items():
+                state |= {f"{key}.{name}": value for name, value in factors[path].items()}
+                state[f"{key}.alpha"] = torch.tensor(float(network.get_submodule(path).alpha["default"]))
+            continue
+        tensors, settings = plain(network)
+        keys = _kohya_keys(network, part, family, [name.split(".lora_", 1)[0] for name in tensors])
         for name, value in tensors.items():
             path, rest = name.split(".lora_", 1)
-            named = theirs.get(path, path) if part == family.network else _clip_name(path)
-            key = family.kohya_prefix(part) + named.replace(".", "_")
-            state[f"{key}.lora_{'down' if rest == 'A.weight' else 'up'}.weight"] = value.detach().cpu().contiguous()
-            # diffusers' own converter writes the rank as every layer's alpha.
-            state[f"{key}.alpha"] = torch.tensor(
-                float(found["alpha_pattern"].get(f"^{re.escape(path)}", found["lora_alpha"]))
+            state[f"{keys[path]}.lora_{'down' if rest == 'A.weight' else 'up'}.weight"] = (
+                value.detach().cpu().contiguous()
             )
-    settings = parts[family.network][1]
+            # diffusers' own converter writes the rank as every layer's alpha.
+            alpha = settings["alpha_pattern"].get(f"^{re.escape(path)}", settings["lora_alpha"])
+            state[f"{keys[path]}.alpha"] = torch.tensor(float(alpha))
+        found = settings if part == family.network else found
     metadata = {
         "format": "pt",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(settings["r"]),
-        "ss_network_alpha": str(float(settings["lora_alpha"])),
+        "ss_network_module": module,
+        "ss_network_dim": str(found["r"]),
+        "ss_network_alpha": str(float(found["lora_alpha"])),
+        **more,
     }
     save_file(state, folder / KOHYA_NAME, metadata=metadata)
     _settle(folder / KOHYA_NAME, {**head, **rank_schedule.head(unet, "default")})
+
+
+def _kohya_keys(network: Any, part: str, family: Family, paths: Iterable[str]) -> dict[str, str]:
+    """Return what layers of a part are called in kohya's files, by path."""
+    theirs = family.kohya_names(network) if part == family.network else {}
+    named = {path: theirs.get(path, path) if part == family.network else _clip_name(path) for path in paths}
+    return {path: family.kohya_prefix(part) + name.replace(".", "_") for path, name in named.items()}
 
 
 def _clip_name(name: str) -> str:
@@ -411,7 +496,7 @@ def _settle(path: Path, head: Mapping[str, str]) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
 
 
-def load(unet: Any, folder: Path, text: Mapping[str, Any] = _NONE) -> None:
+def load(unet: Any, folder: Path, family: Family, text: Mapping[str, Any] = _NONE) -> None:
     """Read weights that `save` wrote into a U-Net, and text encoders, with the same adapter attached.
 
     Raises:
@@ -425,13 +510,23 @@ def load(unet: Any, folder: Path, text: Mapping[str, Any] = _NONE) -> None:
         >>> unet, folder = tiny_pipeline().unet, Path(tempfile.mkdtemp())
         >>> modules = attach(unet, rank=4, alpha=4.0, targets=["to_q"], seed=0)
         >>> save(unet, folder, Model(str(BASE)).family)
-        >>> load(unet, folder)
+        >>> load(unet, folder, Model(str(BASE)).family)
     """
-    path = folder / WEIGHTS_NAME
-    parts = {"unet": unet, **text}
-    wrong = [name for name in _tensors(folder) if name.partition(".")[0] not in parts]
+    parts = {family.network: unet, **text}
+    factors = {part: found for part, module in parts.items() if (found := _factors(module))}
+    path = folder / (KOHYA_NAME if factors else WEIGHTS_NAME)
+    held = _tensors(path)
+    if factors:
+        keys = {
+            key: f"{part}.{path}"
+            for part, found in factors.items()
+            for path, key in _kohya_keys(parts[part], part, family, found).items()
+        }
+        split = [(name.partition("."), value) for name, value in held.items() if not name.endswith(".alpha")]
+        held = {f"{keys.get(key, key)}.{last}": value for (key, _, last), value in split}
+    wrong = [name for name in held if name.partition(".")[0] not in parts]
     for part, module in parts.items():
-        state = _read(folder, part, module)
+        state = _of_part(held, part, module)
         if (begun := getattr(module, "begun", None)) is not None:
             halves = _halves(state)
             state = {name: trained for name, (trained, _) in halves.items()}
@@ -442,15 +537,14 @@ def load(unet: Any, folder: Path, text: Mapping[str, Any] = _NONE) -> None:
                         remedy="use another checkpoint")  # fmt: skip
 
 
-def _read(folder: Path, part: str, module: Any) -> dict[str, torch.Tensor]:
+def _of_part(tensors: Mapping[str, torch.Tensor], part: str, module: Any) -> dict[str, torch.Tensor]:
     """Return the tensors of a part of a saved adapter by peft's names in the module."""
     inner = f"{part}." if part == "unet" or hasattr(module, "text_model") else f"{part}.text_model."
-    return {n.removeprefix(inner): v for n, v in _tensors(folder).items() if n.startswith(f"{part}.")}
+    return {n.removeprefix(inner).removeprefix(f"{part}."): v for n, v in tensors.items() if n.startswith(f"{part}.")}
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a saved adapter."""
-    path = folder / WEIGHTS_NAME
     try:
         return dict(load_file(path))
     except Exception as error:  # SafetensorError, OSError

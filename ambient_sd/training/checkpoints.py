@@ -351,11 +351,17 @@ def load_optimizer(checkpoint: Path, state: Mapping[str, Any], optimizer: torch.
         for name, value in load_file(path).items():
             index, _, slot = name.partition(".")
             slots.setdefault(int(index), {})[slot] = value
+        plain = {
+            i: {n: int(v) for n, v in found.items() if v.dtype == torch.int64 and not v.ndim}
+            for i, found in slots.items()
+        }
         groups = [
             {**new, "params": old["params"]}
             for new, old in zip(optimizer.state_dict()["param_groups"], state["param_groups"], strict=True)
         ]
-        optimizer.load_state_dict({"state": sharding.cut(slots, optimizer), "param_groups": groups})
+        whole = sharding.cut(slots, optimizer)
+        state_of = {i: {**found, **plain[i]} for i, found in whole.items()}  # a Python number again where it was one
+        optimizer.load_state_dict({"state": state_of, "param_groups": groups})
     except Exception as error:  # SafetensorError, OSError, ValueError, KeyError
         raise UserError(f"{path} cannot be used", rule=f"{type(error).__name__}: {error}"[:300],
                         remedy="resume from another checkpoint") from None  # fmt: skip

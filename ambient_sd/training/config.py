@@ -41,6 +41,8 @@ LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "cons
 INTERPOLATIONS = ("lanczos", "bicubic", "bilinear", "hamming", "box", "nearest")
 CAPTION_MITIGATIONS = ("mc", "gn", "rc", "rt", "cwr")
 LORA_INITS = ("gaussian", "kaiming", "orthogonal", "pissa", "olora")
+LORA_KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
+LYCORIS = ("loha", "lokr")  # kinds whose factors are multiplied elementwise, and by Kronecker's product
 MOVED_BASE = ("pissa", "olora")  # starts of an update that is not zero: the base gives what they take
 DEFAULT_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 CONFIG_NAME = "train_config.yaml"
@@ -145,6 +147,7 @@ class TrainConfig:
 
     lora: bool = option(False, "train a LoRA instead of the whole U-Net", group="LoRA")
     lora_weights: str | None = same(SamplingOptions, "lora_weights", text="LoRA on the model: folder, .safetensors file or hub id. Training continues it; rank, lora_alpha, layers and kind are its own", group="LoRA", needs="lora")
+    lora_kind: str | None = option(None, "what the update is made of (default lora): loha = two products B A multiplied elementwise, of rank up to rank^2; lokr = a small matrix and a product B A multiplied by Kronecker, the smallest file. Both are saved for diffusers as the LoRA that they are exactly, and in LyCORIS's format for ComfyUI, AUTOMATIC1111 and others", group="LoRA", choices=tuple(LORA_KINDS), needs="lora")
     rank: int | None = option(None, "rank of the update (default 4)", group="LoRA", low=1, needs="lora")
     lora_min_rank: int | None = option(None, "T-LoRA: let the rank of the U-Net's update depend on the noise level, from this at the highest to the rank at t = 0 (default: the rank everywhere). Sampling does so too in this package; other readers apply the whole rank", group="LoRA", low=1, needs="lora")
     lora_init: str | None = option(None, "how the update begins. gaussian (default, as in diffusers' scripts), kaiming, orthogonal: at zero. pissa: at the largest singular components of each weight, olora: at its QR components; both take them out of the base and are saved as a LoRA of twice the rank on the untouched base", group="LoRA", choices=LORA_INITS, needs="lora")
@@ -260,6 +263,20 @@ class TrainConfig:
         if self.lora_min_rank and not self.lora_weights and self.lora_min_rank >= (self.rank or 4):
             raise UserError(f"lora_min_rank is {self.lora_min_rank}", rule=f"it must be below the rank, {self.rank or 4}",
                             remedy="raise rank, or leave lora_min_rank out")  # fmt: skip
+        for name, rule in (
+            ("use_dora", "its row lengths are trained with a LoRA only"),
+            ("use_rslora", "readers scale these kinds by lora_alpha / rank"),
+            ("lora_min_rank", "it masks components of one product B A"),
+            ("lora_init", "these kinds begin at zero, as peft and LyCORIS have it"),
+            (
+                "lora_dropout",
+                "peft drops parts of these kinds by the global generator, and a resumed run would drop others",
+            ),
+        ):
+            if self.lora_kind in LYCORIS and getattr(self, name):
+                raise UserError(
+                    f"{name} is given with lora_kind {self.lora_kind}", rule=rule, remedy="leave one of them out"
+                )
         if self.train_text_encoder and self.use_ema:
             raise UserError("use_ema is given with train_text_encoder", rule="the average is one of the U-Net's weights",
                             remedy="leave one of them out")  # fmt: skip
@@ -271,7 +288,7 @@ class TrainConfig:
         if self.lora:
             self.lora_dropout = self.lora_dropout or 0.0
         if self.lora and self.lora_weights is None:  # else the plan takes them from the adapter
-            self.rank = self.rank or 4
+            self.lora_kind, self.rank = self.lora_kind or "lora", self.rank or 4
             self.lora_alpha = self.lora_alpha or float(self.rank)
             self.lora_target_modules = self.lora_target_modules or list(DEFAULT_TARGETS)
 

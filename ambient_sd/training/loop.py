@@ -650,7 +650,7 @@ class _Trainer:
                     self.average.resume(checkpoint, step)
                 self.average.give()
             elif earlier and self.config.lora:
-                adapters.load(unet, checkpoint, self.text)
+                adapters.load(unet, checkpoint, self.family, self.text)
             elif earlier:
                 unet.load_state_dict(_read_unet(checkpoint).state_dict())
             with results.full_disk_in_one_line("the result", self.output):
@@ -679,11 +679,11 @@ def _load_unet(
             dropouts += adapters.attach(
             module, part=part, rank=config.rank or 4, alpha=config.lora_alpha or 4.0,
             targets=config.lora_target_modules or () if own else adapters.TEXT_TARGETS, seed=config.seed, dropout=config.lora_dropout or 0.0, dora=config.use_dora, start=plan.start,
-            init=config.lora_init, rslora=config.use_rslora, checkpoint=checkpoint,
+            init=config.lora_init, rslora=config.use_rslora, checkpoint=checkpoint, kind=config.lora_kind,
             schedule=None if config.lora_min_rank is None else RankSchedule(config.lora_min_rank, base.schedule.num_train_timesteps),
         )  # fmt: skip
         if checkpoint is not None:
-            adapters.load(unet, checkpoint, text)
+            adapters.load(unet, checkpoint, base.family, text)
     unet.register_to_config(_name_or_path=base.label)
     if config.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()

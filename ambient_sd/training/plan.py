@@ -124,6 +124,7 @@ class Plan:
             "vae": self.base.vae_label,
             # None where it is as it always was: checkpoints from before there was a choice go on.
             "image_interpolation_mode": None if (mode := self.config.image_interpolation_mode) == "lanczos" else mode,
+            "lora_kind": None if self.config.lora_kind == "lora" else self.config.lora_kind,
             "lora_init": self.config.lora_init,
             "use_rslora": self.config.use_rslora or None,
             "lora_min_rank": self.config.lora_min_rank,

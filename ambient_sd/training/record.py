@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from ambient_sd.training.config import AUTO
+from ambient_sd.training.config import AUTO, LORA_KINDS
 from ambient_sd.training.keeping import Kept
 from ambient_sd.training.plan import Plan
 from ambient_sd.utils import files
@@ -144,7 +144,8 @@ def describe_start(
     if plan.level_reason:
         level += f" ({plan.level_reason})"
     kind = (
-        f"LoRA of rank {config.rank}" + (" with text encoders" * config.train_text_encoder)
+        f"{LORA_KINDS[config.lora_kind or 'lora']} of rank {f'{config.lora_min_rank} to ' if config.lora_min_rank else ''}{config.rank}"
+        + (" with text encoders" * config.train_text_encoder)
         if config.lora
         else "whole U-Net"
     )

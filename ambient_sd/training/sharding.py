@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ambient_sd.training import averaging
-from ambient_sd.training.config import MOVED_BASE, TrainConfig
+from ambient_sd.training.config import LYCORIS, MOVED_BASE, TrainConfig
 from ambient_sd.utils.errors import UserError
 
 
@@ -70,6 +70,7 @@ def check(config: TrainConfig) -> None:
         (config.lora_init in MOVED_BASE, f"lora_init is {config.lora_init} under FSDP", "the start of each weight would have to be cut as the weight is",
          "use gaussian, or no FSDP"),
         (config.lora_min_rank is not None, "lora_min_rank is given under FSDP", "this trainer was never tested with it", "leave it out"),
+        (config.lora_kind in LYCORIS, f"lora_kind is {config.lora_kind} under FSDP", "this trainer was never tested with it", "use lora, or no FSDP"),
         (config.train_text_encoder, "train_text_encoder is given under FSDP", "this trainer was never tested with it", "leave it out"),
         (config.use_8bit_adam, "use_8bit_adam is given under FSDP", "its kernels know no cut weights", "leave it out"),
     ):  # fmt: skip
@@ -148,12 +149,23 @@ def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     state: dict[int, dict[str, Any]] = {}
     for i, slots in packed["state"].items():
         state[i] = {}  # not `slots`, which the optimizer still needs
-        for name, value in slots.items():
+        for name, value in _flat(slots).items():
             # Every process takes part, one tensor at a time; all but the first drop what they got.
             whole = value.full_tensor() if isinstance(value, DTensor) else value
             if not isinstance(value, DTensor) or torch.distributed.get_rank() == 0:
                 state[i][name] = whole.cpu()
     return {**packed, "state": state}
+
+
+def _flat(slots: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the state of one weight as tensors by name: bitsandbytes nests its own, shares tables and counts steps in a Python number."""
+    found: dict[str, torch.Tensor] = {}
+    for name, value in slots.items():
+        if isinstance(value, Mapping):
+            found |= {inner: tensor.clone() for inner, tensor in _flat(value).items()}
+        else:
+            found[name] = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+    return found
 
 
 def cut(slots: Mapping[int, Mapping[str, torch.Tensor]], optimizer: torch.optim.Optimizer) -> dict[int, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from layout_folders import (
     WRITERS,
     Row,
@@ -27,6 +28,7 @@ from ambient_sd.data.layouts import LAYOUTS
 from ambient_sd.data.layouts.layout import Request
 from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.data.stream import SampleStream
+from ambient_sd.families.lora import WEIGHTS_NAME
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
 from ambient_sd.utils.errors import UserError
@@ -72,18 +74,38 @@ def test_each_layout_is_told_from_its_files(layout: str, rows: list[Row], tmp_pa
     assert first.name == layout.split(maxsplit=1)[0]
 
 
-def test_the_first_loss_is_equal_in_two_layouts(rows: list[Row], tiny_base: Path, tmp_path: Path) -> None:
-    name, data, _ = rows[0]
-    sources = {"metadata": rows, "kohya_toml": rows, "caption_files": [(name, data, "another"), *rows[1:]]}
-    losses = []
-    for layout, content in sources.items():
-        source = WRITERS[layout](tmp_path / layout, content)
-        config = TrainConfig(
-            str(tiny_base), train_data_dir=str(source), resolution=32, train_batch_size=8, max_train_steps=1, report_to="none",
-            output_dir=str(tmp_path / f"{layout}-out"), lora=True,
-        )  # fmt: skip
-        losses.append(run(config, progress=False).losses)
-    assert losses[0] == losses[1] != losses[2]
+def first_step(base: Path, source: Path, out: Path) -> tuple[list[float], list[Any], bytes]:
+    """What one step of a training sees and comes to: its loss, its batch, and the weights after it."""
+    seen: list[Any] = []
+    config = TrainConfig(
+        str(base), train_data_dir=str(source), resolution=32, train_batch_size=8, max_train_steps=1, report_to="none",
+        output_dir=str(out), lora=True,
+    )  # fmt: skip
+    losses = run(config, progress=False, on_batch=lambda b: seen.append((b.keys, b.captions, b.x0, b.eps_n))).losses
+    return losses, seen, (out / WEIGHTS_NAME).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def expected_step(tiny_base: Path, tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return first_step(tiny_base, tiny_images, tmp_path_factory.mktemp("expected"))
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_the_first_step_is_equal_in_every_layout(
+    layout: str, rows: list[Row], tiny_base: Path, tmp_path: Path, expected_step: Any
+) -> None:
+    losses, (batch,), weights = first_step(tiny_base, WRITERS[layout](tmp_path / "same", rows), tmp_path / "out")
+    expected, (reference,), trained = expected_step
+    assert losses == expected and batch[:2] == reference[:2] and weights == trained
+    assert all(torch.equal(mine, its) for mine, its in zip(batch[2:], reference[2:], strict=True))
+
+
+def test_another_caption_gives_another_first_loss(
+    rows: list[Row], tiny_base: Path, tmp_path: Path, expected_step: Any
+) -> None:
+    (name, data, _), *rest = rows
+    source = caption_files(tmp_path / "other", [(name, data, "another"), *rest])
+    assert first_step(tiny_base, source, tmp_path / "out")[0] != expected_step[0]
 
 
 def test_an_epoch_holds_each_image_as_often_as_repeated() -> None:

@@ -680,7 +680,7 @@ def test_a_checkpoint_with_a_weight_missing_does_not_resume(
         return unet
 
     unet = fresh()
-    adapters.load(unet, files["diffusers"])
+    adapters.load(unet, files["diffusers"], SD)
     assert all(torch.equal(v, state[f"unet.{k}"]) for k, v in plain(unet).items())
     for change in (
         lambda s: without(s, first(s)),
@@ -688,4 +688,4 @@ def test_a_checkpoint_with_a_weight_missing_does_not_resume(
     ):
         save_file(change(state), tmp_path / lora.WEIGHTS_NAME, metadata={"format": "pt"})
         with pytest.raises(UserError, match="belongs to another adapter; 1 weights are missing, unknown"):
-            adapters.load(fresh(), tmp_path)
+            adapters.load(fresh(), tmp_path, SD)

@@ -19,6 +19,7 @@ from ambient_sd.assets import BASE
 from ambient_sd.data import latents
 from ambient_sd.data.stream import SampleStream
 from ambient_sd.families.base import Base
+from ambient_sd.families.sd import SD
 from ambient_sd.reporting.model_card import write_run_card
 from ambient_sd.sampling import collect_prompts
 from ambient_sd.training import adapters, checkpoints, noising, validation
@@ -227,7 +228,7 @@ def test_lora_reloads_at_its_own_scale(settings: Settings, tiny_base: Path) -> N
     run(config, progress=False)
     trained = base_of(config).load("unet")
     adapters.attach(trained, rank=2, alpha=8.0, targets=config.lora_target_modules or (), seed=0)
-    adapters.load(trained, Path(config.output_dir))
+    adapters.load(trained, Path(config.output_dir), SD)
     g = torch.Generator().manual_seed(0)
     inputs = (torch.randn(2, 4, 16, 16, generator=g), torch.tensor([10, 500]), torch.randn(2, 24, 16, generator=g))
 

@@ -14,6 +14,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ambient_sd.families.sd import SD
 from ambient_sd.training import adapters
 from ambient_sd.training.adapters import AddressedDropout
 from ambient_sd.training.config import TrainConfig
@@ -46,7 +47,7 @@ def trained_unet(config: TrainConfig) -> Any:
     unet = base_of(config).load("unet")
     adapters.attach(unet, rank=config.rank or 4, alpha=config.lora_alpha or 4.0, seed=0, dora=config.use_dora,
                     targets=config.lora_target_modules or ())  # fmt: skip
-    adapters.load(unet, Path(config.output_dir))
+    adapters.load(unet, Path(config.output_dir), SD)
     return unet
 
 

@@ -15,7 +15,7 @@ from pretend_gpu import PretendGPU, pretend_gpu
 from safetensors.torch import load_file
 
 from ambient_sd.families.sd import StableDiffusion
-from ambient_sd.training import adapters, averaging
+from ambient_sd.training import adapters, averaging, checkpoints, sharding
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import _Trainer, run
 from ambient_sd.training.record import RunRecord
@@ -140,3 +140,50 @@ def test_an_offloaded_average_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp
         monkeypatch.setattr(averaging.Average, "_arrived", lambda _: None)
         with pytest.raises(RuntimeError, match="before its copy from the GPU was waited for"):
             average.save(tmp_path)
+
+
+def test_8bit_adam_resumes_bit_for_bit(make: Settings) -> None:
+    pytest.importorskip("bitsandbytes")
+    values: dict[str, Any] = {
+        "lora": True,
+        "rank": 64,
+        "use_8bit_adam": True,
+        "checkpointing_steps": 1,
+        "learning_rate": 1e-2,
+    }
+    straight, _, _ = on_gpu(make("8bit", **values))
+    before = weights(straight)
+    (Path(straight.output) / "checkpoint-2").rename(Path(straight.output) / "gone")
+    resumed, _, _ = on_gpu(make("8bit", resume_from_checkpoint="latest", **values))
+    assert resumed.first_step == 1 and resumed.losses == straight.losses
+    assert all(torch.equal(before[name], value) for name, value in weights(resumed).items())
+
+
+class _Nested(torch.optim.AdamW):
+    """AdamW whose state looks as bitsandbytes' 8-bit optimizers write theirs: nested, tables shared, steps a Python number."""
+
+    table = torch.arange(4.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        packed = super().state_dict()
+        state = {
+            i: {"step": int(slots["step"]), "nested": {"exp_avg": slots["exp_avg"], "table": self.table}}
+            for i, slots in packed["state"].items()
+        }
+        return {**packed, "state": state}
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.seen = state_dict["state"]
+
+
+def test_nested_state_of_an_optimizer_survives_a_checkpoint(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(2, 2)
+    optimizer = _Nested(layer.parameters())
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    checkpoint = checkpoints.save(tmp_path, 1, write_weights=lambda _: None, optimizer=sharding.whole_state(optimizer),
+                                  state={"identity": {}}, limit=None)  # fmt: skip
+    checkpoints.load_optimizer(checkpoint, checkpoints.read_state(checkpoint), optimizer)
+    assert [type(slots["step"]) for slots in optimizer.seen.values()] == [int, int]
+    assert torch.equal(optimizer.seen[0]["exp_avg"], optimizer.state[layer.weight]["exp_avg"])
+    assert torch.equal(optimizer.seen[1]["table"], _Nested.table)

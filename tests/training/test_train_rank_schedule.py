@@ -155,6 +155,7 @@ def test_a_continued_adapter_keeps_its_schedule(settings: Settings) -> None:
         ({"lora": False}, "lora_min_rank is given; it has no effect here: lora is off"),
         ({"rank": 2}, "lora_min_rank is 2; it must be below the rank, 2"),
         ({"rank": 4, "use_dora": True}, "lora_min_rank is given with use_dora"),
+        ({"rank": 4, "lora_kind": "lokr"}, "lora_min_rank is given with lora_kind lokr"),
         *(({"rank": 4, "lora_init": init}, f"lora_min_rank is given with lora_init {init}; the update would not begin at zero")
           for init in ("orthogonal", "pissa", "olora")),
     ],

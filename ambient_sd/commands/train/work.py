@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
+import math
 import os
 import shlex
 import subprocess
@@ -28,6 +29,7 @@ from ambient_sd.reporting.model_card import write_run_card
 from ambient_sd.reporting.publishing import prepare, push
 from ambient_sd.training import RunRecord, results, run
 from ambient_sd.training.config import AUTO, TrainConfig
+from ambient_sd.training.footprint import predict
 from ambient_sd.training.plan import Plan, base_of, open_images, plan_run
 from ambient_sd.training.probe import GUIDANCE_SCALE, INFERENCE_STEPS
 from ambient_sd.training.processes import is_first
@@ -184,13 +186,20 @@ def describe_plan(config: TrainConfig, processes: int) -> str:
         + (f" and {len(shapes) - 6} more" if len(shapes) > 6 else ""),
         "time": f"about {_minutes(steps * measured.seconds)} of training ({measured.seconds:.2g} s a step, measured on {_MEASURED} steps here)"
         + (f" and {_minutes(looking)} of {looks} evaluations" if looks else ""),
-        "memory": "not measured on this system" if measured.peak is None else f"about {measured.peak:,.0f} MiB at the highest of {_MEASURED} steps",
+        "memory": "not measured on this system" if measured.peak is None else f"about {measured.peak:,.0f} MiB at the highest of {_MEASURED} steps, measured here",
+        "on a GPU": f"about {_predicted(config, plan, max(shapes, key=math.prod))}, predicted; driver and workspaces come on top",
         "writes": f"{config.output_dir}: {'; '.join(written)}; checkpoints of {held:,.0f} MiB",
     }  # fmt: skip
     start = describe_start(plan, steps=steps, first_step=0, global_batch=batch, processes=processes, trained=measured.trained,
                            device=str(device()), precision=config.mixed_precision or "no")  # fmt: skip
     lines = [*plan.notes, *(line for line in start.splitlines() if not line.startswith("output"))]
     return "\n".join([*lines, *(f"{name:<10} {text}" for name, text in rows.items()), "nothing was trained or written (--dry_run)"])  # fmt: skip
+
+
+def _predicted(config: TrainConfig, plan: Plan, size: tuple[int, int]) -> str:
+    """Return the memory that the run takes on a GPU, in the precision that would be proposed there if none is given."""
+    precision = config.mixed_precision or "bf16"
+    return f"{predict(config, plan.base, size, precision=precision).describe()} in {'float32' if precision == 'no' else precision}"
 
 
 class _Measured(NamedTuple):
