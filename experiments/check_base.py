@@ -26,6 +26,7 @@ from ambient_sd.commands.demo import DemoSettings
 from ambient_sd.commands.demo.work import sample
 from ambient_sd.data.sources import load_rows
 from ambient_sd.reporting.sheets import contact_sheet
+from ambient_sd.sampling import own_device
 
 PROMPTS = """red apple|dog face|sports car|cat face|house|pizza|tree|guitar|rocket|airplane|sun|blue heart|red heart|yellow star|
 panda face|bus|fish|banana|strawberry|pine tree|bicycle|umbrella|crown|happy face|ghost|red circle|blue square|cup of coffee|
@@ -49,7 +50,7 @@ def main() -> None:
     rows, heldout = load_rows(IMAGES, split="base"), load_rows(IMAGES, split="heldout")
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed))[: args.count].tolist()
     images, _ = sample(args.base, [rows[i].caption for i in chosen], settings, title="captions")
-    features = choose(with_sscd("pixels", "efflite0"))
+    features = choose(with_sscd("pixels", "efflite0"), device=own_device())
     real = embed([row.image for row in rows], features, progress=True)
     unseen = [row.image for row in heldout]
     result: dict[str, Any] = {"n": len(images), "seed": args.seed, "guidance": 4.0, "steps": 20, "figures": {}}

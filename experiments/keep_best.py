@@ -23,7 +23,7 @@ from ambient_sd.audit.decision import HELDOUT
 from ambient_sd.audit.metrics import quality_rows
 from ambient_sd.audit.shares import COPIES
 from ambient_sd.data.sources import load_rows
-from ambient_sd.sampling import SamplingConfig
+from ambient_sd.sampling import SamplingConfig, own_device
 from ambient_sd.training import TrainConfig, adapters, run
 from ambient_sd.training.averaging import Average
 from ambient_sd.training.keeping import decide
@@ -56,7 +56,7 @@ def measure_run(config: TrainConfig, reals: Any, progress: Any = print) -> dict[
     figures_at = Path(config.output_dir) / "hindsight.json"
     found: dict[str, Any] = json.loads(figures_at.read_text()) if figures_at.is_file() else {}
     base = base_of(config)
-    pipe = base.load_pipeline()
+    pipe = base.load_pipeline().to(own_device())
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(base.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     if config.lora:
@@ -103,7 +103,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     training = open_images(config_of(args.runs[0], 0, args.output_dir / "none", args.steps))
-    vae = base_of(config_of(args.runs[0], 0, args.output_dir / "none", args.steps)).load("vae").eval()
+    vae = base_of(config_of(args.runs[0], 0, args.output_dir / "none", args.steps)).load("vae").eval().to(own_device())
     reals = read_reals(training.check(near_duplicates=True), load_rows(IMAGES, split="heldout"), vae, 64)
     chance = reals.decision.background(HELDOUT)
     assert chance is not None

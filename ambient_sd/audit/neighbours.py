@@ -12,8 +12,9 @@ bound of the distance to the k-th nearest, and q = q_b + e_q, r = r_b + e_r the 
 by Cauchy-Schwarz; `slack` bounds the rounding of the sums (Higham, Accuracy and Stability, section 3.1, any order). The left
 side is ONE matrix product, since each term is a number of q times one of r, and its sign survives the rounding of the
 result. T falls as nearer rows are met, so few rows pass. The answer is that of a float64 brute force, bit for bit, whichever
-arithmetic rejects: float32 everywhere, bfloat16 where a trial shows that the processor is faster with it. Equal distances
-come out in order of index.
+arithmetic rejects, and where: float32 everywhere, bfloat16 where a trial shows that the processor is faster with it, products of large
+searches on a GPU if there is one (float32 in full, never TF32, whose rounding the bound does not cover). Equal distances come out in order
+of index.
 
 Memory is the queries, one block of rows and one block of products, whatever the size of the training set, which may lie on
 disk (`ambient_sd.audit.embedding`).
@@ -37,6 +38,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ambient_sd.audit.features import Distance
+from ambient_sd.utils.devices import full_float32, send
 from ambient_sd.utils.errors import UserError
 
 Arithmetic = Literal["auto", "float32", "bfloat16"]
@@ -48,6 +50,7 @@ _CENTRE_ROWS = 65_536
 _VIEW = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 _TINY = 1e-15
 _WORTH_THREADS = 10**9
+_LARGE = 10**10  # products for which other arithmetic, or a GPU, pays
 _EPS32 = torch.finfo(torch.float32).eps
 
 
@@ -97,6 +100,7 @@ def nearest(
     block: int = 4096,
     query_block: int = 1024,
     arithmetic: Arithmetic = "auto",
+    device: torch.device | str | None = None,
     progress: bool = False,
 ) -> Neighbours:
     """Find the `k` nearest rows of `reference` for every query.
@@ -111,6 +115,7 @@ def nearest(
         block: reference rows per block.
         query_block: queries per block.
         arithmetic: what rejects rows; "auto" tries which is faster here. The answer does not depend on it.
+        device: where products are made, a GPU in float32; None: a GPU for large searches if it has room. The answer does not depend on it.
         progress: show a bar of reference rows.
 
     Returns:
@@ -127,18 +132,22 @@ def nearest(
     rows = check_sizes(queries, reference, k, exclude_self)
     if not torch.isfinite(queries).all():
         raise _not_finite()
+    large = len(queries) * rows * queries.shape[1] > _LARGE
+    device = torch.device(device if device is not None else "cuda" if large and _fits_gpu(queries) else "cpu")
+    if device.type != "cpu":
+        arithmetic = "float32"  # bfloat16 products come back rounded, and their sums need not be float32
     if arithmetic == "auto":
-        large = len(queries) * rows * queries.shape[1] > 10**10
         arithmetic = "bfloat16" if large and bfloat16_is_faster() else "float32"
     blocks = blocks_of(reference, block)
     first = next(blocks)
     # Rows that lie in memory give a better middle than the first block alone; any middle is right.
     some = reference[:: max(1, rows // _CENTRE_ROWS)] if isinstance(reference, Tensor) else first
     dtype = torch.bfloat16 if arithmetic == "bfloat16" else torch.float32
-    search = _Search(queries, some, k, distance == "cosine", exclude_self, dtype)
+    search = _Search(queries, some, k, distance == "cosine", exclude_self, dtype, device)
     ready = ((part, search.ready(part)) for part in itertools.chain([first], blocks))
     start = 0
-    with _bar(rows, progress) as bar, workers(len(queries) * rows * queries.shape[1]) as pool:
+    products = len(queries) * rows * queries.shape[1] if device.type == "cpu" else 0
+    with _bar(rows, progress) as bar, workers(products) as pool, full_float32():
         for part, side in _ahead(ready):
             search.offer(part, side, start, query_block, pool)
             start += len(part)
@@ -197,6 +206,11 @@ def _unit(rows: Tensor) -> Tensor:
     lone = len(rows) == 1
     length = (rows.expand(2, -1).contiguous() if lone else rows).norm(dim=1, keepdim=True)[: len(rows)]
     return rows / length.clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _fits_gpu(queries: Tensor) -> bool:
+    """Tell whether there is a GPU whose free memory holds the queries in float32 several times over."""
+    return torch.cuda.is_available() and 16 * queries.numel() < torch.cuda.mem_get_info()[0]
 
 
 def _not_finite() -> UserError:
@@ -349,9 +363,23 @@ class _Search:
     """The k nearest so far of every query, and the test that rejects rows."""
 
     def __init__(
-        self, queries: Tensor, some: Tensor, k: int, unit: bool, exclude_self: bool, dtype: torch.dtype
+        self,
+        queries: Tensor,
+        some: Tensor,
+        k: int,
+        unit: bool,
+        exclude_self: bool,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.queries, self.k, self.unit, self.exclude_self, self.dtype = queries, k, unit, exclude_self, dtype
+        self.device, self.queries, self.k, self.unit, self.exclude_self, self.dtype = (
+            device,
+            queries,
+            k,
+            unit,
+            exclude_self,
+            dtype,
+        )
         some = _unit(some) if unit else some.to(torch.float64)
         # Distances do not change when both sides move; small norms make the bound tight. Rounded, so that subtracting
         # it from float32 rows rounds once.
@@ -361,6 +389,7 @@ class _Search:
             raise _not_finite()
         self.scale = 2.0 ** -int(np.clip(np.ceil(np.log2(largest)), -100, 100)) if largest > 0 else 1.0
         self.side = _Side(queries, self.centre, self.scale, unit, dtype).as_queries()
+        self.side.matrix = send(self.side.matrix, device)
         self.value = torch.full((len(queries), k), torch.inf, dtype=torch.float64)
         self.index = torch.full((len(queries), k), -1, dtype=torch.int64)
         self.own = threading.local()
@@ -374,6 +403,7 @@ class _Search:
         self, rows: Tensor, side: _Side, start: int, query_block: int, pool: ThreadPoolExecutor | None = None
     ) -> None:
         """Take note of `rows`, which are those from `start` on of the reference, `side` being them made ready."""
+        side.matrix = send(side.matrix, self.device)
         every = torch.arange(len(self.queries)).split(query_block) if len(self.queries) else ()
         # Threads write to different queries; map raises what one of them raised.
         list((pool.map if pool else map)(lambda these: self._offer(these, rows, side, start), every))
@@ -405,7 +435,8 @@ class _Search:
         found = torch.nonzero(groups.amax(dim=2) >= 0)
         inside = torch.nonzero(groups[found[:, 0], found[:, 1]] >= 0)
         at = found[inside[:, 0]]
-        return torch.stack([queries[at[:, 0]], at[:, 1] * _GROUP + inside[:, 1]])
+        query, row = torch.stack([at[:, 0], at[:, 1] * _GROUP + inside[:, 1]]).cpu()
+        return torch.stack([queries[query], row])
 
     def _products(self, queries: Tensor, side: _Side) -> Tensor:
         dtype = side.matrix.dtype
@@ -414,7 +445,7 @@ class _Search:
             mine = _Side(self.queries[queries], self.centre, self.scale, self.unit, dtype).as_queries()
             norm, matrix = mine.norm, mine.matrix[: len(queries)]
         else:
-            norm, matrix = mine.norm[queries], mine.matrix[queries]
+            norm, matrix = mine.norm[queries], mine.matrix[send(queries, mine.matrix.device)]
         r = float(side.norm.max())
         reach = torch.minimum(self.limit[queries] * self.scale, 2 * (norm + r))
         # Centring and scaling round each number once; float32 unit vectors are off by what their norm is.
@@ -423,8 +454,10 @@ class _Search:
         reach = (reach + off).square() / 2
         sums = torch.finfo(torch.float64).eps if dtype == torch.float64 else _EPS32
         slack = (matrix.shape[1] + 16) * sums * (norm * r + r * r / 2 + norm.square() / 2 + reach)
-        matrix[:, side.dim + 5 : side.dim + _EXTRA] = _pieces(reach - norm.square() / 2 + slack + 1e-30, dtype)
-        if dtype != self.dtype:
+        matrix[:, side.dim + 5 : side.dim + _EXTRA] = send(
+            _pieces(reach - norm.square() / 2 + slack + 1e-30, dtype), matrix.device
+        )
+        if dtype != self.dtype or matrix.device.type != "cpu":
             return matrix @ side.matrix.T
         # One buffer per thread for all products: fresh memory of this size costs more than what is done with it.
         needed = len(queries) * len(side.matrix)
@@ -436,7 +469,7 @@ class _Search:
     def _lower_limit(self, queries: Tensor, rows: Tensor, side: _Side, start: int) -> None:
         """Bring T down to the k-th nearest of the rows of this block that look nearest."""
         products = self._products(queries, side)[:, : len(rows)]
-        best = products.topk(min(self.k + int(self.exclude_self), len(rows)), dim=1).indices
+        best = products.topk(min(self.k + int(self.exclude_self), len(rows)), dim=1).indices.cpu()
         if best.shape[1] - int(self.exclude_self) < self.k:
             return
         found = exact_distances(

@@ -129,6 +129,7 @@ def level(config: TrainConfig, *, progress: bool = False) -> NoiseLevels:
     from ambient_sd.data.latents import encode_all
     from ambient_sd.data.noise_level import measure, representatives
     from ambient_sd.data.views import ViewRule
+    from ambient_sd.sampling import own_device
     from ambient_sd.training.plan import base_of, enlargement_note, open_images
 
     base = base_of(config)
@@ -142,5 +143,5 @@ def level(config: TrainConfig, *, progress: bool = False) -> NoiseLevels:
     rule = ViewRule(config.resolution, config.center_crop, config.random_flip, True, config.noise_seed,
                     interpolation=config.image_interpolation_mode)  # fmt: skip
     rows, total = representatives(images)
-    x0 = encode_all(base.images(), images, rule, rows, progress=progress)
+    x0 = encode_all(base.images().to(own_device()), images, rule, rows, progress=progress)
     return measure(x0, total=total, max_level=base.schedule.max_level)

@@ -44,6 +44,7 @@ from ambient_sd.families.family import Family
 from ambient_sd.families.rank_schedule import RankSchedule
 from ambient_sd.families.sgm import layers_in
 from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.hub_ids import hub_file
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # diffusers'
 PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -314,7 +315,7 @@ def locate(
     """Return the local path of an adapter's file; one on the hub is downloaded.
 
     Args:
-        source: folder, .safetensors file or hub id.
+        source: folder, .safetensors file, hub id, or a file on the hub, such as owner/name/my.safetensors.
         weight_name, subfolder: as in diffusers.
         **hub: revision, token, cache_dir, local_files_only, force_download.
 
@@ -336,6 +337,9 @@ def locate(
         folder = path / subfolder if subfolder else path
         names = [p.name for p in folder.iterdir() if p.is_file()] if folder.is_dir() else []
         return folder / choose(names, text, weight_name)
+    if (file := hub_file(text)) is not None and weight_name is None and subfolder is None and not path.exists():
+        inside, _, last = file.path.rpartition("/")
+        return _from_hub(file.repo, last, inside, hub | ({"revision": file.revision} if file.revision else {}))
     if path.exists() or path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
         raise UserError(f"adapter is {text}", rule=f"there is no .safetensors file and no folder with {WEIGHTS_NAME}")
     return _from_hub(text, weight_name, subfolder, hub)
@@ -349,21 +353,19 @@ def _from_hub(repo: str, weight_name: str | None, subfolder: str | None, options
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
 
     def get(name: str) -> Path:
-        return Path(hf_hub_download(repo, prefix + name, **where))
+        found = Path(hf_hub_download(repo, prefix + name, **where))
+        if name == PEFT_NAME:  # its alpha
+            with contextlib.suppress(EntryNotFoundError):
+                hf_hub_download(repo, prefix + PEFT_CONFIG, **where)
+        return found
 
     try:
         if weight_name is not None:
             refuse_pickle(weight_name)
             return get(weight_name)
         for name in (WEIGHTS_NAME, PEFT_NAME):
-            try:
-                found = get(name)
-            except EntryNotFoundError:  # also: not in the cache, and no connection
-                continue
-            if name == PEFT_NAME:
-                with contextlib.suppress(EntryNotFoundError):
-                    get(PEFT_CONFIG)
-            return found
+            with contextlib.suppress(EntryNotFoundError):  # also: not in the cache, and no connection
+                return get(name)
         told = {key: where[key] for key in ("revision", "token") if key in where}
         files = [] if where.get("local_files_only") else HfApi().list_repo_files(repo, **told)
         inside = [name.removeprefix(prefix) for name in files if name.startswith(prefix)]

@@ -131,6 +131,7 @@ class Probe:
         searched.sort(key=lambda i: images.noise_keys[i] not in probed)
         self.labels = [images.noise_keys[i] for i in searched]
         self.vae: Any = None  # of the pipeline, once there is one
+        self.device = torch.device("cpu")  # of the run, then
         self.features = Pixels(_SIDE)
         self.originals = [_centre(images[i].image) for i in searched]
         self.real = self.features(self.originals)
@@ -141,18 +142,19 @@ class Probe:
     def decision(self) -> CopyDecision:
         """The definition of a copy, made at the first evaluation."""
         labels = self.labels[: len(self._decided)]
-        return CopyDecision.of(self._decided, labels, vae=self.vae, side=self.resolution)
+        with validation.lent([] if self.vae is None else [self.vae], self.device):
+            return CopyDecision.of(self._decided, labels, vae=self.vae, side=self.resolution)
 
     @cached_property
     def _quality(self) -> tuple[EffLite0, torch.Tensor]:
         """The features in which quality is measured, and those of as many training images."""
-        features = EffLite0()
+        features = EffLite0(device=self.device)
         rows = random.Random(self.seed).sample(self.originals, min(len(self.originals), max(2, len(self.new_captions))))
         return features, features(rows)
 
     def evaluate(self, pipe: Any, accelerator: Accelerator, step: int) -> ProbeEvaluation:
         """Sample the probe's images and measure them; to be called by every process. All return the main one's numbers."""
-        self.vae = pipe.vae
+        self.vae, self.device = pipe.vae, accelerator.device
         # Fifteen of its steps draw better than 25 of DDIM, in less than two thirds of the time.
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
         options: dict[str, Any] = {

@@ -65,17 +65,31 @@ def images_at_once(resolution: int) -> int:
 def _ready_to_sample(pipe: Any, device: torch.device) -> Iterator[None]:
     """Lend the parts of a pipeline in training to sampling: on the device, in evaluation mode, and back as they were."""
     parts: list[Any] = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    homes = [(part, part.device) for part in parts if part is not pipe.unet]
     training = [(part, part.training) for part in parts]
     for part in parts:
         part.eval()
+    try:
+        with lent([part for part in parts if part is not pipe.unet], device):
+            yield
+    finally:
+        for part, mode in training:
+            part.train(mode)
+
+
+@contextlib.contextmanager
+def lent(parts: Sequence[Any], device: torch.device) -> Iterator[None]:
+    """Lend networks to a device, and put each back where it was.
+
+    Example:
+        >>> with lent([torch.nn.Linear(2, 2)], torch.device("cpu")):
+        ...     pass
+    """
+    homes = [(part, next(part.parameters()).device) for part in parts]
     try:
         for part, _ in homes:
             part.to(device)
         yield
     finally:
-        for part, mode in training:
-            part.train(mode)
         for part, home in homes:
             part.to(home)
 

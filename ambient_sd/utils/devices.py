@@ -1,6 +1,9 @@
-"""Tensors between CPU and GPU without making the host wait."""
+"""Tensors between CPU and GPU without making the host wait, and float32 products that are none of TF32."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 
@@ -17,3 +20,20 @@ def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     if tensor.device.type != "cpu" or torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Let matrix products of float32 keep all of its digits, whatever the program has allowed; as before afterwards.
+
+    Example:
+        >>> with full_float32():
+        ...     torch.get_float32_matmul_precision()
+        'highest'
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

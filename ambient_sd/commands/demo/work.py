@@ -44,7 +44,7 @@ from ambient_sd.reporting.report import (
     versions,
 )
 from ambient_sd.reporting.sheets import contact_sheet
-from ambient_sd.sampling import SamplingConfig, generate, load_pipeline, requests_for
+from ambient_sd.sampling import SamplingConfig, generate, load_pipeline, own_device, requests_for
 from ambient_sd.training import plan_run
 from ambient_sd.training import run as train
 from ambient_sd.training.config import TrainConfig
@@ -164,13 +164,14 @@ def run_demo(settings: DemoSettings) -> Report:
     heldout = load_rows(IMAGES, split="heldout")
     training_images = [row.image for row in training]
     captions = [row.caption for row in training]
-    features = choose(with_sscd("pixels", "edges", "efflite0"))
+    features = choose(with_sscd("pixels", "edges", "efflite0"), device=own_device())
     step = "of 4"
     print(f"1 {step}: looking at {len(training)} training and {len(heldout)} held-out images", flush=True)
     real = embed(training_images, features, progress=True)
     heldout_images = [row.image for row in heldout]
     unseen = embed(heldout_images, features, progress=True)
     vae: Any = AutoencoderKL.from_pretrained(BASE / "vae").eval()
+    vae.to(own_device())
     decide = CopyDecision.of(
         training_images, training.noise_keys, heldout=heldout_images, vae=vae, side=plans[0].config.resolution, progress=True
     )  # fmt: skip
