@@ -104,7 +104,11 @@ def propose(
         known = distinct >= FEWEST
         add("ambient_level", AUTO if known else 1.0, "measured on the images" if known else f"fewer than {FEWEST} different images cannot be measured")  # fmt: skip
     if device.type == "cuda":
-        add("mixed_precision", "bf16" if torch.cuda.is_bf16_supported() else "fp16", "the GPU has it")
+        add(
+            "mixed_precision",
+            "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16",
+            "the GPU has it",
+        )
         add("gradient_checkpointing", True, "less memory")
     if distinct > 1:
         add("probe_steps", -(-steps // EVALUATIONS), f"{EVALUATIONS} evaluations, the last one at the end")
