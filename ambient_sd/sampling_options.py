@@ -35,8 +35,8 @@ class SamplingOptions:
     """
 
     # fmt: off
-    model: str = option(REQUIRED, "pipeline folder, whole model in one .safetensors file, or hub id; or a LoRA that names its base, folder or file", positional=True, metavar="MODEL")
-    lora_weights: str | None = option(None, "LoRA on the model: folder, .safetensors file or hub id", alias="adapter", metavar="LORA")
+    model: str = option(REQUIRED, "pipeline folder, whole model in one .safetensors file, or hub id; or a LoRA that names its base: folder, file or hub id", positional=True, metavar="MODEL")
+    lora_weights: str | None = option(None, "LoRA on the model: folder, .safetensors file, hub id, or a file on the hub (owner/name/file.safetensors)", alias="adapter", metavar="LORA")
     scheduler: str | None = option(None, "sampler (default: the model's)", choices=tuple(SCHEDULERS))
     num_inference_steps: int = option(50, "steps of the sampler", low=1)
     guidance_scale: float = option(7.5, "classifier-free guidance; 1 or less is none, and then there are no scores", low=0)
@@ -48,6 +48,7 @@ class SamplingOptions:
     revision: str | None = option(None, "revision of the hub repository: branch, tag or commit")
     variant: str | None = option(None, "variant of the weight files, e.g. fp16")
     single_file_config: str | None = option(None, "of a model in one .safetensors file: diffusers folder or hub id with its settings and tokenizer (default: those of the first model of its architecture)", metavar="MODEL")
+    pretrained_vae_model_name_or_path: str | None = option(None, "another VAE in place of the model's: folder with config.json, or hub id (default: that of a LoRA's training)", metavar="VAE")
     base_above: float | None = option(None, "noise level (sigma / alpha) above which the base stands in for the fine-tuned network: fewer copies, nothing to train; try 1.6", low=0, metavar="LEVEL")
     base: str | None = option(None, "the base of --base_above (default: MODEL without its LoRA), or of a LoRA that is given as MODEL", metavar="MODEL")
     # fmt: on
@@ -55,12 +56,16 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         check(self)
         check_modes(self)
-        # What holds no index may be a LoRA; `ambient_sd.sampling.adapted` looks.
-        maybe_adapter = Path(self.model).exists() and not Path(self.model, "model_index.json").exists()
-        if self.base is not None and self.base_above is None and not maybe_adapter:
+        # What holds no index here may be a LoRA, also one on the hub; `ambient_sd.sampling.adapted` looks.
+        if Path(self.model, "model_index.json").exists():
+            self.check_base()
+
+    def check_base(self) -> None:
+        """Refuse, of a model that is no LoRA, a base without effect and a level without a base."""
+        if self.base is not None and self.base_above is None:
             raise UserError("base is given", rule="it has no effect here: base_above is off, and MODEL is no LoRA",
                             remedy="add --base_above, or leave it out")  # fmt: skip
-        if self.base_above is not None and self.base is None and self.lora_weights is None and not maybe_adapter:
+        if self.base_above is not None and self.base is None and self.lora_weights is None:
             raise UserError(
                 "base_above without a base", rule="a model without LoRA holds none", remedy="give --base MODEL"
             )

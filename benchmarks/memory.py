@@ -24,6 +24,7 @@ from against_diffusers import SD2, SMALL, models, prepare
 from ambient_sd.families.base import check_base
 from ambient_sd.training import TrainConfig, run
 from ambient_sd.training.footprint import predict
+from ambient_sd.training.proposals import USABLE
 from ambient_sd.utils.memory import peak_memory
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -44,7 +45,6 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 _CARDS = (8, 12, 16, 24, 40, 48, 80)  # GiB
-_ROOM = 1.0  # GiB that driver, workspaces and gaps take, roughly; not measured
 
 
 def measure(folder: Path, options: dict[str, Any]) -> float:
@@ -159,7 +159,7 @@ def cards(batches: list[int]) -> None:
                             str(folder), train_data_dir="images", resolution=side, train_batch_size=n, **options
                         )
                         gib = predict(config, base, (side, side), precision="bf16").peak / 2**30
-                        card = next((f"{size} GB" for size in _CARDS if gib + _ROOM <= size), "none")
+                        card = next((f"{size} GB" for size in _CARDS if gib <= USABLE * size), "none")
                         cells.append(f"{gib:.1f} ({card})")
                 print(f"| {name} | {' | '.join(cells)} |", flush=True)
 

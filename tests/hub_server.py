@@ -96,6 +96,8 @@ def reach(monkeypatch: pytest.MonkeyPatch, url: str, home: Path, token: str = ""
     }.items():  # fmt: skip
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
+    # transformers keeps a client of its own from the first call on, perhaps of a server that is gone.
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     if token:

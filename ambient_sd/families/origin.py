@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +21,14 @@ import safetensors
 import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from ambient_sd.families.lora import PEFT_CONFIG, choose, holds_lora
+from ambient_sd.families.lora import PEFT_CONFIG, PEFT_NAME, WEIGHTS_NAME, choose, holds_lora, locate, refuse_pickle
 from ambient_sd.utils.errors import UserError, one_line
-from ambient_sd.utils.hub_ids import EMBEDDED, resolve_model_id
+from ambient_sd.utils.hub_ids import EMBEDDED, HubFile, hub_file, resolve_model_id
 
 if TYPE_CHECKING:
     from ambient_sd.families.base import Base
 
-TRAINED = "train_config.yaml"
+TRAINED, VAE = "train_config.yaml", "pretrained_vae_model_name_or_path"
 _CARD = "README.md"
 _HEAD = "in the file's head"
 _MOST_BYTES = 2**20  # of a small file
@@ -58,6 +59,7 @@ class Origin:
         architecture: of its base.
         sides: width and height of the training images, pixels.
         triggers: words that the images were captioned with.
+        vae: another than its base's own, by name.
         loading: how our training loaded the base: revision, variant, single_file_config.
 
     Example:
@@ -70,6 +72,7 @@ class Origin:
     architecture: Said | None = None
     sides: tuple[tuple[int, int], str] | None = None
     triggers: tuple[list[str], str] | None = None
+    vae: Said | None = None
     loading: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -108,7 +111,12 @@ class Origin:
 
 
 def adapter_file(name: str) -> Path | None:
-    """Return the file of a LoRA in a local place, None where there is something else; pipelines are not looked into.
+    """Return the file of a LoRA in a folder or on the hub, None where there is something else; pipelines are not looked into.
+
+    From the hub a LoRA is downloaded, with what lies beside it; of another file the head is read and nothing more.
+
+    Raises:
+        UserError: a repository holds several files, or one that is a whole model: they must be named, or fetched first.
 
     Example:
         >>> from ambient_sd.assets import BASE
@@ -116,6 +124,8 @@ def adapter_file(name: str) -> Path | None:
         True
     """
     path = Path(name)
+    if not os.path.exists(name):
+        return _on_hub(name)
     try:
         if os.path.isdir(name):
             if (path / "model_index.json").exists():
@@ -127,6 +137,58 @@ def adapter_file(name: str) -> Path | None:
             return path if holds_lora(file.keys()) else None
     except Exception:  # damaged, unreadable, several files: whoever opens it as a model or adapter says so
         return None
+
+
+def _on_hub(name: str) -> Path | None:
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+
+    file, known = hub_file(name), (WEIGHTS_NAME, PEFT_NAME)
+    repo, revision = (name, None) if file is None else (file.repo, file.revision)
+    if not _HUB_ID.fullmatch(repo):
+        return None
+
+    def cached(path: str) -> bool:
+        return isinstance(try_to_load_from_cache(repo, path, revision=revision), str)
+
+    if file is None and cached("model_index.json"):
+        return None
+    try:
+        names = HfApi().list_repo_files(repo, revision=revision)
+    except Exception:  # no connection, or no such repository: whoever opens it says so, unless it was here before
+        names = [one for one in ((file.path,) if file else known) if cached(one)]
+    found = [one for one in names if "/" not in one and one.endswith(".safetensors")]
+    if file is None and (not found or "model_index.json" in names):
+        return None
+    if file is None and len(found) > 1 and not set(known) & set(found):
+        raise UserError(f"{repo} holds {len(found)} .safetensors files and no model_index.json", rule="one of them is loaded",
+                        remedy=f"name it, as {repo}/{one_line(min(found), 100)}")  # fmt: skip
+    chosen = Path(choose(found, repo) if file is None else file.path)
+    refuse_pickle(chosen.name)
+    try:
+        here = chosen.name in known or cached(str(chosen))
+        if not (
+            here or holds_lora(HfApi().parse_safetensors_file_metadata(repo, str(chosen), revision=revision).tensors)
+        ):
+            raise whole_on_hub(HubFile(repo, str(chosen), revision))
+        for beside in {str(chosen.with_name(one)) for one in (TRAINED, PEFT_CONFIG, _CARD)} & set(names):
+            hf_hub_download(repo, beside, revision=revision)
+        return adapter_file(str(locate(name)))
+    except UserError:
+        raise
+    except Exception:  # whoever opens it says so
+        return None
+
+
+def whole_on_hub(file: HubFile) -> UserError:
+    """Return the error of a whole model in one file that is not on this machine yet.
+
+    Example:
+        >>> str(whole_on_hub(HubFile("owner/name", "model.safetensors", None))).partition("; ")[2]
+        'a whole model in one file is read from this machine; fetch it: hf download owner/name model.safetensors, and give the path that this prints'
+    """
+    words = ["hf", "download", file.repo, file.path, *(["--revision", file.revision] if file.revision else [])]
+    return UserError(f"{file.repo}/{file.path} is on the hub and no LoRA", rule="a whole model in one file is read from this machine",
+                     remedy=f"fetch it: {shlex.join(words)}, and give the path that this prints")  # fmt: skip
 
 
 def read_origin(path: Path, label: str) -> Origin:
@@ -166,7 +228,10 @@ def read_origin(path: Path, label: str) -> Origin:
     loading = {key: value for key in ("revision", "variant") if _PLAIN.fullmatch(value := str(trained.get(key, "")))}
     if isinstance(named := trained.get("single_file_config"), str) and (found := _usable(named)) is not None:
         loading["single_file_config"] = found
-    return Origin(label, bases, kinds[0] if kinds else None, _sides(trained, head), _triggers(card, head), loading)
+    vaes = [(name, why) for name, why in ((trained.get(VAE), TRAINED), (head.get("ss_vae_name"), f"ss_vae_name {_HEAD}")) if isinstance(name, str) and name]  # fmt: skip
+    return Origin(
+        label, bases, kinds[0] if kinds else None, _sides(trained, head), _triggers(card, head), vaes[0] if vaes else None, loading
+    )  # fmt: skip
 
 
 def written(base: Base, resolution: int) -> dict[str, str]:
@@ -191,7 +256,9 @@ def written(base: Base, resolution: int) -> dict[str, str]:
         head["modelspec.prediction_type"] = _PREDICTS[predicts]
     embedded = os.path.isdir(base.name) and os.path.samefile(base.name, resolve_model_id(EMBEDDED))
     name = EMBEDDED if embedded else base.name
-    if not embedded and (base.revision is not None or not _HUB_ID.fullmatch(name) or os.path.exists(name)):
+    if base.vae_label is not None:
+        head["ss_vae_name"] = base.vae_label
+    if not embedded and (base.revision is not None or not _is_hub_id(name)):
         return head
     head["ss_sd_model_name"] = name
     kind = base.family.architectures.get((base.network_config.get("cross_attention_dim"), predicts))
@@ -216,9 +283,23 @@ def refuse_adapter(name: str) -> None:
         )
 
 
+def usable_vae(name: str) -> str | None:
+    """Return a VAE's name if it has the form of a hub id or is its folder on this machine.
+
+    Example:
+        >>> usable_vae("owner/vae"), usable_vae("kl-f8-anime2.ckpt")
+        ('owner/vae', None)
+    """
+    plain = name.isprintable() and len(name) <= 4096 and "://" not in name and not name.startswith(("//", "\\\\"))
+    return name if plain and (_is_hub_id(name) or os.path.isfile(os.path.join(name, "config.json"))) else None
+
+
+def _is_hub_id(name: str) -> bool:
+    return _HUB_ID.fullmatch(name) is not None and not os.path.exists(name)
+
+
 def _shown(name: str) -> str:
-    hub = _HUB_ID.fullmatch(name) and not os.path.exists(name)
-    return one_line(name if hub else re.split(r"[\\/]", name.rstrip("\\/"))[-1], 80)
+    return one_line(name if _is_hub_id(name) else re.split(r"[\\/]", name.rstrip("\\/"))[-1], 80)
 
 
 def _usable(name: str) -> str | None:

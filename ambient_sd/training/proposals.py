@@ -9,7 +9,7 @@ than a tenth of Stable Diffusion's size takes a higher rate. Each proposal says 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from ambient_sd.training.config import AUTO
 SAMPLES_PER_IMAGE, FEWEST_SAMPLES, MOST_SAMPLES = 100, 4_000, 40_000
 EVALUATIONS = 6
 _SMALL = 100e6  # parameters; Stable Diffusion has 866 million
+USABLE = 0.85  # of a GPU's memory: the rest is for its driver, workspaces and gaps
 _SIDES = 64  # pixels that a proposed resolution is a multiple of, where the base has more
 
 
@@ -56,6 +57,8 @@ def propose(
     lora: bool | None = None,
     batch: int | None = None,
     steps: int | None = None,
+    memory: Callable[[Mapping[str, Any]], int] | None = None,
+    room: int = 0,
 ) -> list[Proposal]:
     """Propose every setting of a training that is not among the given ones.
 
@@ -68,6 +71,7 @@ def propose(
         device: that trains.
         processes: how many train together.
         objective, lora, batch, steps: of those that are given.
+        memory: of a GPU, predicts the bytes that settings take at the highest. room: bytes that the GPU has.
 
     Example:
         >>> found = propose([], sizes=[(800, 600)] * 20, count=20, distinct=20, native=512, step=8, parameters=866_000_000, device=torch.device("cpu"))
@@ -104,12 +108,20 @@ def propose(
         known = distinct >= FEWEST
         add("ambient_level", AUTO if known else 1.0, "measured on the images" if known else f"fewer than {FEWEST} different images cannot be measured")  # fmt: skip
     if device.type == "cuda":
+<<<<<<< HEAD
         add(
             "mixed_precision",
             "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16",
             "the GPU has it",
         )
         add("gradient_checkpointing", True, "less memory")
+=======
+        add("mixed_precision", "bf16" if torch.cuda.is_bf16_supported() else "fp16", "the GPU has it")
+        if "gradient_checkpointing" not in given and memory is not None:
+            needed = memory({one.name: one.value for one in found})
+            fits = needed <= USABLE * room
+            add("gradient_checkpointing", not fits, f"without it the run takes {needed / 2**30:.1f} GiB, predicted, of {room / 2**30:.0f}")  # fmt: skip
+>>>>>>> main
     if distinct > 1:
         add("probe_steps", -(-steps // EVALUATIONS), f"{EVALUATIONS} evaluations, the last one at the end")
         add("probe_images", min(32, count), "captions that are probed")

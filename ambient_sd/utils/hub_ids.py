@@ -9,10 +9,17 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 EMBEDDED = "embedded"
 OPEN_CLIP = "open_clip:"  # what a name begins with that is of open_clip, and not of transformers
+
+_FILE = re.compile(
+    r"(?P<host>(https://)?(huggingface\.co|hf\.co)/)?(?P<repo>\w[\w.-]*/\w[\w.-]*)/((blob|resolve)/(?P<revision>[\w.-]+)/)?"
+    r"(?P<path>(\w[\w. -]*/)*\w[\w. ()+-]*\.(safetensors|ckpt|pth?|bin))(\?download=true)?"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -50,3 +57,33 @@ def resolve_model_id(name: str | os.PathLike[str]) -> str:
     mirror = _MIRRORS[name]
     logger.warning("%s was removed from the hub; loading the community mirror %s instead", name, mirror)
     return mirror
+
+
+class HubFile(NamedTuple):
+    """Name a file of a repository on the hub; without `revision` that of its main branch.
+
+    Example:
+        >>> HubFile("owner/name", "my-lora.safetensors", None).repo
+        'owner/name'
+    """
+
+    repo: str
+    path: str
+    revision: str | None
+
+
+def hub_file(name: str) -> HubFile | None:
+    """Return the weight file on the hub that a name of three parts or more, or an address, means; None of anything else, such as a local path.
+
+    Example:
+        >>> hub_file("owner/name/my-lora.safetensors")
+        HubFile(repo='owner/name', path='my-lora.safetensors', revision=None)
+        >>> hub_file("https://huggingface.co/owner/name/blob/main/my-lora.safetensors").revision
+        'main'
+        >>> hub_file("owner/name") is None
+        True
+    """
+    if len(name) > 1000 or (found := _FILE.fullmatch(name)) is None:
+        return None
+    local = not found["host"] and os.path.exists(name.partition("/")[0])  # a slip in a path asks no hub
+    return None if local else HubFile(found["repo"], found["path"], found["revision"])

@@ -66,6 +66,23 @@ def test_too_few_images_are_not_measured() -> None:
     assert "probe_steps" not in proposed(count=1)
 
 
+def test_a_gpu_recomputes_activations_only_where_it_must() -> None:
+    asked: list[Any] = []
+
+    def memory(settings: Any) -> int:
+        asked.append(dict(settings))
+        return 10 * 2**30
+
+    for room, recomputes in ((24, False), (11, True)):
+        found = proposed(device=torch.device("cuda"), memory=memory, room=room * 2**30)
+        assert found["gradient_checkpointing"] is recomputes and found["mixed_precision"] in ("bf16", "fp16")
+    assert asked[0]["train_batch_size"] == 4 and asked[0]["lora"] is True and asked[0]["resolution"] == 512
+    assert "gradient_checkpointing" not in proposed(
+        {"gradient_checkpointing"}, device=torch.device("cuda"), memory=memory
+    )
+    assert len(asked) == 2, "what is given is not predicted"
+
+
 def test_presets_are_the_files_of_the_configs_folder() -> None:
     names = {path.stem for path in PRESETS.glob("*.yaml")}
     assert names == {"sd15-lora", "sd2-full", "sd2-lora", "sdxl-lora"}

@@ -28,7 +28,8 @@ from ambient_sd.reporting.charts import write_training_curve
 from ambient_sd.reporting.model_card import write_run_card
 from ambient_sd.reporting.publishing import prepare, push
 from ambient_sd.training import RunRecord, results, run
-from ambient_sd.training.config import AUTO, TrainConfig
+from ambient_sd.training.adapters import KOHYA_NAME
+from ambient_sd.training.config import AUTO, LYCORIS, TrainConfig
 from ambient_sd.training.footprint import predict
 from ambient_sd.training.plan import Plan, base_of, open_images, plan_run
 from ambient_sd.training.probe import GUIDANCE_SCALE, INFERENCE_STEPS
@@ -83,12 +84,18 @@ def complete(
     rows = range(0, len(images), max(1, len(images) // _LOOKED_AT))
     seen = [images[i] for i in tqdm(rows, desc="looking at images", disable=not progress, leave=False)]
     network = base.skeleton()[base.family.network]
+
+    def memory(more: Mapping[str, Any]) -> int:
+        config = TrainConfig(**{**values, **more})
+        return predict(config, base, (config.resolution,) * 2).peak
+
     proposed = propose(
         values, sizes=[row.image.size for row in seen], count=len(images), distinct=len({row.key for row in seen}),
         native=base.family.native_side(base.network_config, base.vae_config), step=base.pixel_step,
         parameters=sum(p.numel() for p in network.parameters()), device=device(), processes=processes,
         objective=sketch.objective, lora=values.get("lora"), steps=sketch.max_train_steps,
         batch=sketch.train_batch_size * sketch.gradient_accumulation_steps if "train_batch_size" in values else None,
+        memory=memory, room=torch.cuda.mem_get_info()[1] if device().type == "cuda" else 0,
     )  # fmt: skip
     config = TrainConfig(**values, **{one.name: one.value for one in proposed})
     config.resolution_given = True
@@ -224,7 +231,10 @@ def _measure(config: TrainConfig, plan: Plan) -> _Measured:
         logging.getLogger("ambient_sd").setLevel(logging.WARNING)
         with peak_memory(device()) as peak:
             run(dataclasses.replace(config, **aside), progress=False, on_step=lambda *_: at.append(time.perf_counter()))
-        network = load_file(Path(folder, WEIGHTS_NAME)) if config.lora else None
+        name = (
+            KOHYA_NAME if config.lora_kind in LYCORIS else WEIGHTS_NAME
+        )  # what is trained: the factors, not their product
+        network = load_file(Path(folder, name)) if config.lora else None
     trained = sum(v.numel() for v in network.values()) if network else sum(p.numel() for p in plan.base.skeleton()[plan.base.family.network].parameters())  # fmt: skip
     return _Measured((at[-1] - at[0]) / (len(at) - 1), peak.mb, trained)
 
