@@ -108,20 +108,15 @@ def propose(
         known = distinct >= FEWEST
         add("ambient_level", AUTO if known else 1.0, "measured on the images" if known else f"fewer than {FEWEST} different images cannot be measured")  # fmt: skip
     if device.type == "cuda":
-<<<<<<< HEAD
         add(
             "mixed_precision",
             "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16",
             "the GPU has it",
         )
-        add("gradient_checkpointing", True, "less memory")
-=======
-        add("mixed_precision", "bf16" if torch.cuda.is_bf16_supported() else "fp16", "the GPU has it")
         if "gradient_checkpointing" not in given and memory is not None:
             needed = memory({one.name: one.value for one in found})
             fits = needed <= USABLE * room
             add("gradient_checkpointing", not fits, f"without it the run takes {needed / 2**30:.1f} GiB, predicted, of {room / 2**30:.0f}")  # fmt: skip
->>>>>>> main
     if distinct > 1:
         add("probe_steps", -(-steps // EVALUATIONS), f"{EVALUATIONS} evaluations, the last one at the end")
         add("probe_images", min(32, count), "captions that are probed")
