@@ -29,7 +29,7 @@ from ambient_sd.data.captions import Cut, find_cut, in_one_line
 from ambient_sd.families import of_pipeline, tokenizers_of
 from ambient_sd.families.base import Model, check_same_space
 from ambient_sd.families.lora import fit, load_lora, locate, read, told
-from ambient_sd.families.origin import TRAINED, adapter_file, read_origin
+from ambient_sd.families.origin import TRAINED, VAE, adapter_file, read_origin, usable_vae
 from ambient_sd.guard.base_above import BaseAbove
 from ambient_sd.guard.calibration import Sampling
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard, active_guard
@@ -59,6 +59,8 @@ class SamplingConfig(SamplingOptions):
             raise UserError(f"device is {self.device!r}", remedy="for example cpu, cuda or cuda:1") from None
         model = self.source()
         model.check_weights()
+        if model.vae_name is not None:
+            model.family.check(model, model.read(f"{model.family.network}/config.json"), model.vae_settings)
         if self.base is not None:
             base = self.of(self.base).source()
             base.check_weights()
@@ -68,7 +70,8 @@ class SamplingConfig(SamplingOptions):
     def source(self) -> Model:
         """Return the model, to be read file by file."""
         return Model(
-            resolve_model_id(self.model), self.revision, self.variant, config=self.single_file_config
+            resolve_model_id(self.model), self.revision, self.variant, config=self.single_file_config,
+            vae_name=self.pretrained_vae_model_name_or_path,
         )  # fmt: skip
 
     def of(self, model: str) -> SamplingConfig:
@@ -77,7 +80,8 @@ class SamplingConfig(SamplingOptions):
         variant = self.variant if self.variant is not None and other.has_variant(self.variant) else None
         config = self.single_file_config if other.is_file else None
         return dataclasses.replace(
-            self, model=model, revision=None, variant=variant, single_file_config=config, lora_weights=None, base=None, base_above=None
+            self, model=model, revision=None, variant=variant, single_file_config=config, lora_weights=None, base=None, base_above=None,
+            pretrained_vae_model_name_or_path=None,
         )  # fmt: skip
 
     def lora(self) -> dict[str, Any] | None:
@@ -97,7 +101,7 @@ class SamplingConfig(SamplingOptions):
         return {
             "model": label(self.model), "lora_weights": None if self.lora_weights is None else label(self.lora_weights),
             **({} if self.lora_weights is None else {"lora": self.lora()}),
-            **{name: label(value) for name in ("revision", "variant", "single_file_config") if (value := getattr(self, name)) is not None},
+            **{name: label(value) for name in ("revision", "variant", "single_file_config", VAE) if (value := getattr(self, name)) is not None},
             "scheduler": self.scheduler, "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale, "resolution": self.resolution, "seed": self.seed, "dtype": self.dtype,
             **({} if self.base_above is None else {"base_above": self.base_above, "base": None if self.base is None else label(self.base)}),
@@ -140,6 +144,11 @@ def adapted(config: SamplingConfig) -> SamplingConfig:
     found: dict[str, Any] = {"model": base, "lora_weights": config.model, "base": None}
     if source == TRAINED:
         found |= {name: value for name, value in origin.loading.items() if getattr(config, name) is None}
+    if config.pretrained_vae_model_name_or_path is None and origin.vae is not None:
+        vae, why = origin.vae
+        found[VAE] = usable_vae(vae)
+        said = "the base's own, for it cannot be had: name it with --" + VAE if found[VAE] is None else "it"
+        say(f"trained with the VAE {label(vae.replace(chr(92), '/'))} ({why}), sampled with {said}")
     if config.resolution is None:
         if origin.resolution is not None:
             found["resolution"] = origin.resolution[0]

@@ -40,6 +40,7 @@ class Model:
         variant: of the weight files, such as fp16.
         cache_dir: where the hub's files are kept, if not in the usual place.
         config: of one file: folder or hub id with its settings; without, those of its architecture's first model.
+        vae_name: folder or hub id of another VAE in place of the model's, or None.
 
     Example:
         >>> from ambient_sd.assets import BASE
@@ -54,6 +55,7 @@ class Model:
     variant: str | None = None
     cache_dir: str | None = None
     config: str | None = None
+    vae_name: str | None = None
 
     @functools.cached_property
     def index(self) -> dict[str, Any]:
@@ -118,6 +120,20 @@ class Model:
     @property
     def _hub(self) -> dict[str, Any]:
         return {"revision": self.revision, "cache_dir": self.cache_dir}
+
+    @property
+    def vae_label(self) -> str | None:
+        """Return a name of the other VAE that may be published, as `label` for the model."""
+        return None if self.vae_name is None else Model(self.vae_name).label
+
+    @functools.cached_property
+    def vae_settings(self) -> dict[str, Any]:
+        """Return config.json of the VAE.
+
+        Raises:
+            UserError: there is none, or it is of another kind.
+        """
+        return self.read("vae/config.json") if self.vae_name is None else _other_vae(self, self.vae_name)
 
     def read(self, file: str) -> dict[str, Any]:
         """Return the contents of a JSON file of the pipeline, such as unet/config.json.
@@ -195,7 +211,7 @@ class Model:
         Raises:
             UserError: a folder has another variant alone; one file lacks something, or does not fit its settings.
         """
-        wanted = [part for part in self._weighted if part not in but]
+        wanted = [part for part in self._weighted if part not in but and not (part == "vae" and self.vae_name)]
         if self.file is not None:
             for part in wanted:
                 self.file.check(part, self.outline(part), self.family.single_file_texts)
@@ -237,12 +253,17 @@ class Model:
         return self.read(f"{part}/config.json")
 
     def load(self, part: str, dtype: torch.dtype = torch.float32) -> Any:
-        """Load one part, such as unet, vae, text_encoder or tokenizer.
+        """Load one part, such as unet, vae, text_encoder or tokenizer; the VAE may be another than the pipeline's.
 
         Raises:
             UserError: its files are missing or damaged.
         """
         kind = _class(*self.family.parts[part])
+        if part == "vae" and self.vae_name is not None:
+            try:  # revision and variant are the model's
+                return _whole(kind, self.vae_name, dtype, cache_dir=self.cache_dir)
+            except Exception as error:
+                raise Model(self.vae_name).unreadable("weights", error) from None
         try:
             if part.startswith("tokenizer"):
                 return _with_words(kind.from_pretrained(self.place, subfolder=part, **self._hub))
@@ -264,6 +285,8 @@ class Model:
     def load_pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
         """Load the whole pipeline, with some parts given; errors of the libraries come through."""
         kind: Any = getattr(diffusers, self.family.pipeline)
+        if self.vae_name is not None:
+            parts = {"vae": self.load("vae", dtype), **parts}
         if self.file is not None:
             self.check_weights(but=parts)
             made = {part: self.load(part, dtype) for part in self.family.parts if part not in parts}
@@ -284,7 +307,6 @@ class Base(Model):
         scheduler: the pipeline's own scheduler, its prediction type replaced if the run asks for another.
         network_config: config.json of the network.
         vae_config: config.json of the VAE that the run uses.
-        vae_name: folder or hub id of another VAE, or None.
         zero_empty: the pipeline samples its unconditional half with zeros, not with the empty prompt (SDXL).
 
     Example:
@@ -297,13 +319,7 @@ class Base(Model):
     scheduler: Any = None
     network_config: dict[str, Any] = field(default_factory=dict)
     vae_config: dict[str, Any] = field(default_factory=dict)
-    vae_name: str | None = None
     zero_empty: bool = False
-
-    @property
-    def vae_label(self) -> str | None:
-        """Return a name of the other VAE that may be written down, as `label` for the base."""
-        return None if self.vae_name is None else Model(self.vae_name).label
 
     @property
     def pixel_step(self) -> int:
@@ -317,15 +333,6 @@ class Base(Model):
 
     def _settings(self, part: str) -> dict[str, Any]:
         return super()._settings(part) if part != "vae" or self.vae_name is None else self.vae_config
-
-    def load(self, part: str, dtype: torch.dtype = torch.float32) -> Any:
-        """Load one part; the VAE is the run's, perhaps another than the pipeline's."""
-        if part != "vae" or self.vae_name is None:
-            return super().load(part, dtype)
-        try:  # revision and variant are the base's
-            return _whole(_class(*self.family.parts["vae"]), self.vae_name, dtype, cache_dir=self.cache_dir)
-        except Exception as error:
-            raise Model(self.vae_name).unreadable("weights", error) from None
 
     def captions(self) -> CaptionEncoder:
         """Load tokenizers and text encoders, frozen, float32, as the maker of this family's embeddings."""
@@ -345,8 +352,7 @@ class Base(Model):
 
     def pipeline(self, network: Any) -> Any:
         """Return the whole base pipeline, float32, with another network and this run's scheduler and VAE."""
-        other = {} if self.vae_name is None else {"vae": self.load("vae")}
-        pipe = self.load_pipeline(**{self.family.network: network, "scheduler": self.scheduler, **other})
+        pipe = self.load_pipeline(**{self.family.network: network, "scheduler": self.scheduler})
         # diffusers writes where each part was loaded from into its config: a path of this machine, in a public folder.
         for component in (pipe, *pipe.components.values()):
             if hasattr(component, "register_to_config"):
@@ -393,14 +399,14 @@ def check_base(
     """
     name = resolve_model_id(name)
     refuse_nowhere(name, f"pretrained_model_name_or_path is {name!r}; there is no such folder")
-    model = Model(name, revision, variant, cache_dir, config)
+    model = Model(name, revision, variant, cache_dir, config, vae)
     family = model.family
     _check_index(model)
     if os.path.isdir(name):
         _check_folder(model)
-    model.check_weights(but=() if vae is None else ("vae",))
+    model.check_weights()
     network_config = model.read(f"{family.network}/config.json")
-    vae_config = model.read("vae/config.json") if vae is None else _other_vae(model, vae)
+    vae_config = model.vae_settings
     family.check(model, network_config, vae_config)
     factor = family.vae_factor(vae_config)
     if resolution is not None and resolution % factor:
@@ -419,10 +425,10 @@ def check_base(
         variant,
         cache_dir,
         config,
+        vae,
         scheduler,
         network_config,
         vae_config,
-        vae,
         family.zero_empty(model.index),
     )
 

@@ -18,7 +18,8 @@ is put back as it was. alpha comes from the file's alpha tensors, from diffusers
 writes beside its file; where none says it, it is the rank, as diffusers has it, and the record says so.
 
 Taken: LoRA and DoRA of linear and convolution layers, for pipelines with a U-Net (Stable Diffusion 1, 2, XL), and LoHa, LoKr and LoRA in
-Tucker form as the LoRA that they are exactly (`ambient_sd.families.lycoris`). Not taken: pickle, and every other kind.
+Tucker form as the LoRA that they are exactly (`ambient_sd.families.lycoris`). Not taken: pickle, and every other kind. A rank that depends
+on the noise level is kept (`ambient_sd.families.rank_schedule`).
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ambient_sd.families import lycoris, of_pipeline
+from ambient_sd.families import lycoris, of_pipeline, rank_schedule
 from ambient_sd.families.family import Family
+from ambient_sd.families.rank_schedule import RankSchedule
 from ambient_sd.families.sgm import layers_in
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.hub_ids import hub_file
@@ -175,6 +177,7 @@ class Adapter:
         alpha_from: what says alpha.
         rslora: per part, whether the scale is alpha / sqrt(rank).
         network: which part is the denoising network.
+        schedule: how its rank in the network depends on the timestep; None: not at all.
 
     Example:
         >>> layer = Layer("unet", "to_q", torch.ones(4, 16), torch.ones(16, 4), None, None, alpha=8.0, scale=2.0)
@@ -189,6 +192,7 @@ class Adapter:
     alpha_from: str
     rslora: Mapping[str, bool]
     network: str
+    schedule: RankSchedule | None = None
 
     def record(self) -> dict[str, Any]:
         """Return what outputs say of it, for JSON: which file, and what of it was loaded."""
@@ -201,6 +205,7 @@ class Adapter:
             "parts": dict(sorted(Counter(layer.part for layer in self.layers).items())),
             "rank": _one_or_all({rank or "whole" for rank, _ in said}),
             "alpha": _one_or_all({alpha for _, alpha in said}), "alpha_from": self.alpha_from,
+            **({} if self.schedule is None else {"min_rank": self.schedule.min_rank}),
         }  # fmt: skip
 
 
@@ -249,7 +254,8 @@ def told(record: Mapping[str, Any]) -> str:
         >>> told({"file": "my.safetensors", "scheme": "PEFT", "sha256": "0123456789abcdef", **what})
         'my.safetensors: LoRA of rank 4, alpha 8.0 (metadata), on 32 layers, PEFT names, 0123456789ab'
     """
-    said = f"{record['kind']} of rank {record['rank']}, alpha {record['alpha']} ({record['alpha_from']}), on {record['layers']} layers"
+    rank = f"{record['min_rank']} to {record['rank']} by noise level" if "min_rank" in record else record["rank"]
+    said = f"{record['kind']} of rank {rank}, alpha {record['alpha']} ({record['alpha_from']}), on {record['layers']} layers"
     return f"{one_line(record['file'], 60)}: {one_line(said, 160)}, {record['scheme']} names, {record['sha256'][:12]}"
 
 
@@ -579,7 +585,12 @@ def fit(file: LoraFile, parts: Mapping[str, nn.Module], family: Family) -> Adapt
     adapter = Adapter(
         file, layers, list(schemes), " + ".join(sorted(sources)),
         {part: bool(configs.get(part, {}).get("use_rslora")) for part in parts}, family.network,
+        RankSchedule.read(file.metadata, file.label),
     )  # fmt: skip
+    if adapter.schedule is not None and any(x.magnitude is not None or x.kind != "LoRA" for x in layers):
+        raise _unfit(
+            file, f"has a rank that depends on the noise level, and is a {adapter.record()['kind']}", "give a LoRA"
+        )
     if not any(layer.magnitude is not None or layer.moves() for layer in layers):
         raise _changes_nothing(file, len(layers))
     return adapter
@@ -880,6 +891,8 @@ def attach(pipe: Any, adapter: Adapter, adapter_name: str | None = None, *, low_
     if not any(layer.moves() for layer in adapter.layers) and not _lengths_move(parts, adapter, name):
         before.restore(name)
         raise _changes_nothing(adapter.file, len(adapter.layers))
+    if adapter.schedule is not None:
+        rank_schedule.install(parts[adapter.network], name, adapter.schedule)
     return name
 
 

@@ -28,7 +28,7 @@ from ambient_sd.utils.hub_ids import EMBEDDED, HubFile, hub_file, resolve_model_
 if TYPE_CHECKING:
     from ambient_sd.families.base import Base
 
-TRAINED = "train_config.yaml"
+TRAINED, VAE = "train_config.yaml", "pretrained_vae_model_name_or_path"
 _CARD = "README.md"
 _HEAD = "in the file's head"
 _MOST_BYTES = 2**20  # of a small file
@@ -59,6 +59,7 @@ class Origin:
         architecture: of its base.
         sides: width and height of the training images, pixels.
         triggers: words that the images were captioned with.
+        vae: another than its base's own, by name.
         loading: how our training loaded the base: revision, variant, single_file_config.
 
     Example:
@@ -71,6 +72,7 @@ class Origin:
     architecture: Said | None = None
     sides: tuple[tuple[int, int], str] | None = None
     triggers: tuple[list[str], str] | None = None
+    vae: Said | None = None
     loading: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -226,7 +228,10 @@ def read_origin(path: Path, label: str) -> Origin:
     loading = {key: value for key in ("revision", "variant") if _PLAIN.fullmatch(value := str(trained.get(key, "")))}
     if isinstance(named := trained.get("single_file_config"), str) and (found := _usable(named)) is not None:
         loading["single_file_config"] = found
-    return Origin(label, bases, kinds[0] if kinds else None, _sides(trained, head), _triggers(card, head), loading)
+    vaes = [(name, why) for name, why in ((trained.get(VAE), TRAINED), (head.get("ss_vae_name"), f"ss_vae_name {_HEAD}")) if isinstance(name, str) and name]  # fmt: skip
+    return Origin(
+        label, bases, kinds[0] if kinds else None, _sides(trained, head), _triggers(card, head), vaes[0] if vaes else None, loading
+    )  # fmt: skip
 
 
 def written(base: Base, resolution: int) -> dict[str, str]:
@@ -251,7 +256,9 @@ def written(base: Base, resolution: int) -> dict[str, str]:
         head["modelspec.prediction_type"] = _PREDICTS[predicts]
     embedded = os.path.isdir(base.name) and os.path.samefile(base.name, resolve_model_id(EMBEDDED))
     name = EMBEDDED if embedded else base.name
-    if not embedded and (base.revision is not None or not _HUB_ID.fullmatch(name) or os.path.exists(name)):
+    if base.vae_label is not None:
+        head["ss_vae_name"] = base.vae_label
+    if not embedded and (base.revision is not None or not _is_hub_id(name)):
         return head
     head["ss_sd_model_name"] = name
     kind = base.family.architectures.get((base.network_config.get("cross_attention_dim"), predicts))
@@ -276,9 +283,23 @@ def refuse_adapter(name: str) -> None:
         )
 
 
+def usable_vae(name: str) -> str | None:
+    """Return a VAE's name if it has the form of a hub id or is its folder on this machine.
+
+    Example:
+        >>> usable_vae("owner/vae"), usable_vae("kl-f8-anime2.ckpt")
+        ('owner/vae', None)
+    """
+    plain = name.isprintable() and len(name) <= 4096 and "://" not in name and not name.startswith(("//", "\\\\"))
+    return name if plain and (_is_hub_id(name) or os.path.isfile(os.path.join(name, "config.json"))) else None
+
+
+def _is_hub_id(name: str) -> bool:
+    return _HUB_ID.fullmatch(name) is not None and not os.path.exists(name)
+
+
 def _shown(name: str) -> str:
-    hub = _HUB_ID.fullmatch(name) and not os.path.exists(name)
-    return one_line(name if hub else re.split(r"[\\/]", name.rstrip("\\/"))[-1], 80)
+    return one_line(name if _is_hub_id(name) else re.split(r"[\\/]", name.rstrip("\\/"))[-1], 80)
 
 
 def _usable(name: str) -> str | None:

@@ -35,6 +35,7 @@ from typing import Any, Literal
 
 import torch
 
+from ambient_sd.families import rank_schedule
 from ambient_sd.guard.base_above import base_acts
 from ambient_sd.guard.scores import SPACES, Space, require_supported
 from ambient_sd.utils.errors import UserError, one_line
@@ -158,7 +159,8 @@ class ModelFingerprint:
         if called:
             scales = {n: dict(zip(["default_0"], scale.values(), strict=False)) for n, scale in scales.items()}
         shapes = [[name, list(tensor.shape)] for name, tensor in named]
-        facts = [config, shapes, scales, *([off] if off else [])]
+        ranks = {"default_0" if called else n: dataclasses.asdict(s) for n, s in rank_schedule.installed(unet).items()}
+        facts = [config, shapes, scales, *([off] if off else []), *([ranks] if ranks else [])]
         structure = hashlib.sha256(_canonical(facts).encode()).hexdigest()
         dtype = str(named[0][1].dtype).removeprefix("torch.") if named else "float32"
         if any(tensor.is_meta for _, tensor in named):

@@ -168,7 +168,15 @@ class Facts:
         if self.lora is not None:
             for name, to in {"rank": int, "alpha": float, "dropout": float, "dora": bool, "targets": list}.items():
                 to(self.lora[name])
-            if not all(isinstance(self.lora.get(name), str | None) for name in ("start", "init", "kind")):
+            if not all(
+                isinstance(self.lora.get(n), t)
+                for n, t in {
+                    "start": str | None,
+                    "init": str | None,
+                    "kind": str | None,
+                    "min_rank": int | None,
+                }.items()
+            ):
                 raise TypeError("lora")
         if self.licence != _clean_licence(self.licence, None):
             raise ValueError("licence is none")
@@ -225,7 +233,7 @@ def describe_run(
         vae=_public(config.pretrained_vae_model_name_or_path, "another VAE"),
         lora=None
         if not config.lora
-        else {"rank": config.rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout, "dora": config.use_dora,
+        else {"rank": config.rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout, "dora": config.use_dora, "min_rank": config.lora_min_rank,
               "targets": list(config.lora_target_modules or ()), "start": _public(config.lora_weights, "another adapter"),
               "init": config.lora_init, "kind": LORA_KINDS[config.lora_kind or "lora"], "rslora": config.use_rslora, "text": config.train_text_encoder},
         averaged=config.use_ema,

@@ -26,10 +26,11 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from ambient_sd.data.stream import keyed_seed
-from ambient_sd.families import lora, lycoris
+from ambient_sd.families import lora, lycoris, rank_schedule
 from ambient_sd.families.base import Base
 from ambient_sd.families.family import Family
 from ambient_sd.families.lora import WEIGHTS_NAME, Adapter
+from ambient_sd.families.rank_schedule import RankSchedule
 from ambient_sd.training.config import DEFAULT_TARGETS, LYCORIS, MOVED_BASE, TrainConfig
 from ambient_sd.utils.errors import UserError, one_line
 
@@ -167,7 +168,8 @@ def settle(config: TrainConfig, start: Adapter, network: torch.nn.Module) -> Tra
     paths, names = set(known["target_modules"]), [name for name, _ in network.named_modules()]
     # Endings, as a person would give them, in place of a path for each layer.
     ends = sorted(_find_minimal_target_modules(paths, set(names) - paths))
-    found = {"lora_kind": kinds[0].lower(), "rank": known["r"], "lora_alpha": float(known["lora_alpha"]), "use_dora": known["use_dora"],
+    found = {"lora_kind": kinds[0].lower(), "rank": known["r"], "lora_min_rank": None if start.schedule is None else start.schedule.min_rank,
+             "lora_alpha": float(known["lora_alpha"]), "use_dora": known["use_dora"],
              "lora_target_modules": ends if set(ends) != set(DEFAULT_TARGETS) else list(DEFAULT_TARGETS)}  # fmt: skip
     for name, value in found.items():
         given = getattr(config, name)
@@ -183,7 +185,7 @@ def settle(config: TrainConfig, start: Adapter, network: torch.nn.Module) -> Tra
 def attach(
     unet: Any, *, rank: int, alpha: float, targets: Sequence[str], seed: int, dropout: float = 0.0, dora: bool = False,
     part: str = "unet", start: Adapter | None = None, init: str | None = None, rslora: bool = False, checkpoint: Path | None = None,
-    kind: str | None = None,
+    kind: str | None = None, schedule: RankSchedule | None = None,
 ) -> list[AddressedDropout]:  # fmt: skip
     """Add a LoRA in float32 to a U-Net or text encoder whose own weights are frozen from here on.
 
@@ -200,6 +202,7 @@ def attach(
         checkpoint: folder that `save` wrote to, to be given to `load` afterwards; says with what `init` began.
         start: adapter to begin from, bit for bit; its layers, ranks and alphas then stand in place of those above.
         kind: lora, loha or lokr; None: lora.
+        schedule: how the rank depends on the timestep; of a start that has a schedule, its own.
 
     Raises:
         UserError: `start` did not reach the layers whole.
@@ -263,6 +266,8 @@ def attach(
         }
         if wrong := _fill(unet, state):
             raise UserError(f"lora_weights {start.file.label} did not reach the {part} whole", rule=wrong[0])
+    if (schedule := (start and start.schedule) or schedule) is not None and part == "unet":
+        rank_schedule.install(unet, "default", schedule)
     return _install(unet, p=dropout, seed=seed, part=part) if dropout else []
 
 
@@ -413,7 +418,7 @@ def save(
         layers, settings = plain(encoder)
         parts[part] = {_clip_name(name): value for name, value in layers.items()}, settings
     family.save_lora(folder, parts)
-    _settle(folder / WEIGHTS_NAME, head)
+    _settle(folder / WEIGHTS_NAME, {**head, **rank_schedule.head(unet, "default")})
     if _factors(unet):
         save_kohya(unet, folder, family, text, head)
 
@@ -465,7 +470,7 @@ def save_kohya(
         **more,
     }
     save_file(state, folder / KOHYA_NAME, metadata=metadata)
-    _settle(folder / KOHYA_NAME, head)
+    _settle(folder / KOHYA_NAME, {**head, **rank_schedule.head(unet, "default")})
 
 
 def _kohya_keys(network: Any, part: str, family: Family, paths: Iterable[str]) -> dict[str, str]:

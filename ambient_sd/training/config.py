@@ -149,6 +149,7 @@ class TrainConfig:
     lora_weights: str | None = same(SamplingOptions, "lora_weights", text="LoRA on the model: folder, .safetensors file or hub id. Training continues it; rank, lora_alpha, layers and kind are its own", group="LoRA", needs="lora")
     lora_kind: str | None = option(None, "what the update is made of (default lora): loha = two products B A multiplied elementwise, of rank up to rank^2; lokr = a small matrix and a product B A multiplied by Kronecker, the smallest file. Both are saved for diffusers as the LoRA that they are exactly, and in LyCORIS's format for ComfyUI, AUTOMATIC1111 and others", group="LoRA", choices=tuple(LORA_KINDS), needs="lora")
     rank: int | None = option(None, "rank of the update (default 4)", group="LoRA", low=1, needs="lora")
+    lora_min_rank: int | None = option(None, "T-LoRA: let the rank of the U-Net's update depend on the noise level, from this at the highest to the rank at t = 0 (default: the rank everywhere). Sampling does so too in this package; other readers apply the whole rank", group="LoRA", low=1, needs="lora")
     lora_init: str | None = option(None, "how the update begins. gaussian (default, as in diffusers' scripts), kaiming, orthogonal: at zero. pissa: at the largest singular components of each weight, olora: at its QR components; both take them out of the base and are saved as a LoRA of twice the rank on the untouched base", group="LoRA", choices=LORA_INITS, needs="lora")
     use_rslora: bool = option(False, "scale the update by lora_alpha / sqrt(rank); saved as the lora_alpha that gives this scale in every reader", group="LoRA", needs="lora")
     lora_alpha: float | None = option(None, "the update is scaled by lora_alpha / rank (default: the rank); kept in the saved file", group="LoRA", above=0.0, needs="lora")
@@ -250,14 +251,22 @@ class TrainConfig:
             (self.use_dora and self.lora_init in MOVED_BASE, "use_dora", f"the row lengths of DoRA belong to weights that {self.lora_init} changes"),
             (self.lora_weights and self.lora_init, "lora_init", "an adapter that lora_weights names has begun already"),
             (self.lora_weights and self.use_rslora, "use_rslora", "the adapter that lora_weights names has a scale of its own"),
+            (self.lora_min_rank and self.lora_init in ("orthogonal", *MOVED_BASE), "lora_min_rank", "the update would not begin at zero where components are masked"),
             (self.lora_init == "orthogonal" and (self.rank or 4) % 2, f"rank {self.rank}", "orthogonal halves need an even rank"),
         ):  # fmt: skip
             if given:
                 raise UserError(f"{name} is given with {'lora_weights' if self.lora_weights else f'lora_init {self.lora_init}'}", rule=rule,
                                 remedy="leave one of them out" if "rank " not in name else "give an even one")  # fmt: skip
+        if self.lora_min_rank and self.use_dora:
+            raise UserError("lora_min_rank is given with use_dora", rule="the row lengths of DoRA belong to the update of the whole rank",
+                            remedy="leave one of them out")  # fmt: skip
+        if self.lora_min_rank and not self.lora_weights and self.lora_min_rank >= (self.rank or 4):
+            raise UserError(f"lora_min_rank is {self.lora_min_rank}", rule=f"it must be below the rank, {self.rank or 4}",
+                            remedy="raise rank, or leave lora_min_rank out")  # fmt: skip
         for name, rule in (
             ("use_dora", "its row lengths are trained with a LoRA only"),
             ("use_rslora", "readers scale these kinds by lora_alpha / rank"),
+            ("lora_min_rank", "it masks components of one product B A"),
             ("lora_init", "these kinds begin at zero, as peft and LyCORIS have it"),
             (
                 "lora_dropout",

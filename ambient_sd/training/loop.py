@@ -36,6 +36,7 @@ from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import SampleStream, keyed_seed, process_batches
 from ambient_sd.data.views import ViewRule
 from ambient_sd.families.origin import written
+from ambient_sd.families.rank_schedule import RankSchedule
 from ambient_sd.objective import AmbientObjective, CorruptedBatch
 from ambient_sd.training import (
     adapters,
@@ -690,6 +691,7 @@ def _load_unet(
             module, part=part, rank=config.rank or 4, alpha=config.lora_alpha or 4.0,
             targets=config.lora_target_modules or () if own else adapters.TEXT_TARGETS, seed=config.seed, dropout=config.lora_dropout or 0.0, dora=config.use_dora, start=plan.start,
             init=config.lora_init, rslora=config.use_rslora, checkpoint=checkpoint, kind=config.lora_kind,
+            schedule=None if config.lora_min_rank is None else RankSchedule(config.lora_min_rank, base.schedule.num_train_timesteps),
         )  # fmt: skip
         if checkpoint is not None:
             adapters.load(unet, checkpoint, base.family, text)

@@ -127,6 +127,7 @@ class Plan:
             "lora_kind": None if self.config.lora_kind == "lora" else self.config.lora_kind,
             "lora_init": self.config.lora_init,
             "use_rslora": self.config.use_rslora or None,
+            "lora_min_rank": self.config.lora_min_rank,
             "train_text_encoder": self.config.train_text_encoder or None,
             "lora_weights": None if self.start is None else self.start.file.sha256,
             "global_batch": global_batch,

@@ -192,7 +192,7 @@ def _generate(
     config: TrainConfig, base: Base, accelerator: Accelerator, path: Path, missing: list[int], *, progress: bool
 ) -> None:
     # With the base's own scheduler: the run's may predict something else.
-    pipe = base.load_pipeline(**({} if base.vae_name is None else {"vae": base.load("vae")})).to(accelerator.device)
+    pipe = base.load_pipeline().to(accelerator.device)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None  # what it blanks would be trained
     requests = [Request(str(config.class_prompt), *divmod(i, MOST_IMAGES)) for i in missing]

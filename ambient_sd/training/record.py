@@ -144,7 +144,7 @@ def describe_start(
     if plan.level_reason:
         level += f" ({plan.level_reason})"
     kind = (
-        f"{LORA_KINDS[config.lora_kind or 'lora']} of rank {config.rank}"
+        f"{LORA_KINDS[config.lora_kind or 'lora']} of rank {f'{config.lora_min_rank} to ' if config.lora_min_rank else ''}{config.rank}"
         + (" with text encoders" * config.train_text_encoder)
         if config.lora
         else "whole U-Net"

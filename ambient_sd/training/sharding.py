@@ -69,6 +69,7 @@ def check(config: TrainConfig) -> None:
          "hide it, such as with CUDA_VISIBLE_DEVICES=''"),
         (config.lora_init in MOVED_BASE, f"lora_init is {config.lora_init} under FSDP", "the start of each weight would have to be cut as the weight is",
          "use gaussian, or no FSDP"),
+        (config.lora_min_rank is not None, "lora_min_rank is given under FSDP", "this trainer was never tested with it", "leave it out"),
         (config.lora_kind in LYCORIS, f"lora_kind is {config.lora_kind} under FSDP", "this trainer was never tested with it", "use lora, or no FSDP"),
         (config.train_text_encoder, "train_text_encoder is given under FSDP", "this trainer was never tested with it", "leave it out"),
         (config.use_8bit_adam, "use_8bit_adam is given under FSDP", "its kernels know no cut weights", "leave it out"),

@@ -49,6 +49,7 @@ def audit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., t
         out = tmp_path / f"audit-{len(list(tmp_path.glob('audit-*')))}"
         main(["audit", *QUICK, "--output_dir", str(out), *map(str, words)])
         found = json.loads((out / "audit.json").read_text())
+        found["page"] = (out / "audit.html").read_text()
         found["base images"] = len((out / "base" / "samples.jsonl").read_text().splitlines())
         return found, capsys.readouterr().out
 
@@ -64,6 +65,9 @@ def test_a_lora_of_ours_is_audited_by_its_file_alone(
     for key in ("model", "measures", "images", "copies", "finding"):
         assert alone[key] == told[key], key
     assert alone["model"]["resolution"] == 40 and alone["base images"] == 3
+    assert f"Audit of {tiny_base.name} with {trained.name} against" in alone["page"], (
+        "and not the name that every LoRA has"
+    )
     for line in (
         f"is a LoRA: its base is {tiny_base.name} (train_config.yaml)", "resolution: 40 (train_config.yaml)",
         f"prompts: the captions of {tiny_images.name}", f"what cannot be a copy: images of the base {tiny_base.name}",
@@ -95,13 +99,41 @@ def test_a_lora_of_kohya_is_audited_by_its_trigger_words(
     assert found["model"]["lora"]["scheme"] == "kohya" and found["model"]["resolution"] == 32
 
 
+def pixels(out: Path, *words: object) -> bytes:
+    """The image that `sample` makes; its file names its model."""
+    main(["sample", *map(str, words), "--prompt", "a disc", "--num_inference_steps", "1", "--output_dir", str(out), "--device", "cpu",
+          "--attribution", "none"])  # fmt: skip
+    return Image.open(out / "images" / "00000-00.png").tobytes()
+
+
+def test_a_lora_is_decoded_by_the_vae_of_its_training(
+    tiny_base: Path, tiny_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.tiny_pipeline(seed=1).vae.save_pretrained(tmp_path / "vae")
+    run(TrainConfig(str(tiny_base), pretrained_vae_model_name_or_path=str(tmp_path / "vae"), train_data_dir=str(tiny_images), resolution=32,
+                    max_train_steps=1, lora=True, report_to="none", output_dir=str(tmp_path / "out"), learning_rate=1e-1))  # fmt: skip
+    told = [tiny_base, "--lora_weights", tmp_path / "out", "--resolution", "32"]
+    alone = pixels(tmp_path / "alone", tmp_path / "out")
+    assert "trained with the VAE vae (train_config.yaml), sampled with it" in capsys.readouterr().out
+    assert alone == pixels(tmp_path / "told", *told, "--pretrained_vae_model_name_or_path", tmp_path / "vae")
+    assert alone != pixels(tmp_path / "own", *told)
+    # Of the file alone nothing knows where the VAE is, and that is said.
+    shutil.copy(tmp_path / "out" / WEIGHTS_NAME, tmp_path / "my.safetensors")
+    assert (
+        adapted(SamplingConfig(str(tmp_path / "my.safetensors"), base=str(tiny_base))).pretrained_vae_model_name_or_path
+        is None
+    )
+    assert (
+        "trained with the VAE vae (ss_vae_name in the file's head), sampled with the base's own"
+        in capsys.readouterr().out
+    )
+    with pytest.raises(UserError, match="pretrained_vae_model_name_or_path"):
+        SamplingConfig(str(tiny_base), pretrained_vae_model_name_or_path=str(tiny_images)).check()
+
+
 def test_a_lora_is_sampled_alone(trained: Path, tiny_base: Path, tmp_path: Path) -> None:
-    images = []
-    for name, model in (("alone", [trained]), ("told", [tiny_base, "--lora_weights", trained, "--resolution", "40"])):
-        main(["sample", *map(str, model), "--prompt", "a disc", "--num_inference_steps", "1", "--output_dir", str(tmp_path / name),
-              "--device", "cpu", "--attribution", "none"])  # fmt: skip
-        images.append((tmp_path / name / "images" / "00000-00.png").read_bytes())
-    assert images[0] == images[1]
+    told = pixels(tmp_path / "told", tiny_base, "--lora_weights", trained, "--resolution", "40")
+    assert pixels(tmp_path / "alone", trained) == told
 
 
 def test_a_lora_of_another_family_is_refused_unloaded(
@@ -189,12 +221,8 @@ def test_a_lora_on_the_hub_is_sampled_alone(
     name: str, model: str, on_hub: Callable[..., None], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     on_hub(name)
-    images = []
-    for place, given in (("hub", [model]), ("local", ["owner/base", "--lora_weights", trained, "--resolution", "40"])):
-        main(["sample", *map(str, given), "--prompt", "a disc", "--num_inference_steps", "1", "--output_dir", str(tmp_path / place),
-              "--device", "cpu", "--attribution", "none"])  # fmt: skip
-        images.append(Image.open(tmp_path / place / "images" / "00000-00.png").tobytes())  # the file names its model
-    assert images[0] == images[1]
+    told = pixels(tmp_path / "told", "owner/base", "--lora_weights", trained, "--resolution", "40")
+    assert pixels(tmp_path / "alone", model) == told
     shown = model.removeprefix("https://huggingface.co/").replace("blob/main/", "")
     assert f"{shown} is a LoRA: its base is owner/base (ss_sd_model_name in the file's head)" in capsys.readouterr().out
 

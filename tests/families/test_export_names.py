@@ -101,6 +101,11 @@ def comfy(kind: str) -> Callable[[str], str | None]:
         for pair in table.items()
         for name, layer in ((pair[0], pair[1]), (pair[1], pair[1]))
     }
+    # diffusers' names of its first years, without which nothing follows `unet.`
+    for name, layer in table.items():
+        older = name.replace(".to_", ".processor.to_")
+        older = older.removesuffix(".0") if older.endswith(".to_out.0") else older
+        known |= {older: layer, f"unet.{older}": layer}
     first = {"sd1": "clip_l", "sd2": "clip_h", "sdxl": "clip_l"}[kind]
     for i in range(32):
         for name, flat in CLIP.items():
@@ -239,9 +244,11 @@ def test_every_name_written_is_looked_up(model: tuple[str, Any, dict[str, Any]],
     assert set(found.values()) == by_webui, "AUTOMATIC1111"
     for look_up in (comfy(kind), webui(kind)):
         assert look_up("lora_unet_down_blocks_7_resnets_0_conv1") is None, "control: not every name"
-    # diffusers' names are no names of theirs: for them there is a file of its own.
+    # Of the file for diffusers ComfyUI would take the layers outside attention alone, and AUTOMATIC1111 none: it is not theirs.
     family.save_lora(tmp_path, {"unet": adapters.plain(unet)})
-    assert not any(comfy(kind)(name.rpartition(".lora_")[0]) for name in load_file(tmp_path / adapters.WEIGHTS_NAME))
+    other = {name.rpartition(".lora_")[0] for name in load_file(tmp_path / adapters.WEIGHTS_NAME)}
+    assert {name for name in other if comfy(kind)(name) is None} == {name for name in other if ".to_" in name}
+    assert not any(webui(kind)(name.replace(".", "_")) for name in other)
 
 
 def output(unet: Any, added: dict[str, Any]) -> torch.Tensor:

@@ -66,6 +66,7 @@ from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.data.stream import drawn
 from ambient_sd.data.walk import METADATA
 from ambient_sd.families.base import Model
+from ambient_sd.families.lora import PEFT_NAME, WEIGHTS_NAME
 from ambient_sd.families.origin import adapter_file, read_origin
 from ambient_sd.reporting.audit_page import write_report
 from ambient_sd.reporting.next_steps import after_audit
@@ -383,7 +384,7 @@ def _vae(settings: AuditSettings) -> tuple[Any, int]:
 
 def _own_resolution(model: Model) -> int:
     """Return the side that a pipeline samples at by default, from its configuration."""
-    return model.family.native_side(model.read(f"{model.family.network}/config.json"), model.read("vae/config.json"))
+    return model.family.native_side(model.read(f"{model.family.network}/config.json"), model.vae_settings)
 
 
 def _used(stored: Mapping[str, EmbeddingStore], compared: int) -> dict[str, Any] | None:
@@ -783,7 +784,12 @@ def _report(
 
 
 def _model_name(config: SamplingConfig) -> str:
-    return label(config.model) + (f" with {label(config.lora_weights)}" if config.lora_weights else "")
+    if config.lora_weights is None:
+        return label(config.model)
+    place = Path(config.lora_weights)
+    # Of a file under the name that every tool gives it the folder says more.
+    usual = place.is_file() and place.name in (WEIGHTS_NAME, PEFT_NAME)
+    return f"{label(config.model)} with {label(str(place.resolve().parent) if usual else config.lora_weights)}"
 
 
 def _decision_histogram(decision: Decision, name: str) -> Histogram:

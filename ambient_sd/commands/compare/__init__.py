@@ -126,6 +126,9 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> None:
             and (found := adapted(SamplingConfig(place, resolution=settings.resolution))).lora_weights is not None
         ):
             models[name], loras[name] = found.model, found.lora_weights
+            if found.pretrained_vae_model_name_or_path is not None:
+                raise UserError(f"{name} was trained with another VAE", rule="models are compared with the VAE of their base",
+                                remedy="give a base folder with that VAE in it, and the LoRA with --lora_weights")  # fmt: skip
     settings = dataclasses.replace(settings, models=models, lora_weights=loras)
 
     rows_of = reading(rows)

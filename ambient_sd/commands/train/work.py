@@ -28,7 +28,8 @@ from ambient_sd.reporting.charts import write_training_curve
 from ambient_sd.reporting.model_card import write_run_card
 from ambient_sd.reporting.publishing import prepare, push
 from ambient_sd.training import RunRecord, results, run
-from ambient_sd.training.config import AUTO, TrainConfig
+from ambient_sd.training.adapters import KOHYA_NAME
+from ambient_sd.training.config import AUTO, LYCORIS, TrainConfig
 from ambient_sd.training.footprint import predict
 from ambient_sd.training.plan import Plan, base_of, open_images, plan_run
 from ambient_sd.training.probe import GUIDANCE_SCALE, INFERENCE_STEPS
@@ -230,7 +231,10 @@ def _measure(config: TrainConfig, plan: Plan) -> _Measured:
         logging.getLogger("ambient_sd").setLevel(logging.WARNING)
         with peak_memory(device()) as peak:
             run(dataclasses.replace(config, **aside), progress=False, on_step=lambda *_: at.append(time.perf_counter()))
-        network = load_file(Path(folder, WEIGHTS_NAME)) if config.lora else None
+        name = (
+            KOHYA_NAME if config.lora_kind in LYCORIS else WEIGHTS_NAME
+        )  # what is trained: the factors, not their product
+        network = load_file(Path(folder, name)) if config.lora else None
     trained = sum(v.numel() for v in network.values()) if network else sum(p.numel() for p in plan.base.skeleton()[plan.base.family.network].parameters())  # fmt: skip
     return _Measured((at[-1] - at[0]) / (len(at) - 1), peak.mb, trained)
 
