@@ -37,7 +37,7 @@ from ambient_sd.data.stream import SampleStream, keyed_seed, process_batches
 from ambient_sd.data.views import ViewRule
 from ambient_sd.families.origin import written
 from ambient_sd.families.rank_schedule import RankSchedule
-from ambient_sd.objective import AmbientObjective
+from ambient_sd.objective import AmbientObjective, CorruptedBatch
 from ambient_sd.training import (
     adapters,
     auto_level,
@@ -60,10 +60,10 @@ from ambient_sd.training.probe import Probe, add_evaluation
 from ambient_sd.training.record import LossLog, RunRecord, StepSums, describe_start
 from ambient_sd.utils.devices import send
 from ambient_sd.utils.errors import UserError
+from ambient_sd.utils.prefetch import ahead
 
 logger = logging.getLogger(__name__)
 
-_Drawn = tuple[list[int], list[str], torch.Tensor]  # positions, keys and latents of a pass
 _FINAL_STEPS = 100  # the record's losses are means over that many last steps
 
 
@@ -100,6 +100,9 @@ class TrainingBatch:
     perturbation: torch.Tensor | None = None
     time_ids: torch.Tensor | None = None
     prior: bool = False
+
+
+_Drawn = tuple[TrainingBatch, CorruptedBatch]
 
 
 @dataclass(frozen=True)
@@ -343,10 +346,7 @@ class _Trainer:
             part.train()
         done, begin = self.first_step, time.perf_counter()
         lines = [self.line] if self.prior is None else [self.line, self.prior]
-        batches = [line.encoder.batches(process_batches(
-            self.first_step, self.steps, batch_size=config.train_batch_size, accumulation=config.gradient_accumulation_steps,
-            rank=accelerator.process_index, processes=accelerator.num_processes,
-        )) for line in lines]  # fmt: skip
+        batches = [self._batches(line) for line in lines]
         if self.probe is not None and config.keep == "best" and done == 0:
             self._evaluate(self.probe, 0)  # what the base itself counts
         options = {"desc": "training", **self.bar}
@@ -384,8 +384,19 @@ class _Trainer:
             processes=accelerator.num_processes, fingerprint=self.fingerprint,
         )  # fmt: skip
 
-    def _draw_batch(self, line: _Line, positions: list[int], keys: list[str], x0: torch.Tensor) -> TrainingBatch:
-        """Draw what is fresh at these positions and look up what is fixed for these images."""
+    def _batches(self, line: _Line) -> Iterator[_Drawn]:
+        """Yield the batches of this process, from the step on that the run begins with, and what is made of each for the network."""
+        config, accelerator = self.config, self.accelerator
+        places = process_batches(
+            self.first_step, self.steps, batch_size=config.train_batch_size, accumulation=config.gradient_accumulation_steps,
+            rank=accelerator.process_index, processes=accelerator.num_processes,
+        )  # fmt: skip
+        drawn = (self._draw_batch(line, *at) for at in line.encoder.batches(places))
+        # All draws are functions of seed and place: made early they are the same. On a CPU the cores are busy already.
+        return ahead(drawn) if accelerator.device.type == "cuda" else drawn
+
+    def _draw_batch(self, line: _Line, positions: list[int], keys: list[str], x0: torch.Tensor) -> _Drawn:
+        """Draw what is fresh at these positions, look up what is fixed for these images, and corrupt the images."""
         timesteps, noise, captions, shape, stream = [], [], [], tuple(x0.shape[1:]), line.stream
         for position in positions:
             g = stream.generator("draw", position)
@@ -405,9 +416,13 @@ class _Trainer:
         fresh = noising.offset(torch.stack(noise), stream, positions, self.config.noise_offset)
         extra = noising.perturbation_at(stream, positions, shape, self.config.input_perturbation)
         sizes = line.rule.sizes(line.images, stream, positions) if self.family.takes_sizes else None
-        return TrainingBatch(
+        batch = TrainingBatch(
             positions, keys, captions, torch.stack(timesteps), x0, eps_n, fresh, extra, sizes, line.prior
         )
+        return batch, noising.corrupt(
+            line.objective, batch.x0, batch.eps_n, batch.timesteps, noise=batch.noise,
+            perturbation=batch.perturbation, snr_gamma=self.config.snr_gamma,
+        )  # fmt: skip
 
     def _step(
         self, batches: Iterator[_Drawn], class_batches: Iterator[_Drawn] | None = None
@@ -465,13 +480,9 @@ class _Trainer:
     def _pass(self, line: _Line, drawn: _Drawn, sums: StepSums, over: float | torch.Tensor, *, last: bool) -> None:
         """Make one pass forward and back: add its mean loss divided by `over` to the gradients, which the last one of a step gathers."""
         config, accelerator, device = self.config, self.accelerator, self.accelerator.device
-        batch = self._draw_batch(line, *drawn)
+        batch, corrupted = drawn
         if self.on_batch is not None:
             self.on_batch(batch)
-        corrupted = noising.corrupt(
-            line.objective, batch.x0, batch.eps_n, batch.timesteps, noise=batch.noise,
-            perturbation=batch.perturbation, snr_gamma=config.snr_gamma,
-        )  # fmt: skip
         for dropout in self.dropouts:
             # Of a class image another mask than of the training image at its place.
             dropout.positions = [-1 - p for p in batch.positions] if line.prior else batch.positions
