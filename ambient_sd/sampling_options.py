@@ -42,7 +42,7 @@ class SamplingOptions:
     guidance_scale: float = option(7.5, "classifier-free guidance; 1 or less is none, and then there are no scores", low=0)
     resolution: int | None = option(None, "side of the images in pixels (default: the model's)", low=8, multiple=8)
     seed: int = option(0, "seed: start noise")
-    dtype: str = option("float32", "precision of the weights", choices=DTYPES)
+    dtype: str | None = option(None, "precision of the weights (default: bfloat16 on a GPU that has it, float32 elsewhere)", choices=DTYPES)
     device: str | None = option(None, "torch device (default: a GPU if there is one)")
     batch_size: int = option(4, "images that go through the network together", low=1)
     revision: str | None = option(None, "revision of the hub repository: branch, tag or commit")

@@ -318,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(
                 f"{name} is a LoRA", rule="it needs the pipeline that it was trained on", remedy="add --base"
             )
-        settings[name] = SamplingConfig(args.base, place) if adapter else SamplingConfig(place)
+        settings[name] = SamplingConfig(*([args.base, place] if adapter else [place]), dtype="float32")
         settings[name].check()
     train, heldout = (
         load_rows(where, row_filter=[split_condition(term) for term in terms]).check(near_duplicates=True)

@@ -90,7 +90,7 @@ def config_of(
     """Say how what a run left is sampled: under DPM-Solver++."""
     return SamplingConfig(
         str(base if lora else folder), str(folder) if lora else None, "dpm++", sampling.num_inference_steps, sampling.guidance_scale,
-        resolution, seed, batch_size=sampling.batch_size,
+        resolution, seed, dtype="float32", batch_size=sampling.batch_size,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
+
+# Many tests ask for equal bits and for what holds on CPUs only: on machines with a GPU they run on the CPU too, and so do the processes that
+# they start. `AMBIENT_SD_TEST_GPU=1` lets them see it, with deterministic kernels.
+if os.environ.get("AMBIENT_SD_TEST_GPU") == "1":
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+else:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # One thread: on networks this small a second one costs more than it brings, many times more on a busy machine.
 torch.set_num_threads(1)

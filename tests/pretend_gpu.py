@@ -366,7 +366,7 @@ def pretend_gpu() -> Iterator[PretendGPU]:
 
     quiet = {"_lazy_init": None, "set_device": None, "empty_cache": None, "reset_peak_memory_stats": None, "is_available": True, "is_bf16_supported": True,
              "device_count": 1, "current_device": 0, "max_memory_allocated": 0, "memory_allocated": 0, "mem_get_info": (2**34, 2**34),
-             "get_device_capability": (9, 0), "is_initialized": True}  # fmt: skip
+             "get_device_capability": (9, 0), "get_device_name": "pretended GPU", "is_initialized": True}  # fmt: skip
     answers: dict[str, Any] = {name: lambda *_, answer=answer, **__: answer for name, answer in quiet.items()}
     answers |= {
         "synchronize": lambda *_: gpu.wait("synchronize"),

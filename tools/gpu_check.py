@@ -820,7 +820,8 @@ def tests(ctx: Context) -> Outcome:
         command += ["-k", "clipping or rank or level_zero"]
     elif importlib.util.find_spec("xdist"):
         command += ["--numprocesses", str(max(1, min(6, (os.cpu_count() or 1) // 2)))]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=sys.stderr)
+    env = {**os.environ, "AMBIENT_SD_TEST_GPU": str(int(ctx.cuda))}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=sys.stderr)
     try:
         code = process.wait(timeout=max(1.0, ctx.left() - 5))
     except subprocess.TimeoutExpired:

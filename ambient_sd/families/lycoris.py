@@ -28,12 +28,14 @@ def rank_of(tensors: Mapping[str, Tensor]) -> int | None:
     """Return the rank r of the factors of one layer; None where both halves of a LoKr are whole.
 
     Raises:
-        ValueError: its factors have several.
+        ValueError: its factors have several, or one is no matrix.
 
     Example:
         >>> rank_of({"lokr_w1": torch.ones(2, 2), "lokr_w2_a": torch.ones(8, 3), "lokr_w2_b": torch.ones(3, 8)})
         3
     """
+    if wrong := [name for name, tensor in tensors.items() if tensor.dim() < 2 or 0 in tensor.shape]:
+        raise ValueError(f"has a shape that does not fit: {wrong[0]!r} is {tuple(tensors[wrong[0]].shape)}")
     ranks = {int(tensor.shape[0]) for name, tensor in tensors.items() if name.endswith("_b")}
     if len(ranks) > 1:
         raise ValueError(f"has factors of ranks {sorted(ranks)}")
@@ -61,6 +63,7 @@ def as_lora(tensors: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[str, T
     kinds = [kind for kind, names in KINDS.items() if tensors.keys() & set(names)]
     if len(kinds) != 1:
         raise ValueError("has tensors of two kinds")
+    rank_of(tensors)
     out, inner, area = int(shape[0]), int(shape[1]), math.prod(shape[2:])
     rest = dict(tensors)
     stem = {"LoHa": "hada", "LoKr": "lokr"}[kinds[0]]
@@ -84,8 +87,10 @@ def as_lora(tensors: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[str, T
     if (high := float(up.abs().max())) and (deep := float(down.abs().max())):
         step = 2.0 ** round(math.log2(deep / high) / 2)
         up, down = up * step, down / step
-    rank = up.shape[1]
-    return kinds[0], down.float().reshape(rank, *shape[1:]), up.float().reshape(out, rank, *[1] * len(shape[2:]))
+    rank, up, down = up.shape[1], up.float(), down.float()
+    if not (bool(up.isfinite().all()) and bool(down.isfinite().all())):
+        raise ValueError("has factors whose product is too large")
+    return kinds[0], down.reshape(rank, *shape[1:]), up.reshape(out, rank, *[1] * len(shape[2:]))
 
 
 def _half(rest: dict[str, Tensor], name: str, kernel: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -93,7 +98,7 @@ def _half(rest: dict[str, Tensor], name: str, kernel: Sequence[int]) -> tuple[Te
     whole, left, right = (rest.pop(name + end, None) for end in ("", "_a", "_b"))
     core = rest.pop(name.replace("_w", "_t"), None)
     if whole is not None and left is None and right is None and core is None:
-        if whole.dim() < 2 or (math.prod(whole.shape[2:]) > 1 and tuple(whole.shape[2:]) != tuple(kernel)):
+        if math.prod(whole.shape[2:]) > 1 and tuple(whole.shape[2:]) != tuple(kernel):
             raise ValueError(f"has a shape that does not fit: {name!r} is {tuple(whole.shape)}")
         return _whole(whole.double().flatten(1))
     if whole is not None or left is None or right is None:

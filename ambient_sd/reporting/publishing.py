@@ -41,7 +41,7 @@ _TOKENIZERS = tuple(part for part in _PARTS if part.startswith("tokenizer"))
 _MODELS = (*(part for part in _PARTS if part not in _TOKENIZERS), "safety_checker")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 ALLOWED = (
-    CARD_NAME, "model_index.json", "pytorch_lora_weights.safetensors", CONFIG_NAME, *THRESHOLD_NAMES.values(),
+    CARD_NAME, "model_index.json", "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors", CONFIG_NAME, *THRESHOLD_NAMES.values(),
     "scheduler/scheduler_config.json", "feature_extractor/preprocessor_config.json", "validation/step-*.png", CURVE_NAME,
     *(f"{part}/{name}" for part in _MODELS for name in ("config.json", "*model*.safetensors", "*.safetensors.index.json")),
     *(f"{part}/{name}" for part in _TOKENIZERS for name in _TOKENIZER),

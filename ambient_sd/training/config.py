@@ -138,7 +138,7 @@ class TrainConfig:
     adam_epsilon: float = option(1e-8, "added to the root of the second moment", group="optimisation", above=0.0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm over all trained weights", group="optimisation", above=0.0)
     mixed_precision: str | None = option(None, "arithmetic of forward and backward passes; trained weights stay float32. Default: as `accelerate launch` says, else no", group="optimisation", choices=("no", "fp16", "bf16"))
-    allow_tf32: bool = option(False, "let Ampere and later GPUs multiply float32 matrices in TF32", group="optimisation")
+    allow_tf32: bool = option(False, "let Ampere and later GPUs compute float32 matrix products and convolutions in TF32; otherwise neither is", group="optimisation")
     use_8bit_adam: bool = option(False, "AdamW with moments in 8 bits (needs bitsandbytes)", group="optimisation")
     compile: bool = option(False, "compile the network with torch.compile: minutes at the start and after each new image size, then less overhead on a GPU; with the bits of the compiled kernels", group="optimisation", rival="enable_xformers_memory_efficient_attention")
     enable_xformers_memory_efficient_attention: bool = option(False, "attention of xformers in place of torch's own (needs xformers)", group="optimisation")

@@ -108,7 +108,11 @@ def propose(
         known = distinct >= FEWEST
         add("ambient_level", AUTO if known else 1.0, "measured on the images" if known else f"fewer than {FEWEST} different images cannot be measured")  # fmt: skip
     if device.type == "cuda":
-        add("mixed_precision", "bf16" if torch.cuda.is_bf16_supported() else "fp16", "the GPU has it")
+        add(
+            "mixed_precision",
+            "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16",
+            "the GPU has it",
+        )
         if "gradient_checkpointing" not in given and memory is not None:
             needed = memory({one.name: one.value for one in found})
             fits = needed <= USABLE * room

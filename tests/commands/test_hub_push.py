@@ -127,7 +127,8 @@ def test_lora_goes_to_the_hub_and_loads_from_there_as_its_card_says(
             "--learning_rate", "0.05", "--validation_prompt", prompt, "--num_validation_images", "1", "--output_kohya_format",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        names = {"README.md", "pytorch_lora_weights.safetensors", "train_config.yaml", "validation/step-2.png"}
+        names = {"README.md", "train_config.yaml", "validation/step-2.png"}
+        names |= {f"pytorch_lora_weights{end}.safetensors" for end in ("", "_kohya")}
         assert set(hub.files) == names
         for name, data in hub.files.items():
             for secret in (TOKEN, str(tmp_path), str(tiny_base), str(tiny_images), str(Path.home()) + "/"):

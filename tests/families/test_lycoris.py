@@ -6,6 +6,7 @@ References: the papers' formulas, `W + s (B1 A1) o (B2 A2)` and `W + s W1 (x) W2
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,36 @@ def test_what_is_not_whole_is_refused_in_one_line(case: str) -> None:
         lora.fit(lora.read_state_dict(change(found)), lora.parts_of(pipe), SD)
     assert words in str(error.value) and "\n" not in str(error.value)
     lora.fit(lora.read_state_dict(found), lora.parts_of(pipe), SD)  # control
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_malformed_file_raises_anything_else(form: str) -> None:
+    draw = random.Random(form)
+    found = file(layers(form, tiny.tiny_pipeline().unet)[0], lambda path: "lora_unet_" + path.replace(".", "_"))
+    parts, refused = lora.parts_of(tiny.tiny_pipeline()), 0
+    for _ in range(60):
+        changed = dict(found)
+        name = draw.choice(list(found))
+        value = changed[name]
+        match draw.randrange(6):
+            case 0:
+                del changed[name]
+            case 1:
+                shape = [draw.randrange(0, 4) for _ in range(draw.randrange(0, 5))]
+                changed[name] = torch.ones(shape)
+            case 2:
+                changed[name] = value.flatten()
+            case 3:
+                changed[name] = value.T if value.dim() == 2 else value[None]
+            case 4:
+                changed[name] = value * 1e38
+            case 5:
+                changed[name.rpartition(".")[0] + "." + draw.choice(sorted(lycoris.NAMES))] = value
+        try:
+            lora.fit(lora.read_state_dict(changed), parts, SD)
+        except UserError as error:
+            refused += "\n" not in str(error)
+    assert refused > 30
 
 
 def test_the_kind_that_settings_name_is_the_tensors() -> None:

@@ -372,8 +372,9 @@ def test_mixed_precision_keeps_trained_weights_in_float32(settings: Settings) ->
     for config in (full, lora):
         assert math.isfinite(run(config, progress=False).loss)
         assert {v.dtype for v in weights(config).values()} == {torch.float32}
-    with pytest.raises(UserError, match=r"mixed_precision is fp16"):
-        run(settings("h", mixed_precision="fp16"), progress=False)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"mixed_precision is fp16"):
+            run(settings("h", mixed_precision="fp16"), progress=False)
 
 
 def test_lora_in_bf16_trains_a_base_with_norms_of_its_embeddings(settings: Settings) -> None:

@@ -328,6 +328,7 @@ def test_half_precision_trains_factors_in_full(kind_of: Settings, precision: str
         ({"use_rslora": True}, "use_rslora is given with lora_kind"),
         ({"lora_init": "pissa"}, "lora_init is given with lora_kind"),
         ({"lora_dropout": 0.1}, "lora_dropout is given with lora_kind"),
+        ({"lora_min_rank": 1}, "lora_min_rank is given with lora_kind"),
         ({"lora": False}, "lora_kind is given; it has no effect here: lora is off"),
         ({"lora_kind": "oft"}, "lora_kind is 'oft'"),
     ],

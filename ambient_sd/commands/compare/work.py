@@ -576,6 +576,8 @@ def _claim(settings: CompareSettings, training: ImageDataset, heldout: ImageData
     own = {key: value for key, value in _described(settings).items() if key not in free} | {
         "models": models, "training": training.fingerprint(), "heldout": heldout.fingerprint(), "definition of a copy": RULE,
     }  # fmt: skip
+    if (dtype := next(iter(configs.values())).dtype) != "float32":
+        own["dtype"] = dtype
     sheets = [
         _sheet(model, name)
         for model in settings.models

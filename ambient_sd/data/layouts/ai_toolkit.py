@@ -109,8 +109,12 @@ def _read_dataset(
     for name, kind in _NOT_DONE.items():
         given = dataset.take(name, kind)
         ask_if(asks, given, f"{name}: {scalar(given)}")
-    # Each image and its mirror image are trained on there, neither is new at an epoch.
-    ask_if(asks, dataset.take("flip_x", bool), "flip_x: true", "random_flip", [True])
+    if dataset.take("flip_x", bool, False):
+        ask_if(asks, True, "flip_x: true", "random_flip", [True])
+        notes.append(
+            "flip_x trains each image and its mirror image; --random_flip mirrors half of the images, under ambient always the same "
+            "half. Mirrored files beside the images give both, and share one noise"
+        )
     dropout, batch = dataset.take("caption_dropout_rate", float), dataset.take("batch_size", int)
     ask_if(asks, dropout is not None, f"caption_dropout_rate: {dropout}", "caption_dropout", [dropout])
     ask_if(asks, batch, f"batch_size: {batch}", "train_batch_size", [batch])
