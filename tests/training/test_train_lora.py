@@ -175,7 +175,7 @@ def test_kohya_export_has_our_alpha_and_draws_the_same_images(
 
 @pytest.mark.parametrize(
     "values",
-    [{}, {"lora": False}, {"lora_min_rank": 2, "gradient_checkpointing": True}],
+    [{}, {"lora": False}, {"lora_min_rank": 2}],
     ids=["lora", "whole", "t-lora"],
 )
 def test_compiled_training_is_one_graph_with_equal_losses(
