@@ -7,9 +7,11 @@ import runpy
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+from pretend_gpu import pretend_gpu
 
 from ambient_sd.cli import main
 
@@ -52,6 +54,18 @@ def test_python_blocks_run(code: str, clone: Path) -> None:
     exec(compile(code, "README.md", "exec"), {})
     if "apple.png" in code:
         assert (clone / "apple.png").stat().st_size > 0
+
+
+def test_python_block_runs_on_a_gpu(clone: Path) -> None:
+    with pretend_gpu() as gpu:
+        found: dict[str, Any] = {}
+        code = blocks("python")[0]
+        short = code.replace("steps=20", "steps=2").replace("target=3.0", "target=3.0, max_steps=1")
+        short = short.replace('pipe("red apple", ', 'pipe("red apple", num_inference_steps=2, ')
+        assert short.count("steps=2)") + short.count("steps=2,") == 2 and "max_steps=1" in short
+        exec(compile(short, "README.md", "exec"), found)
+        assert found["pipe"].unet.device.type == "cuda"
+    assert gpu.waits["device to host"] > 0
 
 
 @pytest.mark.parametrize("words", launches(), ids=lambda words: words[words.index("--output_dir") + 1])

@@ -872,6 +872,72 @@ def study(ctx: Context) -> Outcome:
     )
 
 
+def waits(ctx: Context) -> Outcome:
+    """Count what makes the host wait in a training step; hold the search and batches of latents against the processor's."""
+    import warnings
+
+    import torch
+
+    from ambient_sd.audit.neighbours import nearest
+    from ambient_sd.data import latents
+    from ambient_sd.data.views import ViewRule
+    from ambient_sd.training.loop import _Trainer
+    from ambient_sd.training.plan import plan_run
+
+    counts: dict[str, list[int]] = {}
+    real = _Trainer._step
+
+    def counted(self: Any, *args: Any) -> Any:
+        if ctx.cuda:
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                return real(self, *args)
+        finally:
+            if ctx.cuda:
+                torch.cuda.set_sync_debug_mode("default")
+            counts[current].append(sum("synchronizing CUDA operation" in str(one.message) for one in seen))
+
+    _Trainer._step = counted  # type: ignore[method-assign]
+    runs: dict[str, dict[str, Any]] = {
+        "full, average offloaded": {"use_ema": True, "offload_ema": True},
+        "LoRA, bf16": {"lora": True, "lora_dropout": 0.1, "mixed_precision": "bf16" if ctx.cuda else "no"},
+    }
+    try:
+        for current, values in runs.items():
+            counts[current] = []
+            train(config(ctx, "waits", **{"use_ema": False, "max_train_steps": ctx.pick(6, 2), **values}))
+            ctx.note(waits=counts)
+    finally:
+        _Trainer._step = real  # type: ignore[method-assign]
+
+    g = torch.Generator().manual_seed(0)
+    queries, rows = (
+        torch.randn(ctx.pick(500, 20), 3072, generator=g),
+        torch.randn(ctx.pick(40_000, 200), 3072, generator=g),
+    )
+    found, seconds = {}, {}
+    for device in ("cpu", ctx.device):
+        begin = time.perf_counter()
+        found[device] = nearest(queries, rows, 2, device=device)
+        seconds[device] = round(time.perf_counter() - begin, 2)
+    here, there = found["cpu"], found[ctx.device]
+    equal = bool(torch.equal(here.index, there.index) and torch.equal(here.distance, there.distance))
+
+    plan = plan_run(config(ctx, "latents", max_train_samples=ctx.pick(32, 4)))
+    encoder, rule = plan.base.images().to(ctx.device), ViewRule(64, True, False, True, 0)
+    made = []
+    for many in (1, 16):
+        latents._MOST_AT_ONCE = many
+        made.append(latents.encode_all(encoder, plan.images, rule, range(len(plan.images))))
+    off = float((made[0] - made[1]).abs().max())
+    ctx.note(search_equal=equal, search_seconds=seconds, latents_in_batches_off_by=off)
+    most = {name: max(steps[1:]) for name, steps in counts.items()}
+    figure = f"waits a step {most}; search {'equal' if equal else 'NOT equal'} in {seconds} s; latents in batches off by {off:.0e}"
+    return ("fail" if not equal else "look" if max(most.values()) > 2 or off > 1e-2 else "pass"), figure
+
+
 @dataclass(frozen=True)
 class Plan:
     """Hold a check and its seconds: what must be left for it to begin, and where it is ended."""
@@ -889,6 +955,7 @@ CHECKS: dict[str, Plan] = {
     "training": Plan(training, 40, 120),
     "resume": Plan(resume, 30, 90),
     "resume_deterministic": Plan(resume_deterministic, 30, 90, DETERMINISTIC),
+    "waits": Plan(waits, 20, 60),
     "guard": Plan(guard, 40, 120),
     "throughput": Plan(throughput, 60, 180),
     "sampling": Plan(sampling, 30, 90),

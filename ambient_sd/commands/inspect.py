@@ -130,10 +130,10 @@ def inspect(
     readable: list[int] = []
     keys: list[str] = []
     sizes: list[tuple[int, int]] = []
-    thumbnails, told = Thumbnails(), {f.name for f in faults if f.kind == "captionless"}
+    thumbnails, told = Thumbnails(), {(f.name, f.kind) for f in faults}
     for i in tqdm(range(len(images)), desc="inspecting images", disable=not progress, leave=False):
         name = images.names[i]
-        if not images.captions[i].strip() and name not in told:
+        if not images.captions[i].strip() and (name, "captionless") not in told:
             faults.append(Fault(name, "captionless", "the caption is empty"))
         if i in cuts:
             least = "" if tokenizers else "at least "
@@ -142,7 +142,8 @@ def inspect(
         try:
             image = images[i].image
         except UserError as error:
-            faults.append(Fault(name, "broken", str(error)))
+            if (name, "broken") not in told:
+                faults.append(Fault(name, "broken", str(error)))
             continue
         short, long = sorted(image.size)
         size = f"{image.width} x {image.height}"

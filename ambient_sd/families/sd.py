@@ -124,9 +124,9 @@ class StableDiffusion(Family):
         return int(vae["latent_channels"]), size[1] // factor, size[0] // factor
 
     def encode(self, vae: Any, pixels: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-        z: torch.Tensor = posterior.mean.float().cpu() + posterior.std.float().cpu() * draw
-        return (z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        posterior = vae.encode(send(pixels.to(vae.dtype), vae.device)).latent_dist
+        z: torch.Tensor = posterior.mean.float() + posterior.std.float() * send(draw, vae.device)
+        return ((z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).cpu()
 
     def start_shape(self, pipe: Any, size: tuple[int, int]) -> tuple[int, ...]:
         factor = pipe.vae_scale_factor

@@ -138,8 +138,9 @@ class TrainConfig:
     adam_epsilon: float = option(1e-8, "added to the root of the second moment", group="optimisation", above=0.0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm over all trained weights", group="optimisation", above=0.0)
     mixed_precision: str | None = option(None, "arithmetic of forward and backward passes; trained weights stay float32. Default: as `accelerate launch` says, else no", group="optimisation", choices=("no", "fp16", "bf16"))
-    allow_tf32: bool = option(False, "let Ampere and later GPUs multiply float32 matrices in TF32", group="optimisation")
+    allow_tf32: bool = option(False, "let Ampere and later GPUs compute float32 matrix products and convolutions in TF32; otherwise neither is", group="optimisation")
     use_8bit_adam: bool = option(False, "AdamW with moments in 8 bits (needs bitsandbytes)", group="optimisation")
+    compile: bool = option(False, "compile the network with torch.compile: minutes at the start and after each new image size, then less overhead on a GPU; with the bits of the compiled kernels", group="optimisation", rival="enable_xformers_memory_efficient_attention")
     enable_xformers_memory_efficient_attention: bool = option(False, "attention of xformers in place of torch's own (needs xformers)", group="optimisation")
     use_ema: bool = option(False, "average the weights over the steps; images are sampled from the average, and it is what is saved", group="optimisation")
     offload_ema: bool = option(False, "keep the average in CPU memory between steps; needs use_ema", group="optimisation", needs="use_ema")
@@ -257,6 +258,10 @@ class TrainConfig:
             if given:
                 raise UserError(f"{name} is given with {'lora_weights' if self.lora_weights else f'lora_init {self.lora_init}'}", rule=rule,
                                 remedy="leave one of them out" if "rank " not in name else "give an even one")  # fmt: skip
+        for name in ("use_dora", "lora_dropout"):
+            if self.compile and getattr(self, name):
+                raise UserError(f"compile is given with {name}", rule="torch takes it apart into dozens of graphs, which gain nothing",
+                                remedy="leave one of them out")  # fmt: skip
         if self.lora_min_rank and self.use_dora:
             raise UserError("lora_min_rank is given with use_dora", rule="the row lengths of DoRA belong to the update of the whole rank",
                             remedy="leave one of them out")  # fmt: skip

@@ -12,6 +12,7 @@ and meet after each, so that none waits for long; an interrupted fill continues 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -323,12 +324,15 @@ def fill_latents(
     wanted = [(index, view) for index in range(len(images)) for view in views(index)]
     ids = [_latent_id(images, index, rule, view) for index, view in wanted]
 
-    def make(place: int) -> dict[str, torch.Tensor]:
-        index, view = wanted[place]
-        sample = rule.see(images[index], view)
-        return {"latent": latents.encode(encoder, [sample], noise_seed=rule.noise_seed)[0]}
+    def make(places: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        samples = [rule.see(images[index], view) for index, view in (wanted[place] for place in places)]
+        made: list[dict[str, torch.Tensor]] = []
+        for _, alike in itertools.groupby(samples, lambda sample: sample.pixels.shape):
+            made += [{"latent": latent} for latent in latents.encode(encoder, list(alike), noise_seed=rule.noise_seed)]
+        return made
 
-    _fill(store, ids, make, accelerator, what="latents", progress=progress)
+    many = latents.at_once(encoder, rule.resolution**2)
+    _fill(store, ids, make, accelerator, what="latents", progress=progress, many=many)
     return store
 
 
@@ -359,7 +363,7 @@ def fill_captions(
         about[f"text_encoder_{len(about)}"] = fingerprint(model, tokens, str(tokenizer.model_max_length))
     store = Store(root, "captions", about)
     distinct = list(dict.fromkeys(["", *captions]))
-    _fill(store, [entry_id(c) for c in distinct], lambda place: encoder.encode(distinct[place]), accelerator,
+    _fill(store, [entry_id(c) for c in distinct], lambda places: [encoder.encode(distinct[p]) for p in places], accelerator,
           what="captions", progress=progress)  # fmt: skip
     return store
 
@@ -373,13 +377,14 @@ def _latent_id(images: ImageDataset, index: int, rule: ViewRule, view: View) -> 
 def _fill(
     store: Store,
     ids: Sequence[bytes],
-    make: Callable[[int], dict[str, torch.Tensor]],
+    make: Callable[[Sequence[int]], list[dict[str, torch.Tensor]]],
     accelerator: Accelerator,
     *,
     what: str,
     progress: bool,
+    many: int = 1,
 ) -> None:
-    """Bring `ids` into the store and open it, on every process."""
+    """Bring `ids` into the store, made `many` together, and open it, on every process."""
     rank, ranks = accelerator.process_index, accelerator.num_processes
     whole = _whole_shards(store, accelerator, what)
     store.open(whole)
@@ -393,7 +398,9 @@ def _fill(
         # The first process has the largest share, so all of them count its rounds.
         for turn in range(math.ceil(len(missing) / ranks)):
             if turn < len(mine):
-                made.append((ids[mine[turn]], make(mine[turn])))
+                if turn % many == 0:
+                    together = mine[turn : turn + many]
+                    made += zip([ids[place] for place in together], make(together), strict=True)
                 bar.update(min(ranks, len(missing) - turn * ranks))
                 rows = max(1, min(_MAX_ROWS, SHARD_BYTES // sum(t.nbytes for t in made[0][1].values())))
             if made and (len(made) >= rows or time.monotonic() - last > _FLUSH_SECONDS):

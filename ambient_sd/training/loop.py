@@ -58,7 +58,7 @@ from ambient_sd.training.encode import Encoder
 from ambient_sd.training.plan import Plan, make_accelerator, plan_run
 from ambient_sd.training.probe import Probe, add_evaluation
 from ambient_sd.training.record import LossLog, RunRecord, StepSums, describe_start
-from ambient_sd.utils.devices import send
+from ambient_sd.utils.devices import send, tf32
 from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.prefetch import ahead
 
@@ -163,7 +163,7 @@ def run(
         plan = plan_run(config, progress=progress)
         if on_planned is not None and processes.is_first():
             on_planned(plan)
-        with _accelerated(config) as accelerator, processes.report_peer_failure():
+        with _accelerated(config) as accelerator, processes.report_peer_failure(), tf32(config.allow_tf32):
             return _Trainer(
                 plan, accelerator, progress=progress, bar=bar or {}, on_step=on_step, on_batch=on_batch
             ).train()
@@ -243,8 +243,6 @@ class _Trainer:
             )  # fmt: skip
 
         # VAE and text encoders are gone, where nothing needs them any more, before the largest part comes.
-        if config.allow_tf32:
-            torch.backends.cuda.matmul.allow_tf32 = True
         self.encoder = Encoder(plan, rule, stream, accelerator, progress=progress)
         if plan.config.ambient_level == AUTO:
             plan = plan.with_level(*auto_level.propose(

@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import math
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,7 +215,15 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
 
 
 def _check_packages(config: TrainConfig) -> None:
-    """Check that the packages of optional settings are installed."""
+    """Check that what optional settings need is installed."""
+    if config.compile and "ACCELERATE_DYNAMO_BACKEND" not in os.environ:
+        needs = "triton" if torch.cuda.is_available() else "a C++ compiler"
+        if not (
+            importlib.util.find_spec("triton")
+            if torch.cuda.is_available()
+            else shutil.which(os.environ.get("CXX", "c++"))
+        ):
+            raise UserError("compile is given", rule=f"torch's compiler needs {needs}", remedy="install it, or leave compile out")  # fmt: skip
     for given, flag, package in (
         (config.use_8bit_adam, "use_8bit_adam", "bitsandbytes"),
         (config.enable_xformers_memory_efficient_attention, "enable_xformers_memory_efficient_attention", "xformers"),
@@ -417,6 +426,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             mixed_precision=config.mixed_precision,
             log_with=None if config.report_to == "none" else config.report_to,
             project_dir=str(Path(config.output_dir) / config.logging_dir),
+            # Where accelerate was launched with another compiler, that one is asked for.
+            dynamo_backend="inductor" if config.compile and "ACCELERATE_DYNAMO_BACKEND" not in env else None,
         )
     except ValueError as error:
         raise UserError(

@@ -20,6 +20,7 @@ from ambient_sd.training.adapters import AddressedDropout
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
 from ambient_sd.training.plan import base_of
+from ambient_sd.utils.errors import UserError
 
 Settings = Callable[..., TrainConfig]
 
@@ -170,3 +171,32 @@ def test_kohya_export_has_our_alpha_and_draws_the_same_images(
     save_file({k: v.detach().contiguous() for k, v in wrong.items()}, folder / "wrong.safetensors")
     bad = images(str(folder), weight_name="wrong.safetensors")
     assert not torch.allclose(bad, ours, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"lora": False}, {"lora_min_rank": 2}],
+    ids=["lora", "whole", "t-lora"],
+)
+def test_compiled_training_is_one_graph_with_equal_losses(
+    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]
+) -> None:
+    """Backend aot_eager: captured and differentiated as inductor's, without its kernels, so equal to the bit."""
+    plain = run(settings("plain", **values), progress=False)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = run(settings("compiled", compile=True, **values), progress=False)
+    assert compiled.losses == plain.losses
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    name = (
+        "pytorch_lora_weights.safetensors" if values.get("lora", True) else "unet/diffusion_pytorch_model.safetensors"
+    )
+    assert (plain.output / name).read_bytes() == (compiled.output / name).read_bytes()
+
+
+@pytest.mark.parametrize("values", [{"use_dora": True}, {"lora_dropout": 0.1}])
+def test_what_breaks_the_graph_is_refused(settings: Callable[..., TrainConfig], values: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="compile is given with"):
+        settings(compile=True, **values)

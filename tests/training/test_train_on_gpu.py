@@ -14,10 +14,13 @@ import torch
 from pretend_gpu import PretendGPU, pretend_gpu
 from safetensors.torch import load_file
 
+from ambient_sd.data import latents
+from ambient_sd.data.views import ViewRule
 from ambient_sd.families.sd import StableDiffusion
 from ambient_sd.training import adapters, averaging, checkpoints, sharding
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import _Trainer, run
+from ambient_sd.training.plan import plan_run
 from ambient_sd.training.record import RunRecord
 
 WAITS = 2  # a step: the losses, and what AGC, class images or random crops bring back beside them
@@ -57,6 +60,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "class": {"lora": True, "with_prior_preservation": True, "class_data_dir": "class", "class_prompt": "a dot", "num_class_images": 1,
               "objective": "plain", "memorization_threshold": 50.0, "dropped_mean": "kept"},
     "sdxl": {"base": "sdxl", "lora": True, "train_text_encoder": True, "caption_mitigation": "gn", "caption_mitigation_p": 1.0},
+    "crops": {"data": "wide", "objective": "plain"},
     "embedded": {"base": "embedded", "resolution": 64, "max_train_steps": 1},
 }  # fmt: skip
 
@@ -64,13 +68,14 @@ RUNS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def make(bases: dict[str, str], tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
     root = tmp_path_factory.mktemp("runs")
+    wide = tiny.image_folder(root / "wide", [tiny.noise_image(i, 48).resize((64, 48)) for i in range(4)], list("abcd"))
 
-    def settings(name: str, *, base: str = "sd", **values: Any) -> TrainConfig:
+    def settings(name: str, *, base: str = "sd", data: str = "tiny", **values: Any) -> TrainConfig:
         for folder in ("latent_cache_dir", "class_data_dir"):
             if folder in values:
                 values[folder] = str(root / values[folder] / name)
         defaults: dict[str, Any] = {
-            "pretrained_model_name_or_path": bases[base], "train_data_dir": str(tiny_images), "resolution": 32, "train_batch_size": 2,
+            "pretrained_model_name_or_path": bases[base], "train_data_dir": str({"tiny": tiny_images, "wide": wide}[data]), "resolution": 32, "train_batch_size": 2,
             "max_train_steps": 2, "report_to": "none", "output_dir": str(root / name), "learning_rate": 1e-3,
         }  # fmt: skip
         return TrainConfig(**{**defaults, **values})
@@ -89,7 +94,10 @@ def weights(record: RunRecord) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_training_gives_the_losses_of_the_cpu(make: Settings, on_cpu: Callable[[str], RunRecord], name: str) -> None:
+def test_training_gives_the_losses_of_the_cpu(
+    make: Settings, on_cpu: Callable[[str], RunRecord], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latents, "_MOST_AT_ONCE", 1)  # several at once round otherwise
     record, waits, _ = on_gpu(make(name, **RUNS[name]))
     assert max(sum(step.values()) for step in waits) <= WAITS, waits[-1]
     assert record.losses == pytest.approx(on_cpu(name).losses, rel=1e-5)
@@ -187,3 +195,31 @@ def test_nested_state_of_an_optimizer_survives_a_checkpoint(tmp_path: Path) -> N
     assert [type(slots["step"]) for slots in optimizer.seen.values()] == [int, int]
     assert torch.equal(optimizer.seen[0]["exp_avg"], optimizer.state[layer.weight]["exp_avg"])
     assert torch.equal(optimizer.seen[1]["table"], _Nested.table)
+
+
+def test_latents_are_encoded_several_at_once(make: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_run(make("latents"))
+    rule = ViewRule(32, True, False, True, 0)
+    here = latents.encode_all(plan.base.images(), plan.images, rule, range(8))
+    monkeypatch.setattr(latents, "_MOST_AT_ONCE", 4)
+    with pretend_gpu() as gpu:
+        encoder = plan.base.images().to("cuda")
+        gpu.waits.clear()
+        there = latents.encode_all(encoder, plan.images, rule, range(8))
+    assert dict(gpu.waits) == {"device to host": 2}, "once for every four images"
+    assert torch.allclose(here, there, atol=1e-6)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_the_runs_choice_and_goes_with_it(make: Settings, allowed: bool) -> None:
+    def flags() -> tuple[bool, bool]:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    seen: list[tuple[bool, bool]] = []
+    before = flags()
+    run(
+        make(f"tf32-{allowed}", allow_tf32=allowed, max_train_steps=1),
+        progress=False,
+        on_step=lambda *_: seen.append(flags()),
+    )
+    assert seen == [(allowed, allowed)] and flags() == before
