@@ -130,10 +130,10 @@ def inspect(
     readable: list[int] = []
     keys: list[str] = []
     sizes: list[tuple[int, int]] = []
-    thumbnails, told = Thumbnails(), {(f.name, f.kind) for f in faults}
+    thumbnails, told = Thumbnails(), {f.name for f in faults if f.kind == "captionless"}
     for i in tqdm(range(len(images)), desc="inspecting images", disable=not progress, leave=False):
         name = images.names[i]
-        if not images.captions[i].strip() and (name, "captionless") not in told:
+        if not images.captions[i].strip() and name not in told:
             faults.append(Fault(name, "captionless", "the caption is empty"))
         if i in cuts:
             least = "" if tokenizers else "at least "
@@ -142,8 +142,8 @@ def inspect(
         try:
             image = images[i].image
         except UserError as error:
-            if (name, "broken") not in told:
-                faults.append(Fault(name, "broken", str(error)))
+            what, _, why = str(error).partition("; ")
+            faults.append(Fault(name, "broken", why or what))  # what names the row again
             continue
         short, long = sorted(image.size)
         size = f"{image.width} x {image.height}"
