@@ -142,7 +142,8 @@ def inspect(
         try:
             image = images[i].image
         except UserError as error:
-            faults.append(Fault(name, "broken", str(error)))
+            what, _, why = str(error).partition("; ")
+            faults.append(Fault(name, "broken", why or what))  # what names the row again
             continue
         short, long = sorted(image.size)
         size = f"{image.width} x {image.height}"

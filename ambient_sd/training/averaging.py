@@ -12,6 +12,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 from ambient_sd.utils.errors import UserError
 
 FOLDER, LORA_NAME = "unet_ema", "lora_ema.safetensors"
+_NONE: Mapping[str, Any] = MappingProxyType({})
 _SETTINGS = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
 _WHOLE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
@@ -50,6 +52,7 @@ class Average:
 
     Args:
         unet: the network, on its device, trained weights in float32. Where some are frozen, as under a LoRA, only the others are averaged.
+        text: text encoders whose adapters are trained too, by name.
         offload: keep the average in CPU memory between steps.
         foreach: update all tensors in one call.
         checkpoint: folder of a checkpoint to continue from; else the average begins as a copy of the weights.
@@ -67,11 +70,14 @@ class Average:
     """
 
     def __init__(
-        self, unet: Any, *, offload: bool = False, foreach: bool = False, checkpoint: Path | None = None, step: int = 0
-    ) -> None:
+        self, unet: Any, text: Mapping[str, Any] = _NONE, *, offload: bool = False, foreach: bool = False,
+        checkpoint: Path | None = None, step: int = 0,
+    ) -> None:  # fmt: skip
         self.offload = offload
         self.named = {name: p for name, p in unet.named_parameters() if p.requires_grad}
         self.whole = len(self.named) == len(list(unet.parameters()))
+        for part, encoder in text.items():
+            self.named |= {f"{part}.{name}": p for name, p in encoder.named_parameters() if p.requires_grad}
         self.device = next(unet.parameters()).device
         whole: Any = {"model_cls": UNet2DConditionModel, "model_config": unet.config} if self.whole else {}
         self.model: Any = EMAModel(self.named.values(), foreach=foreach, **whole)

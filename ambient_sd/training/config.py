@@ -282,9 +282,6 @@ class TrainConfig:
                 raise UserError(
                     f"{name} is given with lora_kind {self.lora_kind}", rule=rule, remedy="leave one of them out"
                 )
-        if self.train_text_encoder and self.use_ema:
-            raise UserError("use_ema is given with train_text_encoder", rule="the average is one of the U-Net's weights",
-                            remedy="leave one of them out")  # fmt: skip
         if self.use_dora and self.output_kohya_format:
             raise UserError("output_kohya_format is given with use_dora",
                             rule="its readers disagree about which side of a weight a DoRA's lengths belong to",

@@ -161,7 +161,7 @@ def predict(
         network, trained = [act.network, *act.text.values()], act.trained
         weights, gradients = _bytes(act.parameters), _bytes(trained)
         moments = sum(_moments(p, config.use_8bit_adam) for p in trained)
-        averaged = [p for p in act.network.parameters() if p.requires_grad] if config.use_ema else []
+        averaged = trained if config.use_ema else []
         average = 0 if config.offload_ema else _bytes(averaged)
         passes = _peak(act.train, network)
         held = weights + moments + average

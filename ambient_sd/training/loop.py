@@ -284,7 +284,7 @@ class _Trainer:
         self.average = None
         if config.use_ema:
             self.average = averaging.Average(
-                self.unet, offload=config.offload_ema, foreach=config.foreach_ema, checkpoint=self.checkpoint,
+                self.unet, self.text, offload=config.offload_ema, foreach=config.foreach_ema, checkpoint=self.checkpoint,
                 step=self.first_step,
             )  # fmt: skip
         if self.checkpoint is not None:
@@ -565,7 +565,7 @@ class _Trainer:
         )
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Lend the averaged weights, which will be the result, to the U-Net."""
+        """Lend the averaged weights, which will be the result, to what is trained."""
         return contextlib.nullcontext() if self.average is None else self.average.applied()
 
     def _validate(self, step: int) -> None:

@@ -44,6 +44,9 @@ def test_every_fault_is_listed_where_training_stops_at_the_first(damaged: Path) 
     with pytest.raises(UserError):
         load_rows(damaged)
     found, _ = inspect(damaged, resolution=32)
+    assert all(f.name not in f.text for f in found.faults if f.name in ("cut.png", "text.png")), (
+        "the name stands before the text"
+    )
     by_kind = {k: {f.name for f in found.faults if f.kind == k} for k in ("broken", "captionless", "small", "extreme")}
     assert by_kind == {
         "broken": {"cut.png", "text.png", "absent.png", "line 13", "line 14", "line 15"},

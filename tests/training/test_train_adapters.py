@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ambient_sd.families.lora import load_lora
 from ambient_sd.reporting.model_card import write_run_card
-from ambient_sd.training import adapters, results
+from ambient_sd.training import adapters, averaging, results
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
 from ambient_sd.training.plan import Plan, base_of, plan_run
@@ -322,6 +322,38 @@ def test_text_encoders_resume_to_the_bit(settings: Settings, tmp_path: Path) -> 
                        latent_cache_dir=str(tmp_path / "cache"), caption_mitigation="gn")  # fmt: skip
 
 
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_text_encoders_are_averaged_with_the_network(
+    request: pytest.FixtureRequest, settings: Settings, family: str
+) -> None:
+    base = {} if family == "sd" else {"pretrained_model_name_or_path": str(request.getfixturevalue("tiny_sdxl"))}
+    values: dict[str, Any] = {
+        "train_text_encoder": True,
+        "use_ema": True,
+        "checkpointing_steps": 1,
+        "max_train_steps": 3,
+        **base,
+    }
+    seen = settings("seen", **values)
+    run(seen, progress=False)
+    folders = [Path(seen.output_dir) / f"checkpoint-{step}" for step in (1, 2, 3)]
+    raw = [load_file(folder / adapters.WEIGHTS_NAME) for folder in folders]
+    # The average by hand: d = 0 after the first step, then (1 + k) / (10 + k).
+    up = next(n for n in raw[0] if n.startswith("text_encoder") and n.endswith("q_proj.lora_B.weight"))
+    by_hand = torch.zeros_like(raw[0][up])
+    for k, weights in enumerate(raw):
+        by_hand = by_hand - (1 - ((1 + k) / (10 + k) if k else 0)) * (by_hand - weights[up])
+    torch.testing.assert_close(result(seen)[up], by_hand, rtol=1e-6, atol=1e-9)
+    assert not torch.allclose(by_hand, raw[-1][up], rtol=1e-3), "control: the weights themselves"
+    parts = {name.partition(".")[0] for name in load_file(folders[0] / averaging.LORA_NAME)}
+    assert {"text_encoder", *(["text_encoder_2"] if family == "sdxl" else [])} < parts
+
+
+def test_averaged_text_encoders_resume_to_the_bit(settings: Settings) -> None:
+    resumes_to_the_bit(settings, train_text_encoder=True, use_ema=True, validation_prompts=["a disc"], validation_steps=1,
+                       num_validation_images=1)  # fmt: skip
+
+
 def test_a_start_of_text_encoders_is_bit_exact(settings: Settings) -> None:
     config = settings(train_text_encoder=True, rank=2)
     run(config, progress=False)
@@ -357,7 +389,6 @@ def test_unused_text_encoders_change_no_bit(settings: Settings) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"use_ema": True}, "use_ema is given with train_text_encoder"),
         ({"lora": False}, "train_text_encoder is given; it has no effect here: lora is off"),
     ],
 )

@@ -12,14 +12,20 @@ import pytest
 import tiny
 import torch
 from launching import launch
+from PIL import Image
 from safetensors.torch import load_file
 
+from ambient_sd.families.lora import WEIGHTS_NAME
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import TrainingBatch, run
 from ambient_sd.training.record import RunRecord
 from ambient_sd.utils.errors import UserError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
+WORKER = (
+    "import json, sys\nfrom ambient_sd.training.config import TrainConfig\nfrom ambient_sd.training.loop import run\n"
+    "run(TrainConfig(**json.loads(sys.argv[1])), progress=False)\n"
+)
 Settings = Callable[..., TrainConfig]
 
 
@@ -206,6 +212,71 @@ def test_regularisation_images_keep_their_captions(settings: Settings, classes: 
         run(settings("both", **source, **asked(classes)), progress=False)
 
 
+def tall(seed: int) -> Image.Image:
+    return Image.frombytes("RGB", (24, 48), tiny.noise_image(seed, 48).crop((0, 0, 24, 48)).tobytes())
+
+
+def test_class_images_keep_their_shape_in_buckets(settings: Settings, classes: Path, tmp_path: Path) -> None:
+    both = [tiny.noise_image(1, 32), tiny.noise_image(2, 32), tall(3), tall(4)]
+    tiny.image_folder(tmp_path / "images", both, ["a", "b", "c", "d"])
+    tiny.image_folder(tmp_path / "dogs", [tiny.noise_image(60 + i, 32) if i % 2 else tall(60 + i) for i in range(4)])
+    shapes = {}
+    for name, given in {"real": asked(tmp_path / "dogs", num_class_images=4), "generated": asked(classes)}.items():
+        _, seen = watched(settings(name, train_data_dir=str(tmp_path / "images"), aspect_ratio_buckets="32,32;48,24", max_train_steps=4, **given))  # fmt: skip
+        shapes[name] = [{tuple(b.x0.shape[2:]) for b in seen if b.prior is which} for which in (False, True)]
+        assert all(b.noise.shape == b.x0.shape and (b.eps_n is None or b.eps_n.shape == b.x0.shape) for b in seen)
+    square, high = (16, 16), (24, 12)
+    assert shapes == {"real": [{square, high}, {square, high}], "generated": [{square, high}, {square}]}
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_class_images_train_text_encoders(settings: Settings, tmp_path: Path, family: str) -> None:
+    values: dict[str, Any] = {
+        **asked(tmp_path / "class", num_class_images=2), "lora": True, "train_text_encoder": True, "checkpointing_steps": 1,
+        "learning_rate": 1e-2,
+    }  # fmt: skip
+    if family == "sdxl":
+        tiny.tiny_sdxl_pipeline().save_pretrained(tmp_path / "sdxl")
+        values["pretrained_model_name_or_path"] = str(tmp_path / "sdxl")
+    straight, seen = watched(settings("out", **values))
+    trained = load_file(tmp_path / "out" / WEIGHTS_NAME)
+    theirs = [b for b in seen if b.prior]
+    assert len(theirs) == 2 and all((b.time_ids is not None) is (family == "sdxl") for b in theirs)
+    resumed = run(settings("out", resume_from_checkpoint="checkpoint-1", **values), progress=False)
+    assert resumed.losses == straight.losses and alike(trained, load_file(tmp_path / "out" / WEIGHTS_NAME))
+    # Their captions move the encoders: with another weight of their loss these end elsewhere.
+    run(settings("heavy", **values, prior_loss_weight=4.0), progress=False)
+    heavy = load_file(tmp_path / "heavy" / WEIGHTS_NAME)
+    moved = [
+        n for n, v in trained.items() if n.startswith("text_encoder") and not torch.allclose(v, heavy[n], atol=1e-5)
+    ]
+    assert moved and {n.partition(".")[0] for n in moved} == {
+        "text_encoder",
+        *(["text_encoder_2"] if family == "sdxl" else []),
+    }
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_text_encoders_of_one(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    found = []
+    for processes in (1, 2):
+        config = settings(f"out{processes}", lora=True, train_text_encoder=True, use_ema=True, checkpointing_steps=3, max_train_steps=3,
+                          train_batch_size=4 // processes, learning_rate=1e-2)  # fmt: skip
+        done = launch(processes, tmp_path / "worker.py", config.to_dict())
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(load_file(tmp_path / f"out{processes}" / "checkpoint-3" / WEIGHTS_NAME))
+    ups = [n for n in found[0] if n.startswith("text_encoder") and "lora_B" in n]
+    assert ups and any(found[0][n].abs().max() > 1e-3 for n in ups)
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-3, atol=2e-5)
+    # control: the half of the batches that one process sees alone leads elsewhere
+    half = settings("half", lora=True, train_text_encoder=True, use_ema=True, checkpointing_steps=3, max_train_steps=3, train_batch_size=2, learning_rate=1e-2)  # fmt: skip
+    run(half, progress=False)
+    other = load_file(tmp_path / "half" / "checkpoint-3" / WEIGHTS_NAME)
+    assert not all(torch.allclose(found[0][n], other[n], rtol=1e-3, atol=2e-5) for n in ups)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [({"class_prompt": None}, "class_prompt is missing"), ({"class_data_dir": None}, "class_data_dir is missing"),
@@ -234,10 +305,7 @@ def test_folders_that_cannot_serve_are_refused(settings: Settings, tiny_images: 
 
 @pytest.mark.slow
 def test_two_processes_train_the_class_images_of_one(settings: Settings, tmp_path: Path) -> None:
-    (tmp_path / "worker.py").write_text(
-        "import json, sys\nfrom ambient_sd.training.config import TrainConfig\nfrom ambient_sd.training.loop import run\n"
-        "run(TrainConfig(**json.loads(sys.argv[1])), progress=False)\n"
-    )
+    (tmp_path / "worker.py").write_text(WORKER)
     found = []
     for processes in (1, 2):
         config = settings(f"out{processes}", **asked(tmp_path / f"class{processes}"), train_batch_size=4 // processes)

@@ -70,7 +70,9 @@ class Kohya(Layout):
             raise UserError(
                 f"folder {folder} has no folder N_name with images", rule="kohya's folders are named such as 10_sks dog"
             )
-        sums = [f"{n} times {name!r}" for name, (n, _) in _numbered(images).items()]
+        sums = [
+            f"{name!r} {n} times an epoch" if n > 1 else f"{name!r} once" for name, (n, _) in _numbered(images).items()
+        ]
         notes.insert(0, f"kohya's folders: {first_of(sums)}")
         return table_of(request, rows, left=left, notes=notes)
 
