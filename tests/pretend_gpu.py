@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 import torch.utils.checkpoint
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
@@ -374,6 +375,10 @@ def pretend_gpu() -> Iterator[PretendGPU]:
         "get_rng_state": lambda *_: gpu.generator.get_state(), "set_rng_state": lambda state, *_: gpu.generator.set_state(state),
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
+        AcceleratorState._reset_state(
+            reset_partial_state=True
+        )  # it knows devices from before, and must not know this one afterwards
+        stack.callback(AcceleratorState._reset_state, reset_partial_state=True)
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from accelerate import PartialState
 from pretend_gpu import PretendGPU, pretend_gpu
 from safetensors.torch import load_file
 
@@ -55,7 +56,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "cache": {"latent_cache_dir": "cache", "random_flip": True, "use_ema": True, "foreach_ema": True, "snr_gamma": 5.0},
     "lora": {"lora": True, "lora_dropout": 0.2, "caption_mitigation": "rt", "caption_mitigation_p": 0.5, "gradient_accumulation_steps": 2},
     "dora": {"lora": True, "use_dora": True, "validation_prompts": ["a dot"], "validation_steps": 1, "num_validation_images": 1},
-    "probe": {"lora": True, "probe_steps": 2, "probe_images": 2, "keep": "best"},
+    "probe": {"lora": True, "probe_steps": 2, "probe_images": 2},
+    "keep best": {"lora": True, "probe_steps": 2, "probe_images": 2, "keep": "best", "probe_prompts": ["a dot", "a line"]},
     "buckets": {"aspect_ratio_buckets": "auto", "resolution": 64, "objective": "plain", "agc": 0.5},
     "class": {"lora": True, "with_prior_preservation": True, "class_data_dir": "class", "class_prompt": "a dot", "num_class_images": 1,
               "objective": "plain", "memorization_threshold": 50.0, "dropped_mean": "kept"},
@@ -63,6 +65,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "crops": {"data": "wide", "objective": "plain"},
     "embedded": {"base": "embedded", "resolution": 64, "max_train_steps": 1},
 }  # fmt: skip
+
+
+LONG = ("keep best", "class", "embedded")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +98,7 @@ def weights(record: RunRecord) -> dict[str, torch.Tensor]:
     return load_file(lora if lora.exists() else Path(record.output) / "unet/diffusion_pytorch_model.safetensors")
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in RUNS])
 def test_training_gives_the_losses_of_the_cpu(
     make: Settings, on_cpu: Callable[[str], RunRecord], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +200,12 @@ def test_nested_state_of_an_optimizer_survives_a_checkpoint(tmp_path: Path) -> N
     assert [type(slots["step"]) for slots in optimizer.seen.values()] == [int, int]
     assert torch.equal(optimizer.seen[0]["exp_avg"], optimizer.state[layer.weight]["exp_avg"])
     assert torch.equal(optimizer.seen[1]["table"], _Nested.table)
+
+
+def test_the_pretended_gpu_is_gone_afterwards() -> None:
+    with pretend_gpu():
+        assert PartialState().device.type == "cuda" and torch.zeros(1, device="cuda").is_cuda
+    assert PartialState().device.type == "cpu" and not torch.cuda.is_available()
 
 
 def test_latents_are_encoded_several_at_once(make: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
