@@ -398,7 +398,7 @@ def check_base(
         ambient_sd.utils.errors.UserError: resolution is 33; it must be a multiple of 4 for this VAE; try 32
     """
     name = resolve_model_id(name)
-    refuse_nowhere(name, f"pretrained_model_name_or_path is {name!r}; there is no such folder")
+    refuse_nowhere(name, f"pretrained_model_name_or_path is {one_line(repr(name), 120)}; there is no such folder")
     model = Model(name, revision, variant, cache_dir, config, vae)
     family = model.family
     _check_index(model)
