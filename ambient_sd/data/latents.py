@@ -61,7 +61,17 @@ def at_once(encoder: ImageEncoder, pixels: int) -> int:
         >>> at_once(ImageEncoder(StableDiffusion(), tiny_pipeline().vae), 512 * 512)
         1
     """
-    return 1 if encoder.vae.device.type == "cpu" else max(1, min(_MOST_AT_ONCE, _PIXELS_AT_ONCE // pixels))
+    return 1 if encoder.vae.device.type == "cpu" else most_at_once(pixels)
+
+
+def most_at_once(pixels: int) -> int:
+    """Return how many images of so many pixels a GPU encodes together.
+
+    Example:
+        >>> most_at_once(512 * 512), most_at_once(64 * 64)
+        (4, 16)
+    """
+    return max(1, min(_MOST_AT_ONCE, _PIXELS_AT_ONCE // pixels))
 
 
 def encode_all(

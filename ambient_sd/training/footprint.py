@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ambient_sd.data.latents import most_at_once
 from ambient_sd.families.base import Base
 from ambient_sd.training import adapters
 from ambient_sd.training.config import TrainConfig
@@ -157,7 +158,8 @@ def predict(
         act = _Act(config, base, {part: _fake(outline) for part, outline in outlines.items()} | tokenizers, size, dtype)
         if not on_cpu:
             _norms_in_float32(act.network)
-        encoding = _peak(act.encode, [act.vae, *act.encoders.values()])
+        together = 1 if on_cpu else most_at_once(size[0] * size[1])
+        encoding = _peak(partial(act.encode, together), [act.vae, *act.encoders.values()])
         network, trained = [act.network, *act.text.values()], act.trained
         weights, gradients = _bytes(act.parameters), _bytes(trained)
         moments = sum(_moments(p, config.use_8bit_adam) for p in trained)
@@ -208,9 +210,9 @@ class _Act:
         return [p for p in self.parameters if p.requires_grad]
 
     @torch.no_grad()
-    def encode(self) -> None:
-        """One image and one caption, as they are encoded."""
-        self.family.encode(self.vae, torch.empty(1, 3, *self.size[::-1]), torch.empty(1, *self.latent))
+    def encode(self, count: int) -> None:
+        """The images that are encoded together, and one caption."""
+        self.family.encode(self.vae, torch.empty(count, 3, *self.size[::-1]), torch.empty(count, *self.latent))
         self.family.embed(self.parts, [""])
 
     def train(self) -> None:
