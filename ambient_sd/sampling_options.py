@@ -48,7 +48,7 @@ class SamplingOptions:
     revision: str | None = option(None, "revision of the hub repository: branch, tag or commit")
     variant: str | None = option(None, "variant of the weight files, e.g. fp16")
     single_file_config: str | None = option(None, "of a model in one .safetensors file: diffusers folder or hub id with its settings and tokenizer (default: those of the first model of its architecture)", metavar="MODEL")
-    pretrained_vae_model_name_or_path: str | None = option(None, "another VAE in place of the model's: folder with config.json, or hub id (default: that of a LoRA's training)", metavar="VAE")
+    pretrained_vae_model_name_or_path: str | None = option(None, "another VAE in place of the model's own: folder with config.json, or hub id (default: that of a LoRA's training)", metavar="VAE")
     base_above: float | None = option(None, "noise level (sigma / alpha) above which the base stands in for the fine-tuned network: fewer copies, nothing to train; try 1.6", low=0, metavar="LEVEL")
     base: str | None = option(None, "the base of --base_above (default: MODEL without its LoRA), or of a LoRA that is given as MODEL", metavar="MODEL")
     # fmt: on

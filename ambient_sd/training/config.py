@@ -68,7 +68,7 @@ class TrainConfig:
 
     # fmt: off
     pretrained_model_name_or_path: str | None = option(None, "base model: pipeline folder, whole model in one .safetensors file, or hub id (required); `embedded` is the small one inside this package", group="model")
-    pretrained_vae_model_name_or_path: str | None = option(None, "another VAE in place of the base's: folder with config.json, or hub id. A full fine-tune saves it; a LoRA must be sampled with it", group="model")
+    pretrained_vae_model_name_or_path: str | None = option(None, "another VAE in place of the model's own: folder with config.json, or hub id. A full fine-tune saves it; a LoRA must be sampled with it", group="model", metavar="VAE")
     revision: str | None = option(None, "revision of the hub repository", group="model")
     variant: str | None = option(None, "variant of the weight files, e.g. fp16", group="model")
     single_file_config: str | None = same(SamplingOptions, "single_file_config", group="model")
