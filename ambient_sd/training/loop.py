@@ -439,9 +439,8 @@ class _Trainer:
             kept = accelerator.reduce(self.dropping.kept(), "sum").to(sums.sums.dtype).clamp(min=1.0)
             factor = config.train_batch_size * parts * accelerator.num_processes / kept
         if self.prior is not None and class_batches is not None:
-            over = (
-                parts * factor / config.prior_loss_weight
-            )  # nothing of them is dropped, so the factor is none of theirs
+            # Nothing of them is dropped, so the factor is none of theirs.
+            over = parts * factor / config.prior_loss_weight
             over = over.float() if isinstance(over, torch.Tensor) else over
             for part in range(parts):
                 self._pass(self.prior, next(class_batches), class_sums, over, last=part == parts - 1)

@@ -18,18 +18,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from ambient_sd.commands.train import ASSUMED, TrainOptions
 from ambient_sd.data.dataset_options import DatasetOptions
-from ambient_sd.families.lora import WEIGHTS_NAME
 from ambient_sd.reporting.charts import write_training_curve
 from ambient_sd.reporting.model_card import write_run_card
 from ambient_sd.reporting.publishing import prepare, push
 from ambient_sd.training import RunRecord, results, run
-from ambient_sd.training.adapters import KOHYA_NAME
-from ambient_sd.training.config import AUTO, LYCORIS, TrainConfig
+from ambient_sd.training.config import AUTO, TrainConfig
 from ambient_sd.training.footprint import predict
 from ambient_sd.training.plan import Plan, base_of, open_images, plan_run
 from ambient_sd.training.probe import GUIDANCE_SCALE, INFERENCE_STEPS
@@ -183,8 +180,10 @@ def describe_plan(config: TrainConfig, processes: int) -> str:
     # A pass without gradient is about a third of a step's work, and guidance makes two of each sampler step.
     looking = looks * each * INFERENCE_STEPS * 2 * measured.seconds / config.train_batch_size / 3
     shapes = Counter((config.resolution,) * 2 if plan.buckets is None else plan.buckets[k] for k in plan.images.noise_keys)  # fmt: skip
-    weights = measured.trained * 4 / 2**20
-    held = weights * (3 + config.use_ema)
+    # In the precision that would be proposed on a GPU if none is given; what is trained is float32 in each.
+    precision = config.mixed_precision or "bf16"
+    predicted = predict(config, plan.base, max(shapes, key=math.prod), precision=precision)
+    held = predicted.gradients / 2**20 * (3 + config.use_ema)
     written = ["pytorch_lora_weights.safetensors" if config.lora else "the pipeline", "train_config.yaml", "README.md, card.json", "losses.jsonl"]  # fmt: skip
     written += ["probe/ (sheets of sampled images, curve.png), probe.jsonl"] if looks else []
     written += ["validation/"] if plan.prompts else []
@@ -194,25 +193,18 @@ def describe_plan(config: TrainConfig, processes: int) -> str:
         "time": f"about {_minutes(steps * measured.seconds)} of training ({measured.seconds:.2g} s a step, measured on {_MEASURED} steps here)"
         + (f" and {_minutes(looking)} of {looks} evaluations" if looks else ""),
         "memory": "not measured on this system" if measured.peak is None else f"about {measured.peak:,.0f} MiB at the highest of {_MEASURED} steps, measured here",
-        "on a GPU": f"about {_predicted(config, plan, max(shapes, key=math.prod))}, predicted; driver and workspaces come on top",
+        "on a GPU": f"about {predicted.describe()} in {'float32' if precision == 'no' else precision}, predicted; driver and workspaces come on top",
         "writes": f"{config.output_dir}: {'; '.join(written)}; checkpoints of {held:,.0f} MiB",
     }  # fmt: skip
-    start = describe_start(plan, steps=steps, first_step=0, global_batch=batch, processes=processes, trained=measured.trained,
+    start = describe_start(plan, steps=steps, first_step=0, global_batch=batch, processes=processes, trained=predicted.gradients // 4,
                            device=str(device()), precision=config.mixed_precision or "no")  # fmt: skip
     lines = [*plan.notes, *(line for line in start.splitlines() if not line.startswith("output"))]
     return "\n".join([*lines, *(f"{name:<10} {text}" for name, text in rows.items()), "nothing was trained or written (--dry_run)"])  # fmt: skip
 
 
-def _predicted(config: TrainConfig, plan: Plan, size: tuple[int, int]) -> str:
-    """Return the memory that the run takes on a GPU, in the precision that would be proposed there if none is given."""
-    precision = config.mixed_precision or "bf16"
-    return f"{predict(config, plan.base, size, precision=precision).describe()} in {'float32' if precision == 'no' else precision}"
-
-
 class _Measured(NamedTuple):
     seconds: float
     peak: float | None
-    trained: int
 
 
 def _measure(config: TrainConfig, plan: Plan) -> _Measured:
@@ -231,12 +223,7 @@ def _measure(config: TrainConfig, plan: Plan) -> _Measured:
         logging.getLogger("ambient_sd").setLevel(logging.WARNING)
         with peak_memory(device()) as peak:
             run(dataclasses.replace(config, **aside), progress=False, on_step=lambda *_: at.append(time.perf_counter()))
-        name = (
-            KOHYA_NAME if config.lora_kind in LYCORIS else WEIGHTS_NAME
-        )  # what is trained: the factors, not their product
-        network = load_file(Path(folder, name)) if config.lora else None
-    trained = sum(v.numel() for v in network.values()) if network else sum(p.numel() for p in plan.base.skeleton()[plan.base.family.network].parameters())  # fmt: skip
-    return _Measured((at[-1] - at[0]) / (len(at) - 1), peak.mb, trained)
+    return _Measured((at[-1] - at[0]) / (len(at) - 1), peak.mb)
 
 
 def _minutes(seconds: float) -> str:
