@@ -294,6 +294,7 @@ class Model:
     def load_pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
         """Load the whole pipeline, with some parts given; errors of the libraries come through."""
         kind: Any = getattr(diffusers, self.family.pipeline)
+        parts = {part: None for part in self.family.optional if not self.has(part)} | parts
         if self.vae_name is not None:
             parts = {"vae": self.load("vae", dtype), **parts}
         if self.file is not None:

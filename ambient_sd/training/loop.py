@@ -697,7 +697,8 @@ def _load_unet(
         else base.load(base.family.network)
     )
     if config.lora:
-        unet.to({"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32))  # frozen weights
+        if (half := {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)) is not None:
+            unet.to(half)  # frozen weights
         for part, module in {base.family.network: unet, **text}.items():
             own = part == base.family.network
             dropouts += adapters.attach(
