@@ -107,10 +107,6 @@ class Family:
         """Say what makes a pipeline one without classifier-free guidance (LCM and its kin), or return None."""
         return None
 
-    def guide(self, scale: float, count: int) -> dict[str, Any]:
-        """Return the options of the pipeline's call that guide `count` prompts away from the empty one: `uncond + scale (cond - uncond)`."""
-        return {"guidance_scale": scale}
-
     # --- captions to conditioning ---
 
     def embed(self, parts: Mapping[str, Any], captions: Sequence[str]) -> dict[str, torch.Tensor]:
