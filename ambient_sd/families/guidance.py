@@ -16,12 +16,19 @@ class Guidance:
 
     Attributes:
         network: the pipeline's attribute that holds the network.
-        sample, embeds: names of the network's input and of the embeddings.
+        sample, embeds, time: names of the network's input, of the embeddings and of the timestep.
         pooled: path to the pooled embeddings among the inputs; empty if there are none.
         outputs: positions in `encode_prompt`'s result of (embeds, pooled) for the conditional half; pooled may be None.
         timesteps: what the network's timestep is multiplied by to give the scheduler's.
+        reversed: whether the network's timestep, times that, is subtracted from that to give the scheduler's.
         halves: "batch" or "calls".
+        first: with "batch": which half comes first.
+        listed: whether sample, embeddings and output are lists, of one tensor for each row.
+        uncond: with "calls": how much further in the result of one `encode_prompt` the unconditional half's texts are; 0: it is
+            called for each half.
         scale: "guidance_scale" (a property), or the local variable of the pipeline's `__call__` that holds the scale.
+        excess: whether the pipeline computes `cond + scale (cond - uncond)`: its scale is one less than others'.
+        masks: with "batch": inputs that tell which rows of the embeddings are read.
         texts: with "calls": inputs that belong to a half's text beside the embeddings, and their positions in
             `encode_prompt`'s result.
         shared: inputs that have no row per image, whatever their size.
@@ -36,11 +43,18 @@ class Guidance:
     network: str
     sample: str
     embeds: str
+    time: str = "timestep"
     pooled: tuple[str, ...] = ()
     outputs: tuple[int, int | None] = (0, None)
     timesteps: float = 1.0
+    reversed: bool = False
     halves: Literal["batch", "calls"] = "batch"
+    first: Literal["uncond", "cond"] = "uncond"
+    listed: bool = False
+    uncond: int = 0
     scale: str = "guidance_scale"
+    excess: bool = False
+    masks: tuple[str, ...] = ()
     texts: dict[str, int] = field(default_factory=dict)
     shared: frozenset[str] = frozenset()
     latents_end_early: bool = False
