@@ -347,9 +347,7 @@ def candidates(items: list[dict[str, Any]], packages: Path) -> list[dict[str, An
     plain = {n for c in items if c["name"] in COMMON for n in c["names"]}
     english = {w for c in items for n in c["names"] for w in n.split()}
     for drawing in clip_art.drawings(clip_art.unpack(packages / "openclipart"), english)[0]:
-        told = set().union(
-            *map(words, [drawing.name, Path(drawing.path).stem.lower().replace("_", " "), *drawing.tags])
-        )
+        told = set().union(*map(words, [drawing.name, drawing.stem, *drawing.tags]))
         picture = rasterize(drawing.svg, crop=True)
         if novel & told or picture is None:
             continue

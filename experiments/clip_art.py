@@ -56,12 +56,13 @@ SHELVES = frozenset(_SHELF.split())
 
 @dataclass(frozen=True)
 class Drawing:
-    """One SVG: its text, where it lay in the package, who made it, what it is called and tagged."""
+    """One SVG: its text, where it lay in the package, who made it, what it, its file (`stem`) and its tags say it shows."""
 
     path: str
     svg: str
     artist: str
     name: str
+    stem: str
     tags: tuple[str, ...]
 
 
@@ -126,5 +127,5 @@ def drawings(root: Path, english: Collection[str]) -> tuple[list[Drawing], list[
             telling = [t for t in tags if t in english and t.rstrip("s") not in SHELVES]
             name = min(telling, key=lambda t: (tagged[t], t), default="")
         if 2 < len(name) <= 40 and name.rstrip("s") not in SHELVES:
-            (confirm if ours else base).append(Drawing(path, svg, artist, name, tags))
+            (confirm if ours else base).append(Drawing(path, svg, artist, name, stem, tags))
     return base, confirm
