@@ -58,7 +58,7 @@ from ambient_sd.training.encode import Encoder
 from ambient_sd.training.plan import Plan, make_accelerator, plan_run
 from ambient_sd.training.probe import Probe, add_evaluation
 from ambient_sd.training.record import LossLog, RunRecord, StepSums, describe_start
-from ambient_sd.utils.devices import send, tf32
+from ambient_sd.utils.devices import deterministic, send, tf32
 from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.prefetch import ahead
 
@@ -159,7 +159,7 @@ def run(
         2
     """
     progress = progress and processes.is_first()
-    with processes.interruptible(config):
+    with processes.interruptible(config), deterministic(config.deterministic):
         plan = plan_run(config, progress=progress)
         if on_planned is not None and processes.is_first():
             on_planned(plan)
