@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from ambient_sd.data.captions import Cut, find_cut, in_one_line
-from ambient_sd.families import of_pipeline, tokenizers_of
+from ambient_sd.families import network_of, of_pipeline, tokenizers_of
 from ambient_sd.families.base import Model, check_same_space
 from ambient_sd.families.lora import fit, load_lora, locate, read, told
 from ambient_sd.families.origin import TRAINED, VAE, adapter_file, read_origin, usable_vae
@@ -541,7 +541,7 @@ def _options(pipe: Any, config: SamplingConfig, batch: Sequence[Request]) -> dic
     generators = [torch.Generator().manual_seed(image_seed(config.seed, *request.place)) for request in batch]
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
     # In the precision in which the pipeline would draw it, which in training need not be the network's.
-    encoder = getattr(pipe, "text_encoder", None) or pipe.unet
+    encoder = getattr(pipe, "text_encoder", None) or network_of(pipe)
     return {
         "latents": noise.to(pipe.device, encoder.dtype), "generator": generators, "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale, "height": how.height, "width": how.width,

@@ -1,7 +1,7 @@
 """The families of models, one file each, and how a pipeline finds its own.
 
-    Stable Diffusion 1.x, 2.x, SDXL    everything
-    Stable Diffusion 3, FLUX.1         the guard's layout; training is not there yet
+    Stable Diffusion 1.x, 2.x, SDXL, 3    everything
+    FLUX.1                                the guard's layout; training is not there yet
 
 To add one: a file with a `Family`, and its name in `FAMILIES`.
 """
@@ -46,6 +46,18 @@ def of_pipeline(pipe: Any) -> Family:
     """
     found = (of_class(kind.__name__) for kind in type(pipe).__mro__)
     return next((family for family in found if family is not None), SD)
+
+
+def network_of(pipe: Any) -> Any:
+    """Return the denoising network of a pipeline; None if it has none.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> pipe = tiny_pipeline()
+        >>> network_of(pipe) is pipe.unet
+        True
+    """
+    return getattr(pipe, of_pipeline(pipe).network, None)
 
 
 def guidance_of(pipe: Any) -> Guidance:

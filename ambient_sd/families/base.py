@@ -10,6 +10,7 @@ import functools
 import importlib
 import inspect
 import json
+import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -106,7 +107,7 @@ class Model:
         if family is not None and (why := family.refuse(self.index) or family.unready):
             rule = why
         elif "transformer" in self.index:
-            rule = "it has a transformer, and U-Nets are trained and sampled by name so far"
+            rule = "its transformer is of a family that is not trained and sampled by name yet"
         elif any(word in kind for word in ("Inpaint", "Depth", "Upscale", "Pix2Pix")):
             rule = "inpainting, depth, upscaling and editing variants need more inputs than a caption"
         raise UserError(f"{self.name} is a {one_line(kind, 60)}", rule=rule,
@@ -194,9 +195,18 @@ class Model:
             return not self.is_file
         return any(variant in self._variants(part) for part in self._weighted)
 
+    def has(self, part: str) -> bool:
+        """Tell whether the model has a part of its family's; what is not `optional` it must have."""
+        return part not in self.family.optional or bool((self.index.get(part) or [None])[0])
+
+    @property
+    def text_parts(self) -> list[str]:
+        """Return the names of its parts that turn a caption into embeddings."""
+        return [part for part in self.family.text_parts if self.has(part)]
+
     @property
     def _weighted(self) -> list[str]:
-        return [part for part in self.family.parts if not part.startswith("tokenizer")]
+        return [part for part in self.family.parts if not part.startswith("tokenizer") and self.has(part)]
 
     def _variants(self, part: str) -> set[str | None]:
         """Return the variants of a part's weights in a folder; None is the plain one."""
@@ -280,16 +290,17 @@ class Model:
 
     def tokenizers(self) -> list[Any]:
         """Load the tokenizers alone."""
-        return [self.load(part) for part in self.family.text_parts if part.startswith("tokenizer")]
+        return [self.load(part) for part in self.text_parts if part.startswith("tokenizer")]
 
     def load_pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
         """Load the whole pipeline, with some parts given; errors of the libraries come through."""
         kind: Any = getattr(diffusers, self.family.pipeline)
+        parts = {part: None for part in self.family.optional if not self.has(part)} | parts
         if self.vae_name is not None:
             parts = {"vae": self.load("vae", dtype), **parts}
         if self.file is not None:
             self.check_weights(but=parts)
-            made = {part: self.load(part, dtype) for part in self.family.parts if part not in parts}
+            made = {part: self.load(part, dtype) for part in self.family.parts if part not in parts and self.has(part)}
             made["scheduler"] = _scheduler(self, None, False)
             made |= self.family.assembly(self.family.zero_empty(self.index)) | parts
             return kind(**{name: value for name, value in made.items() if name in inspect.signature(kind).parameters})
@@ -336,7 +347,7 @@ class Base(Model):
 
     def captions(self) -> CaptionEncoder:
         """Load tokenizers and text encoders, frozen, float32, as the maker of this family's embeddings."""
-        parts = {part: self.load(part) for part in self.family.text_parts}
+        parts = {part: self.load(part) for part in self.text_parts}
         for name, part in parts.items():
             if name.startswith("text_encoder"):
                 part.requires_grad_(False).eval()
@@ -362,7 +373,8 @@ class Base(Model):
     def assemble(self, **parts: Any) -> Any:
         """Build a pipeline of this family from live parts, to look at a model in training."""
         kind: Any = getattr(diffusers, self.family.pipeline)
-        return kind(**parts, **self.family.assembly(self.zero_empty), scheduler=self.scheduler)
+        absent = dict.fromkeys(self.family.optional)
+        return kind(**{**absent, **parts}, **self.family.assembly(self.zero_empty), scheduler=self.scheduler)
 
 
 def check_base(
@@ -416,7 +428,7 @@ def check_base(
             remedy=f"try {max(1, resolution // factor) * factor}",
         )
     scheduler = _scheduler(model, prediction_type, lora)
-    for part in family.text_parts:
+    for part in model.text_parts:
         if part.startswith("tokenizer"):
             _check_lengths(model, part)
     return Base(
@@ -484,11 +496,15 @@ def refuse_nowhere(name: str, what: str) -> None:
 def _check_index(model: Model) -> None:
     """Refuse an index that no pipeline loads from, or that has parts of other classes: the run would find out after its last step."""
     for part in (*model.family.parts, "scheduler"):
+        if not model.has(part):
+            continue
         entry = model.index.get(part)
         if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(w, str) or w is None for w in entry):
             raise UserError(f"model_index.json of {model.name} has {part} = {entry!r}"[:200], rule="a part is [library, class]",
                             remedy="fetch the base anew")  # fmt: skip
     for part, (_, wanted) in model.family.parts.items():
+        if not model.has(part):
+            continue
         found = model.index[part][1]
         # Tokenizers have slow and fast classes with the same files.
         if found != wanted and not (found and part.startswith("tokenizer")):
@@ -499,7 +515,7 @@ def _check_index(model: Model) -> None:
 
 
 def _check_folder(model: Model) -> None:
-    folder, parts = Path(model.name), model.family.parts
+    folder, parts = Path(model.name), [part for part in model.family.parts if model.has(part)]
     for part in (*parts, "scheduler"):
         if not (folder / part).is_dir():
             raise UserError(
@@ -543,11 +559,18 @@ def _scheduler(model: Model, prediction_type: str | None, lora: bool) -> Any:
             rule="_class_name in scheduler/scheduler_config.json names one of its schedulers",
             remedy="correct it, or use another version",
         )
-    own = settings.get("prediction_type", "epsilon")
+    flow = str(settings.get("_class_name")).startswith("FlowMatch")
+    own = settings.get("prediction_type", "flow_prediction" if flow else "epsilon")
     if own not in PREDICTION_TYPES:
         raise UserError(f"scheduler of {model.name} has prediction_type = {own!r}", rule="no such prediction is known",
                         remedy="correct scheduler/scheduler_config.json")  # fmt: skip
     wanted = prediction_type or own
+    if model.family.flow and not (flow or settings.get("use_flow_sigmas") or own == "flow_prediction"):
+        raise UserError(f"the scheduler of {model.name} is a {settings['_class_name']}", rule=f"{model.family.name} is trained by flow matching",
+                        remedy="fetch the model anew")  # fmt: skip
+    if flow and wanted != "flow_prediction":
+        raise UserError(f"prediction_type is {wanted}", rule="the base is trained by flow matching, and predicts the flow",
+                        remedy="leave it out")  # fmt: skip
     if lora and wanted != own:
         raise UserError(
             f"prediction_type is {wanted}",
@@ -555,7 +578,7 @@ def _scheduler(model: Model, prediction_type: str | None, lora: bool) -> Any:
             remedy="leave it out, or fine-tune the whole U-Net",
         )
     try:
-        return kind.from_config(settings, prediction_type=wanted)
+        return kind.from_config(settings) if flow else kind.from_config(settings, prediction_type=wanted)
     except Exception as error:  # an unknown beta_schedule, a text where a number belongs
         raise model.unreadable("scheduler", error) from None
 
@@ -563,12 +586,14 @@ def _scheduler(model: Model, prediction_type: str | None, lora: bool) -> Any:
 def _check_lengths(model: Model, part: str) -> None:
     """Check that every token and place that the tokenizer gives has its row in the text encoder."""
     tokenizer, encoder = model.load(part), model.read(f"{part.replace('tokenizer', 'text_encoder')}/config.json")
-    length, places = tokenizer.model_max_length, encoder.get("max_position_embeddings", 77)
+    # Encoders with relative or rotated positions take texts of any length, and the pipeline cuts them.
+    clip = model.family.parts[part.replace("tokenizer", "text_encoder")][1].startswith("CLIP")
+    length, places = tokenizer.model_max_length, encoder.get("max_position_embeddings", 77) if clip else math.inf
     if type(length) is not int or not 0 < length <= places:
         raise UserError(f"{part} of {model.name} has model_max_length = {length}"[:200],
                         rule=f"the text encoder takes texts of 1 to {places} tokens",
                         remedy=f"set it in {part}/tokenizer_config.json, or fetch the base anew")  # fmt: skip
-    words, rows = len(tokenizer), encoder.get("vocab_size", 49408)
+    words, rows = len(tokenizer), encoder.get("vocab_size", 49408 if clip else 10**30)
     if words > rows:
         raise UserError(f"{part} of {model.name} knows {words} tokens and its text encoder {rows}",
                         rule="they belong to two models", remedy="fetch the base anew")  # fmt: skip

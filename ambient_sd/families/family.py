@@ -35,7 +35,13 @@ class Family:
         network: the pipeline's attribute that holds the denoising network, and its folder.
         parts: what it is trained and encoded with, in the form of model_index.json: (library, class) by name. Loaded
             as another class, a part gets random weights where names differ.
+        optional: parts that a model may leave out, or have as [null, null].
         takes_sizes: whether the network is told the sizes of the original, the crop and the target.
+        flow: whether its networks know flow matching alone.
+        draws: whether latents are drawn from the VAE's posterior; else they are its mode, and `encode` ignores the draw.
+        lora_targets: layers of the network that a LoRA changes where nothing else is asked for.
+        readers: tokenizers whose end of a long caption nothing else reads; empty: every one.
+        text_length: tokens that the pipeline gives to the readers by default; None: as many as they take.
         single_file_texts: by text encoder, how the names of its tensors may begin in a file that holds a whole model.
         architectures: by `cross_attention_dim` of the network and what it predicts, what sd-scripts and Stability's model
             specification call the first models.
@@ -55,7 +61,13 @@ class Family:
     unready: str = ""
     network: str = "transformer"
     parts: Mapping[str, tuple[str, str]] = {}
+    optional: frozenset[str] = frozenset()
     takes_sizes: bool = False
+    flow: bool = False
+    draws: bool = True
+    lora_targets: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0")
+    readers: tuple[str, ...] = ()
+    text_length: int | None = None
     single_file_texts: Mapping[str, tuple[str, ...]] = {}
     architectures: Mapping[tuple[Any, str], tuple[str, str]] = {}
     lora_prefixes: Mapping[str, Mapping[str, str]] = {}
@@ -105,7 +117,8 @@ class Family:
             captions: any B texts; they go through the encoders together.
 
         Returns:
-            `hidden` (B, L, D), and under names of the family's own what else `inputs` needs; equal shapes for all captions.
+            `hidden` (B, L, D), and under names of the family's own what else `inputs` needs. Where L differs between
+            captions, `mask` (B, L) tells which rows are read, and all (B, L, ...) are padded with zeros behind.
         """
         raise NotImplementedError(self.unready)
 
@@ -123,13 +136,17 @@ class Family:
         """Return the shape (C, h, w) of one latent of an image of (width, height) pixels."""
         raise NotImplementedError(self.unready)
 
+    def image_tokens(self, network: Mapping[str, Any], shape: Sequence[int]) -> int:
+        """Return the tokens that the network makes of a latent of shape (C, h, w): schedulers shift levels by their number."""
+        raise NotImplementedError(self.unready)
+
     def encode(self, vae: Any, pixels: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
         """Return the clean latents x0 of pixels, with a given draw from the VAE's posterior.
 
         Args:
             vae: the autoencoder.
             pixels: (B, 3, H, W) in [-1, 1].
-            draw: (B, C, h, w) standard normal.
+            draw: (B, C, h, w) standard normal; ignored by a family that `draws` nothing.
 
         Returns:
             (B, C, h, w) float32 on the CPU, shifted and scaled as the network sees it.
@@ -139,6 +156,11 @@ class Family:
     def start_shape(self, pipe: Any, size: tuple[int, int]) -> tuple[int, ...]:
         """Return the shape of one image's start noise as the pipeline takes it, for (width, height) pixels."""
         raise NotImplementedError(self.unready)
+
+    def native_size(self, pipe: Any) -> tuple[int, int]:
+        """Return the (width, height) in pixels that a live pipeline samples at by default."""
+        side = self.native_side(getattr(pipe, self.network).config, pipe.vae.config)
+        return side, side
 
     def native_side(self, network: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
         """Return the side that the pipeline samples at by default, pixels, from the parts' settings."""
@@ -166,7 +188,7 @@ class Family:
         Args:
             network: what is trained, or a wrapper around it (DDP, FSDP).
             x_t: (B, C, h, w) noisy latents.
-            timesteps: (B,) of the schedule, in [0, N].
+            timesteps: (B,) of the schedule, in [0, N]; float32 with flow matching.
             inputs: from `inputs`.
 
         Returns:
@@ -203,3 +225,16 @@ class Family:
     def kohya_prefix(self, part: str) -> str:
         """Return what sd-scripts puts before the names of a part's layers."""
         return next(prefix for prefix, scheme in self.lora_prefixes[part].items() if scheme == "kohya")
+
+
+def config_of(network: Any) -> Any:
+    """Return the settings of a network, through what wraps it (DDP, a compiled module).
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> config_of(torch.nn.parallel.DataParallel(tiny_pipeline().unet)).in_channels
+        4
+    """
+    while not hasattr(network, "config"):
+        network = network.module if hasattr(network, "module") else network._orig_mod
+    return network.config

@@ -7,15 +7,14 @@ output         epsilon or v, as the scheduler's prediction_type says
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ambient_sd.families import sgm
-from ambient_sd.families.family import Family
 from ambient_sd.families.guidance import Guidance
+from ambient_sd.families.kl import KLFamily
 from ambient_sd.utils.devices import send
 from ambient_sd.utils.errors import UserError
 
@@ -27,7 +26,7 @@ _MORE_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type
 LAYOUT = Guidance(network="unet", sample="sample", embeds="encoder_hidden_states")
 
 
-class StableDiffusion(Family):
+class StableDiffusion(KLFamily):
     """Describe Stable Diffusion 1.x and 2.x.
 
     Example:
@@ -64,17 +63,7 @@ class StableDiffusion(Family):
     additions: tuple[str | None, ...] = (None, "text")
 
     def check(self, model: Model, network: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
-        for part, settings, keys in (
-            ("unet", network, ("in_channels", "block_out_channels", "cross_attention_dim")),
-            ("vae", vae, ("latent_channels", "block_out_channels")),
-        ):
-            if absent := [key for key in keys if key not in settings]:
-                raise _damaged(model, part, f"no {absent[0]!r}", "the file is damaged or cut short")
-            if wrong := [k for k in keys if k.endswith("_channels") and not _counts(k, settings[k])]:
-                raise _damaged(model, part, f"{wrong[0]} = {settings[wrong[0]]!r}", "the file is damaged")
-        scale = vae.get("scaling_factor", 1.0)
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
-            raise _damaged(model, "vae", f"scaling_factor = {scale!r}", "latents are multiplied by it")
+        self.check_parts(model, network, vae, ("in_channels", "block_out_channels", "cross_attention_dim"))
         if more := [key for key in _MORE_INPUTS if network.get(key) not in self.additions]:
             raise UserError(
                 f"the U-Net of {model.name} has {more[0]} = {network[more[0]]!r}",
@@ -112,25 +101,18 @@ class StableDiffusion(Family):
         hidden = model(send(tokens.input_ids, model.device), attention_mask=mask)[0]
         return {"hidden": hidden.float()}
 
-    def vae_factor(self, vae: Mapping[str, Any]) -> int:
-        return int(2 ** (len(vae["block_out_channels"]) - 1))
-
     def pixel_step(self, network: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
         # Each level of the U-Net halves the sides too.
         return self.vae_factor(vae) * int(2 ** (len(network["block_out_channels"]) - 1))
 
-    def latent_shape(self, vae: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, ...]:
-        factor = self.vae_factor(vae)
-        return int(vae["latent_channels"]), size[1] // factor, size[0] // factor
-
-    def encode(self, vae: Any, pixels: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
-        posterior = vae.encode(send(pixels.to(vae.dtype), vae.device)).latent_dist
-        z: torch.Tensor = posterior.mean.float() + posterior.std.float() * send(draw, vae.device)
-        return ((z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).cpu()
-
     def start_shape(self, pipe: Any, size: tuple[int, int]) -> tuple[int, ...]:
         factor = pipe.vae_scale_factor
         return pipe.unet.config.in_channels, size[1] // factor, size[0] // factor
+
+    def native_size(self, pipe: Any) -> tuple[int, int]:
+        own = pipe.unet.config.sample_size
+        height, width = own if isinstance(own, (list, tuple)) else (own, own)
+        return width * pipe.vae_scale_factor, height * pipe.vae_scale_factor
 
     def native_side(self, network: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
         return int(network["sample_size"]) * self.vae_factor(vae)
@@ -166,17 +148,6 @@ def tokenize(tokenizer: Any, captions: str | Sequence[str]) -> Any:
         truncation=True,
         return_tensors="pt",
     )
-
-
-def _damaged(model: Model, part: str, what: str, rule: str) -> UserError:
-    return UserError(f"{part}/config.json of {model.name} has {what}", rule=rule, remedy="fetch the base anew")
-
-
-def _counts(key: str, value: Any) -> bool:
-    """Tell whether `in_channels` and the like is a whole number, and `block_out_channels` a list of them."""
-    if key == "block_out_channels":
-        return isinstance(value, list) and bool(value) and all(type(v) is int and v > 0 for v in value)
-    return type(value) is int and value > 0
 
 
 SD = StableDiffusion()

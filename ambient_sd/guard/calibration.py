@@ -35,9 +35,10 @@ from typing import Any, Literal
 
 import torch
 
-from ambient_sd.families import rank_schedule
+from ambient_sd.families import network_of, of_pipeline, rank_schedule
 from ambient_sd.guard.base_above import base_acts
-from ambient_sd.guard.scores import SPACES, Space, require_supported
+from ambient_sd.guard.scores import SPACES, Space
+from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.estimate import Estimate
 from ambient_sd.utils.files import atomic_write
@@ -230,14 +231,13 @@ class Sampling:
         settings = {k: v for k, v in dict(scheduler.config).items() if k in names}
         # DPM++ has -inf among its defaults, which JSON does not know.
         settings = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in settings.items()}
-        size, own = pipe.vae_scale_factor, pipe.unet.config.sample_size
-        own_height, own_width = own if isinstance(own, (list, tuple)) else (own, own)
+        own = of_pipeline(pipe).native_size(pipe)
         return cls(
-            height=int(height or own_height * size),
-            width=int(width or own_width * size),
+            height=int(height or own[1]),
+            width=int(width or own[0]),
             sampler=type(scheduler).__name__,
             sampler_settings=json.loads(_canonical(settings)),
-            prediction_type=require_supported(scheduler).prediction_type,
+            prediction_type=NoiseSchedule.from_scheduler(scheduler).prediction_type,
             num_inference_steps=int(num_inference_steps),
             guidance_scale=float(guidance_scale),
         )
@@ -358,15 +358,15 @@ class Calibration:
             sampling: how it will be sampled; None: only the model is compared.
             whole: compare every weight, not only the probe.
         """
-        if getattr(pipe, "unet", None) is None:
-            return f"{type(pipe).__name__} has no U-Net, and thresholds are kept for U-Nets"
-        now = ModelFingerprint.of(pipe.unet, whole=whole)
+        if (network := network_of(pipe)) is None:
+            return f"{type(pipe).__name__} has no {of_pipeline(pipe).network}, and thresholds are kept for it"
+        now = ModelFingerprint.of(network, whole=whole)
         model = self.model.differs(now)
         if model is not None:
-            return f"another U-Net was calibrated: {model}"
+            return f"another network was calibrated: {model}"
         if now.dtype != self.model.dtype:
             return f"it was calibrated in {self.model.dtype}, not {now.dtype}, whose rounding moves scores"
-        if base_acts(getattr(pipe.unet, "_orig_mod", pipe.unet)):
+        if base_acts(getattr(network, "_orig_mod", network)):
             return "it was calibrated without base_above"
         return None if sampling is None else self.sampling.differs(sampling)
 

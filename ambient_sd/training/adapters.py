@@ -31,7 +31,7 @@ from ambient_sd.families.base import Base
 from ambient_sd.families.family import Family
 from ambient_sd.families.lora import WEIGHTS_NAME, Adapter
 from ambient_sd.families.rank_schedule import RankSchedule
-from ambient_sd.training.config import DEFAULT_TARGETS, LYCORIS, MOVED_BASE, TrainConfig
+from ambient_sd.training.config import LYCORIS, MOVED_BASE, TrainConfig
 from ambient_sd.utils.errors import UserError, one_line
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # as in diffusers' scripts
@@ -91,7 +91,7 @@ def check_targets(network: torch.nn.Module, targets: Sequence[str], init: str | 
             ends = sorted({name.rsplit(".", 1)[-1] for name in names if not name[-1].isdigit()})
             raise UserError(
                 f"lora_target_modules names {target!r}",
-                rule="no linear or convolution layer of the U-Net has this name or ending",
+                rule="no linear or convolution layer of the network has this name or ending",
                 remedy=f"some that exist: to_out.0, {', '.join(ends[:12])}",
             )
     for name, layer in layers.items():
@@ -137,10 +137,16 @@ def read_start(source: str, base: Base, *, text: bool = False) -> Adapter:
     return found
 
 
-def settle(config: TrainConfig, start: Adapter, network: torch.nn.Module) -> TrainConfig:
+def settle(config: TrainConfig, start: Adapter, network: torch.nn.Module, usual: Sequence[str] = ()) -> TrainConfig:
     """Return the settings with rank, alpha, layers and kind of the adapter that the training starts from.
 
     Where layers differ in rank or alpha, the settings name that of most layers.
+
+    Args:
+        config: the settings.
+        start: the adapter.
+        network: what it changes.
+        usual: the family's usual layers, to be named in their order.
 
     Raises:
         UserError: a setting is given and is another than the adapter's.
@@ -170,7 +176,7 @@ def settle(config: TrainConfig, start: Adapter, network: torch.nn.Module) -> Tra
     ends = sorted(_find_minimal_target_modules(paths, set(names) - paths))
     found = {"lora_kind": kinds[0].lower(), "rank": known["r"], "lora_min_rank": None if start.schedule is None else start.schedule.min_rank,
              "lora_alpha": float(known["lora_alpha"]), "use_dora": known["use_dora"],
-             "lora_target_modules": ends if set(ends) != set(DEFAULT_TARGETS) else list(DEFAULT_TARGETS)}  # fmt: skip
+             "lora_target_modules": ends if set(ends) != set(usual) else list(usual)}  # fmt: skip
     for name, value in found.items():
         given = getattr(config, name)
         same = {path for path in names if _named(path, given)} == paths if isinstance(given, list) else given == value
@@ -217,6 +223,7 @@ def attach(
         >>> sum(p.requires_grad for p in unet.parameters()) == 2 * len(layers)  # A and B of each
         True
     """
+    text = part.startswith("text_encoder")
     unet.requires_grad_(False)
     shape: dict[str, Any] = {
         "r": rank,
@@ -240,11 +247,11 @@ def attach(
     # peft draws from the global generator: borrow it with our seed, and give it back as it was.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would move the GPU's too
-        if part == "unet":
+        if not text:
             unet.add_adapter(settings)
         else:  # transformers' own method asks for a newer peft than its loader does
             inject_adapter_in_model(settings, unet, "default")
-    if part != "unet":
+    if text:
         for module in unet.modules():
             if isinstance(getattr(module, "dropout", None), float):
                 module.dropout = 0.0  # of attention: its masks would come from the global generator
@@ -266,7 +273,7 @@ def attach(
         }
         if wrong := _fill(unet, state):
             raise UserError(f"lora_weights {start.file.label} did not reach the {part} whole", rule=wrong[0])
-    if (schedule := (start and start.schedule) or schedule) is not None and part == "unet":
+    if (schedule := (start and start.schedule) or schedule) is not None and not text:
         rank_schedule.install(unet, "default", schedule)
     return _install(unet, p=dropout, seed=seed, part=part) if dropout else []
 
@@ -313,7 +320,7 @@ def _install(unet: Any, *, p: float, seed: int, part: str) -> list[AddressedDrop
     for name, layer in unet.named_modules():
         if "default" in getattr(layer, "lora_dropout", {}):
             layer.lora_dropout["default"] = AddressedDropout(
-                p, seed=seed, layer=name if part == "unet" else f"{part}.{name}"
+                p, seed=seed, layer=f"{part}.{name}" if part.startswith("text_encoder") else name
             )
             placed.append(layer.lora_dropout["default"])
     return placed
@@ -539,7 +546,9 @@ def load(unet: Any, folder: Path, family: Family, text: Mapping[str, Any] = _NON
 
 def _of_part(tensors: Mapping[str, torch.Tensor], part: str, module: Any) -> dict[str, torch.Tensor]:
     """Return the tensors of a part of a saved adapter by peft's names in the module."""
-    inner = f"{part}." if part == "unet" or hasattr(module, "text_model") else f"{part}.text_model."
+    inner = (
+        f"{part}." if not part.startswith("text_encoder") or hasattr(module, "text_model") else f"{part}.text_model."
+    )
     return {n.removeprefix(inner).removeprefix(f"{part}."): v for n, v in tensors.items() if n.startswith(f"{part}.")}
 
 

@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ambient_sd.utils.errors import UserError
 
-FOLDER, LORA_NAME = "unet_ema", "lora_ema.safetensors"
+LORA_NAME = "lora_ema.safetensors"
 _NONE: Mapping[str, Any] = MappingProxyType({})
 _SETTINGS = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
 _WHOLE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -57,6 +56,7 @@ class Average:
         foreach: update all tensors in one call.
         checkpoint: folder of a checkpoint to continue from; else the average begins as a copy of the weights.
         step: optimizer steps that the checkpoint must have averaged.
+        name: of the network in its pipeline.
 
     Raises:
         UserError: the checkpoint's average is missing, damaged, or of another step.
@@ -71,15 +71,15 @@ class Average:
 
     def __init__(
         self, unet: Any, text: Mapping[str, Any] = _NONE, *, offload: bool = False, foreach: bool = False,
-        checkpoint: Path | None = None, step: int = 0,
+        checkpoint: Path | None = None, step: int = 0, name: str = "unet",
     ) -> None:  # fmt: skip
-        self.offload = offload
+        self.offload, self.folder, self.kind = offload, f"{name}_ema", type(unet)
         self.named = {name: p for name, p in unet.named_parameters() if p.requires_grad}
         self.whole = len(self.named) == len(list(unet.parameters()))
         for part, encoder in text.items():
             self.named |= {f"{part}.{name}": p for name, p in encoder.named_parameters() if p.requires_grad}
         self.device = next(unet.parameters()).device
-        whole: Any = {"model_cls": UNet2DConditionModel, "model_config": unet.config} if self.whole else {}
+        whole: Any = {"model_cls": type(unet), "model_config": unet.config} if self.whole else {}
         self.model: Any = EMAModel(self.named.values(), foreach=foreach, **whole)
         self._coming = False
         if checkpoint is not None:
@@ -105,9 +105,9 @@ class Average:
         Raises:
             UserError: it is missing, damaged, of another network or of another step.
         """
-        path = checkpoint / (FOLDER if self.whole else LORA_NAME)
+        path = checkpoint / (self.folder if self.whole else LORA_NAME)
         try:
-            shadow, settings = _read(path, self.named)
+            shadow, settings = _read(path, self.named, self.kind)
         except Exception as error:  # OSError, JSON errors, KeyError, SafetensorError, RuntimeError
             raise UserError(f"{path} cannot be read", rule=f"{type(error).__name__}: {error}"[:300],
                             remedy="resume from another checkpoint, or without --use_ema in another folder") from None  # fmt: skip
@@ -129,7 +129,7 @@ class Average:
             self._coming = self.device.type == "cuda"
 
     def save(self, checkpoint: Path) -> None:
-        """Write `checkpoint/unet_ema/`, or of a LoRA `checkpoint/lora_ema.safetensors`."""
+        """Write `checkpoint/unet_ema/` (of a transformer `transformer_ema/`), or of a LoRA `checkpoint/lora_ema.safetensors`."""
         self._arrived()
         if not self.whole:
             settings = {name: self.model.state_dict()[name] for name in _SETTINGS}
@@ -138,7 +138,7 @@ class Average:
             return
         # It builds a fresh model to fill, and a fresh model draws from the global generator.
         with torch.random.fork_rng(devices=[]):
-            self.model.save_pretrained(checkpoint / FOLDER)
+            self.model.save_pretrained(checkpoint / self.folder)
 
     def give(self) -> None:
         """Replace the trained weights by their average, for good."""
@@ -155,7 +155,9 @@ class Average:
             self.model.restore(self.named.values())
 
 
-def _read(path: Path, named: Mapping[str, torch.nn.Parameter]) -> tuple[list[torch.Tensor] | None, dict[str, Any]]:
+def _read(
+    path: Path, named: Mapping[str, torch.nn.Parameter], kind: Any
+) -> tuple[list[torch.Tensor] | None, dict[str, Any]]:
     """Return the saved average, None where its weights are not those of the network, and how it was made."""
     if path.name == LORA_NAME:
         with safe_open(path, framework="pt") as file:
@@ -164,7 +166,7 @@ def _read(path: Path, named: Mapping[str, torch.nn.Parameter]) -> tuple[list[tor
     else:
         settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
         # EMAModel.from_pretrained would fall back to .bin files, which are pickles.
-        model: Any = UNet2DConditionModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+        model: Any = kind.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
         found = {name: p.detach() for name, p in model.named_parameters()}
     fits = {name: p.shape for name, p in found.items()} == {name: p.shape for name, p in named.items()}
     return [found[name] for name in named] if fits else None, {name: settings[name] for name in _SETTINGS}

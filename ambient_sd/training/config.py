@@ -43,8 +43,9 @@ CAPTION_MITIGATIONS = ("mc", "gn", "rc", "rt", "cwr")
 LORA_INITS = ("gaussian", "kaiming", "orthogonal", "pissa", "olora")
 LORA_KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
 LYCORIS = ("loha", "lokr")  # kinds whose factors are multiplied elementwise, and by Kronecker's product
+FLOW_SCHEMES = ("sigma_sqrt", "mode", "cosmap", "u_shaped")  # of weighting_scheme, for flow matching only
 MOVED_BASE = ("pissa", "olora")  # starts of an update that is not zero: the base gives what they take
-DEFAULT_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
+QUANTIZED = ("int8", "fp8", "nf4")
 CONFIG_NAME = "train_config.yaml"
 AUTO = "auto"
 PRESETS = Path(__file__).parents[1] / "presets"
@@ -109,9 +110,12 @@ class TrainConfig:
     near_duplicates: str | None = option(None, "ambient: share = re-encoded, resized or mirrored copies of an image get one noise, as exact copies always do; off = each its own, which leaks (default share)", group="objective", choices=("share", "off"), needs="objective=ambient")
     fresh_copies: bool = option(False, "ambient, a control for studies: a NEW noisy copy of an image at every step in place of the fixed one. It leaks: copies of one image average out to the clean one", group="objective", needs="objective=ambient")
     snr_gamma: float | None = option(None, "Min-SNR weighting with this gamma (the paper's is 5), times the objective's own weight", group="objective", above=0.0)
-    weighting_scheme: str = option("none", "none: uniform timesteps; logit_normal: noise levels s_t are log-normal, ln s ~ N(logit_mean, logit_std^2), as in EDM and Stable Diffusion 3 (EDM: mean -0.5, std 1.2 at latents of unit variance)", group="objective", choices=("none", "logit_normal"))
+    weighting_scheme: str = option("none", "none: uniform timesteps; logit_normal: noise levels s_t are log-normal, ln s ~ N(logit_mean, logit_std^2), as in EDM and Stable Diffusion 3 (EDM: mean -0.5, std 1.2 at latents of unit variance). Of flow matching too, before the scheduler's shift: mode and u_shaped draw timesteps from the middle or the ends, sigma_sqrt and cosmap weight the loss", group="objective", choices=("none", "logit_normal", *FLOW_SCHEMES))
     logit_mean: float | None = option(None, "logit_normal: mean of ln s (default 0)", group="objective", needs="weighting_scheme=logit_normal")
     logit_std: float | None = option(None, "logit_normal: standard deviation of ln s (default 1)", group="objective", above=0.0, needs="weighting_scheme=logit_normal")
+    mode_scale: float | None = option(None, "mode: scale of the mode; below 0 the ends are drawn more often (default 1.29)", group="objective", needs="weighting_scheme=mode")
+    flow_shift: float | None = option(None, "flow matching: shift of the noise levels that are trained, s -> shift * s; 1: none (default: the scheduler's, which may depend on the resolution)", group="objective", above=0.0)
+    precondition_outputs: bool = option(False, "flow matching: the loss is that of the x0-prediction x_t - sigma * output, sigma^2 times that of the flow (Esser et al. 2024)", group="objective")
     noise_offset: float = option(0.0, "offset of the fresh noise per sample and channel, for very dark and bright images (plain and gap only)", group="objective", low=0.0, needs=_NOT_AMBIENT, because="the ambient loss needs fresh noise of the covariance of each image's fixed one, and an offset gives it another: above the noise level s_n channel means would be learnt wrongly")
     input_perturbation: float = option(0.0, "perturb the noise of the input, not of the target, by that much (plain and gap only; 0.1 in its paper)", group="objective", low=0.0, needs=_NOT_AMBIENT, because="the ambient loss tells fixed from fresh noise by the level of its input, and a perturbed input lies above it")
 
@@ -139,6 +143,7 @@ class TrainConfig:
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm over all trained weights", group="optimisation", above=0.0)
     mixed_precision: str | None = option(None, "arithmetic of forward and backward passes; trained weights stay float32. Default: as `accelerate launch` says, else no", group="optimisation", choices=("no", "fp16", "bf16"))
     allow_tf32: bool = option(False, "let Ampere and later GPUs compute float32 matrix products and convolutions in TF32; otherwise neither is", group="optimisation")
+    deterministic: bool = option(False, "use deterministic kernels only, so that a run that resumes on a GPU has the bits of one that was not stopped, with any number of processes; slower. An operation that has none ends the run", group="optimisation")
     use_8bit_adam: bool = option(False, "AdamW with moments in 8 bits (needs bitsandbytes)", group="optimisation")
     compile: bool = option(False, "compile the network with torch.compile: minutes at the start and after each new image size, then less overhead on a GPU; with the bits of the compiled kernels", group="optimisation", rival="enable_xformers_memory_efficient_attention")
     enable_xformers_memory_efficient_attention: bool = option(False, "attention of xformers in place of torch's own (needs xformers)", group="optimisation")
@@ -147,6 +152,7 @@ class TrainConfig:
     foreach_ema: bool = option(False, "update the average in one call over all tensors; needs use_ema", group="optimisation", needs="use_ema")
 
     lora: bool = option(False, "train a LoRA instead of the whole U-Net", group="LoRA")
+    quantize_base: str | None = option(None, "hold the frozen network in 8 or 4 bits (QLoRA): int8, fp8 (e4m3) or nf4, linear layers and convolutions (needs bitsandbytes). The adapter is saved for the base as it is", group="LoRA", choices=QUANTIZED, needs="lora")
     lora_weights: str | None = same(SamplingOptions, "lora_weights", text="LoRA on the model: folder, .safetensors file or hub id. Training continues it; rank, lora_alpha, layers and kind are its own", group="LoRA", needs="lora")
     lora_kind: str | None = option(None, "what the update is made of (default lora): loha = two products B A multiplied elementwise, of rank up to rank^2; lokr = a small matrix and a product B A multiplied by Kronecker, the smallest file. Both are saved for diffusers as the LoRA that they are exactly, and in LyCORIS's format for ComfyUI, AUTOMATIC1111 and others", group="LoRA", choices=tuple(LORA_KINDS), needs="lora")
     rank: int | None = option(None, "rank of the update (default 4)", group="LoRA", low=1, needs="lora")
@@ -154,7 +160,7 @@ class TrainConfig:
     lora_init: str | None = option(None, "how the update begins. gaussian (default, as in diffusers' scripts), kaiming, orthogonal: at zero. pissa: at the largest singular components of each weight, olora: at its QR components; both take them out of the base and are saved as a LoRA of twice the rank on the untouched base", group="LoRA", choices=LORA_INITS, needs="lora")
     use_rslora: bool = option(False, "scale the update by lora_alpha / sqrt(rank); saved as the lora_alpha that gives this scale in every reader", group="LoRA", needs="lora")
     lora_alpha: float | None = option(None, "the update is scaled by lora_alpha / rank (default: the rank); kept in the saved file", group="LoRA", above=0.0, needs="lora")
-    lora_target_modules: list[str] | None = option(None, "names of the layers that get an adapter (default: the attention projections to_k to_q to_v to_out.0)", group="LoRA", needs="lora")
+    lora_target_modules: list[str] | None = option(None, "names of the layers that get an adapter (default: the attention projections, in a U-Net to_k to_q to_v to_out.0)", group="LoRA", needs="lora")
     lora_dropout: float | None = option(None, "share of the update's input that is dropped in training (default 0); a function of seed, layer and place in the run", group="LoRA", low=0.0, below=1.0, needs="lora")
     use_dora: bool = option(False, "train DoRA: the length of each row of the weights too", group="LoRA", needs="lora")
     train_text_encoder: bool = option(False, "train adapters of the text encoders too, of the same kind, rank and alpha; embeddings are then computed at every step", group="LoRA", needs="lora")
@@ -240,6 +246,8 @@ class TrainConfig:
         if self.weighting_scheme == "logit_normal":
             self.logit_mean = 0.0 if self.logit_mean is None else self.logit_mean
             self.logit_std = 1.0 if self.logit_std is None else self.logit_std
+        if self.weighting_scheme == "mode" and self.mode_scale is None:
+            self.mode_scale = 1.29
         if self.dropped_mean == "all":
             self.dropped_mean = None  # one spelling of one run
         if self.caption_mitigation is not None and self.caption_mitigation_p is None:
@@ -262,6 +270,14 @@ class TrainConfig:
             if self.compile and getattr(self, name):
                 raise UserError(f"compile is given with {name}", rule="torch takes it apart into dozens of graphs, which gain nothing",
                                 remedy="leave one of them out")  # fmt: skip
+        for name, rule in (
+            ("compile", "the compiler chooses kernels by timing them"),
+            ("enable_xformers_memory_efficient_attention", "the backward pass of its attention is not deterministic"),
+        ):
+            if self.deterministic and getattr(self, name):
+                raise UserError(f"deterministic is given with {name}", rule=rule, remedy="leave one of them out")
+        if self.compile and self.quantize_base:
+            raise UserError("compile is given with quantize_base", rule="it was never tested with packed weights", remedy="leave one of them out")  # fmt: skip
         if self.lora_min_rank and self.use_dora:
             raise UserError("lora_min_rank is given with use_dora", rule="the row lengths of DoRA belong to the update of the whole rank",
                             remedy="leave one of them out")  # fmt: skip
@@ -292,7 +308,6 @@ class TrainConfig:
         if self.lora and self.lora_weights is None:  # else the plan takes them from the adapter
             self.lora_kind, self.rank = self.lora_kind or "lora", self.rank or 4
             self.lora_alpha = self.lora_alpha or float(self.rank)
-            self.lora_target_modules = self.lora_target_modules or list(DEFAULT_TARGETS)
 
         if self.with_prior_preservation:
             for name in ("class_data_dir", "class_prompt"):

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from ambient_sd.data.latents import most_at_once
 from ambient_sd.families.base import Base
-from ambient_sd.training import adapters
+from ambient_sd.training import adapters, quantized
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.validation import images_at_once
 
@@ -150,8 +150,7 @@ def predict(
         >>> found.gradients == found.weights, found.moments == 2 * found.weights, found.average
         (True, True, 0)
     """
-    family = base.family
-    tokenizers = {part: base.load(part) for part in family.text_parts if part.startswith("tokenizer")}
+    tokenizers = {part: base.load(part) for part in base.text_parts if part.startswith("tokenizer")}
     dtype = _DTYPES.get(precision or config.mixed_precision or "no")
     outlines = _outlines(config, base, None if on_cpu else dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -188,7 +187,7 @@ class _Act:
     ) -> None:
         self.config, self.family, self.dtype = config, base.family, dtype
         self.network, self.vae = parts[self.family.network], parts["vae"]
-        self.parts = {part: parts[part] for part in self.family.text_parts}
+        self.parts = {part: parts[part] for part in base.text_parts}
         self.encoders = {part: module for part, module in self.parts.items() if part.startswith("text_encoder")}
         self.text = self.encoders if config.train_text_encoder else {}
         if config.gradient_checkpointing:
@@ -237,14 +236,17 @@ class _Act:
         inputs = self.family.inputs(embedded, torch.zeros(count, 6) if self.family.takes_sizes else None, "cpu")
         with torch.autocast("cpu", self.dtype or torch.bfloat16, enabled=self.dtype is not None):
             return self.family.predict(
-                self.network, torch.empty(count, *self.latent), torch.zeros(count, dtype=torch.long), inputs
+                self.network,
+                torch.empty(count, *self.latent),
+                torch.zeros(count, dtype=torch.float32 if self.family.flow else torch.long),
+                inputs,
             )
 
 
 def _outlines(config: TrainConfig, base: Base, dtype: torch.dtype | None) -> dict[str, Any]:
     """Build the parts without weights, each in its precision, with what is trained on it."""
     family = base.family
-    found = {part: base.outline(part) for part in family.parts if not part.startswith("tokenizer")}
+    found = {part: base.outline(part) for part in family.parts if not part.startswith("tokenizer") and base.has(part)}
     for part, module in found.items():
         network, text = part == family.network, part.startswith("text_encoder") and config.train_text_encoder
         if not network:
@@ -252,11 +254,13 @@ def _outlines(config: TrainConfig, base: Base, dtype: torch.dtype | None) -> dic
         elif config.lora:
             torch.nn.Module.to(module, dtype or torch.float32)
         if config.lora and (network or text):
-            targets = config.lora_target_modules or () if network else adapters.TEXT_TARGETS
+            targets = config.lora_target_modules or family.lora_targets if network else adapters.TEXT_TARGETS
             adapters.attach(
                 module, part=part, rank=config.rank or 4, alpha=config.lora_alpha or 4.0, targets=targets, seed=0, dora=config.use_dora,
                 kind=config.lora_kind,
             )  # fmt: skip
+        if network and config.quantize_base is not None:
+            quantized.quantize(module, config.quantize_base, "meta")
     return found
 
 

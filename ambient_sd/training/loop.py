@@ -25,16 +25,17 @@ import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from PIL import Image
 from tqdm.auto import tqdm
 
 from ambient_sd.data.buckets import BucketStream, assign
-from ambient_sd.data.duplicates import shared_noise
+from ambient_sd.data.duplicates import FixedNoise
+from ambient_sd.data.latents import MAX_HELD_BYTES
 from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import SampleStream, keyed_seed, process_batches
 from ambient_sd.data.views import ViewRule
+from ambient_sd.families.base import Base
 from ambient_sd.families.origin import written
 from ambient_sd.families.rank_schedule import RankSchedule
 from ambient_sd.objective import AmbientObjective, CorruptedBatch
@@ -47,6 +48,7 @@ from ambient_sd.training import (
     noising,
     prior,
     processes,
+    quantized,
     results,
     sharding,
     validation,
@@ -58,7 +60,7 @@ from ambient_sd.training.encode import Encoder
 from ambient_sd.training.plan import Plan, make_accelerator, plan_run
 from ambient_sd.training.probe import Probe, add_evaluation
 from ambient_sd.training.record import LossLog, RunRecord, StepSums, describe_start
-from ambient_sd.utils.devices import send, tf32
+from ambient_sd.utils.devices import deterministic, send, tf32
 from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.prefetch import ahead
 
@@ -75,7 +77,7 @@ class TrainingBatch:
         positions: places of the samples in the run's line of samples.
         keys: content keys of the images.
         captions: captions after caption dropout and mitigation.
-        timesteps: (B,) long.
+        timesteps: (B,) long; float32 with flow matching.
         x0: (B, C, h, w) clean latents.
         eps_n: (B, C, h, w) fixed noise, or None where the objective has none.
         noise: (B, C, h, w) fresh noise.
@@ -114,7 +116,7 @@ class _Line:
     rule: ViewRule
     encoder: Encoder
     objective: AmbientObjective
-    fixed_noise: bool
+    fixed_noise: FixedNoise | None
     caption: Callable[[int], str]
     prior: bool = False
 
@@ -159,7 +161,7 @@ def run(
         2
     """
     progress = progress and processes.is_first()
-    with processes.interruptible(config):
+    with processes.interruptible(config), deterministic(config.deterministic):
         plan = plan_run(config, progress=progress)
         if on_planned is not None and processes.is_first():
             on_planned(plan)
@@ -212,8 +214,11 @@ class _Trainer:
         self.global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         self.steps = plan.steps(self.global_batch)
         stream, rule = _order(plan, plan.images, plan.buckets, plan.fixed_noise, self.global_batch, config.seed)
-        self.levels = None
-        if config.weighting_scheme == "logit_normal":
+        self.levels: Any = None
+        if plan.base.family.flow:
+            self.levels = noising.FlowTimesteps(plan.base.scheduler, config.weighting_scheme, config.flow_shift, logit_mean=config.logit_mean or 0.0,
+                                                logit_std=config.logit_std or 1.0, mode_scale=config.mode_scale or 0.0)  # fmt: skip
+        elif config.weighting_scheme == "logit_normal":
             self.levels = noising.LogNormalLevels(schedule, config.logit_mean or 0.0, config.logit_std or 1.0)
         self.fingerprint = plan.images.fingerprint()
         processes.check_same_images(self.fingerprint, accelerator)
@@ -255,7 +260,13 @@ class _Trainer:
             images=plan.images, stream=stream, tokenizer=self.encoder.caption_encoder.tokenizers[0],
         )  # fmt: skip
         self.line = _Line(
-            plan.images, stream, rule, self.encoder, plan.objective, plan.fixed_noise, self.augmentation.caption
+            plan.images,
+            stream,
+            rule,
+            self.encoder,
+            plan.objective,
+            _noise(plan, plan.images, plan.fixed_noise),
+            self.augmentation.caption,
         )
         self.prior = None if plan.prior is None else self._class_line(plan, plan.prior)
 
@@ -264,7 +275,7 @@ class _Trainer:
         self.text = {name: part for name, part in encoders.items() if name.startswith("text_encoder")}
         # A CPU's layer norm takes no bfloat16 weights under autocast, and gains no speed from them.
         frozen = "no" if accelerator.device.type == "cpu" else accelerator.mixed_precision
-        self.unet, self.dropouts = _load_unet(plan, self.checkpoint, frozen, self.text)
+        self.unet, self.dropouts = _load_unet(plan, self.checkpoint, frozen, self.text, accelerator.device)
         scale = self.global_batch if config.scale_lr else 1
         self.rate = config.learning_rate * scale
         self.text_trained = [p for part in self.text.values() for p in part.parameters() if p.requires_grad]
@@ -285,7 +296,7 @@ class _Trainer:
         if config.use_ema:
             self.average = averaging.Average(
                 self.unet, self.text, offload=config.offload_ema, foreach=config.foreach_ema, checkpoint=self.checkpoint,
-                step=self.first_step,
+                step=self.first_step, name=self.family.network,
             )  # fmt: skip
         if self.checkpoint is not None:
             checkpoints.load_optimizer(self.checkpoint, state, self.optimizer)
@@ -328,7 +339,14 @@ class _Trainer:
         encoder = Encoder(plan, rule, stream, self.accelerator, progress=self.progress, beside=self.encoder)
         objective = plan.objective if found.real else AmbientObjective(plan.base.schedule, mode="plain")
         return _Line(
-            images, stream, rule, encoder, objective, fixed, lambda p: images.captions[stream.image(p)], prior=True
+            images,
+            stream,
+            rule,
+            encoder,
+            objective,
+            _noise(plan, images, fixed),
+            lambda p: images.captions[stream.image(p)],
+            prior=True,
         )
 
     def train(self) -> RunRecord:
@@ -399,15 +417,18 @@ class _Trainer:
         for position in positions:
             g = stream.generator("draw", position)
             uniform = torch.randint(line.objective.schedule.num_train_timesteps, (), generator=g)
-            timesteps.append(uniform if self.levels is None else self.levels(stream, position))
+            if self.family.flow:
+                timesteps.append(
+                    self.levels(stream, position, self.family.image_tokens(self.base.network_config, shape))
+                )
+            else:
+                timesteps.append(uniform if self.levels is None else self.levels(stream, position))
             dropped = float(torch.rand((), generator=g)) < self.config.caption_dropout
             captions.append("" if dropped else line.caption(position))
             noise.append(torch.randn(shape, generator=g))
         eps_n = None
-        if line.fixed_noise:
-            rows = [stream.image(p) for p in positions]
-            noise_keys, mirrored = [line.images.noise_keys[i] for i in rows], [line.images.mirrored[i] for i in rows]
-            eps_n = shared_noise(noise_keys, mirrored, shape, seed=self.config.noise_seed)
+        if line.fixed_noise is not None:
+            eps_n = line.fixed_noise([stream.image(p) for p in positions], shape)
             if self.config.fresh_copies:
                 draws = [torch.randn(shape, generator=stream.generator("copy", p)) for p in positions]
                 eps_n = torch.stack(draws).to(eps_n)
@@ -420,6 +441,7 @@ class _Trainer:
         return batch, noising.corrupt(
             line.objective, batch.x0, batch.eps_n, batch.timesteps, noise=batch.noise,
             perturbation=batch.perturbation, snr_gamma=self.config.snr_gamma,
+            scheme=self.config.weighting_scheme, preconditioned=self.config.precondition_outputs,
         )  # fmt: skip
 
     def _step(
@@ -541,7 +563,7 @@ class _Trainer:
         if self.config.lora:
             adapters.save(unet, folder, self.family, self.text, written(self.base, self.config.resolution))
         else:
-            unet.save_pretrained(folder / "unet")
+            unet.save_pretrained(folder / self.family.network)
         if self.average is not None:
             self.average.save(folder)
         if self.dropping is not None:
@@ -560,7 +582,7 @@ class _Trainer:
 
     def _pipeline(self) -> Any:
         return self.base.assemble(
-            unet=self.unet, vae=self.encoder.image_encoder.vae, **self.encoder.caption_encoder.parts
+            **{self.family.network: self.unet}, vae=self.encoder.image_encoder.vae, **self.encoder.caption_encoder.parts
         )
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
@@ -660,28 +682,36 @@ class _Trainer:
             elif earlier and self.config.lora:
                 adapters.load(unet, checkpoint, self.family, self.text)
             elif earlier:
-                unet.load_state_dict(_read_unet(checkpoint).state_dict())
+                unet.load_state_dict(_read_network(self.base, checkpoint).state_dict())
             with results.full_disk_in_one_line("the result", self.output):
                 results.write(self.output, unet, self.base, self.config, self.text)
         accelerator.wait_for_everyone()
 
 
-def _read_unet(checkpoint: Path) -> Any:
+def _read_network(base: Base, checkpoint: Path) -> Any:
+    name = base.family.network
     try:
-        return UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", dtype=torch.float32)
+        return getattr(diffusers, base.family.parts[name][1]).from_pretrained(
+            checkpoint, subfolder=name, dtype=torch.float32
+        )
     except Exception as error:  # OSError, SafetensorError, RuntimeError: unusable files
-        raise UserError(f"unet of {checkpoint} cannot be read", rule=f"{type(error).__name__}: {error}"[:300],
+        raise UserError(f"{name} of {checkpoint} cannot be read", rule=f"{type(error).__name__}: {error}"[:300],
                         remedy="resume from another checkpoint") from None  # fmt: skip
 
 
 def _load_unet(
-    plan: Plan, checkpoint: Path | None, precision: str, text: Mapping[str, Any]
+    plan: Plan, checkpoint: Path | None, precision: str, text: Mapping[str, Any], device: torch.device
 ) -> tuple[Any, list[adapters.AddressedDropout]]:
     """Load the U-Net that is trained, from the base or a checkpoint; give it and text encoders their LoRA; return it and the LoRA's dropout."""
     config, base, dropouts = plan.config, plan.base, list[adapters.AddressedDropout]()
-    unet = _read_unet(checkpoint) if checkpoint is not None and not config.lora else base.load(base.family.network)
+    unet = (
+        _read_network(base, checkpoint)
+        if checkpoint is not None and not config.lora
+        else base.load(base.family.network)
+    )
     if config.lora:
-        unet.to({"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32))  # frozen weights
+        if (half := {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)) is not None:
+            unet.to(half)  # frozen weights
         for part, module in {base.family.network: unet, **text}.items():
             own = part == base.family.network
             dropouts += adapters.attach(
@@ -692,6 +722,8 @@ def _load_unet(
         )  # fmt: skip
         if checkpoint is not None:
             adapters.load(unet, checkpoint, base.family, text)
+        if config.quantize_base is not None:
+            quantized.quantize(unet, config.quantize_base, device)
     unet.register_to_config(_name_or_path=base.label)
     if config.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
@@ -725,6 +757,11 @@ def _order(
         config.image_interpolation_mode,
     )
     return stream, rule
+
+
+def _noise(plan: Plan, images: ImageDataset, fixed: bool) -> FixedNoise | None:
+    """Return the fixed noise of images, or None where they have none."""
+    return FixedNoise(images.noise_keys, images.mirrored, plan.config.noise_seed, MAX_HELD_BYTES) if fixed else None
 
 
 def _make_optimizer(config: TrainConfig, trained: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:

@@ -7,6 +7,7 @@
                         Ning et al., "Input Perturbation Reduces Exposure Bias in Diffusion Models" (ICML 2023)
     logit-normal        timesteps of log-normal noise level, ln s_t ~ N(m, d^2): EDM's (Karras et al. 2022), and, as
                         s = u / (1 - u), the logit-normal u of Stable Diffusion 3 (Esser et al. 2024)
+    flow matching       timesteps, their shift and weights: `FlowTimesteps`, `flow_weight`
 
 u and z are functions of (seed, place in the run) with purposes of their own: these options change no other random number.
 
@@ -20,9 +21,12 @@ at a level above s_t. Min-SNR only multiplies the weight a^q, at the level s_t o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
 from ambient_sd.data.stream import SampleStream
 from ambient_sd.objective import AmbientObjective, CorruptedBatch
@@ -115,6 +119,95 @@ class LogNormalLevels:
         return self.first + torch.bucketize(self.mean + self.std * z, self.edges)
 
 
+class FlowTimesteps:
+    """Draw timesteps of flow matching as diffusers' scripts do: u by a scheme, and the scheduler's u-th timestep, its shift included.
+
+        u ~ U(0, 1), logit-normal, mode (Esser et al. 2024), or u_shaped: density ~ cosh(4 (2u - 1)), both ends over the middle
+            (Lee et al., "Improving the Training of Rectified Flows", 2024)
+        sigma = shift * v / (1 + (shift - 1) v)      v = 1 - floor(u N) / N;  s -> shift * s
+        sigma = e^mu / (e^mu + 1 / v - 1)            where the scheduler shifts by the number of image tokens
+
+    Args:
+        scheduler: a flow-matching scheduler.
+        scheme: of `weighting_scheme`; those that only weight the loss draw uniformly.
+        shift: in place of the scheduler's; None: its own.
+        logit_mean, logit_std, mode_scale: of the schemes with these names.
+
+    Example:
+        >>> from diffusers import FlowMatchEulerDiscreteScheduler
+        >>> draw = FlowTimesteps(FlowMatchEulerDiscreteScheduler(shift=3.0), "none", None)
+        >>> bool(0 < draw(SampleStream(count=3, seed=0), position=7, tokens=1024) <= 1000)
+        True
+    """
+
+    def __init__(
+        self, scheduler: Any, scheme: str, shift: float | None, *, logit_mean: float = 0.0, logit_std: float = 1.0, mode_scale: float = 1.29
+    ) -> None:  # fmt: skip
+        self.scheme, self.options = scheme, {"logit_mean": logit_mean, "logit_std": logit_std, "mode_scale": mode_scale}
+        self.config, self.shift = scheduler.config, shift
+        self.count = int(scheduler.config.num_train_timesteps)
+        # In float32 and in this order the very numbers of FlowMatchEulerDiscreteScheduler.
+        self.sigmas = torch.arange(self.count, 0, -1, dtype=torch.float32) / self.count
+        self._tables: dict[int | None, torch.Tensor] = {}
+
+    def table(self, tokens: int) -> torch.Tensor:
+        """Return the N timesteps for a number of image tokens, (N,) float32, the noisiest first."""
+        by_resolution = self.shift is None and bool(self.config.get("use_dynamic_shifting"))
+        key = tokens if by_resolution else None
+        if key not in self._tables:
+            sigmas = self.sigmas
+            if by_resolution:
+                mu = _mu(self.config, tokens)
+                ratio = math.exp(mu) if self.config.get("time_shift_type", "exponential") == "exponential" else mu
+                sigmas = ratio / (ratio + (1 / sigmas - 1))
+            else:
+                shift = self.shift or self.config.get("shift") or self.config.get("flow_shift") or 1.0
+                sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+            self._tables[key] = sigmas * self.count
+        return self._tables[key]
+
+    def __call__(self, stream: SampleStream, position: int, tokens: int) -> torch.Tensor:
+        """Return the timestep of a place in the run, float32, without shape."""
+        g = stream.generator("level", position)
+        if self.scheme == "u_shaped":
+            v = torch.rand((), generator=g)
+            u = (1.0 + torch.asinh((2.0 * v - 1.0) * math.sinh(_U_SHAPE)) / _U_SHAPE) / 2.0
+        else:
+            scheme = self.scheme if self.scheme in ("logit_normal", "mode") else "none"
+            u = compute_density_for_timestep_sampling(scheme, 1, **self.options, device="cpu", generator=g)[0]  # type: ignore[arg-type]
+        return self.table(tokens)[(u * self.count).long().clamp(0, self.count - 1)]
+
+
+_U_SHAPE = 4.0
+
+
+def _mu(config: Mapping[str, Any], tokens: int) -> float:
+    """Return the shift of pipelines for a number of image tokens: a straight line through two points of the scheduler's settings."""
+    few, many = config.get("base_image_seq_len") or 256, config.get("max_image_seq_len") or 4096
+    low, high = config.get("base_shift") or 0.5, config.get("max_shift") or 1.15
+    return float(low + (high - low) / (many - few) * (tokens - few))
+
+
+def flow_weight(sigma: torch.Tensor, scheme: str, preconditioned: bool = False) -> torch.Tensor:
+    """Return the factor of the flow loss: `sigma^-2` (sigma_sqrt), `2 / (pi (1 - 2 sigma + 2 sigma^2))` (cosmap), else 1; times `sigma^2` if preconditioned.
+
+    With `x0_hat = x_t - sigma o` the preconditioned loss is `|x0_hat - x0|^2 = sigma^2 |o - (eps - x0)|^2`.
+
+    Args:
+        sigma: (B,) in (0, 1].
+        scheme: of `weighting_scheme`.
+        preconditioned: the loss is that of the x0-prediction.
+
+    Example:
+        >>> flow_weight(torch.tensor([0.5]), "sigma_sqrt"), flow_weight(torch.tensor([0.5]), "none", True)
+        (tensor([4.]), tensor([0.2500]))
+    """
+    weight = torch.ones_like(sigma)
+    if scheme in ("sigma_sqrt", "cosmap"):
+        weight = compute_loss_weighting_for_sd3(scheme, sigma)
+    return weight * sigma.square() if preconditioned else weight
+
+
 def corrupt(
     objective: AmbientObjective,
     x0: torch.Tensor,
@@ -124,6 +217,8 @@ def corrupt(
     noise: torch.Tensor,
     perturbation: torch.Tensor | None = None,
     snr_gamma: float | None = None,
+    scheme: str = "none",
+    preconditioned: bool = False,
 ) -> CorruptedBatch:
     """Corrupt a batch; with a perturbation the input is made from `noise + perturbation` and the target from `noise`.
 
@@ -137,6 +232,7 @@ def corrupt(
         noise: (B, C, h, w) fresh noise.
         perturbation: (B, C, h, w) p z from `perturbation_at`, or None.
         snr_gamma: of Min-SNR, or None.
+        scheme, preconditioned: of `flow_weight`; nothing without flow matching.
 
     Example:
         >>> objective = AmbientObjective(NoiseSchedule(2, "epsilon", torch.tensor([0.8, 0.2])), mode="plain")
@@ -151,6 +247,9 @@ def corrupt(
         batch = dataclasses.replace(batch, x_t=seen.x_t)
     if snr_gamma is not None:
         factor = min_snr_weight(objective.schedule, timesteps, snr_gamma, objective.prediction_type)
+        batch = dataclasses.replace(batch, weight=batch.weight * factor.to(batch.weight))
+    if objective.schedule.is_flow and (preconditioned or scheme in ("sigma_sqrt", "cosmap")):
+        factor = flow_weight(objective.schedule.sigma(timesteps), scheme, preconditioned)
         batch = dataclasses.replace(batch, weight=batch.weight * factor.to(batch.weight))
     return batch
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
 from ambient_sd.data.buckets import assign, read_buckets
 from ambient_sd.data.captions import compose, find_cut, in_one_line
@@ -28,6 +28,7 @@ from ambient_sd.data.enlargement import check_enlargement
 from ambient_sd.data.layouts.layout import Ask
 from ambient_sd.data.sources import ImageDataset, load_rows
 from ambient_sd.families.base import Base, check_base
+from ambient_sd.families.family import Family
 from ambient_sd.families.lora import Adapter
 from ambient_sd.objective import AmbientObjective
 from ambient_sd.sampling import collect_prompts
@@ -44,7 +45,7 @@ from ambient_sd.training import (
     results,
     sharding,
 )
-from ambient_sd.training.config import AUTO, TrainConfig
+from ambient_sd.training.config import AUTO, FLOW_SCHEMES, TrainConfig
 from ambient_sd.training.prior import Prior
 from ambient_sd.utils.errors import UserError, one_line
 
@@ -127,7 +128,12 @@ class Plan:
             "image_interpolation_mode": None if (mode := self.config.image_interpolation_mode) == "lanczos" else mode,
             "lora_kind": None if self.config.lora_kind == "lora" else self.config.lora_kind,
             "lora_init": self.config.lora_init,
+            "quantize_base": self.config.quantize_base,
             "use_rslora": self.config.use_rslora or None,
+            "weighting_scheme": scheme if (scheme := self.config.weighting_scheme) in FLOW_SCHEMES else None,
+            "mode_scale": self.config.mode_scale,
+            "flow_shift": self.config.flow_shift,
+            "precondition_outputs": self.config.precondition_outputs or None,
             "lora_min_rank": self.config.lora_min_rank,
             "train_text_encoder": self.config.train_text_encoder or None,
             "lora_weights": None if self.start is None else self.start.file.sha256,
@@ -177,10 +183,13 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         noising.min_snr_weight(base.schedule, torch.tensor([0]), config.snr_gamma, objective.prediction_type)
     if config.memorization_threshold is not None:
         dropping.check_scheduler(base.scheduler)
+    check_family(config, base.family)
     start = None
+    if config.lora and config.lora_weights is None and not config.lora_target_modules:
+        config.lora_target_modules = list(base.family.lora_targets)
     if config.lora_weights is not None:
         start = adapters.read_start(config.lora_weights, base, text=config.train_text_encoder)
-        config = adapters.settle(config, start, base.skeleton()[base.family.network])
+        config = adapters.settle(config, start, base.skeleton()[base.family.network], base.family.lora_targets)
     elif config.lora:
         adapters.check_targets(
             base.skeleton()[base.family.network], config.lora_target_modules or (), config.lora_init, config.rank or 4
@@ -214,6 +223,34 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
     )
 
 
+def check_family(config: TrainConfig, family: Family) -> None:
+    """Refuse settings that a family's models know nothing of.
+
+    Raises:
+        UserError: names the setting and the reason.
+
+    Example:
+        >>> from ambient_sd.families import SD
+        >>> check_family(TrainConfig("base-model", train_data_dir="my-images", flow_shift=3.0), SD)
+        Traceback (most recent call last):
+        ambient_sd.utils.errors.UserError: flow_shift is given for Stable Diffusion 1.x or 2.x; it belongs to flow matching; leave it out
+    """
+    flow = "it belongs to flow matching"
+    for given, name, rule in (
+        (not family.flow and config.flow_shift, "flow_shift", flow),
+        (not family.flow and config.precondition_outputs, "precondition_outputs", flow),
+        (not family.flow and config.weighting_scheme in FLOW_SCHEMES, f"weighting_scheme {config.weighting_scheme}", flow),
+        (family.flow and config.train_text_encoder, "train_text_encoder", "text encoders of U-Nets alone are trained here"),
+        (family.flow and config.lora_min_rank, "lora_min_rank", "its mask by noise level reads the timestep inside a U-Net"),
+        (family.flow and config.enable_xformers_memory_efficient_attention, "enable_xformers_memory_efficient_attention",
+         "xformers knows no joint attention of text and image; PyTorch's own is as good"),
+        (family.flow and config.agc, "agc", "its means are kept for each whole timestep, and flow matching has any"),
+        (family.flow and config.output_kohya_format, "output_kohya_format", "the plain file is what ComfyUI and others read of transformers"),
+    ):  # fmt: skip
+        if given:
+            raise UserError(f"{name} is given for {family.name}", rule=rule, remedy="leave it out")
+
+
 def _check_packages(config: TrainConfig) -> None:
     """Check that what optional settings need is installed."""
     if config.compile and "ACCELERATE_DYNAMO_BACKEND" not in os.environ:
@@ -226,6 +263,7 @@ def _check_packages(config: TrainConfig) -> None:
             raise UserError("compile is given", rule=f"torch's compiler needs {needs}", remedy="install it, or leave compile out")  # fmt: skip
     for given, flag, package in (
         (config.use_8bit_adam, "use_8bit_adam", "bitsandbytes"),
+        (config.quantize_base, "quantize_base", "bitsandbytes"),
         (config.enable_xformers_memory_efficient_attention, "enable_xformers_memory_efficient_attention", "xformers"),
         (config.report_to == "wandb", "report_to wandb", "wandb"),
     ):
@@ -426,6 +464,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             mixed_precision=config.mixed_precision,
             log_with=None if config.report_to == "none" else config.report_to,
             project_dir=str(Path(config.output_dir) / config.logging_dir),
+            # Gradients lie in the buckets that processes sum, and are not copied. torch rebuilds these after the first step, and then sums each
+            # weight of three and more processes in another order than after a resume; not where it searches for unused weights.
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=config.deterministic)
+            ],
             # Where accelerate was launched with another compiler, that one is asked for.
             dynamo_backend="inductor" if config.compile and "ACCELERATE_DYNAMO_BACKEND" not in env else None,
         )

@@ -28,7 +28,7 @@ from ambient_sd.utils import files
 from ambient_sd.utils.errors import UserError, one_line
 
 INDEX_NAME = "model_index.json"
-_RESULTS = (INDEX_NAME, "unet", WEIGHTS_NAME, adapters.KOHYA_NAME)
+_RESULTS = (INDEX_NAME, "unet", "transformer", WEIGHTS_NAME, adapters.KOHYA_NAME)
 SKIPPED_NAME = "skipped.jsonl"
 _SHEET = re.compile(r"step-\d+(-new)?\.png|scores\.json|curve\.png")
 
@@ -162,7 +162,7 @@ def write(
             pipe = base.pipeline(unet)
         except Exception as error:  # the base was moved, the hub is out of reach, ...
             lost = error
-            unet.save_pretrained(staging / "unet")
+            unet.save_pretrained(staging / base.family.network)
         else:
             pipe.save_pretrained(staging)
     files.sync_tree(staging)
@@ -171,7 +171,7 @@ def write(
         raise UserError(
             f"the other parts of base model {base.name} can no longer be loaded",
             rule=f"{type(lost).__name__}: {lost}"[:300],
-            remedy=f"the trained U-Net is whole in {folder / 'unet'}: put it into the base",
+            remedy=f"the trained network is whole in {folder / base.family.network}: put it into the base",
         ) from lost
 
 

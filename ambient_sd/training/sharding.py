@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from diffusers import UNet2DConditionModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -72,6 +71,7 @@ def check(config: TrainConfig) -> None:
         (config.lora_min_rank is not None, "lora_min_rank is given under FSDP", "this trainer was never tested with it", "leave it out"),
         (config.lora_kind in LYCORIS, f"lora_kind is {config.lora_kind} under FSDP", "this trainer was never tested with it", "use lora, or no FSDP"),
         (config.train_text_encoder, "train_text_encoder is given under FSDP", "this trainer was never tested with it", "leave it out"),
+        (config.quantize_base is not None, "quantize_base is given under FSDP", "codes are not cut", "leave it out"),
         (config.use_8bit_adam, "use_8bit_adam is given under FSDP", "its kernels know no cut weights", "leave it out"),
     ):  # fmt: skip
         if wrong:
@@ -129,13 +129,18 @@ def whole_unet(unet: Any) -> Any:
         return None
     # A fresh model could draw from the global generator.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        whole: Any = UNet2DConditionModel.from_config(unet.config)
+        whole: Any = _plain_class(unet).from_config(unet.config)
         if lora:
             whole.add_adapter(unet.peft_config["default"])
     whole.register_to_config(_name_or_path=unet.config._name_or_path)
     absent, unknown = whole.load_state_dict(weights, strict=not lora, assign=True)
     assert not unknown and not any("lora_" in name for name in absent)
     return whole
+
+
+def _plain_class(unet: Any) -> Any:
+    """Return the class of a network from before it was spread: FSDP2 puts one of its own in front."""
+    return next(kind for kind in type(unet).__mro__ if kind.__module__.startswith("diffusers."))
 
 
 def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from ambient_sd.families import network_of
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.sampling import SamplingConfig, generate, requests_for
 from ambient_sd.utils.errors import UserError, one_line
@@ -65,11 +66,11 @@ def images_at_once(resolution: int) -> int:
 def _ready_to_sample(pipe: Any, device: torch.device) -> Iterator[None]:
     """Lend the parts of a pipeline in training to sampling: on the device, in evaluation mode, and back as they were."""
     parts: list[Any] = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    training = [(part, part.training) for part in parts]
+    network, training = network_of(pipe), [(part, part.training) for part in parts]
     for part in parts:
         part.eval()
     try:
-        with lent([part for part in parts if part is not pipe.unet], device):
+        with lent([part for part in parts if part is not network], device):
             yield
     finally:
         for part, mode in training:

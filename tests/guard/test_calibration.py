@@ -51,7 +51,7 @@ def test_another_model_is_refused_in_one_line(tmp_path: Path) -> None:
     Calibration.load(tmp_path, other)  # control: equal weights in another object
     with torch.no_grad():
         other.unet.conv_out.bias[0] += 1e-6
-    with pytest.raises(UserError, match="another U-Net was calibrated: its weights"):
+    with pytest.raises(UserError, match="another network was calibrated: its weights"):
         Calibration.load(tmp_path, other)
     adapted = tools.pipeline()
     adapted.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))

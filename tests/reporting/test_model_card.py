@@ -85,6 +85,12 @@ def structure(page: str) -> list[str]:
     return tags[:-1] if tags[-1].startswith("<!-- ambient_sd card") else tags
 
 
+def test_card_says_that_the_base_was_quantized(tmp_path: Path) -> None:
+    said = "trained on the base's weights in nf4 (QLoRA)"
+    assert said in rendered_text(render(make_card(facts(lora={**LORA, "quantized": "nf4"}), tmp_path)))
+    assert "QLoRA" not in make_card(facts(lora=LORA), tmp_path)
+
+
 def test_card_says_what_was_trained_on_what_and_how(tmp_path: Path) -> None:
     text = make_card(facts(lora=LORA, base_id="owner/base", base="owner/base", dataset="owner/set"), tmp_path)
     assert head(text) == {
@@ -176,7 +182,7 @@ def test_hostile_words_change_no_structure_and_no_front_matter(
         AuditRecord.of({**values, "model": model, "finding": finding, "notes": [given]}).write(tmp_path)
         said = dataclasses.replace(
             of, base=given, objective=given, prediction_type=given, lr_scheduler=given, prompts=[given], lora={**LORA, "targets": [given]},
-            base_files=files["unet"], fingerprint=of.fingerprint if shown else given,
+            base_files=files["network"], fingerprint=of.fingerprint if shown else given,
         )  # fmt: skip
         text = make_card(said, tmp_path, repo="owner/name", revision=given.replace("\n", "") or None)
         assert ("Verdict: passed" in rendered_text(render(text))) == shown

@@ -1,0 +1,71 @@
+"""Random pipelines of today's transformers at toy width: diffusers' and transformers' own classes, real tokenizers, no network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.processors import TemplateProcessing
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
+
+from ambient_sd.assets.tiny import SIZE, tiny_tokenizer
+
+_LETTERS = [chr(c) for c in range(33, 127)]
+
+
+def tiny_t5_tokenizer(length: int = 512) -> T5TokenizerFast:
+    """A T5 tokenizer whose words are letters."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -1.0), *((letter, -2.0) for letter in _LETTERS)]
+    inner = Tokenizer(Unigram(pieces, unk_id=2))
+    inner.pre_tokenizer = Metaspace()
+    inner.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return T5TokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", extra_ids=0, model_max_length=length
+    )  # fmt: skip
+
+
+def tiny_t5(width: int) -> T5EncoderModel:
+    """A T5 encoder of a width, for that tokenizer."""
+    return T5EncoderModel(
+        T5Config(vocab_size=128, d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+    ).eval()  # fmt: skip
+
+
+def tiny_clip(width: int, projection: int, tokenizer: Any) -> CLIPTextModelWithProjection:
+    """A CLIP text encoder with a projection, for a tiny tokenizer."""
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=width, projection_dim=projection, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=24, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    ).eval()  # fmt: skip
+
+
+def tiny_vae(channels: int = 16, **options: Any) -> AutoencoderKL:
+    """An AutoencoderKL that halves the sides, with a scale and a shift."""
+    return AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=channels, sample_size=SIZE, layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        **{"scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False, "use_post_quant_conv": False, **options},
+    ).eval()  # fmt: skip
+
+
+def tiny_sd3_pipeline(seed: int = 0, *, t5: bool = True, dual: bool = True) -> StableDiffusion3Pipeline:
+    """A random Stable Diffusion 3.5 (`dual` attention and query norms) or 3, with or without T5."""
+    torch.manual_seed(seed)
+    tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_tokenizer(pad_token="!")
+    transformer = SD3Transformer2DModel(
+        sample_size=SIZE // 2, patch_size=2, in_channels=16, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=48, caption_projection_dim=16, pooled_projection_dim=12 + 20, out_channels=16, pos_embed_max_size=24,
+        dual_attention_layers=(0,) if dual else (), qk_norm="rms_norm" if dual else None,
+    )  # fmt: skip
+    return StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=tiny_vae(),
+        text_encoder=tiny_clip(16, 12, tokenizer), tokenizer=tokenizer, text_encoder_2=tiny_clip(24, 20, tokenizer_2),
+        tokenizer_2=tokenizer_2, text_encoder_3=tiny_t5(48) if t5 else None, tokenizer_3=tiny_t5_tokenizer() if t5 else None,
+    )  # fmt: skip
