@@ -16,7 +16,6 @@ import torch
 from ambient_sd.families.flow import FlowTransformer, tokens
 from ambient_sd.families.guidance import Guidance
 from ambient_sd.utils.devices import send
-from ambient_sd.utils.errors import UserError
 
 if TYPE_CHECKING:
     from ambient_sd.families.base import Model

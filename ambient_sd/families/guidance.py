@@ -1,13 +1,15 @@
 """How a diffusers pipeline lays out classifier-free guidance: the names of its network's inputs, and where the halves are.
 
-Two ways. "batch": one call on `[unconditional..., conditional...]`. "calls": two calls with equal inputs but for the texts,
+Two ways. "batch": one call on `[unconditional..., conditional...]`, or the other way round. "calls": two calls with equal inputs but for the texts,
 told apart by the tensors that `encode_prompt` returned, not by their order.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Guidance:
             called for each half.
         scale: "guidance_scale" (a property), or the local variable of the pipeline's `__call__` that holds the scale.
         excess: whether the pipeline computes `cond + scale (cond - uncond)`: its scale is one less than others'.
-        masks: with "batch": inputs that tell which rows of the embeddings are read.
+        masks: inputs that tell which rows of the embeddings are read.
         texts: with "calls": inputs that belong to a half's text beside the embeddings, and their positions in
             `encode_prompt`'s result.
         shared: inputs that have no row per image, whatever their size.
@@ -59,3 +61,29 @@ class Guidance:
     shared: frozenset[str] = frozenset()
     latents_end_early: bool = False
     tokens: bool = True
+
+    def scheduler_time(self, time: torch.Tensor) -> torch.Tensor:
+        """Return the scheduler's timestep of the network's."""
+        if self.reversed:
+            return self.timesteps - time.float() * self.timesteps
+        return time if self.timesteps == 1 else time.float() * self.timesteps
+
+    def network_time(self, time: torch.Tensor) -> torch.Tensor:
+        """Return the network's timestep of the scheduler's."""
+        if self.reversed:
+            return (self.timesteps - time) / self.timesteps
+        return time if self.timesteps == 1 else time / self.timesteps
+
+    def halved(self, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rows of (uncond, cond) of a batch of both."""
+        one, other = both.chunk(2)
+        return (one, other) if self.first == "uncond" else (other, one)
+
+    def tensor(self, images: Any) -> torch.Tensor:
+        """Return the network's input or output as (B, C, h, w) or as it is, if it is no list of (C, 1, h, w)."""
+        found: torch.Tensor = torch.stack(images).squeeze(2) if self.listed else images
+        return found
+
+    def as_given(self, images: torch.Tensor) -> Any:
+        """Return what `tensor` made, as the network takes and returns it."""
+        return list(images.unsqueeze(2).unbind()) if self.listed else images

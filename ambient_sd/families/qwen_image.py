@@ -41,7 +41,7 @@ class QwenImage(FlowTransformer):
     guidance: Mapping[str, Guidance] = {
         "QwenImagePipeline": Guidance(
             network="transformer", sample="hidden_states", embeds="encoder_hidden_states", timesteps=1000.0, halves="calls",
-            scale="true_cfg_scale", texts={"encoder_hidden_states_mask": 1}, tokens=False,
+            scale="true_cfg_scale", texts={"encoder_hidden_states_mask": 1}, masks=("encoder_hidden_states_mask",), tokens=False,
         ),
     }  # fmt: skip
     parts: Mapping[str, tuple[str, str]] = {
@@ -55,7 +55,9 @@ class QwenImage(FlowTransformer):
     text_length = 512
 
     def check_conditioning(self, model: Model, network: Mapping[str, Any]) -> None:
-        self.check_width(model, network, "joint_attention_dim", model.text_config("text_encoder").get_text_config().hidden_size)
+        self.check_width(
+            model, network, "joint_attention_dim", model.text_config("text_encoder").get_text_config().hidden_size
+        )
         for key, plain in _OTHERS.items():
             if network.get(key, plain) != plain:
                 raise UserError(f"the transformer of {model.name} has {key} = {network[key]!r}",
@@ -157,7 +159,9 @@ def _stock() -> Any:
 
 def _spread(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and standard deviation of the VAE's channels, (1, C, 1, 1, 1)."""
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
     return mean, std
 
 

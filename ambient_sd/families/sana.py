@@ -71,7 +71,9 @@ class SanaFamily(FlowTransformer):
         return (z * vae.config.scaling_factor).cpu()
 
     def decode(self, vae: Any, x0: torch.Tensor) -> torch.Tensor:
-        pixels: torch.Tensor = vae.decode(send(x0.to(vae.dtype), vae.device) / vae.config.scaling_factor, return_dict=False)[0]
+        pixels: torch.Tensor = vae.decode(
+            send(x0.to(vae.dtype), vae.device) / vae.config.scaling_factor, return_dict=False
+        )[0]
         return pixels
 
     def guided(self, pipe: Any, scale: float, count: int) -> dict[str, Any]:
