@@ -107,10 +107,6 @@ class Family:
         """Say what makes a pipeline one without classifier-free guidance (LCM and its kin), or return None."""
         return None
 
-    def guide(self, scale: float, count: int) -> dict[str, Any]:
-        """Return the options of the pipeline's call that guide `count` prompts away from the empty one: `uncond + scale (cond - uncond)`."""
-        return {"guidance_scale": scale}
-
     # --- captions to conditioning ---
 
     def embed(self, parts: Mapping[str, Any], captions: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -155,6 +151,10 @@ class Family:
         Returns:
             (B, C, h, w) float32 on the CPU, shifted and scaled as the network sees it.
         """
+        raise NotImplementedError(self.unready)
+
+    def decode(self, vae: Any, x0: torch.Tensor) -> torch.Tensor:
+        """Return the pixels of latents as the pipeline makes them: `encode`, back."""
         raise NotImplementedError(self.unready)
 
     def start_shape(self, pipe: Any, size: tuple[int, int]) -> tuple[int, ...]:

@@ -143,6 +143,7 @@ class TrainConfig:
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm over all trained weights; 0: they are not", group="optimisation", low=0.0)
     mixed_precision: str | None = option(None, "arithmetic of forward and backward passes; trained weights stay float32. Default: as `accelerate launch` says, else no", group="optimisation", choices=("no", "fp16", "bf16"))
     allow_tf32: bool = option(False, "let Ampere and later GPUs compute float32 matrix products and convolutions in TF32; otherwise neither is", group="optimisation")
+    deterministic: bool = option(False, "use deterministic kernels only, so that a run that resumes on a GPU has the bits of one that was not stopped, with any number of processes; slower. An operation that has none ends the run", group="optimisation")
     use_8bit_adam: bool = option(False, "AdamW with moments in 8 bits (needs bitsandbytes)", group="optimisation")
     offload_optimizer: bool = option(False, "keep AdamW's moments in CPU memory between steps", group="optimisation", needs="not lora", because="the moments of an adapter are small")
     fused_backward_pass: bool = option(False, "make each weight's step within the backward pass and free its gradient: the same bits in less memory. Needs --max_grad_norm 0 and no accumulation", group="optimisation", needs="not lora", because="the gradients of an adapter are small")
@@ -272,6 +273,12 @@ class TrainConfig:
             if self.compile and getattr(self, name):
                 raise UserError(f"compile is given with {name}", rule="torch takes it apart into dozens of graphs, which gain nothing",
                                 remedy="leave one of them out")  # fmt: skip
+        for name, rule in (
+            ("compile", "the compiler chooses kernels by timing them"),
+            ("enable_xformers_memory_efficient_attention", "the backward pass of its attention is not deterministic"),
+        ):
+            if self.deterministic and getattr(self, name):
+                raise UserError(f"deterministic is given with {name}", rule=rule, remedy="leave one of them out")
         if self.compile and self.quantize_base:
             raise UserError("compile is given with quantize_base", rule="it was never tested with packed weights", remedy="leave one of them out")  # fmt: skip
         if self.lora_min_rank and self.use_dora:

@@ -30,7 +30,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ambient_sd.data.buckets import BucketStream, assign
-from ambient_sd.data.duplicates import shared_noise
+from ambient_sd.data.duplicates import FixedNoise
+from ambient_sd.data.latents import MAX_HELD_BYTES
 from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import SampleStream, keyed_seed, process_batches
 from ambient_sd.data.views import ViewRule
@@ -60,7 +61,7 @@ from ambient_sd.training.encode import Encoder
 from ambient_sd.training.plan import Plan, make_accelerator, plan_run
 from ambient_sd.training.probe import Probe, add_evaluation
 from ambient_sd.training.record import LossLog, RunRecord, StepSums, describe_start
-from ambient_sd.utils.devices import send, tf32
+from ambient_sd.utils.devices import deterministic, send, tf32
 from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.prefetch import ahead
 
@@ -116,7 +117,7 @@ class _Line:
     rule: ViewRule
     encoder: Encoder
     objective: AmbientObjective
-    fixed_noise: bool
+    fixed_noise: FixedNoise | None
     caption: Callable[[int], str]
     prior: bool = False
 
@@ -161,7 +162,7 @@ def run(
         2
     """
     progress = progress and processes.is_first()
-    with processes.interruptible(config):
+    with processes.interruptible(config), deterministic(config.deterministic):
         plan = plan_run(config, progress=progress)
         if on_planned is not None and processes.is_first():
             on_planned(plan)
@@ -260,7 +261,13 @@ class _Trainer:
             images=plan.images, stream=stream, tokenizer=self.encoder.caption_encoder.tokenizers[0],
         )  # fmt: skip
         self.line = _Line(
-            plan.images, stream, rule, self.encoder, plan.objective, plan.fixed_noise, self.augmentation.caption
+            plan.images,
+            stream,
+            rule,
+            self.encoder,
+            plan.objective,
+            _noise(plan, plan.images, plan.fixed_noise),
+            self.augmentation.caption,
         )
         self.prior = None if plan.prior is None else self._class_line(plan, plan.prior)
 
@@ -335,7 +342,14 @@ class _Trainer:
         encoder = Encoder(plan, rule, stream, self.accelerator, progress=self.progress, beside=self.encoder)
         objective = plan.objective if found.real else AmbientObjective(plan.base.schedule, mode="plain")
         return _Line(
-            images, stream, rule, encoder, objective, fixed, lambda p: images.captions[stream.image(p)], prior=True
+            images,
+            stream,
+            rule,
+            encoder,
+            objective,
+            _noise(plan, images, fixed),
+            lambda p: images.captions[stream.image(p)],
+            prior=True,
         )
 
     def train(self) -> RunRecord:
@@ -416,10 +430,8 @@ class _Trainer:
             captions.append("" if dropped else line.caption(position))
             noise.append(torch.randn(shape, generator=g))
         eps_n = None
-        if line.fixed_noise:
-            rows = [stream.image(p) for p in positions]
-            noise_keys, mirrored = [line.images.noise_keys[i] for i in rows], [line.images.mirrored[i] for i in rows]
-            eps_n = shared_noise(noise_keys, mirrored, shape, seed=self.config.noise_seed)
+        if line.fixed_noise is not None:
+            eps_n = line.fixed_noise([stream.image(p) for p in positions], shape)
             if self.config.fresh_copies:
                 draws = [torch.randn(shape, generator=stream.generator("copy", p)) for p in positions]
                 eps_n = torch.stack(draws).to(eps_n)
@@ -751,6 +763,11 @@ def _order(
         config.image_interpolation_mode,
     )
     return stream, rule
+
+
+def _noise(plan: Plan, images: ImageDataset, fixed: bool) -> FixedNoise | None:
+    """Return the fixed noise of images, or None where they have none."""
+    return FixedNoise(images.noise_keys, images.mirrored, plan.config.noise_seed, MAX_HELD_BYTES) if fixed else None
 
 
 def _versions() -> dict[str, str]:

@@ -34,6 +34,7 @@ from ambient_sd.training.processes import is_first
 from ambient_sd.training.proposals import Proposal, propose
 from ambient_sd.training.record import CURVE_NAME, describe_start
 from ambient_sd.training.validation import images_at_once
+from ambient_sd.utils.devices import fix_workspace
 from ambient_sd.utils.memory import peak_memory
 
 _LOOKED_AT = 256  # images whose sizes decide the resolution
@@ -77,6 +78,8 @@ def complete(
 ) -> tuple[TrainConfig, list[Proposal]]:
     """Return the settings of a run, with what is not given proposed from its images and base."""
     sketch = TrainConfig(**{**ASSUMED, **values})
+    if sketch.deterministic:
+        fix_workspace()  # what is proposed depends on the GPU, and asking it starts CUDA
     base, images = base_of(sketch), open_images(sketch)
     rows = range(0, len(images), max(1, len(images) // _LOOKED_AT))
     seen = [images[i] for i in tqdm(rows, desc="looking at images", disable=not progress, leave=False)]
