@@ -28,6 +28,7 @@ from ambient_sd.data.latents import most_at_once
 from ambient_sd.families.base import Base
 from ambient_sd.training import adapters, optimizers, quantized
 from ambient_sd.training.config import TrainConfig
+from ambient_sd.training.recompute import recompute
 from ambient_sd.training.validation import images_at_once
 
 _BLOCK = 512  # bytes that CUDA's caching allocator rounds up to
@@ -208,7 +209,7 @@ class _Act:
         self.encoders = {part: module for part, module in self.parts.items() if part.startswith("text_encoder")}
         self.text = self.encoders if config.train_text_encoder else {}
         if config.gradient_checkpointing:
-            self.network.enable_gradient_checkpointing()
+            recompute(self.network, config.gradient_checkpointing_fraction or 1.0)
             for encoder in self.text.values():
                 encoder.gradient_checkpointing_enable()
         for module in (self.network, *self.text.values()):
