@@ -24,6 +24,8 @@ class Guidance:
         scale: "guidance_scale" (a property), or the local variable of the pipeline's `__call__` that holds the scale.
         texts: with "calls": inputs that belong to a half's text beside the embeddings, and their positions in
             `encode_prompt`'s result.
+        unconditional: with "calls": from where on one `encode_prompt` returns the other half too, in the same order; None: it is
+            called twice.
         shared: inputs that have no row per image, whatever their size.
         latents_end_early: whether a run with output_type="latent" returns without `maybe_free_model_hooks`.
         tokens: whether the first tokenizer's tokens are, one by one, the rows of the embeddings.
@@ -42,6 +44,7 @@ class Guidance:
     halves: Literal["batch", "calls"] = "batch"
     scale: str = "guidance_scale"
     texts: dict[str, int] = field(default_factory=dict)
+    unconditional: int | None = None
     shared: frozenset[str] = frozenset()
     latents_end_early: bool = False
     tokens: bool = True

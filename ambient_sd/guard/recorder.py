@@ -467,6 +467,10 @@ class MemorizationGuard:
             images, per_prompt, prompts, negatives, unconditional, scores.StepFactor(self.pipe.scheduler, self.score_space),
             self._encoder(original, given), {"cond": result},
         )  # fmt: skip
+        if (other := self._layout.unconditional) is not None:
+            if result[other] is not None:
+                self._call.texts["uncond"] = result[other:]
+            self._expected = False
         return result
 
     def _encoder(self, original: Callable[..., Any], given: dict[str, Any]) -> Callable[[Sequence[str]], Encoded]:
