@@ -10,6 +10,7 @@ import functools
 import importlib
 import inspect
 import json
+import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -294,6 +295,7 @@ class Model:
     def load_pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
         """Load the whole pipeline, with some parts given; errors of the libraries come through."""
         kind: Any = getattr(diffusers, self.family.pipeline)
+        parts = {part: None for part in self.family.optional if not self.has(part)} | parts
         if self.vae_name is not None:
             parts = {"vae": self.load("vae", dtype), **parts}
         if self.file is not None:
@@ -586,7 +588,7 @@ def _check_lengths(model: Model, part: str) -> None:
     tokenizer, encoder = model.load(part), model.read(f"{part.replace('tokenizer', 'text_encoder')}/config.json")
     # Encoders with relative or rotated positions take texts of any length, and the pipeline cuts them.
     clip = model.family.parts[part.replace("tokenizer", "text_encoder")][1].startswith("CLIP")
-    length, places = tokenizer.model_max_length, encoder.get("max_position_embeddings", 77) if clip else 10**30
+    length, places = tokenizer.model_max_length, encoder.get("max_position_embeddings", 77) if clip else math.inf
     if type(length) is not int or not 0 < length <= places:
         raise UserError(f"{part} of {model.name} has model_max_length = {length}"[:200],
                         rule=f"the text encoder takes texts of 1 to {places} tokens",

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from ambient_sd.families.family import Family
@@ -110,8 +111,13 @@ class CaptionEncoder:
         distinct = list(dict.fromkeys(["", *captions]))
         if len(distinct) * sum(value.nbytes for value in self.encode("").values()) > limit:
             return False
+        used = 0
         for caption in tqdm(distinct, desc="encoding captions", disable=not progress, leave=False):
-            self.held[caption] = self.encode(caption)
+            entry = self.held[caption] = self.encode(caption)
+            used += sum(value.nbytes for value in entry.values())
+            if used > limit:  # where the empty caption is shorter than others
+                self.held.clear()
+                return False
         return True
 
     @torch.no_grad()
@@ -121,11 +127,16 @@ class CaptionEncoder:
 
 
 def stacked(entries: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Return embeddings one below the other: on the CPU where all are there, else on the device of the others.
+    """Return embeddings one below the other, shorter ones with zeros behind: on the CPU where all are there, else on the device of the others.
 
     Example:
         >>> stacked([{"hidden": torch.zeros(24, 16)}] * 2)["hidden"].shape
         torch.Size([2, 24, 16])
+        >>> stacked([{"mask": torch.ones(2)}, {"mask": torch.ones(3)}])["mask"].tolist()
+        [[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]
     """
     device = next((v.device for entry in entries for v in entry.values() if v.device.type != "cpu"), "cpu")
-    return {name: torch.stack([send(entry[name], device) for entry in entries]) for name in entries[0]}
+    found = {name: [send(entry[name], device) for entry in entries] for name in entries[0]}
+    # Of one shape by `stack`, which takes numbers without a shape, too.
+    alike = {name: len({row.shape for row in rows}) == 1 for name, rows in found.items()}
+    return {n: torch.stack(rows) if alike[n] else pad_sequence(rows, batch_first=True) for n, rows in found.items()}

@@ -37,7 +37,8 @@ import torch
 
 from ambient_sd.families import network_of, of_pipeline, rank_schedule
 from ambient_sd.guard.base_above import base_acts
-from ambient_sd.guard.scores import SPACES, Space, require_supported
+from ambient_sd.guard.scores import SPACES, Space
+from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.estimate import Estimate
 from ambient_sd.utils.files import atomic_write
@@ -236,7 +237,7 @@ class Sampling:
             width=int(width or own[0]),
             sampler=type(scheduler).__name__,
             sampler_settings=json.loads(_canonical(settings)),
-            prediction_type=require_supported(scheduler).prediction_type,
+            prediction_type=NoiseSchedule.from_scheduler(scheduler).prediction_type,
             num_inference_steps=int(num_inference_steps),
             guidance_scale=float(guidance_scale),
         )

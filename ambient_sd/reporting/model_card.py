@@ -174,6 +174,7 @@ class Facts:
                     "start": str | None,
                     "init": str | None,
                     "kind": str | None,
+                    "quantized": str | None,
                     "min_rank": int | None,
                 }.items()
             ):
@@ -235,7 +236,7 @@ def describe_run(
         if not config.lora
         else {"rank": config.rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout, "dora": config.use_dora, "min_rank": config.lora_min_rank,
               "targets": list(config.lora_target_modules or ()), "start": _public(config.lora_weights, "another adapter"),
-              "init": config.lora_init, "kind": LORA_KINDS[config.lora_kind or "lora"], "rslora": config.use_rslora, "text": config.train_text_encoder},
+              "init": config.lora_init, "kind": LORA_KINDS[config.lora_kind or "lora"], "rslora": config.use_rslora, "quantized": config.quantize_base, "text": config.train_text_encoder},
         averaged=config.use_ema,
         fresh_copies=config.fresh_copies,
         level_proposed=level_proposed,

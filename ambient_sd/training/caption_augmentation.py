@@ -115,8 +115,14 @@ class CaptionAugmentation:
         for i, (caption, position) in enumerate(zip(captions, positions, strict=True)):
             g = self.stream.generator("caption_mitigation", position)
             if caption and _happens(self.p, g):
-                for value in noisy.values():
-                    value[i] += send(self.noise_std * torch.randn(value[i].shape, generator=g), value.device)
+                for name, value in noisy.items():
+                    if not value.is_floating_point():
+                        continue
+                    # What is padded is no word, and would make the draw depend on the batch.
+                    own = (
+                        value[i] if name != "hidden" or "mask" not in found else value[i, : int(found["mask"][i].sum())]
+                    )
+                    own += send(self.noise_std * torch.randn(own.shape, generator=g), own.device)
         return noisy
 
     def _random_text(self, count: int, g: torch.Generator) -> str:

@@ -45,6 +45,7 @@ LORA_KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
 LYCORIS = ("loha", "lokr")  # kinds whose factors are multiplied elementwise, and by Kronecker's product
 FLOW_SCHEMES = ("sigma_sqrt", "mode", "cosmap", "u_shaped")  # of weighting_scheme, for flow matching only
 MOVED_BASE = ("pissa", "olora")  # starts of an update that is not zero: the base gives what they take
+QUANTIZED = ("int8", "fp8", "nf4")
 CONFIG_NAME = "train_config.yaml"
 AUTO = "auto"
 PRESETS = Path(__file__).parents[1] / "presets"
@@ -150,6 +151,7 @@ class TrainConfig:
     foreach_ema: bool = option(False, "update the average in one call over all tensors; needs use_ema", group="optimisation", needs="use_ema")
 
     lora: bool = option(False, "train a LoRA instead of the whole U-Net", group="LoRA")
+    quantize_base: str | None = option(None, "hold the frozen network in 8 or 4 bits (QLoRA): int8, fp8 (e4m3) or nf4, linear layers and convolutions (needs bitsandbytes). The adapter is saved for the base as it is", group="LoRA", choices=QUANTIZED, needs="lora")
     lora_weights: str | None = same(SamplingOptions, "lora_weights", text="LoRA on the model: folder, .safetensors file or hub id. Training continues it; rank, lora_alpha, layers and kind are its own", group="LoRA", needs="lora")
     lora_kind: str | None = option(None, "what the update is made of (default lora): loha = two products B A multiplied elementwise, of rank up to rank^2; lokr = a small matrix and a product B A multiplied by Kronecker, the smallest file. Both are saved for diffusers as the LoRA that they are exactly, and in LyCORIS's format for ComfyUI, AUTOMATIC1111 and others", group="LoRA", choices=tuple(LORA_KINDS), needs="lora")
     rank: int | None = option(None, "rank of the update (default 4)", group="LoRA", low=1, needs="lora")
@@ -267,6 +269,8 @@ class TrainConfig:
             if self.compile and getattr(self, name):
                 raise UserError(f"compile is given with {name}", rule="torch takes it apart into dozens of graphs, which gain nothing",
                                 remedy="leave one of them out")  # fmt: skip
+        if self.compile and self.quantize_base:
+            raise UserError("compile is given with quantize_base", rule="it was never tested with packed weights", remedy="leave one of them out")  # fmt: skip
         if self.lora_min_rank and self.use_dora:
             raise UserError("lora_min_rank is given with use_dora", rule="the row lengths of DoRA belong to the update of the whole rank",
                             remedy="leave one of them out")  # fmt: skip

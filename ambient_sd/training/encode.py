@@ -317,6 +317,7 @@ def fill_latents(
         "what": "latents", "version": _VERSION, "vae": fingerprint(encoder.vae), "resolution": rule.resolution,
         "noise_seed": rule.noise_seed, "device": accelerator.device.type,
         **({} if rule.interpolation == "lanczos" else {"interpolation": rule.interpolation}),
+        **({} if encoder.family.draws else {"drawn": False}),
     }  # fmt: skip
     store = Store(root, "latents", about)
     views = rule.views(images)
@@ -358,8 +359,10 @@ def fill_captions(
     about: dict[str, Any] = {
         "what": "caption embeddings", "version": _VERSION, "device": accelerator.device.type, "zero_empty": encoder.zero_empty,
     }  # fmt: skip
+    if encoder.family.flow:  # two families read one text encoder in two ways
+        about["family"] = encoder.family.name
     for tokenizer, model in zip(encoder.tokenizers, encoder.models, strict=True):
-        tokens = tokenizer.backend_tokenizer.to_str()
+        tokens = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template or "")
         about[f"text_encoder_{len(about)}"] = fingerprint(model, tokens, str(tokenizer.model_max_length))
     store = Store(root, "captions", about)
     distinct = list(dict.fromkeys(["", *captions]))

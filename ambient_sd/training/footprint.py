@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from ambient_sd.data.latents import most_at_once
 from ambient_sd.families.base import Base
-from ambient_sd.training import adapters
+from ambient_sd.training import adapters, quantized
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.validation import images_at_once
 
@@ -259,6 +259,8 @@ def _outlines(config: TrainConfig, base: Base, dtype: torch.dtype | None) -> dic
                 module, part=part, rank=config.rank or 4, alpha=config.lora_alpha or 4.0, targets=targets, seed=0, dora=config.use_dora,
                 kind=config.lora_kind,
             )  # fmt: skip
+        if network and config.quantize_base is not None:
+            quantized.quantize(module, config.quantize_base, "meta")
     return found
 
 

@@ -47,6 +47,7 @@ from ambient_sd.training import (
     noising,
     prior,
     processes,
+    quantized,
     results,
     sharding,
     validation,
@@ -267,7 +268,7 @@ class _Trainer:
         self.text = {name: part for name, part in encoders.items() if name.startswith("text_encoder")}
         # A CPU's layer norm takes no bfloat16 weights under autocast, and gains no speed from them.
         frozen = "no" if accelerator.device.type == "cpu" else accelerator.mixed_precision
-        self.unet, self.dropouts = _load_unet(plan, self.checkpoint, frozen, self.text)
+        self.unet, self.dropouts = _load_unet(plan, self.checkpoint, frozen, self.text, accelerator.device)
         scale = self.global_batch if config.scale_lr else 1
         self.rate = config.learning_rate * scale
         self.text_trained = [p for part in self.text.values() for p in part.parameters() if p.requires_grad]
@@ -687,7 +688,7 @@ def _read_network(base: Base, checkpoint: Path) -> Any:
 
 
 def _load_unet(
-    plan: Plan, checkpoint: Path | None, precision: str, text: Mapping[str, Any]
+    plan: Plan, checkpoint: Path | None, precision: str, text: Mapping[str, Any], device: torch.device
 ) -> tuple[Any, list[adapters.AddressedDropout]]:
     """Load the U-Net that is trained, from the base or a checkpoint; give it and text encoders their LoRA; return it and the LoRA's dropout."""
     config, base, dropouts = plan.config, plan.base, list[adapters.AddressedDropout]()
@@ -697,7 +698,8 @@ def _load_unet(
         else base.load(base.family.network)
     )
     if config.lora:
-        unet.to({"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32))  # frozen weights
+        if (half := {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)) is not None:
+            unet.to(half)  # frozen weights
         for part, module in {base.family.network: unet, **text}.items():
             own = part == base.family.network
             dropouts += adapters.attach(
@@ -708,6 +710,8 @@ def _load_unet(
         )  # fmt: skip
         if checkpoint is not None:
             adapters.load(unet, checkpoint, base.family, text)
+        if config.quantize_base is not None:
+            quantized.quantize(unet, config.quantize_base, device)
     unet.register_to_config(_name_or_path=base.label)
     if config.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()

@@ -128,6 +128,7 @@ class Plan:
             "image_interpolation_mode": None if (mode := self.config.image_interpolation_mode) == "lanczos" else mode,
             "lora_kind": None if self.config.lora_kind == "lora" else self.config.lora_kind,
             "lora_init": self.config.lora_init,
+            "quantize_base": self.config.quantize_base,
             "use_rslora": self.config.use_rslora or None,
             "weighting_scheme": scheme if (scheme := self.config.weighting_scheme) in FLOW_SCHEMES else None,
             "mode_scale": self.config.mode_scale,
@@ -262,6 +263,7 @@ def _check_packages(config: TrainConfig) -> None:
             raise UserError("compile is given", rule=f"torch's compiler needs {needs}", remedy="install it, or leave compile out")  # fmt: skip
     for given, flag, package in (
         (config.use_8bit_adam, "use_8bit_adam", "bitsandbytes"),
+        (config.quantize_base, "quantize_base", "bitsandbytes"),
         (config.enable_xformers_memory_efficient_attention, "enable_xformers_memory_efficient_attention", "xformers"),
         (config.report_to == "wandb", "report_to wandb", "wandb"),
     ):

@@ -85,6 +85,12 @@ def structure(page: str) -> list[str]:
     return tags[:-1] if tags[-1].startswith("<!-- ambient_sd card") else tags
 
 
+def test_card_says_that_the_base_was_quantized(tmp_path: Path) -> None:
+    said = "trained on the base's weights in nf4 (QLoRA)"
+    assert said in rendered_text(render(make_card(facts(lora={**LORA, "quantized": "nf4"}), tmp_path)))
+    assert "QLoRA" not in make_card(facts(lora=LORA), tmp_path)
+
+
 def test_card_says_what_was_trained_on_what_and_how(tmp_path: Path) -> None:
     text = make_card(facts(lora=LORA, base_id="owner/base", base="owner/base", dataset="owner/set"), tmp_path)
     assert head(text) == {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ambient_sd.training import footprint
+from ambient_sd.training import footprint, quantized
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.footprint import Footprint, predict
 from ambient_sd.training.plan import base_of
@@ -68,11 +68,15 @@ def test_chain_of_layers_in_closed_form() -> None:
         {"gradient_checkpointing": True},
         {"lora": True, "rank": 4},
         *({"lora": True, "lora_kind": k, "rank": 1} for k in ("loha", "lokr")),
+        {"lora": True, "quantize_base": "nf4"},
     ],
 )
 def test_fake_step_counts_as_a_real_one(
     values: dict[str, Any], settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if "quantize_base" in values:
+        pytest.importorskip("bitsandbytes")
+        monkeypatch.setattr(quantized, "FEWEST", 64)
     config = settings(**{"lora": False, **values})
     base = base_of(config)
     faked = predict(config, base, _SIZE)

@@ -301,6 +301,7 @@ def test_an_average_of_a_model_spread_over_devices_is_refused() -> None:
     ("values", "package"),
     [
         ({"use_8bit_adam": True}, "bitsandbytes"),
+        ({"lora": True, "quantize_base": "nf4"}, "bitsandbytes"),
         ({"enable_xformers_memory_efficient_attention": True}, "xformers"),
         ({"report_to": "wandb"}, "wandb"),
     ],

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from ambient_sd.data import latents
 from ambient_sd.data.views import ViewRule
 from ambient_sd.families.sd import StableDiffusion
-from ambient_sd.training import adapters, averaging, checkpoints, sharding
+from ambient_sd.training import adapters, averaging, checkpoints, quantized, sharding
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import _Trainer, run
 from ambient_sd.training.plan import plan_run
@@ -170,6 +170,22 @@ def test_8bit_adam_resumes_bit_for_bit(make: Settings) -> None:
     resumed, _, _ = on_gpu(make("8bit", resume_from_checkpoint="latest", **values))
     assert resumed.first_step == 1 and resumed.losses == straight.losses
     assert all(torch.equal(before[name], value) for name, value in weights(resumed).items())
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantized_base_trains_as_on_the_cpu(make: Settings, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(quantized, "FEWEST", 64)
+    values: dict[str, Any] = {
+        "lora": True,
+        "quantize_base": kind,
+        "validation_prompts": ["a dot"],
+        "num_validation_images": 1,
+    }
+    there, waits, _ = on_gpu(make(f"{kind}-gpu", **values))
+    here = run(make(f"{kind}-cpu", **values), progress=False)
+    assert max(sum(step.values()) for step in waits) <= WAITS, waits[-1]
+    assert there.losses == pytest.approx(here.losses, rel=1e-5)
 
 
 class _Nested(torch.optim.AdamW):
