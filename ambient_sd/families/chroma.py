@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ambient_sd.families.flux import FLUX, Packed, pack, places, unpack
 from ambient_sd.families.flow import tokens
+from ambient_sd.families.flux import FLUX, Packed, pack, places, unpack
 from ambient_sd.families.guidance import Guidance
 from ambient_sd.utils.devices import send
 from ambient_sd.utils.errors import UserError
@@ -37,7 +37,7 @@ class Chroma(Packed):
     guidance: Mapping[str, Guidance] = {
         "ChromaPipeline": Guidance(
             network="transformer", sample="hidden_states", embeds="encoder_hidden_states", timesteps=1000.0, halves="calls",
-            texts={"txt_ids": 1}, shared=frozenset({"txt_ids", "img_ids"}), tokens=False, unconditional=3,
+            texts={"txt_ids": 1}, shared=frozenset({"txt_ids", "img_ids"}), tokens=False, uncond=3,
         ),
     }  # fmt: skip
     parts: Mapping[str, tuple[str, str]] = {

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ambient_sd.families.base import Model
 
 _LAYERS = (9, 18, 27)  # of Qwen3
+_STEPS = 50  # its pipeline's default, by which the shift goes too
 
 
 class Flux2Klein(FlowTransformer):
@@ -49,8 +50,7 @@ class Flux2Klein(FlowTransformer):
         "text_encoder": ("transformers", "Qwen3ForCausalLM"), "tokenizer": ("transformers", "Qwen2TokenizerFast"),
     }  # fmt: skip
     draws = False
-    # As diffusers' script: the attention of both kinds of blocks. `to_out` alone is that of the single ones.
-    lora_targets = ("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj", "attn.to_out")
+    lora_targets = ("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj")
     text_length = 512
     folded = 4
     needs = ("in_channels", "joint_attention_dim")
@@ -80,11 +80,18 @@ class Flux2Klein(FlowTransformer):
             )
             for caption in captions
         ]  # fmt: skip
-        found = tokenizer(texts, padding="max_length", max_length=self.text_length, truncation=True, return_tensors="pt")
+        found = tokenizer(
+            texts, padding="max_length", max_length=self.text_length, truncation=True, return_tensors="pt"
+        )
         ids, mask = (send(value, model.device) for value in (found.input_ids, found.attention_mask))
         # Without its head over the whole vocabulary, which nothing reads.
         output = model.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
         return {"hidden": torch.cat([output.hidden_states[layer] for layer in _LAYERS], dim=-1).float()}
+
+    def shift(self, scheduler: Mapping[str, Any], tokens: int) -> float:
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+        return compute_empirical_mu(tokens, _STEPS)
 
     def patch(self, network: Mapping[str, Any]) -> int:
         return 1
@@ -109,6 +116,11 @@ class Flux2Klein(FlowTransformer):
         self, embeddings: Mapping[str, torch.Tensor], sizes: torch.Tensor | None, device: torch.device | str
     ) -> dict[str, Any]:
         return {"encoder_hidden_states": send(embeddings["hidden"], device)}
+
+    def usual_targets(self, network: Any) -> list[str]:
+        # In the other blocks `to_out` is a list of layers.
+        single = range(len(network.single_transformer_blocks))
+        return [*self.lora_targets, *(f"single_transformer_blocks.{i}.attn.to_out" for i in single)]
 
     def predict(
         self, network: Any, x_t: torch.Tensor, timesteps: torch.Tensor, inputs: Mapping[str, Any]

@@ -21,11 +21,11 @@ class Guidance:
         outputs: positions in `encode_prompt`'s result of (embeds, pooled) for the conditional half; pooled may be None.
         timesteps: what the network's timestep is multiplied by to give the scheduler's.
         halves: "batch" or "calls".
+        uncond: with "calls": how much further in the result of one `encode_prompt` the unconditional half's texts are; 0: it is
+            called for each half.
         scale: "guidance_scale" (a property), or the local variable of the pipeline's `__call__` that holds the scale.
         texts: with "calls": inputs that belong to a half's text beside the embeddings, and their positions in
             `encode_prompt`'s result.
-        unconditional: with "calls": from where on one `encode_prompt` returns the other half too, in the same order; None: it is
-            called twice.
         shared: inputs that have no row per image, whatever their size.
         latents_end_early: whether a run with output_type="latent" returns without `maybe_free_model_hooks`.
         tokens: whether the first tokenizer's tokens are, one by one, the rows of the embeddings.
@@ -42,9 +42,9 @@ class Guidance:
     outputs: tuple[int, int | None] = (0, None)
     timesteps: float = 1.0
     halves: Literal["batch", "calls"] = "batch"
+    uncond: int = 0
     scale: str = "guidance_scale"
     texts: dict[str, int] = field(default_factory=dict)
-    unconditional: int | None = None
     shared: frozenset[str] = frozenset()
     latents_end_early: bool = False
     tokens: bool = True

@@ -467,7 +467,7 @@ class MemorizationGuard:
             images, per_prompt, prompts, negatives, unconditional, scores.StepFactor(self.pipe.scheduler, self.score_space),
             self._encoder(original, given), {"cond": result},
         )  # fmt: skip
-        if (other := self._layout.unconditional) is not None:
+        if (other := self._layout.uncond) and calls:
             if result[other] is not None:
                 self._call.texts["uncond"] = result[other:]
             self._expected = False

@@ -254,7 +254,7 @@ def _outlines(config: TrainConfig, base: Base, dtype: torch.dtype | None) -> dic
         elif config.lora:
             torch.nn.Module.to(module, dtype or torch.float32)
         if config.lora and (network or text):
-            targets = config.lora_target_modules or family.lora_targets if network else adapters.TEXT_TARGETS
+            targets = config.lora_target_modules or family.usual_targets(module) if network else adapters.TEXT_TARGETS
             adapters.attach(
                 module, part=part, rank=config.rank or 4, alpha=config.lora_alpha or 4.0, targets=targets, seed=0, dora=config.use_dora,
                 kind=config.lora_kind,
