@@ -5,12 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from ambient_sd.assets.tiny import SIZE, tiny_tokenizer
 
@@ -35,11 +49,11 @@ def tiny_t5(width: int) -> T5EncoderModel:
     ).eval()  # fmt: skip
 
 
-def tiny_clip(width: int, projection: int, tokenizer: Any) -> CLIPTextModelWithProjection:
-    """A CLIP text encoder with a projection, for a tiny tokenizer."""
-    return CLIPTextModelWithProjection(
+def tiny_clip(width: int, projection: int | None, tokenizer: Any) -> Any:
+    """A CLIP text encoder, with a projection or without, for a tiny tokenizer."""
+    return (CLIPTextModel if projection is None else CLIPTextModelWithProjection)(
         CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=width, projection_dim=projection, intermediate_size=32, num_hidden_layers=2,
+            vocab_size=len(tokenizer), hidden_size=width, projection_dim=projection or width, intermediate_size=32, num_hidden_layers=2,
             num_attention_heads=2, max_position_embeddings=24, bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
@@ -69,3 +83,28 @@ def tiny_sd3_pipeline(seed: int = 0, *, t5: bool = True, dual: bool = True) -> S
         text_encoder=tiny_clip(16, 12, tokenizer), tokenizer=tokenizer, text_encoder_2=tiny_clip(24, 20, tokenizer_2),
         tokenizer_2=tokenizer_2, text_encoder_3=tiny_t5(48) if t5 else None, tokenizer_3=tiny_t5_tokenizer() if t5 else None,
     )  # fmt: skip
+
+
+def tiny_flux_pipeline(seed: int = 0, *, dev: bool = True) -> FluxPipeline:
+    """A random FLUX.1: dev takes the guidance scale and shifts by resolution, schnell neither."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8), guidance_embeds=dev,
+    )  # fmt: skip
+    shift = (
+        {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0} if dev else {"shift": 1.0}
+    )
+    return FluxPipeline(
+        transformer=woken(transformer), scheduler=FlowMatchEulerDiscreteScheduler(**shift), vae=tiny_vae(),
+        text_encoder=tiny_clip(16, None, tokenizer), tokenizer=tokenizer, text_encoder_2=tiny_t5(24), tokenizer_2=tiny_t5_tokenizer(),
+    )  # fmt: skip
+
+
+def woken(network: torch.nn.Module) -> Any:
+    """A fresh transformer with an effect of text and time that can be seen: its first weights are tiny, its gates shut."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return network.eval()

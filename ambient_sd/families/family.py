@@ -158,8 +158,18 @@ class Family:
         raise NotImplementedError(self.unready)
 
     def start_shape(self, pipe: Any, size: tuple[int, int]) -> tuple[int, ...]:
-        """Return the shape of one image's start noise as the pipeline takes it, for (width, height) pixels."""
+        """Return the shape in which the pipeline draws one image's start noise, for (width, height) pixels."""
         raise NotImplementedError(self.unready)
+
+    def start(self, noise: torch.Tensor) -> torch.Tensor:
+        """Return start noise (B, ...) of that shape as the pipeline's `latents` takes it."""
+        return noise
+
+    def guided(self, pipe: Any, scale: float, count: int) -> dict[str, Any]:
+        """Return the options with which the pipeline samples `count` prompts under classifier-free guidance against the empty one."""
+        name = self.guidance[self.pipeline].scale
+        # Where it is not the pipeline's first way of guidance it needs the empty prompt spelt out.
+        return {name: scale} if name == "guidance_scale" else {name: scale, "negative_prompt": [""] * count}
 
     def native_size(self, pipe: Any) -> tuple[int, int]:
         """Return the (width, height) in pixels that a live pipeline samples at by default."""

@@ -227,7 +227,7 @@ class _Act:
         self.network.eval()
         count = images_at_once(self.config.resolution)
         self._predict(2 * count, self._repeated(2 * count))
-        self.vae.decode(torch.empty(count, *self.latent))
+        self.family.decode(self.vae, torch.empty(count, *self.latent))
 
     def _repeated(self, count: int) -> dict[str, torch.Tensor]:
         return {name: value.repeat(count, *[1] * (value.ndim - 1)) for name, value in self.embedded.items()}
