@@ -46,6 +46,7 @@ from ambient_sd.training import (
     checkpoints,
     keeping,
     noising,
+    optimizers,
     prior,
     processes,
     quantized,
@@ -282,7 +283,7 @@ class _Trainer:
         groups: list[dict[str, Any]] = [{"params": [p for p in self.unet.parameters() if p.requires_grad]}]
         if self.text_trained:
             groups.append({"params": self.text_trained, "lr": (config.text_encoder_lr or config.learning_rate) * scale})
-        optimizer = _make_optimizer(config, groups, self.rate)
+        optimizer = optimizers.make(config, groups, self.rate, self.first_step)
         # Not given to `prepare`: accelerate would step it once per process. It counts optimizer steps, and is a function
         # of settings and step alone: a run that resumes with another learning rate gets what it asks for.
         self.lr_schedule = get_scheduler(
@@ -290,6 +291,8 @@ class _Trainer:
             last_epoch=self.first_step - 1,
         )  # fmt: skip
         self.model, self.optimizer = accelerator.prepare(self.unet, optimizer)
+        if isinstance(optimizer, optimizers.ByWeight):
+            optimizer.listen()
         # FSDP puts others in the place of the U-Net's.
         self.trained = [*(p for p in self.unet.parameters() if p.requires_grad), *self.text_trained]
         self.average = None
@@ -475,7 +478,8 @@ class _Trainer:
             for parameter in self.trained:
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
-        accelerator.clip_grad_norm_(self.trained, config.max_grad_norm)
+        if config.max_grad_norm > 0:
+            accelerator.clip_grad_norm_(self.trained, config.max_grad_norm)
         rate = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
         if self.average is not None:
@@ -724,6 +728,8 @@ def _load_unet(
             adapters.load(unet, checkpoint, base.family, text)
         if config.quantize_base is not None:
             quantized.quantize(unet, config.quantize_base, device)
+    if config.full_bf16:
+        unet.to(torch.bfloat16)
     unet.register_to_config(_name_or_path=base.label)
     if config.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
@@ -762,27 +768,6 @@ def _order(
 def _noise(plan: Plan, images: ImageDataset, fixed: bool) -> FixedNoise | None:
     """Return the fixed noise of images, or None where they have none."""
     return FixedNoise(images.noise_keys, images.mirrored, plan.config.noise_seed, MAX_HELD_BYTES) if fixed else None
-
-
-def _make_optimizer(config: TrainConfig, trained: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:
-    """Return AdamW, fused or in 8 bits.
-
-    One fused kernel reads each weight once, where the default passes over all of them a dozen times: on a CPU a third of
-    the optimizer's time, and no temporary copy of the weights.
-    """
-    if config.use_8bit_adam:
-        import bitsandbytes
-
-        make: Any = bitsandbytes.optim.AdamW8bit
-    else:
-        make = partial(torch.optim.AdamW, fused=True)
-    optimizer: torch.optim.Optimizer = make(
-        trained, lr=rate, betas=(config.adam_beta1, config.adam_beta2), weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-    )  # fmt: skip
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]  # what the schedule of a resumed run starts from
-    return optimizer
 
 
 def _versions() -> dict[str, str]:
