@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ambient_sd.families import of_pipeline
+from ambient_sd.families import SD, of_pipeline
 from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.sheets import as_rgb
@@ -70,9 +70,11 @@ class DiffusionAlignment:
         factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
         if resolution % factor:
             raise UserError(f"resolution {resolution}", rule=f"it must be a multiple of the VAE's factor {factor}")
-        if of_pipeline(pipe).takes_sizes:
+        if of_pipeline(pipe) is not SD:
             raise UserError(
-                "the judge is an SDXL", rule="alignment needs Stable Diffusion 1 or 2", remedy="name one of those"
+                f"the judge is {of_pipeline(pipe).name}",
+                rule="alignment needs Stable Diffusion 1 or 2",
+                remedy="name one of those",
             )
         self.pipe, self.resolution, self.batch_size = pipe, resolution, batch_size
         self.others, self.seed = others, seed

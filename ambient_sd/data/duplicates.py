@@ -23,6 +23,7 @@ It does not find crops, rotations, vertical flips, recoloured copies, or images 
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -279,6 +280,38 @@ def shared_noise(keys: Sequence[str], mirrored: Sequence[bool], shape: Sequence[
     turned = torch.tensor(list(mirrored), dtype=torch.bool)
     noise[turned] = noise[turned].flip(-1)
     return noise
+
+
+class FixedNoise:
+    """Give the fixed noise of a dataset's images, each made once and kept where all of it fits.
+
+    Args:
+        keys: noise key of each image.
+        mirrored: per image whether it is the mirror image of its group's first.
+        seed: the run's noise seed.
+        limit: bytes that may be kept.
+
+    Example:
+        >>> noise = FixedNoise(["a", "b"], [False, True], seed=0, limit=2**20)
+        >>> torch.equal(noise([1, 0], (4, 2, 2)), shared_noise(["b", "a"], [True, False], (4, 2, 2), seed=0))
+        True
+    """
+
+    def __init__(self, keys: Sequence[str], mirrored: Sequence[bool], seed: int, limit: int) -> None:
+        self.keys, self.mirrored, self.seed, self.limit = keys, mirrored, seed, limit
+        self._held: dict[int, torch.Tensor] = {}
+
+    def __call__(self, rows: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+        """Return eps_n of some images, whose latents have one shape; (len(rows), C, h, w) float32 on the CPU."""
+        missing = [i for i in dict.fromkeys(rows) if i not in self._held]
+        if missing:
+            made = shared_noise([self.keys[i] for i in missing], [self.mirrored[i] for i in missing], shape, self.seed)
+            found = dict(zip(missing, made, strict=True))
+            if 4 * math.prod(shape) * len(self.keys) > self.limit:
+                return torch.stack([found[i] for i in rows])
+            # Copies: of a tensor of several all would stay as long as one does.
+            self._held |= {i: noise.clone() for i, noise in found.items()}
+        return torch.stack([self._held[i] for i in rows])
 
 
 def noise_fingerprint(keys: Sequence[str], mirrored: Sequence[bool]) -> str:

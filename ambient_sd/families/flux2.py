@@ -52,7 +52,6 @@ class Flux2Klein(FlowTransformer):
     draws = False
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj")
     text_length = 512
-    folded = 4
     needs = ("in_channels", "joint_attention_dim")
 
     def distilled(self, pipe: Any) -> str | None:
@@ -108,14 +107,14 @@ class Flux2Klein(FlowTransformer):
 
     def encode(self, vae: Any, pixels: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
         z = vae.encode(send(pixels.to(vae.dtype), vae.device)).latent_dist.mode().float()
-        z = torch.nn.functional.pixel_unshuffle(z, 2)
-        mean, variance = (v.float().view(1, -1, 1, 1) for v in (vae.bn.running_mean, vae.bn.running_var))
-        return ((z - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)).cpu()
+        mean, deviation = _norms(vae)
+        return ((torch.nn.functional.pixel_unshuffle(z, 2) - mean) / deviation).cpu()
 
-    def inputs(
-        self, embeddings: Mapping[str, torch.Tensor], sizes: torch.Tensor | None, device: torch.device | str
-    ) -> dict[str, Any]:
-        return {"encoder_hidden_states": send(embeddings["hidden"], device)}
+    def decode(self, vae: Any, x0: torch.Tensor) -> torch.Tensor:
+        mean, deviation = _norms(vae)
+        z = torch.nn.functional.pixel_shuffle(send(x0, vae.device) * deviation + mean, 2)
+        pixels: torch.Tensor = vae.decode(z.to(vae.dtype), return_dict=False)[0]
+        return pixels
 
     def usual_targets(self, network: Any) -> list[str]:
         # In the other blocks `to_out` is a list of layers.
@@ -132,6 +131,12 @@ class Flux2Klein(FlowTransformer):
         )[0]  # fmt: skip
         flow: torch.Tensor = output.transpose(1, 2).unflatten(2, (high, wide))
         return flow
+
+
+def _norms(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation of the VAE's batch norm, (1, 4 C, 1, 1) float32."""
+    mean, variance = (v.float().view(1, -1, 1, 1) for v in (vae.bn.running_mean, vae.bn.running_var))
+    return mean, torch.sqrt(variance + vae.config.batch_norm_eps)
 
 
 def _places(rows: int, device: torch.device, *sides: int) -> torch.Tensor:

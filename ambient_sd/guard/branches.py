@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ambient_sd.families.guidance import Guidance
 from ambient_sd.guard.attention import map_tensors, take, weighed
@@ -62,9 +63,9 @@ class NetworkHalves(GuidanceBranches):
         self._inputs = {"cond": ordinary(cond), "uncond": ordinary(uncond)}
         self._network, self._layout, self._n, self._weights = network, layout, n, weights
         self._checkpointing = checkpointing
-        self.sample = self._inputs["cond"][layout.sample]
+        self.sample = layout.tensor(self._inputs["cond"][layout.sample])
         self.cond, self.uncond = (
-            Encoded(half[layout.embeds], get(half, layout.pooled)) for half in self._inputs.values()
+            Encoded(_padded(half[layout.embeds]), get(half, layout.pooled)) for half in self._inputs.values()
         )
         self.timestep, self.noise_factor = ordinary(timestep), ordinary(noise_factor)
 
@@ -86,15 +87,15 @@ class NetworkHalves(GuidanceBranches):
             inputs = rows_of(inputs, layout, self._n, rows)
         inputs = dict(inputs)
         if sample is not None:
-            inputs[layout.sample] = sample
+            inputs[layout.sample] = layout.as_given(sample)
         if embeds is not None:
+            refuse_masked(layout)
             inputs[layout.embeds] = embeds
         if pooled is not None:
             inputs = put(inputs, layout.pooled, pooled)
         if timestep is not None:
-            own = torch.as_tensor(inputs["timestep"])
-            other = timestep if layout.timesteps == 1 else timestep / layout.timesteps
-            inputs["timestep"] = other.to(own.device, torch.promote_types(own.dtype, other.dtype)).expand(own.shape)
+            own, other = torch.as_tensor(inputs[layout.time]), layout.network_time(timestep)
+            inputs[layout.time] = other.to(own.device, torch.promote_types(own.dtype, other.dtype)).expand(own.shape)
         if half == "cond":  # what `begin` put in place, unless the policy says otherwise
             own_weights, own_scale = (w if w is None or rows is None else w[rows.to(w.device)] for w in self._weights)
             token_weights = own_weights if token_weights is None else token_weights
@@ -106,7 +107,7 @@ class NetworkHalves(GuidanceBranches):
             torch.set_grad_enabled(grad),
             weighed(self._network, token_weights=token_weights, key_scale=key_scale),
         ):
-            return self._network.forward(**(inputs | {"return_dict": False}))[0]  # type: ignore[no-any-return]
+            return layout.tensor(self._network.forward(**(inputs | {"return_dict": False}))[0])  # type: ignore[operator]
 
     def enable_grad(self) -> AbstractContextManager[None]:
         """Return a context under which `predict` can be differentiated with respect to its inputs."""
@@ -121,7 +122,31 @@ def rows_of(inputs: dict[str, Any], layout: Guidance, batch: int, rows: torch.Te
         >>> rows_of({"sample": torch.arange(4)}, LAYOUT, 4, slice(2, 4))["sample"].tolist()
         [2, 3]
     """
-    return {name: value if name in layout.shared else take(value, batch, rows) for name, value in inputs.items()}
+    found = {name: value if name in layout.shared else take(value, batch, rows) for name, value in inputs.items()}
+    for name in (layout.sample, layout.embeds) if layout.listed else ():
+        # Each tensor of the list is a row, whatever its own first side is.
+        found[name] = inputs[name][rows] if isinstance(rows, slice) else [inputs[name][i] for i in rows.tolist()]
+    return found
+
+
+def refuse_masked(layout: Guidance) -> None:
+    """Raise a `UserError` if the network is told apart from the embeddings which of their rows it reads.
+
+    Example:
+        >>> from ambient_sd.families.sd import LAYOUT
+        >>> refuse_masked(LAYOUT)
+    """
+    if layout.masks or layout.listed:
+        raise UserError(
+            "the policy replaces the embeddings of prompts",
+            rule="this network reads as many of their rows as the prompt has tokens, and those of another text would be cut or padded",
+            remedy="use a policy that acts on outputs or latents",
+        )
+
+
+def _padded(embeds: Any) -> torch.Tensor:
+    padded: torch.Tensor = embeds if isinstance(embeds, torch.Tensor) else pad_sequence(embeds, batch_first=True)
+    return padded
 
 
 def get(inputs: dict[str, Any], path: tuple[str, ...]) -> Any:

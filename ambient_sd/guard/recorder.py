@@ -34,7 +34,7 @@ import torch
 from ambient_sd.families import SUPPORTED, guidance_of, refuse_distilled, tokenizers_of
 from ambient_sd.guard import scores
 from ambient_sd.guard.attention import require_weighable, weighed
-from ambient_sd.guard.branches import NetworkHalves, get, put, rows_of
+from ambient_sd.guard.branches import NetworkHalves, get, put, refuse_masked, rows_of
 from ambient_sd.guard.calibration import Calibration, Sampling
 from ambient_sd.guard.policies.base import Change, Encoded, Half, Policy, SamplingStart, Step
 from ambient_sd.utils.errors import UserError
@@ -428,12 +428,13 @@ class MemorizationGuard:
         if not calls:
             self._settle()
             self._abandon()  # whatever ran before has not come to its end
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        bound.apply_defaults()
+        # Copied before the call: Z-Image's writes its chat template into the list of prompts.
+        given = {name: list(value) if isinstance(value, list) else value for name, value in bound.arguments.items()}
         result = original(*args, **kwargs)
         if calls and not self._expected:
             return result
-        bound = inspect.signature(original).bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
         if self._call is not None:  # the second text of a run with two calls
             negative = given.get("prompt")
             self._call.negative_prompts = _texts(negative, self._call.images // self._call.images_per_prompt)
@@ -453,7 +454,9 @@ class MemorizationGuard:
                 remedy="compile the network first, then enable the guard",
             )
         refuse_distilled(self.pipe)
-        images, per_prompt = int(result[0].shape[0]), int(given.get("num_images_per_prompt") or 1)
+        repeats = "num_images_per_prompt" in given  # else the pipeline itself repeats them afterwards
+        per_prompt = int((given if repeats else self._arguments()).get("num_images_per_prompt") or 1)
+        images = len(result[0]) * (1 if repeats else per_prompt)
         prompts = _texts(given.get("prompt"), images // per_prompt)
         negative = given.get("negative_prompt")
         if given.get("negative_prompt_embeds") is not None:
@@ -475,7 +478,15 @@ class MemorizationGuard:
 
     def _encoder(self, original: Callable[..., Any], given: dict[str, Any]) -> Callable[[Sequence[str]], Encoded]:
         """Return the pipeline's own encoding of other texts, with the settings of this run."""
-        keep = ("device", "lora_scale", "clip_skip", "max_sequence_length")
+        keep = (
+            "device",
+            "lora_scale",
+            "clip_skip",
+            "max_sequence_length",
+            "clean_caption",
+            "complex_human_instruction",
+            "system_prompt",
+        )
         fixed: dict[str, Any] = {name: given[name] for name in keep if name in given}
         fixed |= {name: None for name in ("prompt_2", "prompt_3") if name in given}
         fixed |= {"num_images_per_prompt": 1}
@@ -535,9 +546,9 @@ class MemorizationGuard:
             return None
         half = self._half(call, inputs)
         if not call.inputs:
-            device, unit = inputs[self._layout.sample].device, self._layout.timesteps
-            t = torch.as_tensor(inputs["timestep"]).detach().flatten()[:1].to(device)
-            call.timesteps.append(t if unit == 1 else t.float() * unit)
+            device = inputs[self._layout.sample][0].device
+            t = torch.as_tensor(inputs[self._layout.time]).detach().flatten()[:1].to(device)
+            call.timesteps.append(self._layout.scheduler_time(t))
             # Only a schedule with such steps is read off the device, and only until they are over.
             call.signal = call.signal or not (
                 call.factor.may_be_silent and call.factor.silent(float(call.timesteps[-1]))
@@ -560,10 +571,10 @@ class MemorizationGuard:
         call = self._call
         if call is None or call.asked is None:
             return None
-        out, half = output[0], call.asked
+        out, half = self._layout.tensor(output[0]), call.asked
         call.asked = None
         if half == "both":
-            uncond, cond = out.chunk(2)
+            uncond, cond = self._layout.halved(out)
         else:
             call.outputs[half] = out
             if len(call.outputs) < 2:
@@ -573,7 +584,7 @@ class MemorizationGuard:
         factor = call.factor(call.timesteps[-1])
         call.output_norms.append(scores.guidance_norm(cond=cond, uncond=uncond).detach())
         call.norms.append(call.output_norms[-1] * factor)
-        scale = call.guidance_scale if half != "both" else float(self.pipe.guidance_scale)
+        scale = call.guidance_scale if half != "both" else self._guidance_scale()
         if scale != call.guidance_scale:
             call.rescaled = scale
         if self.stop_after is not None and len(call.norms) - call.silent >= self.stop_after:
@@ -603,13 +614,14 @@ class MemorizationGuard:
             moved = ((new_cond != cond) | (new_uncond != uncond)).flatten(1).any(1)
             call.touched = moved if call.touched is None else call.touched | moved
         if half == "both":
-            new = torch.cat([new_uncond, new_cond])
+            new = torch.cat([new_uncond, new_cond] if self._layout.first == "uncond" else [new_cond, new_uncond])
         else:
             # The pipeline holds the first of the two outputs already: it is changed where it lies.
             new, first, earlier = (new_cond, uncond, new_uncond) if half == "cond" else (new_uncond, cond, new_cond)
             new = new.clone()
             first.copy_(earlier.clone())
-        return (new, *output[1:]) if isinstance(output, tuple) else type(output)(sample=new)
+        returned = self._layout.as_given(new)
+        return (returned, *output[1:]) if isinstance(output, tuple) else type(output)(sample=returned)
 
     @staticmethod
     def _only_active(call: _Call, new: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -623,7 +635,7 @@ class MemorizationGuard:
 
     def _half(self, call: _Call, inputs: dict[str, Any]) -> Half | Literal["both"]:
         """Say which half the network is being asked for, or raise where guidance cannot be measured."""
-        layout, batch = self._layout, int(inputs[self._layout.sample].shape[0])
+        layout, batch = self._layout, len(inputs[self._layout.sample])
         remedy = "sample with guidance_scale > 1 from the first step to the last, or without the guard"
         if layout.halves == "calls":
             if "uncond" in call.texts:
@@ -635,7 +647,8 @@ class MemorizationGuard:
                     rule="the two halves are told apart by the embeddings that encode_prompt returned",
                     remedy="leave callbacks that replace prompt_embeds out, or sample without the guard",
                 )
-            remedy = f"give a negative_prompt (it may be empty) and {layout.scale} > 1, or sample without the guard"
+            needed = "" if layout.uncond else "a negative_prompt (it may be empty) and "
+            remedy = f"give {needed}{layout.scale} > 1, or sample without the guard"
         elif batch == 2 * call.images:
             return "both"
         elif batch != call.images:
@@ -655,10 +668,8 @@ class MemorizationGuard:
         if half != "both":
             return {half: inputs}
         n = call.images
-        return {
-            "cond": rows_of(inputs, self._layout, 2 * n, slice(n, 2 * n)),
-            "uncond": rows_of(inputs, self._layout, 2 * n, slice(0, n)),
-        }
+        one, other = (rows_of(inputs, self._layout, 2 * n, rows) for rows in (slice(0, n), slice(n, 2 * n)))
+        return {"cond": other, "uncond": one} if self._layout.first == "uncond" else {"cond": one, "uncond": other}
 
     def _halves(
         self,
@@ -776,7 +787,7 @@ class MemorizationGuard:
             other: Half = "uncond" if half == "cond" else "cond"
             texts, (embeds, pooled) = call.texts[other], self._layout.outputs
             both[other] = inputs | {self._layout.embeds: texts[embeds]}
-            both[other] |= {name: texts[at] for name, at in self._layout.texts.items()}
+            both[other] |= {name: _as_long(texts[at], inputs[name]) for name, at in self._layout.texts.items()}
             if pooled is not None:
                 both[other] = put(both[other], self._layout.pooled, texts[pooled])
         factor = call.factor(call.timesteps[-1])
@@ -804,6 +815,8 @@ class MemorizationGuard:
         rows = [i for i, (changed, may) in enumerate(zip(change.changed, call.active, strict=True)) if changed and may]
         if not rows:
             return
+        if change.embeds is not None or change.uncond_embeds is not None:
+            refuse_masked(self._layout)
         call.rows = torch.tensor(rows, device=device)
         if not call.signal:
             call.touched = torch.zeros(call.images, dtype=torch.bool, device=device).index_fill(0, call.rows, True)
@@ -816,14 +829,15 @@ class MemorizationGuard:
                     rule="the first step carries no score (zero terminal SNR), so the policy was asked at a later one",
                     remedy="use a scheduler without rescale_betas_zero_snr, or another policy",
                 )
-            own = inputs[self._layout.sample][: call.images]
+            own = self._layout.tensor(inputs[self._layout.sample])[: call.images]
             _replace(latents, own, change.sample.to(own)[call.rows], call.rows)
 
     def _first_norms(self, inputs: dict[str, Any], half: Half | Literal["both"], halves: NetworkHalves) -> torch.Tensor:
         """Evaluate both halves as the loop would without the policy; return each image's norm, `(n,)`."""
         if half == "both":
             # In one batch, as the loop: another batch size may give other last bits.
-            uncond, cond = self._eager.forward(**(inputs | {"return_dict": False}))[0].chunk(2)
+            out = self._layout.tensor(self._eager.forward(**(inputs | {"return_dict": False}))[0])
+            uncond, cond = self._layout.halved(out)
         else:
             cond, uncond = halves.predict("cond"), halves.predict("uncond")
         return scores.guidance_norm(cond=cond, uncond=uncond).detach() * halves.noise_factor
@@ -834,19 +848,21 @@ class MemorizationGuard:
         if change is None or rows is None:
             return inputs
         shift = call.images if half == "both" else 0
+        cond, uncond = (rows + shift, rows) if layout.first == "uncond" else (rows, rows + shift)
         places: list[tuple[tuple[str, ...], torch.Tensor | None, torch.Tensor]] = []
         if half != "uncond":
-            places += [((layout.embeds,), change.embeds, rows + shift), (layout.pooled, change.pooled, rows + shift)]
+            places += [((layout.embeds,), change.embeds, cond), (layout.pooled, change.pooled, cond)]
         if half != "cond":
-            places += [((layout.embeds,), change.uncond_embeds, rows), (layout.pooled, change.uncond_pooled, rows)]
-        if not call.norms:
-            places.append(((layout.sample,), change.sample, rows))
-            if half == "both":
-                places.append(((layout.sample,), change.sample, rows + shift))
+            places += [((layout.embeds,), change.uncond_embeds, uncond), (layout.pooled, change.uncond_pooled, uncond)]
         for path, new, at in places:
             if new is not None:
                 own = get(inputs, path)
                 inputs = put(inputs, path, new if own is None else own.index_copy(0, at, new.to(own)[rows]))
+        if not call.norms and (new := change.sample) is not None:
+            own = layout.tensor(inputs[layout.sample])
+            for at in (rows, rows + shift) if half == "both" else (rows,):
+                own = own.index_copy(0, at, new.to(own)[rows])
+            inputs = put(inputs, (layout.sample,), layout.as_given(own))
         return inputs
 
     def _weigh(self, call: _Call, half: Half | Literal["both"]) -> None:
@@ -880,7 +896,7 @@ class MemorizationGuard:
     def _guidance_scale(self) -> float:
         name = self._layout.scale
         if name == "guidance_scale":
-            return float(self.pipe.guidance_scale)
+            return float(self.pipe.guidance_scale) + self._layout.excess
         # Flux keeps it in a local variable of __call__ and nowhere else.
         frame = sys._getframe()
         while frame is not None:
@@ -1060,6 +1076,13 @@ def _call_of(pipe: Any) -> Callable[..., Any]:
     owners = [kind for kind in type(pipe).__mro__ if "__call__" in vars(kind)]
     known = [kind for kind in owners if kind.__module__.startswith("diffusers.")]
     return vars((known or owners)[0])["__call__"]  # type: ignore[no-any-return]
+
+
+def _as_long(text: Any, own: Any) -> Any:
+    """Return what belongs to a text; a mask (B, L) that the pipeline continues over the image's tokens with ones behind."""
+    if not isinstance(text, torch.Tensor) or text.ndim != 2 or text.shape == own.shape or len(text) != len(own):
+        return text
+    return torch.cat([text, own[:, text.shape[1] :]], dim=1)
 
 
 def _measured(values: list[float] | None, i: int) -> float | None:

@@ -37,7 +37,7 @@ from ambient_sd.training.validation import read_scores
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.estimate import Estimate
 from ambient_sd.utils.json_schema import load_json
-from ambient_sd.utils.weight_files import adapter_files, unet_files
+from ambient_sd.utils.weight_files import adapter_files, network_files
 
 if TYPE_CHECKING:
     from ambient_sd.data.sources import ImageDataset
@@ -242,7 +242,7 @@ def describe_run(
         level_proposed=level_proposed,
         kept=kept,
         also=given_settings(config),
-        base_files=unet_files(base.name, revision=base.revision, variant=base.variant, cache_dir=base.cache_dir) if config.lora else {},
+        base_files=network_files(base.name, revision=base.revision, variant=base.variant, cache_dir=base.cache_dir) if config.lora else {},
         steps=steps,
         batch=batch,
         learning_rate=config.learning_rate * (batch if config.scale_lr else 1),
@@ -479,10 +479,12 @@ def _misfit(audit: AuditRecord, facts: Facts, folder: Path) -> str | None:
     model = audit.model
     if model is None:
         return "it is of images that were made elsewhere, and nothing ties them to these weights"
-    files = adapter_files(str(folder)) if facts.lora else unet_files(str(folder))
+    files = adapter_files(str(folder)) if facts.lora else network_files(str(folder))
     if not files or set(_own_files(audit).values()) != set(files.values()):
         return "it is of other weights"
-    if facts.lora and (not facts.base_files or set(model["files"]["unet"].values()) != set(facts.base_files.values())):
+    if facts.lora and (
+        not facts.base_files or set(model["files"]["network"].values()) != set(facts.base_files.values())
+    ):
         return "it is of this LoRA on another base than the one that it was trained on"
     if "base_above" in model:
         return f"the base stood in for these weights above noise level {model['base_above']:g}"
@@ -492,9 +494,9 @@ def _misfit(audit: AuditRecord, facts: Facts, folder: Path) -> str | None:
 
 
 def _own_files(audit: AuditRecord) -> dict[str, str]:
-    """Return the digests of what was trained: the adapter's file, or without one the U-Net's."""
+    """Return the digests of what was trained: the adapter's file, or without one the network's."""
     files = (audit.model or {})["files"]
-    found: dict[str, str] = files["unet"] if files["lora_weights"] is None else files["lora_weights"]
+    found: dict[str, str] = files["network"] if files["lora_weights"] is None else files["lora_weights"]
     return found
 
 

@@ -140,10 +140,14 @@ class TrainConfig:
     adam_beta2: float = option(0.999, "decay of the second moment", group="optimisation", low=0.0, below=1.0)
     adam_weight_decay: float = option(1e-2, "decoupled weight decay", group="optimisation", low=0.0)
     adam_epsilon: float = option(1e-8, "added to the root of the second moment", group="optimisation", above=0.0)
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm over all trained weights", group="optimisation", above=0.0)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm over all trained weights; 0: they are not", group="optimisation", low=0.0)
     mixed_precision: str | None = option(None, "arithmetic of forward and backward passes; trained weights stay float32. Default: as `accelerate launch` says, else no", group="optimisation", choices=("no", "fp16", "bf16"))
     allow_tf32: bool = option(False, "let Ampere and later GPUs compute float32 matrix products and convolutions in TF32; otherwise neither is", group="optimisation")
+    deterministic: bool = option(False, "use deterministic kernels only, so that a run that resumes on a GPU has the bits of one that was not stopped, with any number of processes; slower. An operation that has none ends the run", group="optimisation")
     use_8bit_adam: bool = option(False, "AdamW with moments in 8 bits (needs bitsandbytes)", group="optimisation")
+    offload_optimizer: bool = option(False, "keep AdamW's moments in CPU memory between steps", group="optimisation", needs="not lora", because="the moments of an adapter are small")
+    fused_backward_pass: bool = option(False, "make each weight's step within the backward pass and free its gradient: the same bits in less memory. Needs --max_grad_norm 0 and no accumulation", group="optimisation", needs="not lora", because="the gradients of an adapter are small")
+    full_bf16: bool = option(False, "hold weights and gradients in bfloat16, rounded up or down by chance so that small steps are not lost. Needs --mixed_precision bf16", group="optimisation", needs="not lora", because="an adapter is trained in float32, and its base held in the precision that is computed in")
     compile: bool = option(False, "compile the network with torch.compile: minutes at the start and after each new image size, then less overhead on a GPU; with the bits of the compiled kernels", group="optimisation", rival="enable_xformers_memory_efficient_attention")
     enable_xformers_memory_efficient_attention: bool = option(False, "attention of xformers in place of torch's own (needs xformers)", group="optimisation")
     use_ema: bool = option(False, "average the weights over the steps; images are sampled from the average, and it is what is saved", group="optimisation")
@@ -269,6 +273,12 @@ class TrainConfig:
             if self.compile and getattr(self, name):
                 raise UserError(f"compile is given with {name}", rule="torch takes it apart into dozens of graphs, which gain nothing",
                                 remedy="leave one of them out")  # fmt: skip
+        for name, rule in (
+            ("compile", "the compiler chooses kernels by timing them"),
+            ("enable_xformers_memory_efficient_attention", "the backward pass of its attention is not deterministic"),
+        ):
+            if self.deterministic and getattr(self, name):
+                raise UserError(f"deterministic is given with {name}", rule=rule, remedy="leave one of them out")
         if self.compile and self.quantize_base:
             raise UserError("compile is given with quantize_base", rule="it was never tested with packed weights", remedy="leave one of them out")  # fmt: skip
         if self.lora_min_rank and self.use_dora:
@@ -291,6 +301,18 @@ class TrainConfig:
                 raise UserError(
                     f"{name} is given with lora_kind {self.lora_kind}", rule=rule, remedy="leave one of them out"
                 )
+        if self.fused_backward_pass:
+            for given, name, rule in (
+                (self.max_grad_norm > 0, f"max_grad_norm {self.max_grad_norm:g}", "the norm over all gradients is known after the pass only; add --max_grad_norm 0"),
+                (self.gradient_accumulation_steps > 1, f"gradient_accumulation_steps {self.gradient_accumulation_steps}", "the first pass would make the step already"),
+                (self.with_prior_preservation, "with_prior_preservation", "class images have a pass of their own"),
+                (self.dropped_mean == "kept", "dropped_mean kept", "it scales the gradients after the pass"),
+                (self.compile, "compile", "a compiled backward pass gives all gradients at once"),
+            ):  # fmt: skip
+                if given:
+                    raise UserError(
+                        f"fused_backward_pass is given with {name}", rule=rule, remedy="leave one of them out"
+                    )
         if self.use_dora and self.output_kohya_format:
             raise UserError("output_kohya_format is given with use_dora",
                             rule="its readers disagree about which side of a weight a DoRA's lengths belong to",

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from ambient_sd.data.latents import most_at_once
 from ambient_sd.families.base import Base
-from ambient_sd.training import adapters, quantized
+from ambient_sd.training import adapters, optimizers, quantized
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.validation import images_at_once
 
@@ -47,6 +47,8 @@ class Footprint:
         gradients, moments, average: of what is trained; zero where they live elsewhere.
         activations: what a step adds to these at its highest.
         encoding, step, sampling: the peak of each phase; sampling is zero where no images are sampled on the way.
+        trained: number of weights that are trained.
+        checkpoint: bytes of one on the disk.
 
     Example:
         >>> Footprint(weights=4, gradients=1, moments=2, average=1, activations=8, encoding=5, step=16, sampling=9).peak
@@ -61,6 +63,8 @@ class Footprint:
     encoding: int
     step: int
     sampling: int
+    trained: int = 0
+    checkpoint: int = 0
 
     @property
     def peak(self) -> int:
@@ -160,18 +164,31 @@ def predict(
         together = 1 if on_cpu else most_at_once(size[0] * size[1])
         encoding = _peak(partial(act.encode, together), [act.vae, *act.encoders.values()])
         network, trained = [act.network, *act.text.values()], act.trained
-        weights, gradients = _bytes(act.parameters), _bytes(trained)
-        moments = sum(_moments(p, config.use_8bit_adam) for p in trained)
-        averaged = trained if config.use_ema else []
-        average = 0 if config.offload_ema else _bytes(averaged)
+        count = sum(p.numel() for p in trained)
+        weights, gradients = _bytes(act.parameters), 0 if config.fused_backward_pass else _bytes(trained)
+        kept = sum(_moments(p, config.use_8bit_adam) for p in trained)
+        moments = 0 if config.offload_optimizer else kept
+        averaged = 4 * count if config.use_ema else 0
+        average = 0 if config.offload_ema else averaged
         passes = _peak(act.train, network)
         held = weights + moments + average
         # Between the passes the optimizer holds all gradients, and one call over all weights a copy of each.
-        step = max(passes + moments + average, held + gradients + (_bytes(averaged) if config.foreach_ema else 0))
+        step = max(passes + moments + average, held + gradients + (averaged if config.foreach_ema else 0))
         sampling = 0
         if config.probe_steps is not None or config.validation_prompts:
             sampling = _peak(act.sample, [*network, act.vae, *act.encoders.values()]) + moments + average
-        return Footprint(weights, gradients, moments, average, step - held - gradients, encoding, step, sampling)
+        return Footprint(
+            weights,
+            gradients,
+            moments,
+            average,
+            step - held - gradients,
+            encoding,
+            step,
+            sampling,
+            count,
+            _bytes(trained) + kept + averaged,
+        )
 
 
 class _Act:
@@ -196,6 +213,8 @@ class _Act:
                 encoder.gradient_checkpointing_enable()
         for module in (self.network, *self.text.values()):
             module.train()
+        for weight in self.trained if config.fused_backward_pass else ():
+            weight.register_post_accumulate_grad_hook(self._step)
         self.size, self.latent = size, base.latent_shape(size)
         with torch.no_grad():
             self.embedded = self.family.embed(self.parts, [""])
@@ -220,6 +239,23 @@ class _Act:
         embedded = self.family.embed(self.parts, [""] * count) if self.text else self._repeated(count)
         output = self._predict(count, embedded)
         (output.float() - torch.empty(count, *self.latent)).square().flatten(1).mean(1).mean().backward()
+        if self.config.full_bf16 or self.config.offload_optimizer:
+            for weight in self.trained:
+                self._step(weight)
+
+    @torch.no_grad()
+    def _step(self, weight: torch.Tensor) -> None:
+        """What the step of one weight alone adds for as long as it lasts (`optimizers.ByWeight`)."""
+        if weight.grad is None:
+            return
+        stand_in, gradient = weight.detach().float(), weight.grad.float()
+        weight.grad = None
+        moments = torch.empty(
+            _moments(weight, self.config.use_8bit_adam) if self.config.offload_optimizer else 0, dtype=torch.uint8
+        )
+        del gradient, moments
+        if weight.dtype == torch.bfloat16:
+            optimizers.round_stochastically(stand_in)
 
     @torch.no_grad()
     def sample(self) -> None:
@@ -227,7 +263,7 @@ class _Act:
         self.network.eval()
         count = images_at_once(self.config.resolution)
         self._predict(2 * count, self._repeated(2 * count))
-        self.vae.decode(torch.empty(count, *self.latent))
+        self.family.decode(self.vae, torch.empty(count, *self.latent))
 
     def _repeated(self, count: int) -> dict[str, torch.Tensor]:
         return {name: value.repeat(count, *[1] * (value.ndim - 1)) for name, value in self.embedded.items()}
@@ -251,8 +287,8 @@ def _outlines(config: TrainConfig, base: Base, dtype: torch.dtype | None) -> dic
         network, text = part == family.network, part.startswith("text_encoder") and config.train_text_encoder
         if not network:
             module.requires_grad_(False)
-        elif config.lora:
-            torch.nn.Module.to(module, dtype or torch.float32)
+        elif config.lora or config.full_bf16:
+            torch.nn.Module.to(module, torch.bfloat16 if config.full_bf16 else dtype or torch.float32)
         if config.lora and (network or text):
             targets = config.lora_target_modules or family.usual_targets(module) if network else adapters.TEXT_TARGETS
             adapters.attach(

@@ -30,7 +30,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ambient_sd.data.buckets import BucketStream, assign
-from ambient_sd.data.duplicates import shared_noise
+from ambient_sd.data.duplicates import FixedNoise
+from ambient_sd.data.latents import MAX_HELD_BYTES
 from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import SampleStream, keyed_seed, process_batches
 from ambient_sd.data.views import ViewRule
@@ -45,6 +46,7 @@ from ambient_sd.training import (
     checkpoints,
     keeping,
     noising,
+    optimizers,
     prior,
     processes,
     quantized,
@@ -59,7 +61,7 @@ from ambient_sd.training.encode import Encoder
 from ambient_sd.training.plan import Plan, make_accelerator, plan_run
 from ambient_sd.training.probe import Probe, add_evaluation
 from ambient_sd.training.record import LossLog, RunRecord, StepSums, describe_start
-from ambient_sd.utils.devices import send, tf32
+from ambient_sd.utils.devices import deterministic, send, tf32
 from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.prefetch import ahead
 
@@ -115,7 +117,7 @@ class _Line:
     rule: ViewRule
     encoder: Encoder
     objective: AmbientObjective
-    fixed_noise: bool
+    fixed_noise: FixedNoise | None
     caption: Callable[[int], str]
     prior: bool = False
 
@@ -160,7 +162,7 @@ def run(
         2
     """
     progress = progress and processes.is_first()
-    with processes.interruptible(config):
+    with processes.interruptible(config), deterministic(config.deterministic):
         plan = plan_run(config, progress=progress)
         if on_planned is not None and processes.is_first():
             on_planned(plan)
@@ -259,7 +261,13 @@ class _Trainer:
             images=plan.images, stream=stream, tokenizer=self.encoder.caption_encoder.tokenizers[0],
         )  # fmt: skip
         self.line = _Line(
-            plan.images, stream, rule, self.encoder, plan.objective, plan.fixed_noise, self.augmentation.caption
+            plan.images,
+            stream,
+            rule,
+            self.encoder,
+            plan.objective,
+            _noise(plan, plan.images, plan.fixed_noise),
+            self.augmentation.caption,
         )
         self.prior = None if plan.prior is None else self._class_line(plan, plan.prior)
 
@@ -275,7 +283,7 @@ class _Trainer:
         groups: list[dict[str, Any]] = [{"params": [p for p in self.unet.parameters() if p.requires_grad]}]
         if self.text_trained:
             groups.append({"params": self.text_trained, "lr": (config.text_encoder_lr or config.learning_rate) * scale})
-        optimizer = _make_optimizer(config, groups, self.rate)
+        optimizer = optimizers.make(config, groups, self.rate, self.first_step)
         # Not given to `prepare`: accelerate would step it once per process. It counts optimizer steps, and is a function
         # of settings and step alone: a run that resumes with another learning rate gets what it asks for.
         self.lr_schedule = get_scheduler(
@@ -283,6 +291,8 @@ class _Trainer:
             last_epoch=self.first_step - 1,
         )  # fmt: skip
         self.model, self.optimizer = accelerator.prepare(self.unet, optimizer)
+        if isinstance(optimizer, optimizers.ByWeight):
+            optimizer.listen()
         # FSDP puts others in the place of the U-Net's.
         self.trained = [*(p for p in self.unet.parameters() if p.requires_grad), *self.text_trained]
         self.average = None
@@ -332,7 +342,14 @@ class _Trainer:
         encoder = Encoder(plan, rule, stream, self.accelerator, progress=self.progress, beside=self.encoder)
         objective = plan.objective if found.real else AmbientObjective(plan.base.schedule, mode="plain")
         return _Line(
-            images, stream, rule, encoder, objective, fixed, lambda p: images.captions[stream.image(p)], prior=True
+            images,
+            stream,
+            rule,
+            encoder,
+            objective,
+            _noise(plan, images, fixed),
+            lambda p: images.captions[stream.image(p)],
+            prior=True,
         )
 
     def train(self) -> RunRecord:
@@ -413,10 +430,8 @@ class _Trainer:
             captions.append("" if dropped else line.caption(position))
             noise.append(torch.randn(shape, generator=g))
         eps_n = None
-        if line.fixed_noise:
-            rows = [stream.image(p) for p in positions]
-            noise_keys, mirrored = [line.images.noise_keys[i] for i in rows], [line.images.mirrored[i] for i in rows]
-            eps_n = shared_noise(noise_keys, mirrored, shape, seed=self.config.noise_seed)
+        if line.fixed_noise is not None:
+            eps_n = line.fixed_noise([stream.image(p) for p in positions], shape)
             if self.config.fresh_copies:
                 draws = [torch.randn(shape, generator=stream.generator("copy", p)) for p in positions]
                 eps_n = torch.stack(draws).to(eps_n)
@@ -463,7 +478,8 @@ class _Trainer:
             for parameter in self.trained:
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
-        accelerator.clip_grad_norm_(self.trained, config.max_grad_norm)
+        if config.max_grad_norm > 0:
+            accelerator.clip_grad_norm_(self.trained, config.max_grad_norm)
         rate = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
         if self.average is not None:
@@ -712,6 +728,8 @@ def _load_unet(
             adapters.load(unet, checkpoint, base.family, text)
         if config.quantize_base is not None:
             quantized.quantize(unet, config.quantize_base, device)
+    if config.full_bf16:
+        unet.to(torch.bfloat16)
     unet.register_to_config(_name_or_path=base.label)
     if config.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
@@ -747,25 +765,9 @@ def _order(
     return stream, rule
 
 
-def _make_optimizer(config: TrainConfig, trained: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:
-    """Return AdamW, fused or in 8 bits.
-
-    One fused kernel reads each weight once, where the default passes over all of them a dozen times: on a CPU a third of
-    the optimizer's time, and no temporary copy of the weights.
-    """
-    if config.use_8bit_adam:
-        import bitsandbytes
-
-        make: Any = bitsandbytes.optim.AdamW8bit
-    else:
-        make = partial(torch.optim.AdamW, fused=True)
-    optimizer: torch.optim.Optimizer = make(
-        trained, lr=rate, betas=(config.adam_beta1, config.adam_beta2), weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-    )  # fmt: skip
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]  # what the schedule of a resumed run starts from
-    return optimizer
+def _noise(plan: Plan, images: ImageDataset, fixed: bool) -> FixedNoise | None:
+    """Return the fixed noise of images, or None where they have none."""
+    return FixedNoise(images.noise_keys, images.mirrored, plan.config.noise_seed, MAX_HELD_BYTES) if fixed else None
 
 
 def _versions() -> dict[str, str]:

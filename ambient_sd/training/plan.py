@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
 from ambient_sd.data.buckets import assign, read_buckets
 from ambient_sd.data.captions import compose, find_cut, in_one_line
@@ -40,6 +40,7 @@ from ambient_sd.training import (
     checkpoints,
     dropping,
     noising,
+    optimizers,
     prior,
     processes,
     results,
@@ -129,6 +130,7 @@ class Plan:
             "lora_kind": None if self.config.lora_kind == "lora" else self.config.lora_kind,
             "lora_init": self.config.lora_init,
             "quantize_base": self.config.quantize_base,
+            "full_bf16": self.config.full_bf16 or None,
             "use_rslora": self.config.use_rslora or None,
             "weighting_scheme": scheme if (scheme := self.config.weighting_scheme) in FLOW_SCHEMES else None,
             "mode_scale": self.config.mode_scale,
@@ -203,6 +205,9 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
     if (found := prior.find(config, base, images)) is None:
         images.check(progress, near_duplicates=grouped)
     else:
+        if config.fused_backward_pass:
+            raise UserError("fused_backward_pass is given with class images", rule="they have a pass of their own",
+                            remedy="leave the flag or the images out")  # fmt: skip
         prior.check_together(images, found.images, near_duplicates=grouped, progress=progress)
     buckets = None
     if config.aspect_ratio_buckets is not None:
@@ -464,6 +469,14 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             mixed_precision=config.mixed_precision,
             log_with=None if config.report_to == "none" else config.report_to,
             project_dir=str(Path(config.output_dir) / config.logging_dir),
+            # Gradients lie in the buckets that processes sum, and are not copied. torch rebuilds these after the first step, and then sums each
+            # weight of three and more processes in another order than after a resume; not where it searches for unused weights.
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=processes.LIMIT),
+                DistributedDataParallelKwargs(
+                    gradient_as_bucket_view=True, find_unused_parameters=config.deterministic
+                ),
+            ],
             # Where accelerate was launched with another compiler, that one is asked for.
             dynamo_backend="inductor" if config.compile and "ACCELERATE_DYNAMO_BACKEND" not in env else None,
         )
@@ -475,6 +488,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         # accelerate takes it, and then neither casts nor scales.
         raise UserError("mixed_precision is fp16", rule="CPUs have no fp16 training", remedy="use no, or bf16")
     sharding.enable(accelerator)
+    optimizers.check(config, accelerator)
     if config.use_ema:
         averaging.check_distribution(accelerator.distributed_type)
     if accelerator.distributed_type not in _SUPPORTED:

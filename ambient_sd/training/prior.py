@@ -37,7 +37,7 @@ from ambient_sd.training.config import TrainConfig
 from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.files import atomic_write
 from ambient_sd.utils.output_folder import OutputFolder
-from ambient_sd.utils.weight_files import unet_files
+from ambient_sd.utils.weight_files import network_files
 
 KIND = "class images"
 SCORES = "scores.jsonl"
@@ -226,6 +226,6 @@ def _made_with(config: TrainConfig, base: Base) -> dict[str, Any]:
     local = Path(base.name).exists()
     return {
         "class_prompt": config.class_prompt, "base": base.label, "revision": base.revision, "vae": base.vae_label,
-        "weights": unet_files(base.name, variant=base.variant) if local else {}, "resolution": config.resolution, "seed": config.seed,
+        "weights": network_files(base.name, variant=base.variant) if local else {}, "resolution": config.resolution, "seed": config.seed,
         "num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale,
     }  # fmt: skip

@@ -159,7 +159,8 @@ def describe_start(
         "batch": f"{config.train_batch_size} x {config.gradient_accumulation_steps} accumulated x {processes} "
         f"process{'es' if processes > 1 else ''} = {global_batch} samples a step",
         "trained": f"{kind}, {trained:,} parameters",
-        "device": f"{device}, {'float32' if precision == 'no' else precision}",
+        "device": f"{device}, {'float32' if precision == 'no' else precision}"
+        + ", deterministic kernels" * config.deterministic,
         "output": config.output_dir,
     }
     return "\n".join(f"{name:<10} {text}" for name, text in rows.items())

@@ -1,12 +1,17 @@
-"""Tensors between CPU and GPU without making the host wait, and float32 products that are none of TF32."""
+"""Tensors between CPU and GPU without making the host wait; float32 products that are none of TF32; kernels that give equal bits twice."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from ambient_sd.utils.errors import UserError
+
+_WORKSPACE, _FIXED = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # those of which cuBLAS promises equal bits
 
 
 def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
@@ -58,3 +63,64 @@ def tf32(allowed: bool) -> Iterator[None]:
     finally:
         for place, value in zip(places, before, strict=True):
             place.allow_tf32 = value
+
+
+def fix_workspace() -> None:
+    """Have cuBLAS use a workspace with which its products have equal bits each time; it asks once, when CUDA starts.
+
+    Raises:
+        UserError: it is too late, or another workspace is asked for.
+
+    Example:
+        >>> fix_workspace()
+        >>> os.environ["CUBLAS_WORKSPACE_CONFIG"]
+        ':4096:8'
+    """
+    given = os.environ.get(_WORKSPACE)
+    if given is None and not torch.cuda.is_initialized():
+        os.environ[_WORKSPACE] = given = _FIXED[0]
+    if given not in _FIXED:
+        rule = (
+            f"{_WORKSPACE} is {given}"
+            if given
+            else f"CUDA has started here without {_WORKSPACE}, which cuBLAS asks for once"
+        )
+        raise UserError(
+            "deterministic is given", rule=rule, remedy=f"set {_WORKSPACE}={_FIXED[0]} before Python starts"
+        )
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Let operations use deterministic kernels only, if wanted; as before afterwards, except for cuBLAS's workspace.
+
+    Attention is settled with it: torch's flash and memory-efficient kernels then have deterministic backward passes, cuDNN's is left out.
+
+    Raises:
+        UserError: as `fix_workspace`; or an operation has no deterministic kernel.
+
+    Example:
+        >>> with deterministic(True):
+        ...     torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+        (True, True)
+    """
+    if not wanted:
+        yield
+        return
+    fix_workspace()
+    cudnn: Any = torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    chosen = cudnn.deterministic, cudnn.benchmark
+    try:
+        torch.use_deterministic_algorithms(True)  # with warn_only attention's backward passes would not be
+        cudnn.deterministic, cudnn.benchmark = True, False
+        yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        raise UserError(
+            "deterministic is given", rule=str(error).partition(", but you set")[0], remedy="leave it out"
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        cudnn.deterministic, cudnn.benchmark = chosen

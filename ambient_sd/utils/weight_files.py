@@ -16,7 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from ambient_sd.utils.hub_ids import resolve_model_id
 
 ADAPTER_NAME = "pytorch_lora_weights.safetensors"
-_UNET = "unet"
+_NETWORKS = ("unet", "transformer")  # a pipeline has one of them
 # Whole or in parts; diffusers has written the variant before and behind the number of the part.
 _NUMBER = r"(-\d{5}-of-\d{5})?"
 _FILE = re.compile(rf"(diffusion_pytorch_)?model{_NUMBER}(\.(?P<variant>[\w-]+?))?{_NUMBER}\.safetensors")
@@ -37,10 +37,10 @@ def variants(part: Path) -> dict[str | None, list[Path]]:
     return found
 
 
-def unet_files(
+def network_files(
     model: str, *, revision: str | None = None, variant: str | None = None, cache_dir: str | None = None
 ) -> dict[str, str]:
-    """Return name -> SHA-256 of the U-Net's weight files of a pipeline; empty where there are none, or it is not on this machine.
+    """Return name -> SHA-256 of the weight files of a pipeline's denoising network; empty where there are none, or it is not on this machine.
 
     Args:
         model: folder, one file, or hub id.
@@ -50,20 +50,23 @@ def unet_files(
 
     Example:
         >>> from ambient_sd.assets import BASE
-        >>> list(unet_files(str(BASE)))
+        >>> list(network_files(str(BASE)))
         ['unet/diffusion_pytorch_model.safetensors']
     """
     folder = Path(name := resolve_model_id(model))
     if folder.is_file():
         return {folder.name: file_digest(folder)}
     if not folder.is_dir():
-        found = _cached(name, f"{_UNET}/config.json", revision, cache_dir)
-        if found is None:
+        found = [_cached(name, f"{part}/config.json", revision, cache_dir) for part in _NETWORKS]
+        if (first := next((path for path in found if path is not None), None)) is None:
             return {}
-        folder = found.parents[1]
-    there = variants(folder / _UNET)
-    paths = there.get(variant) or there.get(None, [])
-    return {f"{_UNET}/{path.name}": file_digest(path) for path in paths}
+        folder = first.parents[1]
+    files: dict[str, str] = {}
+    for part in _NETWORKS:
+        there = variants(folder / part)
+        paths = there.get(variant) or there.get(None, [])
+        files |= {f"{part}/{path.name}": file_digest(path) for path in paths}
+    return files
 
 
 def adapter_files(adapter: str) -> dict[str, str]:

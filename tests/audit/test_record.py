@@ -86,7 +86,7 @@ def test_every_value_of_another_kind_is_refused(values: dict[str, Any], tmp_path
 
 
 def test_every_missing_and_every_unknown_key_is_refused(values: dict[str, Any]) -> None:
-    free = {("features",), ("model", "files", "unet")}  # keyed by what was audited
+    free = {("features",), ("model", "files", "network")}  # keyed by what was audited
     optional = {"base", "base_above", "base_weights", "lora_weights"}
     for address in [(), *places(values)]:
         inner: Any = values

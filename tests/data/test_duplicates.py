@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 import ambient_sd
+from ambient_sd.data import duplicates
 from ambient_sd.data.duplicates import Group, Thumbnails, find_groups, noise_fingerprint, noise_keys, shared_noise
 from ambient_sd.data.images import content_key
 from ambient_sd.data.noise import image_noise
@@ -171,3 +172,18 @@ def test_copies_under_their_own_noise_average_out_and_grouped_ones_do_not() -> N
 def test_another_grouping_has_another_fingerprint() -> None:
     assert noise_fingerprint(["a", "a"], [False, True]) != noise_fingerprint(["a", "a"], [False, False])
     assert noise_fingerprint(["a", "a"], [False, False]) != noise_fingerprint(["a", "b"], [False, False])
+
+
+@pytest.mark.parametrize("limit", [2**20, 0])
+def test_held_noise_is_the_noise_made_once(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(
+        duplicates, "image_noise", lambda keys, *a, **k: (made.extend(keys), image_noise(keys, *a, **k))[1]
+    )
+    keys, mirrored, shape = ["a", "b", "a"], [False, False, True], (4, 8, 8)
+    noise = duplicates.FixedNoise(keys, mirrored, 0, limit)
+    for rows in ([0, 1, 0], [2, 1]):
+        expected = shared_noise([keys[i] for i in rows], [mirrored[i] for i in rows], shape, seed=0)
+        made.clear()
+        assert torch.equal(noise(rows, shape), expected)
+    assert made == (["a"] if limit else ["a", "b"]), "b was held, if there was room"

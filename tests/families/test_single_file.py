@@ -23,7 +23,7 @@ from ambient_sd.sampling import SamplingConfig, generate, load_pipeline, request
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
 from ambient_sd.utils.errors import UserError
-from ambient_sd.utils.weight_files import file_digest, unet_files
+from ambient_sd.utils.weight_files import file_digest, network_files
 
 BASES: dict[str, Callable[[], Any]] = {
     "sd15": tiny.tiny_sd15_pipeline, "sd2": tiny.tiny_pipeline, "sdxl": tiny.tiny_sdxl_pipeline,
@@ -110,7 +110,7 @@ def test_file_and_folder_train_alike(pairs: dict[str, Pair], tiny_images: Path, 
         results.append(safetensors.torch.load_file(tmp_path / name / unet))
     assert losses[0] == losses[1] and len(losses[0]) == 2
     assert all(torch.equal(value, results[1][key]) for key, value in results[0].items())
-    assert unet_files(str(file)) == {"model.safetensors": file_digest(file)}
+    assert network_files(str(file)) == {"model.safetensors": file_digest(file)}
     if not lora:  # what is written is a folder that diffusers loads
         pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "file", safety_checker=None)
         assert torch.equal(pipe.vae.decoder.conv_in.weight, Model(str(folder)).load("vae").decoder.conv_in.weight)

@@ -132,8 +132,8 @@ def without_last_byte_of_weights(folder: Path) -> None:
     ("change", "why"),
     [
         (without_last_byte_of_weights, "it is of other weights"),
-        (edited(lambda a: a["model"]["files"].update(unet={})), "on another base"),
-        (edited(lambda a: a["model"]["files"]["unet"].update({"unet/diffusion_pytorch_model.safetensors": "0" * 64})), "on another base"),
+        (edited(lambda a: a["model"]["files"].update(network={})), "on another base"),
+        (edited(lambda a: a["model"]["files"]["network"].update({"unet/diffusion_pytorch_model.safetensors": "0" * 64})), "on another base"),
         (edited(lambda a: a["model"]["files"].update(lora_weights=None)), "it is of other weights"),
         (edited(lambda a: a.update(model=None)), "made elsewhere"),
         (edited(lambda a: a["model"].update(base_above=1.5)), "above noise level 1.5"),

@@ -182,7 +182,7 @@ def test_hostile_words_change_no_structure_and_no_front_matter(
         AuditRecord.of({**values, "model": model, "finding": finding, "notes": [given]}).write(tmp_path)
         said = dataclasses.replace(
             of, base=given, objective=given, prediction_type=given, lr_scheduler=given, prompts=[given], lora={**LORA, "targets": [given]},
-            base_files=files["unet"], fingerprint=of.fingerprint if shown else given,
+            base_files=files["network"], fingerprint=of.fingerprint if shown else given,
         )  # fmt: skip
         text = make_card(said, tmp_path, repo="owner/name", revision=given.replace("\n", "") or None)
         assert ("Verdict: passed" in rendered_text(render(text))) == shown

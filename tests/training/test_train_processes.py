@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import socket
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from accelerate import DistributedDataParallelKwargs
 from launching import launch
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 
-from ambient_sd.training import validation
+from ambient_sd.training import plan, validation
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import TrainingBatch, run
 
 WORKER = f"""
 import json, sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
-from test_train_processes import train_and_record
-train_and_record(json.loads(sys.argv[1]))
+from test_train_processes import train_all, train_and_record
+settings = json.loads(sys.argv[1])
+(train_all if "runs" in settings else train_and_record)(settings)
 """
 
 
@@ -53,6 +59,89 @@ def train_and_record(settings: dict[str, Any]) -> None:
         "evaluations": done.evaluations,
     }
     Path(f"{config.output_dir}-rank{rank}.json").write_text(json.dumps(seen))
+
+
+def train_all(settings: dict[str, Any]) -> None:
+    """Train several runs one after another; write how gradients were held in each, and what they gave."""
+    held: list[bool] = []
+    begin = DistributedDataParallel.__init__
+
+    def seen(self: Any, *args: Any, **options: Any) -> None:
+        held.append(options.get("gradient_as_bucket_view", False))
+        begin(self, *args, **options)
+
+    DistributedDataParallel.__init__ = seen  # type: ignore[method-assign]
+    folder = Path(settings["folder"])
+    for name, port, values, copied in settings["runs"]:
+        os.environ["MASTER_PORT"] = str(port)  # the last run's may not be free yet
+        plan.DistributedDataParallelKwargs = DistributedDataParallelKwargs if not copied else partial(_copied, copied)  # type: ignore[misc]
+        done = run(TrainConfig(**settings["common"] | values, output_dir=str(folder / name)), progress=False)
+        if os.environ["RANK"] == "0":
+            (folder / f"{name}.json").write_text(json.dumps({"losses": done.losses, "held": held[-1]}))
+
+
+def _copied(changes: dict[str, Any], **options: Any) -> DistributedDataParallelKwargs:
+    return DistributedDataParallelKwargs(**options | changes)
+
+
+def launch_all(
+    folder: Path, processes: int, common: dict[str, Any], runs: list[tuple[str, dict[str, Any], dict[str, Any]]]
+) -> dict[str, Any]:
+    """Return the whole U-Net, the losses and how gradients were held of each run: name, settings, changes of DDP's options."""
+    (folder / "worker.py").write_text(WORKER)
+    with contextlib.ExitStack() as stack:
+        free = [stack.enter_context(socket.socket()) for _ in runs]
+        for one in free:
+            one.bind(("127.0.0.1", 0))
+        ports = [one.getsockname()[1] for one in free]
+    with_ports = [(name, port, values, changes) for (name, values, changes), port in zip(runs, ports, strict=True)]
+    done = launch(processes, folder / "worker.py", {"folder": str(folder), "common": common, "runs": with_ports})
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights = {name: load_file(folder / name / "unet/diffusion_pytorch_model.safetensors") for name, *_ in runs}
+    return {name: {"weights": weights[name], **json.loads((folder / f"{name}.json").read_text())} for name in weights}
+
+
+def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    same = all(torch.equal(one["weights"][k], other["weights"][k]) for k in other["weights"])
+    return same and one["losses"] == other["losses"]
+
+
+@pytest.fixture
+def common(tiny_base: Path, tiny_images: Path) -> dict[str, Any]:
+    return {
+        "pretrained_model_name_or_path": str(tiny_base), "train_data_dir": str(tiny_images), "resolution": 32,
+        "train_batch_size": 2, "learning_rate": 1e-3, "report_to": "none",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_gradients_held_in_buckets_keep_their_bits(common: dict[str, Any], tmp_path: Path) -> None:
+    """Accumulated without summing, scaled by the samples that are kept, with class images and recomputed activations."""
+    tiny.image_folder(tmp_path / "class", [tiny.noise_image(50 + i) for i in range(3)])
+    common |= {
+        "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "max_train_steps": 3, "objective": "plain", "memorization_threshold": 1e-3, "caption_dropout": 0.5,
+        "dropped_mean": "kept", "with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "class_prompt": "a dot",
+        "num_class_images": 3, "max_grad_norm": 0.1,
+    }  # fmt: skip
+    found = launch_all(tmp_path, 2, common, [
+        ("held", {}, {}), ("copied", {}, {"gradient_as_bucket_view": False}), ("other", {"dropped_mean": "all"}, {}),
+    ])  # fmt: skip
+    assert [found[name]["held"] for name in ("held", "copied")] == [True, False]
+    assert equal(found["held"], found["copied"])
+    assert not equal(found["held"], found["other"]), "negative control: samples were dropped"
+
+
+@pytest.mark.slow
+def test_three_processes_resume_bit_for_bit_deterministically(common: dict[str, Any], tmp_path: Path) -> None:
+    common |= {"max_train_steps": 4, "checkpointing_steps": 2}
+    again = {"resume_from_checkpoint": str(tmp_path / "straight" / "checkpoint-2")}
+    later = {"resume_from_checkpoint": str(tmp_path / "default" / "checkpoint-2")}
+    found = launch_all(tmp_path, 3, common, [
+        ("straight", {"deterministic": True}, {}), ("resumed", {"deterministic": True, **again}, {}),
+        ("default", {}, {}), ("default-resumed", later, {}),
+    ])  # fmt: skip
+    assert equal(found["straight"], found["resumed"])
+    assert not equal(found["default"], found["default-resumed"]), "negative control: torch rebuilds its buckets"
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,7 @@ from ambient_sd.sampling import (
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.files import atomic_write, json_safe
 from ambient_sd.utils.output_folder import FILE, OutputFolder
-from ambient_sd.utils.weight_files import adapter_files, unet_files
+from ambient_sd.utils.weight_files import adapter_files, network_files
 
 _SHOWN = 24
 SEARCHED = (
@@ -665,9 +665,9 @@ def _write(
 
 
 def _weight_files(config: SamplingConfig) -> dict[str, Any]:
-    """Return the digests of the files that are sampled: the U-Net's and the adapter's, None without one."""
+    """Return the digests of the files that are sampled: the network's and the adapter's, None without one."""
     return {
-        "unet": unet_files(config.model, revision=config.revision, variant=config.variant),
+        "network": network_files(config.model, revision=config.revision, variant=config.variant),
         "lora_weights": None if config.lora_weights is None else adapter_files(config.lora_weights),
     }
 
@@ -933,9 +933,9 @@ def _made(
         above = "" if config.base_above is None else f", its base above noise level {config.base_above:g}"
         made["model"] = _model_name(config) + above
         made["sampling"] = f"{steps}, seed {config.seed}, {settings.num_images_per_prompt} images a prompt"
-    made["weights of the U-Net (sha256)"] = generated.weights or "not known"
+    made["weights of the network (sha256)"] = generated.weights or "not known"
     if generated.base_weights is not None:
-        made["weights of the base's U-Net (sha256)"] = generated.base_weights
+        made["weights of the base's network (sha256)"] = generated.base_weights
     made["training images (sha256)"] = training.fingerprint()
     if heldout is not None:
         made["held-out images (sha256)"] = heldout.fingerprint()

@@ -30,6 +30,7 @@ from ambient_sd import __version__
 from ambient_sd.audit.detection import detection_figures, threshold_at
 from ambient_sd.audit.metrics import bootstrap
 from ambient_sd.commands.calibrate import CalibrateSettings
+from ambient_sd.families import network_of
 from ambient_sd.guard.anisotropy import anisotropy, fitted
 from ambient_sd.guard.calibration import FILE_NAMES, AnisotropyTerms, Calibration, Detector, Entry, ModelFingerprint
 from ambient_sd.guard.recorder import MemorizationGuard
@@ -90,7 +91,7 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path | None]:
 
     pipe = load_pipeline(config)
     say_cut(pipe, [*settings.ordinary, *settings.memorized])
-    model, writes = ModelFingerprint.of(pipe.unet), processes().is_main_process
+    model, writes = ModelFingerprint.of(network_of(pipe)), processes().is_main_process
     if header is not None and header.get("model") != asdict(model):
         raise _differs(path, "the model's weights")
     if header is None and writes:

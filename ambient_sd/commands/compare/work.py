@@ -590,9 +590,9 @@ def _claim(settings: CompareSettings, training: ImageDataset, heldout: ImageData
 
 
 def _digest(config: SamplingConfig) -> str:
-    """Tell one model's U-Net from another's: a folder by its files, of the hub's the weights."""
+    """Tell one model's network from another's: a folder by its files, of the hub's the weights."""
     source, place = config.source(), Path(config.model)
-    files = [place] if source.is_file else sorted((place / "unet").glob("*.safetensors"))
+    files = [place] if source.is_file else sorted((place / source.family.network).glob("*.safetensors"))
     if not files:
         found = ModelFingerprint.of(source.load(source.family.network))
         return found.weights or found.structure

@@ -33,7 +33,7 @@ from PIL import Image, PngImagePlugin
 from ambient_sd import __version__
 from ambient_sd.commands.sample import SampleSettings
 from ambient_sd.data.captions import Cut
-from ambient_sd.families import distilled
+from ambient_sd.families import distilled, network_of
 from ambient_sd.guard.attribution import TokenGradients
 from ambient_sd.guard.base_above import acting_base
 from ambient_sd.guard.by_name import make
@@ -106,8 +106,9 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
     options: dict[str, Any] = {} if settings.when == "always" else {"when": settings.when}
     options |= {} if settings.score_space is None else {"score_space": settings.score_space}
     guard = MemorizationGuard(pipe, policy, threshold, **options) if watched else None
-    weights = {"weights": _weights(pipe.unet)}
-    if (base := acting_base(pipe.unet)) is not None:
+    network = network_of(pipe)
+    weights = {"weights": _weights(network)}
+    if (base := acting_base(network)) is not None:
         weights["base_weights"] = _weights(base)
     sampler = type(pipe.scheduler).__name__
     used = {
