@@ -264,7 +264,7 @@ class _Act:
         self.network.eval()
         count = images_at_once(self.config.resolution)
         self._predict(2 * count, self._repeated(2 * count))
-        self.vae.decode(torch.empty(count, *self.latent))
+        self.family.decode(self.vae, torch.empty(count, *self.latent))
 
     def _repeated(self, count: int) -> dict[str, torch.Tensor]:
         return {name: value.repeat(count, *[1] * (value.ndim - 1)) for name, value in self.embedded.items()}
@@ -291,7 +291,7 @@ def _outlines(config: TrainConfig, base: Base, dtype: torch.dtype | None) -> dic
         elif config.lora or config.full_bf16:
             torch.nn.Module.to(module, torch.bfloat16 if config.full_bf16 else dtype or torch.float32)
         if config.lora and (network or text):
-            targets = config.lora_target_modules or family.lora_targets if network else adapters.TEXT_TARGETS
+            targets = config.lora_target_modules or family.usual_targets(module) if network else adapters.TEXT_TARGETS
             adapters.attach(
                 module, part=part, rank=config.rank or 4, alpha=config.lora_alpha or 4.0, targets=targets, seed=0, dora=config.use_dora,
                 kind=config.lora_kind,

@@ -218,7 +218,7 @@ class _Trainer:
         stream, rule = _order(plan, plan.images, plan.buckets, plan.fixed_noise, self.global_batch, config.seed)
         self.levels: Any = None
         if plan.base.family.flow:
-            self.levels = noising.FlowTimesteps(plan.base.scheduler, config.weighting_scheme, config.flow_shift, logit_mean=config.logit_mean or 0.0,
+            self.levels = noising.FlowTimesteps(plan.base.scheduler, config.weighting_scheme, config.flow_shift, plan.base.family.shift, logit_mean=config.logit_mean or 0.0,
                                                 logit_std=config.logit_std or 1.0, mode_scale=config.mode_scale or 0.0)  # fmt: skip
         elif config.weighting_scheme == "logit_normal":
             self.levels = noising.LogNormalLevels(schedule, config.logit_mean or 0.0, config.logit_std or 1.0)

@@ -187,15 +187,15 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         dropping.check_scheduler(base.scheduler)
     check_family(config, base.family)
     start = None
-    if config.lora and config.lora_weights is None and not config.lora_target_modules:
-        config.lora_target_modules = list(base.family.lora_targets)
-    if config.lora_weights is not None:
-        start = adapters.read_start(config.lora_weights, base, text=config.train_text_encoder)
-        config = adapters.settle(config, start, base.skeleton()[base.family.network], base.family.lora_targets)
-    elif config.lora:
-        adapters.check_targets(
-            base.skeleton()[base.family.network], config.lora_target_modules or (), config.lora_init, config.rank or 4
-        )
+    if config.lora:
+        network = base.skeleton()[base.family.network]
+        usual = base.family.usual_targets(network)
+        if config.lora_weights is not None:
+            start = adapters.read_start(config.lora_weights, base, text=config.train_text_encoder)
+            config = adapters.settle(config, start, network, usual)
+        else:
+            config.lora_target_modules = config.lora_target_modules or usual
+            adapters.check_targets(network, config.lora_target_modules, config.lora_init, config.rank or 4)
     prompts, new = collect_prompts(config.validation_prompts), collect_prompts(config.probe_prompts)
     checkpoint = _check_output(config)
     images = open_images(config)
