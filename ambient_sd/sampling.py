@@ -485,7 +485,7 @@ def generate(
         if guard is not None:
             guard.image_indices = [r.image_index for r in batch]
         with contextlib.nullcontext() if guard is None or active_guard(pipe) is guard else guard:
-            out = pipe([r.prompt for r in batch], output_type="pil" if decode else "latent", **options)
+            out = pipe(prompt=[r.prompt for r in batch], output_type="pil" if decode else "latent", **options)
         images = out.images if decode else [None] * len(batch)
         blanked = (getattr(out, "nsfw_content_detected", None) if decode else None) or [None] * len(batch)
         reports = [None] * len(batch) if guard is None else guard.report

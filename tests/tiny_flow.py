@@ -7,20 +7,29 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
 from tokenizers import Tokenizer
-from tokenizers.models import Unigram
-from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.decoders import ByteLevel as Bytes
+from tokenizers.models import BPE, Unigram
+from tokenizers.pre_tokenizers import ByteLevel, Metaspace
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Qwen2TokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -99,6 +108,69 @@ def tiny_flux_pipeline(seed: int = 0, *, dev: bool = True) -> FluxPipeline:
     return FluxPipeline(
         transformer=woken(transformer), scheduler=FlowMatchEulerDiscreteScheduler(**shift), vae=tiny_vae(),
         text_encoder=tiny_clip(16, None, tokenizer), tokenizer=tokenizer, text_encoder_2=tiny_t5(24), tokenizer_2=tiny_t5_tokenizer(),
+    )  # fmt: skip
+
+
+# As Qwen3's: what is asked, the answer's head, and an empty thought where none is wanted.
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def tiny_qwen_tokenizer() -> Qwen2TokenizerFast:
+    """A Qwen tokenizer whose words are bytes, with its chat."""
+    letters = sorted(ByteLevel.alphabet())
+    inner = Tokenizer(BPE({letter: i for i, letter in enumerate(letters)}, []))
+    inner.pre_tokenizer, inner.decoder = ByteLevel(add_prefix_space=False), Bytes()
+    tokenizer = Qwen2TokenizerFast(
+        tokenizer_object=inner, vocab=inner.get_vocab(), merges=[], unk_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"], model_max_length=4096,
+    )  # fmt: skip
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def tiny_qwen3(width: int, layers: int) -> Qwen3ForCausalLM:
+    """A Qwen3 of a width, for that tokenizer."""
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=264, hidden_size=width, intermediate_size=16, num_hidden_layers=layers, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=8, tie_word_embeddings=True,
+        )
+    ).eval()  # fmt: skip
+
+
+def tiny_klein_pipeline(seed: int = 0, *, distilled: bool = False) -> Flux2KleinPipeline:
+    """A random FLUX.2 klein."""
+    torch.manual_seed(seed)
+    transformer = Flux2Transformer2DModel(
+        patch_size=1, in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=3 * 8, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=16, sample_size=SIZE, layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    ).eval()  # fmt: skip
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return Flux2KleinPipeline(
+        transformer=woken(transformer), scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0), vae=vae,
+        text_encoder=tiny_qwen3(8, 28), tokenizer=tiny_qwen_tokenizer(), is_distilled=distilled,
+    )  # fmt: skip
+
+
+def tiny_chroma_pipeline(seed: int = 0) -> ChromaPipeline:
+    """A random Chroma."""
+    torch.manual_seed(seed)
+    transformer = ChromaTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, axes_dims_rope=(4, 4, 8), approximator_num_channels=16, approximator_hidden_dim=16, approximator_layers=1,
+    )  # fmt: skip
+    shift = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0}
+    return ChromaPipeline(
+        transformer=woken(transformer), scheduler=FlowMatchEulerDiscreteScheduler(**shift), vae=tiny_vae(), text_encoder=tiny_t5(24),
+        tokenizer=tiny_t5_tokenizer(),
     )  # fmt: skip
 
 

@@ -18,7 +18,6 @@ from ambient_sd.families.flow import tokens
 from ambient_sd.families.flux import FLUX, Packed, pack, places, unpack
 from ambient_sd.families.guidance import Guidance
 from ambient_sd.utils.devices import send
-from ambient_sd.utils.errors import UserError
 
 if TYPE_CHECKING:
     from ambient_sd.families.base import Model
@@ -37,7 +36,7 @@ class Chroma(Packed):
     guidance: Mapping[str, Guidance] = {
         "ChromaPipeline": Guidance(
             network="transformer", sample="hidden_states", embeds="encoder_hidden_states", timesteps=1000.0, halves="calls",
-            texts={"txt_ids": 1}, shared=frozenset({"txt_ids", "img_ids"}), tokens=False, uncond=3,
+            masks=("attention_mask",), texts={"txt_ids": 1, "attention_mask": 2}, shared=frozenset({"txt_ids", "img_ids"}), tokens=False, uncond=3,
         ),
     }  # fmt: skip
     parts: Mapping[str, tuple[str, str]] = {
@@ -45,13 +44,11 @@ class Chroma(Packed):
         "text_encoder": ("transformers", "T5EncoderModel"), "tokenizer": ("transformers", "T5TokenizerFast"),
     }  # fmt: skip
     lora_targets = FLUX.lora_targets
+    reads: Mapping[str, str] = {"encoder_hidden_states": "hidden", "attention_mask": "mask"}
     text_length = 512
 
     def check_conditioning(self, model: Model, network: Mapping[str, Any]) -> None:
-        width = model.text_config("text_encoder").d_model
-        if network["joint_attention_dim"] != width:
-            raise UserError(f"the transformer of {model.name} has joint_attention_dim = {network['joint_attention_dim']}",
-                            rule=f"its text encoder has {width}", remedy="give a base whose parts belong together")  # fmt: skip
+        self.check_width(model, network, "joint_attention_dim", model.text_config("text_encoder").d_model)
 
     def embed(self, parts: Mapping[str, Any], captions: Sequence[str]) -> dict[str, torch.Tensor]:
         model = parts["text_encoder"]
@@ -60,14 +57,6 @@ class Chroma(Packed):
         hidden = model(send(found.input_ids, model.device), attention_mask=mask)[0].float()
         read = torch.arange(mask.shape[1], device=mask.device) <= mask.sum(1, keepdim=True)
         return {"hidden": hidden, "mask": read.float()}
-
-    def inputs(
-        self, embeddings: Mapping[str, torch.Tensor], sizes: torch.Tensor | None, device: torch.device | str
-    ) -> dict[str, Any]:
-        return {
-            "encoder_hidden_states": send(embeddings["hidden"], device),
-            "attention_mask": send(embeddings["mask"], device),
-        }
 
     def predict(
         self, network: Any, x_t: torch.Tensor, timesteps: torch.Tensor, inputs: Mapping[str, Any]

@@ -22,7 +22,6 @@ from ambient_sd.families.family import config_of
 from ambient_sd.families.flow import FlowTransformer, tokens
 from ambient_sd.families.guidance import Guidance
 from ambient_sd.utils.devices import send
-from ambient_sd.utils.errors import UserError
 
 if TYPE_CHECKING:
     from ambient_sd.families.base import Model
@@ -77,15 +76,14 @@ class Flux(Packed):
         "attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0", "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj",
         "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
     )  # fmt: skip
+    needs = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
+    reads: Mapping[str, str] = {"encoder_hidden_states": "hidden", "pooled_projections": "pooled"}
     readers = ("tokenizer_2",)
     text_length = 512
 
     def check_conditioning(self, model: Model, network: Mapping[str, Any]) -> None:
-        clip, t5 = model.text_config("text_encoder").hidden_size, model.text_config("text_encoder_2").d_model
-        for key, needed in (("pooled_projection_dim", clip), ("joint_attention_dim", t5)):
-            if network.get(key) != needed:
-                raise UserError(f"the transformer of {model.name} has {key} = {network.get(key)!r}", rule=f"its text encoder has {needed}",
-                                remedy="give a base whose parts belong together")  # fmt: skip
+        self.check_width(model, network, "pooled_projection_dim", model.text_config("text_encoder").hidden_size)
+        self.check_width(model, network, "joint_attention_dim", model.text_config("text_encoder_2").d_model)
 
     def embed(self, parts: Mapping[str, Any], captions: Sequence[str]) -> dict[str, torch.Tensor]:
         found = []
@@ -93,14 +91,6 @@ class Flux(Packed):
             model = parts[f"text_encoder{end}"]
             found.append(model(send(tokens(parts[f"tokenizer{end}"], captions, length).input_ids, model.device)))
         return {"hidden": found[1][0].float(), "pooled": found[0].pooler_output.float()}
-
-    def inputs(
-        self, embeddings: Mapping[str, torch.Tensor], sizes: torch.Tensor | None, device: torch.device | str
-    ) -> dict[str, Any]:
-        return {
-            "encoder_hidden_states": send(embeddings["hidden"], device),
-            "pooled_projections": send(embeddings["pooled"], device),
-        }
 
     def predict(
         self, network: Any, x_t: torch.Tensor, timesteps: torch.Tensor, inputs: Mapping[str, Any]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ambient_sd.families.base import Model
 
 _LAYERS = (9, 18, 27)  # of Qwen3
+_STEPS = 50  # its pipeline's default, by which the shift goes too
 
 
 class Flux2Klein(FlowTransformer):
@@ -49,10 +50,8 @@ class Flux2Klein(FlowTransformer):
         "text_encoder": ("transformers", "Qwen3ForCausalLM"), "tokenizer": ("transformers", "Qwen2TokenizerFast"),
     }  # fmt: skip
     draws = False
-    # As diffusers' script: the attention of both kinds of blocks. `to_out` alone is that of the single ones.
-    lora_targets = ("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj", "attn.to_out")
+    lora_targets = ("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj")
     text_length = 512
-    folded = 4
     needs = ("in_channels", "joint_attention_dim")
 
     def distilled(self, pipe: Any) -> str | None:
@@ -88,6 +87,11 @@ class Flux2Klein(FlowTransformer):
         output = model.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
         return {"hidden": torch.cat([output.hidden_states[layer] for layer in _LAYERS], dim=-1).float()}
 
+    def shift(self, scheduler: Mapping[str, Any], tokens: int) -> float:
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+        return compute_empirical_mu(tokens, _STEPS)
+
     def patch(self, network: Mapping[str, Any]) -> int:
         return 1
 
@@ -103,20 +107,19 @@ class Flux2Klein(FlowTransformer):
 
     def encode(self, vae: Any, pixels: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
         z = vae.encode(send(pixels.to(vae.dtype), vae.device)).latent_dist.mode().float()
-        z = torch.nn.functional.pixel_unshuffle(z, 2)
-        mean, variance = (v.float().view(1, -1, 1, 1) for v in (vae.bn.running_mean, vae.bn.running_var))
-        return ((z - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)).cpu()
+        mean, deviation = _norms(vae)
+        return ((torch.nn.functional.pixel_unshuffle(z, 2) - mean) / deviation).cpu()
 
     def decode(self, vae: Any, x0: torch.Tensor) -> torch.Tensor:
-        mean, variance = (v.view(1, -1, 1, 1) for v in (vae.bn.running_mean, vae.bn.running_var))
-        z = send(x0, vae.device) * torch.sqrt(variance + vae.config.batch_norm_eps) + mean
-        pixels: torch.Tensor = vae.decode(torch.nn.functional.pixel_shuffle(z, 2).to(vae.dtype), return_dict=False)[0]
+        mean, deviation = _norms(vae)
+        z = torch.nn.functional.pixel_shuffle(send(x0, vae.device) * deviation + mean, 2)
+        pixels: torch.Tensor = vae.decode(z.to(vae.dtype), return_dict=False)[0]
         return pixels
 
-    def inputs(
-        self, embeddings: Mapping[str, torch.Tensor], sizes: torch.Tensor | None, device: torch.device | str
-    ) -> dict[str, Any]:
-        return {"encoder_hidden_states": send(embeddings["hidden"], device)}
+    def usual_targets(self, network: Any) -> list[str]:
+        # In the other blocks `to_out` is a list of layers.
+        single = range(len(network.single_transformer_blocks))
+        return [*self.lora_targets, *(f"single_transformer_blocks.{i}.attn.to_out" for i in single)]
 
     def predict(
         self, network: Any, x_t: torch.Tensor, timesteps: torch.Tensor, inputs: Mapping[str, Any]
@@ -128,6 +131,12 @@ class Flux2Klein(FlowTransformer):
         )[0]  # fmt: skip
         flow: torch.Tensor = output.transpose(1, 2).unflatten(2, (high, wide))
         return flow
+
+
+def _norms(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation of the VAE's batch norm, (1, 4 C, 1, 1) float32."""
+    mean, variance = (v.float().view(1, -1, 1, 1) for v in (vae.bn.running_mean, vae.bn.running_var))
+    return mean, torch.sqrt(variance + vae.config.batch_norm_eps)
 
 
 def _places(rows: int, device: torch.device, *sides: int) -> torch.Tensor:

@@ -787,7 +787,7 @@ class MemorizationGuard:
             other: Half = "uncond" if half == "cond" else "cond"
             texts, (embeds, pooled) = call.texts[other], self._layout.outputs
             both[other] = inputs | {self._layout.embeds: texts[embeds]}
-            both[other] |= {name: texts[at] for name, at in self._layout.texts.items()}
+            both[other] |= {name: _as_long(texts[at], inputs[name]) for name, at in self._layout.texts.items()}
             if pooled is not None:
                 both[other] = put(both[other], self._layout.pooled, texts[pooled])
         factor = call.factor(call.timesteps[-1])
@@ -1076,6 +1076,13 @@ def _call_of(pipe: Any) -> Callable[..., Any]:
     owners = [kind for kind in type(pipe).__mro__ if "__call__" in vars(kind)]
     known = [kind for kind in owners if kind.__module__.startswith("diffusers.")]
     return vars((known or owners)[0])["__call__"]  # type: ignore[no-any-return]
+
+
+def _as_long(text: Any, own: Any) -> Any:
+    """Return what belongs to a text; a mask (B, L) that the pipeline continues over the image's tokens with ones behind."""
+    if not isinstance(text, torch.Tensor) or text.ndim != 2 or text.shape == own.shape or len(text) != len(own):
+        return text
+    return torch.cat([text, own[:, text.shape[1] :]], dim=1)
 
 
 def _measured(values: list[float] | None, i: int) -> float | None:
