@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -16,13 +18,21 @@ class Guidance:
 
     Attributes:
         network: the pipeline's attribute that holds the network.
-        sample, embeds: names of the network's input and of the embeddings.
+        sample, embeds, time: names of the network's input, of the embeddings and of the timestep.
         pooled: path to the pooled embeddings among the inputs; empty if there are none.
         outputs: positions in `encode_prompt`'s result of (embeds, pooled) for the conditional half; pooled may be None.
         timesteps: what the network's timestep is multiplied by to give the scheduler's.
+        reversed: whether the network's timestep, times that, is subtracted from that to give the scheduler's.
         halves: "batch" or "calls".
+        first: with "batch": which half comes first.
+        listed: whether sample (C, 1, h, w), embeddings (L, D) and output are lists, of one tensor for each row.
+        uncond: with "calls": how much further in the result of one `encode_prompt` the unconditional half's texts are; 0: it is
+            called for each half.
         scale: "guidance_scale" (a property), or the local variable of the pipeline's `__call__` that holds the scale.
-        texts: with "calls": inputs that belong to a half's text beside the embeddings, and their positions in
+        excess: whether the pipeline computes `cond + scale (cond - uncond)`: its scale is one less than others'.
+        normalizes: whether the pipeline gives the guided prediction the norm of the conditional one.
+        mask: the input that tells which rows of the embeddings are read, where it is one, and its position in `encode_prompt`'s result.
+        texts: with "calls": other inputs that belong to a half's text beside the embeddings, and their positions in
             `encode_prompt`'s result.
         shared: inputs that have no row per image, whatever their size.
         latents_end_early: whether a run with output_type="latent" returns without `maybe_free_model_hooks`.
@@ -36,12 +46,36 @@ class Guidance:
     network: str
     sample: str
     embeds: str
+    time: str = "timestep"
     pooled: tuple[str, ...] = ()
     outputs: tuple[int, int | None] = (0, None)
     timesteps: float = 1.0
+    reversed: bool = False
     halves: Literal["batch", "calls"] = "batch"
+    first: Literal["uncond", "cond"] = "uncond"
+    listed: bool = False
+    uncond: int = 0
     scale: str = "guidance_scale"
+    excess: bool = False
+    normalizes: bool = False
+    mask: tuple[str, int] | None = None
     texts: dict[str, int] = field(default_factory=dict)
     shared: frozenset[str] = frozenset()
     latents_end_early: bool = False
     tokens: bool = True
+
+    def scheduler_time(self, timestep: torch.Tensor) -> torch.Tensor:
+        """Return the scheduler's timestep of the network's.
+
+        Example:
+            >>> layout = Guidance(network="transformer", sample="x", embeds="cap_feats", timesteps=1000.0, reversed=True)
+            >>> layout.scheduler_time(torch.tensor([0.25])).tolist(), layout.network_time(torch.tensor([750.0])).tolist()
+            ([750.0], [0.25])
+        """
+        t = timestep if self.timesteps == 1 else timestep.float() * self.timesteps
+        return self.timesteps - t if self.reversed else t
+
+    def network_time(self, timestep: torch.Tensor) -> torch.Tensor:
+        """Return the network's timestep of the scheduler's."""
+        t = self.timesteps - timestep if self.reversed else timestep
+        return t if self.timesteps == 1 else t / self.timesteps
