@@ -10,15 +10,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from ambient_sd.families.auraflow import AURAFLOW
 from ambient_sd.families.family import Family
 from ambient_sd.families.flux import FLUX
 from ambient_sd.families.guidance import Guidance
+from ambient_sd.families.lumina2 import LUMINA2
+from ambient_sd.families.qwen_image import QWEN_IMAGE
+from ambient_sd.families.sana import SANA
 from ambient_sd.families.sd import SD
 from ambient_sd.families.sd3 import SD3
 from ambient_sd.families.sdxl import SDXL
+from ambient_sd.families.z_image import Z_IMAGE
 from ambient_sd.utils.errors import UserError
 
-FAMILIES: tuple[Family, ...] = (SD, SDXL, SD3, FLUX)
+FAMILIES: tuple[Family, ...] = (SD, SDXL, SD3, FLUX, Z_IMAGE, QWEN_IMAGE, LUMINA2, SANA, AURAFLOW)
 # What a guard can watch.
 SUPPORTED = (*(kind for family in FAMILIES for kind in family.guidance), *(f.guarded for f in FAMILIES if f.guarded))
 

@@ -153,6 +153,10 @@ class Family:
         """
         raise NotImplementedError(self.unready)
 
+    def decode(self, vae: Any, x0: torch.Tensor) -> torch.Tensor:
+        """Return the pixels of latents as the pipeline makes them: `encode`, back."""
+        raise NotImplementedError(self.unready)
+
     def start_shape(self, pipe: Any, size: tuple[int, int]) -> tuple[int, ...]:
         """Return the shape of one image's start noise as the pipeline takes it, for (width, height) pixels."""
         raise NotImplementedError(self.unready)

@@ -1,13 +1,13 @@
 """How a diffusers pipeline lays out classifier-free guidance: the names of its network's inputs, and where the halves are.
 
-Two ways. "batch": one call on `[unconditional..., conditional...]`. "calls": two calls with equal inputs but for the texts,
+Two ways. "batch": one call on `[unconditional..., conditional...]`, or the other way round. "calls": two calls with equal inputs but for the texts,
 told apart by the tensors that `encode_prompt` returned, not by their order.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -25,7 +25,7 @@ class Guidance:
         reversed: whether the network's timestep, times that, is subtracted from that to give the scheduler's.
         halves: "batch" or "calls".
         first: with "batch": which half comes first.
-        listed: whether sample (C, 1, h, w), embeddings (L, D) and output are lists, of one tensor for each row.
+        listed: whether sample, embeddings and output are lists, of one tensor for each row.
         uncond: with "calls": how much further in the result of one `encode_prompt` the unconditional half's texts are; 0: it is
             called for each half.
         scale: "guidance_scale" (a property), or the local variable of the pipeline's `__call__` that holds the scale.
@@ -64,18 +64,28 @@ class Guidance:
     latents_end_early: bool = False
     tokens: bool = True
 
-    def scheduler_time(self, timestep: torch.Tensor) -> torch.Tensor:
-        """Return the scheduler's timestep of the network's.
+    def scheduler_time(self, time: torch.Tensor) -> torch.Tensor:
+        """Return the scheduler's timestep of the network's."""
+        if self.reversed:
+            return self.timesteps - time.float() * self.timesteps
+        return time if self.timesteps == 1 else time.float() * self.timesteps
 
-        Example:
-            >>> layout = Guidance(network="transformer", sample="x", embeds="cap_feats", timesteps=1000.0, reversed=True)
-            >>> layout.scheduler_time(torch.tensor([0.25])).tolist(), layout.network_time(torch.tensor([750.0])).tolist()
-            ([750.0], [0.25])
-        """
-        t = timestep if self.timesteps == 1 else timestep.float() * self.timesteps
-        return self.timesteps - t if self.reversed else t
-
-    def network_time(self, timestep: torch.Tensor) -> torch.Tensor:
+    def network_time(self, time: torch.Tensor) -> torch.Tensor:
         """Return the network's timestep of the scheduler's."""
-        t = self.timesteps - timestep if self.reversed else timestep
-        return t if self.timesteps == 1 else t / self.timesteps
+        if self.reversed:
+            return (self.timesteps - time) / self.timesteps
+        return time if self.timesteps == 1 else time / self.timesteps
+
+    def halved(self, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rows of (uncond, cond) of a batch of both."""
+        one, other = both.chunk(2)
+        return (one, other) if self.first == "uncond" else (other, one)
+
+    def tensor(self, images: Any) -> torch.Tensor:
+        """Return the network's input or output as (B, C, h, w) or as it is, if it is no list of (C, 1, h, w)."""
+        found: torch.Tensor = torch.stack(images).squeeze(2) if self.listed else images
+        return found
+
+    def as_given(self, images: torch.Tensor) -> Any:
+        """Return what `tensor` made, as the network takes and returns it."""
+        return list(images.unsqueeze(2).unbind()) if self.listed else images

@@ -1,6 +1,6 @@
 """Latents of diffusers' AutoencoderKL, which most families share.
 
-x0 = (mean + std * draw - shift) * scale        shift 0 where the VAE names none
+x0 = (mean + std * draw - shift) * scale        shift 0 where the VAE names none; without std * draw where the family draws nothing
 """
 
 from __future__ import annotations
@@ -22,10 +22,15 @@ if TYPE_CHECKING:
 class KLFamily(Family):
     """Describe what families with an AutoencoderKL have in common.
 
+    Attributes:
+        vae_needs: settings of the VAE that are computed with.
+
     Example:
         >>> KLFamily().latent_shape({"block_out_channels": [128, 256, 512, 512], "latent_channels": 16}, (512, 768))
         (16, 96, 64)
     """
+
+    vae_needs: tuple[str, ...] = ("latent_channels", "block_out_channels")
 
     def check_parts(
         self, model: Model, network: Mapping[str, Any], vae: Mapping[str, Any], keys: tuple[str, ...]
@@ -36,7 +41,7 @@ class KLFamily(Family):
             UserError: a setting is missing or damaged.
         """
         for part, settings, names in (
-            (self.network, network, keys), ("vae", vae, ("latent_channels", "block_out_channels")),
+            (self.network, network, keys), ("vae", vae, self.vae_needs),
         ):  # fmt: skip
             if absent := [key for key in names if key not in settings]:
                 raise _damaged(model, part, f"no {absent[0]!r}", "the file is damaged or cut short")
@@ -55,11 +60,22 @@ class KLFamily(Family):
 
     def encode(self, vae: Any, pixels: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
         posterior = vae.encode(send(pixels.to(vae.dtype), vae.device)).latent_dist
-        z: torch.Tensor = posterior.mean.float() + posterior.std.float() * send(draw, vae.device)
+        z: torch.Tensor = posterior.mean.float()
+        if self.draws:
+            z = z + posterior.std.float() * send(draw, vae.device)
         return ((z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).cpu()
 
+    def decode(self, vae: Any, x0: torch.Tensor) -> torch.Tensor:
+        z = send(x0.to(vae.dtype), vae.device) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        pixels: torch.Tensor = vae.decode(z, return_dict=False)[0]
+        return pixels
 
-_COUNTS = ("in_channels", "latent_channels", "block_out_channels", "patch_size", "sample_size", "joint_attention_dim")
+
+_LISTS = ("block_out_channels", "encoder_block_out_channels", "all_patch_size")
+_COUNTS = (
+    *_LISTS, "in_channels", "latent_channels", "patch_size", "sample_size", "joint_attention_dim", "cap_feat_dim", "caption_channels",
+    "z_dim",
+)  # fmt: skip
 
 
 def _damaged(model: Model, part: str, what: str, rule: str) -> UserError:
@@ -67,7 +83,7 @@ def _damaged(model: Model, part: str, what: str, rule: str) -> UserError:
 
 
 def _counts(key: str, value: Any) -> bool:
-    """Tell whether `in_channels` and the like is a whole number above 0, and `block_out_channels` a list of them."""
-    if key == "block_out_channels":
+    """Tell whether `in_channels` and the like is a whole number above 0, and `block_out_channels` and the like a list of them."""
+    if key in _LISTS:
         return isinstance(value, list) and bool(value) and all(type(v) is int and v > 0 for v in value)
     return type(value) is int and value > 0

@@ -52,6 +52,7 @@ class StableDiffusion3(FlowTransformer):
     }  # fmt: skip
     optional = frozenset({"text_encoder_3", "tokenizer_3"})
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
+    reads: Mapping[str, str] = {"encoder_hidden_states": "hidden", "pooled_projections": "pooled"}
     readers = ("tokenizer_3",)
     text_length = 256
 
@@ -83,14 +84,6 @@ class StableDiffusion3(FlowTransformer):
             rows = model(send(ids, model.device))[0].float()
         hidden = torch.nn.functional.pad(hidden, (0, rows.shape[-1] - hidden.shape[-1]))
         return {"hidden": torch.cat([hidden, rows], dim=1), "pooled": torch.cat(pooled, dim=-1)}
-
-    def inputs(
-        self, embeddings: Mapping[str, torch.Tensor], sizes: torch.Tensor | None, device: torch.device | str
-    ) -> dict[str, Any]:
-        return {
-            "encoder_hidden_states": send(embeddings["hidden"], device),
-            "pooled_projections": send(embeddings["pooled"], device),
-        }
 
     def predict(
         self, network: Any, x_t: torch.Tensor, timesteps: torch.Tensor, inputs: Mapping[str, Any]

@@ -110,9 +110,7 @@ class NetworkHalves(GuidanceBranches):
             torch.set_grad_enabled(grad),
             weighed(self._network, token_weights=token_weights, key_scale=key_scale),
         ):
-            return plain_output(
-                self._network.forward(**(as_called(inputs, layout) | {"return_dict": False}))[0], layout
-            )
+            return layout.tensor(self._network.forward(**(as_called(inputs, layout) | {"return_dict": False}))[0])  # type: ignore[operator]
 
     def enable_grad(self) -> AbstractContextManager[None]:
         """Return a context under which `predict` can be differentiated with respect to its inputs."""
@@ -136,7 +134,7 @@ def plain(inputs: dict[str, Any], layout: Guidance) -> dict[str, Any]:
         return inputs
     texts = inputs[layout.embeds]
     return inputs | {
-        layout.sample: plain_output(inputs[layout.sample], layout), layout.embeds: pad_sequence(texts, batch_first=True),
+        layout.sample: layout.tensor(inputs[layout.sample]), layout.embeds: pad_sequence(texts, batch_first=True),
         _LENGTHS: pad_sequence([text.new_ones(len(text)) for text in texts], batch_first=True),
     }  # fmt: skip
 
@@ -148,17 +146,7 @@ def as_called(inputs: dict[str, Any], layout: Guidance) -> dict[str, Any]:
     lengths = inputs[_LENGTHS].sum(1).long().tolist()
     texts = [text[:n] for text, n in zip(inputs[layout.embeds], lengths, strict=True)]
     rest = {name: value for name, value in inputs.items() if name != _LENGTHS}
-    return rest | {layout.sample: called_output(inputs[layout.sample], layout), layout.embeds: texts}
-
-
-def plain_output(output: Any, layout: Guidance) -> torch.Tensor:
-    """Return what the network gives as one tensor `(B, C, H, W)`, where it is a list."""
-    return torch.stack(list(output)).squeeze(2) if layout.listed else output
-
-
-def called_output(output: torch.Tensor, layout: Guidance) -> Any:
-    """Return a tensor as the network gives it: `plain_output`, back."""
-    return list(output.unsqueeze(2).unbind()) if layout.listed else output
+    return rest | {layout.sample: layout.as_given(inputs[layout.sample]), layout.embeds: texts}
 
 
 def encoded(result: Any, layout: Guidance) -> Encoded:

@@ -37,11 +37,9 @@ from ambient_sd.guard.attention import require_cross_attention, require_weighabl
 from ambient_sd.guard.branches import (
     NetworkHalves,
     as_called,
-    called_output,
     encoded,
     get,
     plain,
-    plain_output,
     put,
     rows_of,
     with_text,
@@ -302,8 +300,9 @@ class MemorizationGuard:
         if self.score_space == "unguided" and policy is not None:
             raise UserError(f"{type(policy).__name__} with score_space unguided", rule="there is no guidance that a policy could change",
                             remedy="sample with guidance, and leave score_space out")  # fmt: skip
-        if policy is not None and policy.cross_attention:
-            require_cross_attention(getattr(pipe, self._layout.network), type(policy).__name__)
+        for part in getattr(policy, "policies", (policy,)):
+            if part is not None and part.cross_attention:
+                require_cross_attention(getattr(pipe, self._layout.network), type(part).__name__)
         scores.StepFactor(pipe.scheduler, self.score_space)
         self.pipe = pipe
         self.policy = policy
@@ -447,12 +446,15 @@ class MemorizationGuard:
         if not calls:
             self._settle()
             self._abandon()  # whatever ran before has not come to its end
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        bound.apply_defaults()
+        # Copied before the call: Z-Image's writes its chat template into the list of prompts.
+        given: dict[str, Any] = {
+            name: list(value) if isinstance(value, list) else value for name, value in bound.arguments.items()
+        }
         result = original(*args, **kwargs)
         if calls and not self._expected:
             return result
-        bound = inspect.signature(original).bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
         if self._call is not None:  # the second text of a run with two calls
             negative = given.get("prompt")
             self._call.negative_prompts = _texts(negative, self._call.images // self._call.images_per_prompt)
@@ -472,11 +474,9 @@ class MemorizationGuard:
                 remedy="compile the network first, then enable the guard",
             )
         refuse_distilled(self.pipe)
-        per_prompt = int(given.get("num_images_per_prompt") or 1)
-        images = len(result[0])
-        if self._layout.listed:  # the pipeline repeats them itself
-            per_prompt = int(self._arguments().get("num_images_per_prompt") or 1)
-            images *= per_prompt
+        repeats = "num_images_per_prompt" in given  # else the pipeline itself repeats them afterwards
+        per_prompt = int((given if repeats else self._arguments()).get("num_images_per_prompt") or 1)
+        images = len(result[0]) * (1 if repeats else per_prompt)
         prompts = _texts(given.get("prompt"), images // per_prompt)
         negative = given.get("negative_prompt")
         if given.get("negative_prompt_embeds") is not None:
@@ -581,10 +581,10 @@ class MemorizationGuard:
         call = self._call
         if call is None or call.asked is None:
             return None
-        out, half = plain_output(output[0], self._layout), call.asked
+        out, half = self._layout.tensor(output[0]), call.asked
         call.asked = None
         if half == "both":
-            cond, uncond = self._chunks(out)
+            uncond, cond = self._layout.halved(out)
         else:
             call.outputs[half] = out
             if call.empty is not None:
@@ -632,13 +632,8 @@ class MemorizationGuard:
             new, first, earlier = (new_cond, uncond, new_uncond) if half == "cond" else (new_uncond, cond, new_cond)
             new = new.clone()
             first.copy_(earlier.clone())
-        given = called_output(new, self._layout)
+        given = self._layout.as_given(new)
         return (given, *output[1:]) if isinstance(output, tuple) else type(output)(sample=given)
-
-    def _chunks(self, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the conditional and the unconditional half of a batch of both."""
-        first, second = both.chunk(2)
-        return (second, first) if self._layout.first == "uncond" else (first, second)
 
     def _beside(self, call: _Call) -> torch.Tensor:
         """Return what the network predicts of the evaluation under way for the empty prompt."""
@@ -823,10 +818,10 @@ class MemorizationGuard:
         if half != "both":  # the other half differs in its texts only
             other: Half = "uncond" if half == "cond" else "cond"
             texts, (embeds, pooled) = call.texts[other], self._layout.outputs
-            mask = self._layout.mask
-            both[other] = with_text(inputs, self._layout, None, texts[embeds], None if mask is None else texts[mask[1]])
-            if mask is not None and texts[mask[1]] is None:
-                both[other][mask[0]] = None
+            read = self._layout.mask
+            both[other] = with_text(inputs, self._layout, None, texts[embeds], None if read is None else texts[read[1]])
+            if read is not None and texts[read[1]] is None:
+                both[other][read[0]] = None
             both[other] |= {name: texts[at] for name, at in self._layout.texts.items()}
             if pooled is not None:
                 both[other] = put(both[other], self._layout.pooled, texts[pooled])
@@ -875,7 +870,7 @@ class MemorizationGuard:
         if half == "both":
             # In one batch, as the loop: another batch size may give other last bits.
             out = self._eager.forward(**(as_called(inputs, self._layout) | {"return_dict": False}))[0]
-            cond, uncond = self._chunks(plain_output(out, self._layout))
+            uncond, cond = self._layout.halved(self._layout.tensor(out))
         else:
             cond, uncond = halves.predict("cond"), halves.predict("uncond")
         return scores.guidance_norm(cond=cond, uncond=uncond).detach() * halves.noise_factor

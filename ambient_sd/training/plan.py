@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
 from ambient_sd.data.buckets import assign, read_buckets
 from ambient_sd.data.captions import compose, find_cut, in_one_line
@@ -467,7 +467,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             # Gradients lie in the buckets that processes sum, and are not copied. torch rebuilds these after the first step, and then sums each
             # weight of three and more processes in another order than after a resume; not where it searches for unused weights.
             kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=config.deterministic)
+                InitProcessGroupKwargs(timeout=processes.LIMIT),
+                DistributedDataParallelKwargs(
+                    gradient_as_bucket_view=True, find_unused_parameters=config.deterministic
+                ),
             ],
             # Where accelerate was launched with another compiler, that one is asked for.
             dynamo_backend="inductor" if config.compile and "ACCELERATE_DYNAMO_BACKEND" not in env else None,

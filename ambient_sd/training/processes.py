@@ -1,13 +1,15 @@
 """How a run ends before its time: one line for Ctrl-C, for the death of another process, and for processes that differ.
 
-Gloo and NCCL notice a closed connection and raise; the launcher ends what is left on its machine. Neither says what to do. A
-process that hangs without dying is noticed by torch's time limit only (10 minutes under NCCL, 30 under gloo): it must be
-longer than the first process needs to write a checkpoint while the others wait.
+Gloo notices a closed connection and raises. NCCL often does not, and where its time is over torch aborts the process without an
+exception; the launcher ends what is left on its machine. None of them says what to do. So processes also tell each other that they live, over the
+store through which they met, and what they are at: a thread of each ends it in one line when another is silent, has failed, or is missed for
+as long as torch's own limit allows. That limit must be longer than the first process needs to write a checkpoint while the others wait.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shlex
 import signal
@@ -15,8 +17,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 import torch
@@ -33,8 +38,11 @@ _SIGNS = (
     "ncclRemoteError",
     "ncclSystemError",
     "remote process exited",
+    "Timed out waiting",
 )
-
+LIMIT = timedelta(minutes=30)  # torch's, for one call to all processes
+_BEAT, _SILENT, _GRACE = 5.0, 60.0, 20.0  # seconds; failures speak for themselves first (`exits_on_user_error`)
+_MISSED = LIMIT.total_seconds() - 60.0
 
 SCRIPT_NAME = "train_text_to_image_ambient.py"
 _LAUNCHERS = ("accelerate", "accelerate.commands.launch", "torchrun", "torch.distributed.run")
@@ -52,26 +60,109 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def report_peer_failure() -> Iterator[None]:
-    """Turn the error that the death of another process raises here into one line that says how to resume.
+    """End with one line that says how to resume where another process of the run has ended, fallen silent or is missed.
+
+    What only a thread can see, while the main one waits in a call that nothing interrupts, ends this process with status 2. Older versions of
+    torch, whose stores cannot be cloned, are left to their own limit.
 
     Raises:
-        UserError: another process of the run has died.
+        UserError: the death of another process raised an error here.
 
     Example:
         >>> with report_peer_failure():
         ...     loss = 0.5  # a step of the run
     """
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    watch = (
+        _Watch()
+        if several and torch.distributed.get_world_size() > 1 and hasattr(torch.distributed.Store, "clone")
+        else None
+    )
+    left = "failed"
     try:
         yield
+        left = "done"
     except RuntimeError as error:
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
         if not several or not any(sign in str(error) for sign in _SIGNS):
             raise
-        raise UserError(
-            f"process {torch.distributed.get_rank()} has lost another process of this run, and ends",
-            rule=str(error)[:200],
-            remedy="the other's own message, or its machine, says why; then resume with --resume_from_checkpoint latest",
-        ) from error
+        raise _lost(str(error)[:200]) from error
+    finally:
+        if watch is not None:
+            watch.end(left)
+
+
+def _lost(rule: str) -> UserError:
+    return UserError(
+        f"process {torch.distributed.get_rank()} has lost another process of this run, and ends", rule=rule,
+        remedy="the other's own message, or its machine, says why; then resume with --resume_from_checkpoint latest",
+    )  # fmt: skip
+
+
+class _Watch:
+    """Tell the other processes of a run that this one lives and how many calls to all it has made; end it where they do not."""
+
+    def __init__(self) -> None:
+        self.rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.others = [rank for rank in range(ranks) if rank != self.rank]
+        # A connection of its own: on the process group's the main thread may wait for minutes.
+        store: Any = torch.distributed.distributed_c10d._get_default_store()
+        self.store = store.clone()
+        self.group: Any = torch.distributed.group.WORLD
+        self.ended = threading.Event()
+        self._tell("0")
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def end(self, left: str) -> None:
+        """Stop watching, and tell the others why."""
+        self.ended.set()
+        with contextlib.suppress(RuntimeError):
+            self._tell(left)
+
+    def _tell(self, text: str) -> None:
+        self.store.set(f"ambient_sd/{self.rank}", text)
+
+    def _exchange(self, beat: int) -> tuple[int, dict[int, str]]:
+        """Tell this process's calls, and return them and what the others told last; nothing while one has yet to begin."""
+        calls = self.group._get_sequence_number_for_group()
+        self._tell(f"{calls} {beat}")
+        keys = [f"ambient_sd/{rank}" for rank in self.others]
+        told = self.store.multi_get(keys) if self.store.check(keys) else []
+        return calls, {rank: text.decode() for rank, text in zip(self.others, told, strict=False)}
+
+    def _watch(self) -> None:
+        since: dict[Any, float] = {}  # what was seen: when it was seen first
+        with ThreadPoolExecutor(1) as pool:
+            for beat in itertools.count(1):
+                if self.ended.wait(_BEAT):
+                    return
+                try:
+                    calls, told = pool.submit(self._exchange, beat).result(_SILENT)
+                except (
+                    RuntimeError,
+                    TimeoutError,
+                ) as error:  # the store is a part of the first process, or of its launcher
+                    self._end(f"the first process or its machine cannot be reached: {type(error).__name__}")
+                    continue
+                now, before = time.monotonic(), since
+                since = {
+                    seen: before.get(seen, now)
+                    for rank, text in told.items()
+                    for seen in ((rank, text), (rank, text.split()[0], calls))
+                }
+                for rank, text in told.items():
+                    theirs = text.split()[0]
+                    if theirs == "failed":
+                        self._end(f"process {rank} has failed")
+                    elif theirs != "done" and now - since[rank, text] > _SILENT:
+                        self._end(f"process {rank} was last heard of {_SILENT:g} s ago")
+                    elif theirs.isdigit() and int(theirs) < calls and now - since[rank, theirs, calls] > _MISSED:
+                        self._end(f"process {rank} has been waited for for {_MISSED / 60:g} minutes")
+
+    def _end(self, rule: str) -> None:
+        """End the process, unless the main thread comes to an end by itself."""
+        if not self.ended.wait(_GRACE):
+            print(f"ambient-sd: error: {_lost(rule)}", file=sys.stderr, flush=True)
+            os._exit(2)
 
 
 def check_same_images(fingerprint: str, accelerator: Accelerator) -> None:

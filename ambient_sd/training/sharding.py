@@ -152,12 +152,13 @@ def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """
     packed = optimizer.state_dict()
     state: dict[int, dict[str, Any]] = {}
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     for i, slots in packed["state"].items():
         state[i] = {}  # not `slots`, which the optimizer still needs
         for name, value in _flat(slots).items():
-            # Every process takes part, one tensor at a time; all but the first drop what they got.
+            # Every process takes part, one tensor at a time; the others drop what they got, or need not copy what they hold.
             whole = value.full_tensor() if isinstance(value, DTensor) else value
-            if not isinstance(value, DTensor) or torch.distributed.get_rank() == 0:
+            if first:
                 state[i][name] = whole.cpu()
     return {**packed, "state": state}
 

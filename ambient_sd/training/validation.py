@@ -70,11 +70,25 @@ def _ready_to_sample(pipe: Any, device: torch.device) -> Iterator[None]:
     for part in parts:
         part.eval()
     try:
-        with lent([part for part in parts if part is not network], device):
+        with lent([part for part in parts if part is not network], device), _decoding_in_half(pipe.vae, device):
             yield
     finally:
         for part, mode in training:
             part.train(mode)
+
+
+@contextlib.contextmanager
+def _decoding_in_half(vae: Any, device: torch.device) -> Iterator[None]:
+    """Let a GPU that has bfloat16 decode in it. What a VAE asks for with `force_upcast` is no float16, whose range is too small for it."""
+    if device.type != "cuda" or not torch.cuda.is_bf16_supported(including_emulation=False):
+        yield
+        return
+    decode = vae.decode
+    vae.decode = torch.autocast("cuda", torch.bfloat16)(decode)
+    try:
+        yield
+    finally:
+        del vae.decode
 
 
 @contextlib.contextmanager

@@ -127,6 +127,18 @@ def _vae(**options: Any) -> AutoencoderKL:
     )  # fmt: skip
 
 
+def woken(make: Any) -> Any:
+    """Return a maker of the same pipeline, quiet, whose text has an effect that can be seen."""
+
+    def made() -> Any:
+        pipe = make()
+        pipe.set_progress_bar_config(disable=True)
+        _wake(pipe.transformer)
+        return pipe
+
+    return made
+
+
 def _wake(transformer: torch.nn.Module) -> None:
     """Give a fresh transformer an effect of the text that can be seen: its first weights are tiny."""
     g = torch.Generator().manual_seed(1)
@@ -164,14 +176,14 @@ def state(pipe: Any) -> dict[str, Any]:
     kept = ("gradient_checkpointing", "_gradient_checkpointing_func", "_compiled_call_impl", "forward")
     return {
         "attributes": set(vars(pipe)),
-        "interrupt": pipe.interrupt,
-        "methods": [getattr(pipe, name).__func__ for name in METHODS],
+        "interrupt": getattr(pipe, "interrupt", None),
+        "methods": [getattr(pipe, name).__func__ for name in METHODS if hasattr(pipe, name)],
         "network attributes": set(vars(outer)),
         "network forward": vars(outer).get("forward", outer.forward.__func__ if outer is eager else None),
         "hooks": {name: list(getattr(outer, name).items()) for name in HOOKS},
         "inner hooks": {n: {h: list(getattr(m, h).items()) for h in HOOKS} for n, m in modules.items() if n},
         "inner attributes": {n: own(kept, m) for n, m in modules.items()},
-        "processors": {name: id(value) for name, value in eager.attn_processors.items()},
+        "processors": {name: id(value) for name, value in getattr(eager, "attn_processors", {}).items()},
         "scheduler": (id(pipe.scheduler), type(pipe.scheduler), dict(pipe.scheduler.config)),
         "requires_grad": [p.requires_grad for p in eager.parameters()],
         "grad": [p.grad for p in eager.parameters()],

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from ambient_sd.data import latents
 from ambient_sd.data.views import ViewRule
 from ambient_sd.families.sd import StableDiffusion
-from ambient_sd.training import adapters, averaging, checkpoints, quantized, sharding
+from ambient_sd.training import adapters, averaging, checkpoints, quantized, sharding, validation
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import _Trainer, run
 from ambient_sd.training.plan import plan_run
@@ -306,3 +307,24 @@ def test_an_operation_without_deterministic_kernel_is_named() -> None:
 def test_kernels_that_differ_are_refused_together(make: Settings, other: str) -> None:
     with pytest.raises(UserError, match=f"deterministic is given with {other}"):
         make("rivals", deterministic=True, **{other: True})
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_images_on_the_way_are_decoded_in_bfloat16(monkeypatch: pytest.MonkeyPatch, half: bool) -> None:
+    def sampled(device: str) -> Any:
+        pipe = tiny.tiny_pipeline()
+        pipe.unet.to(device)
+        pipe.vae.post_quant_conv.register_forward_hook(lambda _, __, found: seen.append(found.dtype))
+        accelerator = PartialState()
+        assert accelerator.device.type == device
+        found = validation.sample(pipe, ["a dot"], 2, resolution=32, seed=0, accelerator=accelerator, steps=2).rows[0]
+        assert "decode" not in vars(pipe.vae), "left as it was"
+        return np.stack(found).astype(int)
+
+    seen: list[torch.dtype] = []
+    with pretend_gpu(), monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda **_: half)
+        there = sampled("cuda")
+    off = abs(there - sampled("cpu")).max()
+    assert seen == [torch.bfloat16 if half else torch.float32, torch.float32]
+    assert (0 < off <= 4) if half else off == 0

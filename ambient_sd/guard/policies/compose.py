@@ -76,7 +76,6 @@ class Compose(Policy):
         self.begins_at_signal = any(policy.begins_at_signal for policy in self._beginners)
         self.moves_latent = any(policy.moves_latent for policy in self._beginners)
         self.mitigates = any(policy.mitigates for policy in parts)
-        self.cross_attention = any(policy.cross_attention for policy in parts)
         for place, policy in enumerate(self._beginners):
             name = type(policy).__name__
             if policy.exclusive and len(self._beginners) > 1:

@@ -1,0 +1,66 @@
+"""AuraFlow: a transformer of double and single streams on SDXL's latents, UMT5 as text encoder, trained by flow matching.
+
+conditioning   UMT5's last hidden state, 256 rows, those behind the caption zeros
+x0             (mean + std * draw) * scale
+timestep       t / 1000
+output         the flow eps - x0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ambient_sd.families.flow import FlowTransformer, tokens
+from ambient_sd.families.guidance import Guidance
+from ambient_sd.utils.devices import send
+
+if TYPE_CHECKING:
+    from ambient_sd.families.base import Model
+
+
+class AuraFlowFamily(FlowTransformer):
+    """Describe AuraFlow.
+
+    Example:
+        >>> AURAFLOW.native_side({}, {"block_out_channels": [128, 256, 512, 512]})
+        1024
+    """
+
+    name = "AuraFlow"
+    pipeline = "AuraFlowPipeline"
+    guidance: Mapping[str, Guidance] = {
+        "AuraFlowPipeline": Guidance(
+            network="transformer", sample="hidden_states", embeds="encoder_hidden_states", timesteps=1000.0, tokens=False,
+        ),
+    }  # fmt: skip
+    parts: Mapping[str, tuple[str, str]] = {
+        "transformer": ("diffusers", "AuraFlowTransformer2DModel"), "vae": ("diffusers", "AutoencoderKL"),
+        "text_encoder": ("transformers", "UMT5EncoderModel"), "tokenizer": ("transformers", "AutoTokenizer"),
+    }  # fmt: skip
+    needs = ("in_channels", "patch_size", "joint_attention_dim")
+    text_length = 256
+
+    def check_conditioning(self, model: Model, network: Mapping[str, Any]) -> None:
+        self.check_width(model, network, "joint_attention_dim", model.text_config("text_encoder").d_model)
+
+    def native_side(self, network: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
+        return 128 * self.vae_factor(vae)
+
+    def embed(self, parts: Mapping[str, Any], captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        model = parts["text_encoder"]
+        given = tokens(parts["tokenizer"], captions, self.text_length or 0)
+        mask = send(given.attention_mask, model.device)
+        hidden = model(input_ids=send(given.input_ids, model.device), attention_mask=mask)[0]
+        return {"hidden": (hidden * mask.unsqueeze(-1)).float()}
+
+    def predict(
+        self, network: Any, x_t: torch.Tensor, timesteps: torch.Tensor, inputs: Mapping[str, Any]
+    ) -> torch.Tensor:
+        output: torch.Tensor = network(x_t, timestep=timesteps / 1000, return_dict=False, **inputs)[0]
+        return output
+
+
+AURAFLOW = AuraFlowFamily()
