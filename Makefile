@@ -50,11 +50,11 @@ base: .venv/ready
 	$(BIN)/python -m experiments.build_images --packages build/packages
 	$(BIN)/python -m experiments.build_base --work build/base
 
-# Twice the threads would gain nothing; another number of them would round otherwise than the run it resumes.
+# Another number of threads or processes would round otherwise than the run that it resumes.
 base2: .venv/ready
 	test -f build/base2/images.parquet || { $(BIN)/python -m pip install --quiet resvg-py==0.5.0 && \
 	  $(BIN)/python -m experiments.build_images --packages build/packages --set base2 --out build/base2/images.parquet; }
-	OMP_NUM_THREADS=2 nice -n 19 $(BIN)/python -m experiments.build_base --version 2 --work build/base2 --out build/base2/base
+	OMP_NUM_THREADS=2 nice -n 19 $(BIN)/python -m experiments.build_base --version 2 --processes 2 --work build/base2 --out build/base2/base
 
 clean:
 	rm -rf .venv demo-out build

@@ -485,7 +485,7 @@ def generate(
         if guard is not None:
             guard.image_indices = [r.image_index for r in batch]
         with contextlib.nullcontext() if guard is None or active_guard(pipe) is guard else guard:
-            out = pipe([r.prompt for r in batch], output_type="pil" if decode else "latent", **options)
+            out = pipe(prompt=[r.prompt for r in batch], output_type="pil" if decode else "latent", **options)
         images = out.images if decode else [None] * len(batch)
         blanked = (getattr(out, "nsfw_content_detected", None) if decode else None) or [None] * len(batch)
         reports = [None] * len(batch) if guard is None else guard.report
@@ -537,14 +537,15 @@ def in_batches(
 def _options(pipe: Any, config: SamplingConfig, batch: Sequence[Request]) -> dict[str, Any]:
     """Return the options of a pipeline's call for a batch: steps, scale, size, the generators and what they give first."""
     how = config.describe(pipe)
-    shape = (1, *of_pipeline(pipe).start_shape(pipe, (how.width, how.height)))
+    family = of_pipeline(pipe)
+    shape = (1, *family.start_shape(pipe, (how.width, how.height)))
     generators = [torch.Generator().manual_seed(image_seed(config.seed, *request.place)) for request in batch]
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
     # In the precision in which the pipeline would draw it, which in training need not be the network's.
     encoder = getattr(pipe, "text_encoder", None) or network_of(pipe)
     return {
-        "latents": noise.to(pipe.device, encoder.dtype), "generator": generators, "num_inference_steps": config.num_inference_steps,
-        "guidance_scale": config.guidance_scale, "height": how.height, "width": how.width,
+        "latents": family.start(noise).to(pipe.device, encoder.dtype), "generator": generators, "num_inference_steps": config.num_inference_steps,
+        **family.guided(pipe, config.guidance_scale, len(batch)), "height": how.height, "width": how.width,
     }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
     python -m experiments.build_base --work DIR [--stage vae|unet|export|all]
     python -m experiments.build_base --version 2 --work build/base2 --out build/base2/base [--device cuda]
-    torchrun --nproc_per_node 2 -m experiments.build_base --work DIR --stage unet    # the same batches, shared out
+    torchrun --nproc_per_node 2 -m experiments.build_base --work DIR --stage unet    # the same batches, shared out; so does --processes 2
 
 Everything is SD2's own classes at small size: CLIPTextModel on a byte-pair vocabulary made from the captions of the `base`
 split, AutoencoderKL with 4 latent channels (f = 4: 64 x 64 images, 16 x 16 latents), UNet2DConditionModel with
@@ -28,6 +28,8 @@ import io
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -477,7 +479,11 @@ def train_unet(
     """
     steps = recipe.unet_steps
     tokenizer = new_tokenizer(rows, recipe.merges)
-    tokenizer.save_pretrained(work / "tokenizer")
+    rank, processes = 0, 1
+    if torch.distributed.is_initialized():
+        rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if rank == 0:
+        tokenizer.save_pretrained(work / "tokenizer")
     latents = [augmented_latents(work, n, p, rows, seed=seed, device=device) for n, p in enumerate(recipe.phases)]
     ids = [tokenize(tokenizer, captions_of(r)) for r in rows]
     empty = tokenize(tokenizer, [""])[0]
@@ -501,9 +507,6 @@ def train_unet(
         optimizer.load_state_dict(state["optimizer"])
         ema, start, bands = state["ema"], state["step"], state["bands"]
     columns = ["step", "loss", "loss_t0_250", "loss_t250_500", "loss_t500_750", "loss_t750_1000", "seconds"]
-    rank, processes = 0, 1
-    if torch.distributed.is_initialized():
-        rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
     log = Log(work / "unet.csv", columns, start) if rank == 0 else None
     mine = slice(rank, None, processes)
     shares = [torch.tensor([p.everyday if is_everyday(r) else 1.0 for r in rows]) for p in recipe.phases]
@@ -625,6 +628,9 @@ def main() -> None:
     parser.add_argument("--until", type=int, help="pause the stage's training after this many steps")
     parser.add_argument("--checkpoint", type=Path, help="export these weights instead of the newest")
     parser.add_argument(
+        "--processes", type=int, default=1, help="share out every batch of the U-Net's training over so many"
+    )
+    parser.add_argument(
         "--device", default="cpu", help="cuda draws the same batches; its sums round otherwise than a CPU's"
     )
     args = parser.parse_args()
@@ -637,7 +643,18 @@ def main() -> None:
         rows = base_rows(recipe, args.images or (args.work / recipe.images if args.version > 1 else None))
     if args.stage in {"vae", "all"}:
         train_vae(args.work, recipe, rows, **common)
-    if args.stage in {"unet", "all"}:
+    if args.stage in {"unet", "all"} and args.processes > 1:
+        for number, phase in enumerate(
+            recipe.phases
+        ):  # here, once: the processes then find the views and never wait for each other
+            augmented_latents(args.work, number, phase, rows, seed=0, device=args.device)
+        same = ["--work", args.work, "--version", args.version, *(["--until", args.until] if args.until else [])]
+        same += ["--images", args.images] if args.images else []
+        # One thread each: networks this small lose more to waiting for each other at every operation than once a step.
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", args.processes]
+        command = [*torchrun, "-m", "experiments.build_base", "--stage", "unet", *same]
+        subprocess.run([str(c) for c in command], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    elif args.stage in {"unet", "all"}:
         train_unet(args.work, recipe, rows, **common)
     if args.stage in {"export", "all"}:
         export(args.work, args.out, args.checkpoint)

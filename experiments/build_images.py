@@ -288,7 +288,7 @@ def mark_novel(items: list[dict[str, Any]], count: int = NOVEL) -> None:
         if all(c["category"] in NAMEABLE and c["name"] not in COMMON and c["group"] not in crowded for c in members)
         and all(users[w] == {number} for c in members for n in c["names"] for w in words(n))
     ]
-    chosen = sorted(free, key=lambda members: order("novel", members[0]["code"]))
+    chosen = sorted(free, key=lambda members: order("novel", min(c["code"] for c in members)))
     for members in chosen:
         if count >= len(members):
             count -= len(members)

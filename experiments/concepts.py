@@ -21,61 +21,56 @@ tiny heavy light dark bold simple new old generic basic stylized cartoon symbol 
 man woman men women person people boy girl male female adult older child skin tone red orange yellow green blue purple pink brown
 black white grey gray colour color silver gold golden
 """
-# Two ways to write one word, and words for one thing; the first of each line stands for all.
-_ONE_WORD = {
-    other: line.split()[0]
-    for line in """
-    car automobile auto racecar
-    doughnut donut
-    television tv
-    airplane aeroplane plane aircraft
-    bicycle bike cyclist bicyclist biking cycling
-    donkey burro ass mule
-    rabbit bunny hare
-    lady-beetle ladybug ladybird
-    honeybee bee bumblebee
-    dolphin flipper
-    pig piglet boar hog
-    chicken rooster hen chick
-    sheep ewe ram lamb
-    goat billy
-    french-fries fries
-    present gift
-    police cop policeman policewoman officer
-    telephone phone
-    pumpkin jack-o-lantern
-    crying cry sob
-    joy laughing
-    laptop notebook
-    ship boat
-    racket racquet
-    spectacles eyeglasses glasses
-    magnifier magnifying loupe
-    flashlight torch
-    watch wristwatch
-    backpack rucksack satchel knapsack
-    pot saucepan
-    pan skillet
-    """.strip().split("\n")
-    for other in line.split()[1:]
-}
-
-_SAME_WORDS = frozenset(_SAME.split())
+# Words for one thing; the first of each line stands for all.
+_ONE_WORD = """
+car automobile auto racecar
+doughnut donut
+television tv
+airplane aeroplane plane aircraft
+bicycle bike cyclist bicyclist biking cycling
+donkey burro mule
+rabbit bunny hare
+ladybug ladybird
+honeybee bee bumblebee
+pig piglet boar hog
+chicken rooster hen chick
+sheep ewe lamb
+present gift
+police cop policeman policewoman
+telephone phone
+cry crying sob
+laptop notebook
+ship boat
+racket racquet
+glass eyeglasses spectacles
+magnifier magnifying loupe
+flashlight torch
+watch wristwatch
+backpack rucksack satchel knapsack
+pot saucepan
+pan skillet
+mouse mice
+"""
 
 
 def _stem(word: str) -> str:
     """Cut a plural's ending, so that "cherries" and "cherry" are one word."""
     if len(word) > 4 and word.endswith("ies"):
         return word[:-3] + "y"
-    if len(word) > 4 and re.search(r"(ch|sh|x|ss|o)es$", word):
+    if len(word) > 4 and re.search(r"(ch|sh|x|ss|[tg]o)es$", word):
         return word[:-2]
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
 
 
+_SAME_WORDS = frozenset(_SAME.split())
+_FIRST_WORD = {_stem(w): _stem(line.split()[0]) for line in _ONE_WORD.strip().split("\n") for w in line.split()}
+
+
 def words(name: str) -> frozenset[str]:
     """Return the words of `name` that tell things apart; all of its words where none does."""
-    plain = [_stem(w) for w in re.findall(r"[a-z]+", name.lower().replace("'s", "").replace("lady beetle", "ladybug"))]
-    plain = [_ONE_WORD.get(w, w) for w in plain]
+    text = name.lower().replace("'s", "").replace("lady beetle", "ladybug").replace("jack-o-lantern", "pumpkin")
+    plain = [_stem(w) for w in re.findall(r"[a-z]+", text)]
+    plain = [_FIRST_WORD.get(w, w) for w in plain]
     return frozenset(w for w in plain if w not in _SAME_WORDS and len(w) > 1) or frozenset(plain)
 
 

@@ -25,10 +25,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 GPU = torch.device("cuda:0")
-_CPUGenerator, _checkpoint, _grouped = (
+_CPUGenerator, _checkpoint, _grouped, _hooked = (
     torch.Generator,
     torch.utils.checkpoint.checkpoint,
     torch._C._group_tensors_by_device_and_dtype,
+    Tensor.register_post_accumulate_grad_hook,
 )
 # What autocast computes in half and what in single precision on CUDA (docs: amp); those that diffusers and peft call.
 _HALF = {
@@ -352,12 +353,20 @@ def pretend_gpu() -> Iterator[PretendGPU]:
     gpu = PretendGPU()
     mode = _Function(gpu)
 
-    def checkpoint(function: Any, *args: Any, **options: Any) -> Any:
-        def again(*given: Any, **named: Any) -> Any:  # what is computed again on the way back must see the mode too
+    def seeing(function: Any) -> Any:
+        """What is called on the way back must see the mode too."""
+
+        def again(*given: Any, **named: Any) -> Any:
             with contextlib.nullcontext() if torch.overrides._get_current_function_mode_stack() else mode:
                 return function(*given, **named)
 
-        return _checkpoint(again, *args, **options)
+        return again
+
+    def checkpoint(function: Any, *args: Any, **options: Any) -> Any:
+        return _checkpoint(seeing(function), *args, **options)
+
+    def hooked(tensor: Tensor, hook: Any) -> Any:
+        return _hooked(tensor, seeing(hook))
 
     def grouped(lists: Any, indices: bool = False) -> Any:
         found = _grouped(lists, indices)
@@ -383,6 +392,7 @@ def pretend_gpu() -> Iterator[PretendGPU]:
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         stack.enter_context(mock.patch.object(torch.utils.checkpoint, "checkpoint", checkpoint))
+        stack.enter_context(mock.patch.object(Tensor, "register_post_accumulate_grad_hook", hooked))
         stack.enter_context(mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", grouped))
         stack.enter_context(mode)
         stack.enter_context(_Dispatch(gpu))

@@ -22,7 +22,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tiny_flow import tiny_t5_tokenizer, tiny_vae
+from tiny_flow import tiny_t5_tokenizer, tiny_vae, woken
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     Gemma2Config,
@@ -169,11 +169,3 @@ def tiny_auraflow_pipeline(seed: int = 0) -> AuraFlowPipeline:
         transformer=woken(transformer), scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73), text_encoder=encoder,
         vae=tiny_vae(4, shift_factor=None, scaling_factor=0.13025), tokenizer=tiny_t5_tokenizer(),
     )  # fmt: skip
-
-
-def woken(network: torch.nn.Module) -> Any:
-    """A fresh transformer with an effect of text and time that can be seen: its first weights are tiny, its gates shut."""
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.1)
-    return network.eval()

@@ -1,7 +1,6 @@
 """The families of models, one file each, and how a pipeline finds its own.
 
-    Stable Diffusion 1.x, 2.x, SDXL, 3    everything
-    FLUX.1                                the guard's layout; training is not there yet
+    Stable Diffusion 1.x, 2.x, SDXL, 3; FLUX.1, FLUX.2 klein, Chroma; Z-Image, Qwen-Image, Lumina-Image 2.0, Sana, AuraFlow
 
 To add one: a file with a `Family`, and its name in `FAMILIES`.
 """
@@ -11,8 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from ambient_sd.families.auraflow import AURAFLOW
+from ambient_sd.families.chroma import CHROMA
 from ambient_sd.families.family import Family
 from ambient_sd.families.flux import FLUX
+from ambient_sd.families.flux2 import KLEIN
 from ambient_sd.families.guidance import Guidance
 from ambient_sd.families.lumina2 import LUMINA2
 from ambient_sd.families.qwen_image import QWEN_IMAGE
@@ -23,7 +24,7 @@ from ambient_sd.families.sdxl import SDXL
 from ambient_sd.families.z_image import Z_IMAGE
 from ambient_sd.utils.errors import UserError
 
-FAMILIES: tuple[Family, ...] = (SD, SDXL, SD3, FLUX, Z_IMAGE, QWEN_IMAGE, LUMINA2, SANA, AURAFLOW)
+FAMILIES: tuple[Family, ...] = (SD, SDXL, SD3, FLUX, KLEIN, CHROMA, Z_IMAGE, QWEN_IMAGE, LUMINA2, SANA, AURAFLOW)
 # What a guard can watch.
 SUPPORTED = (*(kind for family in FAMILIES for kind in family.guidance), *(f.guarded for f in FAMILIES if f.guarded))
 

@@ -39,7 +39,7 @@ class Family:
         takes_sizes: whether the network is told the sizes of the original, the crop and the target.
         flow: whether its networks know flow matching alone.
         draws: whether latents are drawn from the VAE's posterior; else they are its mode, and `encode` ignores the draw.
-        lora_targets: layers of the network that a LoRA changes where nothing else is asked for.
+        lora_targets: names or endings of layers of the network that a LoRA usually changes; see `usual_targets`.
         readers: tokenizers whose end of a long caption nothing else reads; empty: every one.
         text_length: tokens that the pipeline gives to the readers by default; None: as many as they take.
         single_file_texts: by text encoder, how the names of its tensors may begin in a file that holds a whole model.
@@ -140,6 +140,15 @@ class Family:
         """Return the tokens that the network makes of a latent of shape (C, h, w): schedulers shift levels by their number."""
         raise NotImplementedError(self.unready)
 
+    def shift(self, scheduler: Mapping[str, Any], tokens: int) -> float:
+        """Return mu, by which the pipeline shifts the levels of an image of so many tokens, from the scheduler's settings.
+
+        That of most: a straight line through two points.
+        """
+        few, many = scheduler.get("base_image_seq_len") or 256, scheduler.get("max_image_seq_len") or 4096
+        low, high = scheduler.get("base_shift") or 0.5, scheduler.get("max_shift") or 1.15
+        return float(low + (high - low) / (many - few) * (tokens - few))
+
     def encode(self, vae: Any, pixels: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
         """Return the clean latents x0 of pixels, with a given draw from the VAE's posterior.
 
@@ -158,8 +167,18 @@ class Family:
         raise NotImplementedError(self.unready)
 
     def start_shape(self, pipe: Any, size: tuple[int, int]) -> tuple[int, ...]:
-        """Return the shape of one image's start noise as the pipeline takes it, for (width, height) pixels."""
+        """Return the shape in which the pipeline draws one image's start noise, for (width, height) pixels."""
         raise NotImplementedError(self.unready)
+
+    def start(self, noise: torch.Tensor) -> torch.Tensor:
+        """Return start noise (B, ...) of that shape as the pipeline's `latents` takes it."""
+        return noise
+
+    def guided(self, pipe: Any, scale: float, count: int) -> dict[str, Any]:
+        """Return the options with which the pipeline samples `count` prompts under classifier-free guidance against the empty one."""
+        name = self.guidance[self.pipeline].scale
+        # Where it is not the pipeline's first way of guidance it needs the empty prompt spelt out.
+        return {name: scale} if name == "guidance_scale" else {name: scale, "negative_prompt": [""] * count}
 
     def native_size(self, pipe: Any) -> tuple[int, int]:
         """Return the (width, height) in pixels that a live pipeline samples at by default."""
@@ -201,6 +220,10 @@ class Family:
         raise NotImplementedError(self.unready)
 
     # --- adapters ---
+
+    def usual_targets(self, network: Any) -> list[str]:
+        """Return the names or endings of the layers that a LoRA changes where nothing else is asked for."""
+        return list(self.lora_targets)
 
     def original_names(self, network: Any) -> dict[str, str]:
         """Return what the authors' own code calls the network's layers, by diffusers' name, where it differs."""

@@ -62,7 +62,9 @@ class Lumina2(FlowTransformer):
         texts = [f"{_system_prompt()} <Prompt Start> {caption}" if caption else "" for caption in captions]
         found = tokens(tokenizer, texts, self.text_length or 0)
         mask = send(found.attention_mask, model.device)
-        states = model(send(found.input_ids, model.device), attention_mask=mask, output_hidden_states=True)
+        states = model(
+            send(found.input_ids, model.device), attention_mask=mask, output_hidden_states=True, use_cache=False
+        )
         return {"hidden": states.hidden_states[-2].float(), "mask": mask}
 
     def predict(

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ambient_sd.families.flow import FlowTransformer, read_rows
+from ambient_sd.families.flow import read_rows
+from ambient_sd.families.flux import Packed, pack, unpack
 from ambient_sd.families.guidance import Guidance
 from ambient_sd.utils.devices import send
 from ambient_sd.utils.errors import UserError
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _OTHERS = {"guidance_embeds": False, "zero_cond_t": False, "use_additional_t_cond": False, "use_layer3d_rope": False}
 
 
-class QwenImage(FlowTransformer):
+class QwenImage(Packed):
     """Describe Qwen-Image.
 
     Example:
@@ -49,8 +50,6 @@ class QwenImage(FlowTransformer):
         "text_encoder": ("transformers", "Qwen2_5_VLForConditionalGeneration"), "tokenizer": ("transformers", "AutoTokenizer"),
     }  # fmt: skip
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
-    folded = 4
-    needs = ("in_channels", "joint_attention_dim")
     vae_needs = ("z_dim", "temperal_downsample", "latents_mean", "latents_std")
     text_length = 512
 
@@ -68,15 +67,6 @@ class QwenImage(FlowTransformer):
             if not good or (key == "latents_std" and min(vae[key]) <= 0):
                 raise UserError(f"the VAE of {model.name} has {key} = {vae[key]!r}"[:200], rule=f"it holds a number for each of {vae['z_dim']} channels",
                                 remedy="fetch the base anew")  # fmt: skip
-
-    def patch(self, network: Mapping[str, Any]) -> int:
-        return 2
-
-    def native_side(self, network: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
-        return 128 * self.vae_factor(vae)
-
-    def start(self, noise: torch.Tensor) -> torch.Tensor:
-        return pack(noise)
 
     def vae_factor(self, vae: Mapping[str, Any]) -> int:
         return int(2 ** len(vae["temperal_downsample"]))
@@ -103,7 +93,9 @@ class QwenImage(FlowTransformer):
         found = tokenizer(texts, max_length=stock.tokenizer_max_length + skip, padding=True, truncation=True)
         ids, mask = (send(torch.tensor(found[name]), model.device) for name in ("input_ids", "attention_mask"))
         # Of the words that might follow none is asked for.
-        states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, logits_to_keep=1).hidden_states
+        states = model(
+            input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False, logits_to_keep=1
+        ).hidden_states
         rows = read_rows(states[-1].float(), found["attention_mask"], skip)
         return {name: value[:, : self.text_length] for name, value in rows.items()}
 
@@ -126,27 +118,6 @@ class QwenImage(FlowTransformer):
             hidden_states=pack(x_t), timestep=timesteps / 1000, img_shapes=[[(1, high, wide)]] * len(x_t), return_dict=False, **inputs
         )[0]  # fmt: skip
         return unpack(output, high)
-
-
-def pack(latents: torch.Tensor) -> torch.Tensor:
-    """Return patches of 2 x 2 latents, (B, C, h, w), as rows, (B, h w / 4, 4 C).
-
-    Example:
-        >>> pack(torch.arange(8.0).view(1, 1, 2, 4)).tolist()
-        [[[0.0, 1.0, 4.0, 5.0], [2.0, 3.0, 6.0, 7.0]]]
-    """
-    return torch.nn.functional.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
-
-
-def unpack(rows: torch.Tensor, high: int) -> torch.Tensor:
-    """Return the latents that `pack` made rows of, `high` patches one below the other.
-
-    Example:
-        >>> x = torch.randn(2, 3, 4, 6)
-        >>> torch.equal(unpack(pack(x), high=2), x)
-        True
-    """
-    return torch.nn.functional.pixel_shuffle(rows.transpose(1, 2).unflatten(2, (high, -1)), 2)
 
 
 @functools.cache

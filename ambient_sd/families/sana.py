@@ -94,7 +94,7 @@ class SanaFamily(FlowTransformer):
             length += len(tokenizer.encode(_instruction())) - 2
         given = tokens(tokenizer, [text], length)
         mask = send(given.attention_mask, model.device)
-        hidden = model(send(given.input_ids, model.device), attention_mask=mask)[0].float()
+        hidden = model(send(given.input_ids, model.device), attention_mask=mask, use_cache=False)[0].float()
         rows = [0, *range(1 - (self.text_length or 0), 0)]
         return {"hidden": hidden[:, rows], "mask": mask[:, rows]}
 

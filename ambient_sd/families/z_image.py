@@ -73,7 +73,9 @@ class ZImage(FlowTransformer):
         texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True, enable_thinking=True)
         found = tokenizer(texts, padding="max_length", max_length=self.text_length, truncation=True)
         ids, mask = (send(torch.tensor(found[name]), model.device) for name in ("input_ids", "attention_mask"))
-        states = model(input_ids=ids, attention_mask=mask.bool(), output_hidden_states=True).hidden_states
+        states = model(
+            input_ids=ids, attention_mask=mask.bool(), output_hidden_states=True, use_cache=False
+        ).hidden_states
         return read_rows(states[-2].float(), found["attention_mask"])
 
     def inputs(

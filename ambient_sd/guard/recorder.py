@@ -449,9 +449,7 @@ class MemorizationGuard:
         bound = inspect.signature(original).bind(*args, **kwargs)
         bound.apply_defaults()
         # Copied before the call: Z-Image's writes its chat template into the list of prompts.
-        given: dict[str, Any] = {
-            name: list(value) if isinstance(value, list) else value for name, value in bound.arguments.items()
-        }
+        given: dict[str, Any] = {n: list(v) if isinstance(v, list) else v for n, v in bound.arguments.items()}
         result = original(*args, **kwargs)
         if calls and not self._expected:
             return result

@@ -81,6 +81,8 @@ class Average:
         self.device = next(unet.parameters()).device
         whole: Any = {"model_cls": type(unet), "model_config": unet.config} if self.whole else {}
         self.model: Any = EMAModel(self.named.values(), foreach=foreach, **whole)
+        # Of bfloat16 weights too: there the average would lose what it takes in.
+        self.model.shadow_params = [p.float() for p in self.model.shadow_params]
         self._coming = False
         if checkpoint is not None:
             self.resume(checkpoint, step)

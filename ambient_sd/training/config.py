@@ -49,7 +49,7 @@ QUANTIZED = ("int8", "fp8", "nf4")
 CONFIG_NAME = "train_config.yaml"
 AUTO = "auto"
 PRESETS = Path(__file__).parents[1] / "presets"
-CONFIG_HELP = "settings from a file with these same names, or a preset by name (sd2-lora, sd2-full, sd15-lora, sdxl-lora); the command line wins"
+CONFIG_HELP = "settings from a file with these same names, or a preset by name (sd2-lora, sdxl-lora, sd35-lora, flux-lora, z-image-lora, ...: see configs/); the command line wins"
 MAX_SEED = 2**64 - 1  # what torch's generators take
 _NOT_AMBIENT = ("objective=plain,gap,weighted", "ambient_level=0")
 
@@ -132,6 +132,7 @@ class TrainConfig:
     num_train_epochs: int = option(100, "passes over the images; max_train_steps overrides it", group="optimisation", low=1)
     max_train_steps: int | None = option(None, "optimizer steps in total", group="optimisation", low=1, rival="num_train_epochs")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, about a quarter slower", group="optimisation")
+    gradient_checkpointing_fraction: float | None = option(None, "share of the network's blocks that gradient_checkpointing recomputes, spread evenly (default: all)", group="optimisation", above=0.0, high=1.0, needs="gradient_checkpointing")
     learning_rate: float = option(1e-4, "peak learning rate", group="optimisation", above=0.0)
     scale_lr: bool = option(False, "multiply the learning rate by the global batch size", group="optimisation")
     lr_scheduler: str = option("constant", "learning-rate schedule, counted in optimizer steps", group="optimisation", choices=LR_SCHEDULERS)
@@ -140,11 +141,14 @@ class TrainConfig:
     adam_beta2: float = option(0.999, "decay of the second moment", group="optimisation", low=0.0, below=1.0)
     adam_weight_decay: float = option(1e-2, "decoupled weight decay", group="optimisation", low=0.0)
     adam_epsilon: float = option(1e-8, "added to the root of the second moment", group="optimisation", above=0.0)
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm over all trained weights", group="optimisation", above=0.0)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm over all trained weights; 0: they are not", group="optimisation", low=0.0)
     mixed_precision: str | None = option(None, "arithmetic of forward and backward passes; trained weights stay float32. Default: as `accelerate launch` says, else no", group="optimisation", choices=("no", "fp16", "bf16"))
     allow_tf32: bool = option(False, "let Ampere and later GPUs compute float32 matrix products and convolutions in TF32; otherwise neither is", group="optimisation")
     deterministic: bool = option(False, "use deterministic kernels only, so that a run that resumes on a GPU has the bits of one that was not stopped, with any number of processes; slower. An operation that has none ends the run", group="optimisation")
     use_8bit_adam: bool = option(False, "AdamW with moments in 8 bits (needs bitsandbytes)", group="optimisation")
+    offload_optimizer: bool = option(False, "keep AdamW's moments in CPU memory between steps", group="optimisation", needs="not lora", because="the moments of an adapter are small")
+    fused_backward_pass: bool = option(False, "make each weight's step within the backward pass and free its gradient: the same bits in less memory. Needs --max_grad_norm 0 and no accumulation", group="optimisation", needs="not lora", because="the gradients of an adapter are small")
+    full_bf16: bool = option(False, "hold weights and gradients in bfloat16, rounded up or down by chance so that small steps are not lost. Needs --mixed_precision bf16", group="optimisation", needs="not lora", because="an adapter is trained in float32, and its base held in the precision that is computed in")
     compile: bool = option(False, "compile the network with torch.compile: minutes at the start and after each new image size, then less overhead on a GPU; with the bits of the compiled kernels", group="optimisation", rival="enable_xformers_memory_efficient_attention")
     enable_xformers_memory_efficient_attention: bool = option(False, "attention of xformers in place of torch's own (needs xformers)", group="optimisation")
     use_ema: bool = option(False, "average the weights over the steps; images are sampled from the average, and it is what is saved", group="optimisation")
@@ -276,8 +280,15 @@ class TrainConfig:
         ):
             if self.deterministic and getattr(self, name):
                 raise UserError(f"deterministic is given with {name}", rule=rule, remedy="leave one of them out")
-        if self.compile and self.quantize_base:
-            raise UserError("compile is given with quantize_base", rule="it was never tested with packed weights", remedy="leave one of them out")  # fmt: skip
+        if self.gradient_checkpointing_fraction == 1:
+            self.gradient_checkpointing_fraction = None  # one spelling of one run
+        for name in ("quantize_base", "gradient_checkpointing_fraction"):
+            if self.compile and getattr(self, name):
+                raise UserError(
+                    f"compile is given with {name}",
+                    rule="the two were never tested together",
+                    remedy="leave one of them out",
+                )
         if self.lora_min_rank and self.use_dora:
             raise UserError("lora_min_rank is given with use_dora", rule="the row lengths of DoRA belong to the update of the whole rank",
                             remedy="leave one of them out")  # fmt: skip
@@ -298,6 +309,18 @@ class TrainConfig:
                 raise UserError(
                     f"{name} is given with lora_kind {self.lora_kind}", rule=rule, remedy="leave one of them out"
                 )
+        if self.fused_backward_pass:
+            for given, name, rule in (
+                (self.max_grad_norm > 0, f"max_grad_norm {self.max_grad_norm:g}", "the norm over all gradients is known after the pass only; add --max_grad_norm 0"),
+                (self.gradient_accumulation_steps > 1, f"gradient_accumulation_steps {self.gradient_accumulation_steps}", "the first pass would make the step already"),
+                (self.with_prior_preservation, "with_prior_preservation", "class images have a pass of their own"),
+                (self.dropped_mean == "kept", "dropped_mean kept", "it scales the gradients after the pass"),
+                (self.compile, "compile", "a compiled backward pass gives all gradients at once"),
+            ):  # fmt: skip
+                if given:
+                    raise UserError(
+                        f"fused_backward_pass is given with {name}", rule=rule, remedy="leave one of them out"
+                    )
         if self.use_dora and self.output_kohya_format:
             raise UserError("output_kohya_format is given with use_dora",
                             rule="its readers disagree about which side of a weight a DoRA's lengths belong to",

@@ -21,13 +21,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ambient_sd.data.latents import most_at_once
 from ambient_sd.families.base import Base
-from ambient_sd.training import adapters, quantized
+from ambient_sd.training import adapters, optimizers, quantized
 from ambient_sd.training.config import TrainConfig
+from ambient_sd.training.recompute import recompute
 from ambient_sd.training.validation import images_at_once
 
 _BLOCK = 512  # bytes that CUDA's caching allocator rounds up to
@@ -47,6 +49,8 @@ class Footprint:
         gradients, moments, average: of what is trained; zero where they live elsewhere.
         activations: what a step adds to these at its highest.
         encoding, step, sampling: the peak of each phase; sampling is zero where no images are sampled on the way.
+        trained: number of weights that are trained.
+        checkpoint: bytes of one on the disk.
 
     Example:
         >>> Footprint(weights=4, gradients=1, moments=2, average=1, activations=8, encoding=5, step=16, sampling=9).peak
@@ -61,6 +65,8 @@ class Footprint:
     encoding: int
     step: int
     sampling: int
+    trained: int = 0
+    checkpoint: int = 0
 
     @property
     def peak(self) -> int:
@@ -114,6 +120,19 @@ class _Alive(TorchDispatchMode):
         return out
 
 
+class _Lengths(TorchFunctionMode):
+    """Answer a network that asks a mask how many tokens each text has: all of them. Fake tensors have no numbers."""
+
+    def __init__(self, longest: int) -> None:
+        super().__init__()
+        self.longest = longest
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.item:
+            return self.longest
+        return func(*args, **(kwargs or {}))
+
+
 def _norms_in_float32(network: torch.nn.Module) -> None:
     """Let norms compute in float32 under autocast, as CUDA's has it and the CPU's has not: what follows them is kept in float32 too."""
     for norm in network.modules():
@@ -160,18 +179,31 @@ def predict(
         together = 1 if on_cpu else most_at_once(size[0] * size[1])
         encoding = _peak(partial(act.encode, together), [act.vae, *act.encoders.values()])
         network, trained = [act.network, *act.text.values()], act.trained
-        weights, gradients = _bytes(act.parameters), _bytes(trained)
-        moments = sum(_moments(p, config.use_8bit_adam) for p in trained)
-        averaged = trained if config.use_ema else []
-        average = 0 if config.offload_ema else _bytes(averaged)
+        count = sum(p.numel() for p in trained)
+        weights, gradients = _bytes(act.parameters), 0 if config.fused_backward_pass else _bytes(trained)
+        kept = sum(_moments(p, config.use_8bit_adam) for p in trained)
+        moments = 0 if config.offload_optimizer else kept
+        averaged = 4 * count if config.use_ema else 0
+        average = 0 if config.offload_ema else averaged
         passes = _peak(act.train, network)
         held = weights + moments + average
         # Between the passes the optimizer holds all gradients, and one call over all weights a copy of each.
-        step = max(passes + moments + average, held + gradients + (_bytes(averaged) if config.foreach_ema else 0))
+        step = max(passes + moments + average, held + gradients + (averaged if config.foreach_ema else 0))
         sampling = 0
         if config.probe_steps is not None or config.validation_prompts:
             sampling = _peak(act.sample, [*network, act.vae, *act.encoders.values()]) + moments + average
-        return Footprint(weights, gradients, moments, average, step - held - gradients, encoding, step, sampling)
+        return Footprint(
+            weights,
+            gradients,
+            moments,
+            average,
+            step - held - gradients,
+            encoding,
+            step,
+            sampling,
+            count,
+            _bytes(trained) + kept + averaged,
+        )
 
 
 class _Act:
@@ -191,11 +223,13 @@ class _Act:
         self.encoders = {part: module for part, module in self.parts.items() if part.startswith("text_encoder")}
         self.text = self.encoders if config.train_text_encoder else {}
         if config.gradient_checkpointing:
-            self.network.enable_gradient_checkpointing()
+            recompute(self.network, config.gradient_checkpointing_fraction or 1.0)
             for encoder in self.text.values():
                 encoder.gradient_checkpointing_enable()
         for module in (self.network, *self.text.values()):
             module.train()
+        for weight in self.trained if config.fused_backward_pass else ():
+            weight.register_post_accumulate_grad_hook(self._step)
         self.size, self.latent = size, base.latent_shape(size)
         with torch.no_grad():
             self.embedded = self.family.embed(self.parts, [""])
@@ -220,6 +254,23 @@ class _Act:
         embedded = self.family.embed(self.parts, [""] * count) if self.text else self._repeated(count)
         output = self._predict(count, embedded)
         (output.float() - torch.empty(count, *self.latent)).square().flatten(1).mean(1).mean().backward()
+        if self.config.full_bf16 or self.config.offload_optimizer:
+            for weight in self.trained:
+                self._step(weight)
+
+    @torch.no_grad()
+    def _step(self, weight: torch.Tensor) -> None:
+        """What the step of one weight alone adds for as long as it lasts (`optimizers.ByWeight`)."""
+        if weight.grad is None:
+            return
+        stand_in, gradient = weight.detach().float(), weight.grad.float()
+        weight.grad = None
+        moments = torch.empty(
+            _moments(weight, self.config.use_8bit_adam) if self.config.offload_optimizer else 0, dtype=torch.uint8
+        )
+        del gradient, moments
+        if weight.dtype == torch.bfloat16:
+            optimizers.round_stochastically(stand_in)
 
     @torch.no_grad()
     def sample(self) -> None:
@@ -227,14 +278,20 @@ class _Act:
         self.network.eval()
         count = images_at_once(self.config.resolution)
         self._predict(2 * count, self._repeated(2 * count))
-        self.vae.decode(torch.empty(count, *self.latent))
+        self.family.decode(self.vae, torch.empty(count, *self.latent))
 
     def _repeated(self, count: int) -> dict[str, torch.Tensor]:
-        return {name: value.repeat(count, *[1] * (value.ndim - 1)) for name, value in self.embedded.items()}
+        """Return the embeddings of as many captions, where their length varies the longest."""
+        found = {name: value.repeat(count, *[1] * (value.ndim - 1)) for name, value in self.embedded.items()}
+        if "mask" in found:
+            rows = max(self.family.text_length or 0, found["mask"].shape[1])
+            found = {name: value.new_empty(count, rows, *value.shape[2:]) for name, value in found.items()}
+        return found
 
     def _predict(self, count: int, embedded: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        inputs = self.family.inputs(embedded, torch.zeros(count, 6) if self.family.takes_sizes else None, "cpu")
-        with torch.autocast("cpu", self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+        sizes, precision = torch.zeros(count, 6) if self.family.takes_sizes else None, self.dtype or torch.bfloat16
+        with _Lengths(embedded["hidden"].shape[1]), torch.autocast("cpu", precision, enabled=self.dtype is not None):
+            inputs = self.family.inputs(embedded, sizes, "cpu")
             return self.family.predict(
                 self.network,
                 torch.empty(count, *self.latent),
@@ -251,10 +308,10 @@ def _outlines(config: TrainConfig, base: Base, dtype: torch.dtype | None) -> dic
         network, text = part == family.network, part.startswith("text_encoder") and config.train_text_encoder
         if not network:
             module.requires_grad_(False)
-        elif config.lora:
-            torch.nn.Module.to(module, dtype or torch.float32)
+        elif config.lora or config.full_bf16:
+            torch.nn.Module.to(module, torch.bfloat16 if config.full_bf16 else dtype or torch.float32)
         if config.lora and (network or text):
-            targets = config.lora_target_modules or family.lora_targets if network else adapters.TEXT_TARGETS
+            targets = config.lora_target_modules or family.usual_targets(module) if network else adapters.TEXT_TARGETS
             adapters.attach(
                 module, part=part, rank=config.rank or 4, alpha=config.lora_alpha or 4.0, targets=targets, seed=0, dora=config.use_dora,
                 kind=config.lora_kind,

@@ -46,6 +46,7 @@ from ambient_sd.training import (
     checkpoints,
     keeping,
     noising,
+    optimizers,
     prior,
     processes,
     quantized,
@@ -59,6 +60,7 @@ from ambient_sd.training.dropping import Dropping
 from ambient_sd.training.encode import Encoder
 from ambient_sd.training.plan import Plan, make_accelerator, plan_run
 from ambient_sd.training.probe import Probe, add_evaluation
+from ambient_sd.training.recompute import recompute
 from ambient_sd.training.record import LossLog, RunRecord, StepSums, describe_start
 from ambient_sd.utils.devices import deterministic, send, tf32
 from ambient_sd.utils.errors import UserError
@@ -216,7 +218,7 @@ class _Trainer:
         stream, rule = _order(plan, plan.images, plan.buckets, plan.fixed_noise, self.global_batch, config.seed)
         self.levels: Any = None
         if plan.base.family.flow:
-            self.levels = noising.FlowTimesteps(plan.base.scheduler, config.weighting_scheme, config.flow_shift, logit_mean=config.logit_mean or 0.0,
+            self.levels = noising.FlowTimesteps(plan.base.scheduler, config.weighting_scheme, config.flow_shift, plan.base.family.shift, logit_mean=config.logit_mean or 0.0,
                                                 logit_std=config.logit_std or 1.0, mode_scale=config.mode_scale or 0.0)  # fmt: skip
         elif config.weighting_scheme == "logit_normal":
             self.levels = noising.LogNormalLevels(schedule, config.logit_mean or 0.0, config.logit_std or 1.0)
@@ -282,7 +284,7 @@ class _Trainer:
         groups: list[dict[str, Any]] = [{"params": [p for p in self.unet.parameters() if p.requires_grad]}]
         if self.text_trained:
             groups.append({"params": self.text_trained, "lr": (config.text_encoder_lr or config.learning_rate) * scale})
-        optimizer = _make_optimizer(config, groups, self.rate)
+        optimizer = optimizers.make(config, groups, self.rate, self.first_step)
         # Not given to `prepare`: accelerate would step it once per process. It counts optimizer steps, and is a function
         # of settings and step alone: a run that resumes with another learning rate gets what it asks for.
         self.lr_schedule = get_scheduler(
@@ -290,6 +292,8 @@ class _Trainer:
             last_epoch=self.first_step - 1,
         )  # fmt: skip
         self.model, self.optimizer = accelerator.prepare(self.unet, optimizer)
+        if isinstance(optimizer, optimizers.ByWeight):
+            optimizer.listen()
         # FSDP puts others in the place of the U-Net's.
         self.trained = [*(p for p in self.unet.parameters() if p.requires_grad), *self.text_trained]
         self.average = None
@@ -475,7 +479,8 @@ class _Trainer:
             for parameter in self.trained:
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
-        accelerator.clip_grad_norm_(self.trained, config.max_grad_norm)
+        if config.max_grad_norm > 0:
+            accelerator.clip_grad_norm_(self.trained, config.max_grad_norm)
         rate = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
         if self.average is not None:
@@ -724,11 +729,13 @@ def _load_unet(
             adapters.load(unet, checkpoint, base.family, text)
         if config.quantize_base is not None:
             quantized.quantize(unet, config.quantize_base, device)
+    if config.full_bf16:
+        unet.to(torch.bfloat16)
     unet.register_to_config(_name_or_path=base.label)
     if config.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        recompute(unet, config.gradient_checkpointing_fraction or 1.0)
         for encoder in text.values():
             encoder.gradient_checkpointing_enable()
     return unet, dropouts
@@ -762,27 +769,6 @@ def _order(
 def _noise(plan: Plan, images: ImageDataset, fixed: bool) -> FixedNoise | None:
     """Return the fixed noise of images, or None where they have none."""
     return FixedNoise(images.noise_keys, images.mirrored, plan.config.noise_seed, MAX_HELD_BYTES) if fixed else None
-
-
-def _make_optimizer(config: TrainConfig, trained: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:
-    """Return AdamW, fused or in 8 bits.
-
-    One fused kernel reads each weight once, where the default passes over all of them a dozen times: on a CPU a third of
-    the optimizer's time, and no temporary copy of the weights.
-    """
-    if config.use_8bit_adam:
-        import bitsandbytes
-
-        make: Any = bitsandbytes.optim.AdamW8bit
-    else:
-        make = partial(torch.optim.AdamW, fused=True)
-    optimizer: torch.optim.Optimizer = make(
-        trained, lr=rate, betas=(config.adam_beta1, config.adam_beta2), weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-    )  # fmt: skip
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]  # what the schedule of a resumed run starts from
-    return optimizer
 
 
 def _versions() -> dict[str, str]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -131,20 +131,23 @@ class FlowTimesteps:
         scheduler: a flow-matching scheduler.
         scheme: of `weighting_scheme`; those that only weight the loss draw uniformly.
         shift: in place of the scheduler's; None: its own.
+        mu: the pipeline's shift for a number of image tokens (`Family.shift`).
         logit_mean, logit_std, mode_scale: of the schemes with these names.
 
     Example:
         >>> from diffusers import FlowMatchEulerDiscreteScheduler
-        >>> draw = FlowTimesteps(FlowMatchEulerDiscreteScheduler(shift=3.0), "none", None)
+        >>> from ambient_sd.families import SD3
+        >>> draw = FlowTimesteps(FlowMatchEulerDiscreteScheduler(shift=3.0), "none", None, SD3.shift)
         >>> bool(0 < draw(SampleStream(count=3, seed=0), position=7, tokens=1024) <= 1000)
         True
     """
 
     def __init__(
-        self, scheduler: Any, scheme: str, shift: float | None, *, logit_mean: float = 0.0, logit_std: float = 1.0, mode_scale: float = 1.29
+        self, scheduler: Any, scheme: str, shift: float | None, mu: Callable[[Mapping[str, Any], int], float], *, logit_mean: float = 0.0,
+        logit_std: float = 1.0, mode_scale: float = 1.29,
     ) -> None:  # fmt: skip
         self.scheme, self.options = scheme, {"logit_mean": logit_mean, "logit_std": logit_std, "mode_scale": mode_scale}
-        self.config, self.shift = scheduler.config, shift
+        self.config, self.shift, self.mu = scheduler.config, shift, mu
         self.count = int(scheduler.config.num_train_timesteps)
         # In float32 and in this order the very numbers of FlowMatchEulerDiscreteScheduler.
         self.sigmas = torch.arange(self.count, 0, -1, dtype=torch.float32) / self.count
@@ -157,7 +160,7 @@ class FlowTimesteps:
         if key not in self._tables:
             sigmas = self.sigmas
             if by_resolution:
-                mu = _mu(self.config, tokens)
+                mu = self.mu(self.config, tokens)
                 ratio = math.exp(mu) if self.config.get("time_shift_type", "exponential") == "exponential" else mu
                 sigmas = ratio / (ratio + (1 / sigmas - 1))
             else:
@@ -179,13 +182,6 @@ class FlowTimesteps:
 
 
 _U_SHAPE = 4.0
-
-
-def _mu(config: Mapping[str, Any], tokens: int) -> float:
-    """Return the shift of pipelines for a number of image tokens: a straight line through two points of the scheduler's settings."""
-    few, many = config.get("base_image_seq_len") or 256, config.get("max_image_seq_len") or 4096
-    low, high = config.get("base_shift") or 0.5, config.get("max_shift") or 1.15
-    return float(low + (high - low) / (many - few) * (tokens - few))
 
 
 def flow_weight(sigma: torch.Tensor, scheme: str, preconditioned: bool = False) -> torch.Tensor:

@@ -40,6 +40,7 @@ from ambient_sd.training import (
     checkpoints,
     dropping,
     noising,
+    optimizers,
     prior,
     processes,
     results,
@@ -129,6 +130,7 @@ class Plan:
             "lora_kind": None if self.config.lora_kind == "lora" else self.config.lora_kind,
             "lora_init": self.config.lora_init,
             "quantize_base": self.config.quantize_base,
+            "full_bf16": self.config.full_bf16 or None,
             "use_rslora": self.config.use_rslora or None,
             "weighting_scheme": scheme if (scheme := self.config.weighting_scheme) in FLOW_SCHEMES else None,
             "mode_scale": self.config.mode_scale,
@@ -185,15 +187,15 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         dropping.check_scheduler(base.scheduler)
     check_family(config, base.family)
     start = None
-    if config.lora and config.lora_weights is None and not config.lora_target_modules:
-        config.lora_target_modules = list(base.family.lora_targets)
-    if config.lora_weights is not None:
-        start = adapters.read_start(config.lora_weights, base, text=config.train_text_encoder)
-        config = adapters.settle(config, start, base.skeleton()[base.family.network], base.family.lora_targets)
-    elif config.lora:
-        adapters.check_targets(
-            base.skeleton()[base.family.network], config.lora_target_modules or (), config.lora_init, config.rank or 4
-        )
+    if config.lora:
+        network = base.skeleton()[base.family.network]
+        usual = base.family.usual_targets(network)
+        if config.lora_weights is not None:
+            start = adapters.read_start(config.lora_weights, base, text=config.train_text_encoder)
+            config = adapters.settle(config, start, network, usual)
+        else:
+            config.lora_target_modules = config.lora_target_modules or usual
+            adapters.check_targets(network, config.lora_target_modules, config.lora_init, config.rank or 4)
     prompts, new = collect_prompts(config.validation_prompts), collect_prompts(config.probe_prompts)
     checkpoint = _check_output(config)
     images = open_images(config)
@@ -203,6 +205,9 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
     if (found := prior.find(config, base, images)) is None:
         images.check(progress, near_duplicates=grouped)
     else:
+        if config.fused_backward_pass:
+            raise UserError("fused_backward_pass is given with class images", rule="they have a pass of their own",
+                            remedy="leave the flag or the images out")  # fmt: skip
         prior.check_together(images, found.images, near_duplicates=grouped, progress=progress)
     buckets = None
     if config.aspect_ratio_buckets is not None:
@@ -483,6 +488,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         # accelerate takes it, and then neither casts nor scales.
         raise UserError("mixed_precision is fp16", rule="CPUs have no fp16 training", remedy="use no, or bf16")
     sharding.enable(accelerator)
+    optimizers.check(config, accelerator)
     if config.use_ema:
         averaging.check_distribution(accelerator.distributed_type)
     if accelerator.distributed_type not in _SUPPORTED:

@@ -132,7 +132,7 @@ def test_an_index_entry_that_is_no_class_builds_nothing(half: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("index", "words"),
     [
-        ({"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}, "FluxPipeline; it has a transformer"),
+        ({"_class_name": "FluxFillPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}, "its transformer is of a family that is not trained"),
         ({"_class_name": "PixArtAlphaPipeline", "transformer": ["diffusers", "x"]}, "its transformer is of a family that is not trained"),
         ({"_class_name": "StableDiffusionInpaintPipeline"}, "inpainting"),
         ({"_class_name": "StableDiffusionXLImg2ImgPipeline"}, "refiner"),

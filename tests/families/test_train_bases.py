@@ -393,7 +393,7 @@ def test_bases_that_cannot_be_trained_are_refused_in_one_line(
 
     flux = tmp_path / "flux"
     flux.mkdir()
-    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    index = {"_class_name": "FluxFillPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
     (flux / "model_index.json").write_text(json.dumps(index))
     sizes = 20 + 5 * 8
     headless = doctored("headless")
@@ -411,7 +411,7 @@ def test_bases_that_cannot_be_trained_are_refused_in_one_line(
         (doctored("inpaint-xl", file="unet/config.json", in_channels=9), ["9 channels", "4", "inpainting"]),
         (doctored("sd3", _class_name="StableDiffusion3Pipeline", transformer=["diffusers", "SD3Transformer2DModel"]),
          ["StableDiffusion3Pipeline", "transformer", "U-Nets"]),
-        ({"pretrained_model_name_or_path": str(flux)}, ["FluxPipeline", "transformer"]),
+        ({"pretrained_model_name_or_path": str(flux)}, ["FluxFillPipeline", "transformer"]),
         (doctored("odd", _class_name="WuerstchenPipeline"), ["WuerstchenPipeline", "StableDiffusionXLPipeline"]),
         (doctored("swapped", text_encoder_2=["transformers", "T5EncoderModel"]), ["T5EncoderModel", "WithProjection"]),
         (doctored("conditioned", "sd2", "unet/config.json", addition_embed_type="text_time"), ["addition_embed_type"]),

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from ambient_sd.data import latents
 from ambient_sd.data.views import ViewRule
 from ambient_sd.families.sd import StableDiffusion
-from ambient_sd.training import adapters, averaging, checkpoints, quantized, sharding, validation
+from ambient_sd.training import adapters, averaging, checkpoints, optimizers, quantized, sharding, validation
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import _Trainer, run
 from ambient_sd.training.plan import plan_run
@@ -66,6 +66,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "class": {"lora": True, "with_prior_preservation": True, "class_data_dir": "class", "class_prompt": "a dot", "num_class_images": 1,
               "objective": "plain", "memorization_threshold": 50.0, "dropped_mean": "kept"},
     "sdxl": {"base": "sdxl", "lora": True, "train_text_encoder": True, "caption_mitigation": "gn", "caption_mitigation_p": 1.0},
+    "by weight": {"fused_backward_pass": True, "max_grad_norm": 0.0, "offload_optimizer": True, "use_ema": True, "offload_ema": True, "checkpointing_steps": 1},
     "crops": {"data": "wide", "objective": "plain"},
     "embedded": {"base": "embedded", "resolution": 64, "max_train_steps": 1},
 }  # fmt: skip
@@ -114,7 +115,9 @@ def test_training_gives_the_losses_of_the_cpu(
     assert max(float((ours[k] - theirs[k]).abs().max()) for k in theirs) < 1e-6
 
 
-@pytest.mark.parametrize(("name", "precision"), [("full", "fp16"), ("buckets", "bf16"), ("sdxl", "bf16")])
+@pytest.mark.parametrize(
+    ("name", "precision"), [("full", "fp16"), ("by weight", "bf16"), ("buckets", "bf16"), ("sdxl", "bf16")]
+)
 def test_mixed_precision_trains_near_the_cpus_losses(
     make: Settings, on_cpu: Callable[[str], RunRecord], name: str, precision: str
 ) -> None:
@@ -130,6 +133,39 @@ def test_a_resumed_run_gives_the_straight_ones_losses(make: Settings) -> None:
     resumed, waits, _ = on_gpu(make("resumed", resume_from_checkpoint="latest", **RUNS["full"]))
     assert resumed.first_step == 1 and len(waits) == 1
     assert resumed.losses == straight.losses
+
+
+def test_offloaded_moments_and_bf16_weights_resume_bit_for_bit(make: Settings) -> None:
+    values = {**RUNS["by weight"], "full_bf16": True, "mixed_precision": "bf16"}
+    straight, waits, _ = on_gpu(make("halves", **values))
+    before = weights(straight)
+    assert max(sum(step.values()) for step in waits) <= WAITS, waits[-1]
+    (Path(straight.output) / "checkpoint-2").rename(Path(straight.output) / "gone")
+    resumed, _, gpu = on_gpu(make("halves", resume_from_checkpoint="latest", **values))
+    assert resumed.losses == straight.losses
+    assert all(torch.equal(before[name], value) for name, value in weights(resumed).items())
+    assert torch.equal(gpu.generator.get_state(), PretendGPU().generator.get_state()), "rounding leaves its generator"
+
+
+def test_offloaded_moments_leave_the_gpu_and_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pretend_gpu() as gpu:
+        weight = torch.nn.Parameter(torch.ones(4, 4, device="cuda"))
+        for offload in (False, True):
+            optimizer = optimizers.ByWeight(
+                functools.partial(torch.optim.AdamW, fused=True), [{"params": [weight]}], offload=offload
+            )
+            gpu.waits.clear()
+            for _ in range(2):
+                weight.grad = torch.ones_like(weight)
+                optimizer.step()
+            moments = optimizer.state[optimizer.stand_ins[0]]["exp_avg"]
+            assert gpu.has(moments) != offload and not gpu.waits
+        optimizer.state_dict()["state"][0]["exp_avg"].tolist()
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+        with pytest.raises(RuntimeError, match="before its copy from the GPU was waited for"):
+            optimizer.state_dict()["state"][0]["exp_avg"].tolist()
 
 
 def test_a_tensor_left_behind_is_found(make: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,7 +186,6 @@ def describe_plan(config: TrainConfig, processes: int) -> str:
     # In the precision that would be proposed on a GPU if none is given; what is trained is float32 in each.
     precision = config.mixed_precision or "bf16"
     predicted = predict(config, plan.base, max(shapes, key=math.prod), precision=precision)
-    held = predicted.gradients / 2**20 * (3 + config.use_ema)
     written = ["pytorch_lora_weights.safetensors" if config.lora else "the pipeline", "train_config.yaml", "README.md, card.json", "losses.jsonl"]  # fmt: skip
     written += ["probe/ (sheets of sampled images, curve.png), probe.jsonl"] if looks else []
     written += ["validation/"] if plan.prompts else []
@@ -197,9 +196,9 @@ def describe_plan(config: TrainConfig, processes: int) -> str:
         + (f" and {_minutes(looking)} of {looks} evaluations" if looks else ""),
         "memory": "not measured on this system" if measured.peak is None else f"about {measured.peak:,.0f} MiB at the highest of {_MEASURED} steps, measured here",
         "on a GPU": f"about {predicted.describe()} in {'float32' if precision == 'no' else precision}, predicted; driver and workspaces come on top",
-        "writes": f"{config.output_dir}: {'; '.join(written)}; checkpoints of {held:,.0f} MiB",
+        "writes": f"{config.output_dir}: {'; '.join(written)}; checkpoints of {predicted.checkpoint / 2**20:,.0f} MiB",
     }  # fmt: skip
-    start = describe_start(plan, steps=steps, first_step=0, global_batch=batch, processes=processes, trained=predicted.gradients // 4,
+    start = describe_start(plan, steps=steps, first_step=0, global_batch=batch, processes=processes, trained=predicted.trained,
                            device=str(device()), precision=config.mixed_precision or "no")  # fmt: skip
     lines = [*plan.notes, *(line for line in start.splitlines() if not line.startswith("output"))]
     return "\n".join([*lines, *(f"{name:<10} {text}" for name, text in rows.items()), "nothing was trained or written (--dry_run)"])  # fmt: skip

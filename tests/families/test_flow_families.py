@@ -1,0 +1,418 @@
+"""Families of today's transformers, on tiny random pipelines of their real classes: the trainer's loss is that of diffusers' own script, the
+network gets in training what its pipeline gives it, and what is trained is read back by the stock pipeline.
+
+A family joins by a row in `CASES`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_flow
+import torch
+from diffusers import Flux2KleinPipeline, FluxPipeline
+from diffusers.training_utils import compute_loss_weighting_for_sd3
+
+from ambient_sd.families.base import Model, check_base
+from ambient_sd.families.chroma import CHROMA
+from ambient_sd.families.encoders import CaptionEncoder
+from ambient_sd.families.family import Family
+from ambient_sd.families.flux import FLUX
+from ambient_sd.families.flux2 import KLEIN
+from ambient_sd.families.lora import load_lora
+from ambient_sd.families.sd3 import SD3
+from ambient_sd.sampling import Request, SamplingConfig, generate, image_seed
+from ambient_sd.training.config import TrainConfig
+from ambient_sd.training.loop import TrainingBatch, run
+from ambient_sd.utils.errors import UserError
+
+# (part, setting, another value, what the refusal says); a value of None takes the setting away.
+Damage = tuple[str, str, Any, str]
+Settings = Callable[..., TrainConfig]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family on one tiny pipeline.
+
+    Attributes:
+        family: what is tested.
+        make: a random pipeline.
+        example: the forward pass of diffusers' training script for it: the flow (B, C, h, w) of noisy latents, timesteps and prompts.
+        damage: settings that make parts which do not belong together.
+        preconditioned: whether that script's loss is one of x0 by default.
+    """
+
+    family: Family
+    make: Callable[[], Any]
+    example: Callable[[Any, torch.Tensor, torch.Tensor, list[str]], torch.Tensor]
+    damage: tuple[Damage, ...] = field(default=())
+    preconditioned: bool = False
+
+
+def sd3_example(pipe: Any, noisy: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    hidden, _, pooled, _ = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
+    return pipe.transformer(noisy, hidden, pooled, timesteps).sample
+
+
+def flux_example(pipe: Any, noisy: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    hidden, pooled, text_ids = pipe.encode_prompt(prompts)
+    batch, channels, high, wide = noisy.shape
+    guidance = torch.tensor([3.5]).expand(batch) if pipe.transformer.config.guidance_embeds else None
+    flow = pipe.transformer(
+        hidden_states=FluxPipeline._pack_latents(noisy, batch, channels, high, wide), timestep=timesteps / 1000, guidance=guidance,
+        pooled_projections=pooled, encoder_hidden_states=hidden, txt_ids=text_ids,
+        img_ids=FluxPipeline._prepare_latent_image_ids(batch, high // 2, wide // 2, "cpu", noisy.dtype),
+    ).sample  # fmt: skip
+    factor = pipe.vae_scale_factor
+    return FluxPipeline._unpack_latents(flow, high * factor, wide * factor, factor)
+
+
+def klein_example(pipe: Any, noisy: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    hidden, text_ids = pipe.encode_prompt(prompts)
+    ids = Flux2KleinPipeline._prepare_latent_ids(noisy)
+    flow = pipe.transformer(
+        hidden_states=Flux2KleinPipeline._pack_latents(noisy), timestep=timesteps / 1000, guidance=None, encoder_hidden_states=hidden,
+        txt_ids=text_ids, img_ids=ids,
+    ).sample  # fmt: skip
+    return Flux2KleinPipeline._unpack_latents_with_ids(flow, ids)
+
+
+def chroma_example(pipe: Any, noisy: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """There is no script for it: what its pipeline does."""
+    hidden, text_ids, mask, *_ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+    batch, channels, high, wide = noisy.shape
+    rows = FluxPipeline._pack_latents(noisy, batch, channels, high, wide)
+    flow = pipe.transformer(
+        hidden_states=rows, timestep=timesteps / 1000, encoder_hidden_states=hidden, txt_ids=text_ids,
+        img_ids=FluxPipeline._prepare_latent_image_ids(batch, high // 2, wide // 2, "cpu", noisy.dtype),
+        attention_mask=pipe._prepare_attention_mask(batch, rows.shape[1], noisy.dtype, mask),
+    ).sample  # fmt: skip
+    factor = pipe.vae_scale_factor
+    return FluxPipeline._unpack_latents(flow, high * factor, wide * factor, factor)
+
+
+CASES: dict[str, Case] = {
+    "sd3.5": Case(SD3, tiny_flow.tiny_sd3_pipeline, sd3_example, preconditioned=True, damage=(
+        ("transformer", "pooled_projection_dim", 30, "CLIP text encoders come to 32"),
+        ("transformer", "joint_attention_dim", 64, "its T5 has 48"), ("transformer", "in_channels", 33, "takes 33 channels"),
+    )),
+    "sd3-without-t5": Case(SD3, lambda: tiny_flow.tiny_sd3_pipeline(t5=False, dual=False), sd3_example, preconditioned=True),
+    "flux-dev": Case(FLUX, tiny_flow.tiny_flux_pipeline, flux_example, damage=(
+        ("transformer", "pooled_projection_dim", 32, "its text encoder has 16"),
+        ("transformer", "joint_attention_dim", 64, "its text encoder has 24"), ("transformer", "in_channels", 384, "takes 384 channels"),
+        ("transformer", "in_channels", None, "no 'in_channels'"), ("vae", "latent_channels", 4, "its VAE gives 16"),
+        ("scheduler", "_class_name", "DDIMScheduler", "FLUX.1 is trained by flow matching"),
+    )),
+    "flux-schnell": Case(FLUX, lambda: tiny_flow.tiny_flux_pipeline(dev=False), flux_example),
+    "klein": Case(KLEIN, tiny_flow.tiny_klein_pipeline, klein_example, damage=(
+        ("transformer", "joint_attention_dim", 32, "come to 24"), ("text_encoder", "hidden_size", 16, "come to 48"),
+        ("transformer", "in_channels", 128, "takes 128 channels"), ("transformer", "joint_attention_dim", None, "no 'joint_attention_dim'"),
+    )),
+    "chroma": Case(CHROMA, tiny_flow.tiny_chroma_pipeline, chroma_example, damage=(
+        ("transformer", "joint_attention_dim", 64, "its text encoder has 24"), ("transformer", "in_channels", 16, "takes 16 channels"),
+    )),
+}  # fmt: skip
+WHOLE = [name for name, case in CASES.items() if case.damage]  # one pipeline of each family
+CAPTIONS = ["a red disc", "x", "", "a much longer caption, " * 40]
+each = pytest.mark.parametrize("name", CASES)
+each_family = pytest.mark.parametrize("name", WHOLE)
+
+
+@pytest.fixture(scope="module")
+def pipes() -> dict[str, Any]:
+    """Every pipeline once; no test changes them."""
+    made = {name: case.make() for name, case in CASES.items()}
+    for pipe in made.values():
+        pipe.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def bases(pipes: Mapping[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bases")
+    for name, pipe in pipes.items():
+        pipe.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def settings(bases: Path, tiny_images: Path, tmp_path: Path) -> Settings:
+    def make(base: str, name: str = "out", **values: Any) -> TrainConfig:
+        defaults: dict[str, Any] = {
+            "pretrained_model_name_or_path": str(bases / base), "train_data_dir": str(tiny_images), "resolution": 32,
+            "train_batch_size": 2, "max_train_steps": 1, "report_to": "none", "output_dir": str(tmp_path / name),
+            "learning_rate": 1e-2, "caption_dropout": 0.3, "lora": True, "rank": 2,
+        }  # fmt: skip
+        return TrainConfig(**{**defaults, **values})
+
+    return make
+
+
+def sampled(pipe: Any, family: Family, scale: float = 3.0) -> torch.Tensor:
+    """An image's latents, under guidance."""
+    pipe.set_progress_bar_config(disable=True)
+    g = torch.Generator().manual_seed(0)
+    options = {"height": 32, "width": 32, "num_inference_steps": 2, "generator": g, "output_type": "latent"}
+    return pipe(prompt=["a red disc"], **family.guided(pipe, scale, 1), **options).images
+
+
+def network_calls(pipe: Any, family: Family, act: Callable[[], Any]) -> list[tuple[dict[str, Any], torch.Tensor]]:
+    """What the network was given by name, and what it returned, while something ran."""
+    network, seen = getattr(pipe, family.network), list[tuple[dict[str, Any], torch.Tensor]]()
+    names = [*inspect.signature(type(network).forward).parameters][1:]
+
+    def look(_: Any, args: Any, kwargs: Any, output: Any) -> None:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        seen.append(({k: v for k, v in given.items() if isinstance(v, torch.Tensor)}, output[0]))
+
+    hook = network.register_forward_hook(look, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            act()
+    finally:
+        hook.remove()
+    return seen
+
+
+def trained_batch(config: TrainConfig) -> tuple[TrainingBatch, float]:
+    """The one batch of a run of one step, and the loss that the run reports."""
+    batches: list[TrainingBatch] = []
+    losses = run(config, progress=False, on_batch=batches.append).losses
+    (batch,) = batches
+    return batch, losses[0]
+
+
+@each
+def test_plain_loss_equals_diffusers_script(name: str, settings: Settings, pipes: Mapping[str, Any]) -> None:
+    case, pipe = CASES[name], pipes[name]
+    batch, loss = trained_batch(
+        settings(name, objective="plain", weighting_scheme="cosmap", precondition_outputs=case.preconditioned)
+    )
+    assert bool((batch.timesteps != batch.timesteps.round()).any()) or name == "flux-schnell", "a shift was at work"
+    sigmas = (batch.timesteps / 1000).view(-1, 1, 1, 1)
+    noisy = (1.0 - sigmas) * batch.x0 + sigmas * batch.noise
+    with torch.no_grad():
+        flow = case.example(pipe, noisy, batch.timesteps, batch.captions)
+    target = batch.noise - batch.x0
+    if case.preconditioned:
+        flow, target = flow * -sigmas + noisy, batch.x0
+    weighting = compute_loss_weighting_for_sd3("cosmap", sigmas)
+    expected = (weighting * (flow - target) ** 2).reshape(len(target), -1).mean(1).mean()
+    assert loss == pytest.approx(float(expected), rel=1e-6)
+    assert loss != pytest.approx(float(((flow - target) ** 2).mean()), rel=1e-3), "negative control: the weight"
+
+
+@each
+def test_ambient_loss_follows_its_closed_form(name: str, settings: Settings, pipes: Mapping[str, Any]) -> None:
+    """Above the level: x_t = (1 - sigma) (x0 + s_n eps_n) + sigma sqrt(a) xi, the loss a^2 |o - (xi / sqrt(a) - x0*)|^2."""
+    batch, loss = trained_batch(settings(name, ambient_level=1.0, train_batch_size=6))
+    assert batch.eps_n is not None
+    sigma = (batch.timesteps.double() / 1000).view(-1, 1, 1, 1)
+    s = sigma / (1 - sigma).clamp(min=1e-300)
+    assert 0 < int((s > 1.0).sum()) < 6, "on both sides of the level"
+    level = torch.where(s > 1.0, 1.0, 0.0)
+    a = 1 - (level / s) ** 2
+    xi, y_n = batch.noise.double(), batch.x0.double() + level * batch.eps_n.double()
+    x_t = (1 - sigma) * y_n + sigma * a.sqrt() * xi
+    target = xi / a.sqrt() - (y_n - level**2 / (s * a.sqrt()) * xi)
+    with torch.no_grad():
+        flow = CASES[name].example(pipes[name], x_t.float(), batch.timesteps, batch.captions).double()
+    expected = (a**2 * (flow - target) ** 2).mean()
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    assert loss != pytest.approx(float(((flow - (batch.noise - batch.x0)) ** 2).mean()), rel=1e-3), "negative control"
+
+
+@each
+def test_timesteps_are_those_of_the_sampler_s_shift(name: str, settings: Settings, pipes: Mapping[str, Any]) -> None:
+    """The scheduler, asked by its pipeline for a thousand steps at this size, names every timestep that is trained."""
+    pipe = pipes[name]
+    batch, _ = trained_batch(settings(name, train_batch_size=8))
+    scheduler, asked = pipe.scheduler, list[dict[str, Any]]()
+    with pytest.MonkeyPatch.context() as patch:
+        known = type(scheduler).set_timesteps
+
+        @functools.wraps(known)
+        def listen(self: Any, *args: Any, **given: Any) -> Any:
+            asked.append(given)
+            raise StopIteration
+
+        patch.setattr(type(scheduler), "set_timesteps", listen)
+        with pytest.raises(StopIteration):
+            pipe(prompt=["x"], height=32, width=32)
+    own = type(scheduler).from_config(scheduler.config)
+    own.set_timesteps(
+        sigmas=torch.linspace(1, 1 / 1000, 1000).tolist(), **{k: v for k, v in asked[-1].items() if k == "mu"}
+    )
+    torch.testing.assert_close(
+        (own.timesteps[None] - batch.timesteps[:, None]).abs().min(1).values, torch.zeros(8), rtol=0, atol=1e-3
+    )
+    unshifted = torch.arange(1.0, 1001.0)
+    apart = (unshifted[None] - batch.timesteps[:, None]).abs().min(1).values.max()
+    assert apart > 1e-2 or name == "flux-schnell", "negative control: without the shift they would be whole"
+
+
+@each
+def test_captions_are_embedded_as_by_the_pipeline(name: str, pipes: Mapping[str, Any]) -> None:
+    case, pipe = CASES[name], pipes[name]
+    parts = {part: getattr(pipe, part) for part in case.family.text_parts if getattr(pipe, part) is not None}
+    encoder = CaptionEncoder(case.family, parts)
+    for caption in CAPTIONS:
+        (given, _), *_ = network_calls(
+            pipe, case.family, lambda text=caption: sampled_from(pipe, case.family, text, 1.0)
+        )
+        (ours, _), *_ = network_calls(
+            pipe, case.family, lambda text=caption: predicted(pipe, case.family, encoder([text]))
+        )
+        texts = {k: v for k, v in given.items() if k not in ("hidden_states", "timestep")}
+        assert texts.keys() == ours.keys() - {"hidden_states", "timestep"}
+        assert all(torch.equal(value, ours[key]) for key, value in texts.items())
+    alone = [encoder([caption]) for caption in CAPTIONS]
+    together = encoder(CAPTIONS)
+    assert all(torch.equal(together[key], torch.cat([one[key] for one in alone])) for key in together)
+    assert not torch.allclose(alone[0]["hidden"], alone[1]["hidden"], atol=1e-4), "negative control"
+
+
+SIGMAS = [0.6, 0.3]
+
+
+def sampled_from(pipe: Any, family: Family, prompt: str, scale: float) -> Any:
+    """A pipeline's own call from noise of a seed, at levels between the ends."""
+    noise = start_noise(pipe, family)
+    return pipe(prompt=[prompt], latents=family.start(noise), height=32, width=48, sigmas=SIGMAS, output_type="latent",
+                **family.guided(pipe, scale, 1))  # fmt: skip
+
+
+def start_noise(pipe: Any, family: Family) -> torch.Tensor:
+    return torch.randn(1, *family.start_shape(pipe, (48, 32)), generator=torch.Generator().manual_seed(7))
+
+
+def predicted(
+    pipe: Any, family: Family, embedded: Mapping[str, torch.Tensor], x_t: torch.Tensor | None = None, step: int = 0
+) -> torch.Tensor:
+    """What the family makes of the network at one of those levels."""
+    x_t = start_noise(pipe, family) if x_t is None else x_t
+    timestep = pipe.scheduler.timesteps[step : step + 1].float()
+    return family.predict(getattr(pipe, family.network), x_t, timestep, family.inputs(embedded, None, "cpu"))
+
+
+@each
+def test_network_gets_and_returns_what_its_pipeline_has(name: str, pipes: Mapping[str, Any]) -> None:
+    """Without guidance, in two steps: bit for bit in the first; the second has x + (sigma' - sigma) flow, which shows the flow's sign."""
+    case, pipe = CASES[name], pipes[name]
+    first, second = network_calls(pipe, case.family, lambda: sampled_from(pipe, case.family, "a red disc", 1.0))
+    parts = {part: getattr(pipe, part) for part in case.family.text_parts if getattr(pipe, part) is not None}
+    embedded, flows = CaptionEncoder(case.family, parts)(["a red disc"]), list[torch.Tensor]()
+    ((ours, output),) = network_calls(pipe, case.family, lambda: flows.append(predicted(pipe, case.family, embedded)))
+    assert ours.keys() == first[0].keys()
+    for key, value in first[0].items():
+        assert torch.equal(ours[key], value.to(ours[key].dtype)), key
+    assert torch.equal(output, first[1])
+    start, sigmas = start_noise(pipe, case.family), pipe.scheduler.sigmas
+    for sign in (1, -1):
+        x_t = start + sign * (sigmas[1] - sigmas[0]) * flows[0]
+        ((ours, output),) = network_calls(
+            pipe, case.family, lambda x_t=x_t: predicted(pipe, case.family, embedded, x_t, 1)
+        )
+        assert torch.allclose(output, second[1], rtol=0, atol=1e-4) == (sign > 0), "negative control: the other sign"
+    assert torch.equal(ours["timestep"], second[0]["timestep"])
+
+
+@each_family
+def test_latents_come_back_through_the_pipeline(name: str, pipes: Mapping[str, Any], bases: Path) -> None:
+    case, pipe, base = CASES[name], pipes[name], check_base(str(bases / name))
+    pixels = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    shape = base.latent_shape((48, 32))
+    with torch.no_grad():
+        x0 = case.family.encode(pipe.vae, pixels, torch.zeros(1, *shape))
+        assert tuple(x0.shape[1:]) == shape
+        expected = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample
+        # A network that returns zeros leaves the latents as they are.
+        hook = getattr(pipe, case.family.network).register_forward_hook(lambda *a: (torch.zeros_like(a[-1][0]),))
+        try:
+            image = pipe(prompt=["x"], latents=case.family.start(x0), height=32, width=48, num_inference_steps=1, output_type="pt",
+                         **case.family.guided(pipe, 1.0, 1)).images  # fmt: skip
+        finally:
+            hook.remove()
+        drawn = case.family.encode(pipe.vae, pixels, torch.ones(1, *shape))
+    torch.testing.assert_close(image, (expected / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
+    assert torch.equal(drawn, x0) != case.family.draws
+    tokens = case.family.image_tokens(pipe.transformer.config, shape)
+    (given, _), *_ = network_calls(pipe, case.family, lambda: sampled_from(pipe, case.family, "x", 1.0))
+    rows = given["hidden_states"]
+    assert tokens == (rows.shape[1] if rows.ndim == 3 else rows.shape[2] * rows.shape[3] // 4)
+    step = case.family.pixel_step(base.network_config, base.vae_config)
+    assert step * step * tokens == 32 * 48
+    assert case.family.native_size(pipe) == (pipe.default_sample_size * pipe.vae_scale_factor,) * 2
+
+
+@each
+def test_sampling_draws_what_the_stock_pipeline_draws(name: str, pipes: Mapping[str, Any]) -> None:
+    case, pipe = CASES[name], pipes[name]
+    config = SamplingConfig("tiny", num_inference_steps=2, guidance_scale=3.0, resolution=32, seed=5, device="cpu")
+    with torch.no_grad():
+        ((ours,),) = generate(pipe, [Request("a red disc", 0)], config)
+        g = torch.Generator().manual_seed(image_seed(5, *Request("a red disc", 0).place))
+        stock = pipe(prompt="a red disc", height=32, width=32, num_inference_steps=2, generator=g,
+                     **{k: v[0] if isinstance(v, list) else v for k, v in case.family.guided(pipe, 3.0, 1).items()})  # fmt: skip
+    assert ours.image is not None
+    assert ours.image.tobytes() == stock.images[0].tobytes()
+
+
+@each
+@pytest.mark.parametrize("lora", [True, False])
+def test_training_resumes_to_the_bit_and_stock_pipeline_reads_it(
+    name: str, lora: bool, settings: Settings, pipes: Mapping[str, Any], bases: Path
+) -> None:
+    if not lora and name not in WHOLE:
+        pytest.skip("the whole network of each family is trained once")
+    case, kind = CASES[name], type(pipes[name])
+    more = {"lora_alpha": 6.0} if lora else {"lora": False, "rank": None, "use_ema": True}
+    config = settings(name, max_train_steps=2, checkpointing_steps=1, **more)
+    losses = run(config, progress=False).losses
+    out = Path(config.output_dir)
+    files = {
+        path.relative_to(out): path.read_bytes()
+        for path in out.glob("**/*.safetensors")
+        if "checkpoint" not in str(path)
+    }
+    config.resume_from_checkpoint = "checkpoint-1"
+    assert run(config, progress=False).losses == losses
+    assert files
+    assert all((out / path).read_bytes() == data for path, data in files.items())
+    absent = {part: None for part in case.family.optional if getattr(pipes[name], part) is None}
+    if lora:
+        stock, twice = kind.from_pretrained(bases / name, **absent), Model(str(bases / name)).load_pipeline()
+        stock.load_lora_weights(out)
+        assert load_lora(twice, out)["alpha"] == 6.0
+        torch.testing.assert_close(sampled(twice, case.family), sampled(stock, case.family), rtol=0, atol=1e-5)
+    else:
+        stock = kind.from_pretrained(out, **absent)
+        theirs, own = stock.scheduler.config, pipes[name].scheduler.config
+        assert {k: v for k, v in theirs.items() if k[0] != "_"} == {k: v for k, v in own.items() if k[0] != "_"}
+    moved = (sampled(stock, case.family) - sampled(pipes[name], case.family)).abs().max()
+    assert moved > 1e-2, "negative control: training has changed something"
+
+
+@each_family
+def test_parts_that_do_not_belong_together_are_refused(name: str, bases: Path, tmp_path: Path) -> None:
+    case = CASES[name]
+    for part, key, value, words in case.damage:
+        folder = Path(shutil.copytree(bases / name, tmp_path / f"{part}-{key}-{value}"))
+        (file,) = [*folder.glob(f"{part}/config.json"), *folder.glob(f"{part}/scheduler_config.json")]
+        known = json.loads(file.read_text())
+        assert key in known
+        known = {**known, key: value} if value is not None else {k: v for k, v in known.items() if k != key}
+        file.write_text(json.dumps(known))
+        with pytest.raises(UserError, match=words) as caught:
+            check_base(str(folder), lora=True)
+        assert "\n" not in str(caught.value)
+    assert check_base(str(bases / name)).family is case.family, "negative control: the base itself is taken"
