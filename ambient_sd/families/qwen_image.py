@@ -42,7 +42,7 @@ class QwenImage(Packed):
     guidance: Mapping[str, Guidance] = {
         "QwenImagePipeline": Guidance(
             network="transformer", sample="hidden_states", embeds="encoder_hidden_states", timesteps=1000.0, halves="calls",
-            scale="true_cfg_scale", texts={"encoder_hidden_states_mask": 1}, masks=("encoder_hidden_states_mask",), tokens=False,
+            scale="true_cfg_scale", normalizes=True, mask=("encoder_hidden_states_mask", 1), tokens=False,
         ),
     }  # fmt: skip
     parts: Mapping[str, tuple[str, str]] = {
