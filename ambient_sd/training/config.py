@@ -49,7 +49,7 @@ QUANTIZED = ("int8", "fp8", "nf4")
 CONFIG_NAME = "train_config.yaml"
 AUTO = "auto"
 PRESETS = Path(__file__).parents[1] / "presets"
-CONFIG_HELP = "settings from a file with these same names, or a preset by name (sd2-lora, sd2-full, sd15-lora, sdxl-lora); the command line wins"
+CONFIG_HELP = "settings from a file with these same names, or a preset by name (sd2-lora, sdxl-lora, sd35-lora, flux-lora, z-image-lora, ...: see configs/); the command line wins"
 MAX_SEED = 2**64 - 1  # what torch's generators take
 _NOT_AMBIENT = ("objective=plain,gap,weighted", "ambient_level=0")
 
@@ -132,6 +132,7 @@ class TrainConfig:
     num_train_epochs: int = option(100, "passes over the images; max_train_steps overrides it", group="optimisation", low=1)
     max_train_steps: int | None = option(None, "optimizer steps in total", group="optimisation", low=1, rival="num_train_epochs")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, about a quarter slower", group="optimisation")
+    gradient_checkpointing_fraction: float | None = option(None, "share of the network's blocks that gradient_checkpointing recomputes, spread evenly (default: all)", group="optimisation", above=0.0, high=1.0, needs="gradient_checkpointing")
     learning_rate: float = option(1e-4, "peak learning rate", group="optimisation", above=0.0)
     scale_lr: bool = option(False, "multiply the learning rate by the global batch size", group="optimisation")
     lr_scheduler: str = option("constant", "learning-rate schedule, counted in optimizer steps", group="optimisation", choices=LR_SCHEDULERS)
@@ -279,8 +280,15 @@ class TrainConfig:
         ):
             if self.deterministic and getattr(self, name):
                 raise UserError(f"deterministic is given with {name}", rule=rule, remedy="leave one of them out")
-        if self.compile and self.quantize_base:
-            raise UserError("compile is given with quantize_base", rule="it was never tested with packed weights", remedy="leave one of them out")  # fmt: skip
+        if self.gradient_checkpointing_fraction == 1:
+            self.gradient_checkpointing_fraction = None  # one spelling of one run
+        for name in ("quantize_base", "gradient_checkpointing_fraction"):
+            if self.compile and getattr(self, name):
+                raise UserError(
+                    f"compile is given with {name}",
+                    rule="the two were never tested together",
+                    remedy="leave one of them out",
+                )
         if self.lora_min_rank and self.use_dora:
             raise UserError("lora_min_rank is given with use_dora", rule="the row lengths of DoRA belong to the update of the whole rank",
                             remedy="leave one of them out")  # fmt: skip

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -28,6 +29,7 @@ from ambient_sd.data.latents import most_at_once
 from ambient_sd.families.base import Base
 from ambient_sd.training import adapters, optimizers, quantized
 from ambient_sd.training.config import TrainConfig
+from ambient_sd.training.recompute import recompute
 from ambient_sd.training.validation import images_at_once
 
 _BLOCK = 512  # bytes that CUDA's caching allocator rounds up to
@@ -116,6 +118,19 @@ class _Alive(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 self.add(leaf)
         return out
+
+
+class _Lengths(TorchFunctionMode):
+    """Answer a network that asks a mask how many tokens each text has: all of them. Fake tensors have no numbers."""
+
+    def __init__(self, longest: int) -> None:
+        super().__init__()
+        self.longest = longest
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.item:
+            return self.longest
+        return func(*args, **(kwargs or {}))
 
 
 def _norms_in_float32(network: torch.nn.Module) -> None:
@@ -208,7 +223,7 @@ class _Act:
         self.encoders = {part: module for part, module in self.parts.items() if part.startswith("text_encoder")}
         self.text = self.encoders if config.train_text_encoder else {}
         if config.gradient_checkpointing:
-            self.network.enable_gradient_checkpointing()
+            recompute(self.network, config.gradient_checkpointing_fraction or 1.0)
             for encoder in self.text.values():
                 encoder.gradient_checkpointing_enable()
         for module in (self.network, *self.text.values()):
@@ -266,11 +281,17 @@ class _Act:
         self.family.decode(self.vae, torch.empty(count, *self.latent))
 
     def _repeated(self, count: int) -> dict[str, torch.Tensor]:
-        return {name: value.repeat(count, *[1] * (value.ndim - 1)) for name, value in self.embedded.items()}
+        """Return the embeddings of as many captions, where their length varies the longest."""
+        found = {name: value.repeat(count, *[1] * (value.ndim - 1)) for name, value in self.embedded.items()}
+        if "mask" in found:
+            rows = max(self.family.text_length or 0, found["mask"].shape[1])
+            found = {name: value.new_empty(count, rows, *value.shape[2:]) for name, value in found.items()}
+        return found
 
     def _predict(self, count: int, embedded: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        inputs = self.family.inputs(embedded, torch.zeros(count, 6) if self.family.takes_sizes else None, "cpu")
-        with torch.autocast("cpu", self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+        sizes, precision = torch.zeros(count, 6) if self.family.takes_sizes else None, self.dtype or torch.bfloat16
+        with _Lengths(embedded["hidden"].shape[1]), torch.autocast("cpu", precision, enabled=self.dtype is not None):
+            inputs = self.family.inputs(embedded, sizes, "cpu")
             return self.family.predict(
                 self.network,
                 torch.empty(count, *self.latent),

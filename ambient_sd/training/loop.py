@@ -60,6 +60,7 @@ from ambient_sd.training.dropping import Dropping
 from ambient_sd.training.encode import Encoder
 from ambient_sd.training.plan import Plan, make_accelerator, plan_run
 from ambient_sd.training.probe import Probe, add_evaluation
+from ambient_sd.training.recompute import recompute
 from ambient_sd.training.record import LossLog, RunRecord, StepSums, describe_start
 from ambient_sd.utils.devices import deterministic, send, tf32
 from ambient_sd.utils.errors import UserError
@@ -734,7 +735,7 @@ def _load_unet(
     if config.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        recompute(unet, config.gradient_checkpointing_fraction or 1.0)
         for encoder in text.values():
             encoder.gradient_checkpointing_enable()
     return unet, dropouts

@@ -117,6 +117,9 @@ def propose(
             needed = memory({one.name: one.value for one in found})
             fits = needed <= USABLE * room
             add("gradient_checkpointing", not fits, f"without it the run takes {needed / 2**30:.1f} GiB, predicted, of {room / 2**30:.0f}")  # fmt: skip
+            half = {"gradient_checkpointing_fraction": 0.5}
+            if not fits and not (half.keys() | {"compile"}) & set(given) and (needed := memory({one.name: one.value for one in found} | half)) <= USABLE * room:  # fmt: skip
+                add(*half.popitem(), f"half of the blocks is enough: {needed / 2**30:.1f} GiB, predicted")
     if distinct > 1:
         add("probe_steps", -(-steps // EVALUATIONS), f"{EVALUATIONS} evaluations, the last one at the end")
         add("probe_images", min(32, count), "captions that are probed")
