@@ -39,7 +39,7 @@ class Lumina2(FlowTransformer):
     guidance: Mapping[str, Guidance] = {
         "Lumina2Pipeline": Guidance(
             network="transformer", sample="hidden_states", embeds="encoder_hidden_states", timesteps=1000.0, reversed=True,
-            halves="calls", texts={"encoder_attention_mask": 1}, masks=("encoder_attention_mask",), uncond=2, tokens=False,
+            halves="calls", normalizes=True, mask=("encoder_attention_mask", 1), uncond=2, tokens=False,
         ),
     }  # fmt: skip
     parts: Mapping[str, tuple[str, str]] = {

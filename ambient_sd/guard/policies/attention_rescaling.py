@@ -39,6 +39,8 @@ class AttentionRescaling(Policy):
         1.25
     """
 
+    cross_attention = True
+
     def __init__(self, bos_scale: float = 1.25) -> None:
         self.bos_scale = number("bos_scale", bos_scale, above=0)
 
