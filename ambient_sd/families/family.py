@@ -229,6 +229,10 @@ class Family:
         """Return what the authors' own code calls the network's layers, by diffusers' name, where it differs."""
         return {}
 
+    def fused_names(self, network: Any) -> dict[str, tuple[str, ...]]:
+        """Return layers whose rows, one below the other, are one layer of the authors' own code, by its name there."""
+        return {}
+
     def kohya_names(self, network: Any) -> dict[str, str]:
         """Return what sd-scripts calls the network's layers in its files, by diffusers' name, where it differs."""
         return {}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ambient_sd.families import bfl
 from ambient_sd.families.flow import FlowTransformer
 from ambient_sd.families.guidance import Guidance
 from ambient_sd.utils.devices import send
@@ -120,6 +121,12 @@ class Flux2Klein(FlowTransformer):
         # In the other blocks `to_out` is a list of layers.
         single = range(len(network.single_transformer_blocks))
         return [*self.lora_targets, *(f"single_transformer_blocks.{i}.attn.to_out" for i in single)]
+
+    def original_names(self, network: Any) -> dict[str, str]:
+        return bfl.names(network)
+
+    def fused_names(self, network: Any) -> dict[str, tuple[str, ...]]:
+        return bfl.fused(network)
 
     def predict(
         self, network: Any, x_t: torch.Tensor, timesteps: torch.Tensor, inputs: Mapping[str, Any]
