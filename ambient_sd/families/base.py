@@ -20,7 +20,7 @@ from typing import Any
 import diffusers
 import torch
 
-from ambient_sd.families import FAMILIES, of_class
+from ambient_sd.families import FAMILIES, of_class, reading
 from ambient_sd.families.encoders import CaptionEncoder, ImageEncoder
 from ambient_sd.families.family import Family
 from ambient_sd.families.origin import refuse_adapter, whole_on_hub
@@ -29,6 +29,8 @@ from ambient_sd.schedule import PREDICTION_TYPES, NoiseSchedule
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.hub_ids import hub_file, resolve_model_id
 from ambient_sd.utils.weight_files import variants
+
+_BIG = 10**9  # weights of a text encoder
 
 
 @dataclass(frozen=True)
@@ -288,9 +290,13 @@ class Model:
         except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError, ...: all mean unusable files
             raise self.unreadable(part, error) from None
 
-    def tokenizers(self) -> list[Any]:
-        """Load the tokenizers alone."""
-        return [self.load(part) for part in self.text_parts if part.startswith("tokenizer")]
+    def tokenizers(self) -> dict[str, Any]:
+        """Load the tokenizers alone, by name."""
+        return {part: self.load(part) for part in self.text_parts if part.startswith("tokenizer")}
+
+    def reading(self) -> tuple[list[Any], list[int]]:
+        """Load the tokenizers that decide what is read of a caption, and return them with the tokens that they read of it."""
+        return reading(self.family, self.tokenizers())
 
     def load_pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
         """Load the whole pipeline, with some parts given; errors of the libraries come through."""
@@ -345,13 +351,24 @@ class Base(Model):
     def _settings(self, part: str) -> dict[str, Any]:
         return super()._settings(part) if part != "vae" or self.vae_name is None else self.vae_config
 
-    def captions(self) -> CaptionEncoder:
-        """Load tokenizers and text encoders, frozen, float32, as the maker of this family's embeddings."""
-        parts = {part: self.load(part) for part in self.text_parts}
+    def captions(self, *, half: bool = False) -> CaptionEncoder:
+        """Load tokenizers and text encoders, frozen, as the maker of this family's embeddings.
+
+        Args:
+            half: of more than a billion weights, in bfloat16 where their files are (T5-XXL would take 19 GB); else all in float32.
+        """
+        parts = {part: self.load(part, self._text_dtype(part) if half else torch.float32) for part in self.text_parts}
         for name, part in parts.items():
             if name.startswith("text_encoder"):
                 part.requires_grad_(False).eval()
         return CaptionEncoder(self.family, parts, zero_empty=self.zero_empty)
+
+    def _text_dtype(self, part: str) -> torch.dtype:
+        """Return in which precision a text encoder is loaded where it may be half."""
+        if not part.startswith("text_encoder") or sum(p.numel() for p in self.outline(part).parameters()) < _BIG:
+            return torch.float32
+        settings = self._settings(part)
+        return torch.bfloat16 if "bfloat16" in (settings.get("dtype"), settings.get("torch_dtype")) else torch.float32
 
     def images(self) -> ImageEncoder:
         """Load the VAE, frozen, float32, as the maker of this family's latents."""
