@@ -30,7 +30,7 @@ from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.hub_ids import hub_file, resolve_model_id
 from ambient_sd.utils.weight_files import variants
 
-_BIG = 10**9  # weights of a text encoder
+LARGE_ENCODER = 10**9  # weights
 
 
 @dataclass(frozen=True)
@@ -351,24 +351,26 @@ class Base(Model):
     def _settings(self, part: str) -> dict[str, Any]:
         return super()._settings(part) if part != "vae" or self.vae_name is None else self.vae_config
 
-    def captions(self, *, half: bool = False) -> CaptionEncoder:
+    def text_dtype(self, part: str, half: bool) -> torch.dtype:
+        """Return the precision of a frozen text encoder: float32, or of a large one (T5-XXL, Qwen) bfloat16 where the run computes in 16 bits.
+
+        In float32 T5-XXL alone takes 18 GiB, and float16 overflows in it.
+        """
+        large = half and sum(p.numel() for p in self.outline(part).parameters()) > LARGE_ENCODER
+        return torch.bfloat16 if large else torch.float32
+
+    def captions(self, half: bool = False) -> CaptionEncoder:
         """Load tokenizers and text encoders, frozen, as the maker of this family's embeddings.
 
         Args:
-            half: of more than a billion weights, in bfloat16 where their files are (T5-XXL would take 19 GB); else all in float32.
+            half: the run computes in 16 bits: `text_dtype`.
         """
-        parts = {part: self.load(part, self._text_dtype(part) if half else torch.float32) for part in self.text_parts}
+        dtypes = {part: self.text_dtype(part, half) for part in self.text_parts if not part.startswith("tokenizer")}
+        parts = {part: self.load(part, dtypes.get(part, torch.float32)) for part in self.text_parts}
         for name, part in parts.items():
             if name.startswith("text_encoder"):
                 part.requires_grad_(False).eval()
         return CaptionEncoder(self.family, parts, zero_empty=self.zero_empty)
-
-    def _text_dtype(self, part: str) -> torch.dtype:
-        """Return in which precision a text encoder is loaded where it may be half."""
-        if not part.startswith("text_encoder") or sum(p.numel() for p in self.outline(part).parameters()) < _BIG:
-            return torch.float32
-        settings = self._settings(part)
-        return torch.bfloat16 if "bfloat16" in (settings.get("dtype"), settings.get("torch_dtype")) else torch.float32
 
     def images(self) -> ImageEncoder:
         """Load the VAE, frozen, float32, as the maker of this family's latents."""

@@ -77,7 +77,8 @@ def _checkpoint_with(network: Any, mask: torch.Tensor) -> None:
         network = network.module if hasattr(network, "module") else network._orig_mod
     if network.gradient_checkpointing:
         known = network._gradient_checkpointing_func
-        network._gradient_checkpointing_func = partial(_checkpoint, getattr(known, "args", (known,))[0], mask)
+        plain = known.args[0] if getattr(known, "func", None) is _checkpoint else known
+        network._gradient_checkpointing_func = partial(_checkpoint, plain, mask)
 
 
 def _checkpoint(checkpoint: Callable[..., Any], mask: torch.Tensor, block: Any, *given: Any) -> Any:

@@ -65,7 +65,7 @@ class QwenImage(Packed):
         for key in ("latents_mean", "latents_std"):
             good = isinstance(vae[key], list) and len(vae[key]) == vae["z_dim"] and all(_number(v) for v in vae[key])
             if not good or (key == "latents_std" and min(vae[key]) <= 0):
-                raise UserError(f"the VAE of {model.name} has {key} = {vae[key]!r}"[:200], rule=f"it holds a number for each of {vae['z_dim']} channels",
+                raise UserError(f"the VAE of {model.name} has {key} = {vae[key]!r}"[:200], rule=f"it holds a number for each of {vae['z_dim']} channels, and a spread is above 0",
                                 remedy="fetch the base anew")  # fmt: skip
 
     def vae_factor(self, vae: Mapping[str, Any]) -> int:

@@ -91,9 +91,8 @@ class Encoder:
         if beside is not None and plan.config.train_text_encoder:
             self.caption_encoder: CaptionEncoder = beside.caption_encoder
         else:
-            # Validation's pipeline runs under autocast where the training does; without, all parts are float32.
-            half = accelerator.device.type == "cuda" and getattr(accelerator, "mixed_precision", "no") == "bf16"
-            self.caption_encoder = plan.base.captions(half=half).to(accelerator.device)
+            half = getattr(accelerator, "mixed_precision", "no") != "no" and not plan.config.train_text_encoder
+            self.caption_encoder = plan.base.captions(half).to(accelerator.device)
         self._embed = self._embed_once()
         self._cached = self._cache_latents()
         self._held = self._hold_latents() if self._cached is None else None
