@@ -36,7 +36,7 @@ class Chroma(Packed):
     guidance: Mapping[str, Guidance] = {
         "ChromaPipeline": Guidance(
             network="transformer", sample="hidden_states", embeds="encoder_hidden_states", timesteps=1000.0, halves="calls",
-            masks=("attention_mask",), texts={"txt_ids": 1, "attention_mask": 2}, shared=frozenset({"txt_ids", "img_ids"}), tokens=False, uncond=3,
+            mask=("attention_mask", 2), texts={"txt_ids": 1}, shared=frozenset({"txt_ids", "img_ids"}), tokens=False, uncond=3,
         ),
     }  # fmt: skip
     parts: Mapping[str, tuple[str, str]] = {
