@@ -122,6 +122,10 @@ class Family:
         """
         raise NotImplementedError(self.unready)
 
+    def around(self, tokenizer: Any) -> int:
+        """Return how many of the tokens that a caption may have go to what stands around it: marks, a template."""
+        return int(tokenizer.num_special_tokens_to_add())
+
     # --- images to latents ---
 
     def vae_factor(self, vae: Mapping[str, Any]) -> int:

@@ -87,6 +87,11 @@ class Flux2Klein(FlowTransformer):
         output = model.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
         return {"hidden": torch.cat([output.hidden_states[layer] for layer in _LAYERS], dim=-1).float()}
 
+    def around(self, tokenizer: Any) -> int:
+        chat = [{"role": "user", "content": ""}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        return len(tokenizer(text).input_ids)
+
     def shift(self, scheduler: Mapping[str, Any], tokens: int) -> float:
         from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 

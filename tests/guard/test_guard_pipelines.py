@@ -285,7 +285,11 @@ def test_stopping_after_one_evaluation_gives_the_first_score_and_calls_the_netwo
     steps = CASES[name][1].get("num_inference_steps", 3)
     for _ in range(2):
         report = early.decide(
-            prompt=list(tools.PROMPTS), num_inference_steps=steps, generator=torch.Generator().manual_seed(3), **call, **scale
+            prompt=list(tools.PROMPTS),
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(3),
+            **call,
+            **scale,
         )
         assert [image.curve for image in report] == [image.curve[:1] for image in guard.report]
     witness.handle.remove()
