@@ -3,7 +3,7 @@
     W' = W + s B A,   s = alpha / rank   (rsLoRA: alpha / sqrt(rank))
 
 diffusers warns about tensors that it has no place for and goes on without them: a model that was never fine-tuned is then measured in
-the fine-tune's name. Here the names of a file are looked up among the layers that the pipeline has, in five schemes:
+the fine-tune's name. Here the names of a file are looked up among the layers that the pipeline has, in six schemes:
 
     diffusers   unet.down_blocks.0....to_q.lora_A.weight, text_encoder.*, text_encoder_2.*; also .lora.down., .processor.to_q_lora.down.
     PEFT        base_model.model.down_blocks.0....to_q.lora_A.weight

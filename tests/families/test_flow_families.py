@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from diffusers import AutoencoderKLQwenImage, Flux2KleinPipeline, FluxPipeline, 
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 from torch.nn.utils.rnn import pad_sequence
 
+from ambient_sd.families import FAMILIES
 from ambient_sd.families.auraflow import AURAFLOW
 from ambient_sd.families.base import Model, check_base
 from ambient_sd.families.chroma import CHROMA
@@ -521,3 +523,10 @@ def test_parts_that_do_not_belong_together_are_refused(name: str, bases: Path, t
             check_base(str(folder), lora=True)
         assert "\n" not in str(caught.value)
     assert check_base(str(bases / name)).family is case.family, "negative control: the base itself is taken"
+
+
+def test_models_page_has_every_family() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| yes", page, re.M)
+    assert rows == [family.name for family in FAMILIES]
+    assert {case.family for case in CASES.values()} == {family for family in FAMILIES if family.flow}
