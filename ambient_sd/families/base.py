@@ -20,7 +20,7 @@ from typing import Any
 import diffusers
 import torch
 
-from ambient_sd.families import FAMILIES, of_class
+from ambient_sd.families import FAMILIES, of_class, reading
 from ambient_sd.families.encoders import CaptionEncoder, ImageEncoder
 from ambient_sd.families.family import Family
 from ambient_sd.families.origin import refuse_adapter, whole_on_hub
@@ -290,9 +290,13 @@ class Model:
         except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError, ...: all mean unusable files
             raise self.unreadable(part, error) from None
 
-    def tokenizers(self) -> list[Any]:
-        """Load the tokenizers alone."""
-        return [self.load(part) for part in self.text_parts if part.startswith("tokenizer")]
+    def tokenizers(self) -> dict[str, Any]:
+        """Load the tokenizers alone, by name."""
+        return {part: self.load(part) for part in self.text_parts if part.startswith("tokenizer")}
+
+    def reading(self) -> tuple[list[Any], list[int]]:
+        """Load the tokenizers that decide what is read of a caption, and return them with the tokens that they read of it."""
+        return reading(self.family, self.tokenizers())
 
     def load_pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
         """Load the whole pipeline, with some parts given; errors of the libraries come through."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from diffusers import AutoencoderKLQwenImage, Flux2KleinPipeline, FluxPipeline, 
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 from torch.nn.utils.rnn import pad_sequence
 
+from ambient_sd.families import FAMILIES
 from ambient_sd.families.auraflow import AURAFLOW
 from ambient_sd.families.base import Model, check_base
 from ambient_sd.families.chroma import CHROMA
@@ -58,6 +60,7 @@ class Case:
         damage: settings that make parts which do not belong together.
         preconditioned: whether that script's loss is one of x0 by default.
         native: the side that the pipeline samples at by default; None: it has `default_sample_size`.
+        bare: whether the pipeline puts an instruction before prompts, and none before the empty one of the unconditional half.
     """
 
     family: Family
@@ -66,6 +69,7 @@ class Case:
     damage: tuple[Damage, ...] = field(default=())
     preconditioned: bool = False
     native: int | None = None
+    bare: bool = False
 
 
 def sd3_example(pipe: Any, noisy: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -184,12 +188,12 @@ CASES: dict[str, Case] = {
         ("vae", "latents_std", [1.0, 1.0, 0.0, 1.0], "each of 4 channels"), ("vae", "latents_mean", [0.5], "each of 4 channels"),
         ("vae", "z_dim", None, "no 'z_dim'"),
     )),
-    "lumina2": Case(LUMINA2, tiny_more.tiny_lumina2_pipeline, lumina2_example, damage=(
+    "lumina2": Case(LUMINA2, tiny_more.tiny_lumina2_pipeline, lumina2_example, bare=True, damage=(
         ("transformer", "cap_feat_dim", 32, "its text encoder has 24"), ("transformer", "in_channels", 4, "takes 4 channels"),
         ("vae", "block_out_channels", [8, 8, 8], "counts on 8 x 8"), ("transformer", "sample_size", None, "no 'sample_size'"),
     )),
-    "sana": Case(SANA, lambda: tiny_more.tiny_sana_pipeline(euler=True), sana_example, native=32, damage=(
-        ("transformer", "caption_channels", 32, "its text encoder has 24"), ("transformer", "in_channels", 4, "takes 4 channels"),
+    "sana": Case(SANA, lambda: tiny_more.tiny_sana_pipeline(euler=True), sana_example, native=32, bare=True, damage=(
+        ("transformer", "caption_channels", 32, "its text encoder has 24"), ("transformer", "in_channels", 4, "has out_channels = 8"),
         ("transformer", "guidance_embeds", True, "Sprint"), ("transformer", "out_channels", 16, "learned variance"),
         ("vae", "encoder_block_out_channels", None, "no 'encoder_block_out_channels'"), ("vae", "latent_channels", 4, "its VAE gives 4"),
         ("scheduler", "_class_name", "DDIMScheduler", "Sana is trained by flow matching"),
@@ -346,9 +350,12 @@ def test_captions_are_embedded_as_by_the_pipeline(name: str, pipes: Mapping[str,
     parts = {part: getattr(pipe, part) for part in case.family.text_parts if getattr(pipe, part) is not None}
     encoder = CaptionEncoder(case.family, parts)
     for caption in CAPTIONS:
-        (given, _), *_ = network_calls(
-            pipe, case.family, lambda text=caption: sampled_from(pipe, case.family, text, 1.0)
+        guide = 1.0 if caption or not case.bare else 3.0
+        (given, _), *more = network_calls(
+            pipe, case.family, lambda text=caption, scale=guide: sampled_from(pipe, case.family, text, scale)
         )
+        if guide > 1:
+            given = more[0][0] if case.family.guidance[case.family.pipeline].halves == "calls" else first_half(given)
         (ours, _), *_ = network_calls(
             pipe, case.family, lambda text=caption: predicted(pipe, case.family, encoder([text]))
         )
@@ -367,15 +374,19 @@ def test_captions_are_embedded_as_by_the_pipeline(name: str, pipes: Mapping[str,
 SIGMAS = [0.6, 0.3]
 
 
+def first_half(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value[: len(value) // 2] for name, value in given.items()}
+
+
 def sampled_from(pipe: Any, family: Family, prompt: str, scale: float) -> Any:
     """A pipeline's own call from noise of a seed, at levels between the ends."""
     noise = start_noise(pipe, family)
-    return pipe(prompt=[prompt], latents=family.start(noise), height=32, width=48, sigmas=SIGMAS, output_type="latent",
+    return pipe(prompt=[prompt], latents=family.start(noise), height=32, width=64, sigmas=SIGMAS, output_type="latent",
                 **family.guided(pipe, scale, 1))  # fmt: skip
 
 
 def start_noise(pipe: Any, family: Family) -> torch.Tensor:
-    return torch.randn(1, *family.start_shape(pipe, (48, 32)), generator=torch.Generator().manual_seed(7))
+    return torch.randn(1, *family.start_shape(pipe, (64, 32)), generator=torch.Generator().manual_seed(7))
 
 
 def predicted(
@@ -424,8 +435,8 @@ def zeros(output: Any) -> Any:
 @each_family
 def test_latents_come_back_through_the_pipeline(name: str, pipes: Mapping[str, Any], bases: Path) -> None:
     case, pipe, base = CASES[name], pipes[name], check_base(str(bases / name))
-    pixels = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    shape = base.latent_shape((48, 32))
+    pixels = torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    shape = base.latent_shape((64, 32))
     with torch.no_grad():
         x0 = case.family.encode(pipe.vae, pixels, torch.zeros(1, *shape))
         assert tuple(x0.shape[1:]) == shape
@@ -433,7 +444,7 @@ def test_latents_come_back_through_the_pipeline(name: str, pipes: Mapping[str, A
         # A network that returns zeros leaves the latents as they are.
         hook = getattr(pipe, case.family.network).register_forward_hook(lambda *a: (zeros(a[-1][0]),))
         try:
-            image = pipe(prompt=["x"], latents=case.family.start(x0), height=32, width=48, num_inference_steps=1, output_type="pt",
+            image = pipe(prompt=["x"], latents=case.family.start(x0), height=32, width=64, num_inference_steps=1, output_type="pt",
                          **case.family.guided(pipe, 1.0, 1)).images  # fmt: skip
         finally:
             hook.remove()
@@ -446,7 +457,7 @@ def test_latents_come_back_through_the_pipeline(name: str, pipes: Mapping[str, A
     patch = case.family.patch(pipe.transformer.config) if isinstance(case.family, FlowTransformer) else 2
     assert tokens == (rows.shape[1] if rows.ndim == 3 else rows.shape[2] * rows.shape[3] // patch**2)
     step = case.family.pixel_step(base.network_config, base.vae_config)
-    assert step * step * tokens == 32 * 48
+    assert step * step * tokens == 32 * 64
     assert case.family.native_size(pipe) == (case.native or pipe.default_sample_size * pipe.vae_scale_factor,) * 2
 
 
@@ -512,3 +523,10 @@ def test_parts_that_do_not_belong_together_are_refused(name: str, bases: Path, t
             check_base(str(folder), lora=True)
         assert "\n" not in str(caught.value)
     assert check_base(str(bases / name)).family is case.family, "negative control: the base itself is taken"
+
+
+def test_models_page_has_every_family() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| yes", page, re.M)
+    assert rows == [family.name for family in FAMILIES]
+    assert {case.family for case in CASES.values()} == {family for family in FAMILIES if family.flow}
