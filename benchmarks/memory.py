@@ -27,6 +27,10 @@ from ambient_sd.training.footprint import predict
 from ambient_sd.training.proposals import USABLE
 from ambient_sd.utils.memory import peak_memory
 
+FUSED: dict[str, Any] = {"fused_backward_pass": True, "max_grad_norm": 0.0}
+SMALLEST: dict[str, Any] = {
+    **FUSED, "full_bf16": True, "mixed_precision": "bf16", "use_8bit_adam": True, "gradient_checkpointing": True,
+}  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {
     "all weights": {},
     "all weights, averaged": {"use_ema": True},
@@ -34,15 +38,35 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "all weights, bf16": {"mixed_precision": "bf16"},
     "LoRA of rank 16": {"lora": True, "rank": 16},
     "LoRA of rank 16, gradient checkpointing": {"lora": True, "rank": 16, "gradient_checkpointing": True},
-}
+    "LoRA of rank 16, half of the blocks recomputed": {
+        "lora": True, "rank": 16, "gradient_checkpointing": True, "gradient_checkpointing_fraction": 0.5,
+    },
+    "LoRA of rank 16, base in int8": {"lora": True, "rank": 16, "quantize_base": "int8"},
+    "LoRA of rank 16, base in nf4": {"lora": True, "rank": 16, "quantize_base": "nf4"},
+    "all weights, fused backward pass": FUSED,
+    "all weights, fused backward pass, 8-bit Adam": {**FUSED, "use_8bit_adam": True},
+    "all weights in bf16, fused backward pass, 8-bit Adam, gradient checkpointing": SMALLEST,
+}  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     "LoRA of rank 16": {"lora": True, "rank": 16},
     "LoRA of rank 16, gradient checkpointing": {"lora": True, "rank": 16, "gradient_checkpointing": True},
+    "LoRA of rank 16, half of the blocks recomputed": {
+        "lora": True, "rank": 16, "gradient_checkpointing": True, "gradient_checkpointing_fraction": 0.5,
+    },
+    "LoRA of rank 16, base in nf4": {"lora": True, "rank": 16, "quantize_base": "nf4"},
+    "LoRA of rank 16, base in nf4, gradient checkpointing": {
+        "lora": True, "rank": 16, "quantize_base": "nf4", "gradient_checkpointing": True,
+    },
     "all weights, gradient checkpointing": {"gradient_checkpointing": True},
+    "all weights, fused backward pass, gradient checkpointing": {**FUSED, "gradient_checkpointing": True},
     "all weights, averaged, gradient checkpointing": {"use_ema": True, "gradient_checkpointing": True},
     "all weights, averaged on the CPU, 8-bit Adam, gradient checkpointing": {
         "use_ema": True, "offload_ema": True, "use_8bit_adam": True, "gradient_checkpointing": True,
     },
+    "all weights in bf16, averaged on the CPU, fused backward pass, 8-bit Adam, gradient checkpointing": {
+        "use_ema": True, "offload_ema": True, **SMALLEST,
+    },
+    "the same, moments on the CPU": {"use_ema": True, "offload_ema": True, "offload_optimizer": True, **SMALLEST},
 }  # fmt: skip
 _CARDS = (8, 12, 16, 24, 40, 48, 80)  # GiB
 
@@ -64,14 +88,15 @@ def config_of(folder: Path, **options: Any) -> TrainConfig:
     )  # fmt: skip
 
 
-def check() -> None:
+def check(only: str = "") -> None:
     """Print prediction and measurement of each setting, and their ratio."""
     print(f"| {SMALL[4]} px, batch 8 | predicted, MiB | measured, MiB | measured / predicted |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         prepare(folder, 16)
         base = check_base(str(folder / "model"))
-        for number, (name, options) in enumerate([("", {}), *SETTINGS.items()]):  # the first fills the cache
+        chosen = [item for item in SETTINGS.items() if only in item[0]]
+        for number, (name, options) in enumerate([("", {}), *chosen]):  # the first fills the cache
             command = [sys.executable, __file__, "measure", str(folder), json.dumps(options)]
             measured = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
             if number:
@@ -140,7 +165,7 @@ def _write(folder: Path, pipeline: str, unet: Any, vae: Any, *texts: Any) -> Pat
     return folder
 
 
-def cards(batches: list[int]) -> None:
+def cards(batches: list[int], only: str = "") -> None:
     """Print the peak of each method by model, resolution and batch, and the smallest card for it."""
     for title, write, sides in (("Stable Diffusion 2", sd2, (512, 768)), ("SDXL", sdxl, (512, 768, 1024))):
         with tempfile.TemporaryDirectory() as place:
@@ -151,7 +176,7 @@ def cards(batches: list[int]) -> None:
                 f"\n| {title}, bf16 | " + " | ".join(f"{side} px, batch {n}" for side in sides for n in batches) + " |"
             )
             print("|---" * (1 + len(sides) * len(batches)) + "|")
-            for name, options in METHODS.items():
+            for name, options in ((n, o) for n, o in METHODS.items() if only in n):
                 cells = []
                 for side in sides:
                     for n in batches:
@@ -168,14 +193,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["check", "cards", "measure"])
     parser.add_argument("more", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="", help="rows whose name holds this")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     args = parser.parse_args()
     if args.what == "measure":
         print(measure(Path(args.more[0]), json.loads(args.more[1])))
     elif args.what == "check":
-        check()
+        check(args.only)
     else:
-        cards(args.batches)
+        cards(args.batches, args.only)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class Chroma(Packed):
     guidance: Mapping[str, Guidance] = {
         "ChromaPipeline": Guidance(
             network="transformer", sample="hidden_states", embeds="encoder_hidden_states", timesteps=1000.0, halves="calls",
-            masks=("attention_mask",), texts={"txt_ids": 1, "attention_mask": 2}, shared=frozenset({"txt_ids", "img_ids"}), tokens=False, uncond=3,
+            mask=("attention_mask", 2), texts={"txt_ids": 1}, shared=frozenset({"txt_ids", "img_ids"}), tokens=False, uncond=3,
         ),
     }  # fmt: skip
     parts: Mapping[str, tuple[str, str]] = {
@@ -77,7 +77,8 @@ def _checkpoint_with(network: Any, mask: torch.Tensor) -> None:
         network = network.module if hasattr(network, "module") else network._orig_mod
     if network.gradient_checkpointing:
         known = network._gradient_checkpointing_func
-        network._gradient_checkpointing_func = partial(_checkpoint, getattr(known, "args", (known,))[0], mask)
+        plain = known.args[0] if getattr(known, "func", None) is _checkpoint else known
+        network._gradient_checkpointing_func = partial(_checkpoint, plain, mask)
 
 
 def _checkpoint(checkpoint: Callable[..., Any], mask: torch.Tensor, block: Any, *given: Any) -> Any:

@@ -37,7 +37,9 @@ class FlowTransformer(KLFamily):
 
     network = "transformer"
     flow = True
-    lora_prefixes: Mapping[str, Mapping[str, str]] = {"transformer": {"diffusion_model.": "ComfyUI"}}
+    lora_prefixes: Mapping[str, Mapping[str, str]] = {
+        "transformer": {"lycoris_": "kohya", "lora_unet_": "kohya", "lora_transformer_": "OneTrainer", "diffusion_model.": "ComfyUI"}
+    }  # fmt: skip
     needs: tuple[str, ...] = ("in_channels", "patch_size")
     folded = 1
     reads: Mapping[str, str] = {"encoder_hidden_states": "hidden"}

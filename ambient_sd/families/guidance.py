@@ -30,8 +30,9 @@ class Guidance:
             called for each half.
         scale: "guidance_scale" (a property), or the local variable of the pipeline's `__call__` that holds the scale.
         excess: whether the pipeline computes `cond + scale (cond - uncond)`: its scale is one less than others'.
-        masks: inputs that tell which rows of the embeddings are read.
-        texts: with "calls": inputs that belong to a half's text beside the embeddings, and their positions in
+        normalizes: whether the pipeline gives the guided prediction the norm of the conditional one.
+        mask: the input that tells which rows of the embeddings are read, where it is one, and its position in `encode_prompt`'s result.
+        texts: with "calls": other inputs that belong to a half's text beside the embeddings, and their positions in
             `encode_prompt`'s result.
         shared: inputs that have no row per image, whatever their size.
         latents_end_early: whether a run with output_type="latent" returns without `maybe_free_model_hooks`.
@@ -56,7 +57,8 @@ class Guidance:
     uncond: int = 0
     scale: str = "guidance_scale"
     excess: bool = False
-    masks: tuple[str, ...] = ()
+    normalizes: bool = False
+    mask: tuple[str, int] | None = None
     texts: dict[str, int] = field(default_factory=dict)
     shared: frozenset[str] = frozenset()
     latents_end_early: bool = False

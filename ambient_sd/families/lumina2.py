@@ -39,7 +39,7 @@ class Lumina2(FlowTransformer):
     guidance: Mapping[str, Guidance] = {
         "Lumina2Pipeline": Guidance(
             network="transformer", sample="hidden_states", embeds="encoder_hidden_states", timesteps=1000.0, reversed=True,
-            halves="calls", texts={"encoder_attention_mask": 1}, masks=("encoder_attention_mask",), uncond=2, tokens=False,
+            halves="calls", normalizes=True, mask=("encoder_attention_mask", 1), uncond=2, tokens=False,
         ),
     }  # fmt: skip
     parts: Mapping[str, tuple[str, str]] = {
@@ -66,6 +66,9 @@ class Lumina2(FlowTransformer):
             send(found.input_ids, model.device), attention_mask=mask, output_hidden_states=True, use_cache=False
         )
         return {"hidden": states.hidden_states[-2].float(), "mask": mask}
+
+    def around(self, tokenizer: Any) -> int:
+        return len(tokenizer(f"{_system_prompt()} <Prompt Start> ").input_ids)
 
     def predict(
         self, network: Any, x_t: torch.Tensor, timesteps: torch.Tensor, inputs: Mapping[str, Any]

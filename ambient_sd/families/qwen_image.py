@@ -42,7 +42,7 @@ class QwenImage(Packed):
     guidance: Mapping[str, Guidance] = {
         "QwenImagePipeline": Guidance(
             network="transformer", sample="hidden_states", embeds="encoder_hidden_states", timesteps=1000.0, halves="calls",
-            scale="true_cfg_scale", texts={"encoder_hidden_states_mask": 1}, masks=("encoder_hidden_states_mask",), tokens=False,
+            scale="true_cfg_scale", normalizes=True, mask=("encoder_hidden_states_mask", 1), tokens=False,
         ),
     }  # fmt: skip
     parts: Mapping[str, tuple[str, str]] = {
@@ -65,7 +65,7 @@ class QwenImage(Packed):
         for key in ("latents_mean", "latents_std"):
             good = isinstance(vae[key], list) and len(vae[key]) == vae["z_dim"] and all(_number(v) for v in vae[key])
             if not good or (key == "latents_std" and min(vae[key]) <= 0):
-                raise UserError(f"the VAE of {model.name} has {key} = {vae[key]!r}"[:200], rule=f"it holds a number for each of {vae['z_dim']} channels",
+                raise UserError(f"the VAE of {model.name} has {key} = {vae[key]!r}"[:200], rule=f"it holds a number for each of {vae['z_dim']} channels, and a spread is above 0",
                                 remedy="fetch the base anew")  # fmt: skip
 
     def vae_factor(self, vae: Mapping[str, Any]) -> int:
@@ -98,6 +98,12 @@ class QwenImage(Packed):
         ).hidden_states
         rows = read_rows(states[-1].float(), found["attention_mask"], skip)
         return {name: value[:, : self.text_length] for name, value in rows.items()}
+
+    def around(self, tokenizer: Any) -> int:
+        stock = _stock()  # what stands before the caption is not counted
+        return len(tokenizer(stock.prompt_template_encode.format("")).input_ids) - int(
+            stock.prompt_template_encode_start_idx
+        )
 
     def inputs(
         self, embeddings: Mapping[str, torch.Tensor], sizes: torch.Tensor | None, device: torch.device | str

@@ -40,7 +40,7 @@ class SanaFamily(FlowTransformer):
     pipeline = "SanaPipeline"
     guidance: Mapping[str, Guidance] = {
         "SanaPipeline": Guidance(
-            network="transformer", sample="hidden_states", embeds="encoder_hidden_states", masks=("encoder_attention_mask",), tokens=False,
+            network="transformer", sample="hidden_states", embeds="encoder_hidden_states", mask=("encoder_attention_mask", 1), tokens=False,
         ),
     }  # fmt: skip
     parts: Mapping[str, tuple[str, str]] = {

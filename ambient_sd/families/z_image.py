@@ -61,7 +61,7 @@ class ZImage(FlowTransformer):
         return 2
 
     def native_side(self, network: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
-        return 128 * self.vae_factor(vae)
+        return 1024  # whatever its parts say
 
     def guided(self, pipe: Any, scale: float, count: int) -> dict[str, Any]:
         # Its pipeline computes cond + scale (cond - uncond), and does so above 0.
@@ -77,6 +77,11 @@ class ZImage(FlowTransformer):
             input_ids=ids, attention_mask=mask.bool(), output_hidden_states=True, use_cache=False
         ).hidden_states
         return read_rows(states[-2].float(), found["attention_mask"])
+
+    def around(self, tokenizer: Any) -> int:
+        chat = [{"role": "user", "content": ""}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+        return len(tokenizer(text).input_ids)
 
     def inputs(
         self, embeddings: Mapping[str, torch.Tensor], sizes: torch.Tensor | None, device: torch.device | str

@@ -35,6 +35,20 @@ def cross_attentions(network: torch.nn.Module) -> list[torch.nn.Module]:
     return [block.attn2 for block in blocks if block.attn2 is not None and block.attn2.is_cross_attention]
 
 
+def require_cross_attention(network: torch.nn.Module, what: str) -> None:
+    """Raise a `UserError` if a policy that acts inside the cross-attention of a U-Net is given another network.
+
+    Example:
+        >>> require_cross_attention(torch.nn.Linear(2, 2), "AttentionGuard")
+        Traceback (most recent call last):
+        ambient_sd.utils.errors.UserError: AttentionGuard on a Linear; it acts on the cross-attention of a U-Net, and this network is none; use a policy that acts on outputs, latents or embeddings
+    """
+    kind = type(getattr(network, "_orig_mod", network)).__name__
+    if "UNet" not in kind and not cross_attentions(network):
+        raise UserError(f"{what} on a {kind}", rule="it acts on the cross-attention of a U-Net, and this network is none",
+                        remedy="use a policy that acts on outputs, latents or embeddings")  # fmt: skip
+
+
 def require_weighable(network: torch.nn.Module, *, key_scale: bool) -> None:
     """Raise a `UserError` unless tokens can be weighed in this network (`key_scale`: their logits be scaled).
 

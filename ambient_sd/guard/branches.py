@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ambient_sd.families.guidance import Guidance
 from ambient_sd.guard.attention import map_tensors, take, weighed
-from ambient_sd.guard.policies.base import Encoded, GuidanceBranches, Half
+from ambient_sd.guard.policies.base import Encoded, GuidanceBranches, Half, wide
 from ambient_sd.utils.errors import UserError
 
 
@@ -32,6 +32,7 @@ class NetworkHalves(GuidanceBranches):
         noise_factor: `()`, on the device.
         weights: `(token_weights, key_scale)` of the conditional half that `begin` put in place, `(n, L)` each, or None.
         checkpointing: whether `enable_grad` also turns gradient checkpointing on.
+        flow: whether the network was trained by flow matching.
 
     Example:
         >>> from ambient_sd.assets.tiny import tiny_pipeline
@@ -58,16 +59,21 @@ class NetworkHalves(GuidanceBranches):
         noise_factor: torch.Tensor,
         weights: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
         checkpointing: bool = False,
+        flow: bool = False,
     ) -> None:
         # A pipeline may run under torch.inference_mode, whose tensors cannot enter autograd: policies get ordinary ones.
         self._inputs = {"cond": ordinary(cond), "uncond": ordinary(uncond)}
         self._network, self._layout, self._n, self._weights = network, layout, n, weights
         self._checkpointing = checkpointing
-        self.sample = layout.tensor(self._inputs["cond"][layout.sample])
+        self.sample = self._inputs["cond"][layout.sample]
         self.cond, self.uncond = (
-            Encoded(_padded(half[layout.embeds]), get(half, layout.pooled)) for half in self._inputs.values()
+            Encoded(
+                half[layout.embeds], get(half, layout.pooled), _told(half[layout.embeds], _mask(half, layout), layout)
+            )
+            for half in self._inputs.values()
         )
         self.timestep, self.noise_factor = ordinary(timestep), ordinary(noise_factor)
+        self.flow = 0 if not flow else -1 if layout.reversed else 1
 
     def predict(
         self,
@@ -77,6 +83,7 @@ class NetworkHalves(GuidanceBranches):
         sample: torch.Tensor | None = None,
         embeds: torch.Tensor | None = None,
         pooled: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
         token_weights: torch.Tensor | None = None,
         key_scale: torch.Tensor | None = None,
         timestep: torch.Tensor | None = None,
@@ -87,10 +94,8 @@ class NetworkHalves(GuidanceBranches):
             inputs = rows_of(inputs, layout, self._n, rows)
         inputs = dict(inputs)
         if sample is not None:
-            inputs[layout.sample] = layout.as_given(sample)
-        if embeds is not None:
-            refuse_masked(layout)
-            inputs[layout.embeds] = embeds
+            inputs[layout.sample] = sample
+        inputs = with_text(inputs, layout, None, embeds, mask)
         if pooled is not None:
             inputs = put(inputs, layout.pooled, pooled)
         if timestep is not None:
@@ -107,11 +112,115 @@ class NetworkHalves(GuidanceBranches):
             torch.set_grad_enabled(grad),
             weighed(self._network, token_weights=token_weights, key_scale=key_scale),
         ):
-            return layout.tensor(self._network.forward(**(inputs | {"return_dict": False}))[0])  # type: ignore[operator]
+            return layout.tensor(self._network.forward(**(as_called(inputs, layout) | {"return_dict": False}))[0])  # type: ignore[operator]
 
     def enable_grad(self) -> AbstractContextManager[None]:
         """Return a context under which `predict` can be differentiated with respect to its inputs."""
         return _differentiable(self._network, self._checkpointing)
+
+
+_LENGTHS = "rows of the listed embeddings"  # as a mask, for networks that take none
+
+
+def plain(inputs: dict[str, Any], layout: Guidance) -> dict[str, Any]:
+    """Return the network's inputs by name as one tensor each, where it takes lists of them.
+
+    Example:
+        >>> layout = Guidance(network="transformer", sample="x", embeds="cap_feats", listed=True)
+        >>> given = {"x": [torch.zeros(4, 1, 2, 2)] * 2, "cap_feats": [torch.ones(1, 8), torch.ones(3, 8)]}
+        >>> found = plain(given, layout)
+        >>> found["x"].shape, found["cap_feats"].shape, [len(text) for text in as_called(found, layout)["cap_feats"]]
+        (torch.Size([2, 4, 2, 2]), torch.Size([2, 3, 8]), [1, 3])
+    """
+    if not layout.listed:
+        return inputs
+    texts = inputs[layout.embeds]
+    return inputs | {
+        layout.sample: layout.tensor(inputs[layout.sample]), layout.embeds: pad_sequence(texts, batch_first=True),
+        _LENGTHS: pad_sequence([text.new_ones(len(text)) for text in texts], batch_first=True),
+    }  # fmt: skip
+
+
+def as_called(inputs: dict[str, Any], layout: Guidance) -> dict[str, Any]:
+    """Return inputs as the network takes them: `plain`, back."""
+    if not layout.listed:
+        return inputs
+    lengths = inputs[_LENGTHS].sum(1).long().tolist()
+    texts = [text[:n] for text, n in zip(inputs[layout.embeds], lengths, strict=True)]
+    rest = {name: value for name, value in inputs.items() if name != _LENGTHS}
+    return rest | {layout.sample: layout.as_given(inputs[layout.sample]), layout.embeds: texts}
+
+
+def encoded(result: Any, layout: Guidance) -> Encoded:
+    """Return the conditional half of what a pipeline's `encode_prompt` gives.
+
+    Example:
+        >>> from ambient_sd.families.sd import LAYOUT
+        >>> encoded((torch.zeros(1, 77, 768), None), LAYOUT).embeds.shape
+        torch.Size([1, 77, 768])
+    """
+    embeds, pooled = layout.outputs
+    if layout.listed:
+        texts = result[embeds]
+        told = pad_sequence([text.new_ones(len(text)) for text in texts], batch_first=True)
+        return Encoded(pad_sequence(texts, batch_first=True), None, told)
+    mask = None if layout.mask is None else _told(result[embeds], result[layout.mask[1]], layout)
+    return Encoded(result[embeds], None if pooled is None else result[pooled], mask)
+
+
+def with_text(
+    inputs: dict[str, Any],
+    layout: Guidance,
+    rows: torch.Tensor | None,
+    embeds: torch.Tensor | None,
+    mask: torch.Tensor | None = None,
+) -> dict[str, Any]:
+    """Return the network's inputs, as `plain` has them, with other embeddings; shorter ones get zeros behind that are not read.
+
+    Args:
+        inputs: by name.
+        layout: how the pipeline calls the network.
+        rows: which rows of the batch they are; None: all.
+        embeds: `(m, L, D)`; None changes nothing.
+        mask: `(m, L)`, which rows of them are read; None: those that were, or all.
+
+    Example:
+        >>> from ambient_sd.families.sd import LAYOUT
+        >>> given = {"encoder_hidden_states": torch.zeros(2, 3, 1)}
+        >>> with_text(given, LAYOUT, torch.tensor([1]), torch.ones(1, 3, 1))["encoder_hidden_states"].flatten().tolist()
+        [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
+    """
+    if embeds is None:
+        return inputs
+    own, read = inputs[layout.embeds], _mask(inputs, layout)
+    if rows is not None:
+        length = max(own.shape[1], embeds.shape[1])
+        if mask is not None and (read is not None or length > own.shape[1] or not bool(mask.all())):
+            # What has no mask is read whole.
+            told = own.new_ones(own.shape[:2]) if read is None else read
+            mask = wide(told, length).index_copy(0, rows, wide(mask, length).to(told))
+        else:
+            mask = None
+        embeds = wide(own, length).index_copy(0, rows, wide(embeds, length).to(own))
+    name = _LENGTHS if layout.mask is None else layout.mask[0]
+    # Where nothing is to be hidden Qwen-Image's pipeline gives no mask, which spares attention one.
+    if mask is not None and (inputs.get(name) is not None or not bool(mask.all())):
+        if (before := inputs.get(name)) is not None:  # behind the text's part some have one of the image
+            mask = torch.cat([mask.to(before), before[:, own.shape[1] :]], dim=1)
+        inputs = inputs | {name: mask}
+    return inputs | {layout.embeds: embeds}
+
+
+def _told(embeds: torch.Tensor, mask: torch.Tensor | None, layout: Guidance) -> torch.Tensor | None:
+    """Return a mask, of ones where a network that takes one is given none: all rows are read."""
+    return embeds.new_ones(embeds.shape[:2]) if mask is None and layout.mask is not None else mask
+
+
+def _mask(inputs: dict[str, Any], layout: Guidance) -> torch.Tensor | None:
+    """Return which rows of the embeddings are read; None: all."""
+    name = _LENGTHS if layout.mask is None else layout.mask[0]
+    mask: torch.Tensor | None = inputs.get(name)
+    return None if mask is None else mask[:, : inputs[layout.embeds].shape[1]]
 
 
 def rows_of(inputs: dict[str, Any], layout: Guidance, batch: int, rows: torch.Tensor | slice) -> dict[str, Any]:
@@ -122,31 +231,7 @@ def rows_of(inputs: dict[str, Any], layout: Guidance, batch: int, rows: torch.Te
         >>> rows_of({"sample": torch.arange(4)}, LAYOUT, 4, slice(2, 4))["sample"].tolist()
         [2, 3]
     """
-    found = {name: value if name in layout.shared else take(value, batch, rows) for name, value in inputs.items()}
-    for name in (layout.sample, layout.embeds) if layout.listed else ():
-        # Each tensor of the list is a row, whatever its own first side is.
-        found[name] = inputs[name][rows] if isinstance(rows, slice) else [inputs[name][i] for i in rows.tolist()]
-    return found
-
-
-def refuse_masked(layout: Guidance) -> None:
-    """Raise a `UserError` if the network is told apart from the embeddings which of their rows it reads.
-
-    Example:
-        >>> from ambient_sd.families.sd import LAYOUT
-        >>> refuse_masked(LAYOUT)
-    """
-    if layout.masks or layout.listed:
-        raise UserError(
-            "the policy replaces the embeddings of prompts",
-            rule="this network reads as many of their rows as the prompt has tokens, and those of another text would be cut or padded",
-            remedy="use a policy that acts on outputs or latents",
-        )
-
-
-def _padded(embeds: Any) -> torch.Tensor:
-    padded: torch.Tensor = embeds if isinstance(embeds, torch.Tensor) else pad_sequence(embeds, batch_first=True)
-    return padded
+    return {name: value if name in layout.shared else take(value, batch, rows) for name, value in inputs.items()}
 
 
 def get(inputs: dict[str, Any], path: tuple[str, ...]) -> Any:
@@ -176,7 +261,7 @@ def put(inputs: dict[str, Any], path: tuple[str, ...], value: torch.Tensor) -> d
         raise UserError(
             "the policy replaces pooled embeddings",
             rule="this network takes none",
-            remedy="use the policy with SDXL, or leave `pooled` None",
+            remedy="leave `pooled` None",
         )
     first, *rest = path
     return inputs | {first: put(inputs[first], tuple(rest), value) if rest else value}

@@ -33,8 +33,17 @@ import torch
 
 from ambient_sd.families import SUPPORTED, guidance_of, refuse_distilled, tokenizers_of
 from ambient_sd.guard import scores
-from ambient_sd.guard.attention import require_weighable, weighed
-from ambient_sd.guard.branches import NetworkHalves, get, put, refuse_masked, rows_of
+from ambient_sd.guard.attention import require_cross_attention, require_weighable, weighed
+from ambient_sd.guard.branches import (
+    NetworkHalves,
+    as_called,
+    encoded,
+    get,
+    plain,
+    put,
+    rows_of,
+    with_text,
+)
 from ambient_sd.guard.calibration import Calibration, Sampling
 from ambient_sd.guard.policies.base import Change, Encoded, Half, Policy, SamplingStart, Step
 from ambient_sd.utils.errors import UserError
@@ -78,7 +87,7 @@ class ImageReport:
         first_score_before: the norm at the first step with the pipeline's own inputs, if a policy measured it.
         first_score_after: the same with the replaced inputs.
         iterations: optimizer steps that the policy took for this image.
-        quantity: what the norm is of: "noise", "velocity" (flow matching), or "output" (`score_space`); they do not compare.
+        quantity: what the norm is of: "noise", "velocity" (flow matching), "output" or "unguided" (`score_space`); they do not compare.
         active: whether the policy was allowed to act on this image: False without a policy, and with `when="flagged"`
             where the first step's norm was under its threshold.
         decision_score: what was compared with the threshold, never mitigated: without a policy `score`; under one the norm of the first
@@ -108,7 +117,7 @@ class ImageReport:
     first_score_before: float | None = None
     first_score_after: float | None = None
     iterations: int = 0
-    quantity: Literal["noise", "velocity", "output"] = "noise"
+    quantity: scores.Quantity = "noise"
     active: bool = False
     decision_score: float | None = None
     decision_steps: int | None = None
@@ -164,6 +173,7 @@ class _Call:
         default_factory=dict
     )  # of the evaluation under way, as the network got them
     outputs: dict[Half, torch.Tensor] = field(default_factory=dict)
+    empty: Encoded | None = None  # the empty prompt, of a run without an unconditional half ("unguided")
     stopped: bool = False
 
     @property
@@ -204,7 +214,9 @@ class MemorizationGuard:
             images are unfinished, so call the pipeline with output_type="latent", or use `decide`.
         score_space: "noise" scores by `|| eps_c - eps_u ||`; "output" by the norm of the outputs as they are, as published, which
             on v-prediction models (SD2) is another number, and what published targets for them are of. Scores, thresholds and
-            the targets of policies are all in it. None: that of calibrated thresholds, else "noise".
+            the targets of policies are all in it. "unguided" scores runs without an unconditional half (guidance off, or an input of
+            the network) against the empty prompt, for which the network is evaluated once more at each step; policies need guidance.
+            None: that of calibrated thresholds, else "noise".
 
     Attributes:
         image_indices: which image of its prompt each image of the next call is, counted from 0, for a caller that spreads the images of
@@ -285,6 +297,12 @@ class MemorizationGuard:
                 rule="it is defined by the difference of predicted noise",
                 remedy="leave score_space out",
             )
+        if self.score_space == "unguided" and policy is not None:
+            raise UserError(f"{type(policy).__name__} with score_space unguided", rule="there is no guidance that a policy could change",
+                            remedy="sample with guidance, and leave score_space out")  # fmt: skip
+        for part in getattr(policy, "policies", (policy,)):
+            if part is not None and part.cross_attention:
+                require_cross_attention(getattr(pipe, self._layout.network), type(part).__name__)
         scores.StepFactor(pipe.scheduler, self.score_space)
         self.pipe = pipe
         self.policy = policy
@@ -470,7 +488,7 @@ class MemorizationGuard:
             images, per_prompt, prompts, negatives, unconditional, scores.StepFactor(self.pipe.scheduler, self.score_space),
             self._encoder(original, given), {"cond": result},
         )  # fmt: skip
-        if (other := self._layout.uncond) and calls:
+        if calls and (other := self._layout.uncond):  # both texts at once
             if result[other] is not None:
                 self._call.texts["uncond"] = result[other:]
             self._expected = False
@@ -479,25 +497,16 @@ class MemorizationGuard:
     def _encoder(self, original: Callable[..., Any], given: dict[str, Any]) -> Callable[[Sequence[str]], Encoded]:
         """Return the pipeline's own encoding of other texts, with the settings of this run."""
         keep = (
-            "device",
-            "lora_scale",
-            "clip_skip",
-            "max_sequence_length",
-            "clean_caption",
-            "complex_human_instruction",
-            "system_prompt",
-        )
+            "device", "lora_scale", "clip_skip", "max_sequence_length", "clean_caption", "complex_human_instruction", "system_prompt",
+            "text_encoder_out_layers",
+        )  # fmt: skip
         fixed: dict[str, Any] = {name: given[name] for name in keep if name in given}
-        fixed |= {name: None for name in ("prompt_2", "prompt_3") if name in given}
-        fixed |= {"num_images_per_prompt": 1}
-        if "do_classifier_free_guidance" in given:
-            fixed["do_classifier_free_guidance"] = False
-        embeds, pooled = self._layout.outputs
+        alone = {"prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        fixed |= {name: value for name, value in alone.items() if name in given}
 
         def encode(texts: Sequence[str]) -> Encoded:
             with torch.inference_mode(False), torch.no_grad():
-                result = original(prompt=list(texts), **fixed)
-            return Encoded(result[embeds], None if pooled is None else result[pooled])
+                return encoded(original(prompt=list(texts), **fixed), self._layout)
 
         return encode
 
@@ -540,14 +549,13 @@ class MemorizationGuard:
         call = self._call
         if call is None:  # the network is used outside a run of this pipeline
             return None
-        inputs = dict(zip(self._names, args, strict=False)) | kwargs
+        inputs = plain(dict(zip(self._names, args, strict=False)) | kwargs, self._layout)
         call.asked = None
         if inputs.get("skip_layers") is not None:  # SD3's skip-layer guidance: a third evaluation, none of the halves
             return None
         half = self._half(call, inputs)
         if not call.inputs:
-            device = inputs[self._layout.sample][0].device
-            t = torch.as_tensor(inputs[self._layout.time]).detach().flatten()[:1].to(device)
+            t = torch.as_tensor(inputs[self._layout.time]).detach().flatten()[:1].to(inputs[self._layout.sample].device)
             call.timesteps.append(self._layout.scheduler_time(t))
             # Only a schedule with such steps is read off the device, and only until they are over.
             call.signal = call.signal or not (
@@ -564,7 +572,7 @@ class MemorizationGuard:
         changed = self._changed(call, inputs, half)
         call.inputs |= self._split(call, changed, half)
         self._weigh(call, half)
-        return None if changed is inputs else ((), changed)
+        return None if changed is inputs else ((), as_called(changed, self._layout))
 
     def _after_network(self, network: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self._evaluation.close()
@@ -577,6 +585,8 @@ class MemorizationGuard:
             uncond, cond = self._layout.halved(out)
         else:
             call.outputs[half] = out
+            if call.empty is not None:
+                call.outputs["uncond"] = self._beside(call)
             if len(call.outputs) < 2:
                 return None
             cond, uncond = call.outputs["cond"], call.outputs["uncond"]
@@ -602,7 +612,7 @@ class MemorizationGuard:
             index=len(call.norms) - 1, timestep=call.timesteps[-1][0], cond=cond, uncond=uncond, norms=list(call.norms),
             guidance_scale=scale, halves=self._halves(call, inputs, call.timesteps[-1], factor, call.weights),
             silent=not call.signal,
-            output_norms=list(call.output_norms), total=getattr(self.pipe, "_num_timesteps", None),
+            output_norms=list(call.output_norms), total=getattr(self.pipe, "_num_timesteps", None), normalizes=self._layout.normalizes,
         )  # fmt: skip
         replaced = self.policy.step(step)
         if replaced is None:
@@ -620,8 +630,20 @@ class MemorizationGuard:
             new, first, earlier = (new_cond, uncond, new_uncond) if half == "cond" else (new_uncond, cond, new_cond)
             new = new.clone()
             first.copy_(earlier.clone())
-        returned = self._layout.as_given(new)
-        return (returned, *output[1:]) if isinstance(output, tuple) else type(output)(sample=returned)
+        given = self._layout.as_given(new)
+        return (given, *output[1:]) if isinstance(output, tuple) else type(output)(sample=given)
+
+    def _beside(self, call: _Call) -> torch.Tensor:
+        """Return what the network predicts of the evaluation under way for the empty prompt."""
+        assert call.empty is not None
+        inputs: dict[Half, dict[str, Any]] = {"cond": call.inputs["cond"], "uncond": call.inputs["cond"]}
+        halves = self._halves(call, inputs, call.timesteps[-1], call.factor(call.timesteps[-1]))
+        embeds, pooled, mask = (
+            None if part is None else part.expand(call.images, *part.shape[1:]).to(halves.sample.device)
+            for part in call.empty
+        )
+        with torch.no_grad():
+            return halves.predict("cond", embeds=embeds, pooled=pooled, mask=mask)
 
     @staticmethod
     def _only_active(call: _Call, new: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -635,8 +657,15 @@ class MemorizationGuard:
 
     def _half(self, call: _Call, inputs: dict[str, Any]) -> Half | Literal["both"]:
         """Say which half the network is being asked for, or raise where guidance cannot be measured."""
-        layout, batch = self._layout, len(inputs[self._layout.sample])
+        layout, batch = self._layout, int(inputs[self._layout.sample].shape[0])
         remedy = "sample with guidance_scale > 1 from the first step to the last, or without the guard"
+        unguided = self.score_space == "unguided"
+        if unguided and (batch != call.images or "uncond" in call.texts):
+            raise UserError("score_space is unguided, and guidance is on", rule="the unconditional half is there to be measured",
+                            remedy="leave score_space out")  # fmt: skip
+        if unguided:
+            call.empty = call.empty or call.encode([""])
+            return "cond"
         if layout.halves == "calls":
             if "uncond" in call.texts:
                 for half, texts in call.texts.items():
@@ -647,8 +676,8 @@ class MemorizationGuard:
                     rule="the two halves are told apart by the embeddings that encode_prompt returned",
                     remedy="leave callbacks that replace prompt_embeds out, or sample without the guard",
                 )
-            needed = "" if layout.uncond else "a negative_prompt (it may be empty) and "
-            remedy = f"give {needed}{layout.scale} > 1, or sample without the guard"
+            if layout.scale != "guidance_scale":
+                remedy = f"give a negative_prompt (it may be empty) and {layout.scale} > 1, or score_space='unguided'"
         elif batch == 2 * call.images:
             return "both"
         elif batch != call.images:
@@ -668,8 +697,8 @@ class MemorizationGuard:
         if half != "both":
             return {half: inputs}
         n = call.images
-        one, other = (rows_of(inputs, self._layout, 2 * n, rows) for rows in (slice(0, n), slice(n, 2 * n)))
-        return {"cond": other, "uncond": one} if self._layout.first == "uncond" else {"cond": one, "uncond": other}
+        at: tuple[Half, Half] = ("uncond", "cond") if self._layout.first == "uncond" else ("cond", "uncond")
+        return {half: rows_of(inputs, self._layout, 2 * n, slice(i * n, (i + 1) * n)) for i, half in enumerate(at)}
 
     def _halves(
         self,
@@ -682,13 +711,14 @@ class MemorizationGuard:
         return NetworkHalves(
             self._eager, self._layout, cond=inputs["cond"], uncond=inputs["uncond"], n=call.images, timestep=timestep[0],
             noise_factor=factor[0], weights=weights, checkpointing=self.policy is not None and self.policy.gradient_checkpointing,
+            flow=call.factor.flow,
         )  # fmt: skip
 
     # -- what a policy changes -----------------------------------------------------------------------------------
 
     def _start(self, call: _Call, inputs: dict[str, Any]) -> None:
         """Before the first evaluation: find out whether there is anything to measure, and what it can be compared with."""
-        call.guidance_scale = self._guidance_scale()
+        call.guidance_scale = self._guidance_scale() if call.empty is None else float(self.pipe.guidance_scale)
         if self.policy is None or self.when == "always":
             call.active = [self.policy is not None] * call.images
         if not call.signal:
@@ -740,8 +770,6 @@ class MemorizationGuard:
         pipe, calibration = self.pipe, self.threshold
         assert isinstance(calibration, Calibration)
         scheduler = pipe.scheduler
-        if getattr(pipe, "unet", None) is None:
-            return calibration.misfit(pipe)
         if "strength" in inspect.signature(type(pipe).__call__).parameters:
             return f"it was calibrated on text to image, not on {type(pipe).__name__}"
         if any(call.negative_prompts or ()):
@@ -754,6 +782,12 @@ class MemorizationGuard:
                 return f"it was calibrated without {name}"
         if (inputs.get("cross_attention_kwargs") or {}).get("scale", 1) != 1:
             return "it was calibrated with the adapter at its own strength, not at another scale"
+        if call.factor.flow:  # whose timesteps depend on the image's size and on what the pipeline gives the sampler
+            sampling = Sampling.of(
+                pipe, num_inference_steps=given.get("num_inference_steps") or calibration.sampling.num_inference_steps,
+                guidance_scale=call.guidance_scale, height=given.get("height"), width=given.get("width"),
+            )  # fmt: skip
+            return calibration.misfit(pipe, sampling, whole=False)
         steps = getattr(scheduler, "num_inference_steps", None)
         if steps is not None:
             fresh = type(scheduler).from_config(scheduler.config)
@@ -786,8 +820,11 @@ class MemorizationGuard:
         if half != "both":  # the other half differs in its texts only
             other: Half = "uncond" if half == "cond" else "cond"
             texts, (embeds, pooled) = call.texts[other], self._layout.outputs
-            both[other] = inputs | {self._layout.embeds: texts[embeds]}
-            both[other] |= {name: _as_long(texts[at], inputs[name]) for name, at in self._layout.texts.items()}
+            read = self._layout.mask
+            both[other] = with_text(inputs, self._layout, None, texts[embeds], None if read is None else texts[read[1]])
+            if read is not None and texts[read[1]] is None:
+                both[other][read[0]] = None
+            both[other] |= {name: texts[at] for name, at in self._layout.texts.items()}
             if pooled is not None:
                 both[other] = put(both[other], self._layout.pooled, texts[pooled])
         factor = call.factor(call.timesteps[-1])
@@ -815,8 +852,6 @@ class MemorizationGuard:
         rows = [i for i, (changed, may) in enumerate(zip(change.changed, call.active, strict=True)) if changed and may]
         if not rows:
             return
-        if change.embeds is not None or change.uncond_embeds is not None:
-            refuse_masked(self._layout)
         call.rows = torch.tensor(rows, device=device)
         if not call.signal:
             call.touched = torch.zeros(call.images, dtype=torch.bool, device=device).index_fill(0, call.rows, True)
@@ -829,15 +864,15 @@ class MemorizationGuard:
                     rule="the first step carries no score (zero terminal SNR), so the policy was asked at a later one",
                     remedy="use a scheduler without rescale_betas_zero_snr, or another policy",
                 )
-            own = self._layout.tensor(inputs[self._layout.sample])[: call.images]
+            own = inputs[self._layout.sample][: call.images]
             _replace(latents, own, change.sample.to(own)[call.rows], call.rows)
 
     def _first_norms(self, inputs: dict[str, Any], half: Half | Literal["both"], halves: NetworkHalves) -> torch.Tensor:
         """Evaluate both halves as the loop would without the policy; return each image's norm, `(n,)`."""
         if half == "both":
             # In one batch, as the loop: another batch size may give other last bits.
-            out = self._layout.tensor(self._eager.forward(**(inputs | {"return_dict": False}))[0])
-            uncond, cond = self._layout.halved(out)
+            out = self._eager.forward(**(as_called(inputs, self._layout) | {"return_dict": False}))[0]
+            uncond, cond = self._layout.halved(self._layout.tensor(out))
         else:
             cond, uncond = halves.predict("cond"), halves.predict("uncond")
         return scores.guidance_norm(cond=cond, uncond=uncond).detach() * halves.noise_factor
@@ -849,20 +884,27 @@ class MemorizationGuard:
             return inputs
         shift = call.images if half == "both" else 0
         cond, uncond = (rows + shift, rows) if layout.first == "uncond" else (rows, rows + shift)
-        places: list[tuple[tuple[str, ...], torch.Tensor | None, torch.Tensor]] = []
         if half != "uncond":
-            places += [((layout.embeds,), change.embeds, cond), (layout.pooled, change.pooled, cond)]
+            inputs = self._other_text(inputs, cond, rows, Encoded(change.embeds, change.pooled, change.mask))  # type: ignore[arg-type]
         if half != "cond":
-            places += [((layout.embeds,), change.uncond_embeds, uncond), (layout.pooled, change.uncond_pooled, uncond)]
-        for path, new, at in places:
-            if new is not None:
-                own = get(inputs, path)
-                inputs = put(inputs, path, new if own is None else own.index_copy(0, at, new.to(own)[rows]))
-        if not call.norms and (new := change.sample) is not None:
-            own = layout.tensor(inputs[layout.sample])
-            for at in (rows, rows + shift) if half == "both" else (rows,):
-                own = own.index_copy(0, at, new.to(own)[rows])
-            inputs = put(inputs, (layout.sample,), layout.as_given(own))
+            found = Encoded(change.uncond_embeds, change.uncond_pooled, change.uncond_mask)  # type: ignore[arg-type]
+            inputs = self._other_text(inputs, uncond, rows, found)
+        if change.sample is not None and not call.norms:
+            own = inputs[layout.sample]
+            for at in (cond, uncond) if half == "both" else (rows,):
+                own = own.index_copy(0, at, change.sample.to(own)[rows])
+            inputs = inputs | {layout.sample: own}
+        return inputs
+
+    def _other_text(
+        self, inputs: dict[str, Any], at: torch.Tensor, rows: torch.Tensor, text: Encoded
+    ) -> dict[str, Any]:
+        """Return the network's inputs with the rows of a change's text at places of the batch."""
+        embeds, pooled, mask = (None if part is None else part.to(rows.device)[rows] for part in text)
+        inputs = with_text(inputs, self._layout, at, embeds, mask)
+        if pooled is not None:
+            own = get(inputs, self._layout.pooled)
+            inputs = put(inputs, self._layout.pooled, pooled if own is None else own.index_copy(0, at, pooled.to(own)))
         return inputs
 
     def _weigh(self, call: _Call, half: Half | Literal["both"]) -> None:
@@ -1076,13 +1118,6 @@ def _call_of(pipe: Any) -> Callable[..., Any]:
     owners = [kind for kind in type(pipe).__mro__ if "__call__" in vars(kind)]
     known = [kind for kind in owners if kind.__module__.startswith("diffusers.")]
     return vars((known or owners)[0])["__call__"]  # type: ignore[no-any-return]
-
-
-def _as_long(text: Any, own: Any) -> Any:
-    """Return what belongs to a text; a mask (B, L) that the pipeline continues over the image's tokens with ones behind."""
-    if not isinstance(text, torch.Tensor) or text.ndim != 2 or text.shape == own.shape or len(text) != len(own):
-        return text
-    return torch.cat([text, own[:, text.shape[1] :]], dim=1)
 
 
 def _measured(values: list[float] | None, i: int) -> float | None:

@@ -12,6 +12,9 @@ The published code takes the norm of the outputs in any parametrisation, so its 
 (SD2.0, 2.1) are of `|| v_c - v_u ||`: that is the score space "output", with the factor 1 at every step. Ours, "noise", is the default:
 alpha_t is 0.07 at the first step and 1 at the last, and the first steps dominate a raw score.
 
+The space "unguided" is for runs without an unconditional half, because guidance is off or an input of the network (FLUX.1 dev): the
+norm is that of the conditional prediction against the empty prompt's, for which the network is asked once more at each step.
+
 Where alpha_t is 0 (the last timestep at zero terminal SNR, the first that trailing steps sample) `x_t` holds no image and the
 score of every prompt is 0: such a step carries no signal (`NO_SIGNAL`) and takes no part in curve, score or decision.
 
@@ -28,8 +31,9 @@ from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.utils.devices import send
 from ambient_sd.utils.errors import UserError
 
-Space = Literal["noise", "output"]
-SPACES: tuple[Space, ...] = ("noise", "output")
+Space = Literal["noise", "output", "unguided"]
+SPACES: tuple[Space, ...] = ("noise", "output", "unguided")
+Quantity = Literal["noise", "velocity", "output", "unguided"]
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # alpha_t below this: the step carries no signal. Stable Diffusion's own schedules start at 0.068; zero terminal SNR is 0, which
 # some samplers of diffusers write as 2**-12.
@@ -87,10 +91,11 @@ class StepFactor:
 
     Args:
         scheduler: a diffusers scheduler, variance preserving or flow matching.
-        space: "noise", or "output": the outputs as they are, factor 1 at every step.
+        space: "noise" or "unguided", or "output": the outputs as they are, factor 1 at every step.
 
     Attributes:
-        quantity: "noise", "velocity" or "output".
+        quantity: "noise", "velocity", "output" or "unguided".
+        flow: whether the schedule is one of flow matching.
         epsilon: whether the network predicts the noise itself.
 
     Raises:
@@ -104,13 +109,14 @@ class StepFactor:
     """
 
     def __init__(self, scheduler: Any, space: Space = "noise") -> None:
-        self.quantity: Literal["noise", "velocity", "output"] = space
+        self.quantity: Quantity = space
         self.epsilon = False
         self._last_signal: float | None = None
         self._levels: torch.Tensor | None = None
         schedule = NoiseSchedule.from_scheduler(scheduler)
-        if schedule.is_flow:
-            self.quantity = "velocity"
+        self.flow = schedule.is_flow
+        if self.flow:
+            self.quantity = "unguided" if space == "unguided" else "velocity"
             return
         self._prediction_type = require_supported(scheduler).prediction_type
         self.epsilon = self._prediction_type == "epsilon"

@@ -49,7 +49,7 @@ QUANTIZED = ("int8", "fp8", "nf4")
 CONFIG_NAME = "train_config.yaml"
 AUTO = "auto"
 PRESETS = Path(__file__).parents[1] / "presets"
-CONFIG_HELP = "settings from a file with these same names, or a preset by name (sd2-lora, sd2-full, sd15-lora, sdxl-lora); the command line wins"
+CONFIG_HELP = "settings from a file with these same names, or a preset by name (sd2-lora, sdxl-lora, sd35-lora, flux-lora, z-image-lora, ...: see configs/); the command line wins"
 MAX_SEED = 2**64 - 1  # what torch's generators take
 _NOT_AMBIENT = ("objective=plain,gap,weighted", "ambient_level=0")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,18 +18,27 @@ from typing import Any
 
 import pytest
 import tiny_flow
+import tiny_more
 import torch
-from diffusers import Flux2KleinPipeline, FluxPipeline
+from diffusers import AutoencoderKLQwenImage, Flux2KleinPipeline, FluxPipeline, QwenImagePipeline, SanaPipeline
 from diffusers.training_utils import compute_loss_weighting_for_sd3
+from torch.nn.utils.rnn import pad_sequence
 
+from ambient_sd.families import FAMILIES
+from ambient_sd.families.auraflow import AURAFLOW
 from ambient_sd.families.base import Model, check_base
 from ambient_sd.families.chroma import CHROMA
 from ambient_sd.families.encoders import CaptionEncoder
 from ambient_sd.families.family import Family
+from ambient_sd.families.flow import FlowTransformer
 from ambient_sd.families.flux import FLUX
 from ambient_sd.families.flux2 import KLEIN
 from ambient_sd.families.lora import load_lora
+from ambient_sd.families.lumina2 import LUMINA2
+from ambient_sd.families.qwen_image import QWEN_IMAGE
+from ambient_sd.families.sana import SANA
 from ambient_sd.families.sd3 import SD3
+from ambient_sd.families.z_image import Z_IMAGE
 from ambient_sd.sampling import Request, SamplingConfig, generate, image_seed
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import TrainingBatch, run
@@ -49,6 +59,8 @@ class Case:
         example: the forward pass of diffusers' training script for it: the flow (B, C, h, w) of noisy latents, timesteps and prompts.
         damage: settings that make parts which do not belong together.
         preconditioned: whether that script's loss is one of x0 by default.
+        native: the side that the pipeline samples at by default; None: it has `default_sample_size`.
+        bare: whether the pipeline puts an instruction before prompts, and none before the empty one of the unconditional half.
     """
 
     family: Family
@@ -56,6 +68,8 @@ class Case:
     example: Callable[[Any, torch.Tensor, torch.Tensor, list[str]], torch.Tensor]
     damage: tuple[Damage, ...] = field(default=())
     preconditioned: bool = False
+    native: int | None = None
+    bare: bool = False
 
 
 def sd3_example(pipe: Any, noisy: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -100,6 +114,49 @@ def chroma_example(pipe: Any, noisy: torch.Tensor, timesteps: torch.Tensor, prom
     return FluxPipeline._unpack_latents(flow, high * factor, wide * factor, factor)
 
 
+def z_image_example(pipe: Any, noisy: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    texts = [pipe.encode_prompt([prompt], do_classifier_free_guidance=False)[0][0] for prompt in prompts]
+    images = list(noisy.unsqueeze(2).unbind(dim=0))
+    return -torch.stack(pipe.transformer(images, (1000 - timesteps) / 1000, texts, return_dict=False)[0]).squeeze(2)
+
+
+def qwen_example(pipe: Any, noisy: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    rows = [pipe.encode_prompt([prompt], max_sequence_length=512)[0][0] for prompt in prompts]
+    batch, channels, high, wide = noisy.shape
+    flow = pipe.transformer(
+        hidden_states=QwenImagePipeline._pack_latents(noisy.unsqueeze(1), batch, channels, high, wide), timestep=timesteps / 1000,
+        encoder_hidden_states=pad_sequence(rows, batch_first=True), img_shapes=[(1, high // 2, wide // 2)] * batch,
+        encoder_hidden_states_mask=pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True),
+    ).sample  # fmt: skip
+    factor = pipe.vae_scale_factor
+    return QwenImagePipeline._unpack_latents(flow, high * factor, wide * factor, factor).squeeze(2)
+
+
+def gemma_texts(pipe: Any, prompts: list[str], **how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings and masks; of a dropped caption those of the pipeline's unconditional half."""
+    found = [pipe.encode_prompt([prompt], negative_prompt=[""], **how)[0 if prompt else 2 :][:2] for prompt in prompts]
+    return torch.cat([hidden for hidden, _ in found]), torch.cat([mask for _, mask in found])
+
+
+def lumina2_example(pipe: Any, noisy: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """Its script names the share of the image sigma, and learns x0 - noise."""
+    hidden, mask = gemma_texts(pipe, prompts)
+    sigmas = 1 - timesteps / 1000
+    return -pipe.transformer(noisy, timestep=sigmas, encoder_hidden_states=hidden, encoder_attention_mask=mask).sample
+
+
+def sana_example(pipe: Any, noisy: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    how = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    hidden, mask = gemma_texts(pipe, prompts, complex_human_instruction=how)
+    return pipe.transformer(noisy, encoder_hidden_states=hidden, encoder_attention_mask=mask, timestep=timesteps).sample
+
+
+def auraflow_example(pipe: Any, noisy: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """There is no script for it: what its pipeline does."""
+    hidden, *_ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+    return pipe.transformer(noisy, encoder_hidden_states=hidden, timestep=timesteps / 1000).sample
+
+
 CASES: dict[str, Case] = {
     "sd3.5": Case(SD3, tiny_flow.tiny_sd3_pipeline, sd3_example, preconditioned=True, damage=(
         ("transformer", "pooled_projection_dim", 30, "CLIP text encoders come to 32"),
@@ -119,6 +176,30 @@ CASES: dict[str, Case] = {
     )),
     "chroma": Case(CHROMA, tiny_flow.tiny_chroma_pipeline, chroma_example, damage=(
         ("transformer", "joint_attention_dim", 64, "its text encoder has 24"), ("transformer", "in_channels", 16, "takes 16 channels"),
+    )),
+    "z-image": Case(Z_IMAGE, tiny_more.tiny_z_image_pipeline, z_image_example, native=1024, damage=(
+        ("transformer", "cap_feat_dim", 32, "its text encoder has 24"), ("transformer", "in_channels", 32, "takes 32 channels"),
+        ("transformer", "siglip_feat_dim", 16, "Omni"), ("transformer", "all_patch_size", [4], "patches of 2 x 2"),
+        ("transformer", "cap_feat_dim", None, "no 'cap_feat_dim'"), ("transformer", "all_patch_size", 2, "all_patch_size = 2"),
+    )),
+    "qwen-image": Case(QWEN_IMAGE, tiny_more.tiny_qwen_image_pipeline, qwen_example, damage=(
+        ("transformer", "joint_attention_dim", 32, "its text encoder has 24"), ("transformer", "in_channels", 64, "takes 64 channels"),
+        ("transformer", "guidance_embeds", True, "editing, layered"), ("transformer", "zero_cond_t", True, "editing, layered"),
+        ("vae", "latents_std", [1.0, 1.0, 0.0, 1.0], "each of 4 channels"), ("vae", "latents_mean", [0.5], "each of 4 channels"),
+        ("vae", "z_dim", None, "no 'z_dim'"),
+    )),
+    "lumina2": Case(LUMINA2, tiny_more.tiny_lumina2_pipeline, lumina2_example, bare=True, damage=(
+        ("transformer", "cap_feat_dim", 32, "its text encoder has 24"), ("transformer", "in_channels", 4, "takes 4 channels"),
+        ("vae", "block_out_channels", [8, 8, 8], "counts on 8 x 8"), ("transformer", "sample_size", None, "no 'sample_size'"),
+    )),
+    "sana": Case(SANA, lambda: tiny_more.tiny_sana_pipeline(euler=True), sana_example, native=32, bare=True, damage=(
+        ("transformer", "caption_channels", 32, "its text encoder has 24"), ("transformer", "in_channels", 4, "has out_channels = 8"),
+        ("transformer", "guidance_embeds", True, "Sprint"), ("transformer", "out_channels", 16, "learned variance"),
+        ("vae", "encoder_block_out_channels", None, "no 'encoder_block_out_channels'"), ("vae", "latent_channels", 4, "its VAE gives 4"),
+        ("scheduler", "_class_name", "DDIMScheduler", "Sana is trained by flow matching"),
+    )),
+    "auraflow": Case(AURAFLOW, tiny_more.tiny_auraflow_pipeline, auraflow_example, native=1024, damage=(
+        ("transformer", "joint_attention_dim", 32, "its text encoder has 24"), ("transformer", "in_channels", 16, "takes 16 channels"),
     )),
 }  # fmt: skip
 WHOLE = [name for name, case in CASES.items() if case.damage]  # one pipeline of each family
@@ -169,10 +250,13 @@ def network_calls(pipe: Any, family: Family, act: Callable[[], Any]) -> list[tup
     """What the network was given by name, and what it returned, while something ran."""
     network, seen = getattr(pipe, family.network), list[tuple[dict[str, Any], torch.Tensor]]()
     names = [*inspect.signature(type(network).forward).parameters][1:]
+    layout = family.guidance[family.pipeline]
 
     def look(_: Any, args: Any, kwargs: Any, output: Any) -> None:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        seen.append(({k: v for k, v in given.items() if isinstance(v, torch.Tensor)}, output[0]))
+        given |= {"hidden_states": layout.tensor(given.pop(layout.sample)), "timestep": given.pop(layout.time)}
+        given[layout.embeds] = torch.stack(list(given[layout.embeds]))
+        seen.append(({k: v for k, v in given.items() if isinstance(v, torch.Tensor)}, layout.tensor(output[0])))
 
     hook = network.register_forward_hook(look, with_kwargs=True)
     try:
@@ -266,9 +350,12 @@ def test_captions_are_embedded_as_by_the_pipeline(name: str, pipes: Mapping[str,
     parts = {part: getattr(pipe, part) for part in case.family.text_parts if getattr(pipe, part) is not None}
     encoder = CaptionEncoder(case.family, parts)
     for caption in CAPTIONS:
-        (given, _), *_ = network_calls(
-            pipe, case.family, lambda text=caption: sampled_from(pipe, case.family, text, 1.0)
+        guide = 1.0 if caption or not case.bare else 3.0
+        (given, _), *more = network_calls(
+            pipe, case.family, lambda text=caption, scale=guide: sampled_from(pipe, case.family, text, scale)
         )
+        if guide > 1:
+            given = more[0][0] if case.family.guidance[case.family.pipeline].halves == "calls" else first_half(given)
         (ours, _), *_ = network_calls(
             pipe, case.family, lambda text=caption: predicted(pipe, case.family, encoder([text]))
         )
@@ -276,23 +363,30 @@ def test_captions_are_embedded_as_by_the_pipeline(name: str, pipes: Mapping[str,
         assert texts.keys() == ours.keys() - {"hidden_states", "timestep"}
         assert all(torch.equal(value, ours[key]) for key, value in texts.items())
     alone = [encoder([caption]) for caption in CAPTIONS]
-    together = encoder(CAPTIONS)
-    assert all(torch.equal(together[key], torch.cat([one[key] for one in alone])) for key in together)
-    assert not torch.allclose(alone[0]["hidden"], alone[1]["hidden"], atol=1e-4), "negative control"
+    for key, rows in encoder(CAPTIONS).items():
+        for row, one in zip(rows, alone, strict=True):
+            assert torch.equal(row[: len(one[key][0])], one[key][0])
+            assert not row[len(one[key][0]) :].any(), "behind shorter texts are zeros"
+    few = [one["hidden"][:, : alone[1]["hidden"].shape[1]] for one in alone[:2]]
+    assert not torch.allclose(*few, atol=1e-4), "negative control"
 
 
 SIGMAS = [0.6, 0.3]
 
 
+def first_half(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value[: len(value) // 2] for name, value in given.items()}
+
+
 def sampled_from(pipe: Any, family: Family, prompt: str, scale: float) -> Any:
     """A pipeline's own call from noise of a seed, at levels between the ends."""
     noise = start_noise(pipe, family)
-    return pipe(prompt=[prompt], latents=family.start(noise), height=32, width=48, sigmas=SIGMAS, output_type="latent",
+    return pipe(prompt=[prompt], latents=family.start(noise), height=32, width=64, sigmas=SIGMAS, output_type="latent",
                 **family.guided(pipe, scale, 1))  # fmt: skip
 
 
 def start_noise(pipe: Any, family: Family) -> torch.Tensor:
-    return torch.randn(1, *family.start_shape(pipe, (48, 32)), generator=torch.Generator().manual_seed(7))
+    return torch.randn(1, *family.start_shape(pipe, (64, 32)), generator=torch.Generator().manual_seed(7))
 
 
 def predicted(
@@ -326,19 +420,31 @@ def test_network_gets_and_returns_what_its_pipeline_has(name: str, pipes: Mappin
     assert torch.equal(ours["timestep"], second[0]["timestep"])
 
 
+def through(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """What a VAE makes of pixels and back: one of videos takes one frame, one without a posterior has no mode."""
+    several = isinstance(vae, AutoencoderKLQwenImage)
+    found = vae.encode(pixels.unsqueeze(2) if several else pixels)
+    back = vae.decode(found.latent if hasattr(found, "latent") else found.latent_dist.mode()).sample
+    return back.squeeze(2) if several else back
+
+
+def zeros(output: Any) -> Any:
+    return [torch.zeros_like(one) for one in output] if isinstance(output, list) else torch.zeros_like(output)
+
+
 @each_family
 def test_latents_come_back_through_the_pipeline(name: str, pipes: Mapping[str, Any], bases: Path) -> None:
     case, pipe, base = CASES[name], pipes[name], check_base(str(bases / name))
-    pixels = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    shape = base.latent_shape((48, 32))
+    pixels = torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    shape = base.latent_shape((64, 32))
     with torch.no_grad():
         x0 = case.family.encode(pipe.vae, pixels, torch.zeros(1, *shape))
         assert tuple(x0.shape[1:]) == shape
-        expected = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample
+        expected = through(pipe.vae, pixels)
         # A network that returns zeros leaves the latents as they are.
-        hook = getattr(pipe, case.family.network).register_forward_hook(lambda *a: (torch.zeros_like(a[-1][0]),))
+        hook = getattr(pipe, case.family.network).register_forward_hook(lambda *a: (zeros(a[-1][0]),))
         try:
-            image = pipe(prompt=["x"], latents=case.family.start(x0), height=32, width=48, num_inference_steps=1, output_type="pt",
+            image = pipe(prompt=["x"], latents=case.family.start(x0), height=32, width=64, num_inference_steps=1, output_type="pt",
                          **case.family.guided(pipe, 1.0, 1)).images  # fmt: skip
         finally:
             hook.remove()
@@ -348,10 +454,11 @@ def test_latents_come_back_through_the_pipeline(name: str, pipes: Mapping[str, A
     tokens = case.family.image_tokens(pipe.transformer.config, shape)
     (given, _), *_ = network_calls(pipe, case.family, lambda: sampled_from(pipe, case.family, "x", 1.0))
     rows = given["hidden_states"]
-    assert tokens == (rows.shape[1] if rows.ndim == 3 else rows.shape[2] * rows.shape[3] // 4)
+    patch = case.family.patch(pipe.transformer.config) if isinstance(case.family, FlowTransformer) else 2
+    assert tokens == (rows.shape[1] if rows.ndim == 3 else rows.shape[2] * rows.shape[3] // patch**2)
     step = case.family.pixel_step(base.network_config, base.vae_config)
-    assert step * step * tokens == 32 * 48
-    assert case.family.native_size(pipe) == (pipe.default_sample_size * pipe.vae_scale_factor,) * 2
+    assert step * step * tokens == 32 * 64
+    assert case.family.native_size(pipe) == (case.native or pipe.default_sample_size * pipe.vae_scale_factor,) * 2
 
 
 @each
@@ -416,3 +523,10 @@ def test_parts_that_do_not_belong_together_are_refused(name: str, bases: Path, t
             check_base(str(folder), lora=True)
         assert "\n" not in str(caught.value)
     assert check_base(str(bases / name)).family is case.family, "negative control: the base itself is taken"
+
+
+def test_models_page_has_every_family() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| yes", page, re.M)
+    assert rows == [family.name for family in FAMILIES]
+    assert {case.family for case in CASES.values()} == {family for family in FAMILIES if family.flow}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import tiny
+import tiny_flow
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -12,17 +13,12 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
     HeunDiscreteScheduler,
     PNDMScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {}),
@@ -71,60 +67,16 @@ def tiny_sdxl() -> StableDiffusionXLPipeline:
     return pipe
 
 
-def tiny_sd3() -> StableDiffusion3Pipeline:
-    """A random SD3: one batch of halves, flow matching. Without T5, which SD3 can do without."""
-    torch.manual_seed(0)
-    tokenizer = tiny.tiny_tokenizer()
-    text = CLIPTextConfig(**_text(tokenizer), projection_dim=16)
-    transformer = SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, out_channels=4,
-    )  # fmt: skip
-    pipe = StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=_vae(shift_factor=0.06),
-        text_encoder=CLIPTextModelWithProjection(text), tokenizer=tokenizer,
-        text_encoder_2=CLIPTextModelWithProjection(text), tokenizer_2=tokenizer, text_encoder_3=None, tokenizer_3=None,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    _wake(transformer)
-    return pipe
+def woken(make: Any) -> Any:
+    """Return a maker of the same pipeline, quiet, whose text has an effect that can be seen."""
 
+    def made() -> Any:
+        pipe = make()
+        pipe.set_progress_bar_config(disable=True)
+        _wake(pipe.transformer)
+        return pipe
 
-def tiny_flux() -> FluxPipeline:
-    """A random Flux: two calls a step, flow matching, packed latents; a CLIP tokenizer stands in for T5's."""
-    torch.manual_seed(0)
-    tokenizer = tiny.tiny_tokenizer()
-    t5 = T5Config(
-        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0,
-        decoder_start_token_id=0,
-    )  # fmt: skip
-    transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8),
-    )  # fmt: skip
-    pipe = FluxPipeline(
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=_vae(shift_factor=0.06),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**_text(tokenizer))), tokenizer=tokenizer,
-        text_encoder_2=T5EncoderModel(t5).eval(), tokenizer_2=tokenizer,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    _wake(transformer)
-    return pipe
-
-
-def _text(tokenizer: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "max_position_embeddings": 24, "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
-    }  # fmt: skip
-
-
-def _vae(**options: Any) -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16, layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **options,
-    )  # fmt: skip
+    return made
 
 
 def _wake(transformer: torch.nn.Module) -> None:
@@ -135,10 +87,15 @@ def _wake(transformer: torch.nn.Module) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=g) * 0.1)
 
 
+# One batch of halves without T5, which SD3 can do without, and two calls a step on packed latents.
+tiny_sd3 = woken(lambda: tiny_flow.tiny_sd3_pipeline(t5=False))
+tiny_flux = woken(lambda: tiny_flow.tiny_flux_pipeline(dev=False))
+
+
 def sample(pipe: Any, prompt: Any = "a cat", seed: int = 3, steps: int = 3, **kwargs: Any) -> torch.Tensor:
     """Sample one seed; `pt` output in float32, so that equality is equality of the decoder's output."""
     generator = torch.Generator().manual_seed(seed)
-    return pipe(prompt, num_inference_steps=steps, generator=generator, output_type="pt", **kwargs).images
+    return pipe(prompt=prompt, num_inference_steps=steps, generator=generator, output_type="pt", **kwargs).images
 
 
 HOOKS = (
@@ -164,14 +121,14 @@ def state(pipe: Any) -> dict[str, Any]:
     kept = ("gradient_checkpointing", "_gradient_checkpointing_func", "_compiled_call_impl", "forward")
     return {
         "attributes": set(vars(pipe)),
-        "interrupt": pipe.interrupt,
-        "methods": [getattr(pipe, name).__func__ for name in METHODS],
+        "interrupt": getattr(pipe, "interrupt", None),
+        "methods": [getattr(pipe, name).__func__ for name in METHODS if hasattr(pipe, name)],
         "network attributes": set(vars(outer)),
         "network forward": vars(outer).get("forward", outer.forward.__func__ if outer is eager else None),
         "hooks": {name: list(getattr(outer, name).items()) for name in HOOKS},
         "inner hooks": {n: {h: list(getattr(m, h).items()) for h in HOOKS} for n, m in modules.items() if n},
         "inner attributes": {n: own(kept, m) for n, m in modules.items()},
-        "processors": {name: id(value) for name, value in eager.attn_processors.items()},
+        "processors": {name: id(value) for name, value in getattr(eager, "attn_processors", {}).items()},
         "scheduler": (id(pipe.scheduler), type(pipe.scheduler), dict(pipe.scheduler.config)),
         "requires_grad": [p.requires_grad for p in eager.parameters()],
         "grad": [p.grad for p in eager.parameters()],

@@ -11,7 +11,16 @@ import torch
 from peft import LoraConfig
 
 from ambient_sd.guard.attribution import TokenGradients, attribute
-from ambient_sd.guard.policies import GUARD, SAIL, AttentionGuard, AttentionRescaling, LatentOptimization, Policy
+from ambient_sd.guard.policies import (
+    GUARD,
+    SAIL,
+    AttentionGuard,
+    AttentionRescaling,
+    Compose,
+    LatentOptimization,
+    Policy,
+    RandomTokens,
+)
 from ambient_sd.guard.recorder import ImageReport, MemorizationGuard
 from ambient_sd.utils.errors import UserError
 
@@ -249,8 +258,11 @@ def test_attribution_works_on_sdxl() -> None:
 def test_networks_with_joint_attention_are_refused_where_tokens_matter_and_served_where_not() -> None:
     pipe = tools.tiny_sd3()
     for policy, why in (
-        (AttentionRescaling(), "padding"),
-        (AttentionGuard(), "cannot be read"),
+        (
+            AttentionRescaling(),
+            "AttentionRescaling on a SD3Transformer2DModel; it acts on the cross-attention of a U-Net",
+        ),
+        (Compose(RandomTokens(), AttentionGuard()), "AttentionGuard on a SD3Transformer2DModel"),
         (TokenGradients(), "token"),
     ):
         with pytest.raises(UserError, match=why) as error, MemorizationGuard(pipe, policy):

@@ -120,9 +120,9 @@ def test_latents_given_by_the_caller_are_never_written_to(make: Callable[[], Any
     call: dict[str, Any] = {"height": 32, "width": 32}
     if make is tools.tiny_flux:
         call |= {"negative_prompt": ["", ""], "true_cfg_scale": 4.0, "max_sequence_length": 24}
-        latents, other = torch.randn(2, 64, 16), torch.randn(2, 64, 16)
+        latents, other = torch.randn(2, 64, 64), torch.randn(2, 64, 64)
     else:
-        latents, other = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16)
+        latents, other = torch.randn(2, 16, 16, 16), torch.randn(2, 16, 16, 16)
     kept, expected = latents.clone(), tools.sample(pipe, tools.PROMPTS, latents=other, **call)
     policy = Replaces("sample", every=True)
     with MemorizationGuard(pipe, policy):

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_flow
+import tiny_more
 import yaml
 from diffusers import DiffusionPipeline
 
@@ -21,6 +23,12 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 # What a tiny run needs to be tiny; everything else comes from the file under test.
 TINY = "--resolution 32 --train_batch_size 2 --gradient_accumulation_steps 1 --max_train_steps 1 --learning_rate 1e-4"
+
+BASES = {
+    "sdxl-lora": tiny.tiny_sdxl_pipeline, "sd35-lora": tiny_flow.tiny_sd3_pipeline, "flux-lora": tiny_flow.tiny_flux_pipeline,
+    "flux2-klein-lora": tiny_flow.tiny_klein_pipeline, "z-image-lora": tiny_more.tiny_z_image_pipeline,
+    "qwen-image-lora": tiny_more.tiny_qwen_image_pipeline,
+}  # fmt: skip
 
 
 def header_commands(config: Path) -> list[str]:
@@ -64,9 +72,11 @@ def test_the_command_in_a_config_header_runs(
     data = settings["train_data_dir"]
     if data != "my-images" and not Path(data).exists():
         pytest.skip(f"{data} is not built yet")
-    if "sdxl" in config.name:
+    if config.stem in BASES:
         tiny_base = tmp_path / "base"
-        tiny.tiny_sdxl_pipeline().save_pretrained(tiny_base)
+        BASES[config.stem]().save_pretrained(tiny_base)
+    if settings.get("quantize_base"):
+        pytest.importorskip("bitsandbytes")
     for command in header_commands(config):
         monkeypatch.setattr(sys, "argv", ["train", *tiny_arguments(command, tiny_base, tiny_images, tmp_path / "out")])
         script().main()

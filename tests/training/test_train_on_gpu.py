@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from accelerate import PartialState
+from diffusers.hooks import apply_group_offloading
 from pretend_gpu import PretendGPU, pretend_gpu
 from safetensors.torch import load_file
 
@@ -226,6 +227,22 @@ def test_quantized_base_trains_as_on_the_cpu(make: Settings, monkeypatch: pytest
     here = run(make(f"{kind}-cpu", **values), progress=False)
     assert max(sum(step.values()) for step in waits) <= WAITS, waits[-1]
     assert there.losses == pytest.approx(here.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_group_offloading_of_diffusers_cannot_train(checkpointing: bool) -> None:
+    """Why there is no flag for it: what it brings for the forward pass of a block is gone in the backward pass."""
+    with pretend_gpu():
+        unet = tiny.tiny_pipeline().unet.train()
+        adapters.attach(unet, rank=1, alpha=1.0, targets=["to_q"], seed=0)
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        apply_group_offloading(unet, torch.device("cuda"), offload_type="leaf_level")
+        noise, words = torch.zeros(1, 4, 8, 8, device="cuda"), torch.zeros(1, 2, 16, device="cuda")
+        output = unet(noise, torch.tensor([5], device="cuda"), words).sample
+        assert output.is_cuda
+        with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
+            output.square().mean().backward()
 
 
 class _Nested(torch.optim.AdamW):

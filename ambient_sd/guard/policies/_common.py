@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ambient_sd.guard.policies.base import Encoded, GuidanceBranches
+from ambient_sd.guard.policies.base import Encoded, GuidanceBranches, wide
 from ambient_sd.guard.scores import NO_SIGNAL
 from ambient_sd.utils.errors import UserError
 
@@ -45,10 +45,16 @@ def require_signal(halves: GuidanceBranches, what: str = "prompt") -> None:
 def with_rows(own: Encoded, rows: list[int], new: Encoded) -> Encoded:
     """Return a copy of `own` (`n` rows) in which the rows `rows` are those of `new` (`len(rows)` rows)."""
     index = torch.tensor(rows, device=own.embeds.device)
-    embeds = own.embeds.clone()
-    embeds[index] = new.embeds.to(embeds)
-    if own.pooled is None or new.pooled is None:
-        return Encoded(embeds, own.pooled)
-    pooled = own.pooled.clone()
-    pooled[index] = new.pooled.to(pooled)
-    return Encoded(embeds, pooled)
+    length = max(own.embeds.shape[1], new.embeds.shape[1])
+
+    def put(mine: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return mine.index_copy(0, index, other.to(mine))
+
+    masks = own.mask, new.mask
+    if own.mask is not None or new.mask is not None:  # what has no mask is read whole
+        masks = tuple(e.embeds.new_ones(e.embeds.shape[:2]) if e.mask is None else e.mask for e in (own, new))  # type: ignore[assignment]
+    return Encoded(
+        put(wide(own.embeds, length), wide(new.embeds, length)),
+        own.pooled if own.pooled is None or new.pooled is None else put(own.pooled, new.pooled),
+        None if masks[0] is None or masks[1] is None else put(wide(masks[0], length), wide(masks[1], length)),
+    )

@@ -20,7 +20,8 @@ Half = Literal["cond", "uncond"]
 
 
 class Encoded(NamedTuple):
-    """Hold a text encoder's output: `(m, L, D)`, and the pooled `(m, P)` where the network takes one (SDXL), else None.
+    """Hold a text encoder's output: `(m, L, D)`, the pooled `(m, P)` where the network takes one (SDXL), else None, and the mask
+    `(m, L)` of the rows that are read, where it is told; None: all.
 
     Example:
         >>> Encoded(torch.zeros(1, 77, 768), pooled=None).embeds.shape[1]
@@ -29,6 +30,18 @@ class Encoded(NamedTuple):
 
     embeds: torch.Tensor
     pooled: torch.Tensor | None
+    mask: torch.Tensor | None = None
+
+
+def wide(rows: torch.Tensor, length: int) -> torch.Tensor:
+    """Return `(m, L, ...)` with zeros behind, up to a length.
+
+    Example:
+        >>> wide(torch.ones(1, 2), 3).tolist()
+        [[1.0, 1.0, 0.0]]
+    """
+    missing = length - rows.shape[1]
+    return rows if missing <= 0 else torch.cat([rows, rows.new_zeros(rows.shape[0], missing, *rows.shape[2:])], dim=1)
 
 
 class GuidanceBranches(abc.ABC):
@@ -41,6 +54,7 @@ class GuidanceBranches(abc.ABC):
         timestep: `()` tensor on the device, in the scheduler's units: reading it with `.item()` costs a synchronisation.
         noise_factor: `()` tensor on the device: what turns a norm of output differences into the score's: one of noise (`scores`), or 1
             with `score_space="output"`.
+        flow: 1 where the network predicts the flow `eps - x0`, -1 where it predicts `x0 - eps`, 0 elsewhere.
 
     Example:
         >>> class Fake(GuidanceBranches):
@@ -57,6 +71,7 @@ class GuidanceBranches(abc.ABC):
     uncond: Encoded
     timestep: torch.Tensor
     noise_factor: torch.Tensor
+    flow: int = 0
 
     @abc.abstractmethod
     def predict(
@@ -67,6 +82,7 @@ class GuidanceBranches(abc.ABC):
         sample: torch.Tensor | None = None,
         embeds: torch.Tensor | None = None,
         pooled: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
         token_weights: torch.Tensor | None = None,
         key_scale: torch.Tensor | None = None,
         timestep: torch.Tensor | None = None,
@@ -79,6 +95,7 @@ class GuidanceBranches(abc.ABC):
             sample: `(m, C, H, W)` instead of the network's input; gradients flow to it.
             embeds: `(m, L, D)` instead of the half's embeddings; gradients flow to them.
             pooled: `(m, P)` instead of the half's pooled embeddings.
+            mask: `(m, L)` of these embeddings, where the network is told which rows are read; None: as the half's.
             token_weights: `(m, L)`, >= 0: every cross-attention weight of token l is multiplied by it before the weights
                 are normalised (a bias of its logarithm; 0 hides the token).
             key_scale: `(m, L)`: every cross-attention logit of token l is multiplied by it.
@@ -138,6 +155,7 @@ class Change:
         pooled: `(n, P)` for the conditional half.
         uncond_embeds: `(n, L, D)` for the unconditional half.
         uncond_pooled: `(n, P)` for the unconditional half.
+        mask, uncond_mask: `(n, L)`, which rows of `embeds` and `uncond_embeds` are read, where the network is told.
         sample: `(n, C, H, W)`, another input of the first evaluation: the sampler starts from the latent that it stands for.
         token_weights: `(n, L)`, as in `GuidanceBranches.predict`, for the conditional half at every step.
         key_scale: `(n, L)`, as in `GuidanceBranches.predict`, for the conditional half at every step.
@@ -155,6 +173,8 @@ class Change:
     pooled: torch.Tensor | None = None
     uncond_embeds: torch.Tensor | None = None
     uncond_pooled: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    uncond_mask: torch.Tensor | None = None
     sample: torch.Tensor | None = None
     token_weights: torch.Tensor | None = None
     key_scale: torch.Tensor | None = None
@@ -179,6 +199,7 @@ class Step:
         silent: whether this step carries no signal (`scores.NO_SIGNAL`): the last of `norms` then says nothing.
         output_norms: as `norms`, of the outputs as the network gives them: `|| o_c - o_u ||`, the same for epsilon.
         total: how many evaluations the whole run has (the sampler's timesteps); None if unknown.
+        normalizes: whether the pipeline then gives the guided prediction the norm of `cond`.
 
     Example:
         >>> one = torch.ones(1, 4, 2, 2)
@@ -197,6 +218,7 @@ class Step:
     silent: bool = False
     output_norms: list[torch.Tensor] = field(default_factory=list, repr=False)
     total: int | None = None
+    normalizes: bool = False
 
 
 class Policy:
@@ -211,6 +233,7 @@ class Policy:
         moves_latent: `begin` replaces the initial latent, which it cannot once sampling has begun.
         mitigates: it changes images; a policy that only watches says False, and images are then flagged as without it.
         gradient_checkpointing: under `GuidanceBranches.enable_grad` activations are recomputed; the guard, which owns the network, reads it.
+        cross_attention: it acts inside the cross-attention of a U-Net.
 
     Example:
         >>> class Halve(Policy):
@@ -227,6 +250,7 @@ class Policy:
     moves_latent = False
     mitigates = True
     gradient_checkpointing = False
+    cross_attention = False
 
     @property
     def begins(self) -> bool:
@@ -246,7 +270,8 @@ class ScalePolicy(Policy):
     """Subclass this for a mitigation that only chooses another guidance scale `w` for an image at a step.
 
     The pipeline computes `uncond + g (cond' - uncond)`; `cond' = uncond + (w / g) (cond - uncond)` makes that `uncond +
-    w (cond - uncond)`. Nothing on the way leaves the device.
+    w (cond - uncond)`. Where the pipeline goes on to give that the norm of `cond`, which must stay, `uncond` is what changes. Nothing on
+    the way leaves the device.
 
     Example:
         >>> class Gentle(ScalePolicy):
@@ -266,5 +291,9 @@ class ScalePolicy(Policy):
         # Where nothing changes the very bits of `cond` go on; zero guidance is exactly `uncond`.
         part = (torch.where(own, torch.ones_like(scale), scale / step.guidance_scale)).to(step.cond.dtype)
         shape = (-1,) + (1,) * (step.cond.ndim - 1)
+        if step.normalizes:
+            w, g = scale.to(step.cond.dtype).view(shape), step.guidance_scale
+            moved = ((w - 1) * step.uncond + (g - w) * step.cond) / (g - 1)
+            return step.cond, torch.where(own.view(shape), step.uncond, moved)
         scaled = step.uncond + part.view(shape) * (step.cond - step.uncond)
         return torch.where(own.view(shape), step.cond, scaled), step.uncond

@@ -30,10 +30,13 @@ from ambient_sd.guard.policies.base import (
     SamplingStart,
     ScalePolicy,
     Step,
+    wide,
 )
 from ambient_sd.utils.errors import UserError
 
-_FIELDS = ("embeds", "pooled", "uncond_embeds", "uncond_pooled", "sample", "token_weights", "key_scale")
+_FIELDS = (
+    "embeds", "pooled", "mask", "uncond_embeds", "uncond_pooled", "uncond_mask", "sample", "token_weights", "key_scale",
+)  # fmt: skip
 
 
 class Compose(Policy):
@@ -146,12 +149,14 @@ class _ChangedHalves(GuidanceBranches):
         assert cond is not None and uncond is not None and now["sample"] is not None
         self.inner = inner
         self.sample, self.timestep, self.noise_factor = now["sample"], inner.timestep, inner.noise_factor
-        self.cond, self.uncond = Encoded(cond, now["pooled"]), Encoded(uncond, now["uncond_pooled"])
+        self.flow = inner.flow
+        self.cond = Encoded(cond, now["pooled"], now["mask"])
+        self.uncond = Encoded(uncond, now["uncond_pooled"], now["uncond_mask"])
         self.token_weights, self.key_scale = now["token_weights"], now["key_scale"]
 
     def predict(self, half: Half, *, rows: torch.Tensor | None = None, **given: Any) -> torch.Tensor:
         encoded = self.cond if half == "cond" else self.uncond
-        own = {"sample": self.sample, "embeds": encoded.embeds, "pooled": encoded.pooled}
+        own = {"sample": self.sample, "embeds": encoded.embeds, "pooled": encoded.pooled, "mask": encoded.mask}
         if half == "cond":
             own |= {"token_weights": self.token_weights, "key_scale": self.key_scale}
         for name, value in own.items():
@@ -174,6 +179,8 @@ def _own(halves: GuidanceBranches, name: str) -> torch.Tensor | None:
         "pooled": halves.cond.pooled,
         "uncond_embeds": halves.uncond.embeds,
         "uncond_pooled": halves.uncond.pooled,
+        "mask": halves.cond.mask,
+        "uncond_mask": halves.uncond.mask,
         "sample": halves.sample,
     }
     return own[name] if name in own else getattr(halves, name, None)
@@ -185,8 +192,14 @@ def _now(halves: GuidanceBranches, change: Change, name: str) -> torch.Tensor | 
     if new is None:
         return own
     new = new.detach().clone() if new.is_inference() else new.detach()
+    if own is None and name.endswith("mask"):  # what has no mask is read whole
+        text = halves.cond if name == "mask" else halves.uncond
+        own = new.new_ones(text.embeds.shape[:2])
     if own is None:
         own = torch.ones_like(new)
+    if name.endswith(("embeds", "mask")):
+        length = max(own.shape[1], new.shape[1])
+        own, new = wide(own, length), wide(new, length)
     changed = torch.tensor(change.changed, device=new.device).view(-1, *[1] * (new.ndim - 1))
     return torch.where(changed, new, own.to(new))
 

@@ -72,6 +72,8 @@ class AttentionGuard(Policy):
         (0.1, 0.01)
     """
 
+    cross_attention = True
+
     def __init__(
         self,
         repulsion: float = 2.0,

@@ -97,12 +97,12 @@ class LatentPolicy(Policy, abc.ABC):
 
 
 def noise_difference(halves: GuidanceBranches, row: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return `eps_c - eps_u` at another input `x` `(m, C, H, W)` of the images `row` `(m,)`, in x's precision.
+    """Return `eps_c - eps_u`, of flow matching the difference of velocities, at another input `x` `(m, C, H, W)` of the images `row` `(m,)`, in x's precision.
 
     Example:
         >>> from types import SimpleNamespace
         >>> halves = SimpleNamespace(
-        ...     sample=torch.ones(1, 4, 2, 2), noise_factor=torch.tensor(0.5),
+        ...     sample=torch.ones(1, 4, 2, 2), noise_factor=torch.tensor(0.5), flow=0,
         ...     predict=lambda half, rows, sample: sample if half == "cond" else torch.zeros_like(sample),
         ... )
         >>> float(noise_difference(halves, torch.tensor([0]), torch.ones(1, 4, 2, 2)).mean())
@@ -111,7 +111,7 @@ def noise_difference(halves: GuidanceBranches, row: torch.Tensor, x: torch.Tenso
     sample = x.to(halves.sample.dtype)
     cond = halves.predict("cond", rows=row, sample=sample).to(x.dtype)
     uncond = halves.predict("uncond", rows=row, sample=sample).to(x.dtype)
-    return (cond - uncond) * halves.noise_factor.to(x.dtype)
+    return (cond - uncond) * halves.noise_factor.to(x.dtype) * (halves.flow or 1)
 
 
 def norm_of(difference: torch.Tensor) -> torch.Tensor:

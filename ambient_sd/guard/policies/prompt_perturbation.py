@@ -96,7 +96,9 @@ class PromptPerturbation(Policy, abc.ABC):
         if not rows:
             return None
         new = with_rows(start.halves.cond, rows, start.encode([texts[i] for i in rows]))
-        return Change([i in rows for i in range(len(start.active))], embeds=new.embeds, pooled=new.pooled)
+        return Change(
+            [i in rows for i in range(len(start.active))], embeds=new.embeds, pooled=new.pooled, mask=new.mask
+        )
 
 
 class RandomTokens(PromptPerturbation):

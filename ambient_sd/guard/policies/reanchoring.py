@@ -146,7 +146,9 @@ class Reanchoring(Policy):
             while left:
                 rows = torch.tensor(left, device=cond.device)
                 encoded = start.encode([texts[i][attempt] for i in left])
-                soft = halves.predict("cond", rows=rows, embeds=encoded.embeds, pooled=encoded.pooled)
+                soft = halves.predict(
+                    "cond", rows=rows, embeds=encoded.embeds, pooled=encoded.pooled, mask=encoded.mask
+                )
                 scores = (guidance_norm(cond=soft, uncond=uncond[rows]) * halves.noise_factor).tolist()
                 distances = (guidance_norm(cond=soft, uncond=cond[rows]) * halves.noise_factor).tolist()
                 # With "all" the first is taken whatever its score: a number that is none (NaN) is not below anything.
@@ -154,18 +156,17 @@ class Reanchoring(Policy):
                 for k in better:
                     best[left[k]], after[left[k]] = scores[k], distances[k] if anchored else scores[k]
                 if better:
-                    pooled = None if encoded.pooled is None else encoded.pooled[better]
-                    chosen = with_rows(chosen, [left[k] for k in better], Encoded(encoded.embeds[better], pooled))
+                    chosen = with_rows(chosen, [left[k] for k in better], _some(encoded, better))
                 attempt += 1
                 left = [i for i in left if not best[i] <= self.threshold and attempt < len(texts[i])]
         if texts and not anchored:
             self._rows = torch.tensor(list(texts), device=cond.device)
-            own = halves.cond
-            self._anchor = Encoded(own.embeds[self._rows], None if own.pooled is None else own.pooled[self._rows])
+            self._anchor = _some(halves.cond, self._rows)
         return Change(
             changed=[i in texts for i in range(len(before))],
-            embeds=chosen.embeds, pooled=chosen.pooled,
+            embeds=chosen.embeds, pooled=chosen.pooled, mask=chosen.mask,
             uncond_embeds=halves.cond.embeds if anchored else None, uncond_pooled=halves.cond.pooled if anchored else None,
+            uncond_mask=halves.cond.mask if anchored else None,
             first_score_before=before, first_score_after=after,
         )  # fmt: skip
 
@@ -175,7 +176,8 @@ class Reanchoring(Policy):
             return None
         g = number("guidance_scale", step.guidance_scale, above=0)
         rows, soft, uncond = self._rows, step.cond[self._rows], step.uncond[self._rows]
-        anchor = step.halves.predict("cond", rows=rows, embeds=self._anchor.embeds, pooled=self._anchor.pooled).to(soft)
+        embeds, pooled, mask = self._anchor
+        anchor = step.halves.predict("cond", rows=rows, embeds=embeds, pooled=pooled, mask=mask).to(soft)
         d = step.norms[-1][rows]
         # Where L = M every step above L is re-anchored wholly.
         share = (
@@ -200,6 +202,10 @@ class Reanchoring(Policy):
                 remedy="add it, or pass a function of the prompt",
             )
         return _checked(prompt, self.softer[prompt])
+
+
+def _some(text: Encoded, rows: list[int] | torch.Tensor) -> Encoded:
+    return Encoded(*(None if part is None else part[rows] for part in text))  # type: ignore[arg-type]
 
 
 def _checked(prompt: object, texts: object) -> list[str]:

@@ -28,6 +28,8 @@ default. (2) Their code draws eight new latents, keeps whichever get under the t
 ours moves the sampler's own latent, and serves the best one seen if none got under it. (3) With "paper" sigma_t, 0.998 at the first
 step of Stable Diffusion, is taken as 1, so that `s` is in the units of the score that the guard reports; with "code" it is as there: 1 on
 epsilon models, sigma_t on v models.
+
+With flow matching `s` is the velocity's, `-(o_c - o_u)`, which points as the score does: at pure noise the score itself vanishes.
 """
 
 from __future__ import annotations
@@ -107,6 +109,9 @@ class SAIL(LatentPolicy):
     def _as_in_the_code(
         self, halves: GuidanceBranches, row: torch.Tensor, x: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if halves.flow:
+            raise UserError('SAIL with objective "code" on a model of flow matching', rule="the code is of models that predict epsilon or v",
+                            remedy='use objective="paper"')  # fmt: skip
         # The value of the latent that the search starts from, with the gradient of the one of now.
         first = halves.sample[row].detach().to(x.dtype) + (x - x.detach())
         difference = noise_difference(halves, row, first)
@@ -122,4 +127,4 @@ class SAIL(LatentPolicy):
 
 def _unit(direction: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     """Return `direction / norm`. Where it is 0 (a prompt without effect) there is no direction: 0 then, not 0 / 0."""
-    return direction / norm.clamp_min(torch.finfo(norm.dtype).tiny).view(-1, 1, 1, 1)
+    return direction / norm.clamp_min(torch.finfo(norm.dtype).tiny).view(-1, *[1] * (direction.ndim - 1))
