@@ -169,6 +169,7 @@ CASES: dict[str, Case] = {
     "sd3.5": Case(SD3, tiny_flow.tiny_sd3_pipeline, sd3_example, preconditioned=True, damage=(
         ("transformer", "pooled_projection_dim", 30, "CLIP text encoders come to 32"),
         ("transformer", "joint_attention_dim", 64, "its T5 has 48"), ("transformer", "in_channels", 33, "takes 33 channels"),
+        ("vae", "shift_factor", None, "StableDiffusion3Pipeline adds it"),
     )),
     "sd3-without-t5": Case(SD3, lambda: tiny_flow.tiny_sd3_pipeline(t5=False, dual=False), sd3_example, preconditioned=True),
     "flux-dev": Case(FLUX, tiny_flow.tiny_flux_pipeline, flux_example, damage=(
