@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from ambient_sd.data.captions import Cut, find_cut, in_one_line
-from ambient_sd.families import network_of, of_pipeline, tokenizers_of
+from ambient_sd.families import named_tokenizers, network_of, of_pipeline, reading
 from ambient_sd.families.base import Model, check_same_space
 from ambient_sd.families.lora import fit, load_lora, locate, read, told
 from ambient_sd.families.origin import TRAINED, VAE, adapter_file, read_origin, usable_vae
@@ -63,6 +63,9 @@ class SamplingConfig(SamplingOptions):
         except RuntimeError:
             raise UserError(f"device is {self.device!r}", remedy="for example cpu, cuda or cuda:1") from None
         model = self.source()
+        if model.family.flow and self.scheduler is not None:
+            raise UserError(f"scheduler is {self.scheduler}", rule=f"{model.family.name} was trained by flow matching, and is sampled by its own",
+                            remedy="leave scheduler out")  # fmt: skip
         model.check_weights()
         if model.vae_name is not None:
             model.family.check(model, model.read(f"{model.family.network}/config.json"), model.vae_settings)
@@ -285,7 +288,7 @@ def say_cut(pipe: Any, prompts: Sequence[str]) -> dict[str, Cut]:
         >>> say_cut(tiny_pipeline(), ["a cat", "a dog"])  # read whole
         {}
     """
-    cuts = find_cut(prompts, tokenizers_of(pipe))
+    cuts = find_cut(prompts, *reading(of_pipeline(pipe), named_tokenizers(pipe)))
     if cuts:
         say(in_one_line(cuts, len(prompts), "prompts", f"number {cuts[0].index + 1}"))
     return {prompts[cut.index]: cut for cut in cuts}

@@ -37,9 +37,9 @@ class SamplingOptions:
     # fmt: off
     model: str = option(REQUIRED, "pipeline folder, whole model in one .safetensors file, or hub id; or a LoRA that names its base: folder, file or hub id", positional=True, metavar="MODEL")
     lora_weights: str | None = option(None, "LoRA on the model: folder, .safetensors file, hub id, or a file on the hub (owner/name/file.safetensors)", alias="adapter", metavar="LORA")
-    scheduler: str | None = option(None, "sampler (default: the model's)", choices=tuple(SCHEDULERS))
+    scheduler: str | None = option(None, "sampler (default: the model's; models of flow matching have no other)", choices=tuple(SCHEDULERS))
     num_inference_steps: int = option(50, "steps of the sampler", low=1)
-    guidance_scale: float = option(7.5, "classifier-free guidance; 1 or less is none, and then there are no scores", low=0)
+    guidance_scale: float = option(7.5, "classifier-free guidance (of FLUX.1 and Qwen-Image the true one, true_cfg_scale); 1 or less is none, and then there are no scores", low=0)
     resolution: int | None = option(None, "side of the images in pixels (default: the model's)", low=8, multiple=8)
     seed: int = option(0, "seed: start noise")
     dtype: str | None = option(None, "precision of the weights (default: bfloat16 on a GPU that has it, float32 elsewhere)", choices=DTYPES)

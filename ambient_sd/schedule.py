@@ -159,9 +159,9 @@ class NoiseSchedule:
         return sigma / alpha
 
     def predicted_noise(self, output: torch.Tensor, *, sample: torch.Tensor, timestep: int) -> torch.Tensor:
-        """Return the noise that a network's output stands for at a timestep of a variance-preserving schedule.
+        """Return the noise that a network's output stands for at a timestep.
 
-        epsilon: `o`;  v: `alpha o + sigma x_t`;  sample: `(x_t - alpha o) / sigma`.
+        epsilon: `o`;  v: `alpha o + sigma x_t`;  sample: `(x_t - alpha o) / sigma`;  flow: `x_t + alpha o`.
 
         Args:
             output: in the parametrisation of `prediction_type`, `(B, C, H, W)`.
@@ -171,6 +171,8 @@ class NoiseSchedule:
         alpha, sigma = (float(x) for x in self.coefficients(torch.tensor(timestep)))
         if self.prediction_type == "epsilon":
             return output
+        if self.is_flow:
+            return sample + alpha * output
         if self.prediction_type == "v_prediction":
             return alpha * output + sigma * sample
         return (sample - alpha * output) / sigma

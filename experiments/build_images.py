@@ -407,9 +407,26 @@ def encoded(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"image": {"bytes": buffer.getvalue(), "path": name}, "key": content_key(row["image"])}
 
 
+def check_withheld(rows: list[dict[str, Any]], items: list[dict[str, Any]]) -> None:
+    """Stop where a training row shows what must stay unseen: by its words, its concept, its style or its artist."""
+    novel = {w for c in items if c["novel"] for n in c["names"] for w in words(n)} - clip_art.SHELVES
+    side = {c["code"]: "novel" if c["novel"] else c["split"] for c in items}
+    for row in (r for r in rows if r["split"] == "train"):
+        told = set().union(*map(words, (row["name"], *row["aliases"])))
+        emoji = side.get(row["code"], "base")
+        if (
+            told & novel
+            or emoji == "novel"
+            or (emoji != "base" and row["style"] != "blob")
+            or row["style"] == "twemoji"
+        ):
+            raise AssertionError(f"{row['style']}, {row['code']}, {row['name']!r} must not be trained on")
+
+
 def build_base2(items: list[dict[str, Any]], packages: Path, out: Path) -> None:
     """Write the set of version 2, and the list of all concepts with their sides."""
     chosen = without_leaks(candidates(items, packages))
+    check_withheld(chosen, items)
     taught = {r["code"] for r in chosen if r["split"] == "train"}
     listed = [
         {

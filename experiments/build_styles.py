@@ -65,7 +65,7 @@ def merged(numbers: list[int], near: np.ndarray) -> list[int]:
 
 
 def sides(rows: list[dict[str, Any]], kind: str, *, test_share: int = 3) -> list[dict[str, Any]]:
-    """Put every known row on a side by its family: one family in `test_share` to the test; at most `PER_FAMILY` rows of each.
+    """Put every row on a side by its family: one family in `test_share` to the test; at most `PER_FAMILY` rows of each.
 
     A family is named by its first name in the alphabet, so that its side depends on neither numbers nor order. Rows of
     `kind`_train come with their `rank`: the first of every family before the second of any.
@@ -138,7 +138,10 @@ def confirm(
     kept = [
         r | {"family": g} for i, (r, g) in enumerate(zip(rows, groups, strict=True)) if i not in copies and not same[i]
     ]
-    return [r | {"confirm_60": r["split"] == "confirm_train" and r["rank"] < 60} for r in sides(kept, "confirm")]
+    return [
+        r | {"confirm_60": r["split"] == "confirm_train" and r["rank"] < 60}
+        for r in sides(kept, "confirm", test_share=2)
+    ]
 
 
 def main() -> None:
@@ -165,6 +168,8 @@ def main() -> None:
             args.out / f"{name}.parquet",
             compression="none",
         )
+        for r in rows:
+            listed[r["split"]].append({k: r[k] for k in ("code", "name", "family")})
         print(
             name,
             dict(Counter(r["split"] for r in rows)),

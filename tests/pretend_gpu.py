@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -85,6 +86,9 @@ _PLAIN = {
 }
 _PLAIN |= {Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.untyped_storage, Tensor.stride, Tensor.element_size, Tensor.__len__,
            Tensor.is_contiguous, Tensor.detach, Tensor.requires_grad_, Tensor.view, Tensor.reshape, Tensor.chunk, Tensor.grad.__set__, Tensor.data.__set__}  # fmt: skip
+_DEVICE, _IS_CUDA, _IS_CPU = Tensor.device.__get__, Tensor.is_cuda.__get__, Tensor.is_cpu.__get__
+_ASKED = {_DEVICE, _IS_CUDA, _IS_CPU, Tensor.get_device, Tensor.is_pinned, Tensor.pin_memory, Tensor.numpy, Tensor.__array__, Tensor.data_ptr,
+          Tensor.tolist, Tensor.to, Tensor.cpu, Tensor.cuda}  # fmt: skip
 _INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
@@ -152,18 +156,39 @@ class PretendGPU:
 
 def _mark(marked: dict[int, StorageWeakRef], tensor: Tensor) -> Tensor:
     storage = tensor.untyped_storage()
-    marked.setdefault(storage._cdata, StorageWeakRef(storage))
+    if storage._cdata not in marked:
+        marked[storage._cdata] = StorageWeakRef(storage)
     return tensor
 
 
-def _tensors(value: Any, found: list[Tensor] | None = None) -> list[Tensor]:
+class _Kind(NamedTuple):
+    """Hold what is asked of an operation: by name and tags, which are slow to read."""
+
+    name: str
+    waits: bool
+    indexed: bool
+    same_device: bool  # of numbers too
+    normed: bool
+    seeded: bool
+
+
+@functools.cache
+def _kind(func: Any) -> _Kind:
+    name = func._schema.name.partition("::")[2]
+    normed, seeded = name in ("native_group_norm", "native_layer_norm"), torch.Tag.nondeterministic_seeded in func.tags
+    return _Kind(name, name in _WAITS, name in _INDEXED, name in _SAME_DEVICE, normed, seeded)
+
+
+def _tensors(values: Iterable[Any], found: list[Tensor] | None = None) -> list[Tensor]:
     """Return the tensors in nested arguments."""
     found = [] if found is None else found
-    for one in value.values() if isinstance(value, dict) else value:
+    for one in values:
         if isinstance(one, Tensor):
             found.append(one)
-        elif isinstance(one, (tuple, list, dict)):
+        elif isinstance(one, (tuple, list)):
             _tensors(one, found)
+        elif isinstance(one, dict):
+            _tensors(one.values(), found)
     return found
 
 
@@ -183,32 +208,39 @@ class _Dispatch(TorchDispatchMode):
         super().__init__()
         self.gpu = gpu
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what would keep torch.compile out costs more than most operations do
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        gpu, name, kwargs = self.gpu, func._schema.name.partition("::")[2], kwargs or {}
-        tensors = _tensors(kwargs, _tensors(args))
-        if not any(map(gpu.has, tensors)):
+        gpu, held, kwargs = self.gpu, self.gpu.held, kwargs or {}
+        tensors = _tensors(kwargs.values(), _tensors(args)) if kwargs else _tensors(args)
+        strangers = [t for t in tensors if t.untyped_storage()._cdata not in held]
+        if len(strangers) == len(tensors):
             if gpu.flying:
                 for t in tensors:
                     gpu.landed(t)
             return func(*args, **kwargs)
-        if name == "copy_":
+        kind = _kind(func)
+        if kind.name == "copy_":
             return self._copy(func, *args, **kwargs)
-        if name in _WAITS:
-            gpu.wait(name)
-        places = []
-        if name in _INDEXED:  # indices may lie on the CPU; they are copied, masks counted first
+        if kind.waits:
+            gpu.wait(kind.name)
+        if kind.indexed:  # indices may lie on the CPU; they are copied, masks counted first
             places = [t for t in args[1] if t is not None]
             gpu.wait("index", sum(t.dtype == torch.bool or not gpu.has(t) for t in places))
-        strangers = [t for t in tensors if not gpu.has(t) and not any(t is p for p in places)]
-        if any(t.ndim or name in _SAME_DEVICE for t in strangers) or (places and not gpu.has(args[0])):
-            raise RuntimeError(f"{name}: expected all tensors to be on the same device")
-        if name in ("native_group_norm", "native_layer_norm") and len({t.dtype for t in tensors}) > 1:
-            raise RuntimeError(f"{name}: mixed dtype, which CUDA refuses")
-        drawn = torch.Tag.nondeterministic_seeded in func.tags and not isinstance(
-            kwargs.get("generator"), _CPUGenerator
-        )
-        with gpu.drawing() if drawn else contextlib.nullcontext():
-            return _mapped(gpu.take, func(*args, **kwargs))
+            strangers = [t for t in strangers if t is args[0] or not any(t is p for p in places)]
+        if strangers and (
+            kind.same_device or (kind.indexed and strangers[0] is args[0]) or any(t.ndim for t in strangers)
+        ):
+            raise RuntimeError(f"{kind.name}: expected all tensors to be on the same device")
+        if kind.normed and len({t.dtype for t in tensors}) > 1:
+            raise RuntimeError(f"{kind.name}: mixed dtype, which CUDA refuses")
+        if kind.seeded and not isinstance(kwargs.get("generator"), _CPUGenerator):
+            with gpu.drawing():
+                return _mapped(gpu.take, func(*args, **kwargs))
+        made = func(*args, **kwargs)
+        return gpu.take(made) if isinstance(made, Tensor) else _mapped(gpu.take, made)
 
     def _copy(self, func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         gpu = self.gpu
@@ -229,32 +261,10 @@ class _Function(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _PLAIN:
             return func(*args, **kwargs or {})
-        gpu, kwargs = self.gpu, dict(kwargs or {})
+        gpu, kwargs = self.gpu, kwargs or {}
         here = bool(args) and isinstance(args[0], Tensor) and gpu.has(args[0])
-        if func == Tensor.device.__get__:
-            return GPU if here else func(*args)
-        if func == Tensor.is_cuda.__get__:
-            return here
-        if func == Tensor.is_cpu.__get__:
-            return not here and func(*args)
-        if func is Tensor.get_device:
-            return 0 if here else func(*args)
-        if func is Tensor.is_pinned:
-            return args[0].untyped_storage()._cdata in gpu.pinned
-        if func is Tensor.pin_memory:
-            if here:
-                raise RuntimeError("cannot pin 'torch.cuda.FloatTensor': only dense CPU tensors can be pinned")
-            return _mark(gpu.pinned, _copied(args[0]))
-        if func in (Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.tolist) and args[0].layout == torch.strided:
-            gpu.landed(args[0])
-            if here and func in (Tensor.numpy, Tensor.__array__):
-                raise TypeError("can't convert cuda:0 device type tensor to numpy")
-        if func is Tensor.tolist and here:
-            gpu.wait("tolist")
-            with _disable_current_modes():
-                return args[0].detach().clone().tolist()
-        if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
-            return self._moved(func, *args, **kwargs)
+        if func in _ASKED:
+            return self._asked(func, here, args, kwargs)
         generator, device = kwargs.get("generator"), kwargs.get("device")
         there = device is not None and torch.device(device).type == "cuda" and func is not torch.device
         told = isinstance(generator, _CPUGenerator) and (here or there or (bool(args) and isinstance(args[0], Tensor)))
@@ -267,11 +277,40 @@ class _Function(TorchFunctionMode):
         if (
             (func in _HALF or func in _SINGLE)
             and torch.is_autocast_enabled("cuda")
-            and any(map(gpu.has, _tensors(kwargs, _tensors(args))))
+            and any(map(gpu.has, _tensors(kwargs.values(), _tensors(args))))
         ):
             dtype = torch.get_autocast_dtype("cuda") if func in _HALF else torch.float32
             plain = (torch.float64, torch.int64, torch.int32, torch.bool)  # float64 is left alone, as on CUDA
             args, kwargs = _mapped(lambda t: t if t.dtype in plain else _cast(t, dtype), (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _asked(self, func: Any, here: bool, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Answer where a tensor lies, and bring it elsewhere."""
+        gpu = self.gpu
+        if func == _DEVICE:
+            return GPU if here else func(*args)
+        if func == _IS_CUDA:
+            return here
+        if func == _IS_CPU:
+            return not here and func(*args)
+        if func is Tensor.get_device:
+            return 0 if here else func(*args)
+        if func is Tensor.is_pinned:
+            return args[0].untyped_storage()._cdata in gpu.pinned
+        if func is Tensor.pin_memory:
+            if here:
+                raise RuntimeError("cannot pin 'torch.cuda.FloatTensor': only dense CPU tensors can be pinned")
+            return _mark(gpu.pinned, _copied(args[0]))
+        if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
+            return self._moved(func, *args, **kwargs)
+        if args[0].layout == torch.strided:
+            gpu.landed(args[0])
+            if here and func in (Tensor.numpy, Tensor.__array__):
+                raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        if func is Tensor.tolist and here:
+            gpu.wait("tolist")
+            with _disable_current_modes():
+                return args[0].detach().clone().tolist()
         return func(*args, **kwargs)
 
     def _made(self, func: Any, args: Any, kwargs: dict[str, Any], generator: Any) -> Any:

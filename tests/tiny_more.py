@@ -166,6 +166,6 @@ def tiny_auraflow_pipeline(seed: int = 0) -> AuraFlowPipeline:
         UMT5Config(vocab_size=128, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
     ).eval()  # fmt: skip
     return AuraFlowPipeline(
-        transformer=woken(transformer), scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73), text_encoder=encoder,
+        transformer=woken(woken(transformer)), scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73), text_encoder=woken(encoder),
         vae=tiny_vae(4, shift_factor=None, scaling_factor=0.13025), tokenizer=tiny_t5_tokenizer(),
     )  # fmt: skip

@@ -99,6 +99,7 @@ def inspect(
     *,
     resolution: int = 512,
     tokenizers: Sequence[Any] = (),
+    limits: Sequence[int] | None = None,
     progress: bool = False,
     **options: Any,
 ) -> tuple[Inspection, ImageDataset]:
@@ -109,6 +110,7 @@ def inspect(
         resolution: of the training, pixels.
         tokenizers: of the base model, to count what its text encoders do not read of a caption; without them captions
             count as cut where every CLIP cuts them.
+        limits: how many tokens of a caption each of them reads; None: as many as it takes.
         progress: show a bar.
         options: of `load_rows`, which columns and rows are read; unlisted and broken files are faults here.
 
@@ -125,7 +127,7 @@ def inspect(
     faults: list[Fault] = []
     images = load_rows(source, **options, faults=faults)
     cuts: dict[int, Cut] = {}  # of several captions of a row, the first is the one that is looked at
-    for cut in find_cut(images.captions, tokenizers) if tokenizers else surely_cut(images.captions):
+    for cut in find_cut(images.captions, tokenizers, limits) if tokenizers else surely_cut(images.captions):
         cuts[cut.index] = cut
     readable: list[int] = []
     keys: list[str] = []
@@ -288,8 +290,9 @@ def make_parser() -> Parser:
 def run(args: argparse.Namespace, words: Sequence[str]) -> int:
     """Print the table, write page and JSON where asked, and return the exit status."""
     settings = from_flags(InspectSettings, args)
+    tokenizers, limits = _read_by(settings.model)
     found, images = inspect(
-        settings.data, resolution=settings.resolution, tokenizers=_tokenizers(settings.model), progress=True, **reading(settings)
+        settings.data, resolution=settings.resolution, tokenizers=tokenizers, limits=limits, progress=True, **reading(settings)
     )  # fmt: skip
     print(as_text(found), flush=True)
     if settings.html is not None:
@@ -306,13 +309,12 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
     return int(settings.fail_on == "problems" and not found.clean)
 
 
-def _tokenizers(model: str | None) -> list[object]:
+def _read_by(model: str | None) -> tuple[list[Any], list[int] | None]:
     if model is None:
-        return []
+        return [], None
     from ambient_sd.utils.quiet import quiet
 
     quiet()
     from ambient_sd.families.base import check_base
 
-    base = check_base(model)
-    return base.tokenizers()
+    return check_base(model).reading()

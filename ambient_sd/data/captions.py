@@ -1,7 +1,8 @@
 """Captions as texts: those that text encoders cut, and new ones of the same words.
 
 A text with more tokens than an encoder has positions (77 with start and end for CLIP) is cut, silently by diffusers and transformers. SDXL has
-two tokenizers: a text is cut where either cuts it.
+two tokenizers: a text is cut where either cuts it. Where another encoder reads on (T5 of Stable Diffusion 3 and FLUX.1), only what that one
+does not read is cut.
 """
 
 from __future__ import annotations
@@ -42,12 +43,13 @@ class Cut:
     lost: str
 
 
-def find_cut(texts: Sequence[str], tokenizers: Sequence[Any]) -> list[Cut]:
+def find_cut(texts: Sequence[str], tokenizers: Sequence[Any], limits: Sequence[int] | None = None) -> list[Cut]:
     """Return the texts that at least one of the tokenizers cuts, in their order; of two losses the longer one.
 
     Args:
         texts: captions or prompts.
         tokenizers: of the model's text encoders, with `model_max_length`.
+        limits: how many tokens of a text each of them reads at most (`families.reading`); None: as many as it takes.
 
     Example:
         >>> find_cut(["a cat"], [])
@@ -55,8 +57,8 @@ def find_cut(texts: Sequence[str], tokenizers: Sequence[Any]) -> list[Cut]:
     """
     distinct = list(dict.fromkeys(texts))
     found: dict[str, tuple[int, int, str]] = {}
-    for tokenizer in tokenizers:
-        limit = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+    limits = limits or [t.model_max_length - t.num_special_tokens_to_add() for t in tokenizers]
+    for tokenizer, limit in zip(tokenizers, limits, strict=True):
         for start in range(0, len(distinct), _BATCH):
             batch = distinct[start : start + _BATCH]
             # verbose: the tokenizer's own warning says neither which text nor what is lost.

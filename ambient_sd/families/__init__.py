@@ -7,6 +7,8 @@ To add one: a file with a `Family`, and its name in `FAMILIES`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ambient_sd.families.auraflow import AURAFLOW
@@ -66,6 +68,22 @@ def network_of(pipe: Any) -> Any:
     return getattr(pipe, of_pipeline(pipe).network, None)
 
 
+def layout_of(pipe: Any) -> Guidance:
+    """Return how a pipeline calls its network, guided or not.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> layout_of(tiny_pipeline()).time
+        'timestep'
+    """
+    family = of_pipeline(pipe)
+    known = (family.guidance[kind.__name__] for kind in type(pipe).__mro__ if kind.__name__ in family.guidance)
+    layout = next(known, family.guidance[family.pipeline])
+    # Sana 1.5's takes the scheduler's timestep times 0.001.
+    scale = getattr(getattr(getattr(pipe, layout.network, None), "config", None), "timestep_scale", None) or 1.0
+    return layout if scale == 1.0 else replace(layout, timesteps=layout.timesteps / scale)
+
+
 def guidance_of(pipe: Any) -> Guidance:
     """Return how a pipeline lays out its guidance.
 
@@ -77,9 +95,7 @@ def guidance_of(pipe: Any) -> Guidance:
         >>> guidance_of(tiny_pipeline()).network
         'unet'
     """
-    family = of_pipeline(pipe)
-    known = (family.guidance[kind.__name__] for kind in type(pipe).__mro__ if kind.__name__ in family.guidance)
-    guidance = next(known, family.guidance[family.pipeline])
+    guidance = layout_of(pipe)
     for name in (guidance.network, "encode_prompt"):
         if getattr(pipe, name, None) is None:
             raise UserError(
@@ -99,9 +115,40 @@ def tokenizers_of(pipe: Any) -> list[Any]:
         >>> [tokenizer.model_max_length for tokenizer in tokenizers_of(tiny_pipeline())]
         [24]
     """
+    return list(named_tokenizers(pipe).values())
+
+
+def named_tokenizers(pipe: Any) -> dict[str, Any]:
+    """Return the tokenizers of a pipeline by name, the first one first.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> list(named_tokenizers(tiny_pipeline()))
+        ['tokenizer']
+    """
     family = of_pipeline(pipe)
     names = [name for name in family.text_parts if name.startswith("tokenizer")]
-    return [one for name in names if (one := getattr(pipe, name, None)) is not None]
+    return {name: one for name in names if (one := getattr(pipe, name, None)) is not None}
+
+
+def reading(family: Family, tokenizers: Mapping[str, Any]) -> tuple[list[Any], list[int]]:
+    """Return the tokenizers that decide what is read of a text, and how many of its tokens each reads.
+
+    Where a family has `readers`, what another tokenizer cuts is read by them; without them (Stable Diffusion 3 without T5) by none.
+
+    Args:
+        family: of the model.
+        tokenizers: that the model has, by name.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> reading(SD, {"tokenizer": tiny_pipeline().tokenizer})[1]
+        [22]
+    """
+    chosen = [one for name, one in tokenizers.items() if name in family.readers]
+    found = chosen or list(tokenizers.values())
+    most = family.text_length if chosen or not family.readers else None
+    return found, [min(one.model_max_length, most or one.model_max_length) - family.around(one) for one in found]
 
 
 def refuse_distilled(pipe: Any) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import diffusers
 import torch
 
-from ambient_sd.families import FAMILIES, of_class
+from ambient_sd.families import FAMILIES, of_class, reading
 from ambient_sd.families.encoders import CaptionEncoder, ImageEncoder
 from ambient_sd.families.family import Family
 from ambient_sd.families.origin import refuse_adapter, whole_on_hub
@@ -29,6 +29,8 @@ from ambient_sd.schedule import PREDICTION_TYPES, NoiseSchedule
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.hub_ids import hub_file, resolve_model_id
 from ambient_sd.utils.weight_files import variants
+
+LARGE_ENCODER = 10**9  # weights
 
 
 @dataclass(frozen=True)
@@ -288,9 +290,13 @@ class Model:
         except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError, ...: all mean unusable files
             raise self.unreadable(part, error) from None
 
-    def tokenizers(self) -> list[Any]:
-        """Load the tokenizers alone."""
-        return [self.load(part) for part in self.text_parts if part.startswith("tokenizer")]
+    def tokenizers(self) -> dict[str, Any]:
+        """Load the tokenizers alone, by name."""
+        return {part: self.load(part) for part in self.text_parts if part.startswith("tokenizer")}
+
+    def reading(self) -> tuple[list[Any], list[int]]:
+        """Load the tokenizers that decide what is read of a caption, and return them with the tokens that they read of it."""
+        return reading(self.family, self.tokenizers())
 
     def load_pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
         """Load the whole pipeline, with some parts given; errors of the libraries come through."""
@@ -345,9 +351,22 @@ class Base(Model):
     def _settings(self, part: str) -> dict[str, Any]:
         return super()._settings(part) if part != "vae" or self.vae_name is None else self.vae_config
 
-    def captions(self) -> CaptionEncoder:
-        """Load tokenizers and text encoders, frozen, float32, as the maker of this family's embeddings."""
-        parts = {part: self.load(part) for part in self.text_parts}
+    def text_dtype(self, part: str, half: bool) -> torch.dtype:
+        """Return the precision of a frozen text encoder: float32, or of a large one (T5-XXL, Qwen) bfloat16 where the run computes in 16 bits.
+
+        In float32 T5-XXL alone takes 18 GiB, and float16 overflows in it.
+        """
+        large = half and sum(p.numel() for p in self.outline(part).parameters()) > LARGE_ENCODER
+        return torch.bfloat16 if large else torch.float32
+
+    def captions(self, half: bool = False) -> CaptionEncoder:
+        """Load tokenizers and text encoders, frozen, as the maker of this family's embeddings.
+
+        Args:
+            half: the run computes in 16 bits: `text_dtype`.
+        """
+        dtypes = {part: self.text_dtype(part, half) for part in self.text_parts if not part.startswith("tokenizer")}
+        parts = {part: self.load(part, dtypes.get(part, torch.float32)) for part in self.text_parts}
         for name, part in parts.items():
             if name.startswith("text_encoder"):
                 part.requires_grad_(False).eval()
@@ -420,11 +439,12 @@ def check_base(
     network_config = model.read(f"{family.network}/config.json")
     vae_config = model.vae_settings
     family.check(model, network_config, vae_config)
-    factor = family.vae_factor(vae_config)
+    # A U-Net takes any latent and gives back its shape; a transformer drops what fills no patch.
+    factor = family.pixel_step(network_config, vae_config) if family.flow else family.vae_factor(vae_config)
     if resolution is not None and resolution % factor:
         raise UserError(
             f"resolution is {resolution}",
-            rule=f"it must be a multiple of {factor} for this VAE",
+            rule=f"it must be a multiple of {factor} for this {'transformer' if family.flow else 'VAE'}",
             remedy=f"try {max(1, resolution // factor) * factor}",
         )
     scheduler = _scheduler(model, prediction_type, lora)

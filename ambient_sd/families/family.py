@@ -122,6 +122,10 @@ class Family:
         """
         raise NotImplementedError(self.unready)
 
+    def around(self, tokenizer: Any) -> int:
+        """Return how many of the tokens that a caption may have go to what stands around it: marks, a template."""
+        return int(tokenizer.num_special_tokens_to_add())
+
     # --- images to latents ---
 
     def vae_factor(self, vae: Mapping[str, Any]) -> int:
@@ -227,6 +231,10 @@ class Family:
 
     def original_names(self, network: Any) -> dict[str, str]:
         """Return what the authors' own code calls the network's layers, by diffusers' name, where it differs."""
+        return {}
+
+    def fused_names(self, network: Any) -> dict[str, tuple[str, ...]]:
+        """Return layers whose rows, one below the other, are one layer of the authors' own code, by its name there."""
         return {}
 
     def kohya_names(self, network: Any) -> dict[str, str]:

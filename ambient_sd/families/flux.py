@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ambient_sd.families import bfl
 from ambient_sd.families.family import config_of
 from ambient_sd.families.flow import FlowTransformer, tokens
 from ambient_sd.families.guidance import Guidance
@@ -49,6 +50,12 @@ class Packed(FlowTransformer):
     def start(self, noise: torch.Tensor) -> torch.Tensor:
         return pack(noise)
 
+    def original_names(self, network: Any) -> dict[str, str]:
+        return bfl.names(network)
+
+    def fused_names(self, network: Any) -> dict[str, tuple[str, ...]]:
+        return bfl.fused(network)
+
 
 class Flux(Packed):
     """Describe FLUX.1 dev and schnell.
@@ -72,6 +79,10 @@ class Flux(Packed):
         "text_encoder": ("transformers", "CLIPTextModel"), "tokenizer": ("transformers", "CLIPTokenizer"),
         "text_encoder_2": ("transformers", "T5EncoderModel"), "tokenizer_2": ("transformers", "T5TokenizerFast"),
     }  # fmt: skip
+    lora_prefixes: Mapping[str, Mapping[str, str]] = {
+        **FlowTransformer.lora_prefixes,
+        "text_encoder": {"lora_te1_": "kohya", "lora_te_": "kohya", "text_encoders.clip_l.transformer.": "ComfyUI"},
+    }
     lora_targets = (
         "attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0", "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj",
         "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",

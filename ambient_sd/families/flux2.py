@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ambient_sd.families import bfl
 from ambient_sd.families.flow import FlowTransformer
 from ambient_sd.families.guidance import Guidance
 from ambient_sd.utils.devices import send
@@ -49,6 +50,7 @@ class Flux2Klein(FlowTransformer):
         "transformer": ("diffusers", "Flux2Transformer2DModel"), "vae": ("diffusers", "AutoencoderKLFlux2"),
         "text_encoder": ("transformers", "Qwen3ForCausalLM"), "tokenizer": ("transformers", "Qwen2TokenizerFast"),
     }  # fmt: skip
+    shifted = False
     draws = False
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj")
     text_length = 512
@@ -87,6 +89,11 @@ class Flux2Klein(FlowTransformer):
         output = model.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
         return {"hidden": torch.cat([output.hidden_states[layer] for layer in _LAYERS], dim=-1).float()}
 
+    def around(self, tokenizer: Any) -> int:
+        chat = [{"role": "user", "content": ""}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        return len(tokenizer(text).input_ids)
+
     def shift(self, scheduler: Mapping[str, Any], tokens: int) -> float:
         from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
@@ -120,6 +127,12 @@ class Flux2Klein(FlowTransformer):
         # In the other blocks `to_out` is a list of layers.
         single = range(len(network.single_transformer_blocks))
         return [*self.lora_targets, *(f"single_transformer_blocks.{i}.attn.to_out" for i in single)]
+
+    def original_names(self, network: Any) -> dict[str, str]:
+        return bfl.names(network)
+
+    def fused_names(self, network: Any) -> dict[str, tuple[str, ...]]:
+        return bfl.fused(network)
 
     def predict(
         self, network: Any, x_t: torch.Tensor, timesteps: torch.Tensor, inputs: Mapping[str, Any]

@@ -3,11 +3,12 @@
     W' = W + s B A,   s = alpha / rank   (rsLoRA: alpha / sqrt(rank))
 
 diffusers warns about tensors that it has no place for and goes on without them: a model that was never fine-tuned is then measured in
-the fine-tune's name. Here the names of a file are looked up among the layers that the pipeline has, in five schemes:
+the fine-tune's name. Here the names of a file are looked up among the layers that the pipeline has, in six schemes:
 
     diffusers   unet.down_blocks.0....to_q.lora_A.weight, text_encoder.*, text_encoder_2.*; also .lora.down., .processor.to_q_lora.down.
     PEFT        base_model.model.down_blocks.0....to_q.lora_A.weight
     bare        down_blocks.0....to_q.lora_A.weight
+    OneTrainer  lora_transformer_transformer_blocks_0_...to_q.lora_down.weight
     kohya       lora_unet_down_blocks_0_...to_q.lora_down.weight, lora_te_*, lora_te1_*, lora_te2_*; also in Stability's (sgm) names;
                 lycoris_down_blocks_0_... as LyCORIS and SimpleTuner have it
     ComfyUI     diffusion_model.input_blocks.1.1....to_q.lora_down.weight; also in diffusers' names
@@ -17,8 +18,8 @@ Afterwards the layers are read back: each holds the file's values, bit for bit, 
 is put back as it was. alpha comes from the file's alpha tensors, from diffusers' metadata, or from the adapter_config.json that PEFT
 writes beside its file; where none says it, it is the rank, as diffusers has it, and the record says so.
 
-Taken: LoRA and DoRA of linear and convolution layers, for pipelines with a U-Net (Stable Diffusion 1, 2, XL), and LoHa, LoKr and LoRA in
-Tucker form as the LoRA that they are exactly (`ambient_sd.families.lycoris`). Not taken: pickle, and every other kind. A rank that depends
+Taken: LoRA and DoRA of linear and convolution layers, for every family, and LoHa, LoKr and LoRA in Tucker form as the LoRA that they are
+exactly (`ambient_sd.families.lycoris`). A LoRA of a layer that is several here, such as queries, keys and values in one, is taken apart. Not taken: pickle, and every other kind. A rank that depends
 on the noise level is kept (`ambient_sd.families.rank_schedule`).
 """
 
@@ -222,7 +223,7 @@ def load_lora(
     """Load a LoRA into a pipeline, whole or not at all, and return its record.
 
     Args:
-        pipe: a pipeline with a U-Net: Stable Diffusion 1, 2 or XL.
+        pipe: a pipeline of a known family.
         source: folder, .safetensors file, hub id, or a state dict.
         adapter_name: as in diffusers.
         weight_name, subfolder: which file of a folder or repository; without, `choose` says.
@@ -486,7 +487,8 @@ def parts_of(pipe: Any) -> dict[str, nn.Module]:
     family = of_pipeline(pipe)
     if not isinstance(getattr(pipe, family.network, None), nn.Module) or not family.lora_prefixes:
         raise UserError(
-            f"{type(pipe).__name__} has no U-Net", rule="adapters are loaded into Stable Diffusion 1, 2 and XL"
+            f"{type(pipe).__name__} has no {family.network}",
+            rule="adapters change the network of a pipeline, and some its text encoders",
         )
     named = {name: getattr(pipe, name, None) for name in family.lora_prefixes}
     return {name: part for name, part in named.items() if isinstance(part, nn.Module)}
@@ -496,17 +498,17 @@ def parts_of(pipe: Any) -> dict[str, nn.Module]:
 class _Target:
     scheme: str
     part: str
-    path: str
+    paths: tuple[str, ...]  # several: their rows are one below the other
 
 
 def _known(parts: Mapping[str, nn.Module], family: Family) -> dict[str, _Target | None]:
-    """Return every name under which a layer may stand in a file; None where it would be that of two layers."""
+    """Return every name under which a layer, or several as one, may stand in a file; None where it would be that of two."""
     known: dict[str, _Target | None] = {}
 
-    def add(name: str, scheme: str, part: str, path: str) -> None:
+    def add(name: str, scheme: str, part: str, *paths: str) -> None:
         before = known.get(name)
-        other = before is not None and (before.part, before.path) != (part, path)
-        known[name] = None if other or (before is None and name in known) else before or _Target(scheme, part, path)
+        other = before is not None and (before.part, before.paths) != (part, paths)
+        known[name] = None if other or (before is None and name in known) else before or _Target(scheme, part, paths)
 
     for part, module in parts.items():
         is_network = part == family.network
@@ -519,6 +521,9 @@ def _known(parts: Mapping[str, nn.Module], family: Family) -> dict[str, _Target 
         }
         prefixes |= family.lora_prefixes[part]
         oldest = _OLDEST["network" if is_network else "text encoder"]
+        for name, paths in (family.fused_names(module) if is_network else {}).items():
+            for prefix, scheme in prefixes.items():
+                add(prefix + (name.replace(".", "_") if prefix.endswith("_") else name), scheme, part, *paths)
         for path in layers_in(module):
             # Newer versions of transformers have no text_model between the encoder and its layers.
             short = path.removeprefix("text_model.")
@@ -551,7 +556,7 @@ def fit(file: LoraFile, parts: Mapping[str, nn.Module], family: Family) -> Adapt
         {'unet': 1}
     """
     _require_lora(list(file.tensors), file.label)
-    known = _known(parts, family)
+    known, modules = _known(parts, family), {part: layers_in(network) for part, network in parts.items()}
     found: dict[tuple[str, str], dict[Part, tuple[str, Tensor]]] = {}
     schemes: dict[str, None] = {}
     left = []
@@ -561,21 +566,21 @@ def fit(file: LoraFile, parts: Mapping[str, nn.Module], family: Family) -> Adapt
         if split is None or target is None:
             left.append(name)
             continue
-        place = found.setdefault((target.part, target.path), {})
-        if split[1] in place:
-            raise _unfit(file, f"has two tensors for one place, {place[split[1]][0]!r} and {name!r}")
-        place[split[1]] = (name, tensor)
+        for path, piece in _pieces(file, name, split[1], tensor, target, modules[target.part]):
+            place = found.setdefault((target.part, path), {})
+            if split[1] in place:
+                raise _unfit(file, f"has two tensors for one place, {place[split[1]][0]!r} and {name!r}")
+            place[split[1]] = (name, piece)
         schemes[target.scheme] = None
     if left:
         what = f"{len(left)} of {len(file.tensors)} tensors of the adapter {file.label} belong to no layer of this {family.pipeline}"
-        wrong = any(_TRANSFORMER.match(name) for name in left)
+        wrong = family.network == "unet" and any(_TRANSFORMER.match(name) for name in left)
         rule = "it was made for a transformer, such as SD3 or Flux, and the base has a U-Net" if wrong else (
             "an adapter is loaded whole or not at all"
         )  # fmt: skip
         raise UserError(f"{what}, the first is {one_line(left[0], 160)!r}", rule=rule,
                         remedy="give the base that it was trained on")  # fmt: skip
     configs = _configs(file, parts, family.network)
-    modules = {part: layers_in(network) for part, network in parts.items()}
     layers, sources = [], set()
     for (part, path), tensors in found.items():
         layer, source = _layer(file, part, path, modules[part][path], tensors, configs.get(part, {}))
@@ -594,6 +599,25 @@ def fit(file: LoraFile, parts: Mapping[str, nn.Module], family: Family) -> Adapt
     if not any(layer.magnitude is not None or layer.moves() for layer in layers):
         raise _changes_nothing(file, len(layers))
     return adapter
+
+
+def _pieces(
+    file: LoraFile, name: str, kind: Part, tensor: Tensor, target: _Target, modules: Mapping[str, Any]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what of a tensor is whose: of one layer for several A and alpha are all theirs, and the rows of B each one's own.
+
+    [W1; W2] + s [B1; B2] A  =  [W1 + s B1 A; W2 + s B2 A]
+    """
+    if len(target.paths) == 1 or kind in ("down", "alpha"):
+        yield from ((path, tensor) for path in target.paths)
+        return
+    rows = [modules[path].weight.shape[0] for path in target.paths]
+    if kind not in ("up", "bias"):
+        raise _unfit(file, f"has {name!r} for {len(rows)} layers at once", "LoRA alone is taken apart: give one")
+    if tensor.shape[:1] != (sum(rows),):
+        raise _unfit(file, f"has a shape that does not fit: {name!r} is {tuple(tensor.shape)}, and {' + '.join(target.paths)} have {sum(rows)} rows",
+                     "give the base that it was trained on")  # fmt: skip
+    yield from zip(target.paths, tensor.split(rows), strict=True)
 
 
 def _unfit(file: LoraFile, what: str, remedy: str = "give the file as it was saved") -> UserError:

@@ -67,6 +67,9 @@ class Lumina2(FlowTransformer):
         )
         return {"hidden": states.hidden_states[-2].float(), "mask": mask}
 
+    def around(self, tokenizer: Any) -> int:
+        return len(tokenizer(f"{_system_prompt()} <Prompt Start> ").input_ids)
+
     def predict(
         self, network: Any, x_t: torch.Tensor, timesteps: torch.Tensor, inputs: Mapping[str, Any]
     ) -> torch.Tensor:

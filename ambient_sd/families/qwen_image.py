@@ -51,6 +51,7 @@ class QwenImage(Packed):
     }  # fmt: skip
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
     vae_needs = ("z_dim", "temperal_downsample", "latents_mean", "latents_std")
+    shifted = False
     text_length = 512
 
     def check_conditioning(self, model: Model, network: Mapping[str, Any]) -> None:
@@ -98,6 +99,12 @@ class QwenImage(Packed):
         ).hidden_states
         rows = read_rows(states[-1].float(), found["attention_mask"], skip)
         return {name: value[:, : self.text_length] for name, value in rows.items()}
+
+    def around(self, tokenizer: Any) -> int:
+        stock = _stock()  # what stands before the caption is not counted
+        return len(tokenizer(stock.prompt_template_encode.format("")).input_ids) - int(
+            stock.prompt_template_encode_start_idx
+        )
 
     def inputs(
         self, embeddings: Mapping[str, torch.Tensor], sizes: torch.Tensor | None, device: torch.device | str

@@ -78,6 +78,11 @@ class ZImage(FlowTransformer):
         ).hidden_states
         return read_rows(states[-2].float(), found["attention_mask"])
 
+    def around(self, tokenizer: Any) -> int:
+        chat = [{"role": "user", "content": ""}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+        return len(tokenizer(text).input_ids)
+
     def inputs(
         self, embeddings: Mapping[str, torch.Tensor], sizes: torch.Tensor | None, device: torch.device | str
     ) -> dict[str, Any]:

@@ -16,6 +16,10 @@ differ by a negative factor, which neither norm (up to 1 / sigma_T, nearly 1) no
 computed from v, while the authors' code takes the cosine of v itself, the same up to sigma_t0 (0.2); norms are per image, and the
 mean over images of a prompt is the caller's. Where the sampler's first timestep carries no signal (zero terminal SNR: the norm is 0
 there), the norm is taken at the first one that does, of the same pure noise.
+
+With flow matching, `x_t = (1 - sigma) x0 + sigma eps` and output `o = eps - x0`, the score at a level is `-(x_t + (1 - sigma) o) / sigma`: the
+cosine is of these, at the timestep of the noise level that t0 is in Stable Diffusion 1.4 (`LOW_FLOW_TIMESTEP`). At pure noise the score of
+any prompt is `-x_T`, so the norm there is the velocity's, as the guard's is.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.utils.errors import UserError
 
 LOW_TIMESTEP = 41
+LOW_FLOW_TIMESTEP = 168  # s = sigma / (1 - sigma) = 0.202, as s_41 of Stable Diffusion 1.4
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,17 @@ class Anisotropy:
         The norm grows with the latent's size and the alignment does not: fit the weights to the model at hand.
         """
         return norm_weight * self.norm + alignment_weight * self.alignment
+
+
+def low_timestep_of(scheduler: Any) -> int:
+    """Return t0 for a scheduler: that of its kind of schedule.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> low_timestep_of(tiny_pipeline().scheduler)
+        41
+    """
+    return LOW_FLOW_TIMESTEP if NoiseSchedule.from_scheduler(scheduler).is_flow else LOW_TIMESTEP
 
 
 def fitted(terms: torch.Tensor, low_timestep: int = LOW_TIMESTEP) -> AnisotropyTerms:
@@ -161,12 +177,12 @@ def screen(
 
 
 def alignment(*, cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
-    """Return the mean over latent pixels of `cos(eps_c - eps_u, eps_u)`, each cosine over channels.
+    """Return the mean over latent pixels of `cos(eps_c - eps_u, eps_u)`, each cosine over channels; of packed patches over a patch's.
 
     Where guidance or prediction is zero at a pixel there is no angle, and it counts as 0.
 
     Args:
-        cond: predicted noise of the conditional half, floating, `(B, C, H, W)`.
+        cond: predicted noise of the conditional half, floating, `(B, C, H, W)`, or patches as rows `(B, N, D)`.
         uncond: predicted noise of the unconditional half, same shape.
 
     Returns:
@@ -179,19 +195,23 @@ def alignment(*, cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
     """
     wide = torch.promote_types(cond.dtype, torch.float32)
     cond, uncond = cond.to(wide), uncond.to(wide)
-    return torch.nn.functional.cosine_similarity(cond - uncond, uncond, dim=1).flatten(1).mean(dim=1)
+    return (
+        torch.nn.functional.cosine_similarity(cond - uncond, uncond, dim=1 if cond.ndim == 4 else -1)
+        .flatten(1)
+        .mean(dim=1)
+    )
 
 
 @torch.no_grad()
 def anisotropy(
-    pipe: Any, prompt: str | Sequence[str], *, low_timestep: int = LOW_TIMESTEP, **options: Any
+    pipe: Any, prompt: str | Sequence[str], *, low_timestep: int | None = None, **options: Any
 ) -> list[Anisotropy]:
     """Measure prompts on a pipeline, without sampling: four evaluations of the network for one half each.
 
     Args:
         pipe: a diffusers pipeline that the guard supports.
         prompt: one or several.
-        low_timestep: t0, a whole timestep of the training schedule.
+        low_timestep: t0, a whole timestep of the training schedule; None: `low_timestep_of`.
         **options: of the pipeline's call (`num_images_per_prompt`, `generator`, `latents`, `height`, ...). The number of
             steps only sets the first timestep.
 
@@ -207,14 +227,17 @@ def anisotropy(
         >>> len(anisotropy(tiny_pipeline(), ["a cat", "a dog"], num_inference_steps=2))
         2
     """
-    schedule = scores.require_supported(pipe.scheduler)
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    if not schedule.is_flow:
+        scores.require_supported(pipe.scheduler)
+    low_timestep = low_timestep_of(pipe.scheduler) if low_timestep is None else low_timestep
     if not 0 <= low_timestep < schedule.num_train_timesteps:
         raise UserError(
             f"low_timestep is {low_timestep}", rule=f"the schedule runs from 0 to {schedule.num_train_timesteps - 1}"
         )
     watcher = _Watcher(pipe.scheduler, low_timestep)
     with MemorizationGuard(pipe, watcher), contextlib.suppress(_Seen):
-        pipe(prompt if isinstance(prompt, str) else list(prompt), **options)
+        pipe(prompt=prompt if isinstance(prompt, str) else list(prompt), **options)
     per_prompt = int(options.get("num_images_per_prompt") or 1)
     rows = list(zip(watcher.norms.tolist(), watcher.alignments.tolist(), strict=True))
     if not all(math.isfinite(value) for row in rows for value in row):
@@ -248,7 +271,7 @@ class _Watcher(Policy):
         first = [halves.predict(half, timestep=high) for half in ("cond", "uncond")]
         noises = [
             self.schedule.predicted_noise(
-                halves.predict(half, timestep=low), sample=halves.sample, timestep=self.low_timestep
+                halves.predict(half, timestep=low) * (halves.flow or 1), sample=halves.sample, timestep=self.low_timestep
             )
             for half in ("cond", "uncond")
         ]  # fmt: skip

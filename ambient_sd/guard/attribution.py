@@ -128,7 +128,7 @@ class TokenGradients(Policy):
         if start.token_ids is None:
             raise UserError(
                 "it is unknown which token each embedding belongs to",
-                rule="prompt_embeds do not say it, nor do networks that read several encoders end to end",
+                rule="prompt_embeds do not say it, nor do networks that read several encoders end to end, or prompts in a template",
                 remedy="call a Stable Diffusion 1, 2 or XL pipeline with prompt=...",
             )
         self.total, self.steps = None, 0

@@ -10,6 +10,7 @@ low noise come through: copies fall by measures of pixels, not by contours. docs
 
 from __future__ import annotations
 
+import inspect
 import math
 from numbers import Real
 from types import TracebackType
@@ -17,13 +18,21 @@ from typing import Any
 
 import torch
 
+from ambient_sd.families import layout_of, network_of
+from ambient_sd.families.guidance import Guidance
 from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.utils.errors import UserError, one_line
 
 _SAME = (
     "in_channels",
     "out_channels",
+    "patch_size",
     "cross_attention_dim",
+    "joint_attention_dim",
+    "pooled_projection_dim",
+    "cap_feat_dim",
+    "caption_channels",
+    "guidance_embeds",
     "addition_embed_type",
     "class_embed_type",
     "time_cond_proj_dim",
@@ -31,20 +40,20 @@ _SAME = (
 
 
 class BaseAbove:
-    """Let a pipeline's fine-tuned U-Net act at noise levels up to `level` only, and its base above.
+    """Let a pipeline's fine-tuned network act at noise levels up to `level` only, and its base above.
 
-    It acts from construction to `remove()`, or as a context manager. Everything that calls the U-Net goes through it, the guard included:
-    scores are then those of the two networks. The U-Net's weights are not touched, and it answers `state_dict` and the rest as before.
+    It acts from construction to `remove()`, or as a context manager. Everything that calls the network goes through it, the guard included:
+    scores are then those of the two networks. The network's weights are not touched, and it answers `state_dict` and the rest as before.
     Text encoder and VAE are the pipeline's own at all levels: what a fine-tune has changed there acts above the level too.
 
     Args:
-        pipe: Stable Diffusion 1, 2 or XL, any pipeline with a U-Net.
-        level: `s = sigma / alpha`, at least 0; from the model's largest level on the base is never used.
-        base: the U-Net to use above, of the same kind (twice the memory); None: `pipe`'s own without its LoRA, which must be loaded
+        pipe: of any family (`ambient_sd.families`), with a U-Net or a transformer.
+        level: `s = sigma / alpha`, of flow matching `sigma / (1 - sigma)`, at least 0; from the model's largest level on the base is never used.
+        base: the network to use above, of the same kind (twice the memory); None: `pipe`'s own without its LoRA, which must be loaded
             and not fused.
 
     Raises:
-        UserError: there is no U-Net or no adapter, the two U-Nets take other inputs, the level is no number, or one acts already.
+        UserError: there is no network or no adapter, the two networks take other inputs, the level is no number, or one acts already.
 
     Example:
         >>> from ambient_sd.assets.tiny import tiny_pipeline
@@ -57,22 +66,18 @@ class BaseAbove:
     """
 
     def __init__(self, pipe: Any, level: float, base: Any = None) -> None:
-        found = getattr(pipe, "unet", None)
-        if not isinstance(found, torch.nn.Module):
-            raise UserError(
-                f"{type(pipe).__name__} has no U-Net",
-                rule="Stable Diffusion 1, 2 and XL can be sampled with two networks",
-            )
-        unet: Any = found
+        network: Any = network_of(pipe)
+        if not isinstance(network, torch.nn.Module):
+            raise UserError(f"{type(pipe).__name__} has no network that is known here", rule="a fine-tuned U-Net or transformer acts below the level")  # fmt: skip
         if not isinstance(level, Real) or isinstance(level, bool) or not level >= 0:
             raise UserError(f"level is {level!r}", rule="it must be a number of at least 0")
-        if isinstance(unet.__dict__.get("forward"), _Switched):
+        if isinstance(network.__dict__.get("forward"), _Switched):
             raise UserError("a base acts above a level already", remedy="call remove() first")
         if base is None:
-            if not getattr(unet, "peft_config", None):
+            if not getattr(network, "peft_config", None):
                 raise UserError("the pipeline has no LoRA", rule="the base is the model without it",
-                                remedy="load one and do not fuse it, or give the base's U-Net")  # fmt: skip
-            if any(layer.disable_adapters for layer in _adapted(unet)):
+                                remedy="load one and do not fuse it, or give the base's network")  # fmt: skip
+            if any(layer.disable_adapters for layer in _adapted(network)):
                 raise UserError(
                     "the LoRA is disabled", rule="it acts below the level", remedy="call enable_lora() first"
                 )
@@ -83,37 +88,42 @@ class BaseAbove:
         elif not isinstance(base, torch.nn.Module) or not hasattr(base, "config"):
             raise UserError(
                 f"base is {one_line(repr(base), 60)}",
-                rule="it must be a U-Net",
+                rule="it must be a U-Net or transformer",
                 remedy="for example pipe.unet of the base's pipeline",
             )
-        elif base is unet:
-            raise UserError("the base is the pipeline's own U-Net", rule="above the level another one acts",
+        elif base is network:
+            raise UserError("the base is the pipeline's own network", rule="above the level another one acts",
                             remedy="load the base's a second time, or leave base out for a LoRA")  # fmt: skip
         else:
-            other = [name for name in _SAME if base.config.get(name) != unet.config.get(name)]
+            if type(base) is not type(network):
+                raise UserError(
+                    f"the base is a {type(base).__name__}",
+                    rule=f"it must be the fine-tuned one's kind, {type(network).__name__}",
+                )
+            other = [name for name in _SAME if base.config.get(name) != network.config.get(name)]
             if other:
-                raise UserError(f"the base's U-Net has another {other[0]}: {one_line(base.config.get(other[0]), 60)}",
-                                rule=f"it must be the fine-tuned one's, {one_line(unet.config.get(other[0]), 60)}")  # fmt: skip
-            if base.dtype != unet.dtype:  # cast in place, it would no longer be what its owner has
-                raise UserError(f"the base's U-Net is {base.dtype}", rule=f"it must be the fine-tuned one's, {unet.dtype}",
+                raise UserError(f"the base's network has another {other[0]}: {one_line(base.config.get(other[0]), 60)}",
+                                rule=f"it must be the fine-tuned one's, {one_line(network.config.get(other[0]), 60)}")  # fmt: skip
+            if base.dtype != network.dtype:  # cast in place, it would no longer be what its owner has
+                raise UserError(f"the base's network is {base.dtype}", rule=f"it must be the fine-tuned one's, {network.dtype}",
                                 remedy="load both with the same dtype")  # fmt: skip
-            base = base.to(unet.device).eval()
+            base = base.to(network.device).eval()
         schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
         lowest = float(schedule.level(0))
         switch = -1.0 if level < lowest else math.inf if level >= schedule.max_level else schedule.timestep(level)
-        self._unet: Any = unet
-        self._before: Any = unet.__dict__.get("forward")  # some libraries put their own there
-        self._own: _Switched = _Switched(unet, base, switch)
-        unet.forward = self._own
+        self._network: Any = network
+        self._before: Any = network.__dict__.get("forward")  # some libraries put their own there
+        self._own: _Switched = _Switched(network, layout_of(pipe), base, switch)
+        network.forward = self._own
 
     def remove(self) -> None:
-        """Give the pipeline its U-Net back as it was; what others have put around it since stays, and the base acts no more."""
+        """Give the pipeline its network back as it was; what others have put around it since stays, and the base acts no more."""
         self._own.off = True
-        if self._unet.__dict__.get("forward") is self._own:
+        if self._network.__dict__.get("forward") is self._own:
             if self._before is None:
-                del self._unet.forward
+                del self._network.forward
             else:
-                self._unet.forward = self._before
+                self._network.forward = self._before
 
     def __enter__(self) -> BaseAbove:
         return self
@@ -124,59 +134,70 @@ class BaseAbove:
         self.remove()
 
 
-def acting_base(unet: Any) -> torch.nn.Module | None:
-    """Return the U-Net that stands in above a level, or None where none does (or it is the same one without its LoRA).
+def acting_base(network: Any) -> torch.nn.Module | None:
+    """Return the network that stands in above a level, or None where none does (or it is the same one without its LoRA).
 
     Example:
         >>> acting_base(torch.nn.Linear(2, 2)) is None
         True
     """
-    forward = unet.__dict__.get("forward")
+    forward = network.__dict__.get("forward")
     return forward.base if isinstance(forward, _Switched) and not forward.off else None
 
 
-def base_acts(unet: Any) -> bool:
-    """Say whether a base stands in above a level, be it another U-Net or the same one without its LoRA.
+def base_acts(network: Any) -> bool:
+    """Say whether a base stands in above a level, be it another network or the same one without its LoRA.
 
     Example:
         >>> base_acts(torch.nn.Linear(2, 2))
         False
     """
-    forward = unet.__dict__.get("forward")
+    forward = network.__dict__.get("forward")
     return isinstance(forward, _Switched) and not forward.off
 
 
 class _Switched:
-    """Stand in for a U-Net's `forward`: that of the base at timesteps above the switch."""
+    """Stand in for a network's `forward`: that of the base at timesteps above the switch."""
 
-    def __init__(self, unet: Any, base: Any, switch: float) -> None:
-        self._unet, self._tuned, self.base, self._switch = unet, unet.forward, base, switch
+    def __init__(self, network: Any, layout: Guidance, base: Any, switch: float) -> None:
+        self._network, self._layout, self._tuned, self.base, self._switch = (
+            network,
+            layout,
+            network.forward,
+            base,
+            switch,
+        )
+        self._place = [*inspect.signature(type(network).forward).parameters].index(layout.time) - 1
         self.off = False
 
-    def __call__(self, sample: torch.Tensor, timestep: Any, *args: Any, **options: Any) -> Any:
+    def __call__(self, *args: Any, **options: Any) -> Any:
         if self.off:
-            return self._tuned(sample, timestep, *args, **options)
-        above = torch.as_tensor(timestep).flatten() > self._switch
+            return self._tuned(*args, **options)
+        given = options[self._layout.time] if self._layout.time in options else args[self._place]
+        time = torch.as_tensor(given).flatten()
+        # A timestep that went through the network's units is that of the schedule but for rounding.
+        slack = 0.0 if self._layout.timesteps == 1 else 4 * self._layout.timesteps * torch.finfo(time.dtype).eps
+        above = self._layout.scheduler_time(time) > self._switch + slack
         if not bool(above.any()):
-            return self._tuned(sample, timestep, *args, **options)
+            return self._tuned(*args, **options)
         if not bool(above.all()):
             raise UserError(
                 "timesteps of one call lie on both sides of the level", rule="images of a batch are denoised together"
             )
         if self.base is not None:
-            return self.base(sample, timestep, *args, **options)
+            return self.base(*args, **options)
         # By hand: peft's switch turns gradients on as well, and all adapters, also of layers that were off.
-        layers = [layer for layer in _adapted(self._unet) if not layer.disable_adapters]
+        layers = [layer for layer in _adapted(self._network) if not layer.disable_adapters]
         for layer in layers:
             layer._disable_adapters = True
         try:
-            return self._tuned(sample, timestep, *args, **options)
+            return self._tuned(*args, **options)
         finally:
             for layer in layers:
                 layer._disable_adapters = False
 
 
-def _adapted(unet: Any) -> list[Any]:
+def _adapted(network: Any) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [layer for layer in unet.modules() if isinstance(layer, BaseTunerLayer)]
+    return [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]

@@ -67,7 +67,9 @@ class NetworkHalves(GuidanceBranches):
         self._checkpointing = checkpointing
         self.sample = self._inputs["cond"][layout.sample]
         self.cond, self.uncond = (
-            Encoded(half[layout.embeds], get(half, layout.pooled), _mask(half, layout))
+            Encoded(
+                half[layout.embeds], get(half, layout.pooled), _told(half[layout.embeds], _mask(half, layout), layout)
+            )
             for half in self._inputs.values()
         )
         self.timestep, self.noise_factor = ordinary(timestep), ordinary(noise_factor)
@@ -162,7 +164,7 @@ def encoded(result: Any, layout: Guidance) -> Encoded:
         texts = result[embeds]
         told = pad_sequence([text.new_ones(len(text)) for text in texts], batch_first=True)
         return Encoded(pad_sequence(texts, batch_first=True), None, told)
-    mask = None if layout.mask is None else result[layout.mask[1]]
+    mask = None if layout.mask is None else _told(result[embeds], result[layout.mask[1]], layout)
     return Encoded(result[embeds], None if pooled is None else result[pooled], mask)
 
 
@@ -200,12 +202,18 @@ def with_text(
         else:
             mask = None
         embeds = wide(own, length).index_copy(0, rows, wide(embeds, length).to(own))
-    if mask is not None:
-        name = _LENGTHS if layout.mask is None else layout.mask[0]
+    name = _LENGTHS if layout.mask is None else layout.mask[0]
+    # Where nothing is to be hidden Qwen-Image's pipeline gives no mask, which spares attention one.
+    if mask is not None and (inputs.get(name) is not None or not bool(mask.all())):
         if (before := inputs.get(name)) is not None:  # behind the text's part some have one of the image
             mask = torch.cat([mask.to(before), before[:, own.shape[1] :]], dim=1)
         inputs = inputs | {name: mask}
     return inputs | {layout.embeds: embeds}
+
+
+def _told(embeds: torch.Tensor, mask: torch.Tensor | None, layout: Guidance) -> torch.Tensor | None:
+    """Return a mask, of ones where a network that takes one is given none: all rows are read."""
+    return embeds.new_ones(embeds.shape[:2]) if mask is None and layout.mask is not None else mask
 
 
 def _mask(inputs: dict[str, Any], layout: Guidance) -> torch.Tensor | None:

@@ -770,8 +770,6 @@ class MemorizationGuard:
         pipe, calibration = self.pipe, self.threshold
         assert isinstance(calibration, Calibration)
         scheduler = pipe.scheduler
-        if getattr(pipe, "unet", None) is None:
-            return calibration.misfit(pipe)
         if "strength" in inspect.signature(type(pipe).__call__).parameters:
             return f"it was calibrated on text to image, not on {type(pipe).__name__}"
         if any(call.negative_prompts or ()):
@@ -784,6 +782,12 @@ class MemorizationGuard:
                 return f"it was calibrated without {name}"
         if (inputs.get("cross_attention_kwargs") or {}).get("scale", 1) != 1:
             return "it was calibrated with the adapter at its own strength, not at another scale"
+        if call.factor.flow:  # whose timesteps depend on the image's size and on what the pipeline gives the sampler
+            sampling = Sampling.of(
+                pipe, num_inference_steps=given.get("num_inference_steps") or calibration.sampling.num_inference_steps,
+                guidance_scale=call.guidance_scale, height=given.get("height"), width=given.get("width"),
+            )  # fmt: skip
+            return calibration.misfit(pipe, sampling, whole=False)
         steps = getattr(scheduler, "num_inference_steps", None)
         if steps is not None:
             fresh = type(scheduler).from_config(scheduler.config)

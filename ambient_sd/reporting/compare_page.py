@@ -46,6 +46,11 @@ def tables(result: Mapping[str, Any]) -> str:
         lines += ["", f"### {model}: mitigations", "", "| | " + " | ".join(head for _, head, *_ in COLUMNS) + f" | {MEMORY} |",
                   "|---" * (len(COLUMNS) + 2) + "|"]  # fmt: skip
         lines += [f"| {name} | {' | '.join(row(one))} |" for name, one in found["mitigations"].items()]
+        lines += (
+            ["", *(f"- {name} left out: {why}" for name, why in found["left_out"].items())]
+            if "left_out" in found
+            else []
+        )
         lines.append("")
     return "\n".join(lines)
 
@@ -87,7 +92,8 @@ def _context(
             "strips": [(prompt, [originals[i], *(shown[model][name][i] for name in names)]) for i, prompt in enumerate(prompts)],
             "mitigations": pages.Table(["mitigation", *(head for _, head, *_ in COLUMNS), MEMORY],
                                        [(name, *row(one)) for name, one in found["mitigations"].items()]),
-            "rules": [(name, one["rule"]) for name, one in found["mitigations"].items()],
+            "rules": [(name, one["rule"]) for name, one in found["mitigations"].items()]
+            + [(name, f"left out: {why}") for name, why in found.get("left_out", {}).items()],
             "detectors": pages.Table(["detector", "steps", "images a prompt", "AUC", "TPR@1%FPR"], list(map(_detector, found["detectors"]))),
         })  # fmt: skip
     best = _best(result)

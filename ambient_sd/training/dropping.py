@@ -2,7 +2,8 @@
 
     threshold   drop b if || eps_theta(x_t, t, c_b) - eps_theta(x_t, t, "") ||_2 >= tau
                 Wen, Liu, Chen, Lyu, "Detecting, Explaining, and Mitigating Memorization in Diffusion Models" (ICLR 2024),
-                mitigation in training. tau is in units of noise (`guard.scores`) and belongs to one model and resolution
+                mitigation in training. tau is in units of noise, of flow matching of the velocity (`guard.scores`), and belongs to one
+                model and resolution
     AGC         drop b if l_b < factor * m[t_b];  then m[t] <- 0.8 m[t] + 0.2 l for every sample, dropped or not, m = 0 at first
                 Liu, Guan, Wu, Miao, "Iterative Ensemble Training with Anti-Gradient Control for Mitigating Memorization in
                 Diffusion Models" (ECCV 2024, IET-AGC), with factor 1/1.25 = 0.8 in their Stable Diffusion release and 1/2 in
@@ -21,6 +22,7 @@ start at zero, so that nothing is dropped at a timestep until it was met, and li
 - The unconditional half is the empty caption (of SDXL whatever its pipeline samples with). A sample whose own caption was
   dropped has the score 0 and stays. So does every sample at a timestep with alpha_t = 0 (the last at zero terminal SNR): there
   the score is 0 for every caption.
+- Flow matching has any timestep in [0, N]: AGC's means are of those between two whole ones, which are as many as their release has.
 - The two ensembles of IET are not here.
 
 The rules look at errors and scores, not at which loss follows: under `ambient` the weight a^q depends on the timestep
@@ -38,6 +40,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ambient_sd.guard import scores
+from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.utils.devices import send
 from ambient_sd.utils.errors import UserError
 
@@ -78,12 +81,13 @@ class LossBank:
             self.mean = mean
 
     def limit(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the error below which a sample is dropped, `factor m[t]`, (B,) float64, for (B,) timesteps on the CPU."""
-        return self.factor * self.mean[timesteps]
+        """Return the error below which a sample is dropped, `factor m[t]`, (B,) float64, for (B,) timesteps on the CPU, whole or not."""
+        return self.factor * self.mean[timesteps.long().clamp(max=len(self.mean) - 1)]
 
-    def take_in(self, timesteps: Sequence[int], errors: Sequence[float]) -> None:
+    def take_in(self, timesteps: Sequence[float], errors: Sequence[float]) -> None:
         """Move each timestep's mean by each sample's error, in order: `m[t] <- 0.8 m[t] + 0.2 l`."""
-        for t, error in zip(timesteps, errors, strict=True):
+        for timestep, error in zip(timesteps, errors, strict=True):
+            t = min(int(timestep), len(self.mean) - 1)
             self.mean[t] = MOMENTUM * self.mean[t] + (1.0 - MOMENTUM) * error
 
 
@@ -128,15 +132,17 @@ class Dropping:
             error: (B,) unweighted error of each sample.
             cond: (B, C, h, w) the network's output.
             uncond: (B, C, h, w) its output for the empty caption; used with a threshold only.
-            timesteps: (B,) long, on the CPU.
+            timesteps: (B,) long, of flow matching float32, on the CPU.
 
         Returns:
             (B,) of the dtype and on the device of `error`; nothing is waited for.
         """
         dropped = []
         if self.threshold is not None and uncond is not None:
-            factor = send(scores.noise_factor(self.scheduler, timesteps).to(torch.float32), error.device)
-            dropped.append(scores.guidance_norm(cond=cond, uncond=uncond) * factor >= self.threshold)
+            norm = scores.guidance_norm(cond=cond, uncond=uncond)
+            if not NoiseSchedule.from_scheduler(self.scheduler).is_flow:  # there the norm is the velocity's
+                norm = norm * send(scores.noise_factor(self.scheduler, timesteps).to(torch.float32), error.device)
+            dropped.append(norm >= self.threshold)
         if self.bank is not None:
             dropped.append(error < send(self.bank.limit(timesteps).to(error.dtype), error.device))
             self._errors.append(error.detach())
@@ -176,7 +182,7 @@ class Dropping:
         every = gather(mine).cpu().reshape(-1, *mine.shape).double()
         # Pass by pass, process by process: the order of the samples in the run.
         in_order = every.permute(2, 1, 0, 3).reshape(2, -1)
-        self.bank.take_in([int(t) for t in in_order[0].tolist()], in_order[1].tolist())
+        self.bank.take_in(in_order[0].tolist(), in_order[1].tolist())
 
     def save(self, folder: Path) -> None:
         """Write what a resumed run needs into a checkpoint's folder."""
@@ -195,7 +201,7 @@ def check_scheduler(scheduler: Any) -> None:
         >>> check_scheduler(tiny_pipeline().scheduler)
     """
     try:
-        scores.require_supported(scheduler)
+        scores.StepFactor(scheduler)
     except UserError as error:
         raise UserError(
             "memorization_threshold is given", rule=str(error), remedy="leave it out for this base"

@@ -91,7 +91,8 @@ class Encoder:
         if beside is not None and plan.config.train_text_encoder:
             self.caption_encoder: CaptionEncoder = beside.caption_encoder
         else:
-            self.caption_encoder = plan.base.captions().to(accelerator.device)
+            half = getattr(accelerator, "mixed_precision", "no") != "no" and not plan.config.train_text_encoder
+            self.caption_encoder = plan.base.captions(half).to(accelerator.device)
         self._embed = self._embed_once()
         self._cached = self._cache_latents()
         self._held = self._hold_latents() if self._cached is None else None

@@ -308,6 +308,8 @@ def _outlines(config: TrainConfig, base: Base, dtype: torch.dtype | None) -> dic
         network, text = part == family.network, part.startswith("text_encoder") and config.train_text_encoder
         if not network:
             module.requires_grad_(False)
+            if part.startswith("text_encoder"):
+                module.to(base.text_dtype(part, dtype is not None and not config.train_text_encoder))
         elif config.lora or config.full_bf16:
             torch.nn.Module.to(module, torch.bfloat16 if config.full_bf16 else dtype or torch.float32)
         if config.lora and (network or text):

@@ -291,6 +291,7 @@ class _Trainer:
             config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=self.steps,
             last_epoch=self.first_step - 1,
         )  # fmt: skip
+        sharding.choose_blocks(accelerator, self.unet)
         self.model, self.optimizer = accelerator.prepare(self.unet, optimizer)
         if isinstance(optimizer, optimizers.ByWeight):
             optimizer.listen()

@@ -249,7 +249,6 @@ def check_family(config: TrainConfig, family: Family) -> None:
         (family.flow and config.lora_min_rank, "lora_min_rank", "its mask by noise level reads the timestep inside a U-Net"),
         (family.flow and config.enable_xformers_memory_efficient_attention, "enable_xformers_memory_efficient_attention",
          "xformers knows no joint attention of text and image; PyTorch's own is as good"),
-        (family.flow and config.agc, "agc", "its means are kept for each whole timestep, and flow matching has any"),
         (family.flow and config.output_kohya_format, "output_kohya_format", "the plain file is what ComfyUI and others read of transformers"),
     ):  # fmt: skip
         if given:
@@ -415,10 +414,10 @@ def _notes(
         notes.append(
             f"{len(images.animated)} images have several frames; only the first frame of each is used: {images.animated[0]}"
         )
-    tokenizers = base.tokenizers()
+    read = base.reading()
     names = [images.names[i] for i in range(len(images)) for _ in images.captions_of(i)]
     for texts, what, named in ((images.all_captions, "captions", names), (prompts, "validation prompts", prompts)):
-        if cuts := find_cut(texts, tokenizers):
+        if cuts := find_cut(texts, *read):
             notes.append(in_one_line(cuts, len(texts), what, named[cuts[0].index]))
     return tuple(one_line(note) for note in notes if note)
 

@@ -97,6 +97,22 @@ def enable(accelerator: Accelerator) -> None:
         )
 
 
+def choose_blocks(accelerator: Accelerator, network: Any) -> None:
+    """Have FSDP2 gather the network block by block: by those of the settings' classes that it has, else by its own (`_no_split_modules`).
+
+    accelerate takes the settings' alone, and refuses a class that the network lacks: a file for U-Nets would not do for transformers.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> choose_blocks(SimpleNamespace(is_fsdp2=False), torch.nn.Linear(2, 2))  # nothing to choose
+    """
+    if not accelerator.is_fsdp2:
+        return
+    plugin, there = accelerator.state.fsdp_plugin, {type(module).__name__ for module in network.modules()}
+    own = [name for name in plugin.transformer_cls_names_to_wrap or () if name in there]
+    plugin.transformer_cls_names_to_wrap = own or [name for name in network._no_split_modules or () if name in there]
+
+
 def is_spread(unet: Any) -> bool:
     """Say whether a U-Net's weights are cut.
 

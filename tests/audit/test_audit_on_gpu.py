@@ -11,6 +11,7 @@ from pretend_gpu import pretend_gpu
 
 from ambient_sd.audit import neighbours
 from ambient_sd.audit.decision import through_vae
+from ambient_sd.audit.embedding import EmbeddingStore, main
 from ambient_sd.audit.features import embed
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.registry import choose
@@ -73,3 +74,13 @@ def test_renditions_run_where_the_autoencoder_is() -> None:
         (there,) = through_vae(vae.to("cuda"), 32)([image])
     assert here.tobytes() == there.tobytes()
     assert gpu.waits["device to host"] > 0
+
+
+def test_embeddings_made_on_a_gpu_are_the_cpus(tiny_images: Path, tmp_path: Path) -> None:
+    words = [str(tiny_images), "--max_samples", "3", "--features", "efflite0", "--output_dir"]
+    main([*words, str(tmp_path / "cpu")])
+    with pretend_gpu() as gpu:
+        main([*words, str(tmp_path / "gpu")])
+    here, there = (EmbeddingStore.open(tmp_path / name / "EffLite0") for name in ("cpu", "gpu"))
+    assert torch.allclose(here.block(0), there.block(0), atol=1e-5)
+    assert (here.about.device, there.about.device) == ("cpu", "cuda") and gpu.waits["device to host"] > 0

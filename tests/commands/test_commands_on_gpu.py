@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from accelerate import PartialState
 from PIL import Image
 from pretend_gpu import PretendGPU, pretend_gpu
 
 from ambient_sd.assets import BASE, IMAGES
 from ambient_sd.cli import main
+from ambient_sd.commands.demo import work
 from ambient_sd.data.sources import load_rows
 from ambient_sd.sampling import SamplingConfig, generate, load_pipeline, requests_for
 
@@ -91,6 +94,38 @@ def test_compare_runs_on_a_gpu(tmp_path: Path) -> None:
         "none",
         "STP",
     ]
+    assert gpu.waits["device to host"] > 0
+
+
+class _Here(Executor):
+    """Does what it is given at once: another process would not see the GPU."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def submit(self, job: Any, /, *given: Any, **named: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(job(*given, **named))
+        return done
+
+
+@pytest.mark.slow
+def test_demo_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "ProcessPoolExecutor", _Here)
+    few = {"max_samples": 24}
+    monkeypatch.setattr(work, "load_rows", lambda *args, **options: load_rows(*args, **options, **few))
+    devices: list[str] = []
+    real = work.train
+    monkeypatch.setattr(
+        work, "train", lambda config, **k: (devices.append(str(PartialState().device)), real(config, **k))[1]
+    )
+    gpu = on_gpu(["demo", "--output_dir", str(tmp_path / "out"), "--steps", "1", "--num_prompts", "4", "--num_images_per_prompt", "1",
+                  "--num_inference_steps", "2"])  # fmt: skip
+    figures = json.loads((tmp_path / "out" / "figures.json").read_text())
+    assert {name: rows["copies"]["generated"]["n"] for name, rows in figures["runs"].items()} == {
+        "plain": 4,
+        "ambient": 4,
+    }
+    assert (tmp_path / "out" / "report.html").exists() and devices == ["cuda"] * 2
     assert gpu.waits["device to host"] > 0
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from tiny_flow import tiny_sd3_pipeline
 
+from ambient_sd.families import base as base_module
+from ambient_sd.families.base import check_base
 from ambient_sd.families.encoders import CaptionEncoder, ImageEncoder
 from ambient_sd.families.sd import SD
 
@@ -39,3 +42,24 @@ def test_latents_are_the_posterior_s_mean_and_spread(pipe: StableDiffusionPipeli
         posterior = pipe.vae.encode(pixels).latent_dist
     torch.testing.assert_close(x0, posterior.mode() * pipe.vae.config.scaling_factor)
     torch.testing.assert_close(one - x0, posterior.std * pipe.vae.config.scaling_factor)
+
+
+def test_a_large_text_encoder_is_held_in_bfloat16_where_the_run_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_sd3_pipeline().save_pretrained(tmp_path)
+    base = check_base(str(tmp_path))
+    whole = base.captions(half=True)(["a cat"])
+    assert {p.dtype for m in base.captions(half=True).models for p in m.parameters()} == {torch.float32}, (
+        "none is large"
+    )
+    size = sum(p.numel() for p in base.outline("text_encoder_3").parameters())
+    monkeypatch.setattr(base_module, "LARGE_ENCODER", size - 1)
+    halved, alike = base.captions(half=True), base.captions()
+    dtypes = {name: m.dtype for name, m in halved.parts.items() if name.startswith("text_encoder")}
+    assert dtypes["text_encoder_3"] == torch.bfloat16
+    assert {m.dtype for m in alike.models} == {torch.float32}
+    found = halved(["a cat"])
+    assert {v.dtype for v in found.values()} == {torch.float32}
+    torch.testing.assert_close(found["hidden"], whole["hidden"], rtol=0.05, atol=0.05)
+    assert not torch.equal(found["hidden"], whole["hidden"]), "negative control"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,14 +20,20 @@ import pytest
 import tiny_flow
 import tiny_more
 import torch
+from accelerate import PartialState
 from diffusers import AutoencoderKLQwenImage, Flux2KleinPipeline, FluxPipeline, QwenImagePipeline, SanaPipeline
 from diffusers.training_utils import compute_loss_weighting_for_sd3
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pad_sequence
 
+from ambient_sd.data.cache import entry_id
+from ambient_sd.data.sources import ImageDataset
+from ambient_sd.data.stream import SampleStream
+from ambient_sd.families import FAMILIES
 from ambient_sd.families.auraflow import AURAFLOW
 from ambient_sd.families.base import Model, check_base
 from ambient_sd.families.chroma import CHROMA
-from ambient_sd.families.encoders import CaptionEncoder
+from ambient_sd.families.encoders import CaptionEncoder, stacked
 from ambient_sd.families.family import Family
 from ambient_sd.families.flow import FlowTransformer
 from ambient_sd.families.flux import FLUX
@@ -38,7 +45,10 @@ from ambient_sd.families.sana import SANA
 from ambient_sd.families.sd3 import SD3
 from ambient_sd.families.z_image import Z_IMAGE
 from ambient_sd.sampling import Request, SamplingConfig, generate, image_seed
+from ambient_sd.training import footprint
+from ambient_sd.training.caption_augmentation import CaptionAugmentation
 from ambient_sd.training.config import TrainConfig
+from ambient_sd.training.encode import fill_captions
 from ambient_sd.training.loop import TrainingBatch, run
 from ambient_sd.utils.errors import UserError
 
@@ -58,6 +68,7 @@ class Case:
         damage: settings that make parts which do not belong together.
         preconditioned: whether that script's loss is one of x0 by default.
         native: the side that the pipeline samples at by default; None: it has `default_sample_size`.
+        bare: whether the pipeline puts an instruction before prompts, and none before the empty one of the unconditional half.
     """
 
     family: Family
@@ -66,6 +77,7 @@ class Case:
     damage: tuple[Damage, ...] = field(default=())
     preconditioned: bool = False
     native: int | None = None
+    bare: bool = False
 
 
 def sd3_example(pipe: Any, noisy: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -157,6 +169,7 @@ CASES: dict[str, Case] = {
     "sd3.5": Case(SD3, tiny_flow.tiny_sd3_pipeline, sd3_example, preconditioned=True, damage=(
         ("transformer", "pooled_projection_dim", 30, "CLIP text encoders come to 32"),
         ("transformer", "joint_attention_dim", 64, "its T5 has 48"), ("transformer", "in_channels", 33, "takes 33 channels"),
+        ("vae", "shift_factor", None, "StableDiffusion3Pipeline adds it"),
     )),
     "sd3-without-t5": Case(SD3, lambda: tiny_flow.tiny_sd3_pipeline(t5=False, dual=False), sd3_example, preconditioned=True),
     "flux-dev": Case(FLUX, tiny_flow.tiny_flux_pipeline, flux_example, damage=(
@@ -184,12 +197,12 @@ CASES: dict[str, Case] = {
         ("vae", "latents_std", [1.0, 1.0, 0.0, 1.0], "each of 4 channels"), ("vae", "latents_mean", [0.5], "each of 4 channels"),
         ("vae", "z_dim", None, "no 'z_dim'"),
     )),
-    "lumina2": Case(LUMINA2, tiny_more.tiny_lumina2_pipeline, lumina2_example, damage=(
+    "lumina2": Case(LUMINA2, tiny_more.tiny_lumina2_pipeline, lumina2_example, bare=True, damage=(
         ("transformer", "cap_feat_dim", 32, "its text encoder has 24"), ("transformer", "in_channels", 4, "takes 4 channels"),
         ("vae", "block_out_channels", [8, 8, 8], "counts on 8 x 8"), ("transformer", "sample_size", None, "no 'sample_size'"),
     )),
-    "sana": Case(SANA, lambda: tiny_more.tiny_sana_pipeline(euler=True), sana_example, native=32, damage=(
-        ("transformer", "caption_channels", 32, "its text encoder has 24"), ("transformer", "in_channels", 4, "takes 4 channels"),
+    "sana": Case(SANA, lambda: tiny_more.tiny_sana_pipeline(euler=True), sana_example, native=32, bare=True, damage=(
+        ("transformer", "caption_channels", 32, "its text encoder has 24"), ("transformer", "in_channels", 4, "has out_channels = 8"),
         ("transformer", "guidance_embeds", True, "Sprint"), ("transformer", "out_channels", 16, "learned variance"),
         ("vae", "encoder_block_out_channels", None, "no 'encoder_block_out_channels'"), ("vae", "latent_channels", 4, "its VAE gives 4"),
         ("scheduler", "_class_name", "DDIMScheduler", "Sana is trained by flow matching"),
@@ -346,9 +359,12 @@ def test_captions_are_embedded_as_by_the_pipeline(name: str, pipes: Mapping[str,
     parts = {part: getattr(pipe, part) for part in case.family.text_parts if getattr(pipe, part) is not None}
     encoder = CaptionEncoder(case.family, parts)
     for caption in CAPTIONS:
-        (given, _), *_ = network_calls(
-            pipe, case.family, lambda text=caption: sampled_from(pipe, case.family, text, 1.0)
+        guide = 1.0 if caption or not case.bare else 3.0
+        (given, _), *more = network_calls(
+            pipe, case.family, lambda text=caption, scale=guide: sampled_from(pipe, case.family, text, scale)
         )
+        if guide > 1:
+            given = more[0][0] if case.family.guidance[case.family.pipeline].halves == "calls" else first_half(given)
         (ours, _), *_ = network_calls(
             pipe, case.family, lambda text=caption: predicted(pipe, case.family, encoder([text]))
         )
@@ -367,15 +383,19 @@ def test_captions_are_embedded_as_by_the_pipeline(name: str, pipes: Mapping[str,
 SIGMAS = [0.6, 0.3]
 
 
+def first_half(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value[: len(value) // 2] for name, value in given.items()}
+
+
 def sampled_from(pipe: Any, family: Family, prompt: str, scale: float) -> Any:
     """A pipeline's own call from noise of a seed, at levels between the ends."""
     noise = start_noise(pipe, family)
-    return pipe(prompt=[prompt], latents=family.start(noise), height=32, width=48, sigmas=SIGMAS, output_type="latent",
+    return pipe(prompt=[prompt], latents=family.start(noise), height=32, width=64, sigmas=SIGMAS, output_type="latent",
                 **family.guided(pipe, scale, 1))  # fmt: skip
 
 
 def start_noise(pipe: Any, family: Family) -> torch.Tensor:
-    return torch.randn(1, *family.start_shape(pipe, (48, 32)), generator=torch.Generator().manual_seed(7))
+    return torch.randn(1, *family.start_shape(pipe, (64, 32)), generator=torch.Generator().manual_seed(7))
 
 
 def predicted(
@@ -424,8 +444,8 @@ def zeros(output: Any) -> Any:
 @each_family
 def test_latents_come_back_through_the_pipeline(name: str, pipes: Mapping[str, Any], bases: Path) -> None:
     case, pipe, base = CASES[name], pipes[name], check_base(str(bases / name))
-    pixels = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    shape = base.latent_shape((48, 32))
+    pixels = torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    shape = base.latent_shape((64, 32))
     with torch.no_grad():
         x0 = case.family.encode(pipe.vae, pixels, torch.zeros(1, *shape))
         assert tuple(x0.shape[1:]) == shape
@@ -433,7 +453,7 @@ def test_latents_come_back_through_the_pipeline(name: str, pipes: Mapping[str, A
         # A network that returns zeros leaves the latents as they are.
         hook = getattr(pipe, case.family.network).register_forward_hook(lambda *a: (zeros(a[-1][0]),))
         try:
-            image = pipe(prompt=["x"], latents=case.family.start(x0), height=32, width=48, num_inference_steps=1, output_type="pt",
+            image = pipe(prompt=["x"], latents=case.family.start(x0), height=32, width=64, num_inference_steps=1, output_type="pt",
                          **case.family.guided(pipe, 1.0, 1)).images  # fmt: skip
         finally:
             hook.remove()
@@ -446,7 +466,12 @@ def test_latents_come_back_through_the_pipeline(name: str, pipes: Mapping[str, A
     patch = case.family.patch(pipe.transformer.config) if isinstance(case.family, FlowTransformer) else 2
     assert tokens == (rows.shape[1] if rows.ndim == 3 else rows.shape[2] * rows.shape[3] // patch**2)
     step = case.family.pixel_step(base.network_config, base.vae_config)
-    assert step * step * tokens == 32 * 48
+    assert step * step * tokens == 32 * 64
+    odd = case.family.vae_factor(base.vae_config)
+    if step > odd:
+        with pytest.raises(UserError, match=f"multiple of {step} for this transformer"):
+            check_base(str(bases / name), resolution=step + odd)
+    assert check_base(str(bases / name), resolution=2 * step)
     assert case.family.native_size(pipe) == (case.native or pipe.default_sample_size * pipe.vae_scale_factor,) * 2
 
 
@@ -512,3 +537,67 @@ def test_parts_that_do_not_belong_together_are_refused(name: str, bases: Path, t
             check_base(str(folder), lora=True)
         assert "\n" not in str(caught.value)
     assert check_base(str(bases / name)).family is case.family, "negative control: the base itself is taken"
+
+
+def test_models_page_has_every_family() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| yes", page, re.M)
+    assert rows == [family.name for family in FAMILIES]
+    assert {case.family for case in CASES.values()} == {family for family in FAMILIES if family.flow}
+
+
+@pytest.mark.parametrize("name", ["z-image", "sana"])
+def test_cache_and_buckets_change_no_loss(name: str, settings: Settings, tmp_path: Path) -> None:
+    """Captions of several lengths, and latents that nothing is drawn for, come back from disk as they were made."""
+    more = {"max_train_steps": 2, "aspect_ratio_buckets": "auto"}
+    losses = run(settings(name, **more), progress=False).losses
+    for turn in ("filled", "read"):
+        config = settings(name, turn, latent_cache_dir=str(tmp_path / "cache"), **more)
+        assert run(config, progress=False).losses == losses
+    assert losses[0] != losses[1], "negative control"
+
+
+def test_two_families_of_one_text_encoder_share_no_cache(tmp_path: Path) -> None:
+    model, stores = tiny_more.tiny_gemma(24), []
+    for family in (LUMINA2, SANA, SANA):
+        encoder = CaptionEncoder(family, {"text_encoder": model, "tokenizer": tiny_more.tiny_gemma_tokenizer()})
+        stores.append(fill_captions(tmp_path, encoder, ["a cat"], PartialState(), progress=False))
+    assert stores[0].folder != stores[1].folder == stores[2].folder
+    lengths = [store.read([entry_id("a cat")])[0]["hidden"].shape[0] for store in stores]
+    assert lengths == [256, 300, 300]
+
+
+def test_held_captions_of_any_length_stay_within_the_limit() -> None:
+    pipe = tiny_more.tiny_z_image_pipeline()
+    encoder = CaptionEncoder(Z_IMAGE, {"text_encoder": pipe.text_encoder, "tokenizer": pipe.tokenizer})
+    empty = sum(value.nbytes for value in encoder.encode("").values())
+    texts = ["a caption of many words, " * 5] * 3
+    assert not encoder.hold(texts, limit=3 * empty)  # enough for two like the empty one
+    assert encoder.held == {}
+    assert encoder.hold(texts, limit=20 * empty), "negative control"
+
+
+def test_caption_noise_of_a_sample_is_its_own_in_any_batch() -> None:
+    images = ImageDataset([b"", b""], ["a", "b"], ["a.png", "b.png"], "my-images")
+    stream = SampleStream(count=2, seed=0)
+    noisy = CaptionAugmentation("gn", 1.0, 0.1, images=images, stream=stream, tokenizer=None)
+    short, long = ({"hidden": torch.zeros(n, 4), "mask": torch.ones(n, dtype=torch.long)} for n in (2, 5))
+    both = noisy.embeddings(stacked([short, long]), ["a", "b"], [0, 1])
+    alone = noisy.embeddings(stacked([short]), ["a"], [0])
+    assert torch.equal(both["hidden"][0, :2], alone["hidden"][0])
+    assert not both["hidden"][0, 2:].any()
+    assert both["mask"].tolist() == [[1, 1, 0, 0, 0], [1] * 5]
+    assert both["hidden"][1].abs().min() > 0, "negative control"
+
+
+def test_predicted_memory_counts_the_longest_texts(settings: Settings, bases: Path) -> None:
+    """Networks that read lengths off a mask, which fake tensors do not have, are acted out too."""
+    config, base = settings("z-image"), check_base(str(bases / "z-image"))
+    outlines, tokenizer = footprint._outlines(config, base, None), base.load("tokenizer")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        parts = {part: footprint._fake(outline) for part, outline in outlines.items()} | {"tokenizer": tokenizer}
+        act = footprint._Act(config, base, parts, (32, 32), None)
+        assert act.embedded["hidden"].shape[1] < 32, "the empty caption is short"
+        assert act._repeated(2)["hidden"].shape == (2, 512, 24)
+    found = footprint.predict(settings("lumina2", train_batch_size=1), check_base(str(bases / "lumina2")), (32, 32))
+    assert found.activations > 256 * 32 * 4, "more than the text's rows once"

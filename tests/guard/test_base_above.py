@@ -114,12 +114,12 @@ def test_mistakes_are_one_line_and_leave_the_pipeline_as_it_was() -> None:
     for level, base, says in (
         (1.0, None, "has no LoRA"), (float("nan"), None, "level is nan"), (-1, None, "level is -1"),
         ("1.6", None, "level is '1.6'"), (None, None, "level is None"), (True, None, "level is True"),
-        (1.0, tiny.tiny_sdxl_pipeline().unet, "the base's U-Net has another"), (1.0, pipe.unet, "the pipeline's own U-Net"),
+        (1.0, tiny.tiny_sdxl_pipeline().unet, "the base's network has another"), (1.0, pipe.unet, "the pipeline's own network"),
         (1.0, "owner/base", "must be a U-Net"), (1.0, tiny.tiny_pipeline(seed=1).unet.to(torch.bfloat16), "is torch.bfloat16"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=says):
             BaseAbove(pipe, level, base)
-    with pytest.raises(UserError, match="has no U-Net"):
+    with pytest.raises(UserError, match="has no network"):
         BaseAbove(object(), 1.0)
     assert "forward" not in pipe.unet.__dict__
     adapted = with_lora()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_flow
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageChops
@@ -254,3 +255,14 @@ def test_processors_are_not_mistaken_for_an_accelerator(tmp_path: Path, monkeypa
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     with pytest.raises(UserError, match="FSDP on CPUs is asked for"):
         run(TrainConfig(pretrained_model_name_or_path="no-base", train_data_dir="no-images"), progress=False)
+
+
+@pytest.mark.slow
+def test_a_transformer_is_spread_by_its_own_blocks(tiny_images: Path, tmp_path: Path) -> None:
+    tiny_flow.tiny_sd3_pipeline().save_pretrained(tmp_path / "base")
+    train(tmp_path, tmp_path / "base", tiny_images, {"one": (1, {}, None), "two": (2, {}, None)})
+    parts = [json.loads((tmp_path / f"two.held{rank}").read_text()) for rank in (0, 1)]
+    assert max(held for held, _ in parts) < 0.6 * parts[0][1]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    name = "checkpoint-2/transformer/diffusion_pytorch_model.safetensors"
+    assert apart(tmp_path / "one" / name, tmp_path / "two" / name) < 1e-4

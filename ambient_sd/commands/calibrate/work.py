@@ -31,7 +31,7 @@ from ambient_sd.audit.detection import detection_figures, threshold_at
 from ambient_sd.audit.metrics import bootstrap
 from ambient_sd.commands.calibrate import CalibrateSettings
 from ambient_sd.families import network_of
-from ambient_sd.guard.anisotropy import anisotropy, fitted
+from ambient_sd.guard.anisotropy import anisotropy, fitted, low_timestep_of
 from ambient_sd.guard.calibration import FILE_NAMES, AnisotropyTerms, Calibration, Detector, Entry, ModelFingerprint
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.sampling import (
@@ -124,7 +124,10 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path | None]:
     found = {kind: torch.tensor([curves[kind, i] for i in range(len(texts))]) for kind, texts in prompts.items()}
     evaluations, terms = int(found["ordinary"].shape[2]), None
     if detector == "anisotropy":
-        terms, evaluations = fitted(found["ordinary"]), 2  # of the network, for both halves
+        terms, evaluations = (
+            fitted(found["ordinary"], low_timestep_of(pipe.scheduler)),
+            2,
+        )  # of the network, for both halves
         found = {kind: _weighted(values, terms) for kind, values in found.items()}
     entries = thresholds(found["ordinary"], found["memorized"], settings.fpr, seed=config.seed)
     for entry in entries:

@@ -46,7 +46,6 @@ from ambient_sd.data.stream import drawn
 from ambient_sd.guard import by_name, policies
 from ambient_sd.guard.anisotropy import anisotropy, fitted
 from ambient_sd.guard.calibration import ModelFingerprint
-from ambient_sd.guard.pipeline import check_folder
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.guard.relative import Relation
 from ambient_sd.reporting import compare_page
@@ -312,7 +311,7 @@ def anisotropy_figures(
 ) -> list[dict[str, Any]]:
     """Score prompts by norm + alignment, each over its spread on the ordinary prompts: published weights are of other models."""
     rows = []
-    fit = fitted(terms[list(ordinary)])
+    fit = fitted(terms[list(ordinary)])  # at which timestep the alignment was taken makes no difference to it
     weights = torch.tensor([fit.norm_weight, fit.alignment_weight], dtype=torch.float64)
     for n in sorted({1, generations}):
         both = (terms[:, :n] * weights).mean(1)
@@ -433,12 +432,9 @@ def compare(
     judging = config_of(settings, settings.judge)
     for config in (*configs.values(), judging):  # the last one is loaded an hour after the first
         source = config.source()
-        if not source.is_file:
-            check_folder(source.name)
-        elif source.family.guarded is None:
-            raise UserError(
-                f"{source.label} is {source.family.name}", rule="models of Stable Diffusion 1 and 2 are compared"
-            )
+        if config is judging and source.family.guarded is None:
+            raise UserError(f"judge is {source.label}, of {source.family.name}", rule="how well images show their prompts is measured with Stable Diffusion 1 or 2",
+                            remedy="give such a model that has not seen the images")  # fmt: skip
         config.check()
     for name in ("variant", "single_file_config"):
         if getattr(settings, name) is not None and all(getattr(c, name) is None for c in (*configs.values(), judging)):
@@ -495,6 +491,10 @@ def compare(
         found["mitigations"] = {}
         shown[model] = {}
         for name, (make, rule) in tried.items():
+            if (why := _refused(pipe, make(scores))) is not None:
+                found.setdefault("left_out", {})[name] = why
+                print(f"{model}, {name}: left out: {why}", flush=True)
+                continue
             place = cells / model / re.sub(r"[^\w+. -]", "-", name)
             samples = sample_requests(pipe, place, mitigated, config, make(scores), f"{model}, {name}")
             figures = _kept_figures(
@@ -524,6 +524,15 @@ def compare(
     return result
 
 
+def _refused(pipe: Any, policy: policies.Policy | None) -> str | None:
+    """Say why a policy cannot act on a pipeline, or return None."""
+    try:
+        MemorizationGuard(pipe, policy)
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def _read_kept(path: Path, remedy: str = "remove it, which is then made again") -> Any:
     """Read what an earlier, interrupted command left in the folder."""
     try:
@@ -549,9 +558,11 @@ def config_of(settings: CompareSettings, model: str, name: str | None = None) ->
     """Say how a model is sampled, with the adapter and revision of its name; whole prompts share a batch."""
     k = settings.num_images_per_prompt
     config = SamplingConfig(
-        model, None, "dpm++", settings.num_inference_steps, settings.guidance_scale, settings.resolution, settings.seed,
+        model, None, None, settings.num_inference_steps, settings.guidance_scale, settings.resolution, settings.seed,
         batch_size=max(1, settings.batch_size // k) * k, variant=settings.variant, single_file_config=settings.single_file_config,
     ).of(model)  # fmt: skip
+    if not config.source().family.flow:  # those are sampled by their own
+        config = dataclasses.replace(config, scheduler="dpm++")
     if name is None:
         return config
     return dataclasses.replace(

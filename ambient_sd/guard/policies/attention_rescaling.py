@@ -48,7 +48,7 @@ class AttentionRescaling(Policy):
         if start.token_mask is None:
             raise UserError(
                 "AttentionRescaling cannot tell which positions are padding",
-                rule="prompt_embeds do not say it, nor do networks that read several encoders end to end",
+                rule="prompt_embeds do not say it",
                 remedy="call a Stable Diffusion pipeline with prompt=..., or use another policy",
             )
         embeds = start.halves.cond.embeds
