@@ -187,8 +187,8 @@ def predict(
         average = 0 if config.offload_ema else averaged
         passes = _peak(act.train, network)
         held = weights + moments + average
-        # Between the passes the optimizer holds all gradients, and one call over all weights a copy of each.
-        step = max(passes + moments + average, held + gradients + (averaged if config.foreach_ema else 0))
+        # Between the passes all gradients are held, an average from the CPU visits, and one call over all weights copies each.
+        step = max(passes + moments + average, held + gradients + averaged * (config.foreach_ema + config.offload_ema))
         sampling = 0
         if config.probe_steps is not None or config.validation_prompts:
             sampling = _peak(act.sample, [*network, act.vae, *act.encoders.values()]) + moments + average
