@@ -32,7 +32,8 @@ def text_encoder() -> CLIPTextModelWithProjection:
 def build(width: int, depth: int, seed: int, shift: float) -> StableDiffusion3Pipeline:
     """Return the pipeline; its transformer's weights are a function of the seed."""
     base = Model(str(BASE))
-    encoder, tokenizer = text_encoder(), base.load("tokenizer")
+    encoder, tokenizer, vae = text_encoder(), base.load("tokenizer"), base.load("vae")
+    vae.register_to_config(shift_factor=0.0)  # which the pipeline adds
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         transformer = SD3Transformer2DModel(
@@ -44,7 +45,7 @@ def build(width: int, depth: int, seed: int, shift: float) -> StableDiffusion3Pi
         torch.nn.init.zeros_(transformer.proj_out.weight)
         torch.nn.init.zeros_(transformer.proj_out.bias)
     return StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=shift), vae=base.load("vae"), text_encoder=encoder,
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=shift), vae=vae, text_encoder=encoder,
         tokenizer=tokenizer, text_encoder_2=text_encoder(), tokenizer_2=tokenizer, text_encoder_3=None, tokenizer_3=None,
     )  # fmt: skip
 

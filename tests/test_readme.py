@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_more
 from pretend_gpu import pretend_gpu
 
 from ambient_sd.cli import main
@@ -44,7 +45,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_readme_has_the_commands_that_are_tested_here() -> None:
-    assert len(launches()) == 3
+    assert len(launches()) == 4
     assert len(guarding()) == 5
     assert len(blocks("python")) == 2
 
@@ -75,6 +76,9 @@ def test_training_commands_run(
     """As written, but for one step and, where the base would come from the hub, a tiny base."""
     assert words[2] == "train_text_to_image_ambient.py"
     small = "--max_train_steps 1 --train_batch_size 1 --gradient_accumulation_steps 1"
+    if "configs/z-image-lora.yaml" in words:
+        tiny_base = clone / "base"
+        tiny_more.tiny_z_image_pipeline().save_pretrained(tiny_base)
     if "--config" in words:
         small += f" --pretrained_model_name_or_path {tiny_base} --resolution 32"
     monkeypatch.setattr(sys, "argv", [*words[2:], *small.split()])

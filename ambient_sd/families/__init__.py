@@ -126,7 +126,8 @@ def named_tokenizers(pipe: Any) -> dict[str, Any]:
         >>> list(named_tokenizers(tiny_pipeline()))
         ['tokenizer']
     """
-    names = [name for name in of_pipeline(pipe).text_parts if name.startswith("tokenizer")]
+    family = of_pipeline(pipe)
+    names = [name for name in family.text_parts if name.startswith("tokenizer")]
     return {name: one for name in names if (one := getattr(pipe, name, None)) is not None}
 
 

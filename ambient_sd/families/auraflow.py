@@ -40,6 +40,7 @@ class AuraFlowFamily(FlowTransformer):
         "transformer": ("diffusers", "AuraFlowTransformer2DModel"), "vae": ("diffusers", "AutoencoderKL"),
         "text_encoder": ("transformers", "UMT5EncoderModel"), "tokenizer": ("transformers", "AutoTokenizer"),
     }  # fmt: skip
+    shifted = False
     needs = ("in_channels", "patch_size", "joint_attention_dim")
     text_length = 256
 

@@ -439,11 +439,12 @@ def check_base(
     network_config = model.read(f"{family.network}/config.json")
     vae_config = model.vae_settings
     family.check(model, network_config, vae_config)
-    factor = family.vae_factor(vae_config)
+    # A U-Net takes any latent and gives back its shape; a transformer drops what fills no patch.
+    factor = family.pixel_step(network_config, vae_config) if family.flow else family.vae_factor(vae_config)
     if resolution is not None and resolution % factor:
         raise UserError(
             f"resolution is {resolution}",
-            rule=f"it must be a multiple of {factor} for this VAE",
+            rule=f"it must be a multiple of {factor} for this {'transformer' if family.flow else 'VAE'}",
             remedy=f"try {max(1, resolution // factor) * factor}",
         )
     scheduler = _scheduler(model, prediction_type, lora)

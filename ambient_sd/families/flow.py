@@ -28,6 +28,7 @@ class FlowTransformer(KLFamily):
     Attributes:
         folded: how many channels of the network's input one channel of a latent is: patch^2 where the pipeline packs patches.
         needs: settings of the network that are computed with.
+        shifted: whether the pipeline adds the VAE's shift to latents, as it is.
         reads: what of a caption's embeddings is which input of the network.
 
     Example:
@@ -42,11 +43,16 @@ class FlowTransformer(KLFamily):
     }  # fmt: skip
     needs: tuple[str, ...] = ("in_channels", "patch_size")
     folded = 1
+    shifted = True
     reads: Mapping[str, str] = {"encoder_hidden_states": "hidden"}
 
     def check(self, model: Model, network: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
         self.check_parts(model, network, vae, self.needs)
         self.check_conditioning(model, network)
+        shift = vae.get("shift_factor")
+        if self.shifted and (isinstance(shift, bool) or not isinstance(shift, (int, float))):
+            raise UserError(f"vae/config.json of {model.name} has shift_factor = {shift!r}", rule=f"{self.pipeline} adds it to latents",
+                            remedy="give the VAE that belongs to the model, or write 0.0 there")  # fmt: skip
         channels = self.latent_shape(vae, (0, 0))[0] * self.folded
         if network["in_channels"] != channels:
             raise UserError(

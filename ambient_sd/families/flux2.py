@@ -50,6 +50,7 @@ class Flux2Klein(FlowTransformer):
         "transformer": ("diffusers", "Flux2Transformer2DModel"), "vae": ("diffusers", "AutoencoderKLFlux2"),
         "text_encoder": ("transformers", "Qwen3ForCausalLM"), "tokenizer": ("transformers", "Qwen2TokenizerFast"),
     }  # fmt: skip
+    shifted = False
     draws = False
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj")
     text_length = 512

@@ -51,6 +51,7 @@ class QwenImage(Packed):
     }  # fmt: skip
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
     vae_needs = ("z_dim", "temperal_downsample", "latents_mean", "latents_std")
+    shifted = False
     text_length = 512
 
     def check_conditioning(self, model: Model, network: Mapping[str, Any]) -> None:

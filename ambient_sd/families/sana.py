@@ -47,6 +47,7 @@ class SanaFamily(FlowTransformer):
         "transformer": ("diffusers", "SanaTransformer2DModel"), "vae": ("diffusers", "AutoencoderDC"),
         "text_encoder": ("transformers", "Gemma2Model"), "tokenizer": ("transformers", "AutoTokenizer"),
     }  # fmt: skip
+    shifted = False
     draws = False
     lora_targets = ("to_k", "to_q", "to_v")
     needs = ("in_channels", "patch_size", "sample_size", "caption_channels")

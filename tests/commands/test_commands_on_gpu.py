@@ -118,12 +118,12 @@ def test_demo_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(
         work, "train", lambda config, **k: (devices.append(str(PartialState().device)), real(config, **k))[1]
     )
-    gpu = on_gpu(["demo", "--output_dir", str(tmp_path / "out"), "--steps", "1", "--num_prompts", "2", "--num_images_per_prompt", "1",
+    gpu = on_gpu(["demo", "--output_dir", str(tmp_path / "out"), "--steps", "1", "--num_prompts", "4", "--num_images_per_prompt", "1",
                   "--num_inference_steps", "2"])  # fmt: skip
     figures = json.loads((tmp_path / "out" / "figures.json").read_text())
     assert {name: rows["copies"]["generated"]["n"] for name, rows in figures["runs"].items()} == {
-        "plain": 2,
-        "ambient": 2,
+        "plain": 4,
+        "ambient": 4,
     }
     assert (tmp_path / "out" / "report.html").exists() and devices == ["cuda"] * 2
     assert gpu.waits["device to host"] > 0

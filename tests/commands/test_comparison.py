@@ -14,6 +14,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import tiny
+import tiny_flow
 import torch
 from PIL import Image, ImageOps
 
@@ -68,6 +69,30 @@ def test_every_mitigation_can_be_made_from_a_models_scores() -> None:
     made = {name: make(scores) for name, (make, _) in MITIGATIONS.items()}
     assert made.pop("none") is None
     assert all(isinstance(policy, Policy) for policy in made.values())
+
+
+def test_what_a_transformer_refuses_is_left_out_with_its_reason(tmp_path: Path) -> None:
+    pipe = tiny_flow.tiny_sd3_pipeline(t5=False)
+    scores = comparison.OrdinaryScores(first_step=3.0, first_step_high=5.0, all_steps_high=4.0, guidance_scale=7.5)
+    refused = {name: why for name, (make, _) in MITIGATIONS.items() if (why := comparison._refused(pipe, make(scores)))}
+    assert set(refused) == {"GUARD", "Ren"} and all("cross-attention of a U-Net" in why for why in refused.values())
+    found = {
+        "memorized_prompts": 1,
+        "ordinary_prompts": 1,
+        "clear_prompts": 1,
+        "between": 0,
+        "detectors": [],
+        "mitigations": {},
+        "left_out": refused,
+    }
+    result = {"settings": {}, "command": "", "prompts": 1, "mitigated_prompts": [], "models": {"a": found}}
+    assert f"- Ren left out: {refused['Ren']}" in compare_page.tables(result)
+    pipe.save_pretrained(tmp_path / "sd3")
+    settings = CompareSettings({"a": str(tmp_path / "sd3")}, str(BASE), tmp_path, 64)
+    assert comparison.config_of(settings, str(tmp_path / "sd3")).scheduler is None, (
+        "flow matching is sampled by its own"
+    )
+    assert comparison.config_of(settings, str(BASE)).scheduler == "dpm++"
 
 
 def arguments(data: Path) -> list[str]:

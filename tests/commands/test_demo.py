@@ -14,6 +14,7 @@ from ambient_sd.cli import main
 from ambient_sd.commands.demo import DemoSettings
 from ambient_sd.commands.demo.work import CONTENTS, settings_of_run
 from ambient_sd.training.config import TrainConfig, load_yaml
+from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.output_folder import OutputFolder
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +33,12 @@ def test_the_two_runs_differ_in_the_objective_alone() -> None:
     plain, ambient = (settings_of_run(DemoSettings(), o).to_dict() for o in ("plain", "ambient"))
     different = {key for key in plain | ambient if plain.get(key) != ambient.get(key)}
     assert different == {"objective", "ambient_level", "reweight", "near_duplicates", "output_dir"}
+
+
+def test_too_few_samples_are_refused_at_once() -> None:
+    assert DemoSettings(num_prompts=4, num_images_per_prompt=1).num_prompts == 4
+    with pytest.raises(UserError, match="at least 4 images; raise one of them"):
+        DemoSettings(num_prompts=3, num_images_per_prompt=1)
 
 
 @pytest.mark.slow

@@ -20,15 +20,20 @@ import pytest
 import tiny_flow
 import tiny_more
 import torch
+from accelerate import PartialState
 from diffusers import AutoencoderKLQwenImage, Flux2KleinPipeline, FluxPipeline, QwenImagePipeline, SanaPipeline
 from diffusers.training_utils import compute_loss_weighting_for_sd3
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pad_sequence
 
+from ambient_sd.data.cache import entry_id
+from ambient_sd.data.sources import ImageDataset
+from ambient_sd.data.stream import SampleStream
 from ambient_sd.families import FAMILIES, guidance_of
 from ambient_sd.families.auraflow import AURAFLOW
 from ambient_sd.families.base import Model, check_base
 from ambient_sd.families.chroma import CHROMA
-from ambient_sd.families.encoders import CaptionEncoder
+from ambient_sd.families.encoders import CaptionEncoder, stacked
 from ambient_sd.families.family import Family
 from ambient_sd.families.flow import FlowTransformer
 from ambient_sd.families.flux import FLUX
@@ -41,7 +46,9 @@ from ambient_sd.families.sd3 import SD3
 from ambient_sd.families.z_image import Z_IMAGE
 from ambient_sd.sampling import Request, SamplingConfig, generate, image_seed
 from ambient_sd.training import footprint, validation
+from ambient_sd.training.caption_augmentation import CaptionAugmentation
 from ambient_sd.training.config import TrainConfig
+from ambient_sd.training.encode import fill_captions
 from ambient_sd.training.loop import TrainingBatch, run
 from ambient_sd.utils.errors import UserError
 
@@ -162,6 +169,7 @@ CASES: dict[str, Case] = {
     "sd3.5": Case(SD3, tiny_flow.tiny_sd3_pipeline, sd3_example, preconditioned=True, damage=(
         ("transformer", "pooled_projection_dim", 30, "CLIP text encoders come to 32"),
         ("transformer", "joint_attention_dim", 64, "its T5 has 48"), ("transformer", "in_channels", 33, "takes 33 channels"),
+        ("vae", "shift_factor", None, "StableDiffusion3Pipeline adds it"),
     )),
     "sd3-without-t5": Case(SD3, lambda: tiny_flow.tiny_sd3_pipeline(t5=False, dual=False), sd3_example, preconditioned=True),
     "flux-dev": Case(FLUX, tiny_flow.tiny_flux_pipeline, flux_example, damage=(
@@ -459,6 +467,11 @@ def test_latents_come_back_through_the_pipeline(name: str, pipes: Mapping[str, A
     assert tokens == (rows.shape[1] if rows.ndim == 3 else rows.shape[2] * rows.shape[3] // patch**2)
     step = case.family.pixel_step(base.network_config, base.vae_config)
     assert step * step * tokens == 32 * 64
+    odd = case.family.vae_factor(base.vae_config)
+    if step > odd:
+        with pytest.raises(UserError, match=f"multiple of {step} for this transformer"):
+            check_base(str(bases / name), resolution=step + odd)
+    assert check_base(str(bases / name), resolution=2 * step)
     assert case.family.native_size(pipe) == (case.native or pipe.default_sample_size * pipe.vae_scale_factor,) * 2
 
 
@@ -572,3 +585,60 @@ def test_models_page_has_every_family() -> None:
     rows = re.findall(r"^\| ([^|]+) \| yes", page, re.M)
     assert rows == [family.name for family in FAMILIES]
     assert {case.family for case in CASES.values()} == {family for family in FAMILIES if family.flow}
+
+
+@pytest.mark.parametrize("name", ["z-image", "sana"])
+def test_cache_and_buckets_change_no_loss(name: str, settings: Settings, tmp_path: Path) -> None:
+    """Captions of several lengths, and latents that nothing is drawn for, come back from disk as they were made."""
+    more = {"max_train_steps": 2, "aspect_ratio_buckets": "auto"}
+    losses = run(settings(name, **more), progress=False).losses
+    for turn in ("filled", "read"):
+        config = settings(name, turn, latent_cache_dir=str(tmp_path / "cache"), **more)
+        assert run(config, progress=False).losses == losses
+    assert losses[0] != losses[1], "negative control"
+
+
+def test_two_families_of_one_text_encoder_share_no_cache(tmp_path: Path) -> None:
+    model, stores = tiny_more.tiny_gemma(24), []
+    for family in (LUMINA2, SANA, SANA):
+        encoder = CaptionEncoder(family, {"text_encoder": model, "tokenizer": tiny_more.tiny_gemma_tokenizer()})
+        stores.append(fill_captions(tmp_path, encoder, ["a cat"], PartialState(), progress=False))
+    assert stores[0].folder != stores[1].folder == stores[2].folder
+    lengths = [store.read([entry_id("a cat")])[0]["hidden"].shape[0] for store in stores]
+    assert lengths == [256, 300, 300]
+
+
+def test_held_captions_of_any_length_stay_within_the_limit() -> None:
+    pipe = tiny_more.tiny_z_image_pipeline()
+    encoder = CaptionEncoder(Z_IMAGE, {"text_encoder": pipe.text_encoder, "tokenizer": pipe.tokenizer})
+    empty = sum(value.nbytes for value in encoder.encode("").values())
+    texts = ["a caption of many words, " * 5] * 3
+    assert not encoder.hold(texts, limit=3 * empty)  # enough for two like the empty one
+    assert encoder.held == {}
+    assert encoder.hold(texts, limit=20 * empty), "negative control"
+
+
+def test_caption_noise_of_a_sample_is_its_own_in_any_batch() -> None:
+    images = ImageDataset([b"", b""], ["a", "b"], ["a.png", "b.png"], "my-images")
+    stream = SampleStream(count=2, seed=0)
+    noisy = CaptionAugmentation("gn", 1.0, 0.1, images=images, stream=stream, tokenizer=None)
+    short, long = ({"hidden": torch.zeros(n, 4), "mask": torch.ones(n, dtype=torch.long)} for n in (2, 5))
+    both = noisy.embeddings(stacked([short, long]), ["a", "b"], [0, 1])
+    alone = noisy.embeddings(stacked([short]), ["a"], [0])
+    assert torch.equal(both["hidden"][0, :2], alone["hidden"][0])
+    assert not both["hidden"][0, 2:].any()
+    assert both["mask"].tolist() == [[1, 1, 0, 0, 0], [1] * 5]
+    assert both["hidden"][1].abs().min() > 0, "negative control"
+
+
+def test_predicted_memory_counts_the_longest_texts(settings: Settings, bases: Path) -> None:
+    """Networks that read lengths off a mask, which fake tensors do not have, are acted out too."""
+    config, base = settings("z-image"), check_base(str(bases / "z-image"))
+    outlines, tokenizer = footprint._outlines(config, base, None), base.load("tokenizer")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        parts = {part: footprint._fake(outline) for part, outline in outlines.items()} | {"tokenizer": tokenizer}
+        act = footprint._Act(config, base, parts, (32, 32), None)
+        assert act.embedded["hidden"].shape[1] < 32, "the empty caption is short"
+        assert act._repeated(2)["hidden"].shape == (2, 512, 24)
+    found = footprint.predict(settings("lumina2", train_batch_size=1), check_base(str(bases / "lumina2")), (32, 32))
+    assert found.activations > 256 * 32 * 4, "more than the text's rows once"

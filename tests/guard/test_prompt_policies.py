@@ -113,7 +113,7 @@ def test_images_search_on_their_own_and_only_active_ones() -> None:
         network = LinearNetwork(4)
         network.sample, network.uncond = (
             network.sample[i : i + 1],
-            type(network.uncond)(*(t[i : i + 1] for t in network.uncond)),
+            type(network.uncond)(*(None if t is None else t[i : i + 1] for t in network.uncond)),
         )
         alone = begun(Reanchoring(0.0), prompts[i : i + 1], network)
         assert alone.embeds is not None and torch.equal(alone.embeds[0], together.embeds[i])

@@ -12,6 +12,7 @@ from pathlib import Path
 from ambient_sd.commands.shared import SharedOptions
 from ambient_sd.sampling_options import SamplingOptions
 from ambient_sd.training.config import TrainConfig
+from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.settings import Parser, add_flags, check, from_flags, option, same
 
 
@@ -44,6 +45,11 @@ class DemoSettings:
 
     def __post_init__(self) -> None:
         check(self)
+        if (self.num_prompts or self.subset) * self.num_images_per_prompt < 4:
+            raise UserError(
+                f"num_prompts is {self.num_prompts} and num_images_per_prompt {self.num_images_per_prompt}",
+                rule="quality is measured on at least 4 images", remedy="raise one of them",
+            )  # fmt: skip
 
 
 def make_parser() -> Parser:
