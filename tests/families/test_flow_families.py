@@ -560,7 +560,7 @@ def test_buckets_cache_checkpointing_and_looks_go_together(
             "num_validation_images": 1, "validation_steps": 2}  # fmt: skip
     probe = {"probe_steps": 2, "probe_images": 2}
     if CASES[name].family in (QWEN_IMAGE, SANA):
-        with pytest.raises(UserError, match="probe_steps is given for .* recognized through an AutoencoderKL"):
+        with pytest.raises(UserError, match=r"probe_steps is given for .* recognized through an AutoencoderKL"):
             run(settings(name, "never", **buckets, **probe), progress=False)
         probe = {}
     seen = run(settings(name, "seen", **buckets, **more, **probe), progress=False)
