@@ -546,8 +546,9 @@ def _options(pipe: Any, config: SamplingConfig, batch: Sequence[Request]) -> dic
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
     # In the precision in which the pipeline would draw it, which in training need not be the network's.
     encoder = getattr(pipe, "text_encoder", None) or network_of(pipe)
+    dtype = torch.float32 if family.exact_start else encoder.dtype
     return {
-        "latents": family.start(noise).to(pipe.device, encoder.dtype), "generator": generators, "num_inference_steps": config.num_inference_steps,
+        "latents": family.start(noise).to(pipe.device, dtype), "generator": generators, "num_inference_steps": config.num_inference_steps,
         **family.guided(pipe, config.guidance_scale, len(batch)), "height": how.height, "width": how.width,
     }  # fmt: skip
 

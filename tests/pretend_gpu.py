@@ -26,11 +26,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 GPU = torch.device("cuda:0")
-_CPUGenerator, _checkpoint, _grouped, _hooked = (
+_CPUGenerator, _checkpoint, _grouped, _hooked, _applied = (
     torch.Generator,
     torch.utils.checkpoint.checkpoint,
     torch._C._group_tensors_by_device_and_dtype,
     Tensor.register_post_accumulate_grad_hook,
+    torch.autograd.function.BackwardCFunction.apply,
 )
 # What autocast computes in half and what in single precision on CUDA (docs: amp); those that diffusers and peft call.
 _HALF = {
@@ -407,6 +408,9 @@ def pretend_gpu() -> Iterator[PretendGPU]:
     def hooked(tensor: Tensor, hook: Any) -> Any:
         return _hooked(tensor, seeing(hook))
 
+    def applied(function: Any, *gradients: Any) -> Any:
+        return (_applied if type(function) is _Copy._backward_cls else seeing(_applied))(function, *gradients)  # type: ignore[attr-defined]
+
     def grouped(lists: Any, indices: bool = False) -> Any:
         found = _grouped(lists, indices)
         return {
@@ -432,6 +436,7 @@ def pretend_gpu() -> Iterator[PretendGPU]:
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         stack.enter_context(mock.patch.object(torch.utils.checkpoint, "checkpoint", checkpoint))
         stack.enter_context(mock.patch.object(Tensor, "register_post_accumulate_grad_hook", hooked))
+        stack.enter_context(mock.patch.object(torch.autograd.function.BackwardCFunction, "apply", applied))
         stack.enter_context(mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", grouped))
         stack.enter_context(mode)
         stack.enter_context(_Dispatch(gpu))

@@ -39,6 +39,7 @@ class Family:
         takes_sizes: whether the network is told the sizes of the original, the crop and the target.
         flow: whether its networks know flow matching alone.
         draws: whether latents are drawn from the VAE's posterior; else they are its mode, and `encode` ignores the draw.
+        exact_start: whether the pipeline draws start noise in float32 whatever its precision.
         lora_targets: names or endings of layers of the network that a LoRA usually changes; see `usual_targets`.
         readers: tokenizers whose end of a long caption nothing else reads; empty: every one.
         text_length: tokens that the pipeline gives to the readers by default; None: as many as they take.
@@ -65,6 +66,7 @@ class Family:
     takes_sizes: bool = False
     flow: bool = False
     draws: bool = True
+    exact_start: bool = False
     lora_targets: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0")
     readers: tuple[str, ...] = ()
     text_length: int | None = None

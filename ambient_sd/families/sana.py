@@ -49,6 +49,7 @@ class SanaFamily(FlowTransformer):
     }  # fmt: skip
     shifted = False
     draws = False
+    exact_start = True
     lora_targets = ("to_k", "to_q", "to_v")
     needs = ("in_channels", "patch_size", "sample_size", "caption_channels")
     vae_needs = ("latent_channels", "encoder_block_out_channels")

@@ -45,6 +45,7 @@ class ZImage(FlowTransformer):
         "text_encoder": ("transformers", "Qwen3Model"), "tokenizer": ("transformers", "AutoTokenizer"),
     }  # fmt: skip
     draws = False
+    exact_start = True
     needs = ("in_channels", "all_patch_size", "cap_feat_dim")
     text_length = 512
 

@@ -157,6 +157,7 @@ class TrainConfig:
 
     lora: bool = option(False, "train a LoRA instead of the whole U-Net", group="LoRA")
     quantize_base: str | None = option(None, "hold the frozen network in 8 or 4 bits (QLoRA): int8, fp8 (e4m3) or nf4, linear layers and convolutions (needs bitsandbytes). The adapter is saved for the base as it is", group="LoRA", choices=QUANTIZED, needs="lora")
+    offload_base: bool = option(False, "keep the codes of quantize_base in CPU memory; each layer fetches its own in both passes", group="LoRA", needs="quantize_base")
     lora_weights: str | None = same(SamplingOptions, "lora_weights", text="LoRA on the model: folder, .safetensors file or hub id. Training continues it; rank, lora_alpha, layers and kind are its own", group="LoRA", needs="lora")
     lora_kind: str | None = option(None, "what the update is made of (default lora): loha = two products B A multiplied elementwise, of rank up to rank^2; lokr = a small matrix and a product B A multiplied by Kronecker, the smallest file. Both are saved for diffusers as the LoRA that they are exactly, and in LyCORIS's format for ComfyUI, AUTOMATIC1111 and others", group="LoRA", choices=tuple(LORA_KINDS), needs="lora")
     rank: int | None = option(None, "rank of the update (default 4)", group="LoRA", low=1, needs="lora")

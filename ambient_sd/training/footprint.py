@@ -319,7 +319,7 @@ def _outlines(config: TrainConfig, base: Base, dtype: torch.dtype | None) -> dic
                 kind=config.lora_kind,
             )  # fmt: skip
         if network and config.quantize_base is not None:
-            quantized.quantize(module, config.quantize_base, "meta")
+            quantized.quantize(module, config.quantize_base, "meta", offload=config.offload_base)
     return found
 
 
@@ -330,6 +330,9 @@ def _fake(module: torch.nn.Module) -> Any:
             if parameter is not None:
                 made = torch.empty(parameter.shape, dtype=parameter.dtype)
                 owner._parameters[name] = torch.nn.Parameter(made, requires_grad=parameter.requires_grad)
+        for name, value in list(vars(owner).items()):  # codes in CPU memory
+            if isinstance(value, torch.Tensor):
+                setattr(owner, name, torch.empty(value.shape, dtype=value.dtype))
         for name, buffer in owner._buffers.items():
             if buffer is not None:
                 owner._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)

@@ -729,7 +729,7 @@ def _load_unet(
         if checkpoint is not None:
             adapters.load(unet, checkpoint, base.family, text)
         if config.quantize_base is not None:
-            quantized.quantize(unet, config.quantize_base, device)
+            quantized.quantize(unet, config.quantize_base, device, offload=config.offload_base)
     if config.full_bf16:
         unet.to(torch.bfloat16)
     unet.register_to_config(_name_or_path=base.label)

@@ -4,6 +4,7 @@
 
     int8: c evenly spaced        fp8: c as e4m3 floats        nf4: c at quantiles of a normal; its s_b in 8 bits too
 
+With `offload` the codes wait in pinned CPU memory, where diffusers' group offloading would leave the backward pass without weights.
 `y = W x` and `dL/dx = W^T dL/dy` each unpack one W in the precision of x and drop it: between them only codes are in memory. Linear layers
 and convolutions alike, which peft's own layers for bitsandbytes are not. Not here: weights that are trained, arithmetic in 8 bits.
 """
@@ -20,7 +21,7 @@ FEWEST = 2**14  # smaller weights, such as a U-Net's first and last layer, are m
 _BLOCK, _NF4_BLOCK = 256, 64
 
 
-def quantize(network: torch.nn.Module, kind: str, device: torch.device | str) -> int:
+def quantize(network: torch.nn.Module, kind: str, device: torch.device | str, *, offload: bool = False) -> int:
     """Replace the frozen weights of linear layers and convolutions by their codes, layer by layer, on the device that computes them.
 
     The layers stay where they are, so adapters must have been attached before. On the meta device shapes alone are made.
@@ -28,7 +29,8 @@ def quantize(network: torch.nn.Module, kind: str, device: torch.device | str) ->
     Args:
         network: weights in any precision; those with a gradient are left alone.
         kind: int8, fp8 or nf4.
-        device: where codes are made and stay.
+        device: where codes are made and computed with.
+        offload: codes stay in CPU memory, and visit the device for each product.
 
     Returns:
         The number of layers.
@@ -51,6 +53,8 @@ def quantize(network: torch.nn.Module, kind: str, device: torch.device | str) ->
         layer.__class__ = _CLASSES[type(layer)]
         del layer._parameters["weight"]
         layer.pack(weight.to(device), table, kind)
+        if offload:
+            layer.leave()
     return len(layers)
 
 
@@ -74,14 +78,23 @@ class _Packed(torch.nn.Module):
             self.scales = _frozen(scales)
         self.codes = _frozen(codes)
 
+    def leave(self) -> None:
+        """Keep the codes in CPU memory: no parameter any more, which would move with the network."""
+        codes: torch.Tensor = self._parameters.pop("codes").detach()  # type: ignore[union-attr]
+        codes = codes.cpu().pin_memory() if codes.is_cuda else codes
+        vars(self)["codes"] = codes
+
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
+        codes: torch.Tensor = self.codes
+        if "codes" not in self._parameters:
+            codes = codes.to(self.scales.device, non_blocking=True, copy=True)
         unblocked = torch.ops.bitsandbytes.dequantize_blockwise.default
         if self.offset is None:
-            return unblocked(self.codes, self.scales, self.table, _BLOCK, dtype)
+            return unblocked(codes, self.scales, self.table, _BLOCK, dtype)
         scales = unblocked(self.scales, self.of_scales, self.table, _BLOCK, torch.float32) + self.offset
         # As one row: on CPUs rows of odd length would be unpacked by code that is compiled for each shape.
         flat = torch.ops.bitsandbytes.dequantize_4bit.default(
-            self.codes, scales, _NF4_BLOCK, "nf4", [1, self.shape.numel()], dtype
+            codes, scales, _NF4_BLOCK, "nf4", [1, self.shape.numel()], dtype
         )
         return flat.view(self.shape)
 

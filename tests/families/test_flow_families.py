@@ -44,7 +44,7 @@ from ambient_sd.families.qwen_image import QWEN_IMAGE
 from ambient_sd.families.sana import SANA
 from ambient_sd.families.sd3 import SD3
 from ambient_sd.families.z_image import Z_IMAGE
-from ambient_sd.sampling import Request, SamplingConfig, generate, image_seed
+from ambient_sd.sampling import Request, SamplingConfig, generate, image_seed, in_batches
 from ambient_sd.training import footprint, validation
 from ambient_sd.training.caption_augmentation import CaptionAugmentation
 from ambient_sd.training.config import TrainConfig
@@ -590,6 +590,24 @@ def test_models_page_has_every_family() -> None:
     rows = re.findall(r"^\| ([^|]+) \| yes", page, re.M)
     assert rows == [family.name for family in FAMILIES]
     assert {case.family for case in CASES.values()} == {family for family in FAMILIES if family.flow}
+
+
+@pytest.mark.parametrize("name", ["z-image", "sana"])
+def test_start_noise_is_exact_in_half_precision(name: str) -> None:
+    """Where a pipeline in bfloat16 draws its noise in float32, its images come from all of it."""
+    pipe = CASES[name].make().to(torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    config = SamplingConfig("tiny", num_inference_steps=1, guidance_scale=3.0, resolution=32, seed=5, device="cpu")
+    (noise,) = in_batches(pipe, [Request("x", 0)], config, lambda batch, options: [options["latents"]])
+    drawn = list[torch.Tensor]()
+    known = pipe.prepare_latents
+    pipe.prepare_latents = lambda *args, **given: drawn.append(known(*args, **given)) or drawn[-1]
+    g = torch.Generator().manual_seed(image_seed(5, *Request("x", 0).place))
+    pipe(
+        prompt=["x"], height=32, width=32, num_inference_steps=1, generator=g, **CASES[name].family.guided(pipe, 3.0, 1)
+    )
+    assert torch.equal(noise[0], drawn[0])
+    assert not torch.equal(noise[0], noise[0].bfloat16().float()), "negative control"
 
 
 @pytest.mark.parametrize("name", ["z-image", "sana"])

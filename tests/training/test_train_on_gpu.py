@@ -213,20 +213,37 @@ def test_8bit_adam_resumes_bit_for_bit(make: Settings) -> None:
     assert all(torch.equal(before[name], value) for name, value in weights(resumed).items())
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_quantized_base_trains_as_on_the_cpu(make: Settings, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "offload"), [("int8", True), ("nf4", False), ("nf4", True)])
+def test_quantized_base_trains_as_on_the_cpu(
+    make: Settings, monkeypatch: pytest.MonkeyPatch, kind: str, offload: bool
+) -> None:
     pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(quantized, "FEWEST", 64)
     values: dict[str, Any] = {
         "lora": True,
         "quantize_base": kind,
+        "offload_base": offload,
         "validation_prompts": ["a dot"],
         "num_validation_images": 1,
     }
-    there, waits, _ = on_gpu(make(f"{kind}-gpu", **values))
-    here = run(make(f"{kind}-cpu", **values), progress=False)
+    there, waits, _ = on_gpu(make(f"{kind}-gpu-{offload}", **values))
+    here = run(make(f"{kind}-cpu-{offload}", **values), progress=False)
     assert max(sum(step.values()) for step in waits) <= WAITS, waits[-1]
     assert there.losses == pytest.approx(here.losses, rel=1e-5)
+
+
+def test_offloaded_codes_stay_off_the_gpu() -> None:
+    pytest.importorskip("bitsandbytes")
+    for offload in (False, True):
+        with pretend_gpu() as gpu:
+            layer: Any = torch.nn.Linear(256, 256).requires_grad_(False)
+            quantized.quantize(torch.nn.Sequential(layer), "nf4", "cuda", offload=offload)
+            layer.to("cuda")
+            assert gpu.has(layer.codes) != offload and layer.codes.is_pinned() == offload
+            x = torch.ones(1, 256, device="cuda", requires_grad=True)
+            gpu.waits.clear()
+            layer(x).sum().backward()
+            assert x.grad is not None and gpu.has(x.grad) and not gpu.waits
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

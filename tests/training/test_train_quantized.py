@@ -110,7 +110,7 @@ def test_losses_are_near_those_of_the_base(settings: Settings, plain: list[float
     "values",
     [
         {},
-        {"use_dora": True},
+        {"use_dora": True, "offload_base": True},
         {"lora_kind": "loha"},
         {"lora_kind": "lokr"},
         {"lora_init": "pissa"},
@@ -156,6 +156,10 @@ def test_probe_and_validation_sample_from_it(settings: Settings) -> None:
     [
         ({"lora": False}, "quantize_base is given; it has no effect here: lora is off"),
         ({"compile": True}, "compile is given with quantize_base"),
+        (
+            {"quantize_base": None, "offload_base": True},
+            "offload_base is given; it has no effect here: quantize_base is off",
+        ),
         ({"quantize_base": "int4"}, "quantize_base is 'int4'"),
     ],
 )
@@ -173,9 +177,9 @@ def test_fsdp_refuses_it(settings: Settings, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_prediction_counts_the_codes(settings: Settings) -> None:
-    def weights(kind: str | None) -> int:
-        config = settings(quantize_base=kind, rank=1)
+    def weights(kind: str | None, offload: bool = False) -> int:
+        config = settings(quantize_base=kind, rank=1, offload_base=offload)
         return predict(config, base_of(config), (32, 32)).weights
 
-    plain, int8, nf4 = map(weights, (None, "int8", "nf4"))
-    assert nf4 < int8 < 0.6 * plain
+    plain, int8, nf4, away = weights(None), weights("int8"), weights("nf4"), weights("nf4", offload=True)
+    assert away < nf4 < int8 < 0.6 * plain
