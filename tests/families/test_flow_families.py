@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ambient_sd.data.cache import entry_id
 from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import SampleStream
-from ambient_sd.families import FAMILIES
+from ambient_sd.families import FAMILIES, guidance_of
 from ambient_sd.families.auraflow import AURAFLOW
 from ambient_sd.families.base import Model, check_base
 from ambient_sd.families.chroma import CHROMA
@@ -45,7 +45,7 @@ from ambient_sd.families.sana import SANA
 from ambient_sd.families.sd3 import SD3
 from ambient_sd.families.z_image import Z_IMAGE
 from ambient_sd.sampling import Request, SamplingConfig, generate, image_seed, in_batches
-from ambient_sd.training import footprint
+from ambient_sd.training import footprint, validation
 from ambient_sd.training.caption_augmentation import CaptionAugmentation
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.encode import fill_captions
@@ -521,6 +521,52 @@ def test_training_resumes_to_the_bit_and_stock_pipeline_reads_it(
         assert {k: v for k, v in theirs.items() if k[0] != "_"} == {k: v for k, v in own.items() if k[0] != "_"}
     moved = (sampled(stock, case.family) - sampled(pipes[name], case.family)).abs().max()
     assert moved > 1e-2, "negative control: training has changed something"
+
+
+@each_family
+def test_memory_is_predicted_without_weights(name: str, settings: Settings, bases: Path) -> None:
+    config, base = settings(name, validation_prompts=["a disc"]), check_base(str(bases / name))
+    found = footprint.predict(config, base, (32, 32))
+    whole = footprint.predict(settings(name, lora=False, rank=None), base, (32, 32))
+    count = sum(p.numel() for p in base.load("transformer").parameters())
+    assert whole.gradients == whole.weights == 4 * count
+    assert 0 < found.gradients < whole.gradients / 5
+    assert found.sampling > 0 == whole.sampling
+    larger = footprint.predict(config, base, (64, 64))
+    assert larger.activations > found.activations
+
+
+def test_distilled_klein_is_sent_to_its_base(bases: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bases / "klein", tmp_path / "distilled"))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "is_distilled": True}))
+    with pytest.raises(UserError, match=r"distilled to a few steps.*FLUX.2-klein-base-4B: the LoRA serves both"):
+        check_base(str(folder))
+    pipe = Model(str(folder)).load_pipeline()
+    with pytest.raises(UserError, match="no unconditional half"):
+        guidance_of(pipe)
+    assert guidance_of(Model(str(bases / "klein")).load_pipeline()).halves == "calls", "negative control: the base"
+
+
+@each_family
+def test_buckets_cache_checkpointing_and_looks_go_together(
+    name: str, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One run with all of them, of a LoKr; from the cache, and with no activation kept, its losses have the same bits."""
+    monkeypatch.setattr(validation, "INFERENCE_STEPS", 2)
+    buckets = {"aspect_ratio_buckets": "32,48;32,32;48,32", "lora_kind": "lokr", "max_train_steps": 2}
+    plain = run(settings(name, "plain", **buckets), progress=False).losses
+    more = {"latent_cache_dir": str(tmp_path / "cache"), "gradient_checkpointing": True, "validation_prompts": ["a disc"],
+            "num_validation_images": 1, "validation_steps": 2}  # fmt: skip
+    probe = {"probe_steps": 2, "probe_images": 2}
+    if CASES[name].family in (QWEN_IMAGE, SANA):
+        with pytest.raises(UserError, match=r"probe_steps is given for .* recognized through an AutoencoderKL"):
+            run(settings(name, "never", **buckets, **probe), progress=False)
+        probe = {}
+    seen = run(settings(name, "seen", **buckets, **more, **probe), progress=False)
+    assert seen.losses == plain
+    assert not probe or seen.evaluations[0]["guard_score"] > 0
+    assert list((tmp_path / "seen" / "validation").glob("*.png"))
 
 
 @each_family
