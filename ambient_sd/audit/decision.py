@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from ambient_sd.audit.neighbours import workers
 from ambient_sd.audit.registration import SCALES, Poses, Registered, prepare, register
+from ambient_sd.families.encoders import rendered
 from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.sheets import as_rgb
 
@@ -96,7 +97,7 @@ def through_vae(vae: Any, side: int, batch: int = 16) -> Rendition:
     """Return a rendition: images encoded and decoded by an autoencoder, the nearest to a copy that its model can come.
 
     Args:
-        vae: a diffusers `AutoencoderKL`; its mode is decoded.
+        vae: an autoencoder of diffusers; its mode is decoded.
         side: pixels that images are brought to, a multiple of its factor.
         batch: images at a time.
 
@@ -107,7 +108,7 @@ def through_vae(vae: Any, side: int, batch: int = 16) -> Rendition:
     """
     from diffusers.image_processor import VaeImageProcessor
 
-    processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1))
+    processor = VaeImageProcessor(vae_scale_factor=1)  # `side` is a multiple already
 
     def through(images: Sequence[Image.Image]) -> list[Image.Image]:
         out: list[Image.Image] = []
@@ -115,8 +116,9 @@ def through_vae(vae: Any, side: int, batch: int = 16) -> Rendition:
             for start in range(0, len(images), batch):
                 some: Any = [as_rgb(image) for image in images[start : start + batch]]
                 pixels: Any = processor.preprocess(some, height=side, width=side)
-                latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
-                out += processor.postprocess(vae.decode(latents).sample.float().cpu(), output_type="pil")
+                out += processor.postprocess(
+                    rendered(vae, pixels.to(vae.device, vae.dtype)).float().cpu(), output_type="pil"
+                )
         return out
 
     return through

@@ -140,3 +140,21 @@ def stacked(entries: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Te
     # Of one shape by `stack`, which takes numbers without a shape, too.
     alike = {name: len({row.shape for row in rows}) == 1 for name, rows in found.items()}
     return {n: torch.stack(rows) if alike[n] else pad_sequence(rows, batch_first=True) for n, rows in found.items()}
+
+
+def rendered(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Return pixels as an autoencoder gives them back, its mode decoded.
+
+    Args:
+        vae: of diffusers: of images, without a posterior (Sana's), or of videos (Qwen-Image's), which get one frame.
+        pixels: (B, 3, H, W) in [-1, 1], on its device and in its precision.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> rendered(tiny_pipeline().vae, torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 3, 32, 32])
+    """
+    frames = "temperal_downsample" in vae.config
+    found = vae.encode(pixels.unsqueeze(2) if frames else pixels)
+    out: torch.Tensor = vae.decode(found.latent if hasattr(found, "latent") else found.latent_dist.mode()).sample
+    return out.squeeze(2) if frames else out

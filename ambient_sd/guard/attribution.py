@@ -259,5 +259,5 @@ def attribute(
     watch = TokenGradients(gradient_checkpointing, norm)
     given = {"generator": torch.Generator().manual_seed(seed), "output_type": "latent"} | call
     with MemorizationGuard(pipe, watch, stop_after=stop_after):
-        pipe(prompt, num_inference_steps=num_inference_steps, num_images_per_prompt=num_images, **given)
+        pipe(prompt=prompt, num_inference_steps=num_inference_steps, num_images_per_prompt=num_images, **given)
     return watch.result(prompt, pipe.tokenizer)

@@ -250,8 +250,6 @@ def check_family(config: TrainConfig, family: Family) -> None:
         (family.flow and config.enable_xformers_memory_efficient_attention, "enable_xformers_memory_efficient_attention",
          "xformers knows no joint attention of text and image; PyTorch's own is as good"),
         (family.flow and config.output_kohya_format, "output_kohya_format", "the plain file is what ComfyUI and others read of transformers"),
-        (config.probe_steps and family.parts["vae"][1] not in ("AutoencoderKL", "AutoencoderKLFlux2"), "probe_steps",
-         "copies are recognized through an AutoencoderKL"),
     ):  # fmt: skip
         if given:
             raise UserError(f"{name} is given for {family.name}", rule=rule, remedy="leave it out")

@@ -27,7 +27,7 @@ TINY = "--resolution 32 --train_batch_size 2 --gradient_accumulation_steps 1 --m
 BASES = {
     "sdxl-lora": tiny.tiny_sdxl_pipeline, "sd35-lora": tiny_flow.tiny_sd3_pipeline, "flux-lora": tiny_flow.tiny_flux_pipeline,
     "flux2-klein-lora": tiny_flow.tiny_klein_pipeline, "z-image-lora": tiny_more.tiny_z_image_pipeline,
-    "qwen-image-lora": tiny_more.tiny_qwen_image_pipeline,
+    "qwen-image-lora": tiny_more.tiny_qwen_image_pipeline, "emoji-sd3": tiny_flow.tiny_sd3_pipeline,
 }  # fmt: skip
 
 
