@@ -534,7 +534,7 @@ def test_weights_that_change_while_they_are_audited_are_refused(
 
     monkeypatch.setattr(auditing, "sample", trained_meanwhile)
     assert run(sets, model) == 2
-    assert "the weight files of the unet changed while they were audited" in capsys.readouterr().err
+    assert "the weight files of the network changed while they were audited" in capsys.readouterr().err
     assert not (sets["out"] / "audit.json").exists()
 
 

@@ -90,7 +90,7 @@ def test_presets_are_the_files_of_the_configs_folder() -> None:
     for name in names:
         assert load_yaml(name) == load_yaml(ROOT / "configs" / f"{name}.yaml")
     assert parse(["--config", "sd2-lora", "--train_data_dir", "x"]).rank == 16
-    with pytest.raises(UserError, match=r"the presets are sd15-lora.*the nearest known one is sd2-lora"):
+    with pytest.raises(UserError, match=r"the presets are flux-lora.*sd15-lora.*the nearest known one is sd2-lora"):
         load_yaml("sd2-lorra")
 
 

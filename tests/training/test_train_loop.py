@@ -114,7 +114,7 @@ def test_the_trained_unet_is_kept_if_the_base_is_gone_at_the_end(
 ) -> None:
     base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
     config = settings(pretrained_model_name_or_path=str(base), max_train_steps=2)
-    with pytest.raises(UserError, match=r"can no longer be loaded.*the trained U-Net is whole in"):
+    with pytest.raises(UserError, match=r"can no longer be loaded.*the trained network is whole in"):
         run(config, progress=False, on_step=lambda step, _: shutil.rmtree(base / "vae") if step == 2 else None)
     whole = settings("whole", max_train_steps=2)
     run(whole, progress=False)
