@@ -410,7 +410,7 @@ def test_bases_that_cannot_be_trained_are_refused_in_one_line(
         (doctored("inpaint", "sd2", "unet/config.json", in_channels=9), ["9 channels", "4", "inpainting"]),
         (doctored("inpaint-xl", file="unet/config.json", in_channels=9), ["9 channels", "4", "inpainting"]),
         (doctored("sd3", _class_name="StableDiffusion3Pipeline", transformer=["diffusers", "SD3Transformer2DModel"]),
-         ["StableDiffusion3Pipeline", "transformer", "U-Nets"]),
+         ["is a CLIPTextModel", "CLIPTextModelWithProjection"]),
         ({"pretrained_model_name_or_path": str(flux)}, ["FluxFillPipeline", "transformer"]),
         (doctored("odd", _class_name="WuerstchenPipeline"), ["WuerstchenPipeline", "StableDiffusionXLPipeline"]),
         (doctored("swapped", text_encoder_2=["transformers", "T5EncoderModel"]), ["T5EncoderModel", "WithProjection"]),
