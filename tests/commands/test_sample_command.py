@@ -146,11 +146,11 @@ def test_a_run_that_was_cut_goes_on_and_ends_as_if_it_had_not_been(
     call = StableDiffusionPipeline.__call__
     stop = True
 
-    def stops(pipe: Any, prompts: list[str], **options: Any) -> Any:
-        calls.append(len(prompts))
+    def stops(pipe: Any, prompt: list[str], **options: Any) -> Any:
+        calls.append(len(prompt))
         if stop and len(calls) == 3:
             raise KeyboardInterrupt
-        return call(pipe, prompts, **options)
+        return call(pipe, prompt, **options)
 
     monkeypatch.setattr(StableDiffusionPipeline, "__call__", stops)
     with pytest.raises(KeyboardInterrupt):
@@ -268,8 +268,8 @@ def test_mistakes_are_one_line_and_leave_nothing(
 
 
 def test_a_model_that_is_none_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    for model, named in ((tmp_path, "is a FluxPipeline"), (tmp_path / "none", "there is no folder")):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxFillPipeline"}')
+    for model, named in ((tmp_path, "is a FluxFillPipeline"), (tmp_path / "none", "there is no folder")):
         with pytest.raises(UserError, match=named):
             sample.sample(settings(model, tmp_path / "out", ["a cat"]))
 
