@@ -142,7 +142,13 @@ def plain(inputs: dict[str, Any], layout: Guidance) -> dict[str, Any]:
 
 
 def as_called(inputs: dict[str, Any], layout: Guidance) -> dict[str, Any]:
-    """Return inputs as the network takes them: `plain`, back."""
+    """Return inputs as the network takes them: `plain`, back.
+
+    Example:
+        >>> from ambient_sd.families.sd import LAYOUT
+        >>> as_called({"sample": torch.zeros(1, 4, 8, 8)}, LAYOUT)["sample"].shape
+        torch.Size([1, 4, 8, 8])
+    """
     if not layout.listed:
         return inputs
     lengths = inputs[_LENGTHS].sum(1).long().tolist()
