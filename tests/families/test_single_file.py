@@ -234,6 +234,6 @@ def test_settings_folder_without_a_part_is_refused(pairs: dict[str, Pair], tmp_p
     (folder / "vae" / "config.json").unlink()
     with pytest.raises(UserError, match=r"has no vae/config\.json"):
         check_base(str(file), config=str(folder))
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(UserError, match="FluxPipeline"):
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxFillPipeline"}))
+    with pytest.raises(UserError, match="FluxFillPipeline"):
         check_base(str(file), config=str(folder))
