@@ -629,7 +629,7 @@ BASES = {
     "index empty": file("model_index.json", b""),
     "index cut": file("model_index.json", lambda b: b[:40]),
     "index a list": file("model_index.json", b"[]"),
-    "index of a transformer": values("model_index.json", "FluxPipeline", _class_name="FluxPipeline", transformer=["diffusers", "FluxTransformer2DModel"]),
+    "index of a transformer": values("model_index.json", "FluxFillPipeline", _class_name="FluxFillPipeline", transformer=["diffusers", "FluxTransformer2DModel"]),
     "index without a class": values("model_index.json", _class_name=...),
     "index whose class is a number": values("model_index.json", _class_name=3),
     "index with another U-Net": values("model_index.json", "UNet2DModel", unet=["diffusers", "UNet2DModel"]),

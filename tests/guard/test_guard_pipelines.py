@@ -304,7 +304,7 @@ TRANSFORMERS = [name for name, (_, _, schedulers) in CASES.items() if schedulers
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_prompt_optimization_works_on_transformers_too(name: str) -> None:
     pipe, call = case(name)
-    with MemorizationGuard(pipe, PromptOptimization(1e-3, max_steps=4, lr=0.01)) as guard:
+    with MemorizationGuard(pipe, PromptOptimization(1e-3, max_steps=4, lr=1e-4)) as guard:
         run(pipe, call)
     image = guard.report[1]
     assert image.mitigated and image.curve[0] == pytest.approx(image.first_score_after, rel=1e-4)

@@ -28,24 +28,26 @@ DYNAMIC: dict[str, Any] = {"use_dynamic_shifting": True, "base_shift": 0.5, "max
 @pytest.mark.parametrize("shift", [1.0, 3.0, 0.7])
 def test_the_table_is_the_scheduler_s_own(shift: float) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    assert torch.equal(FlowTimesteps(scheduler, "none", None).table(1024), scheduler.timesteps)
+    assert torch.equal(FlowTimesteps(scheduler, "none", None, SD3.shift).table(1024), scheduler.timesteps)
 
 
 @pytest.mark.parametrize("tokens", [64, 1024, 4096])
 @pytest.mark.parametrize("kind", ["exponential", "linear"])
 def test_the_shift_by_resolution_is_the_pipeline_s(tokens: int, kind: str) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(**DYNAMIC, time_shift_type=kind)
-    table = FlowTimesteps(scheduler, "none", None).table(tokens)
+    table = FlowTimesteps(scheduler, "none", None, SD3.shift).table(tokens)
     mu = calculate_shift(tokens, 256, 4096, 0.5, 1.15)
     scheduler.set_timesteps(sigmas=[s / 1000 for s in range(1000, 0, -1)], mu=mu)
     torch.testing.assert_close(table, scheduler.timesteps, rtol=1e-5, atol=1e-3)
-    plain = FlowTimesteps(scheduler, "none", 1.0).table(tokens)
+    plain = FlowTimesteps(scheduler, "none", 1.0, SD3.shift).table(tokens)
     assert torch.equal(plain, FlowMatchEulerDiscreteScheduler().timesteps), "a given shift stands in its place"
     assert not torch.allclose(table, plain, atol=1.0), "negative control"
 
 
 def test_a_shift_multiplies_the_noise_level() -> None:
-    one, three = (FlowTimesteps(FlowMatchEulerDiscreteScheduler(), "none", shift).table(1) for shift in (1.0, 3.0))
+    one, three = (
+        FlowTimesteps(FlowMatchEulerDiscreteScheduler(), "none", shift, SD3.shift).table(1) for shift in (1.0, 3.0)
+    )
     inner = slice(1, None)  # the first is pure noise
     torch.testing.assert_close(FLOW.level(three[inner]), 3 * FLOW.level(one[inner]), rtol=1e-3, atol=0)
 
@@ -54,7 +56,10 @@ def test_a_shift_multiplies_the_noise_level() -> None:
     ("scheme", "options"), [("none", {}), ("cosmap", {}), ("logit_normal", {"logit_mean": -0.5, "logit_std": 0.8}), ("mode", {"mode_scale": 1.29})]
 )  # fmt: skip
 def test_draws_have_the_law_of_diffusers_scripts(scheme: str, options: dict[str, float]) -> None:
-    draw, stream = FlowTimesteps(FlowMatchEulerDiscreteScheduler(), scheme, None, **options), SampleStream(1, 0)
+    draw, stream = (
+        FlowTimesteps(FlowMatchEulerDiscreteScheduler(), scheme, None, SD3.shift, **options),
+        SampleStream(1, 0),
+    )
     mine = torch.stack([draw(stream, p, 1) for p in range(1500)]).sort().values
     given = {"logit_mean": None, "logit_std": None, "mode_scale": None} | options
     u = compute_density_for_timestep_sampling(scheme, 20_000, **given, generator=torch.Generator().manual_seed(1))  # type: ignore[arg-type]
@@ -64,7 +69,7 @@ def test_draws_have_the_law_of_diffusers_scripts(scheme: str, options: dict[str,
 
 
 def test_u_shaped_draws_follow_their_density() -> None:
-    draw, stream = FlowTimesteps(FlowMatchEulerDiscreteScheduler(), "u_shaped", None), SampleStream(1, 0)
+    draw, stream = FlowTimesteps(FlowMatchEulerDiscreteScheduler(), "u_shaped", None, SD3.shift), SampleStream(1, 0)
     v = 1 - torch.stack([draw(stream, p, 1) for p in range(1500)]).sort().values / 1000
     # The integral of cosh(4 (2u - 1)) from 0 to u, over that to 1.
     wanted = (1 + torch.sinh(4 * (2 * v.flip(0) - 1)) / math.sinh(4)) / 2
@@ -74,7 +79,10 @@ def test_u_shaped_draws_follow_their_density() -> None:
 
 
 def test_a_place_has_one_timestep() -> None:
-    draw, stream = FlowTimesteps(FlowMatchEulerDiscreteScheduler(), "mode", None, mode_scale=1.29), SampleStream(3, 0)
+    draw, stream = (
+        FlowTimesteps(FlowMatchEulerDiscreteScheduler(), "mode", None, SD3.shift, mode_scale=1.29),
+        SampleStream(3, 0),
+    )
     assert torch.equal(draw(stream, 5, 64), draw(stream, 5, 64))
     assert not torch.equal(draw(stream, 5, 64), draw(stream, 6, 64))
 
@@ -118,7 +126,7 @@ def test_options_of_flow_matching_are_refused_for_stable_diffusion(given: dict[s
 
 
 @pytest.mark.parametrize(
-    "given", [{"train_text_encoder": True, "lora": True}, {"lora": True, "lora_min_rank": 1}, {"agc": 0.5}, {"lora": True, "output_kohya_format": True}]
+    "given", [{"train_text_encoder": True, "lora": True}, {"lora": True, "lora_min_rank": 1}, {"lora": True, "output_kohya_format": True}]
 )  # fmt: skip
 def test_options_of_a_unet_are_refused_for_a_transformer(given: dict[str, Any]) -> None:
     config = TrainConfig("base", train_data_dir="images", **given)
