@@ -106,13 +106,13 @@ def test_each_batch_has_as_many_class_images(settings: Settings, classes: Path) 
 def test_gradients_are_the_sum_by_weight(settings: Settings, classes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain SGD without clipping: the step of the sum is the sum of the steps."""
 
-    def sgd(config: TrainConfig, groups: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:
+    def sgd(config: TrainConfig, groups: list[dict[str, Any]], rate: float, step: int) -> torch.optim.Optimizer:
         optimizer = torch.optim.SGD(groups, lr=rate)
         for group in optimizer.param_groups:
             group["initial_lr"] = rate
         return optimizer
 
-    monkeypatch.setattr("ambient_sd.training.loop._make_optimizer", sgd)
+    monkeypatch.setattr("ambient_sd.training.optimizers.make", sgd)
     values: dict[str, Any] = {"max_train_steps": 1, "max_grad_norm": 1e9, "caption_dropout": 0.0}
 
     def step(name: str, **more: Any) -> torch.Tensor:
