@@ -165,6 +165,11 @@ def _write(folder: Path, pipeline: str, unet: Any, vae: Any, *texts: Any) -> Pat
     return folder
 
 
+def card(gib: float) -> str:
+    """Return the smallest card on which a peak leaves room for drivers and workspaces."""
+    return next((f"{size} GB" for size in _CARDS if gib <= USABLE * size), "none")
+
+
 def cards(batches: list[int], only: str = "") -> None:
     """Print the peak of each method by model, resolution and batch, and the smallest card for it."""
     for title, write, sides in (("Stable Diffusion 2", sd2, (512, 768)), ("SDXL", sdxl, (512, 768, 1024))):
@@ -184,8 +189,7 @@ def cards(batches: list[int], only: str = "") -> None:
                             str(folder), train_data_dir="images", resolution=side, train_batch_size=n, **options
                         )
                         gib = predict(config, base, (side, side), precision="bf16").peak / 2**30
-                        card = next((f"{size} GB" for size in _CARDS if gib <= USABLE * size), "none")
-                        cells.append(f"{gib:.1f} ({card})")
+                        cells.append(f"{gib:.1f} ({card(gib)})")
                 print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

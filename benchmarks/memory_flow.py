@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import _CARDS
+from memory import card
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -26,7 +26,6 @@ import tiny_more  # noqa: E402
 from ambient_sd.families.base import check_base  # noqa: E402
 from ambient_sd.training import TrainConfig  # noqa: E402
 from ambient_sd.training.footprint import predict  # noqa: E402
-from ambient_sd.training.proposals import USABLE  # noqa: E402
 
 _KL = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32, "sample_size": 1024,
        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}  # fmt: skip
@@ -110,8 +109,7 @@ def main() -> None:
                     config = TrainConfig(place, train_data_dir="images", resolution=side, train_batch_size=1, **options)
                     found = predict(config, base, (side, side), precision="bf16")
                     step, peak = found.step / 2**30, found.peak / 2**30
-                    card = next((f"{size} GB" for size in _CARDS if peak <= USABLE * size), "none")
-                    cells.append(f"{step:.1f}, with encoding {peak:.1f} ({card})")
+                    cells.append(f"{step:.1f}, with encoding {peak:.1f} ({card(peak)})")
                 print(f"| {title} | {billions:.1f} B | {method} | {' | '.join(cells)} |", flush=True)
 
 

@@ -22,37 +22,18 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tiny_flow import tiny_t5_tokenizer, tiny_vae, woken
-from tokenizers.pre_tokenizers import ByteLevel
+from tiny_flow import tiny_qwen_tokenizer, tiny_t5_tokenizer, tiny_vae, woken
 from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
     UMT5Config,
     UMT5EncoderModel,
 )
-
-_CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
-
-
-def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
-    """A Qwen tokenizer whose words are bytes, with the chat template's marks."""
-    vocab = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
-    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = Qwen2Tokenizer(
-        vocab=vocab | {mark: len(vocab) + i for i, mark in enumerate(marks)}, merges=[], unk_token="<|endoftext|>",
-        eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=marks[1:], model_max_length=131072,
-    )  # fmt: skip
-    tokenizer.chat_template = _CHAT
-    return tokenizer
 
 
 def tiny_gemma_tokenizer() -> GemmaTokenizer:

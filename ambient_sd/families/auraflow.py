@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ambient_sd.families.flow import FlowTransformer, tokens
+from ambient_sd.families.flow import FlowTransformer
 from ambient_sd.families.guidance import Guidance
+from ambient_sd.families.sd import tokenize
 from ambient_sd.utils.devices import send
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class AuraFlowFamily(FlowTransformer):
 
     def embed(self, parts: Mapping[str, Any], captions: Sequence[str]) -> dict[str, torch.Tensor]:
         model = parts["text_encoder"]
-        given = tokens(parts["tokenizer"], captions, self.text_length or 0)
+        given = tokenize(parts["tokenizer"], captions, self.text_length or 0)
         mask = send(given.attention_mask, model.device)
         hidden = model(input_ids=send(given.input_ids, model.device), attention_mask=mask)[0]
         return {"hidden": (hidden * mask.unsqueeze(-1)).float()}

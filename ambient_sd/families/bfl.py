@@ -77,3 +77,19 @@ def fused(network: Any) -> dict[str, tuple[str, ...]]:
                 if all(path in known for path in paths):
                     found[f"{_BLOCKS[kind]}.{place}.{theirs}"] = paths
     return found
+
+
+class OriginalNames:
+    """Give a family, as its first base, the names of Black Forest Labs' layers: FLUX.1's, FLUX.2's and Chroma's files have them.
+
+    Example:
+        >>> from ambient_sd.families.flux import Flux
+        >>> issubclass(Flux, OriginalNames)
+        True
+    """
+
+    def original_names(self, network: Any) -> dict[str, str]:
+        return names(network)
+
+    def fused_names(self, network: Any) -> dict[str, tuple[str, ...]]:
+        return fused(network)

@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ambient_sd.families.flow import tokens
+from ambient_sd.families.bfl import OriginalNames
 from ambient_sd.families.flux import FLUX, Packed, pack, places, unpack
 from ambient_sd.families.guidance import Guidance
+from ambient_sd.families.sd import tokenize
 from ambient_sd.utils.devices import send
 
 if TYPE_CHECKING:
     from ambient_sd.families.base import Model
 
 
-class Chroma(Packed):
+class Chroma(OriginalNames, Packed):
     """Describe Chroma.
 
     Example:
@@ -52,7 +53,7 @@ class Chroma(Packed):
 
     def embed(self, parts: Mapping[str, Any], captions: Sequence[str]) -> dict[str, torch.Tensor]:
         model = parts["text_encoder"]
-        found = tokens(parts["tokenizer"], captions, self.text_length or 0)
+        found = tokenize(parts["tokenizer"], captions, self.text_length or 0)
         mask = send(found.attention_mask, model.device)
         hidden = model(send(found.input_ids, model.device), attention_mask=mask)[0].float()
         read = torch.arange(mask.shape[1], device=mask.device) <= mask.sum(1, keepdim=True)

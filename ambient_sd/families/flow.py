@@ -93,17 +93,6 @@ class FlowTransformer(KLFamily):
         return int(network["sample_size"]) * self.vae_factor(vae)
 
 
-def tokens(tokenizer: Any, captions: Sequence[str], length: int) -> Any:
-    """Tokenize captions, padded and cut to a length, as these pipelines do.
-
-    Example:
-        >>> from ambient_sd.assets.tiny import tiny_tokenizer
-        >>> tokens(tiny_tokenizer(), ["a cat"], 12).input_ids.shape
-        torch.Size([1, 12])
-    """
-    return tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-
-
 def read_rows(hidden: torch.Tensor, mask: Sequence[Sequence[int]], skip: int = 0) -> dict[str, torch.Tensor]:
     """Return the hidden states that a tokenizer's mask lets be read, but the first `skip`, and which of the rows they are.
 

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ambient_sd.families import bfl
+from ambient_sd.families.bfl import OriginalNames
 from ambient_sd.families.family import config_of
-from ambient_sd.families.flow import FlowTransformer, tokens
+from ambient_sd.families.flow import FlowTransformer
 from ambient_sd.families.guidance import Guidance
+from ambient_sd.families.sd import tokenize
 from ambient_sd.utils.devices import send
 
 if TYPE_CHECKING:
@@ -50,14 +51,8 @@ class Packed(FlowTransformer):
     def start(self, noise: torch.Tensor) -> torch.Tensor:
         return pack(noise)
 
-    def original_names(self, network: Any) -> dict[str, str]:
-        return bfl.names(network)
 
-    def fused_names(self, network: Any) -> dict[str, tuple[str, ...]]:
-        return bfl.fused(network)
-
-
-class Flux(Packed):
+class Flux(OriginalNames, Packed):
     """Describe FLUX.1 dev and schnell.
 
     Example:
@@ -100,7 +95,7 @@ class Flux(Packed):
         found = []
         for end, length in (("", parts["tokenizer"].model_max_length), ("_2", self.text_length or 0)):
             model = parts[f"text_encoder{end}"]
-            found.append(model(send(tokens(parts[f"tokenizer{end}"], captions, length).input_ids, model.device)))
+            found.append(model(send(tokenize(parts[f"tokenizer{end}"], captions, length).input_ids, model.device)))
         return {"hidden": found[1][0].float(), "pooled": found[0].pooler_output.float()}
 
     def predict(

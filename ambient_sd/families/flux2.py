@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ambient_sd.families import bfl
+from ambient_sd.families.bfl import OriginalNames
 from ambient_sd.families.flow import FlowTransformer
 from ambient_sd.families.guidance import Guidance
 from ambient_sd.utils.devices import send
@@ -30,7 +30,7 @@ _LAYERS = (9, 18, 27)  # of Qwen3
 _STEPS = 50  # its pipeline's default, by which the shift goes too
 
 
-class Flux2Klein(FlowTransformer):
+class Flux2Klein(OriginalNames, FlowTransformer):
     """Describe FLUX.2 klein, 4B and 9B.
 
     Example:
@@ -127,12 +127,6 @@ class Flux2Klein(FlowTransformer):
         # In the other blocks `to_out` is a list of layers.
         single = range(len(network.single_transformer_blocks))
         return [*self.lora_targets, *(f"single_transformer_blocks.{i}.attn.to_out" for i in single)]
-
-    def original_names(self, network: Any) -> dict[str, str]:
-        return bfl.names(network)
-
-    def fused_names(self, network: Any) -> dict[str, tuple[str, ...]]:
-        return bfl.fused(network)
 
     def predict(
         self, network: Any, x_t: torch.Tensor, timesteps: torch.Tensor, inputs: Mapping[str, Any]

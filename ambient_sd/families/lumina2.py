@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ambient_sd.families.flow import FlowTransformer, tokens
+from ambient_sd.families.flow import FlowTransformer
 from ambient_sd.families.guidance import Guidance
+from ambient_sd.families.sd import tokenize
 from ambient_sd.utils.devices import send
 from ambient_sd.utils.errors import UserError
 
@@ -60,7 +61,7 @@ class Lumina2(FlowTransformer):
         tokenizer, model = parts["tokenizer"], parts["text_encoder"]
         tokenizer.padding_side = "right"
         texts = [f"{_system_prompt()} <Prompt Start> {caption}" if caption else "" for caption in captions]
-        found = tokens(tokenizer, texts, self.text_length or 0)
+        found = tokenize(tokenizer, texts, self.text_length or 0)
         mask = send(found.attention_mask, model.device)
         states = model(
             send(found.input_ids, model.device), attention_mask=mask, output_hidden_states=True, use_cache=False

@@ -76,12 +76,6 @@ class QwenImage(Packed):
         factor = self.vae_factor(vae)
         return int(vae["z_dim"]), size[1] // factor, size[0] // factor
 
-    def original_names(self, network: Any) -> dict[str, str]:
-        return {}  # those of diffusers, not FLUX.1's
-
-    def fused_names(self, network: Any) -> dict[str, tuple[str, ...]]:
-        return {}
-
     def encode(self, vae: Any, pixels: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
         posterior = vae.encode(send(pixels.to(vae.dtype), vae.device).unsqueeze(2)).latent_dist
         z = posterior.mean.float() + posterior.std.float() * send(draw, vae.device).unsqueeze(2)

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ambient_sd.families.family import config_of
-from ambient_sd.families.flow import FlowTransformer, tokens
+from ambient_sd.families.flow import FlowTransformer
 from ambient_sd.families.guidance import Guidance
+from ambient_sd.families.sd import tokenize
 from ambient_sd.utils.devices import send
 from ambient_sd.utils.errors import UserError
 
@@ -94,7 +95,7 @@ class SanaFamily(FlowTransformer):
             text = _instruction() + text
             # Two of the instruction's tokens are counted with the caption: its first, and the end that is not there.
             length += len(tokenizer.encode(_instruction())) - 2
-        given = tokens(tokenizer, [text], length)
+        given = tokenize(tokenizer, [text], length)
         mask = send(given.attention_mask, model.device)
         hidden = model(send(given.input_ids, model.device), attention_mask=mask, use_cache=False)[0].float()
         rows = [0, *range(1 - (self.text_length or 0), 0)]

@@ -132,15 +132,15 @@ class StableDiffusion(KLFamily):
         return sgm.names(network)
 
 
-def tokenize(tokenizer: Any, captions: str | Sequence[str]) -> Any:
-    """Tokenize as the pipelines do: padded and cut to the encoder's length.
+def tokenize(tokenizer: Any, captions: str | Sequence[str], length: int | None = None) -> Any:
+    """Tokenize as the pipelines do: padded and cut to a length, by default the encoder's.
 
     Example:
         >>> from ambient_sd.assets.tiny import tiny_tokenizer
         >>> tokenize(tiny_tokenizer(), "a cat").input_ids.shape
         torch.Size([1, 24])
     """
-    length = tokenizer.model_max_length
+    length = tokenizer.model_max_length if length is None else length
     return tokenizer(
         captions if isinstance(captions, str) else list(captions),
         padding="max_length",

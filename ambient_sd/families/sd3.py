@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ambient_sd.families.family import config_of
-from ambient_sd.families.flow import FlowTransformer, tokens
+from ambient_sd.families.flow import FlowTransformer
 from ambient_sd.families.guidance import Guidance
+from ambient_sd.families.sd import tokenize
 from ambient_sd.utils.devices import send
 from ambient_sd.utils.errors import UserError
 
@@ -73,14 +74,14 @@ class StableDiffusion3(FlowTransformer):
         for end in ("", "_2"):
             model = parts[f"text_encoder{end}"]
             # The first one's length for both, as the pipeline has it.
-            ids = tokens(parts[f"tokenizer{end}"], captions, parts["tokenizer"].model_max_length).input_ids
+            ids = tokenize(parts[f"tokenizer{end}"], captions, parts["tokenizer"].model_max_length).input_ids
             output = model(send(ids, model.device), output_hidden_states=True)
             clips.append(output.hidden_states[-2].float())
             pooled.append(output.text_embeds.float())
         hidden = torch.cat(clips, dim=-1)
         rows = hidden.new_zeros(len(hidden), self.text_length or 0, hidden.shape[-1])
         if (model := parts.get("text_encoder_3")) is not None:
-            ids = tokens(parts["tokenizer_3"], captions, self.text_length or 0).input_ids
+            ids = tokenize(parts["tokenizer_3"], captions, self.text_length or 0).input_ids
             rows = model(send(ids, model.device))[0].float()
         hidden = torch.nn.functional.pad(hidden, (0, rows.shape[-1] - hidden.shape[-1]))
         return {"hidden": torch.cat([hidden, rows], dim=1), "pooled": torch.cat(pooled, dim=-1)}

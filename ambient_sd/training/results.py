@@ -26,9 +26,10 @@ from ambient_sd.training import adapters, checkpoints
 from ambient_sd.training.config import CONFIG_NAME, TrainConfig
 from ambient_sd.utils import files
 from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.weight_files import NETWORKS
 
 INDEX_NAME = "model_index.json"
-_RESULTS = (INDEX_NAME, "unet", "transformer", WEIGHTS_NAME, adapters.KOHYA_NAME)
+_RESULTS = (INDEX_NAME, *NETWORKS, WEIGHTS_NAME, adapters.KOHYA_NAME)
 SKIPPED_NAME = "skipped.jsonl"
 _SHEET = re.compile(r"step-\d+(-new)?\.png|scores\.json|curve\.png")
 

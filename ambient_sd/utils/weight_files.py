@@ -16,7 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from ambient_sd.utils.hub_ids import resolve_model_id
 
 ADAPTER_NAME = "pytorch_lora_weights.safetensors"
-_NETWORKS = ("unet", "transformer")  # a pipeline has one of them
+NETWORKS = ("unet", "transformer")  # a pipeline has one of them
 # Whole or in parts; diffusers has written the variant before and behind the number of the part.
 _NUMBER = r"(-\d{5}-of-\d{5})?"
 _FILE = re.compile(rf"(diffusion_pytorch_)?model{_NUMBER}(\.(?P<variant>[\w-]+?))?{_NUMBER}\.safetensors")
@@ -57,12 +57,12 @@ def network_files(
     if folder.is_file():
         return {folder.name: file_digest(folder)}
     if not folder.is_dir():
-        found = [_cached(name, f"{part}/config.json", revision, cache_dir) for part in _NETWORKS]
+        found = [_cached(name, f"{part}/config.json", revision, cache_dir) for part in NETWORKS]
         if (first := next((path for path in found if path is not None), None)) is None:
             return {}
         folder = first.parents[1]
     files: dict[str, str] = {}
-    for part in _NETWORKS:
+    for part in NETWORKS:
         there = variants(folder / part)
         paths = there.get(variant) or there.get(None, [])
         files |= {f"{part}/{path.name}": file_digest(path) for path in paths}

@@ -124,10 +124,8 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path | None]:
     found = {kind: torch.tensor([curves[kind, i] for i in range(len(texts))]) for kind, texts in prompts.items()}
     evaluations, terms = int(found["ordinary"].shape[2]), None
     if detector == "anisotropy":
-        terms, evaluations = (
-            fitted(found["ordinary"], low_timestep_of(pipe.scheduler)),
-            2,
-        )  # of the network, for both halves
+        terms = fitted(found["ordinary"], low_timestep_of(pipe.scheduler))
+        evaluations = 2  # of the network, for both halves
         found = {kind: _weighted(values, terms) for kind, values in found.items()}
     entries = thresholds(found["ordinary"], found["memorized"], settings.fpr, seed=config.seed)
     for entry in entries:
