@@ -14,11 +14,15 @@ With y_n = x0 + s_n eps_n, the second loss is an ordinary one on a corrected pai
 
 so the target is what diffusers computes from (eps*, x0*) and the weight is a^q. Derivation: docs/maths.md.
 
+Fine-tuning can do without images above a level: there the target is what the base itself predicts from x_t ("distill"), which
+`CorruptedBatch.distilled` marks and the caller fills in.
+
 It does not reduce the loss, choose timesteps, draw eps_n (`ambient_sd.data.noise`), or change the sampler.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -26,9 +30,10 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from ambient_sd.schedule import PREDICTION_TYPES, NoiseSchedule
+from ambient_sd.utils.devices import send
 from ambient_sd.utils.errors import UserError
 
-MODES = ("ambient", "plain", "gap", "weighted")
+MODES = ("ambient", "plain", "gap", "weighted", "distill")
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class CorruptedBatch:
         weight: (B,) factor of each sample's loss; float32, or float64 if x0 is.
         clean: (B,) bool, True where x_t and target were made from the clean image.
         noise: (B, ...) the fresh noise xi, dtype of x0.
+        distilled: (B,) bool, True where the target is to be the base's prediction; None where none is.
 
     Example:
         >>> objective = AmbientObjective(NoiseSchedule(2, "epsilon", torch.tensor([0.8, 0.2])), mode="plain")
@@ -56,6 +62,34 @@ class CorruptedBatch:
     weight: torch.Tensor
     clean: torch.Tensor
     noise: torch.Tensor
+    distilled: torch.Tensor | None = None
+
+    def with_base(self, prediction: torch.Tensor) -> CorruptedBatch:
+        """Return the batch with the base's prediction as the target of the distilled samples.
+
+        Args:
+            prediction: (N, ...) what the base's network returns for `x_t[distilled]`, without gradient.
+
+        Example:
+            >>> objective = AmbientObjective(NoiseSchedule(2, "epsilon", torch.tensor([0.8, 0.2])), mode="distill", level=1.0)
+            >>> batch = objective.corrupt(torch.zeros(2, 4, 2, 2), None, torch.tensor([0, 1]))
+            >>> batch.distilled.tolist()
+            [False, True]
+            >>> bool((batch.with_base(torch.full((1, 4, 2, 2), 7.0)).target[1] == 7).all())
+            True
+        """
+        if self.distilled is None:
+            return self
+        rows = self.distilled.nonzero().flatten()
+        wanted = (len(rows), *self.target.shape[1:])
+        if prediction.shape != wanted:
+            raise UserError(
+                f"the base's prediction has shape {tuple(prediction.shape)}",
+                rule=f"it must be that of x_t[distilled], {wanted}",
+            )
+        device = prediction.device
+        target = send(self.target, device).index_copy(0, send(rows, device), prediction.detach().to(self.target.dtype))
+        return dataclasses.replace(self, target=target, distilled=None)
 
 
 class AmbientObjective:
@@ -70,10 +104,13 @@ class AmbientObjective:
             above s_n; 1 is the noise-target loss of "Consistent Diffusion Meets Tweedie"; 0 removes the weight: the
             variance of the target, 1/a, is then unbounded just above s_n.
         mode: "ambient"; "plain", the ordinary loss, which ignores `level` and eps_n; "gap", the ordinary loss with
-            weight zero where level < s_t <= gap_upper ("Two Calm Ends and the Wild Middle", arXiv 2602.17846); or
+            weight zero where level < s_t <= gap_upper ("Two Calm Ends and the Wild Middle", arXiv 2602.17846);
             "weighted", the ordinary loss of the clean image with the weight a^q where s_t > level: the control that
-            shares ambient's under-trained band, but not its target.
+            shares ambient's under-trained band, but not its target; or "distill", the ordinary loss up to `level`, and
+            where s_t > distill_level the distance to the base's own prediction on the same input.
         gap_upper: upper noise level of the gap, above `level`; only with "gap".
+        distill_level: noise level above which the base's prediction is the target, at least `level`, which it is if not
+            given; between the two the loss is the ambient one. Only with "distill".
 
     Raises:
         UserError: an argument breaks its rule; before any tensor is touched.
@@ -96,6 +133,7 @@ class AmbientObjective:
         reweight: int = 2,
         mode: str = "ambient",
         gap_upper: float | None = None,
+        distill_level: float | None = None,
     ) -> None:
         if mode not in MODES:
             raise UserError(f"objective {mode!r} is unknown", remedy=f"use one of {', '.join(MODES)}")
@@ -107,6 +145,13 @@ class AmbientObjective:
         self.prediction_type = _check_prediction_type(schedule, prediction_type)
         self.level = 0.0 if mode == "plain" else _noise_level(schedule, level, timestep)
         self.gap_upper = _check_gap(mode, self.level, gap_upper)
+        self.distill_level = _check_distill(mode, schedule, self.level, distill_level)
+
+    @property
+    def uses_noise(self) -> bool:
+        """Tell whether some loss needs the fixed noise of each image; at level 0 the ambient run is the plain one."""
+        upper = math.inf if self.mode == "ambient" else self.distill_level or 0.0
+        return 0 < self.level < upper
 
     def corrupt(
         self,
@@ -135,7 +180,7 @@ class AmbientObjective:
         Raises:
             UserError: shapes disagree, eps_n is missing, or float16 cannot hold the target (looked at on the CPU only).
         """
-        uses_noise = self.mode == "ambient" and self.level > 0
+        uses_noise = self.uses_noise
         _check_batch(x0, eps_n, timesteps, noise, eps_n_needed=uses_noise)
         if noise is None:
             noise = randn_tensor(tuple(x0.shape), generator=generator, device=x0.device, dtype=x0.dtype)
@@ -147,10 +192,12 @@ class AmbientObjective:
         alpha, sigma = (per_sample(v) for v in self.schedule.coefficients(timesteps, work))
         level_t = self.schedule.level(timesteps)
         beyond = level_t > self.level
-        clean = ~beyond if uses_noise else torch.ones_like(beyond)
+        distilled = None if self.distill_level is None else level_t > self.distill_level
+        ambient = beyond & uses_noise if distilled is None else beyond & ~distilled
+        clean = ~ambient
         # Clean rows have s_n = 0 and any s_t (1); an infinite s_t gives ratio 0. So a, 1 / sqrt(a) and the rest are
         # finite as they stand: there is no 0/0 at s_t = s_n, 0 or infinity that a mask would have to hide.
-        s_n = torch.zeros_like(level_t).masked_fill(beyond & ~clean, self.level)
+        s_n = torch.zeros_like(level_t).masked_fill(ambient, self.level)
         ratio = s_n / level_t.masked_fill(clean, 1.0)
         # Both factors are exact to a rounding, so a > 0 wherever s_t > s_n, however close.
         a = (1.0 - ratio) * (1.0 + ratio)
@@ -186,8 +233,9 @@ class AmbientObjective:
             x_t=x_t.to(x0.dtype),
             target=target.to(x0.dtype),
             weight=weight.to(x0.device, work),
-            clean=clean.to(x0.device),
+            clean=(clean if distilled is None else clean & ~distilled).to(x0.device),
             noise=noise,
+            distilled=None if distilled is None else distilled.to(x0.device),
         )
 
 
@@ -229,6 +277,23 @@ def _check_gap(mode: str, level: float, gap_upper: float | None) -> float | None
             f"gap_upper is {gap_upper}", rule=f"it must be a finite noise level above the lower one, {level}"
         )
     return float(gap_upper)
+
+
+def _check_distill(mode: str, schedule: NoiseSchedule, level: float, distill_level: float | None) -> float | None:
+    if mode != "distill":
+        if distill_level is not None:
+            raise UserError(
+                f"distill_level is given with objective {mode!r}", rule='it belongs to objective "distill" only'
+            )
+        return None
+    if level <= 0:
+        raise UserError("the noise level s_n is 0", rule="with distill nothing would be learnt from the images",
+                        remedy="give a level above 0; 2.5 is a start")  # fmt: skip
+    upper = level if distill_level is None else float(distill_level)
+    if not level <= upper < schedule.max_level:
+        raise UserError(f"distill_level is {distill_level if distill_level is not None else level}",
+                        rule=f"it must lie from the level s_n, {level:g}, to below {schedule.max_level:.6g}, the schedule's largest")  # fmt: skip
+    return upper
 
 
 def _check_batch(

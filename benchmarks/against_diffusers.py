@@ -11,6 +11,7 @@ the short one start and end. Variants take turns, and each round gives one ratio
     encoding    ours, plain, crops drawn anew each epoch: VAE in every step, captions held
     memory      ours, ambient, the default: latents and captions held in memory
     cache       ours, ambient, --latent_cache_dir, filled before the clock starts
+    released    ours, ambient, --fused_backward_pass: each gradient goes as soon as its weight has made its step (all weights only)
 """
 
 from __future__ import annotations
@@ -120,6 +121,8 @@ def variants(folder: Path, script: Path | None, batch: int, lora: bool) -> dict[
         "memory": ambient,
         "cache": [*ambient, "--latent_cache_dir", str(folder / "cache")],
     }
+    if not lora:
+        commands["released"] = [*ambient, "--fused_backward_pass", "--max_grad_norm", "0"]
     theirs = {} if script is None else {"diffusers": [sys.executable, str(script), *same]}
     return {**theirs, **commands}
 

@@ -6,6 +6,7 @@ Reference values come from diffusers' scheduler or are written out from the pape
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -356,3 +357,48 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     )
     with pytest.raises(UserError, match="does not fit float16"):
         close.corrupt(x0.half(), eps_n.half(), torch.tensor([5, 354]))
+
+
+def test_distill_is_plain_below_its_level_and_asks_for_the_base_above() -> None:
+    schedule = schedule_for("v_prediction")
+    x0, noise, t = draw(5, *SHAPE), draw(5, *SHAPE), torch.tensor([0, 354, 355, 600, 999])
+    batch = AmbientObjective(schedule, mode="distill", timestep=354).corrupt(x0, None, t, noise=noise)
+    plain = AmbientObjective(schedule, mode="plain").corrupt(x0, None, t, noise=noise)
+    assert batch.distilled is not None and batch.distilled.tolist() == [False, False, True, True, True]
+    assert (
+        torch.equal(batch.x_t, plain.x_t) and (batch.weight == 1).all() and torch.equal(batch.clean, ~batch.distilled)
+    )
+    taught = batch.with_base(torch.full_like(x0[2:], 7.0))
+    assert torch.equal(taught.target[:2], plain.target[:2]) and (taught.target[2:] == 7).all()
+    with pytest.raises(UserError, match="prediction has shape"):
+        batch.with_base(x0)  # of all samples: rows would be mixed up
+
+
+def test_distill_has_the_ambient_loss_between_its_two_levels() -> None:
+    schedule = schedule_for("epsilon")
+    x0, eps_n, noise, t = draw(5, *SHAPE), draw(5, *SHAPE), draw(5, *SHAPE), torch.tensor([0, 354, 355, 600, 601])
+    lower, upper = float(schedule.level(354)), float(schedule.level(600))
+    batch = AmbientObjective(schedule, mode="distill", level=lower, distill_level=upper).corrupt(
+        x0, eps_n, t, noise=noise
+    )
+    ambient = AmbientObjective(schedule, level=lower).corrupt(x0, eps_n, t, noise=noise)
+    plain = AmbientObjective(schedule, mode="plain").corrupt(x0, None, t, noise=noise)
+    for name in ("x_t", "target", "weight"):
+        got, wanted, ordinary = (getattr(b, name) for b in (batch, ambient, plain))
+        assert torch.equal(got[:4], wanted[:4]) and torch.equal(got[4], ordinary[4])
+    assert batch.distilled is not None and batch.distilled.tolist() == [False] * 4 + [True]
+    assert batch.clean.tolist() == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"mode": "distill", "level": 0.0}, "nothing would be learnt"),
+        ({"mode": "distill", "level": 2.0, "distill_level": 1.0}, "distill_level is 1.0"),
+        ({"mode": "distill", "level": 2.0, "distill_level": math.inf}, "distill_level is inf"),
+        ({"mode": "ambient", "level": 2.0, "distill_level": 3.0}, 'belongs to objective "distill" only'),
+    ],
+)
+def test_distill_refuses_levels_without_a_meaning(options: dict[str, Any], what: str) -> None:
+    with pytest.raises(UserError, match=what):
+        AmbientObjective(schedule_for("epsilon"), **options)

@@ -1000,6 +1000,30 @@ def misplaced(parts: Mapping[str, nn.Module], adapter: Adapter, name: str) -> st
     return None
 
 
+@contextlib.contextmanager
+def switched_off(*networks: nn.Module) -> Iterator[None]:
+    """Let networks act without their adapters; layers that are off already stay so.
+
+    By hand: peft's own switch turns gradients on as well, and all adapters, also of layers that were off.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> with switched_off(tiny_pipeline().unet):  # which has none
+        ...     pass
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modules = [m for network in networks for m in network.modules()]
+    layers = [m for m in modules if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
 def adapted(network: nn.Module, name: str) -> list[tuple[str, Any]]:
     """Return the layers of a network that hold an adapter of a name.
 

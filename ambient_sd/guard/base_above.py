@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ambient_sd.families import layout_of, network_of
+from ambient_sd.families import layout_of, lora, network_of
 from ambient_sd.families.guidance import Guidance
 from ambient_sd.schedule import NoiseSchedule
 from ambient_sd.utils.errors import UserError, one_line
@@ -186,15 +186,8 @@ class _Switched:
             )
         if self.base is not None:
             return self.base(*args, **options)
-        # By hand: peft's switch turns gradients on as well, and all adapters, also of layers that were off.
-        layers = [layer for layer in _adapted(self._network) if not layer.disable_adapters]
-        for layer in layers:
-            layer._disable_adapters = True
-        try:
+        with lora.switched_off(self._network):
             return self._tuned(*args, **options)
-        finally:
-            for layer in layers:
-                layer._disable_adapters = False
 
 
 def _adapted(network: Any) -> list[Any]:

@@ -72,7 +72,7 @@ class Facts:
     Attributes:
         base: public name of the base model; base_id: the same if the hub has it, else None.
         licence: license, license_name, license_link of the base, as in a card's head.
-        objective: ambient, plain, gap or weighted; level: s_n or the gap's lower edge; timestep: where `level` lies on the base's
+        objective: ambient, plain, gap, weighted or distill; level: s_n or the gap's lower edge; timestep: where `level` lies on the base's
             schedule of `timesteps` steps, None below its first.
         pipeline: the class that samples it, of this package or of diffusers; vae: public name of a VAE that stood in for the base's own, else None.
         lora: rank, alpha, dropout, dora, targets; None for a full fine-tune.
@@ -97,6 +97,7 @@ class Facts:
     timestep: float | None
     timesteps: int
     gap_upper: float | None
+    distill_level: float | None
     reweight: int | None
     pipeline: str
     vae: str | None
@@ -229,6 +230,7 @@ def describe_run(
         timestep=timestep,
         timesteps=objective.schedule.num_train_timesteps,
         gap_upper=config.gap_upper,
+        distill_level=objective.distill_level,
         reweight=config.reweight,
         pipeline=base.family.guarded or base.family.pipeline,
         vae=_public(config.pretrained_vae_model_name_or_path, "another VAE"),

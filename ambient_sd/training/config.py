@@ -28,7 +28,7 @@ GROUPS = {
     "data": "Images and captions: a folder with metadata.jsonl, a parquet file, WebDataset shards, or a dataset's hub id.",
     "objective": "The loss. `ambient` never shows the network a clean image above the noise level s_n = sigma / alpha "
     "(on SD's schedule s = 0.34 at t=100, 0.83 at 300, 1.16 at 400, 2.3 at 600, 14.6 at 999); each image keeps one "
-    "noise. `plain` is the ordinary loss. `gap` is plain without the band of noise levels from the level to gap_upper; `weighted` is plain with ambient's weight a^q above the level: controls for studies.",
+    "noise. `plain` is the ordinary loss. `gap` is plain without the band of noise levels from the level to gap_upper; `weighted` is plain with ambient's weight a^q above the level: controls for studies. `distill` is plain up to the level and above it keeps to what the base model itself predicts: nothing of an image is learnt there.",
     "mitigation": "Published ways to keep a model from memorizing, beside the loss or in place of the ambient one; each off by default.",
     "optimisation": "Steps, batches and the optimizer (AdamW). Steps are optimizer steps.",
     "LoRA": "Low-rank adapters instead of a full fine-tune; these options need --lora.",
@@ -51,7 +51,7 @@ AUTO = "auto"
 PRESETS = Path(__file__).parents[1] / "presets"
 CONFIG_HELP = "settings from a file with these same names, or a preset by name (sd2-lora, sdxl-lora, sd35-lora, flux-lora, z-image-lora, ...: see configs/); the command line wins"
 MAX_SEED = 2**64 - 1  # what torch's generators take
-_NOT_AMBIENT = ("objective=plain,gap,weighted", "ambient_level=0")
+_NOT_AMBIENT = ("objective=plain,gap,weighted,distill", "ambient_level=0")
 
 
 @dataclass
@@ -100,14 +100,15 @@ class TrainConfig:
     caption_dropout: float = option(0.1, "share of samples trained with the empty caption: guidance and the guard's score need a trained unconditional branch", group="data", low=0.0, high=1.0, alias="proportion_empty_prompts")
     dataloader_num_workers: int = option(0, "worker processes that decode images where latents are not held in memory", group="data", low=0)
 
-    objective: str = option("ambient", "the loss", group="objective", choices=("ambient", "plain", "gap", "weighted"))
-    ambient_level: float | str | None = option(None, "ambient and weighted: noise level s_n, 0 is plain DDPM (default 1.0, t = 353 on SD's schedule); ambient: auto measures the images and proposes one; gap: lower edge of the band", group="objective", low=0.0, words=(AUTO,), needs="objective=ambient,gap,weighted")
-    ambient_timestep: int | None = option(None, "the same level given as a timestep of the base model's schedule", group="objective", low=0, rival="ambient_level", needs="objective=ambient,gap,weighted")
+    objective: str = option("ambient", "the loss", group="objective", choices=("ambient", "plain", "gap", "weighted", "distill"))
+    ambient_level: float | str | None = option(None, "ambient and weighted: noise level s_n, 0 is plain DDPM (default 1.0, t = 353 on SD's schedule); ambient: auto measures the images and proposes one; gap: lower edge of the band; distill: where the plain loss ends (default distill_level)", group="objective", low=0.0, words=(AUTO,), needs="objective=ambient,gap,weighted,distill")
+    ambient_timestep: int | None = option(None, "the same level given as a timestep of the base model's schedule", group="objective", low=0, rival="ambient_level", needs="objective=ambient,gap,weighted,distill")
     gap_upper: float | None = option(None, "gap: upper edge of the noise levels without loss (required there)", group="objective", above=0.0, needs="objective=gap")
-    reweight: int | None = option(None, "ambient and weighted: power q of the weight a^q, a = 1 - s_n^2 / s_t^2, on the levels above s_n: 2 = the paper's loss, 1 = noise target, 0 = full re-weighting (default 2)", group="objective", choices=(2, 1, 0), needs="objective=ambient,weighted")
+    distill_level: float | None = option(None, "distill: noise level above which the target is the base model's prediction on the same noisy image, without an adapter (default ambient_level, or 2.5); one more forward pass without gradient. From a lower ambient_level up to it the loss is ambient's", group="objective", above=0.0, needs="objective=distill")
+    reweight: int | None = option(None, "ambient and weighted: power q of the weight a^q, a = 1 - s_n^2 / s_t^2, on the levels above s_n: 2 = the paper's loss, 1 = noise target, 0 = full re-weighting (default 2)", group="objective", choices=(2, 1, 0), needs="objective=ambient,weighted,distill")
     noise_seed: int = option(0, "seed of what is fixed per image: its noise, its VAE draw and, under ambient, its view. The same images in a later run must keep the same seed: two noises of one image average out", group="objective", low=0, high=MAX_SEED)
 
-    near_duplicates: str | None = option(None, "ambient: share = re-encoded, resized or mirrored copies of an image get one noise, as exact copies always do; off = each its own, which leaks (default share)", group="objective", choices=("share", "off"), needs="objective=ambient")
+    near_duplicates: str | None = option(None, "ambient: share = re-encoded, resized or mirrored copies of an image get one noise, as exact copies always do; off = each its own, which leaks (default share)", group="objective", choices=("share", "off"), needs="objective=ambient,distill")
     fresh_copies: bool = option(False, "ambient, a control for studies: a NEW noisy copy of an image at every step in place of the fixed one. It leaks: copies of one image average out to the clean one", group="objective", needs="objective=ambient")
     snr_gamma: float | None = option(None, "Min-SNR weighting with this gamma (the paper's is 5), times the objective's own weight", group="objective", above=0.0)
     weighting_scheme: str = option("none", "none: uniform timesteps; logit_normal: noise levels s_t are log-normal, ln s ~ N(logit_mean, logit_std^2), as in EDM and Stable Diffusion 3 (EDM: mean -0.5, std 1.2 at latents of unit variance). Of flow matching too, before the scheduler's shift: mode and u_shaped draw timesteps from the middle or the ends, sigma_sqrt and cosmap weight the loss", group="objective", choices=("none", "logit_normal", *FLOW_SCHEMES))
@@ -228,7 +229,7 @@ class TrainConfig:
             raise UserError("ambient_level and ambient_timestep are both given", rule="they say the same thing twice",
                             remedy="leave one of them out")  # fmt: skip
         no_level = self.ambient_level is None and self.ambient_timestep is None
-        if self.ambient_level == AUTO and self.objective in ("gap", "weighted"):
+        if self.ambient_level == AUTO and self.objective in ("gap", "weighted", "distill"):
             raise UserError(f"ambient_level is auto with objective {self.objective}", rule="the images propose a level for ambient",
                             remedy="give the number that the ambient run printed: a control shares its level")  # fmt: skip
         if self.ambient_level == AUTO and self.near_duplicates == "off":
@@ -248,6 +249,8 @@ class TrainConfig:
             if isinstance(self.ambient_level, float) and self.gap_upper <= self.ambient_level:
                 raise UserError(f"gap_upper is {self.gap_upper}", rule=f"it must be above ambient_level = {self.ambient_level}",
                                 remedy="raise gap_upper or lower ambient_level")  # fmt: skip
+        elif self.objective == "distill":
+            self._settle_distill(no_level)
         if self.weighting_scheme == "logit_normal":
             self.logit_mean = 0.0 if self.logit_mean is None else self.logit_mean
             self.logit_std = 1.0 if self.logit_std is None else self.logit_std
@@ -354,6 +357,34 @@ class TrainConfig:
         if self.overwrite and self.resume_from_checkpoint is not None:
             raise UserError("overwrite and resume_from_checkpoint are both given", rule="one starts anew, the other continues",
                             remedy="leave one of them out")  # fmt: skip
+
+    def _settle_distill(self, no_level: bool) -> None:
+        """Check the two levels of `distill`: the ambient loss lies between them, and is off where they are one."""
+        if no_level:
+            self.ambient_level = self.distill_level = 2.5 if self.distill_level is None else self.distill_level
+        elif self.distill_level is None and self.ambient_timestep is None:
+            self.distill_level = float(self.ambient_level or 0.0)
+        level, upper = self.ambient_level, self.distill_level
+        if isinstance(level, float) and level <= 0:
+            raise UserError(f"ambient_level is {level:g} with objective distill", rule="nothing would be learnt from the images",
+                            remedy="give a level above 0, such as 2.5")  # fmt: skip
+        if isinstance(level, float) and upper is not None and upper < level:
+            raise UserError(f"distill_level is {upper:g}", rule=f"it must be at least ambient_level, {level:g}",
+                            remedy="raise distill_level or lower ambient_level")  # fmt: skip
+        ambient = upper is not None and upper != level
+        for given, name, rule in (
+            (not ambient and self.reweight is not None, "reweight", "without an ambient_level below distill_level no loss is ambient"),
+            (not ambient and self.near_duplicates is not None, "near_duplicates", "without an ambient_level below distill_level no image has a fixed noise"),
+            (ambient and self.noise_offset, "noise_offset", "between the two levels the loss is ambient's, which needs white noise"),
+            (ambient and self.input_perturbation, "input_perturbation", "between the two levels the loss is ambient's, which reads the level of its input"),
+            (self.agc, "agc", "near the base's own prediction the error is small from the start, and says nothing of memorization"),
+            (self.lora_init in MOVED_BASE, f"lora_init {self.lora_init}", "the base without the adapter is no longer the base"),
+        ):  # fmt: skip
+            if given:
+                raise UserError(f"{name} is given with objective distill", rule=rule, remedy="leave one of them out")
+        if ambient:
+            self.reweight = 2 if self.reweight is None else self.reweight
+            self.near_duplicates = self.near_duplicates or "share"
 
     @property
     def source(self) -> str:

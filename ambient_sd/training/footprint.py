@@ -37,6 +37,7 @@ _QUANTIZED_BLOCK, _SMALLEST_QUANTIZED = (
     256,
     4096,
 )  # of bitsandbytes: values that share a scale; smaller tensors stay float32
+TEACHER = "teacher"
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -175,12 +176,16 @@ def predict(
     with FakeTensorMode(allow_non_fake_inputs=True):
         act = _Act(config, base, {part: _fake(outline) for part, outline in outlines.items()} | tokenizers, size, dtype)
         if not on_cpu:
-            _norms_in_float32(act.network)
+            for module in (act.network, *act.teacher):
+                _norms_in_float32(module)
         together = 1 if on_cpu else most_at_once(size[0] * size[1])
         encoding = _peak(partial(act.encode, together), [act.vae, *act.encoders.values()])
-        network, trained = [act.network, *act.text.values()], act.trained
+        network, trained = [act.network, *act.text.values(), *act.teacher], act.trained
         count = sum(p.numel() for p in trained)
-        weights, gradients = _bytes(act.parameters), 0 if config.fused_backward_pass else _bytes(trained)
+        weights, gradients = (
+            _bytes(act.parameters) + _bytes(act.taught),
+            0 if config.fused_backward_pass else _bytes(trained),
+        )
         kept = sum(_moments(p, config.use_8bit_adam) for p in trained)
         moments = 0 if config.offload_optimizer else kept
         averaged = 4 * count if config.use_ema else 0
@@ -230,6 +235,9 @@ class _Act:
             module.train()
         for weight in self.trained if config.fused_backward_pass else ():
             weight.register_post_accumulate_grad_hook(self._step)
+        # A whole fine-tune that is held to the base's predictions keeps a frozen copy of it.
+        self.teacher = [parts[TEACHER]] if TEACHER in parts else []
+        self.taught = [p for module in self.teacher for p in module.parameters()]
         self.size, self.latent = size, base.latent_shape(size)
         with torch.no_grad():
             self.embedded = self.family.embed(self.parts, [""])
@@ -251,9 +259,14 @@ class _Act:
     def train(self) -> None:
         """One pass forward and back."""
         count = self.config.train_batch_size
+        if self.config.objective == "distill":
+            with torch.no_grad():
+                target = self._predict(count, self._repeated(count), *self.teacher)
+        else:
+            target = torch.empty(count, *self.latent)
         embedded = self.family.embed(self.parts, [""] * count) if self.text else self._repeated(count)
         output = self._predict(count, embedded)
-        (output.float() - torch.empty(count, *self.latent)).square().flatten(1).mean(1).mean().backward()
+        (output.float() - target).square().flatten(1).mean(1).mean().backward()
         if self.config.full_bf16 or self.config.offload_optimizer:
             for weight in self.trained:
                 self._step(weight)
@@ -288,12 +301,12 @@ class _Act:
             found = {name: value.new_empty(count, rows, *value.shape[2:]) for name, value in found.items()}
         return found
 
-    def _predict(self, count: int, embedded: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _predict(self, count: int, embedded: Mapping[str, torch.Tensor], network: Any = None) -> torch.Tensor:
         sizes, precision = torch.zeros(count, 6) if self.family.takes_sizes else None, self.dtype or torch.bfloat16
         with _Lengths(embedded["hidden"].shape[1]), torch.autocast("cpu", precision, enabled=self.dtype is not None):
             inputs = self.family.inputs(embedded, sizes, "cpu")
             return self.family.predict(
-                self.network,
+                network or self.network,
                 torch.empty(count, *self.latent),
                 torch.zeros(count, dtype=torch.float32 if self.family.flow else torch.long),
                 inputs,
@@ -320,6 +333,9 @@ def _outlines(config: TrainConfig, base: Base, dtype: torch.dtype | None) -> dic
             )  # fmt: skip
         if network and config.quantize_base is not None:
             quantized.quantize(module, config.quantize_base, "meta", offload=config.offload_base)
+    if config.objective == "distill" and not config.lora:
+        found[TEACHER] = base.outline(family.network).requires_grad_(False)
+        torch.nn.Module.to(found[TEACHER], dtype or torch.float32)
     return found
 
 

@@ -56,6 +56,7 @@ from ambient_sd.training import (
 )
 from ambient_sd.training.caption_augmentation import CaptionAugmentation
 from ambient_sd.training.config import AUTO, TrainConfig
+from ambient_sd.training.distillation import Teacher
 from ambient_sd.training.dropping import Dropping
 from ambient_sd.training.encode import Encoder
 from ambient_sd.training.plan import Plan, make_accelerator, plan_run
@@ -104,6 +105,22 @@ class TrainingBatch:
     perturbation: torch.Tensor | None = None
     time_ids: torch.Tensor | None = None
     prior: bool = False
+
+    def rows(self, chosen: torch.Tensor) -> TrainingBatch:
+        """Return some of the samples, in the given order.
+
+        Example:
+            >>> x0 = torch.zeros(2, 4, 8, 8)
+            >>> batch = TrainingBatch([7, 8], ["a", "b"], ["a cat", "a dog"], torch.tensor([500, 9]), x0, None, x0)
+            >>> batch.rows(torch.tensor([1])).captions
+            ['a dog']
+        """
+        places = chosen.tolist()
+        return TrainingBatch(**{
+            f.name: value[chosen] if isinstance(value := getattr(self, f.name), torch.Tensor)
+            else [value[i] for i in places] if isinstance(value, list) else value
+            for f in dataclasses.fields(self)
+        })  # fmt: skip
 
 
 _Drawn = tuple[TrainingBatch, CorruptedBatch]
@@ -307,6 +324,12 @@ class _Trainer:
             checkpoints.load_optimizer(self.checkpoint, state, self.optimizer)
             if accelerator.scaler is not None and state["scaler"]:
                 accelerator.scaler.load_state_dict(state["scaler"])
+
+        self.teacher = None
+        if plan.objective.distill_level is not None:
+            self.teacher = Teacher(
+                plan.base, self.unet, self.text, lora=config.lora, dtype=_halves(frozen) or torch.float32, device=accelerator.device,
+            )  # fmt: skip
 
         # What looks for copies on the way.
         self.evaluations: list[dict[str, float]] = list(state.get("evaluations", ()))
@@ -518,7 +541,10 @@ class _Trainer:
         dropping = None if line.prior else self.dropping
         uncond = None
         if dropping is not None and config.memorization_threshold is not None:
-            uncond = self._unconditional(corrupted.x_t, batch)
+            with torch.no_grad():
+                uncond = self._forward(self.model, line, batch, corrupted.x_t, captioned=False)
+        if corrupted.distilled is not None and self.teacher is not None:
+            corrupted = self._distil(line, batch, corrupted)
         with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
             with accelerator.autocast():
                 output = self.family.predict(
@@ -532,15 +558,30 @@ class _Trainer:
         level = line.objective.schedule.level(batch.timesteps)
         sums.add(each, error, clean=send(corrupted.clean, device), level=send(level, device))
 
-    @torch.no_grad()
-    def _unconditional(self, x_t: torch.Tensor, batch: TrainingBatch) -> torch.Tensor:
-        """Return the network's output for the empty caption."""
+    def _distil(self, line: _Line, batch: TrainingBatch, corrupted: CorruptedBatch) -> CorruptedBatch:
+        """Ask the base for the targets of the samples above `distill_level`."""
+        assert corrupted.distilled is not None and self.teacher is not None
+        rows = corrupted.distilled.nonzero().flatten()
+        if not len(rows):
+            return dataclasses.replace(corrupted, distilled=None)
+        part = batch.rows(rows)
+        with self.teacher.acting() as network:
+            found = self._forward(network, line, part, corrupted.x_t[rows])
+        return corrupted.with_base(found)
+
+    def _forward(
+        self, network: Any, line: _Line, batch: TrainingBatch, x_t: torch.Tensor, *, captioned: bool = True
+    ) -> torch.Tensor:
+        """Return a network's output, without gradient, for the batch's captions or for empty ones."""
         device = self.accelerator.device
-        inputs = self.family.inputs(self.encoder.embed([""] * len(batch.captions)), batch.time_ids, device)
+        embeddings = line.encoder.embed(batch.captions if captioned else [""] * len(batch.captions))
+        if captioned and not line.prior:
+            embeddings = self.augmentation.embeddings(embeddings, batch.captions, batch.positions)
+        inputs = self.family.inputs(embeddings, batch.time_ids, device)
         # An autocast of its own, before the other: one block keeps its casts, and these know no gradient.
         with self.accelerator.autocast():
             output: torch.Tensor = self.family.predict(
-                self.model, send(x_t, device), send(batch.timesteps, device), inputs
+                network, send(x_t, device), send(batch.timesteps, device), inputs
             )
         return output
 
@@ -716,7 +757,7 @@ def _load_unet(
         else base.load(base.family.network)
     )
     if config.lora:
-        if (half := {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)) is not None:
+        if (half := _halves(precision)) is not None:
             unet.to(half)  # frozen weights
         for part, module in {base.family.network: unet, **text}.items():
             own = part == base.family.network
@@ -740,6 +781,10 @@ def _load_unet(
         for encoder in text.values():
             encoder.gradient_checkpointing_enable()
     return unet, dropouts
+
+
+def _halves(precision: str) -> torch.dtype | None:
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
 
 
 def _order(

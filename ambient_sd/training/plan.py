@@ -103,8 +103,8 @@ class Plan:
 
     @property
     def fixed_noise(self) -> bool:
-        """Tell whether each image keeps one noise and one view; at level 0 the ambient run is the plain one."""
-        return self.objective.mode == "ambient" and self.objective.level > 0
+        """Tell whether each image keeps one noise and one view."""
+        return self.objective.uses_noise
 
     def steps(self, global_batch: int) -> int:
         """Return the optimizer steps of the run, of so many samples each: as given, or those of its epochs."""
@@ -123,6 +123,7 @@ class Plan:
         return {
             **{name: getattr(self.config, name) for name in _IDENTITY},
             "ambient_level": self.objective.level,
+            "distill_level": self.objective.distill_level,
             "prediction_type": self.objective.prediction_type,
             "vae": self.base.vae_label,
             # None where it is as it always was: checkpoints from before there was a choice go on.
@@ -186,6 +187,11 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
     if config.memorization_threshold is not None:
         dropping.check_scheduler(base.scheduler)
     check_family(config, base.family)
+    if config.objective == "distill" and config.prediction_type is not None:
+        own = base_of(dataclasses.replace(config, prediction_type=None)).schedule.prediction_type
+        if own != objective.prediction_type:
+            raise UserError(f"prediction_type is {config.prediction_type} with objective distill", rule=f"the base predicts {own}, and its predictions are targets",
+                            remedy="leave one of them out")  # fmt: skip
     start = None
     if config.lora:
         network = base.skeleton()[base.family.network]
@@ -199,7 +205,7 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
     prompts, new = collect_prompts(config.validation_prompts), collect_prompts(config.probe_prompts)
     checkpoint = _check_output(config)
     images = open_images(config)
-    check_asks(config, images, fixed=objective.mode == "ambient" and objective.level > 0)
+    check_asks(config, images, fixed=objective.uses_noise)
     caption_augmentation.check(config, images)
     grouped = config.near_duplicates == "share" and objective.level > 0
     if (found := prior.find(config, base, images)) is None:
@@ -291,15 +297,20 @@ def make_objective(config: TrainConfig, base: Base) -> AmbientObjective:
     options: dict[str, Any] = {"mode": config.objective}
     if config.objective != "plain":
         level = auto_level.PROVISIONAL if config.ambient_level == AUTO else config.ambient_level
-        options.update(level=level, timestep=config.ambient_timestep, gap_upper=config.gap_upper)
-    if config.objective in ("ambient", "weighted"):
+        options.update(
+            level=level,
+            timestep=config.ambient_timestep,
+            gap_upper=config.gap_upper,
+            distill_level=config.distill_level,
+        )
+    if config.objective in ("ambient", "weighted") or config.reweight is not None:
         options.update(reweight=config.reweight)
     try:
         return AmbientObjective(base.schedule, **options)
     except UserError as error:
         given = ", ".join(
             f"{name} is {value}"
-            for name in ("ambient_level", "ambient_timestep", "gap_upper")
+            for name in ("ambient_level", "ambient_timestep", "gap_upper", "distill_level")
             if (value := getattr(config, name)) is not None
         )
         raise UserError(given or "the base's schedule cannot be trained", rule=str(error)) from None

@@ -70,6 +70,7 @@ def check(config: TrainConfig) -> None:
          "use gaussian, or no FSDP"),
         (config.lora_min_rank is not None, "lora_min_rank is given under FSDP", "this trainer was never tested with it", "leave it out"),
         (config.lora_kind in LYCORIS, f"lora_kind is {config.lora_kind} under FSDP", "this trainer was never tested with it", "use lora, or no FSDP"),
+        (config.objective == "distill" and not config.lora, "objective is distill under FSDP", "the base would lie whole on each process", "use lora, or no FSDP"),
         (config.train_text_encoder, "train_text_encoder is given under FSDP", "this trainer was never tested with it", "leave it out"),
         (config.quantize_base is not None, "quantize_base is given under FSDP", "codes are not cut", "leave it out"),
         (config.use_8bit_adam, "use_8bit_adam is given under FSDP", "its kernels know no cut weights", "leave it out"),

@@ -1,0 +1,131 @@
+"""Training with the base's own prediction as the target above a level."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+
+from ambient_sd.families.base import check_base
+from ambient_sd.objective import AmbientObjective
+from ambient_sd.training import adapters
+from ambient_sd.training.config import TrainConfig
+from ambient_sd.training.footprint import predict
+from ambient_sd.training.loop import TrainingBatch, run
+from ambient_sd.training.plan import base_of
+from ambient_sd.utils.errors import UserError
+
+Settings = Callable[..., TrainConfig]
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
+    return load_file(Path(config.output_dir) / (adapters.WEIGHTS_NAME if config.lora else UNET))
+
+
+def losses(config: TrainConfig) -> list[dict[str, float]]:
+    seen: list[dict[str, float]] = []
+    run(config, progress=False, on_step=lambda step, record: seen.append(record))
+    return seen
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_above_the_level_training_starts_at_the_base(settings: Settings, lora: bool) -> None:
+    values = {"lora": lora, "train_batch_size": 8, "learning_rate": 1e-2 if lora else 1e-3}
+    taught, plain = losses(settings(objective="distill", distill_level=0.5, **values)), losses(settings("p", objective="weighted", ambient_level=0.5, reweight=0, **values))  # fmt: skip
+    assert taught[0]["ambient_loss"] == 0 < plain[0]["loss"]  # adapter off, or the copy: the network itself, to the bit
+    assert taught[-1]["ambient_loss"] > 0  # and later it has moved, the teacher has not
+    assert taught[0]["clean_loss"] > 0
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_steps_equal_those_written_out_by_hand(settings: Settings, tiny_base: Path, lora: bool) -> None:
+    config = settings(objective="distill", distill_level=1.0, lora=lora, train_batch_size=8, max_train_steps=2, learning_rate=1e-3)  # fmt: skip
+    drawn: list[TrainingBatch] = []
+    record = run(config, progress=False, on_batch=drawn.append)
+    batch, schedule = drawn[0], base_of(config).schedule
+    pipe = check_base(str(tiny_base)).load_pipeline()
+    ids = pipe.tokenizer(batch.captions, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids  # fmt: skip
+    with torch.no_grad():
+        output = pipe.unet(
+            pipe.scheduler.add_noise(batch.x0, batch.noise, batch.timesteps),
+            batch.timesteps, pipe.text_encoder(ids)[0], return_dict=False,
+        )[0]  # fmt: skip
+    target = AmbientObjective(schedule, mode="plain").corrupt(batch.x0, None, batch.timesteps, noise=batch.noise).target
+    each = (output - target).square().flatten(1).mean(1) * (schedule.level(batch.timesteps) <= 1.0)
+    assert 0 < float(each.mean()) == pytest.approx(record.losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_resumed_run_is_the_straight_one(settings: Settings, lora: bool) -> None:
+    values: dict[str, Any] = {"objective": "distill", "distill_level": 2.0, "ambient_level": 0.5, "lora": lora, "learning_rate": 1e-3}  # fmt: skip
+    straight = settings("straight", max_train_steps=4, **values)
+    run(straight, progress=False)
+    run(settings("cut", max_train_steps=2, checkpointing_steps=2, **values), progress=False)
+    resumed = settings("cut", max_train_steps=4, resume_from_checkpoint="latest", **values)
+    run(resumed, progress=False)
+    a, b = weights(straight), weights(resumed)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    with pytest.raises(UserError, match="distill_level"):
+        run(settings("cut", max_train_steps=5, resume_from_checkpoint="latest", **{**values, "distill_level": 3.0}), progress=False)  # fmt: skip
+
+
+def test_what_the_base_says_above_the_level_is_kept(settings: Settings, tiny_base: Path) -> None:
+    base = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
+    x, t, text = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((4,), 900), torch.zeros(4, 77, base.config.cross_attention_dim)  # fmt: skip
+    moved = {}
+    for objective, level in (("distill", {"distill_level": 1.0}), ("plain", {})):
+        config = settings(objective, objective=objective, lora=False, learning_rate=1e-3, max_train_steps=30, train_batch_size=8, **level)  # fmt: skip
+        run(config, progress=False)
+        tuned = UNet2DConditionModel.from_pretrained(config.output_dir, subfolder="unet")
+        with torch.no_grad():
+            moved[objective] = float((tuned(x, t, text).sample - base(x, t, text).sample).square().mean())
+    assert moved["distill"] < 0.5 * moved["plain"]
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ({"distill_level": 1.0, "ambient_level": 2.0}, "distill_level is 1"),
+        ({"ambient_level": 0.0}, "nothing would be learnt"),
+        ({"ambient_level": "auto"}, "a control shares its level"),
+        ({"reweight": 1}, "no loss is ambient"),
+        ({"near_duplicates": "share"}, "no image has a fixed noise"),
+        ({"distill_level": 2.0, "ambient_level": 1.0, "noise_offset": 0.1}, "white noise"),
+        ({"agc": 0.8}, "says nothing of memorization"),
+        ({"lora_init": "pissa"}, "no longer the base"),
+        ({"objective": "ambient", "distill_level": 1.0}, "distill_level"),
+        ({"prediction_type": "epsilon"}, "its predictions are targets"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(settings: Settings, values: dict[str, Any], what: str) -> None:
+    with pytest.raises(UserError, match=what):
+        run(settings(**{"objective": "distill", **values}), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "levels"),
+    [({}, (2.5, 2.5)), ({"ambient_level": 1.5}, (1.5, 1.5)), ({"distill_level": 4.0}, (4.0, 4.0)), ({"distill_level": 4.0, "ambient_level": 1.0}, (1.0, 4.0))],
+)  # fmt: skip
+def test_one_level_is_enough(settings: Settings, given: dict[str, float], levels: tuple[float, float]) -> None:
+    config = settings(objective="distill", **given)
+    assert (config.ambient_level, config.distill_level) == levels
+    assert TrainConfig(**config.to_dict()) == config
+
+
+def test_copy_of_the_base_counts_in_the_memory(settings: Settings) -> None:
+    def found(**values: Any) -> Any:
+        config = settings(**values)
+        return predict(config, base_of(config), (32, 32))
+
+    plain, taught = found(objective="plain", lora=False), found(objective="distill", lora=False)
+    assert taught.weights == 2 * plain.weights and taught.moments == plain.moments
+    assert math.isclose(
+        found(objective="distill").weights, found(objective="plain").weights
+    )  # an adapter: switched off
