@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--short", type=int, default=2, help="steps of the short run")
     parser.add_argument("--long", type=int, default=10, help="steps of the long run")
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--only", nargs="+", help="some of the variants")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -110,6 +111,7 @@ def main() -> None:
         for image in (folder / "images").glob("*.png"):
             (folder / "bare" / image.name).symlink_to(image)
         commands = variants(args.family, folder, args.script, args.batch)
+        commands = {k: v for k, v in commands.items() if not args.only or k in args.only}
         rates: dict[str, list[float]] = {variant: [] for variant in commands}
         peaks: dict[str, list[float]] = {variant: [] for variant in commands}
         for turn in range(args.rounds):
