@@ -207,7 +207,7 @@ def _measure(
     }  # fmt: skip
     record = json_safe(record)
     try:
-        _check_step(plan, record)
+        _check_step(plan, record, least=min(step, 1))
     except (KeyError, TypeError):  # kept, it would read as a damaged file, and the whole study with it
         raise UserError(f"{name} has figures at step {step} that are no finite numbers", rule="its network has gone out of bounds",
                         remedy="lower its learning_rate") from None  # fmt: skip
@@ -556,7 +556,7 @@ def _read_step(plan: Plan, folder: Path, step: int) -> dict[str, Any]:
     path = folder / f"step-{step:06d}" / "figures.json"
     record = _read_json(path)
     try:
-        _check_step(plan, record, least=0 if step == 0 else 1)
+        _check_step(plan, record, least=min(step, 1))
     except (KeyError, TypeError, AttributeError):
         raise _damaged(path) from None
     return record
