@@ -114,10 +114,12 @@ def main() -> None:
         commands = {k: v for k, v in commands.items() if not args.only or k in args.only}
         rates: dict[str, list[float]] = {variant: [] for variant in commands}
         peaks: dict[str, list[float]] = {variant: [] for variant in commands}
+        work: dict[str, list[float]] = {variant: [] for variant in commands}
         for turn in range(args.rounds):
             for variant in list(commands) if turn % 2 == 0 else list(commands)[::-1]:
-                short, _ = timed(commands[variant], args.short)
-                long, peak = timed(commands[variant], args.long)
+                short, _, before = timed(commands[variant], args.short)
+                long, peak, after = timed(commands[variant], args.long)
+                work[variant].append((after - before) / (args.long - args.short))
                 rates[variant].append(args.batch * (args.long - args.short) / (long - short))
                 peaks[variant].append(peak)
                 print(f"round {turn + 1}: {variant:11} {rates[variant][-1]:6.2f} samples/s, peak {peak:5.0f} MB", flush=True)  # fmt: skip
@@ -125,7 +127,10 @@ def main() -> None:
             if variant != "ours":
                 speed = [a / b for a, b in zip(rates["ours"], rates[variant], strict=True)]
                 memory = [a / b for a, b in zip(peaks["ours"], peaks[variant], strict=True)]
-                print(f"ours / {variant}: samples per second {_span(speed)}, peak memory {_span(memory)}")
+                effort = [a / b for a, b in zip(work["ours"], work[variant], strict=True)]
+                print(
+                    f"ours / {variant}: samples per second {_span(speed)}, CPU time a step {_span(effort)}, peak memory {_span(memory)}"
+                )
     print(
         f"{args.family}, LoRA of rank 4, n = {args.rounds} rounds, batch {args.batch}, {torch.get_num_threads()} threads"
     )
