@@ -7,32 +7,39 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import torch
 
 # Many tests ask for equal bits and for what holds on CPUs only: on machines with a GPU they run on the CPU too, and so do the processes that
 # they start. `AMBIENT_SD_TEST_GPU=1` lets them see it, with deterministic kernels.
-if os.environ.get("AMBIENT_SD_TEST_GPU") == "1":
+ON_GPU = os.environ.get("AMBIENT_SD_TEST_GPU") == "1"
+if ON_GPU:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
 else:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-# One thread: on networks this small a second one costs more than it brings, many times more on a busy machine.
-torch.set_num_threads(1)
+
+# What is imported here the process that only hands tests out imports too, before any other starts: torch and models come in fixtures.
+@pytest.fixture(scope="session", autouse=True)
+def torch_on_one_thread() -> None:
+    """On networks this small a second thread costs more than it brings, many times more on a busy machine."""
+    import torch
+
+    torch.set_num_threads(1)
+    if ON_GPU:
+        torch.use_deterministic_algorithms(True)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cheap_garbage_collection() -> None:
-    """Each training ends in a full collection, which need not walk through all that was imported."""
+    """Each training ends in a full collection, which need not walk through all that was imported; others come more rarely."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 # By cost, for `--no-loadscope-reorder`: xdist hands out files in this order, and a long one that begins last leaves the other cores idle.
 LONGEST = (
-    "test_train_adapters", "test_audit_command", "test_train_mitigations", "test_train_loop", "test_train_command", "test_keeping", "test_calibrate_command", "test_audit_stored", "test_policies_in_pipelines",
-    "test_train_bases", "test_guard_runtimes", "test_decision", "test_one_definition", "test_train_commands", "test_lora", "test_train_flags",
+    "test_flow_families", "test_train_adapters", "test_audit_command", "test_train_mitigations", "test_train_loop", "test_train_command", "test_keeping", "test_calibrate_command", "test_audit_stored", "test_policies_in_pipelines",
+    "test_train_bases", "test_guard_runtimes", "test_decision", "test_one_definition", "test_train_commands", "test_guard_recorder", "test_guard_pipelines", "test_train_on_gpu", "test_optimizers", "test_footprint", "test_peers", "test_train_prior", "test_adapters_alone", "test_comparison", "test_lora", "test_train_flags",
     "test_train_processes", "test_train_cache", "test_train_killed", "test_train_probe", "test_train_lora", "test_embedding", "test_train_buckets",
     "test_push_faults", "test_pages", "test_readme", "test_docs", "test_examples", "test_sample_command", "test_alignment",
 )  # fmt: skip
@@ -46,6 +53,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def registered_once() -> Iterator[None]:
     """Audits of the same images lay them over each other again; what that gives follows from the images alone, so it is kept."""
+    import torch
+
     from ambient_sd.audit import decision, registration
 
     kept: dict[Any, Any] = {}
@@ -60,6 +69,7 @@ def registered_once() -> Iterator[None]:
             content(queries),
             content(training),
             tuple((name, content(value)) for name, value in sorted(given.items())),
+            registration._STEPS,
         )
         name = hash(key)
         if name not in kept:
@@ -74,6 +84,8 @@ def registered_once() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds a tiny random SD2-shaped pipeline (v-prediction)."""
+    import tiny
+
     folder = tmp_path_factory.mktemp("tiny-base")
     tiny.tiny_pipeline().save_pretrained(folder)
     return folder
@@ -82,12 +94,16 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of eight small images with metadata.jsonl."""
+    import tiny
+
     return tiny.tiny_folder(tmp_path_factory.mktemp("tiny-images"))
 
 
 @pytest.fixture(scope="session")
 def tiny_audit(tiny_base: Path, tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `ambient-sd audit` writes about the tiny pipeline: a whole folder of it, with held-out images and a limit."""
+    import tiny
+
     from ambient_sd.cli import main
 
     root = tmp_path_factory.mktemp("tiny-audit")

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from launching import launch_words
 from PIL import Image
 
 from ambient_sd.audit.embedding import EmbeddingStore, embed_set, load_set, main
@@ -72,14 +73,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def launch(processes: int, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
-             "--main_process_port", "0", "-m", "ambient_sd.audit.embedding"]  # fmt: skip
-    command = start if processes > 1 else [sys.executable, "-c", KILLED]
-    return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=200, check=False,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **env},
-    )  # fmt: skip
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return launch_words(2, ["-m", "ambient_sd.audit.embedding", *arguments])
 
 
 def test_rows_are_those_of_the_extractor_on_all_images_at_once(folder: Path, store: Path) -> None:
@@ -108,7 +103,7 @@ def test_two_processes_write_the_bytes_of_one(tmp_path: Path) -> None:
     (tmp_path / "few").mkdir()
     few = made(tmp_path / "few", 66)
     embed_set(load_set(few), [Pixels(8), EffLite0()], tmp_path / "one", block=BLOCK)
-    done = launch(2, str(few), "--features", "pixels8,efflite0", "--block", str(BLOCK), "--out", str(tmp_path / "two"))
+    done = launch(str(few), "--features", "pixels8,efflite0", "--block", str(BLOCK), "--out", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "EffLite0: 66 x 1280 float32" in done.stdout
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -119,13 +114,16 @@ def test_a_killed_run_goes_on_with_other_processes_and_keeps_finished_blocks(
     folder: Path, store: Path, tmp_path: Path
 ) -> None:
     arguments = [str(folder), "--features", "pixels8", "--block", str(BLOCK), "--out", str(tmp_path)]
-    killed = launch(1, *arguments, DIES_AFTER="150")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DIES_AFTER": "150"}
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments], env=env, capture_output=True, text=True, check=False
+    )
     assert killed.returncode == -9, killed.stderr[-3000:]
     kept = {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in (tmp_path / "pixels8").iterdir()}
     assert sorted(kept) == ["part-00000.parquet", "part-00001.parquet"]
     with pytest.raises(UserError, match="2 of 4 blocks are missing"):
         EmbeddingStore.open(tmp_path)
-    assert launch(2, *arguments).returncode == 0
+    assert launch(*arguments).returncode == 0
     assert contents(tmp_path / "pixels8") == contents(store)
     # Finished blocks were not written again; a third run writes nothing at all.
     for name, before in kept.items():

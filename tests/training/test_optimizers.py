@@ -206,10 +206,10 @@ def test_prediction_of_each_option_in_closed_form(full: Settings) -> None:
         config = full(**values)
         return predict(config, base_of(config), (32, 32), precision="bf16")
 
-    plain, fused, half, away = of(), of(**FUSED), of(**BF16), of(offload_optimizer=True)
+    plain, fused, half, away = of(), of(**FUSED), of(use_ema=True, **BF16), of(offload_optimizer=True)
     count = plain.trained
     assert plain.weights == plain.gradients == 4 * count and plain.moments == 8 * count
     assert fused.gradients == 0 and fused.step <= plain.step
     assert half.weights == half.gradients == 2 * count and half.moments == 8 * count
-    assert away.moments == 0 and away.checkpoint == plain.checkpoint == 12 * count and half.checkpoint == 10 * count
-    assert of(use_ema=True, **BF16).average == 4 * count
+    assert away.moments == 0 and away.checkpoint == plain.checkpoint == 12 * count
+    assert half.average == 4 * count and half.checkpoint == (10 + 4) * count and plain.average == 0

@@ -133,7 +133,24 @@ def test_hub_is_asked_before_training_and_pushed_to_after(
     assert calls == [("prepare me/it", False), ("push me/it", True)]
 
 
-def test_a_mistake_costs_one_line_and_status_two(tiny_base: Path, tiny_images: Path, tmp_path: Path) -> None:
+def test_a_mistake_costs_one_line_and_status_two(
+    tiny_base: Path,
+    tiny_images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = f"--pretrained_model_name_or_path {tiny_base} --train_data_dir {tiny_images} --ambient_level 99 --output_dir {tmp_path / 'out'}"
+    monkeypatch.setattr(sys, "argv", ["train", *words.split()])
+    with pytest.raises(SystemExit) as stop:
+        script().main()
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and "ambient_level is 99" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_nothing_else_is_said_by_a_process(tiny_base: Path, tiny_images: Path, tmp_path: Path) -> None:
     arguments = f"--pretrained_model_name_or_path {tiny_base} --train_data_dir {tiny_images} --ambient_level 99"
     done = subprocess.run(
         [sys.executable, "train_text_to_image_ambient.py", *arguments.split(), "--output_dir", str(tmp_path / "out")],
