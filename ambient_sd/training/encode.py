@@ -87,13 +87,14 @@ class Encoder:
         # Tells whether texts are made up on the way, and so are encoded on the way.
         self._captions_change = beside is None and plan.config.caption_mitigation in LIVE
         self.shapes = [plan.base.latent_shape(rule.target(key)) for key in images.noise_keys]
-        self.image_encoder: Any = plan.base.images().to(accelerator.device)
         if beside is not None and plan.config.train_text_encoder:
             self.caption_encoder: CaptionEncoder = beside.caption_encoder
         else:
             half = getattr(accelerator, "mixed_precision", "no") != "no" and not plan.config.train_text_encoder
             self.caption_encoder = plan.base.captions(half).to(accelerator.device)
         self._embed = self._embed_once()
+        # Only now: where the text encoders are done they are off the device, and the largest of them are larger than the network.
+        self.image_encoder: Any = plan.base.images().to(accelerator.device)
         self._cached = self._cache_latents()
         self._held = self._hold_latents() if self._cached is None else None
         looked_at = beside is None and (plan.prompts or plan.config.probe_steps is not None)

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from ambient_sd.data.latents import most_at_once
 from ambient_sd.families.base import Base
 from ambient_sd.training import adapters, optimizers, quantized
+from ambient_sd.training.caption_augmentation import LIVE
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.recompute import recompute
 from ambient_sd.training.validation import images_at_once
@@ -179,7 +180,11 @@ def predict(
             for module in (act.network, *act.teacher):
                 _norms_in_float32(module)
         together = 1 if on_cpu else most_at_once(size[0] * size[1])
-        encoding = _peak(partial(act.encode, together), [act.vae, *act.encoders.values()])
+        # Captions first; then the text encoders leave the device, unless captions are made up or texts are trained on the way.
+        stay = [*act.encoders.values()] if config.train_text_encoder or config.caption_mitigation in LIVE else []
+        encoding = max(
+            _peak(act.read, [*act.encoders.values()]), _peak(partial(act.encode, together), [act.vae, *stay])
+        )
         network, trained = [act.network, *act.text.values(), *act.teacher], act.trained
         count = sum(p.numel() for p in trained)
         weights, gradients = (
@@ -252,8 +257,12 @@ class _Act:
 
     @torch.no_grad()
     def encode(self, count: int) -> None:
-        """The images that are encoded together, and one caption."""
+        """The images that are encoded together."""
         self.family.encode(self.vae, torch.empty(count, 3, *self.size[::-1]), torch.empty(count, *self.latent))
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """One caption."""
         self.family.embed(self.parts, [""])
 
     def train(self) -> None:
