@@ -38,10 +38,14 @@ def cheap_garbage_collection() -> None:
 
 # By cost, for `--no-loadscope-reorder`: xdist hands out files in this order, and a long one that begins last leaves the other cores idle.
 LONGEST = (
-    "test_flow_families", "test_train_adapters", "test_audit_command", "test_train_mitigations", "test_train_loop", "test_train_command", "test_keeping", "test_calibrate_command", "test_audit_stored", "test_policies_in_pipelines",
-    "test_train_bases", "test_guard_runtimes", "test_decision", "test_one_definition", "test_train_commands", "test_guard_recorder", "test_guard_pipelines", "test_train_on_gpu", "test_optimizers", "test_footprint", "test_peers", "test_train_prior", "test_adapters_alone", "test_comparison", "test_lora", "test_train_flags",
-    "test_train_processes", "test_train_cache", "test_train_killed", "test_train_probe", "test_train_lora", "test_embedding", "test_train_buckets",
-    "test_push_faults", "test_pages", "test_readme", "test_docs", "test_examples", "test_sample_command", "test_alignment",
+    "test_flow_families", "test_train_on_gpu", "test_audit_command", "test_policies_in_pipelines", "test_train_adapters", "test_adapters_alone",
+    "test_guard_runtimes", "test_train_mitigations", "test_train_loop", "test_train_command", "test_keeping", "test_optimizers",
+    "test_calibrate_command", "test_guard_pipelines", "test_train_bases", "test_audit_stored", "test_comparison", "test_decision",
+    "test_one_definition", "test_train_commands", "test_lora", "test_train_prior", "test_train_flags", "test_train_processes", "test_train_cache",
+    "test_train_lycoris", "test_guard_recorder", "test_deep_policies_in_pipelines", "test_train_quantized", "test_peers", "test_train_killed",
+    "test_train_probe", "test_train_lora", "test_embedding", "test_train_buckets", "test_footprint", "test_guard_on_gpu", "test_guard_on_flow",
+    "test_registration", "test_metrics", "test_damaged_inputs", "test_latent_policies", "test_push_faults", "test_hub_push", "test_audited_card",
+    "test_pages", "test_readme", "test_docs", "test_examples", "test_sample_command", "test_alignment", "test_single_file", "test_guard_changes",
 )  # fmt: skip
 
 

@@ -37,8 +37,11 @@ class RecordedHalves:
 # -- nothing changes -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("scheduler", list(tools.SCHEDULERS))
+# Of v-predictions every sampler's timesteps count, whole or not; of noise none does.
+@pytest.mark.parametrize(
+    ("scheduler", "prediction_type"),
+    [*((name, "v_prediction") for name in tools.SCHEDULERS), ("euler-karras", "epsilon")],
+)
 def test_guarded_images_are_bit_identical_and_scores_are_the_loops_own(scheduler: str, prediction_type: str) -> None:
     pipe = tools.pipeline(prediction_type, scheduler)
     stock = tools.sample(pipe, tools.PROMPTS, num_images_per_prompt=2)
@@ -259,7 +262,7 @@ class Doubtful(Policy):
 
 
 @pytest.mark.parametrize("policy", [None, Doubtful()])
-@pytest.mark.parametrize("failing_step", [0, 1, 2, 3])
+@pytest.mark.parametrize("failing_step", [0, 3])
 def test_an_exception_at_any_step_leaves_the_pipeline_as_before(failing_step: int, policy: Policy | None) -> None:
     pipe = tools.pipeline(scheduler="dpm++")
     stock = tools.sample(pipe, steps=4)

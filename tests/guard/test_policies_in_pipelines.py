@@ -26,7 +26,7 @@ from ambient_sd.guard.policies import (
 )
 from ambient_sd.guard.recorder import MemorizationGuard
 
-STEPS, FEW, SCALE = 8, 4, 7.5
+STEPS, FEW, SCALE = 6, 3, 7.5
 PIPELINES = {
     "sd": lambda: tools.pipeline("v_prediction", "ddim"),
     "sd-euler": lambda: tools.pipeline("epsilon", "euler"),
@@ -234,14 +234,13 @@ EVERY: dict[str, Callable[[], Policy]] = {
 }
 
 
-@pytest.fixture(params=EVERY)
-def policy(request: pytest.FixtureRequest) -> Policy:
-    return EVERY[request.param]()
+# One of each way to act: on scales, of which some remember, on prompts, on embeddings, and several together.
+WAYS = ["STP", "DTP", "PRSS", "RT", "GNI", "GNI+OG+STP", "RT+GNI+cap"]
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
-def test_images_that_are_not_flagged_stay_the_pipelines_own_to_the_bit(name: str, policy: Policy) -> None:
-    pipe = PIPELINES[name]()
+@pytest.mark.parametrize(("name", "kind"), [*(("sd", kind) for kind in EVERY), *(("sdxl", kind) for kind in WAYS)])
+def test_images_that_are_not_flagged_stay_the_pipelines_own_to_the_bit(name: str, kind: str) -> None:
+    pipe, policy = PIPELINES[name](), EVERY[kind]()
     prompts = ["a cat", "the red dog", "b"]
     with MemorizationGuard(pipe) as guard:
         stock = latents(pipe, prompts, 3, num_inference_steps=FEW)
@@ -255,8 +254,9 @@ def test_images_that_are_not_flagged_stay_the_pipelines_own_to_the_bit(name: str
     assert [image.mitigated for image in flagged.report].count(True) <= 1
 
 
-def test_an_exception_at_any_step_restores_everything(policy: Policy) -> None:
-    pipe = PIPELINES["sd"]()
+@pytest.mark.parametrize("kind", WAYS)
+def test_an_exception_at_any_step_restores_everything(kind: str) -> None:
+    pipe, policy = PIPELINES["sd"](), EVERY[kind]()
     latents(pipe, num_inference_steps=1)  # a stock run adds attributes of its own
     before, expected = tools.state(pipe), guarded(pipe, policy, num_inference_steps=FEW)[0]
     assert tools.state_differs(pipe, before) == []
@@ -305,8 +305,9 @@ def test_an_exception_in_a_policy_restores_everything(place: str) -> None:
 HOSTILE = ["", "a" * 10_000, "\x00\x1b[31m\x7f", "<b>&amp;</b> ../../etc", "x " * 500, "'; DROP TABLE\n\r\t"]
 
 
-def test_hostile_prompts_do_no_harm(policy: Policy) -> None:
-    pipe = PIPELINES["sd"]()
+@pytest.mark.parametrize("kind", [*WAYS, "CWR", "RNA"])
+def test_hostile_prompts_do_no_harm(kind: str) -> None:
+    pipe, policy = PIPELINES["sd"](), EVERY[kind]()
     found, guard = guarded(pipe, policy, HOSTILE, len(HOSTILE), num_inference_steps=2)
     assert bool(torch.isfinite(found).all())
     assert [image.prompt for image in guard.report] == HOSTILE
