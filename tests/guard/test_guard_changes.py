@@ -92,7 +92,7 @@ def test_every_input_is_replaced_at_every_step_and_for_the_chosen_image_only(kin
     assert [image.mitigated for image in guard.report] == [False, True]
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "dpm++", "euler", "euler-karras", "pndm", "heun"])
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "pndm", "heun"])
 def test_another_latent_is_where_the_sampler_starts_whatever_it_scales_by(scheduler: str) -> None:
     pipe = tools.pipeline(scheduler=scheduler)
     mine = noise(torch.empty(2, 4, 16, 16))
@@ -178,11 +178,19 @@ def test_what_begin_changed_is_in_place_when_a_step_asks_the_network_again() -> 
 # -- nothing is left behind ----------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def xl() -> tuple[Any, torch.Tensor]:
+    """An SDXL, and what it samples."""
+    pipe = tools.tiny_sdxl()
+    return pipe, tools.sample(pipe, tools.PROMPTS)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("failing_step", [0, 1, 2])
-def test_an_exception_at_any_step_with_any_change_leaves_the_pipeline_as_before(kind: str, failing_step: int) -> None:
-    pipe = SHARED.setdefault("xl", tools.tiny_sdxl())
-    stock = SHARED.setdefault("stock", tools.sample(pipe, tools.PROMPTS))
+@pytest.mark.parametrize("failing_step", [0, 2])
+def test_an_exception_at_any_step_with_any_change_leaves_the_pipeline_as_before(
+    xl: tuple[Any, torch.Tensor], kind: str, failing_step: int
+) -> None:
+    pipe, stock = xl
     before = tools.state(pipe)
 
     def fail(pipe: Any, index: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -197,9 +205,6 @@ def test_an_exception_at_any_step_with_any_change_leaves_the_pipeline_as_before(
     assert not tools.state_differs(pipe, before) and guard.history == []
     if failing_step == 0:
         assert torch.equal(stock, tools.sample(pipe, tools.PROMPTS))
-
-
-SHARED: dict[str, Any] = {}
 
 
 @pytest.mark.parametrize("kind", ["token_weights", "key_scale"])
