@@ -127,8 +127,8 @@ def variants(folder: Path, script: Path | None, batch: int, lora: bool) -> dict[
     return {**theirs, **commands}
 
 
-def timed(command: list[str], steps: int) -> tuple[float, float]:
-    """Run a training in a process of its own; return wall seconds and peak memory in MB."""
+def timed(command: list[str], steps: int) -> tuple[float, float, float]:
+    """Run a training in a process of its own; return wall seconds, peak memory in MB, and CPU seconds, which a busy machine changes less."""
     with tempfile.TemporaryDirectory() as out, tempfile.TemporaryFile("w+") as log:
         begin = time.perf_counter()
         process = subprocess.Popen([*command, "--max_train_steps", str(steps), "--output_dir", out], stdout=log, stderr=log,
@@ -139,7 +139,8 @@ def timed(command: list[str], steps: int) -> tuple[float, float]:
         if process.returncode:
             log.seek(0)
             sys.exit(f"{' '.join(command[:2])} ended with {process.returncode}:\n{log.read()[-3000:]}")
-    return seconds, usage.ru_maxrss / 1024 / (1024 if sys.platform == "darwin" else 1)
+    peak = usage.ru_maxrss / 1024 / (1024 if sys.platform == "darwin" else 1)
+    return seconds, peak, usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:
@@ -165,10 +166,12 @@ def main() -> None:
         rates: dict[str, list[float]] = {k: [] for k in commands}
         starts: dict[str, list[float]] = {k: [] for k in commands}
         peaks: dict[str, list[float]] = {k: [] for k in commands}
+        work: dict[str, list[float]] = {k: [] for k in commands}
         for turn in range(args.rounds):
             for variant in list(commands) if turn % 2 == 0 else list(commands)[::-1]:
-                short, _ = timed(commands[variant], args.short)
-                long, peak = timed(commands[variant], args.long)
+                short, _, before = timed(commands[variant], args.short)
+                long, peak, after = timed(commands[variant], args.long)
+                work[variant].append((after - before) / (args.long - args.short))
                 step = (long - short) / (args.long - args.short)
                 rates[variant].append(args.batch / step)
                 starts[variant].append(short - args.short * step)
@@ -179,9 +182,10 @@ def main() -> None:
         for variant in commands:
             speed = [a / b for a, b in zip(rates[variant], rates[first], strict=True)]
             memory = [a / b for a, b in zip(peaks[variant], peaks[first], strict=True)]
+            effort = [a / b for a, b in zip(work[variant], work[first], strict=True)]
             start = [a / b for a, b in zip(starts[variant], starts[first], strict=True)]
             print(
-                f"{variant:9} / {first}: samples per second {_span(speed)}, peak memory {_span(memory)}, start and end {_span(start)}"
+                f"{variant:9} / {first}: samples per second {_span(speed)}, CPU time a step {_span(effort)}, peak memory {_span(memory)}, start and end {_span(start)}"
             )
     print(
         f"n = {args.rounds} rounds, batch {args.batch}, {torch.get_num_threads()} threads, {'LoRA' if args.lora else 'all weights'}"

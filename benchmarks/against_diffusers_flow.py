@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--short", type=int, default=2, help="steps of the short run")
     parser.add_argument("--long", type=int, default=10, help="steps of the long run")
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--only", nargs="+", help="some of the variants")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -110,12 +111,15 @@ def main() -> None:
         for image in (folder / "images").glob("*.png"):
             (folder / "bare" / image.name).symlink_to(image)
         commands = variants(args.family, folder, args.script, args.batch)
+        commands = {k: v for k, v in commands.items() if not args.only or k in args.only}
         rates: dict[str, list[float]] = {variant: [] for variant in commands}
         peaks: dict[str, list[float]] = {variant: [] for variant in commands}
+        work: dict[str, list[float]] = {variant: [] for variant in commands}
         for turn in range(args.rounds):
             for variant in list(commands) if turn % 2 == 0 else list(commands)[::-1]:
-                short, _ = timed(commands[variant], args.short)
-                long, peak = timed(commands[variant], args.long)
+                short, _, before = timed(commands[variant], args.short)
+                long, peak, after = timed(commands[variant], args.long)
+                work[variant].append((after - before) / (args.long - args.short))
                 rates[variant].append(args.batch * (args.long - args.short) / (long - short))
                 peaks[variant].append(peak)
                 print(f"round {turn + 1}: {variant:11} {rates[variant][-1]:6.2f} samples/s, peak {peak:5.0f} MB", flush=True)  # fmt: skip
@@ -123,7 +127,10 @@ def main() -> None:
             if variant != "ours":
                 speed = [a / b for a, b in zip(rates["ours"], rates[variant], strict=True)]
                 memory = [a / b for a, b in zip(peaks["ours"], peaks[variant], strict=True)]
-                print(f"ours / {variant}: samples per second {_span(speed)}, peak memory {_span(memory)}")
+                effort = [a / b for a, b in zip(work["ours"], work[variant], strict=True)]
+                print(
+                    f"ours / {variant}: samples per second {_span(speed)}, CPU time a step {_span(effort)}, peak memory {_span(memory)}"
+                )
     print(
         f"{args.family}, LoRA of rank 4, n = {args.rounds} rounds, batch {args.batch}, {torch.get_num_threads()} threads"
     )

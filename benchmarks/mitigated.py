@@ -30,7 +30,7 @@ from ambient_sd.utils.files import atomic_write
 from ambient_sd.utils.quiet import quiet
 from experiments.measures import Reals, config_of
 from experiments.plan import Sampling, read_plan
-from experiments.results import share, where_as_good
+from experiments.points import share, where_as_good
 
 
 @exits_on_user_error

@@ -12,9 +12,9 @@ to `DIR/*.csv`. The last stage writes the pipeline folder in float16, with the l
 
 Version 2 (`RECIPES[2]`) reads the `train` split of what `build_images --set base2` wrote: five styles instead of two. What limited
 version 1, measured: its VAE's own reconstructions of training images have a Frechet distance of 29.4 to the held-out images, the
-images themselves 21.7, samples 70.8. So the VAE gets twice the width and four times the steps (a third of the room that is left under
-half of 70.8 was lost there), and the U-Net, whose loss still fell when version 1 stopped, the same size and nine times the
-steps: the repository has no room for a larger one, and two cores no time.
+images themselves 21.7, samples 70.8. So the VAE gets twice the width and more than twice the steps (a third of the room that is left under
+half of 70.8 was lost there), and the U-Net, whose loss still fell when version 1 stopped, the same size and more than three times
+the steps: the repository has no room for a larger one, and two cores no time.
 
 Not a part of training as users run it: the pieces that only a base model needs (a perceptual loss, EMA, image
 augmentation) live here and nowhere else.
@@ -119,19 +119,19 @@ RECIPES = {
         900,
         (Phase(2_000, 1.0, 1.0, STRONG), Phase(math.inf, 20.0, 0.7, MILD)),
     ),
-    # Some 500 visits an image and 1,500 an everyday one: enough without dwelling on these alone.
+    # Some 200 visits an image and 600 an everyday one: enough without dwelling on these alone.
     2: Recipe(
         "images.parquet",
         "train",
         (32, 64, 64),
         1.5e-3,
-        7_000,
+        4_000,
         0.1,
-        60_000,
-        15_000,
-        0.9995,
+        24_000,
+        8_000,
+        0.999,
         1_500,
-        (Phase(20_000, 2.0, 0.8, STRONG), Phase(math.inf, 3.0, 0.7, MILD)),
+        (Phase(8_000, 2.0, 0.8, STRONG), Phase(math.inf, 3.0, 0.7, MILD)),
     ),
 }
 

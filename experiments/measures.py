@@ -1,6 +1,7 @@
 """What is measured of a run at one step: copies, quality, and the denoiser's error by noise level on seen and unseen images.
 
     copies        share of samples that are copies, held-out images as the null    ambient_sd.audit.decision, as in an audit
+    returned      share of training images of which some sample is a copy            ambient_sd.audit.shares
     copied        share of samples with d1 / d2 < 1/3, pixels at 64 x 64             ambient_sd.audit.metrics
     coarsely      the same at 16 x 16: copies whose fine detail is worse than the original's count too
     recoloured    the same by contours alone (`ambient_sd.audit.features.Edges`): copies in other colours count too
@@ -28,7 +29,7 @@ from ambient_sd.audit.features import Features, embed
 from ambient_sd.audit.metrics import bootstrap, memorized, memorized_fraction, quality_rows
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.registry import choose
-from ambient_sd.audit.shares import COPIES, copy_rate
+from ambient_sd.audit.shares import COPIES, RETURNED, copy_rate, returned
 from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import drawn, keyed_generator
 from ambient_sd.sampling import SamplingConfig, generate, requests_for
@@ -37,6 +38,7 @@ from ambient_sd.utils.estimate import Estimate
 from experiments.denoised import embedded, predicted_x0
 from experiments.plan import Sampling
 
+CONTOURS = "copied-recoloured"  # the name of the edge-based copy rate
 LEVELS = (0.2, 0.4, 0.8, 1.6, 3.0, 4.0, 6.0, 8.0)  # of the error curve
 _PICTURES = 64  # of the error curve, at most, of either set
 
@@ -78,10 +80,14 @@ def prompts_of(reals: Reals, sampling: Sampling, seed: int) -> list[str]:
     """Return a prompt for each image to sample: captions in turn, a draw of them if there are more than images."""
     if sampling.captions == "none":
         return [""] * sampling.images
-    captions = list(reals.captions)
-    if len(captions) > sampling.images:
-        captions = [captions[i] for i in drawn(len(captions), sampling.images, seed, "study prompts")]
-    return [captions[i % len(captions)] for i in range(sampling.images)]
+    return in_turn(reals.captions, sampling.images, seed)
+
+
+def in_turn(captions: Sequence[str], count: int, seed: int) -> list[str]:
+    """Return `count` captions, each as often as the others or once more; a draw of them if there are more."""
+    if len(captions) > count:
+        captions = [captions[i] for i in drawn(len(captions), count, seed, "study prompts")]
+    return [captions[i % len(captions)] for i in range(count)]
 
 
 def config_of(
@@ -102,16 +108,25 @@ def sample(pipe: Any, prompts: Sequence[str], config: SamplingConfig) -> list[Im
 
 
 def measure_samples(
-    images: Sequence[Image.Image], prompts: Sequence[str], reals: Reals, seed: int, resamples: int = 1000
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    reals: Reals,
+    seed: int,
+    resamples: int = 1000,
+    *,
+    drawn: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Estimate], dict[str, list[Any]]]:
     """Return the figures of sampled images; intervals resample prompts (images, where none is given).
+
+    Args:
+        drawn: the images' features, where they are known.
 
     Returns:
         Figures by name, and of each image whether it is a copy (`copies`), the training image that explains it best (`originals`), and
         d1 / d2 (`ratios`).
     """
     groups = prompts if any(prompts) else None
-    drawn = embed(images, reals.features)
+    drawn = embed(images, reals.features) if drawn is None else drawn
     options: dict[str, Any] = {"groups": groups, "seed": seed, "resamples": resamples}
     pixels, deep, coarse, edges = (feature.name for feature in reals.features)
     near = nearest(drawn[pixels], reals.training[pixels])
@@ -126,9 +141,8 @@ def measure_samples(
         "copied-coarsely": memorized_fraction(
             nearest(drawn[coarse], reals.training[coarse]), name="copied-coarsely", **options
         ),
-        "copied-recoloured": memorized_fraction(
-            nearest(drawn[edges], reals.training[edges]), name="copied-recoloured", **options
-        ),
+        CONTOURS: memorized_fraction(nearest(drawn[edges], reals.training[edges]), name=CONTOURS, **options),
+        RETURNED: returned(decided, range(len(reals.images)), seed=seed).generated,
         "ratio": bootstrap(near.ratio, torch.median, name="median d1/d2", **options),
         "similarity": bootstrap(
             cosine, lambda v: torch.quantile(v, 0.95), name="95th percentile of the cosine", **options

@@ -13,6 +13,7 @@
     measure_at: [400, 800]      # optimizer steps
     sample: {images: 300, guidance_scale: 1.5, num_inference_steps: 15, captions: training}
     charts: {levels: [plain, ambient]}    # optional: which runs one set of plots shows; without it, one set of all
+    style: {images: 300, others: {...}}   # optional: judge on the captions of the held-out images, which no run has seen
 
 Levels, seeds and steps stand in the file, hence are fixed before anything is seen.
 """
@@ -34,14 +35,14 @@ import yaml
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.utils.errors import UserError, one_line
 
-_KEYS = ("name", "base", "from_scratch", "heldout", "runs", "seeds", "measure_at", "sample", "charts")
+_KEYS = ("name", "base", "from_scratch", "heldout", "runs", "seeds", "measure_at", "sample", "charts", "style")
 _OWNED = {
     "output_dir", "seed", "max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "report_to", "push_to_hub", "hub_token", "hub_model_id", "latent_cache_dir",
 }  # fmt: skip
 _LONGEST = 100
-_SHORT = {"ambient_level": "level", "ambient_timestep": "timestep", "reweight": "q", "learning_rate": "lr",
-          "adam_weight_decay": "decay"}  # fmt: skip
+_SHORT = {"ambient_level": "level", "distill_level": "level", "ambient_timestep": "timestep", "reweight": "q", "learning_rate": "lr",
+          "adam_weight_decay": "decay", "caption_mitigation": "kind", "logit_mean": "mean"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,23 @@ class Sampling:
     guidance_scale: float = 1.5
     num_inference_steps: int = 15
     batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Style:
+    """Say how a study of a style is judged: on samples for the captions of its held-out images.
+
+    Attributes:
+        images: how many; the captions are taken in turn.
+        others: images of other styles, as `heldout` names images. these: those of the style, by default all of the runs' source; a
+            classifier that is trained on both says whether a sample shows the style.
+        concept: column that says what an image shows: the classifier's training and test images share no concept.
+    """
+
+    images: int
+    others: Mapping[str, Any]
+    these: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    concept: str = "name"
 
 
 @dataclass(frozen=True)
@@ -98,6 +116,7 @@ class Plan:
     charts: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     # An entry of the file's `runs`: the labels of its sweep.
     entries: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    style: Style | None = None
 
     @property
     def labels(self) -> list[str]:
@@ -159,7 +178,7 @@ def parse_plan(text: str, path: str | Path, changes: Mapping[str, Any] | None = 
         values = raw[key]
         if any(type(v) is not int or v < low for v in values) or len(set(values)) < len(values):
             raise _wrong(key, f"must hold different whole numbers of at least {low}", path)
-    for key in ("heldout", "sample", "from_scratch", "charts"):
+    for key in ("heldout", "sample", "from_scratch", "charts", "style"):
         if not isinstance(raw.get(key) or {}, dict):
             raise _wrong(key, "must be a mapping", path)
     sampling = _sampling(raw.get("sample") or {}, path)
@@ -176,7 +195,7 @@ def parse_plan(text: str, path: str | Path, changes: Mapping[str, Any] | None = 
     _check(runs, path)
     plan = Plan(
         name, runs, sorted(raw["measure_at"]), sampling, raw.get("heldout") or {}, raw.get("from_scratch"), text,
-        entries={entry: [label for label, _ in expanded] for entry, expanded in entries.items()},
+        entries={entry: [label for label, _ in expanded] for entry, expanded in entries.items()}, style=_style(raw, path),
     )  # fmt: skip
     return dataclasses.replace(plan, charts=_charts(raw.get("charts") or {}, plan, path))
 
@@ -259,13 +278,35 @@ def _sampling(given: Mapping[str, Any], path: str | Path) -> Sampling:
     return sampling
 
 
+def _style(raw: Mapping[str, Any], path: str | Path) -> Style | None:
+    if raw.get("style") is None:
+        return None
+    kinds = {"images": int, "others": dict, "these": dict, "concept": str}
+    for key, value in raw["style"].items():
+        if key not in kinds or type(value) is not kinds[key]:
+            raise _wrong(
+                f"style: {key}",
+                "entries are images (a whole number), others, these (mappings), concept (a column)",
+                path,
+            )
+    for key in ("images", "others"):
+        if not raw["style"].get(key):
+            raise _wrong(f"style: {key}", "is needed", path)
+    if raw["style"]["images"] < 16:
+        raise _wrong("style: images", "needs at least 16", path)
+    if (raw.get("sample") or {}).get("captions") == "none" or raw.get("from_scratch"):
+        raise _wrong("style", "needs a base and its captions: without from_scratch and captions: none", path)
+    return Style(**raw["style"])
+
+
 def identity(plan: Plan, run: Run) -> dict[str, Any]:
     """Return what must be equal for a run's folder to be gone on with."""
     sample = dataclasses.asdict(plan.sampling)
     settings = {k: v for k, v in run.config("study").to_dict().items() if k not in _OWNED}
+    style = {} if plan.style is None else {"style": dataclasses.asdict(plan.style)}
     return dict(json.loads(json.dumps({
         "settings": settings, "seed": run.seed, "from_scratch": plan.from_scratch, "heldout": dict(plan.heldout),
-        "sample": sample,
+        "sample": sample, **style,
     })))  # fmt: skip
 
 

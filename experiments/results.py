@@ -1,22 +1,12 @@
 """Tables, charts and the page of a study, from its results.json alone: one can go on with the study, and write them again.
 
-A *point* is a run's label at one step. Its figures are means over seeds; its interval combines the runs' own (prompts resampled) as of
-independent runs, `half = sqrt(sum_i half_i^2) / k`, and the values of single seeds stand beside it: two seeds say little about their
-spread, and no interval is made of it.
-
-*Equal quality*: of the points whose Frechet distance is at most the upper end of the interval of the baseline's best, the one with the
-fewest copies. The baseline has the same right: stopped early it copies less too. That compares single points; `at_distance` compares whole
-curves: the copies of each run where it first is as good as the baseline was at some step.
-
 Copies are those of `ambient_sd.audit.decision` where every point has them, by one rule; else d1 / d2 < 1/3, which the published studies have. The
-heads say which.
+heads say which. What is compared, and how, is in `experiments.points`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,138 +16,25 @@ from ambient_sd.audit.shares import COPIES
 from ambient_sd.reporting import pages
 from ambient_sd.reporting.charts import PALETTE, SERIES, Line, Mark, chart, standalone
 from ambient_sd.reporting.sheets import data_uri
-from ambient_sd.utils.estimate import Estimate
 from ambient_sd.utils.files import atomic_write
+from experiments import contest
+from experiments.points import (
+    BASELINE,
+    HIGH,
+    PUBLISHED,
+    Point,
+    at_distance,
+    at_equal_quality,
+    at_least_error,
+    best,
+    front,
+    high_error,
+    points,
+    share,
+)
+from experiments.style import NEW
 
-PUBLISHED = "copied"  # d1 / d2 < 1/3, pixels
-BASELINE = "plain"
-HIGH = 2.9  # noise levels from here on show that the noisy copies are learned
-
-
-@dataclass(frozen=True)
-class MeanOverSeeds(Estimate):
-    """Hold a mean over seeds, its 95 % interval within runs, and the value of each seed."""
-
-    seeds: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class Point:
-    """Hold a label at a step."""
-
-    label: str
-    step: int
-    figures: Mapping[str, Estimate]
-    errors: Mapping[str, Mapping[str, Sequence[float]]]
-    measure: str = PUBLISHED  # of copies, the same for all points of a study
-
-    @property
-    def copied(self) -> Estimate:
-        return self.figures[self.measure]
-
-    @property
-    def distance(self) -> Estimate:
-        return self.figures["distance"]
-
-
-def points(results: Mapping[str, Any]) -> list[Point]:
-    """Return the points of a study in its order; a step that not all seeds of a label have reached is made of those that have."""
-    found: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-    for run in results["runs"]:
-        for point in run["points"]:
-            found.setdefault((run["label"], point["step"]), []).append(point)
-    measured = [point for group in found.values() for point in group]
-    decided = all(COPIES in point["figures"] for point in measured) and len({p.get("rule") for p in measured}) == 1
-    measure = COPIES if decided else PUBLISHED
-    return [
-        Point(
-            label, step, {name: _mean([p["figures"][name] for p in group]) for name in _shared(group)},
-            _mean_errors([p["errors"] for p in group]), measure,
-        )
-        for (label, step), group in found.items()
-    ]  # fmt: skip
-
-
-def _shared(group: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the figures that every seed has."""
-    return [name for name in group[0]["figures"] if all(name in other["figures"] for other in group)]
-
-
-def _mean(figures: Sequence[Mapping[str, Any]]) -> MeanOverSeeds:
-    values = [f["value"] for f in figures]
-    mean, k = sum(values) / len(values), len(values)
-    below = math.sqrt(sum((f["value"] - f["low"]) ** 2 for f in figures)) / k
-    above = math.sqrt(sum((f["high"] - f["value"]) ** 2 for f in figures)) / k
-    n = sum(f["n"] for f in figures)
-    return MeanOverSeeds(mean, mean - below, mean + above, n, seeds=tuple(values))
-
-
-def _mean_errors(curves: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    return {
-        name: {
-            "level": list(curves[0][name]["level"]),
-            "mean": [sum(c) / len(c) for c in zip(*(curve[name]["mean"] for curve in curves), strict=True)],
-        }
-        for name in curves[0]
-    }
-
-
-def best(found: Sequence[Point], label: str) -> Point:
-    """Return the label's point of the least Frechet distance."""
-    return min((p for p in found if p.label == label), key=lambda p: p.distance.value)
-
-
-def at_equal_quality(found: Sequence[Point], label: str, baseline: str = BASELINE) -> Point | None:
-    """Return the label's point of the fewest copies among those as good as the baseline's best, or None if there is none."""
-    limit = best(found, baseline).distance.high
-    good = [p for p in found if p.label == label and p.distance.value <= limit]
-    return min(good, key=lambda p: (p.copied.value, p.distance.value)) if good else None
-
-
-def at_distance(found: Sequence[Point], label: str, distance: float) -> Estimate | None:
-    """Return the copied share with which the label's run first comes down to a Frechet distance, or None if it never does."""
-    line = sorted((p for p in found if p.label == label), key=lambda p: p.step)
-    return where_as_good([(p.copied, p.distance) for p in line], distance)
-
-
-def where_as_good(line: Sequence[tuple[Estimate, Estimate]], distance: float) -> Estimate | None:
-    """Return the copies with which a line of (copies, distance), in the order of its steps, first comes down to a distance, or None.
-
-    Between two steps share and ends of its interval are interpolated linearly in the distance. A line that is better than that from its
-    first step on has the share of its first step.
-    """
-    for i, (now, reached) in enumerate(line):
-        if reached.value <= distance:
-            if i == 0:
-                return Estimate(now.value, now.low, now.high, now.n)
-            before, last = line[i - 1]
-            w = (last.value - distance) / (last.value - reached.value)
-            value, low, high = (
-                (1 - w) * getattr(before, end) + w * getattr(now, end) for end in ("value", "low", "high")
-            )
-            return Estimate(value, low, high, now.n)
-    return None
-
-
-def at_least_error(found: Sequence[Point], label: str, above: float = HIGH) -> Point:
-    """Return the label's point of the least error on held-out images at noise levels from `above` on: an early stop that
-    a trainer can make, for it looks at no sample."""
-    return min((p for p in found if p.label == label), key=lambda p: _high_error(p, "heldout", above))
-
-
-def front(found: Sequence[Point]) -> list[Point]:
-    """Return the points that no other one beats in both copies and distance, by falling distance."""
-    kept = [
-        p
-        for p in found
-        if not any(
-            q.copied.value <= p.copied.value
-            and q.distance.value <= p.distance.value
-            and (q.copied.value, q.distance.value) != (p.copied.value, p.distance.value)
-            for q in found
-        )
-    ]
-    return sorted(kept, key=lambda p: (p.copied.value, p.distance.value))
+_RAMPS = ("viridis", "plasma", "cividis")
 
 
 def sections(results: Mapping[str, Any]) -> list[pages.Section]:
@@ -166,6 +43,8 @@ def sections(results: Mapping[str, Any]) -> list[pages.Section]:
     if not found:
         return []
     labels = list(dict.fromkeys(p.label for p in found))
+    if is_style(results):
+        return [*contest.sections(results), _stopped(found, labels)]
     decided = found[0].measure == COPIES
     return [
         _at_the_end(results, found, labels, decided),
@@ -187,6 +66,7 @@ def tables(results: Mapping[str, Any]) -> str:
         for text in part.text:
             lines += [text, ""]
         for table in part.tables:
+            lines += [f"**{table.caption}**", ""] if table.caption else []
             lines += [_line(table.head), "|---" * len(table.head) + "|", *map(_line, table.rows), ""]
     return "\n".join(lines)
 
@@ -283,7 +163,7 @@ def _stopped(found: Sequence[Point], labels: Sequence[str]) -> pages.Section:
     rows = []
     for label in labels:
         stop, end = at_least_error(found, label), _last(found, label)
-        errors = [f"{_high_error(stop, name):.3f} ({_high_error(end, name):.3f})" for name in ("heldout", "training")]
+        errors = [f"{high_error(stop, name):.3f} ({high_error(end, name):.3f})" for name in ("heldout", "training")]
         rows.append([label, stop.step, *errors, share(stop.copied), stop.distance.show(1)])
     return pages.Section(
         "Stopped at the least error on held-out images",
@@ -309,39 +189,31 @@ def _recoloured(p: Point) -> str:
     return share(p.figures["copied-recoloured"]) if "copied-recoloured" in p.figures else ""
 
 
-def _high_error(p: Point, name: str, above: float = HIGH) -> float:
-    curve = p.errors[name]
-    chosen = [m for s, m in zip(curve["level"], curve["mean"], strict=True) if s >= above]
-    return sum(chosen) / len(chosen) if chosen else math.nan  # a schedule may end below
-
-
-def share(e: Estimate) -> str:
-    """Return a share in per cent with its interval, and the value of each seed where there are several."""
-    seeds = getattr(e, "seeds", ())
-    single = f"; {', '.join(f'{100 * v:.1f}' for v in seeds)}" if len(seeds) > 1 else ""
-    return f"{100 * e.value:.1f} % [{100 * e.low:.1f}, {100 * e.high:.1f}{single}]"
-
-
 def write_results(results: Mapping[str, Any], out: Path) -> Path:
     """Write OUT/results.html, the same tables as OUT/results.md, and every chart as a file; return the page."""
-    text = f"# {results['study']}\n\n{tables(results)}"
+    best_run = _best_run(results)
+    said = f"**{contest.sentence(points(results), contest.alone(results))}**\n\n" if is_style(results) else ""
+    text = f"# {results['study']}\n\n{said}{tables(results)}"
     parts = sections(results)
     shown: list[pages.Section] = []
     for name, plots in draw_charts(results).items():
-        sheet = out / chart_file("samples", name)
+        sheets = [(out / chart_file("samples", name), "The same prompts in every run",
+                   "Above what a run draws, below the training image that explains it best; framed: copies."),
+                  (out / chart_file(f"samples{NEW}", name), "Captions that were not trained",
+                   "Above what a run draws, below the real image of the caption; framed: copies of a training image.")]  # fmt: skip
         text += f"\n## {name}\n\n" if name else "\n"
         for kind, one in plots.items():
             atomic_write(out / chart_file(kind, name, "svg"), standalone(one.svg))
             text += f"![]({chart_file(kind, name, 'svg')})\n"
         pictures = []
-        if sheet.exists():
+        for sheet, title, note in sheets:
+            if not sheet.exists():
+                continue
             text += f"![]({sheet.name})\n"
             with Image.open(sheet) as image:
-                pictures = [pages.Picture("The same prompts in every run", data_uri(image, 4000),
-                                          "Above what a run draws, below the training image that explains it best; framed: copies.")]  # fmt: skip
+                pictures.append(pages.Picture(title, data_uri(image, 4000), note))
         shown.append(pages.Section(name or "Quality against copies", [], pictures, list(plots.values())))
     atomic_write(out / "results.md", text)
-    best_run = _best_run(results)
     return pages.write_article(
         out / "results.html", str(results["study"]), _answer(results, best_run), [*shown, *parts],
         lead="Each run is measured as it trains: how much it copies, and how far its images are from real ones.",
@@ -365,6 +237,8 @@ def _answer(results: Mapping[str, Any], chosen: Point | None) -> str:
     if chosen is None:
         return "Nothing is measured yet."
     found = points(results)
+    if is_style(results):
+        return contest.sentence(found, contest.alone(results))
     rate, copies = (
         f"{100 * chosen.copied.value:.1f} %",
         "are copies" if chosen.measure == COPIES else "have d1/d2 below 1/3",
@@ -404,11 +278,21 @@ def draw_charts(results: Mapping[str, Any]) -> dict[str, dict[str, pages.Chart]]
     """
     found = points(results)
     measured = list(dict.fromkeys(p.label for p in found))
-    named = {
-        name: [label for label in labels if label in measured]
-        for name, labels in (results.get("charts") or {"": measured}).items()
-    }
+    wanted = dict(results.get("charts") or {"": measured})
+    if results.get("charts") and "apart" in results:
+        wanted["apart"] = [BASELINE, *(run["label"] for run in results["apart"])]
+    named = {name: [label for label in measured if label in labels] for name, labels in wanted.items()}
+    if is_style(results):
+        base = contest.alone(results)
+        looks = {name: {label: _style(label, labels) for label in labels} for name, labels in named.items() if labels}
+        return {name: contest.curves([p for p in found if p.label in look], base, look) for name, look in looks.items()}
     return {name: _draw([p for p in found if p.label in labels], labels) for name, labels in named.items() if labels}
+
+
+def is_style(results: Mapping[str, Any]) -> bool:
+    """Tell whether every measured step is that of a study of a style."""
+    steps = [point for run in [*results["runs"], *results.get("apart", [])] for point in run["points"]]
+    return bool(steps) and all("style" in step["figures"] for step in steps)
 
 
 def _draw(found: Sequence[Point], labels: Sequence[str]) -> dict[str, pages.Chart]:
@@ -428,7 +312,9 @@ def _draw(found: Sequence[Point], labels: Sequence[str]) -> dict[str, pages.Char
     for label, line in lines.items():
         last = line[-1]
         ends = ((100 * last.copied.low, 100 * last.copied.high), (last.distance.low, last.distance.high))
-        plane.append(Line(label, [rate(p) for p in line], [p.distance.value for p in line], bar=ends, **style[label]))
+        plane.append(
+            Line(label, [rate(p) for p in line], [p.distance.value for p in line], bars=[ends], **style[label])
+        )
     marks = (
         [Mark("equal quality: below", best(found, BASELINE).distance.high, upright=False)] if BASELINE in labels else []
     )
@@ -461,14 +347,6 @@ def _draw(found: Sequence[Point], labels: Sequence[str]) -> dict[str, pages.Char
     }
 
 
-def sides(estimates: Sequence[Estimate], factor: float = 1) -> list[list[float]]:
-    """Return how far each interval reaches below and above its value, as matplotlib takes error bars; never less than nothing."""
-    return [
-        [factor * max(0.0, e.value - e.low) for e in estimates],
-        [factor * max(0.0, e.high - e.value) for e in estimates],
-    ]
-
-
 def _style(label: str, labels: Sequence[str]) -> dict[str, Any]:
     """Levels of one objective go from light to dark; the baseline has the colour of text; others have colours of their own."""
     from matplotlib import colormaps
@@ -478,7 +356,13 @@ def _style(label: str, labels: Sequence[str]) -> dict[str, Any]:
         return {"colour": PALETTE["ink"], "marker": "o"}
     swept = [other for other in labels if "level=" in other]
     if label in swept:
-        place = swept.index(label) / (len(swept) - 1) if len(swept) > 1 else 0.5
-        return {"colour": to_hex(colormaps["viridis"](0.25 + 0.6 * (1 - place))), "marker": "o"}
+        kinds = list(dict.fromkeys(other.partition(" level=")[0] for other in swept))
+        kind = kinds.index(label.partition(" level=")[0])
+        alike = [other for other in swept if other.partition(" level=")[0] == kinds[kind]]
+        place = alike.index(label) / (len(alike) - 1) if len(alike) > 1 else 0.5
+        return {
+            "colour": to_hex(colormaps[_RAMPS[kind % len(_RAMPS)]](0.25 + 0.6 * (1 - place))),
+            "marker": "os"[kind % 2],
+        }
     others = [other for other in labels if other not in swept and other != BASELINE]
     return {"colour": SERIES[others.index(label) % len(SERIES)], "marker": "s", "dashed": True}

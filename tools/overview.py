@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ambient_sd.utils.estimate import Estimate
-from experiments.results import points, sides
+from experiments.points import points, sides
 
 SHOWN: Mapping[str, tuple[str, dict[str, Any]]] = {
     "plain": ("plain", {"color": "black", "marker": "o", "lw": 2.2}),

@@ -55,7 +55,8 @@ class Line:
         band: lower and upper ends of an interval at each x.
         dots: draw single points and no line. dashed: dash it, as for a closed form. marker: points on the line.
         colour: place in `SERIES`, or a colour; None: the next one.
-        bar: half-open interval at the last point, as (low, high) in x and in y.
+        bars: intervals at the last so many points, each as (low, high) in x and in y.
+        texts: a short text beside each point.
     """
 
     label: str
@@ -66,7 +67,8 @@ class Line:
     dashed: bool = False
     colour: int | str | None = None
     marker: str = ""
-    bar: tuple[tuple[float, float], tuple[float, float]] | None = None
+    bars: Sequence[tuple[tuple[float, float], tuple[float, float]]] = ()
+    texts: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -139,14 +141,27 @@ def chart(
                 clip_on=False,
                 **style,
             )
-            if line.bar is not None:
-                (x_low, x_high), (y_low, y_high) = line.bar
-                axes.errorbar(line.x[-1], line.y[-1], color=colour, alpha=0.6, linewidth=1, clip_on=False,
-                              xerr=[[max(0.0, line.x[-1] - x_low)], [max(0.0, x_high - line.x[-1])]],
-                              yerr=[[max(0.0, line.y[-1] - y_low)], [max(0.0, y_high - line.y[-1])]])  # fmt: skip
+            ends = len(line.x) - len(line.bars)
+            for at_x, at_y, ((x_low, x_high), (y_low, y_high)) in zip(
+                line.x[ends:], line.y[ends:], line.bars, strict=True
+            ):
+                axes.errorbar(at_x, at_y, color=colour, alpha=0.6 if len(line.bars) == 1 else 0.25, linewidth=1, clip_on=False,
+                              xerr=[[max(0.0, at_x - x_low)], [max(0.0, x_high - at_x)]],
+                              yerr=[[max(0.0, at_y - y_low)], [max(0.0, y_high - at_y)]])  # fmt: skip
+            for at_x, at_y, text in zip(line.x, y, line.texts, strict=False):
+                axes.annotate(
+                    one_line(text, 12),
+                    (at_x, at_y),
+                    xytext=(3, 3),
+                    textcoords="offset points",
+                    color=colour,
+                    fontsize=7,
+                )
         if y_scale == "linear":
             bottom, most = _ends(lines, top)
             axes.set_ylim((bottom if bottom < -0.1 * most else 0.0) if from_zero else bottom, most)
+        elif y_scale == "symlog":
+            axes.set_ylim(bottom=0)
         if x_scale == "symlog":
             axes.set_xlim(left=0)
         elif x_scale == "log":
@@ -376,7 +391,7 @@ def _ends(lines: Sequence[Line], top: float | None) -> tuple[float, float]:
     values = [
         v
         for line in lines
-        for v in (*line.y, *(end for pair in line.band for end in pair), *(line.bar[1] if line.bar else ()))
+        for v in (*line.y, *(end for pair in line.band for end in pair), *(end for bar in line.bars for end in bar[1]))
     ]
     low, high = min(values), max(values) if top is None else top
     air = 0.04 * (high - low or 1.0)

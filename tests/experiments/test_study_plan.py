@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from ambient_sd.utils.errors import UserError
-from experiments.plan import identity, read_plan
+from experiments.plan import Style, identity, read_plan
 
 ROOT = Path(__file__).parents[2]
 GOOD: dict[str, Any] = {
@@ -63,6 +63,16 @@ def test_an_identity_tells_settings_and_sampling_apart_but_not_where_results_go(
     assert identity(longer, longer.runs[0]) == one  # a study may be made longer
 
 
+def test_a_style_belongs_to_the_identity_and_only_where_one_is_given(tmp_path: Path) -> None:
+    style = {"images": 32, "others": {"train_data_dir": "others"}}
+    plain, judged = read_plan(written(tmp_path, GOOD)), read_plan(written(tmp_path, GOOD | {"style": style}))
+    assert judged.style == Style(32, {"train_data_dir": "others"}, {}, "name")
+    one, other = (identity(plan, plan.runs[0]) for plan in (plain, judged))
+    assert (
+        "style" not in one and {k: v for k, v in other.items() if k != "style"} == one
+    )  # folders of before are gone on with
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -90,6 +100,11 @@ def test_an_identity_tells_settings_and_sampling_apart_but_not_where_results_go(
         (GOOD | {"runs": {"x" * 101: {"objective": "plain"}}}, ["runs: xxx", "at most 100"]),
         (GOOD | {"runs": {"$x_{$": {"objective": "plain"}}}, ["$x_{$", "without $"]),
         (GOOD | {"runs": {"a\nb": {"objective": "plain"}}}, ["printable"]),
+        (GOOD | {"style": {"images": 32}}, ["style: others", "needed"]),
+        (GOOD | {"style": {"images": 4, "others": {"dataset_split": "base"}}}, ["style: images", "at least 16"]),
+        (GOOD | {"style": {"images": "all"}}, ["style: images", "whole number"]),
+        (GOOD | {"style": {"judge": {}}}, ["style: judge", "entries are"]),
+        (GOOD | {"style": {"images": 32, "others": {"dataset_split": "base"}}, "sample": {"captions": "none"}}, ["style", "without"]),
         (GOOD | {"name": "<script>alert(1)</script>"}, ["name:", "without $ | <"]),
     ],
 )  # fmt: skip

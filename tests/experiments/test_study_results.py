@@ -10,16 +10,8 @@ from typing import Any
 import pytest
 
 from ambient_sd.utils.estimate import Estimate
-from experiments.results import (
-    at_distance,
-    at_equal_quality,
-    at_least_error,
-    best,
-    front,
-    points,
-    tables,
-    write_results,
-)
+from experiments.points import at_distance, at_equal_quality, at_least_error, best, front, points
+from experiments.results import tables, write_results
 
 
 def run(label: str, seed: int, *steps: tuple[int, float, float], half: float = 1.0) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_flow
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
@@ -39,8 +40,9 @@ def losses(config: TrainConfig) -> list[dict[str, float]]:
 def test_above_the_level_training_starts_at_the_base(settings: Settings, lora: bool) -> None:
     values = {"lora": lora, "train_batch_size": 8, "learning_rate": 1e-2 if lora else 1e-3}
     taught, plain = losses(settings(objective="distill", distill_level=0.5, **values)), losses(settings("p", objective="weighted", ambient_level=0.5, reweight=0, **values))  # fmt: skip
-    assert taught[0]["ambient_loss"] == 0 < plain[0]["loss"]  # adapter off, or the copy: the network itself, to the bit
-    assert taught[-1]["ambient_loss"] > 0  # and later it has moved, the teacher has not
+    # Adapter off, or the copy: the network itself, but for the rounding of fewer rows at once.
+    assert taught[0]["ambient_loss"] < 1e-12 < plain[0]["loss"]
+    assert taught[-1]["ambient_loss"] > 1e-9  # and later it has moved, the teacher has not
     assert taught[0]["clean_loss"] > 0
 
 
@@ -101,7 +103,7 @@ def test_what_the_base_says_above_the_level_is_kept(settings: Settings, tiny_bas
         ({"agc": 0.8}, "says nothing of memorization"),
         ({"lora_init": "pissa"}, "no longer the base"),
         ({"objective": "ambient", "distill_level": 1.0}, "distill_level"),
-        ({"prediction_type": "epsilon"}, "its predictions are targets"),
+        ({"prediction_type": "epsilon", "lora": False}, "its predictions are targets"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(settings: Settings, values: dict[str, Any], what: str) -> None:
@@ -129,3 +131,10 @@ def test_copy_of_the_base_counts_in_the_memory(settings: Settings) -> None:
     assert math.isclose(
         found(objective="distill").weights, found(objective="plain").weights
     )  # an adapter: switched off
+
+
+def test_a_flow_matching_transformer_starts_at_its_base(settings: Settings, tmp_path: Path) -> None:
+    tiny_flow.tiny_sd3_pipeline().save_pretrained(tmp_path / "sd3")
+    config = settings(objective="distill", distill_level=1.0, pretrained_model_name_or_path=str(tmp_path / "sd3"), train_batch_size=8)  # fmt: skip
+    seen = losses(config)
+    assert seen[0]["ambient_loss"] < 1e-12 < seen[0]["clean_loss"] and seen[-1]["ambient_loss"] > 1e-9

@@ -69,6 +69,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "sdxl": {"base": "sdxl", "lora": True, "train_text_encoder": True, "caption_mitigation": "gn", "caption_mitigation_p": 1.0},
     "by weight": {"fused_backward_pass": True, "max_grad_norm": 0.0, "offload_optimizer": True, "use_ema": True, "offload_ema": True, "checkpointing_steps": 1},
     "crops": {"data": "wide", "objective": "plain"},
+    "distill": {"objective": "distill", "distill_level": 0.5, "train_batch_size": 4},
+    "distill lora": {"objective": "distill", "distill_level": 1.0, "ambient_level": 0.5, "lora": True, "train_batch_size": 4},
     "embedded": {"base": "embedded", "resolution": 64, "max_train_steps": 1},
 }  # fmt: skip
 

@@ -1,0 +1,220 @@
+"""A study of a style as a contest: which recipe copies least at equal quality on captions that no run has seen.
+
+Quality is the Frechet distance of samples for these captions (`experiments.style`), copies are counted on samples for the training
+captions, by two measures: the audit's decision, and contours alone. Equal quality is `experiments.points`'s, and plain may stop early like
+every other recipe. A recipe copies less if the interval of the difference excludes 0 (two intervals combined: `metrics.difference`). It
+covers the samples of these runs, not the choice of the best among many recipes: that is what a second study, on other images, is for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ambient_sd.audit.metrics import difference
+from ambient_sd.audit.shares import COPIES, RETURNED
+from ambient_sd.reporting import pages
+from ambient_sd.reporting.charts import Line, Mark, chart
+from ambient_sd.utils.estimate import Estimate
+from experiments.measures import CONTOURS
+from experiments.points import BASELINE, Point, at_equal_quality, best, point_of, points, share
+from experiments.style import NEAREST, NEW
+
+ALONE = "base alone"
+MEASURES = {COPIES: "", CONTOURS: "by contours "}
+
+
+@dataclass(frozen=True)
+class Winner:
+    """Hold, by one measure of copies, plain at its fewest copies at equal quality, the other recipe with the fewest, and how many less."""
+
+    plain: Point
+    other: Point
+    less: Estimate
+
+
+def alone(results: Mapping[str, Any]) -> Point | None:
+    """Return the base without any training as a point, or None if it is not measured."""
+    return point_of(ALONE, 0, [results["base"]], COPIES) if "base" in results else None
+
+
+def winner(found: Sequence[Point], measure: str) -> Winner | None:
+    """Return who copies least at equal quality, or None if no recipe but plain gets there."""
+    found = [dataclasses.replace(p, measure=measure) for p in found]
+    labels = dict.fromkeys(p.label for p in found)
+    plain = at_equal_quality(found, BASELINE)
+    others = [p for label in labels if label != BASELINE and (p := at_equal_quality(found, label)) is not None]
+    if plain is None or not others:
+        return None
+    other = min(others, key=lambda p: (p.copied.value, p.distance.value))
+    return Winner(plain, other, difference(plain.copied, other.copied))
+
+
+def sentence(found: Sequence[Point], base: Point | None) -> str:
+    """Say in one sentence, from the numbers alone, which recipe copies how much less at equal quality, or that none does."""
+    labels = list(dict.fromkeys(p.label for p in found))
+    if BASELINE not in labels:
+        return f"{BASELINE} is not measured yet: there is nothing to compare with."
+    limit = best(found, BASELINE).distance.high
+    if base is not None and base.distance.value <= limit:
+        return (
+            f"The base alone is as good as {BASELINE}'s best on captions that were not trained (distance {base.distance.value:.1f}, "
+            f"at most {limit:.1f}): nothing that these figures show was learnt, and the recipes cannot be compared."
+        )
+    if len(labels) == 1:
+        return f"Only {BASELINE} is measured yet."
+    where = f"at equal quality on captions that were not trained (Fréchet distance at most {limit:.1f})"
+    found_by = {measure: winner(found, measure) for measure in MEASURES}
+    if all(one is None for one in found_by.values()):
+        return f"No recipe but {BASELINE} itself is as good as {BASELINE}'s best on captions that were not trained (Fréchet distance at most {limit:.1f})."
+    parts = [f"{MEASURES[measure]}{_clause(one)}" for measure, one in found_by.items() if one is not None]
+    return f"{where[0].upper()}{where[1:]}, {'; '.join(parts)}."
+
+
+def _clause(one: Winner) -> str:
+    plain = f"{100 * one.plain.copied.value:.1f} % of {BASELINE} (step {one.plain.step})"
+    other = f"{100 * one.other.copied.value:.1f} %"
+    if one.less.low > 0:
+        less = f"{100 * one.less.value:.1f} points fewer [{100 * one.less.low:.1f}, {100 * one.less.high:.1f}]"
+        return f"{one.other.label} (step {one.other.step}) gives {other} copies against {plain}: {less}"
+    return f"no recipe gives measurably fewer copies than the {plain}; the fewest has {one.other.label} (step {one.other.step}), {other}"
+
+
+def sections(results: Mapping[str, Any]) -> list[pages.Section]:
+    """Return the comparison at equal quality and a table of every measured step, a run each."""
+    found, base = points(results), alone(results)
+    labels = list(dict.fromkeys(p.label for p in found))
+    return [
+        *([_at_equal_quality(found, labels, base)] if BASELINE in labels else []),
+        _every_step(found, labels, base, results["missing"]),
+    ]
+
+
+def _at_equal_quality(found: Sequence[Point], labels: Sequence[str], base: Point | None) -> pages.Section:
+    limit = best(found, BASELINE)
+    rows: list[list[object]] = []
+    if base is not None:
+        rows.append(
+            [
+                base.label,
+                f"{base.distance.show(1)} (0)",
+                share(base.figures[COPIES]),
+                share(base.figures[CONTOURS]),
+                "",
+                "",
+            ]
+        )
+    for label in labels:
+        top, cells = best(found, label), []
+        for measure in MEASURES:
+            of_measure = [dataclasses.replace(p, measure=measure) for p in found]
+            there = at_equal_quality(of_measure, label)
+            cells.append("none is as good" if there is None else f"{share(there.copied)} ({there.step})")
+        there = at_equal_quality(found, label)
+        also = ["", ""] if there is None else [share(there.figures["agreement"]), share(there.figures["style"])]
+        rows.append([label, f"{top.distance.show(1)} ({top.step})", *cells, *also])
+    return pages.Section(
+        "Fewest copies at equal quality on new captions",
+        [f"Equal quality: Fréchet distance of samples for captions that were not trained at most {limit.distance.high:.1f}, the upper end of the "
+         f"interval of {BASELINE}'s best (step {limit.step}). Copies: of samples for training captions. Steps in brackets."],
+        tables=[pages.Table(["run", "best distance (step)", "copies, by the decision (step)", "copies, by contours (step)",
+                             "caption agreement there", "style agreement there"], rows)],
+    )  # fmt: skip
+
+
+def _every_step(
+    found: Sequence[Point], labels: Sequence[str], base: Point | None, missing: Sequence[str]
+) -> pages.Section:
+    some = found[0].figures
+    text = [
+        f"A perfect model's distance at this n: {some['distance floor'].show(1)}. Caption agreement: the real image of a sample's caption is among the "
+        f"{NEAREST} nearest of {some['agreement chance'].n}; by chance {100 * some['agreement chance'].value:.1f} %. Style agreement: a classifier calls a "
+        f"sample this style; of real images of concepts that it was not trained on it calls {share(some['style, real'])} of this style so, and "
+        f"{share(some['style, others'])} of others.",
+        "Copies by the decision and by contours: first of samples for training captions, then of samples for new ones. Returned: "
+        "training images that come back at least once.",
+    ]
+    if missing:
+        text.append(f"Not whole yet: {', '.join(missing)}.")
+    head = [
+        "step",
+        "copies",
+        "by contours",
+        "returned",
+        "copies, new",
+        "by contours, new",
+        "distance",
+        "KID x 1000",
+        "caption agreement",
+        "style agreement",
+    ]
+    tables = [
+        pages.Table(
+            head,
+            [_row(p) for p in ([base] if base is not None and label == ALONE else found) if p.label == label],
+            label,
+        )
+        for label in ([ALONE] if base is not None else []) + list(labels)
+    ]
+    return pages.Section(
+        "Every measured step",
+        text,
+        tables=tables,
+        terms=pages.terms("copy rate", "edge-based copy rate", "Fréchet distance (FD)", "interval"),
+    )
+
+
+def _row(p: Point) -> list[object]:
+    f = p.figures
+    shares = [share(f[name]) for name in (COPIES, CONTOURS, RETURNED, COPIES + NEW, CONTOURS + NEW)]
+    return [p.step, *shares, p.distance.show(1), f["kid"].show(1, 1000), share(f["agreement"]), share(f["style"])]
+
+
+def curves(
+    found: Sequence[Point], base: Point | None, style: Mapping[str, Mapping[str, Any]]
+) -> dict[str, pages.Chart]:
+    """Draw quality against copies along training, a line a recipe with its steps and light intervals, by either measure."""
+    limit = best(found, BASELINE).distance.high if any(p.label == BASELINE for p in found) else None
+    marks = [] if limit is None else [Mark("equal quality: to the left", limit)]
+    out = {}
+    for measure, words in ((COPIES, "copy rate, %"), (CONTOURS, "copy rate by contours, %")):
+        lines = (
+            []
+            if base is None
+            else [
+                _line(
+                    ALONE,
+                    [base],
+                    measure,
+                    {"dots": True, "colour": style[BASELINE]["colour"] if BASELINE in style else None},
+                )
+            ]
+        )
+        lines += [_line(label, [p for p in found if p.label == label], measure, look) for label, look in style.items()]
+        svg = chart(
+            words,
+            lines,
+            x_label="Fréchet distance on new captions",
+            y_label=words,
+            x_scale="linear",
+            y_scale="symlog",
+            marks=marks,
+            height=5,
+        )
+        kind = "curves" if measure == COPIES else "curves-contours"
+        out[kind] = pages.Chart(
+            "Copies against quality on new captions, along training",
+            svg,
+            "numbers are steps; down and to the left is better",
+        )
+    return out
+
+
+def _line(label: str, line: Sequence[Point], measure: str, look: Mapping[str, Any]) -> Line:
+    copies = [p.figures[measure] for p in line]
+    return Line(
+        label, [p.distance.value for p in line], [100 * c.value for c in copies], texts=[str(p.step) for p in line],
+        bars=[((p.distance.low, p.distance.high), (100 * c.low, 100 * c.high)) for p, c in zip(line, copies, strict=True)], **look,
+    )  # fmt: skip
