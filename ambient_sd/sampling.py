@@ -56,6 +56,15 @@ class SamplingConfig(SamplingOptions):
         if self.dtype is None:
             object.__setattr__(self, "dtype", _precision(self.device))
 
+    @functools.cached_property
+    def scale(self) -> float:
+        """Return the scale of classifier-free guidance: the one given, or the usual one of the model's family."""
+        return self.source().family.usual_scale if self.guidance_scale is None else self.guidance_scale
+
+    def scale_of(self, pipe: Any) -> float:
+        """Return the same of a loaded pipeline."""
+        return of_pipeline(pipe).usual_scale if self.guidance_scale is None else self.guidance_scale
+
     def check(self) -> None:
         """Raise a `UserError` for what can be seen to be wrong without the model's weights; of an adapter that is everything."""
         try:
@@ -111,14 +120,14 @@ class SamplingConfig(SamplingOptions):
             **({} if self.lora_weights is None else {"lora": self.lora()}),
             **{name: label(value) for name in ("revision", "variant", "single_file_config", VAE) if (value := getattr(self, name)) is not None},
             "scheduler": self.scheduler, "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale, "resolution": self.resolution, "seed": self.seed, "dtype": self.dtype,
+            "guidance_scale": self.scale, "resolution": self.resolution, "seed": self.seed, "dtype": self.dtype,
             **({} if self.base_above is None else {"base_above": self.base_above, "base": None if self.base is None else label(self.base)}),
         }  # fmt: skip
 
     def describe(self, pipe: Any) -> Sampling:
         """Describe the sampling of a loaded pipeline, as a calibration compares it."""
         return Sampling.of(
-            pipe, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale,
+            pipe, num_inference_steps=self.num_inference_steps, guidance_scale=self.scale_of(pipe),
             height=self.resolution, width=self.resolution,
         )  # fmt: skip
 
@@ -549,7 +558,7 @@ def _options(pipe: Any, config: SamplingConfig, batch: Sequence[Request]) -> dic
     dtype = torch.float32 if family.exact_start else encoder.dtype
     return {
         "latents": family.start(noise).to(pipe.device, dtype), "generator": generators, "num_inference_steps": config.num_inference_steps,
-        **family.guided(pipe, config.guidance_scale, len(batch)), "height": how.height, "width": how.width,
+        **family.guided(pipe, config.scale_of(pipe), len(batch)), "height": how.height, "width": how.width,
     }  # fmt: skip
 
 

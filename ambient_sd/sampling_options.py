@@ -30,8 +30,8 @@ class SamplingOptions:
         UserError: a value breaks its rule.
 
     Example:
-        >>> SamplingOptions("my-model", num_inference_steps=20).guidance_scale
-        7.5
+        >>> SamplingOptions("my-model", guidance_scale=4).guidance_scale
+        4.0
     """
 
     # fmt: off
@@ -39,7 +39,7 @@ class SamplingOptions:
     lora_weights: str | None = option(None, "LoRA on the model: folder, .safetensors file, hub id, or a file on the hub (owner/name/file.safetensors)", alias="adapter", metavar="LORA")
     scheduler: str | None = option(None, "sampler (default: the model's; models of flow matching have no other)", choices=tuple(SCHEDULERS))
     num_inference_steps: int = option(50, "steps of the sampler", low=1)
-    guidance_scale: float = option(7.5, "classifier-free guidance (of FLUX.1 and Qwen-Image the true one, true_cfg_scale); 1 or less is none, and then there are no scores", low=0)
+    guidance_scale: float | None = option(None, "classifier-free guidance (of FLUX.1 and Qwen-Image the true one, true_cfg_scale); 1 or less is none, and then there are no scores (default: 7.5 of Stable Diffusion 1, 2 and XL, of transformers that of their pipeline)", low=0)
     resolution: int | None = option(None, "side of the images in pixels (default: the model's)", low=8, multiple=8)
     seed: int = option(0, "seed: start noise")
     dtype: str | None = option(None, "precision of the weights (default: bfloat16 on a GPU that has it, float32 elsewhere)", choices=DTYPES)

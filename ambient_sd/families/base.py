@@ -325,6 +325,7 @@ class Base(Model):
         network_config: config.json of the network.
         vae_config: config.json of the VAE that the run uses.
         zero_empty: the pipeline samples its unconditional half with zeros, not with the empty prompt (SDXL).
+        text_length, embedded_guidance: of the run, in place of the family's own (`Family.trained_with`).
 
     Example:
         >>> from ambient_sd.assets import BASE
@@ -337,6 +338,16 @@ class Base(Model):
     network_config: dict[str, Any] = field(default_factory=dict)
     vae_config: dict[str, Any] = field(default_factory=dict)
     zero_empty: bool = False
+    text_length: int | None = None
+    embedded_guidance: float | None = None
+
+    @functools.cached_property
+    def family(self) -> Family:
+        """Return the model's family, as this run trains it."""
+        own = super().family
+        if self.text_length is None and self.embedded_guidance is None:
+            return own
+        return own.trained_with(self.text_length, self.embedded_guidance)
 
     @property
     def pixel_step(self) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ambient_sd.families.bfl import OriginalNames
+from ambient_sd.families.bfl import NAMES
 from ambient_sd.families.flux import FLUX, Packed, pack, places, unpack
 from ambient_sd.families.guidance import Guidance
 from ambient_sd.families.sd import tokenize
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ambient_sd.families.base import Model
 
 
-class Chroma(OriginalNames, Packed):
+class Chroma(Packed):
     """Describe Chroma.
 
     Example:
@@ -45,8 +45,9 @@ class Chroma(OriginalNames, Packed):
         "text_encoder": ("transformers", "T5EncoderModel"), "tokenizer": ("transformers", "T5TokenizerFast"),
     }  # fmt: skip
     lora_targets = FLUX.lora_targets
+    originals = NAMES
     reads: Mapping[str, str] = {"encoder_hidden_states": "hidden", "attention_mask": "mask"}
-    text_length = 512
+    text_length = text_most = 512
 
     def check_conditioning(self, model: Model, network: Mapping[str, Any]) -> None:
         self.check_width(model, network, "joint_attention_dim", model.text_config("text_encoder").d_model)

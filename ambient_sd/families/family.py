@@ -10,6 +10,8 @@ ways, so the objective sees one parametrisation: epsilon, v, x0, or the flow `ep
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +45,8 @@ class Family:
         lora_targets: names or endings of layers of the network that a LoRA usually changes; see `usual_targets`.
         readers: tokenizers whose end of a long caption nothing else reads; empty: every one.
         text_length: tokens that the pipeline gives to the readers by default; None: as many as they take.
+        text_most: tokens that the pipeline gives them at most; None: any number.
+        embedded_guidance: the guidance scale that a network which takes one as an input is trained at; None: none does.
         single_file_texts: by text encoder, how the names of its tensors may begin in a file that holds a whole model.
         architectures: by `cross_attention_dim` of the network and what it predicts, what sd-scripts and Stability's model
             specification call the first models.
@@ -70,14 +74,36 @@ class Family:
     lora_targets: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0")
     readers: tuple[str, ...] = ()
     text_length: int | None = None
+    text_most: int | None = None
+    embedded_guidance: float | None = None
     single_file_texts: Mapping[str, tuple[str, ...]] = {}
     architectures: Mapping[tuple[Any, str], tuple[str, str]] = {}
     lora_prefixes: Mapping[str, Mapping[str, str]] = {}
 
     @property
+    def usual_scale(self) -> float:
+        """Return the scale of classifier-free guidance that the pipeline samples at by default, as commands count it."""
+        import diffusers
+
+        layout = self.guidance[self.pipeline]
+        own = inspect.signature(getattr(diffusers, self.pipeline).__call__).parameters[layout.scale].default
+        return float(own) + layout.excess
+
+    @property
     def text_parts(self) -> list[str]:
         """Return the names of the parts that turn a caption into embeddings."""
         return [part for part in self.parts if part.startswith(("text_encoder", "tokenizer"))]
+
+    def trained_with(self, text_length: int | None, embedded_guidance: float | None) -> Family:
+        """Return the family as a run trains it: with so many tokens, and at that guidance scale; None: as it is."""
+        given = {"text_length": text_length, "embedded_guidance": embedded_guidance}
+        changed = copy.copy(self)
+        changed.__dict__ |= {name: value for name, value in given.items() if value is not None}
+        return changed
+
+    def guidance_embeds(self, network: Mapping[str, Any]) -> bool:
+        """Tell by its settings whether a network takes the guidance scale as an input."""
+        return self.embedded_guidance is not None and bool(network.get("guidance_embeds"))
 
     # --- checks before weights load ---
 
@@ -237,6 +263,10 @@ class Family:
 
     def fused_names(self, network: Any) -> dict[str, tuple[str, ...]]:
         """Return layers whose rows, one below the other, are one layer of the authors' own code, by its name there."""
+        return {}
+
+    def swapped_names(self, network: Any) -> dict[str, str]:
+        """Return layers whose two halves of rows stand in the other order in the authors' own code, with their names there."""
         return {}
 
     def kohya_names(self, network: Any) -> dict[str, str]:

@@ -15,6 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ambient_sd.families.kl import KLFamily
+from ambient_sd.families.original import OriginalNames
 from ambient_sd.utils.devices import send
 from ambient_sd.utils.errors import UserError
 
@@ -29,6 +30,7 @@ class FlowTransformer(KLFamily):
         folded: how many channels of the network's input one channel of a latent is: patch^2 where the pipeline packs patches.
         needs: settings of the network that are computed with.
         shifted: whether the pipeline adds the VAE's shift to latents, as it is.
+        originals: what the authors' own code calls its layers, where it differs; None: as diffusers, or not known.
         reads: what of a caption's embeddings is which input of the network.
 
     Example:
@@ -44,6 +46,7 @@ class FlowTransformer(KLFamily):
     needs: tuple[str, ...] = ("in_channels", "patch_size")
     folded = 1
     shifted = True
+    originals: OriginalNames | None = None
     reads: Mapping[str, str] = {"encoder_hidden_states": "hidden"}
 
     def check(self, model: Model, network: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
@@ -91,6 +94,15 @@ class FlowTransformer(KLFamily):
 
     def native_side(self, network: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
         return int(network["sample_size"]) * self.vae_factor(vae)
+
+    def original_names(self, network: Any) -> dict[str, str]:
+        return {} if self.originals is None else self.originals.single(network)
+
+    def fused_names(self, network: Any) -> dict[str, tuple[str, ...]]:
+        return {} if self.originals is None else self.originals.several(network)
+
+    def swapped_names(self, network: Any) -> dict[str, str]:
+        return {} if self.originals is None else self.originals.turned(network)
 
 
 def read_rows(hidden: torch.Tensor, mask: Sequence[Sequence[int]], skip: int = 0) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ambient_sd.families.bfl import OriginalNames
+from ambient_sd.families.bfl import NAMES
 from ambient_sd.families.family import config_of
 from ambient_sd.families.flow import FlowTransformer
 from ambient_sd.families.guidance import Guidance
@@ -27,8 +27,6 @@ from ambient_sd.utils.devices import send
 
 if TYPE_CHECKING:
     from ambient_sd.families.base import Model
-
-GUIDANCE = 3.5  # the default of its pipeline, and of diffusers' training script
 
 
 class Packed(FlowTransformer):
@@ -52,7 +50,7 @@ class Packed(FlowTransformer):
         return pack(noise)
 
 
-class Flux(OriginalNames, Packed):
+class Flux(Packed):
     """Describe FLUX.1 dev and schnell.
 
     Example:
@@ -84,8 +82,13 @@ class Flux(OriginalNames, Packed):
     )  # fmt: skip
     needs = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
     reads: Mapping[str, str] = {"encoder_hidden_states": "hidden", "pooled_projections": "pooled"}
+    originals = NAMES
     readers = ("tokenizer_2",)
-    text_length = 512
+    text_length = text_most = 512
+    usual_scale = (
+        2.0  # its pipeline has none by default, and the guard needs some; beside the embedded one a little is enough
+    )
+    embedded_guidance = 3.5  # the default of its pipeline, and of diffusers' training script
 
     def check_conditioning(self, model: Model, network: Mapping[str, Any]) -> None:
         self.check_width(model, network, "pooled_projection_dim", model.text_config("text_encoder").hidden_size)
@@ -102,8 +105,9 @@ class Flux(OriginalNames, Packed):
         self, network: Any, x_t: torch.Tensor, timesteps: torch.Tensor, inputs: Mapping[str, Any]
     ) -> torch.Tensor:
         guidance = None
-        if config_of(network).guidance_embeds:
-            guidance = torch.full((len(x_t),), GUIDANCE, dtype=torch.float32, device=x_t.device)
+        if self.guidance_embeds(config_of(network)):
+            scale = float(self.embedded_guidance or 0.0)
+            guidance = torch.full((len(x_t),), scale, dtype=torch.float32, device=x_t.device)
         output = network(
             hidden_states=pack(x_t), timestep=timesteps / 1000, guidance=guidance, **inputs, return_dict=False,
             txt_ids=x_t.new_zeros(inputs["encoder_hidden_states"].shape[1], 3), img_ids=places(x_t),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ambient_sd.families.bfl import OriginalNames
+from ambient_sd.families.bfl import NAMES
 from ambient_sd.families.flow import FlowTransformer
 from ambient_sd.families.guidance import Guidance
 from ambient_sd.utils.devices import send
@@ -30,7 +30,7 @@ _LAYERS = (9, 18, 27)  # of Qwen3
 _STEPS = 50  # its pipeline's default, by which the shift goes too
 
 
-class Flux2Klein(OriginalNames, FlowTransformer):
+class Flux2Klein(FlowTransformer):
     """Describe FLUX.2 klein, 4B and 9B.
 
     Example:
@@ -53,6 +53,7 @@ class Flux2Klein(OriginalNames, FlowTransformer):
     shifted = False
     draws = False
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj")
+    originals = NAMES
     text_length = 512
     needs = ("in_channels", "joint_attention_dim")
 

@@ -77,7 +77,7 @@ _OTHER_KINDS = {
 }  # fmt: skip
 _TRANSFORMER = re.compile(
     r"^(transformer[._]|lora_transformer_|(diffusion_model\.|model\.diffusion_model\.|base_model\.model\.|lora_unet_)?"
-    r"(double_blocks|single_blocks|joint_blocks|single_transformer_blocks|transformer_blocks|blocks|layers)[._]\d)"
+    r"(double_blocks|single_blocks|joint_blocks|single_transformer_blocks|(joint_)?transformer_blocks|blocks|(double_|single_)?layers)[._]\d)"
 )
 # Settings of peft that say nothing about what a finished adapter computes, or that are read here.
 _HARMLESS = frozenset({
@@ -499,16 +499,18 @@ class _Target:
     scheme: str
     part: str
     paths: tuple[str, ...]  # several: their rows are one below the other
+    swapped: bool = False  # the two halves of its rows stand in the other order
 
 
 def _known(parts: Mapping[str, nn.Module], family: Family) -> dict[str, _Target | None]:
     """Return every name under which a layer, or several as one, may stand in a file; None where it would be that of two."""
     known: dict[str, _Target | None] = {}
 
-    def add(name: str, scheme: str, part: str, *paths: str) -> None:
+    def add(name: str, scheme: str, part: str, *paths: str, swapped: bool = False) -> None:
         before = known.get(name)
-        other = before is not None and (before.part, before.paths) != (part, paths)
-        known[name] = None if other or (before is None and name in known) else before or _Target(scheme, part, paths)
+        target = _Target(scheme, part, paths, swapped)
+        other = before is not None and replace(before, scheme=scheme) != target
+        known[name] = None if other or (before is None and name in known) else before or target
 
     for part, module in parts.items():
         is_network = part == family.network
@@ -521,9 +523,12 @@ def _known(parts: Mapping[str, nn.Module], family: Family) -> dict[str, _Target 
         }
         prefixes |= family.lora_prefixes[part]
         oldest = _OLDEST["network" if is_network else "text encoder"]
-        for name, paths in (family.fused_names(module) if is_network else {}).items():
+        several = family.fused_names(module) if is_network else {}
+        turned = {name: (path,) for path, name in (family.swapped_names(module) if is_network else {}).items()}
+        for name, paths in (several | turned).items():
             for prefix, scheme in prefixes.items():
-                add(prefix + (name.replace(".", "_") if prefix.endswith("_") else name), scheme, part, *paths)
+                spelled = prefix + (name.replace(".", "_") if prefix.endswith("_") else name)
+                add(spelled, scheme, part, *paths, swapped=name in turned)
         for path in layers_in(module):
             # Newer versions of transformers have no text_model between the encoder and its layers.
             short = path.removeprefix("text_model.")
@@ -607,16 +612,22 @@ def _pieces(
     """Yield what of a tensor is whose: of one layer for several A and alpha are all theirs, and the rows of B each one's own.
 
     [W1; W2] + s [B1; B2] A  =  [W1 + s B1 A; W2 + s B2 A]
+
+    Where the halves of a layer's rows stand in the other order, those of B do.
     """
-    if len(target.paths) == 1 or kind in ("down", "alpha"):
+    plain = len(target.paths) == 1 and not target.swapped
+    if plain or kind in ("down", "alpha"):
         yield from ((path, tensor) for path in target.paths)
         return
     rows = [modules[path].weight.shape[0] for path in target.paths]
     if kind not in ("up", "bias"):
-        raise _unfit(file, f"has {name!r} for {len(rows)} layers at once", "LoRA alone is taken apart: give one")
+        what = "a layer whose halves are swapped" if target.swapped else f"{len(rows)} layers at once"
+        raise _unfit(file, f"has {name!r} for {what}", "LoRA alone is taken apart: give one")
     if tensor.shape[:1] != (sum(rows),):
         raise _unfit(file, f"has a shape that does not fit: {name!r} is {tuple(tensor.shape)}, and {' + '.join(target.paths)} have {sum(rows)} rows",
                      "give the base that it was trained on")  # fmt: skip
+    if target.swapped:
+        tensor = torch.cat(tensor.chunk(2)[::-1])
     yield from zip(target.paths, tensor.split(rows), strict=True)
 
 

@@ -19,12 +19,28 @@ import torch
 
 from ambient_sd.families.flow import FlowTransformer
 from ambient_sd.families.guidance import Guidance
+from ambient_sd.families.original import OriginalNames
 from ambient_sd.families.sd import tokenize
 from ambient_sd.utils.devices import send
 from ambient_sd.utils.errors import UserError
 
 if TYPE_CHECKING:
     from ambient_sd.families.base import Model
+
+_BLOCKS = ("layers", "noise_refiner", "context_refiner")
+_INNER = {
+    "attn.to_out.0": "attention.out", "norm1.linear": "adaLN_modulation.1", **{f"feed_forward.linear_{n}": f"feed_forward.w{n}" for n in (1, 2, 3)},
+}  # fmt: skip
+_NAMES = OriginalNames(
+    blocks={kind: kind for kind in _BLOCKS},
+    inner={kind: _INNER for kind in _BLOCKS},
+    outer={
+        "time_caption_embed.caption_embedder.1": "cap_embedder.1", "time_caption_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "time_caption_embed.timestep_embedder.linear_2": "t_embedder.mlp.2", "norm_out.linear_1": "final_layer.adaLN_modulation.1",
+        "norm_out.linear_2": "final_layer.linear",
+    },
+    fused={kind: {"attention.qkv": ("attn.to_q", "attn.to_k", "attn.to_v")} for kind in _BLOCKS},
+)  # fmt: skip
 
 
 class Lumina2(FlowTransformer):
@@ -47,9 +63,10 @@ class Lumina2(FlowTransformer):
         "transformer": ("diffusers", "Lumina2Transformer2DModel"), "vae": ("diffusers", "AutoencoderKL"),
         "text_encoder": ("transformers", "Gemma2Model"), "tokenizer": ("transformers", "AutoTokenizer"),
     }  # fmt: skip
+    originals = _NAMES
     needs = ("in_channels", "patch_size", "sample_size", "cap_feat_dim")
     reads: Mapping[str, str] = {"encoder_hidden_states": "hidden", "encoder_attention_mask": "mask"}
-    text_length = 256
+    text_length, text_most = 256, 512
 
     def check_conditioning(self, model: Model, network: Mapping[str, Any]) -> None:
         self.check_width(model, network, "cap_feat_dim", model.text_config("text_encoder").hidden_size)

@@ -52,7 +52,7 @@ class QwenImage(Packed):
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
     vae_needs = ("z_dim", "temperal_downsample", "latents_mean", "latents_std")
     shifted = False
-    text_length = 512
+    text_length, text_most = 512, 1024
 
     def check_conditioning(self, model: Model, network: Mapping[str, Any]) -> None:
         self.check_width(

@@ -59,6 +59,7 @@ class StableDiffusion(KLFamily):
             "text_encoders.clip_l.transformer.": "ComfyUI", "text_encoders.clip_h.transformer.": "ComfyUI",
         },
     }  # fmt: skip
+    usual_scale = 7.5  # of SDXL's pipeline 5, but images of its runs stay what they were
     # What of `addition_embed_type` it can be given: "text" pools the caption's own embedding, and nothing more is needed.
     additions: tuple[str | None, ...] = (None, "text")
 

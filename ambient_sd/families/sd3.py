@@ -19,6 +19,7 @@ import torch
 from ambient_sd.families.family import config_of
 from ambient_sd.families.flow import FlowTransformer
 from ambient_sd.families.guidance import Guidance
+from ambient_sd.families.original import OriginalNames
 from ambient_sd.families.sd import tokenize
 from ambient_sd.utils.devices import send
 from ambient_sd.utils.errors import UserError
@@ -26,6 +27,29 @@ from ambient_sd.utils.errors import UserError
 if TYPE_CHECKING:
     from ambient_sd.families.base import Model
 
+# Stability's own code, and with it ComfyUI and kohya; the last modulations hold shift and scale there.
+_NAMES = OriginalNames(
+    blocks={"transformer_blocks": "joint_blocks"},
+    inner={"transformer_blocks": {
+        "norm1.linear": "x_block.adaLN_modulation.1", "norm1_context.linear": "context_block.adaLN_modulation.1",
+        "attn.to_out.0": "x_block.attn.proj", "attn2.to_out.0": "x_block.attn2.proj", "attn.to_add_out": "context_block.attn.proj",
+        "ff.net.0.proj": "x_block.mlp.fc1", "ff.net.2": "x_block.mlp.fc2",
+        "ff_context.net.0.proj": "context_block.mlp.fc1", "ff_context.net.2": "context_block.mlp.fc2",
+    }},
+    outer={
+        "pos_embed.proj": "x_embedder.proj", "proj_out": "final_layer.linear",
+        **{f"time_text_embed.{kind}_embedder.linear_{n}": f"{theirs}_embedder.mlp.{m}"
+           for kind, theirs in (("timestep", "t"), ("text", "y")) for n, m in ((1, 0), (2, 2))},
+    },
+    fused={"transformer_blocks": {
+        "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+        "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    }},
+    swapped={
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+        "transformer_blocks.{last}.norm1_context.linear": "joint_blocks.{last}.context_block.adaLN_modulation.1",
+    },
+)  # fmt: skip
 _CLIP = ("CLIPTextModelWithProjection", "CLIPTokenizer")
 
 
@@ -54,8 +78,14 @@ class StableDiffusion3(FlowTransformer):
     optional = frozenset({"text_encoder_3", "tokenizer_3"})
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
     reads: Mapping[str, str] = {"encoder_hidden_states": "hidden", "pooled_projections": "pooled"}
+    lora_prefixes: Mapping[str, Mapping[str, str]] = {
+        **FlowTransformer.lora_prefixes,
+        "text_encoder": {"lora_te1_": "kohya", "text_encoders.clip_l.transformer.": "ComfyUI"},
+        "text_encoder_2": {"lora_te2_": "kohya", "text_encoders.clip_g.transformer.": "ComfyUI"},
+    }
+    originals = _NAMES
     readers = ("tokenizer_3",)
-    text_length = 256
+    text_length, text_most = 256, 512
 
     def check_conditioning(self, model: Model, network: Mapping[str, Any]) -> None:
         clips = [model.text_config(part) for part in ("text_encoder", "text_encoder_2")]

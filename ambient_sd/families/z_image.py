@@ -17,11 +17,27 @@ import torch
 
 from ambient_sd.families.flow import FlowTransformer, read_rows
 from ambient_sd.families.guidance import Guidance
+from ambient_sd.families.original import OriginalNames
 from ambient_sd.utils.devices import send
 from ambient_sd.utils.errors import UserError
 
 if TYPE_CHECKING:
     from ambient_sd.families.base import Model
+
+_BLOCKS = ("layers", "noise_refiner", "context_refiner")
+_INNER, _FUSED = (
+    {"attention.to_out.0": "attention.out"},
+    {"attention.qkv": ("attention.to_q", "attention.to_k", "attention.to_v")},
+)
+_NAMES = OriginalNames(
+    blocks={kind: kind for kind in _BLOCKS},
+    inner={kind: _INNER for kind in _BLOCKS},
+    outer={
+        "all_x_embedder.2-1": "x_embedder", "all_final_layer.2-1.linear": "final_layer.linear",
+        "all_final_layer.2-1.adaLN_modulation.1": "final_layer.adaLN_modulation.1",
+    },
+    fused={kind: _FUSED for kind in _BLOCKS},
+)  # fmt: skip
 
 
 class ZImage(FlowTransformer):
@@ -46,6 +62,7 @@ class ZImage(FlowTransformer):
     }  # fmt: skip
     draws = False
     exact_start = True
+    originals = _NAMES
     needs = ("in_channels", "all_patch_size", "cap_feat_dim")
     text_length = 512
 

@@ -39,7 +39,10 @@ logger = logging.getLogger(__name__)
 _PARTS = tuple(dict.fromkeys(part for family in FAMILIES for part in family.parts))
 _TOKENIZERS = tuple(part for part in _PARTS if part.startswith("tokenizer"))
 _MODELS = (*(part for part in _PARTS if part not in _TOKENIZERS), "safety_checker")
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model",
+    "tokenizer.model", "chat_template.jinja",
+)  # fmt: skip
 ALLOWED = (
     CARD_NAME, "model_index.json", "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors", CONFIG_NAME, *THRESHOLD_NAMES.values(),
     "scheduler/scheduler_config.json", "feature_extractor/preprocessor_config.json", "validation/step-*.png", CURVE_NAME,

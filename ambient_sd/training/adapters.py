@@ -76,10 +76,10 @@ class AddressedDropout(torch.nn.Module):
 
 
 def check_targets(network: torch.nn.Module, targets: Sequence[str], init: str | None = None, rank: int = 1) -> None:
-    """Check that every target names a layer of the network, and one that can begin as asked; it needs no weights.
+    """Check that every target names layers of the network and nothing else, and such that can begin as asked; it needs no weights.
 
     Raises:
-        UserError: a name fits no layer, or one that `init` cannot start at this rank.
+        UserError: a name fits no layer, something that is none, or one that `init` cannot start at this rank.
 
     Example:
         >>> check_targets(torch.nn.ModuleDict({"to_q": torch.nn.Linear(2, 2)}), ["to_q"])
@@ -92,8 +92,14 @@ def check_targets(network: torch.nn.Module, targets: Sequence[str], init: str | 
             raise UserError(
                 f"lora_target_modules names {target!r}",
                 rule="no linear or convolution layer of the network has this name or ending",
-                remedy=f"some that exist: to_out.0, {', '.join(ends[:12])}",
+                remedy=_inside(network, names, target) or f"some that exist: to_out.0, {', '.join(ends[:12])}",
             )
+        others = [name for name, _ in network.named_modules() if name not in layers and _named(name, [target])]
+        if others:  # which peft refuses with a traceback
+            kind, layer = type(network.get_submodule(others[0])).__name__, next(n for n in names if _named(n, [target]))
+            inside = _inside(network, names, target) or "name layers alone"
+            raise UserError(f"lora_target_modules names {target!r}", rule=f"{others[0]} is no layer but a {kind}",
+                            remedy=f"{inside}; for the others their whole names, such as {layer}")  # fmt: skip
     for name, layer in layers.items():
         if init not in (None, "kaiming") and _named(name, targets):
             if isinstance(layer, torch.nn.Conv2d):
@@ -102,6 +108,16 @@ def check_targets(network: torch.nn.Module, targets: Sequence[str], init: str | 
             if init in MOVED_BASE and rank > min(layer.weight.shape):
                 raise UserError(f"rank is {rank} with lora_init {init}", rule=f"{name} has {min(layer.weight.shape)} components",
                                 remedy="lower the rank")  # fmt: skip
+
+
+def _inside(network: torch.nn.Module, layers: Sequence[str], target: str) -> str:
+    """Say which layers stand inside what a target names; nothing where there are none."""
+    found = dict.fromkeys(
+        target + layer.removeprefix(name)
+        for name, _ in network.named_modules() if name not in layers and _named(name, [target])
+        for layer in layers if layer.startswith(f"{name}.")
+    )  # fmt: skip
+    return f"name the layers inside it: {', '.join([*found][:4])}" if found else ""
 
 
 def _named(path: str, targets: Sequence[str]) -> bool:

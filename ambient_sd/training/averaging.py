@@ -52,7 +52,7 @@ class Average:
     Args:
         unet: the network, on its device, trained weights in float32. Where some are frozen, as under a LoRA, only the others are averaged.
         text: text encoders whose adapters are trained too, by name.
-        offload: keep the average in CPU memory between steps.
+        offload: keep the average in CPU memory; its tensors visit the device one by one, all together with `foreach`.
         foreach: update all tensors in one call.
         checkpoint: folder of a checkpoint to continue from; else the average begins as a copy of the weights.
         step: optimizer steps that the checkpoint must have averaged.
@@ -123,12 +123,22 @@ class Average:
 
     def update(self) -> None:
         """Take in the weights after an optimizer step."""
-        if self.offload:  # to the GPU and back without a wait: torch copies back into pinned memory
+        if not self.offload:
+            self.model.step(self.named.values())
+            return
+        # To the GPU and back without a wait: torch copies back into pinned memory.
+        self._coming = self.device.type == "cuda"
+        if self.model.foreach:
             self.model.to(self.device, non_blocking=True)
-        self.model.step(self.named.values())
-        if self.offload:
+            self.model.step(self.named.values())
             self.model.to("cpu", non_blocking=True)
-            self._coming = self.device.type == "cuda"
+            return
+        whole, done = self.model.shadow_params, self.model.optimization_step
+        for shadow, weight in zip(whole, self.named.values(), strict=True):
+            self.model.shadow_params, self.model.optimization_step = [shadow.to(self.device, non_blocking=True)], done
+            self.model.step([weight])
+            shadow.copy_(self.model.shadow_params[0], non_blocking=True)
+        self.model.shadow_params = whole
 
     def save(self, checkpoint: Path) -> None:
         """Write `checkpoint/unet_ema/` (of a transformer `transformer_ema/`), or of a LoRA `checkpoint/lora_ema.safetensors`."""

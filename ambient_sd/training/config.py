@@ -19,6 +19,7 @@ from typing import Any
 from ambient_sd.data.conditions import split_condition
 from ambient_sd.data.dataset_options import DatasetOptions
 from ambient_sd.sampling_options import SamplingOptions
+from ambient_sd.training.elsewhere import ELSEWHERE
 from ambient_sd.utils import files, settings
 from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.settings import Parser, add_flags, option, same
@@ -78,7 +79,7 @@ class TrainConfig:
     dataset_name: str | None = option(None, "hub id of a dataset; a local folder or parquet file works too", group="data")
     dataset_config_name: str | None = option(None, "configuration of the hub dataset", group="data", needs="dataset_name")
     dataset_split: str | None = same(DatasetOptions, "dataset_split", group="data")
-    train_data_dir: str | None = option(None, "folder with images and metadata.jsonl, a parquet file, or WebDataset shards: a folder of .tar files, one, or part-{000..010}.tar", group="data", rival="dataset_name")
+    train_data_dir: str | None = option(None, "folder with images and metadata.jsonl, a parquet file, or WebDataset shards: a folder of .tar files, one, or part-{000..010}.tar", group="data", rival="dataset_name", alias="instance_data_dir")
     image_column: str = same(DatasetOptions, "image_column", group="data")
     caption_column: str = same(DatasetOptions, "caption_column", group="data")
     unlisted: str = same(DatasetOptions, "unlisted", group="data")
@@ -98,6 +99,7 @@ class TrainConfig:
     aspect_ratio_buckets: str | None = option(None, "let images keep their shape: auto (sides for the area of resolution, 1:2 to 2:1), or height,width pairs such as 512,768;640,640;768,512; otherwise all are cropped to squares", group="data")
     random_flip: bool = option(False, "mirror half of the images (ambient: always the same half; otherwise chosen anew each epoch)", group="data")
     caption_dropout: float = option(0.1, "share of samples trained with the empty caption: guidance and the guard's score need a trained unconditional branch", group="data", low=0.0, high=1.0, alias="proportion_empty_prompts")
+    max_sequence_length: int | None = option(None, "tokens of a caption that the text encoder of a transformer (T5, Qwen, Gemma) is given in training, padding included (default: as many as its pipeline gives it)", group="data", low=1)
     dataloader_num_workers: int = option(0, "worker processes that decode images where latents are not held in memory", group="data", low=0)
 
     objective: str = option("ambient", "the loss", group="objective", choices=("ambient", "plain", "gap", "weighted", "distill"))
@@ -117,6 +119,7 @@ class TrainConfig:
     mode_scale: float | None = option(None, "mode: scale of the mode; below 0 the ends are drawn more often (default 1.29)", group="objective", needs="weighting_scheme=mode")
     flow_shift: float | None = option(None, "flow matching: shift of the noise levels that are trained, s -> shift * s; 1: none (default: the scheduler's, which may depend on the resolution)", group="objective", above=0.0)
     precondition_outputs: bool = option(False, "flow matching: the loss is that of the x0-prediction x_t - sigma * output, sigma^2 times that of the flow (Esser et al. 2024)", group="objective")
+    guidance_scale: float | None = option(None, "FLUX.1 dev: the guidance scale that its network is given as an input in training (default 3.5, as its pipeline samples)", group="objective", low=0.0)
     noise_offset: float = option(0.0, "offset of the fresh noise per sample and channel, for very dark and bright images (plain and gap only)", group="objective", low=0.0, needs=_NOT_AMBIENT, because="the ambient loss needs fresh noise of the covariance of each image's fixed one, and an offset gives it another: above the noise level s_n channel means would be learnt wrongly")
     input_perturbation: float = option(0.0, "perturb the noise of the input, not of the target, by that much (plain and gap only; 0.1 in its paper)", group="objective", low=0.0, needs=_NOT_AMBIENT, because="the ambient loss tells fixed from fresh noise by the level of its input, and a perturbed input lies above it")
 
@@ -137,6 +140,8 @@ class TrainConfig:
     learning_rate: float = option(1e-4, "peak learning rate", group="optimisation", above=0.0)
     scale_lr: bool = option(False, "multiply the learning rate by the global batch size", group="optimisation")
     lr_scheduler: str = option("constant", "learning-rate schedule, counted in optimizer steps", group="optimisation", choices=LR_SCHEDULERS)
+    lr_num_cycles: int = option(1, "cosine_with_restarts: how often it starts", group="optimisation", low=1, needs="lr_scheduler=cosine_with_restarts")
+    lr_power: float = option(1.0, "polynomial: its power", group="optimisation", above=0.0, needs="lr_scheduler=polynomial")
     lr_warmup_steps: int = option(500, "warm-up, in optimizer steps (constant has none)", group="optimisation", low=0)
     adam_beta1: float = option(0.9, "decay of the first moment", group="optimisation", low=0.0, below=1.0)
     adam_beta2: float = option(0.999, "decay of the second moment", group="optimisation", low=0.0, below=1.0)
@@ -166,7 +171,7 @@ class TrainConfig:
     lora_init: str | None = option(None, "how the update begins. gaussian (default, as in diffusers' scripts), kaiming, orthogonal: at zero. pissa: at the largest singular components of each weight, olora: at its QR components; both take them out of the base and are saved as a LoRA of twice the rank on the untouched base", group="LoRA", choices=LORA_INITS, needs="lora")
     use_rslora: bool = option(False, "scale the update by lora_alpha / sqrt(rank); saved as the lora_alpha that gives this scale in every reader", group="LoRA", needs="lora")
     lora_alpha: float | None = option(None, "the update is scaled by lora_alpha / rank (default: the rank); kept in the saved file", group="LoRA", above=0.0, needs="lora")
-    lora_target_modules: list[str] | None = option(None, "names of the layers that get an adapter (default: the attention projections, in a U-Net to_k to_q to_v to_out.0)", group="LoRA", needs="lora")
+    lora_target_modules: list[str] | None = option(None, "names of the layers that get an adapter (default: the attention projections, in a U-Net to_k to_q to_v to_out.0), with spaces or commas between them", group="LoRA", needs="lora", alias="lora_layers")
     lora_dropout: float | None = option(None, "share of the update's input that is dropped in training (default 0); a function of seed, layer and place in the run", group="LoRA", low=0.0, below=1.0, needs="lora")
     use_dora: bool = option(False, "train DoRA: the length of each row of the weights too", group="LoRA", needs="lora")
     train_text_encoder: bool = option(False, "train adapters of the text encoders too, of the same kind, rank and alpha; embeddings are then computed at every step", group="LoRA", needs="lora")
@@ -224,6 +229,8 @@ class TrainConfig:
         settings.check_modes(self)
         for term in self.row_filter or ():
             split_condition(term)
+        if self.lora_target_modules:
+            self.lora_target_modules = [name.strip() for one in self.lora_target_modules for name in one.split(",")]
 
         if self.ambient_level is not None and self.ambient_timestep is not None:
             raise UserError("ambient_level and ambient_timestep are both given", rule="they say the same thing twice",
@@ -450,7 +457,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
             raise UserError(f"config is {path}", rule=f"there is no such file, and the presets are {', '.join(known)}",
                             remedy=settings.nearest(str(path), list(known)))  # fmt: skip
         path = known[str(path)]
-    return settings.load_yaml(path, TrainConfig)
+    return settings.load_yaml(path, TrainConfig, ELSEWHERE)
 
 
 def make_parser() -> Parser:
@@ -465,6 +472,7 @@ def make_parser() -> Parser:
         usage="[accelerate launch] train_text_to_image_ambient.py --config FILE.yaml [--flag value ...]",
         description="Fine-tune a Stable Diffusion U-Net, whole or by LoRA, so that it does not hand its training images back.",
         epilog="Example: accelerate launch train_text_to_image_ambient.py --config configs/sd2-lora.yaml --train_data_dir my-images",
+        elsewhere=ELSEWHERE,
     )
     parser.add_argument("--config", metavar="NAME|FILE.yaml", help=CONFIG_HELP)  # fmt: skip
     add_flags(parser, TrainConfig, groups=GROUPS)

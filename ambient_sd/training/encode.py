@@ -363,6 +363,8 @@ def fill_captions(
     }  # fmt: skip
     if encoder.family.flow:  # two families read one text encoder in two ways
         about["family"] = encoder.family.name
+    if encoder.family.text_length != type(encoder.family).text_length:
+        about["max_sequence_length"] = encoder.family.text_length
     for tokenizer, model in zip(encoder.tokenizers, encoder.models, strict=True):
         tokens = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template or "")
         about[f"text_encoder_{len(about)}"] = fingerprint(model, tokens, str(tokenizer.model_max_length))

@@ -197,8 +197,14 @@ def predict(
         average = 0 if config.offload_ema else averaged
         passes = _peak(act.train, network)
         held = weights + moments + average
-        # Between the passes all gradients are held, an average from the CPU visits, and one call over all weights copies each.
-        step = max(passes + moments + average, held + gradients + averaged * (config.foreach_ema + config.offload_ema))
+        # Between the passes all gradients are held. One call over all weights copies each, and an average from the CPU visits for it; else one
+        # tensor of it does, with its difference to the weight and a part of that.
+        visiting = (
+            averaged * (1 + config.offload_ema)
+            if config.foreach_ema
+            else 12 * config.offload_ema * max(p.numel() for p in trained)
+        )
+        step = max(passes + moments + average, held + gradients + visiting)
         sampling = 0
         if config.probe_steps is not None or config.validation_prompts:
             sampling = _peak(act.sample, [*network, act.vae, *act.encoders.values()]) + moments + average

@@ -306,7 +306,7 @@ class _Trainer:
         # of settings and step alone: a run that resumes with another learning rate gets what it asks for.
         self.lr_schedule = get_scheduler(
             config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=self.steps,
-            last_epoch=self.first_step - 1,
+            num_cycles=config.lr_num_cycles, power=config.lr_power, last_epoch=self.first_step - 1,
         )  # fmt: skip
         sharding.choose_blocks(accelerator, self.unet)
         self.model, self.optimizer = accelerator.prepare(self.unet, optimizer)

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -120,6 +121,7 @@ class Plan:
 
     def identity(self, global_batch: int) -> dict[str, Any]:
         """Return what must be equal for a checkpoint to continue this run."""
+        family = self.base.family
         return {
             **{name: getattr(self.config, name) for name in _IDENTITY},
             "ambient_level": self.objective.level,
@@ -135,6 +137,8 @@ class Plan:
             "use_rslora": self.config.use_rslora or None,
             "weighting_scheme": scheme if (scheme := self.config.weighting_scheme) in FLOW_SCHEMES else None,
             "mode_scale": self.config.mode_scale,
+            "max_sequence_length": length if (length := family.text_length) != type(family).text_length else None,
+            "guidance_scale": scale if (scale := family.embedded_guidance) != type(family).embedded_guidance else None,
             "flow_shift": self.config.flow_shift,
             "precondition_outputs": self.config.precondition_outputs or None,
             "lora_min_rank": self.config.lora_min_rank,
@@ -159,11 +163,12 @@ def base_of(config: TrainConfig) -> Base:
         >>> base.schedule.num_train_timesteps
         1000
     """
-    return check_base(
+    base = check_base(
         str(config.pretrained_model_name_or_path), revision=config.revision, variant=config.variant, cache_dir=config.cache_dir,
         config=config.single_file_config, vae=config.pretrained_vae_model_name_or_path, prediction_type=config.prediction_type, lora=config.lora,
         resolution=config.resolution,
     )  # fmt: skip
+    return dataclasses.replace(base, text_length=config.max_sequence_length, embedded_guidance=config.guidance_scale)
 
 
 def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
@@ -186,7 +191,10 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         noising.min_snr_weight(base.schedule, torch.tensor([0]), config.snr_gamma, objective.prediction_type)
     if config.memorization_threshold is not None:
         dropping.check_scheduler(base.scheduler)
-    check_family(config, base.family)
+    check_family(config, base.family, base.network_config)
+    if config.max_sequence_length is not None and (read := min(base.reading()[1])) < 1:
+        raise UserError(f"max_sequence_length is {config.max_sequence_length}", rule=f"{config.max_sequence_length - read} tokens stand around every caption of {base.family.name}",
+                        remedy="raise it")  # fmt: skip
     if config.objective == "distill" and config.prediction_type is not None:
         own = base_of(dataclasses.replace(config, prediction_type=None)).schedule.prediction_type
         if own != objective.prediction_type:
@@ -234,8 +242,13 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
     )
 
 
-def check_family(config: TrainConfig, family: Family) -> None:
+def check_family(config: TrainConfig, family: Family, network: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Refuse settings that a family's models know nothing of.
+
+    Args:
+        config: the settings.
+        family: of the base.
+        network: config.json of its network.
 
     Raises:
         UserError: names the setting and the reason.
@@ -256,9 +269,16 @@ def check_family(config: TrainConfig, family: Family) -> None:
         (family.flow and config.enable_xformers_memory_efficient_attention, "enable_xformers_memory_efficient_attention",
          "xformers knows no joint attention of text and image; PyTorch's own is as good"),
         (family.flow and config.output_kohya_format, "output_kohya_format", "the plain file is what ComfyUI and others read of transformers"),
+        (config.max_sequence_length is not None and family.text_length is None, "max_sequence_length",
+         "its text encoders read a fixed number of tokens"),
+        (config.guidance_scale is not None and not family.guidance_embeds(network), "guidance_scale",
+         "its network takes no guidance scale as an input; that of sampling is chosen when images are sampled"),
     ):  # fmt: skip
         if given:
             raise UserError(f"{name} is given for {family.name}", rule=rule, remedy="leave it out")
+    if config.max_sequence_length is not None and family.text_most is not None and config.max_sequence_length > family.text_most:  # fmt: skip
+        raise UserError(f"max_sequence_length is {config.max_sequence_length}", rule=f"the pipeline of {family.name} gives its text encoder at most {family.text_most}",
+                        remedy="lower it")  # fmt: skip
 
 
 def _check_packages(config: TrainConfig) -> None:

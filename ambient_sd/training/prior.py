@@ -196,7 +196,7 @@ def _generate(
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None  # what it blanks would be trained
     requests = [Request(str(config.class_prompt), *divmod(i, MOST_IMAGES)) for i in missing]
-    settings = dataclasses.replace(_sampling(config), batch_size=validation.images_at_once(config.resolution))
+    settings = dataclasses.replace(_sampling(config, base), batch_size=validation.images_at_once(config.resolution))
     bar = {"desc": "generating class images", "disable": not progress}
     for batch in generate(pipe, requests, settings, guard=MemorizationGuard(pipe), state=accelerator, bar=bar):
         for one in batch if accelerator.is_main_process else ():
@@ -212,16 +212,16 @@ def _generate(
         torch.cuda.empty_cache()
 
 
-def _sampling(config: TrainConfig) -> SamplingConfig:
+def _sampling(config: TrainConfig, base: Base) -> SamplingConfig:
     return SamplingConfig(
-        "the base", num_inference_steps=validation.INFERENCE_STEPS, guidance_scale=validation.GUIDANCE_SCALE,
+        "the base", num_inference_steps=validation.INFERENCE_STEPS, guidance_scale=base.family.usual_scale,
         resolution=config.resolution, seed=config.seed,
     )  # fmt: skip
 
 
 def _made_with(config: TrainConfig, base: Base) -> dict[str, Any]:
     """Return all that generated class images depend on, and nothing that names a place."""
-    settings = _sampling(config)
+    settings = _sampling(config, base)
     # Of a hub id the revision: whether its files have a digest hangs on whether they are downloaded yet.
     local = Path(base.name).exists()
     return {

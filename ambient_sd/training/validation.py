@@ -26,7 +26,6 @@ from ambient_sd.utils.json_schema import load_json, violation
 from ambient_sd.utils.sheets import prompt_sheet
 
 INFERENCE_STEPS = 25
-GUIDANCE_SCALE = 7.5
 SCORES_NAME = "scores.json"
 _PIXELS_AT_ONCE, _MOST_AT_ONCE = 2**20, 16  # of a batch: four images of 512 px, beside a model in training
 _SCORES = {
@@ -117,7 +116,7 @@ def sample(
     resolution: int,
     seed: int,
     accelerator: Accelerator,
-    guidance_scale: float = GUIDANCE_SCALE,
+    guidance_scale: float | None = None,
     steps: int | None = None,
 ) -> Samples:
     """Sample `per_prompt` images of each prompt; to be called by every process.
@@ -129,7 +128,7 @@ def sample(
         resolution: side in pixels.
         seed: of the run; an image's own is `ambient_sd.sampling.image_seed` of it and of the place in the grid.
         accelerator: who is here.
-        guidance_scale: of classifier-free guidance, above 1.
+        guidance_scale: of classifier-free guidance, above 1 (default: the usual one of the model's family).
         steps: of the sampler (default 25).
 
     Returns:

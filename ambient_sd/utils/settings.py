@@ -236,8 +236,10 @@ def from_flags(owner: Callable[..., T], namespace: argparse.Namespace, **fixed: 
     return owner(**{**values, **fixed})
 
 
-def load_yaml(path: str | Path, owner: type) -> dict[str, Any]:
-    """Read settings from a YAML file whose keys are the fields of `owner`.
+def load_yaml(
+    path: str | Path, owner: type, elsewhere: Mapping[str, tuple[str, str]] = types.MappingProxyType({})
+) -> dict[str, Any]:
+    """Read settings from a YAML file whose keys are the fields of `owner`; `elsewhere` is that of `Parser`.
 
     Raises:
         UserError: the file is missing, is no YAML mapping, or has an unknown key or one key twice.
@@ -279,6 +281,8 @@ def load_yaml(path: str | Path, owner: type) -> dict[str, Any]:
     names = [item.name for item in _options(owner)]
     for key in values:
         if key not in names:
+            if foreign := _foreign(str(key), elsewhere):
+                raise foreign
             raise UserError(f"unknown key {key!r} in {path}", rule=nearest(str(key), names), remedy="--help lists all keys")  # fmt: skip
     return dict(values)
 
@@ -354,6 +358,10 @@ class Parser(argparse.ArgumentParser):
 
     A flag may be spelled with hyphens or underscores.
 
+    Args:
+        elsewhere: flags of other programs that users carry over: why each is not here, and what does its work.
+        **settings: of `argparse.ArgumentParser`.
+
     Raises:
         UserError: an unknown or a missing argument.
 
@@ -365,7 +373,8 @@ class Parser(argparse.ArgumentParser):
         ambient_sd.utils.errors.UserError: unknown argument --sede; the nearest known one is --seed; see mine --help
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, elsewhere: Mapping[str, tuple[str, str]] | None = None, **settings: Any) -> None:
+        self.elsewhere = elsewhere or {}
         defaults = {"argument_default": argparse.SUPPRESS, "allow_abbrev": False, "formatter_class": Help}
         super().__init__(**{**defaults, **settings})
         self.titled: dict[str, Any] = {}
@@ -390,9 +399,17 @@ class Parser(argparse.ArgumentParser):
         return found, unknown
 
     def _unknown(self, word: str, known: Sequence[str]) -> NoReturn:
+        if foreign := _foreign(word, self.elsewhere):
+            raise foreign
         raise UserError(
             f"unknown argument {word}", rule=nearest(word, known) if known else "", remedy=f"see {self.prog} --help"
         )
+
+
+def _foreign(word: str, elsewhere: Mapping[str, tuple[str, str]]) -> UserError | None:
+    """Return the error of another program's setting, or None."""
+    found = elsewhere.get(word.lstrip("-").replace("-", "_"))
+    return None if found is None else UserError(f"{word} is given", rule=found[0], remedy=found[1])
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

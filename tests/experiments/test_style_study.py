@@ -83,22 +83,21 @@ def test_too_few_images_train_no_classifier() -> None:
 
 
 def test_held_out_images_are_perfect_samples_and_training_images_copies() -> None:
-    training = load_rows(IMAGES, split="finetune").subset(range(0, 1000, 40)).check()
+    training = load_rows(IMAGES, split="finetune").subset(range(0, 1000, 100)).check()
     heldout = load_rows(IMAGES, split="heldout").subset(range(0, 320, 13))
     reals = read_reals(training, heldout)
     certain = Estimate(1.0, 1.0, 1.0, 9)
     classifier = Classifier(torch.zeros(1280).double(), 1.0, certain, certain)  # calls all this style
-    prompts = in_turn(reals.heldout_captions, 16, 0)
+    prompts = in_turn(reals.heldout_captions, 8, 0)
     own = {caption: image for caption, image in zip(reals.heldout_captions, reals.heldout_images, strict=True)}
-    figures, each = measure_new([own[p] for p in prompts], prompts, reals, classifier, 0, resamples=20)
+    figures, each = measure_new([own[p] for p in prompts], prompts, reals, classifier, 0, resamples=5)
     assert set(FIGURES) <= set(figures) and figures["agreement"].value == figures["style"].value == 1
     assert figures["agreement, nearest"].value == 1 and figures["copies-new"].value == 0
     assert [reals.heldout_captions[row] for row in each["own"]] == prompts
     # Control: training images in their place are copies, and show other things.
-    wrong, each = measure_new(list(reals.images[:16]), prompts, reals, classifier, 0, resamples=20)
-    assert wrong["copies-new"].value == wrong["copied-recoloured-new"].value == 1 and each["originals"] == list(
-        range(16)
-    )
+    wrong, each = measure_new(list(reals.images[:8]), prompts, reals, classifier, 0, resamples=5)
+    assert wrong["copies-new"].value == wrong["copied-recoloured-new"].value == 1
+    assert each["originals"] == list(range(8))
     assert wrong["agreement, nearest"].value < 0.3 and wrong["distance"].value > figures["distance"].value
 
 

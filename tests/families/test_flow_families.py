@@ -50,6 +50,7 @@ from ambient_sd.training.caption_augmentation import CaptionAugmentation
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.encode import fill_captions
 from ambient_sd.training.loop import TrainingBatch, run
+from ambient_sd.training.plan import plan_run
 from ambient_sd.utils.errors import UserError
 
 # (part, setting, another value, what the refusal says); a value of None takes the setting away.
@@ -85,10 +86,12 @@ def sd3_example(pipe: Any, noisy: torch.Tensor, timesteps: torch.Tensor, prompts
     return pipe.transformer(noisy, hidden, pooled, timesteps).sample
 
 
-def flux_example(pipe: Any, noisy: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    hidden, pooled, text_ids = pipe.encode_prompt(prompts)
+def flux_example(
+    pipe: Any, noisy: torch.Tensor, timesteps: torch.Tensor, prompts: list[str], scale: float = 3.5, length: int = 512
+) -> torch.Tensor:
+    hidden, pooled, text_ids = pipe.encode_prompt(prompts, max_sequence_length=length)
     batch, channels, high, wide = noisy.shape
-    guidance = torch.tensor([3.5]).expand(batch) if pipe.transformer.config.guidance_embeds else None
+    guidance = torch.tensor([scale]).expand(batch) if pipe.transformer.config.guidance_embeds else None
     flow = pipe.transformer(
         hidden_states=FluxPipeline._pack_latents(noisy, batch, channels, high, wide), timestep=timesteps / 1000, guidance=guidance,
         pooled_projections=pooled, encoder_hidden_states=hidden, txt_ids=text_ids,
@@ -381,15 +384,79 @@ def test_timesteps_are_those_of_the_sampler_s_shift(
     assert apart > 1e-2 or name == "flux-schnell", "negative control: without the shift they would be whole"
 
 
+def test_flux_trains_at_the_guidance_and_length_asked_for(settings: Settings, pipes: Mapping[str, Any]) -> None:
+    asked = {"guidance_scale": 1.5, "max_sequence_length": 64}
+    batch, loss = trained_batch(settings("flux-dev", objective="plain", **asked))
+    sigmas = (batch.timesteps / 1000).view(-1, 1, 1, 1)
+    noisy = (1.0 - sigmas) * batch.x0 + sigmas * batch.noise
+    for given, expected in (((1.5, 64), True), ((3.5, 64), False), ((1.5, 512), False)):
+        with torch.no_grad():
+            flow = flux_example(pipes["flux-dev"], noisy, batch.timesteps, batch.captions, *given)
+        assert (loss == pytest.approx(float(((flow - (batch.noise - batch.x0)) ** 2).mean()), rel=1e-6)) == expected
+
+
+def test_guidance_and_length_belong_to_a_run_s_identity(settings: Settings) -> None:
+    names = ("max_sequence_length", "guidance_scale")
+    for given, told in (({}, [None, None]), (dict(zip(names, (512, 3.5), strict=True)), [None, None]), (dict(zip(names, (64, 1.0), strict=True)), [64, 1.0])):  # fmt: skip
+        identity = plan_run(settings("flux-dev", **given)).identity(1)
+        assert [identity[name] for name in names] == told
+
+
+@pytest.mark.parametrize(
+    ("base", "given", "words"),
+    [
+        ("flux-dev", {"max_sequence_length": 513}, "gives its text encoder at most 512; lower it"),
+        ("z-image", {"max_sequence_length": 3}, "tokens stand around every caption of Z-Image; raise it"),
+        ("flux-schnell", {"guidance_scale": 3.5}, "takes no guidance scale as an input"),
+        ("klein", {"guidance_scale": 3.5}, "takes no guidance scale as an input"),
+    ],
+)
+def test_a_length_or_guidance_without_meaning_is_refused(
+    base: str, given: dict[str, Any], words: str, settings: Settings
+) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        plan_run(settings(base, **given))
+    assert "\n" not in str(caught.value)
+    plan_run(settings("qwen-image", max_sequence_length=1024))  # negative control
+
+
+@pytest.mark.parametrize(
+    ("base", "target", "words"),
+    [
+        ("klein", "attn.to_out", "transformer_blocks.0.attn.to_out is no layer but a ModuleList; name the layers inside it: attn.to_out.0; "
+         "for the others their whole names, such as single_transformer_blocks.0.attn.to_out"),
+        ("flux-dev", "to_out", "no linear or convolution layer of the network has this name or ending; name the layers inside it: to_out.0"),
+        ("flux-dev", "norm_q", "no linear or convolution layer of the network has this name or ending; some that exist: to_out.0, "),
+    ],
+)  # fmt: skip
+def test_a_target_that_is_no_layer_is_one_line(base: str, target: str, words: str, settings: Settings) -> None:
+    with pytest.raises(UserError, match=f"lora_target_modules names '{target}'; {words}") as caught:
+        plan_run(settings(base, lora_target_modules=[target]))
+    assert "\n" not in str(caught.value)
+    plan_run(
+        settings(base, lora_target_modules=["to_q, attn.to_out.0"])
+    )  # negative control: layers, with commas between them too
+
+
 @each
 def test_captions_are_embedded_as_by_the_pipeline(name: str, pipes: Mapping[str, Any]) -> None:
+    same_captions(name, pipes)
+
+
+@each_family
+def test_captions_are_cut_as_by_the_pipeline(name: str, pipes: Mapping[str, Any]) -> None:
+    same_captions(name, pipes, 240)
+
+
+def same_captions(name: str, pipes: Mapping[str, Any], length: int | None = None) -> None:
     case, pipe = CASES[name], pipes[name]
+    asked = {} if length is None else {"max_sequence_length": length}
     parts = {part: getattr(pipe, part) for part in case.family.text_parts if getattr(pipe, part) is not None}
-    encoder = CaptionEncoder(case.family, parts)
+    encoder = CaptionEncoder(case.family.trained_with(length, None), parts)
     for caption in CAPTIONS:
         guide = 1.0 if caption or not case.bare else 3.0
         (given, _), *more = network_calls(
-            pipe, case.family, lambda text=caption, scale=guide: sampled_from(pipe, case.family, text, scale)
+            pipe, case.family, lambda text=caption, scale=guide: sampled_from(pipe, case.family, text, scale, **asked)
         )
         if guide > 1:
             given = more[0][0] if case.family.guidance[case.family.pipeline].halves == "calls" else first_half(given)
@@ -404,6 +471,8 @@ def test_captions_are_embedded_as_by_the_pipeline(name: str, pipes: Mapping[str,
         for row, one in zip(rows, alone, strict=True):
             assert torch.equal(row[: len(one[key][0])], one[key][0])
             assert not row[len(one[key][0]) :].any(), "behind shorter texts are zeros"
+    most = CaptionEncoder(case.family, parts)(CAPTIONS[3:])["hidden"].shape[1]
+    assert (alone[3]["hidden"].shape[1] < most) == (length is not None), "negative control: the default"
     few = [one["hidden"][:, : alone[1]["hidden"].shape[1]] for one in alone[:2]]
     assert not torch.allclose(*few, atol=1e-4), "negative control"
 
@@ -415,11 +484,11 @@ def first_half(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value[: len(value) // 2] for name, value in given.items()}
 
 
-def sampled_from(pipe: Any, family: Family, prompt: str, scale: float) -> Any:
+def sampled_from(pipe: Any, family: Family, prompt: str, scale: float, **asked: Any) -> Any:
     """A pipeline's own call from noise of a seed, at levels between the ends."""
     noise = start_noise(pipe, family)
     return pipe(prompt=[prompt], latents=family.start(noise), height=32, width=64, sigmas=SIGMAS, output_type="latent",
-                **family.guided(pipe, scale, 1))  # fmt: skip
+                **family.guided(pipe, scale, 1), **asked)  # fmt: skip
 
 
 def start_noise(pipe: Any, family: Family) -> torch.Tensor:
@@ -621,10 +690,32 @@ def test_parts_that_do_not_belong_together_are_refused(name: str, bases: Path, t
     assert check_base(str(bases / name)).family is case.family, "negative control: the base itself is taken"
 
 
+@each_family
+def test_usual_guidance_is_that_of_the_pipeline(name: str, pipes: Mapping[str, Any]) -> None:
+    """Sampled without a scale: the images of its own call, but of FLUX.1, which has no true guidance by default."""
+    case, pipe = CASES[name], pipes[name]
+    with torch.no_grad():
+        ((ours,),), ((other,),) = (
+            generate(pipe, [Request("a red disc", 0)], SamplingConfig("tiny", num_inference_steps=1, guidance_scale=scale, resolution=32, seed=5, device="cpu"))
+            for scale in (None, 1.5)
+        )  # fmt: skip
+        g = torch.Generator().manual_seed(image_seed(5, *Request("a red disc", 0).place))
+        own = {
+            FLUX: {"true_cfg_scale": 2.0, "negative_prompt": ""},
+            QWEN_IMAGE: {"negative_prompt": ""},
+            SANA: {"use_resolution_binning": False},
+        }.get(case.family, {})
+        stock = pipe(prompt="a red disc", height=32, width=32, num_inference_steps=1, generator=g, **own)
+    assert ours.image is not None and other.image is not None
+    assert ours.image.tobytes() == stock.images[0].tobytes() != other.image.tobytes()
+
+
 def test_models_page_has_every_family() -> None:
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
     rows = re.findall(r"^\| ([^|]+) \| yes", page, re.M)
     assert rows == [family.name for family in FAMILIES]
+    scales = re.findall(r"^\| [^|]+ \| yes.*\| ([\d.]+) \|$", page, re.M)
+    assert scales == [f"{family.usual_scale:g}" for family in FAMILIES]
     assert {case.family for case in CASES.values()} == {family for family in FAMILIES if family.flow}
 
 
@@ -648,12 +739,12 @@ def test_start_noise_is_exact_in_half_precision(name: str) -> None:
 
 def test_two_families_of_one_text_encoder_share_no_cache(tmp_path: Path) -> None:
     model, stores = tiny_more.tiny_gemma(24), []
-    for family in (LUMINA2, SANA, SANA):
+    for family in (LUMINA2, SANA, SANA, SANA.trained_with(64, None)):
         encoder = CaptionEncoder(family, {"text_encoder": model, "tokenizer": tiny_more.tiny_gemma_tokenizer()})
         stores.append(fill_captions(tmp_path, encoder, ["a cat"], PartialState(), progress=False))
-    assert stores[0].folder != stores[1].folder == stores[2].folder
+    assert stores[0].folder != stores[1].folder == stores[2].folder != stores[3].folder
     lengths = [store.read([entry_id("a cat")])[0]["hidden"].shape[0] for store in stores]
-    assert lengths == [256, 300, 300]
+    assert lengths == [256, 300, 300, 64]
 
 
 def test_held_captions_of_any_length_stay_within_the_limit() -> None:

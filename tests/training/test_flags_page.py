@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ambient_sd.training.config import TrainConfig, make_parser
+from ambient_sd.training.config import TrainConfig, make_parser, parse
+from ambient_sd.training.elsewhere import ELSEWHERE
+from ambient_sd.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
@@ -27,9 +29,16 @@ validation_prompts tracker_project_name"
 _LORA = "rank validation_prompt num_validation_images"
 _XL = "pretrained_vae_model_name_or_path proportion_empty_prompts train_text_encoder timestep_bias_strategy \
 timestep_bias_multiplier timestep_bias_begin timestep_bias_end timestep_bias_portion enable_npu_flash_attention debug_loss"
+# What the scripts above lack of those of SD3, FLUX.1, FLUX.2 klein, Sana and Lumina-Image 2.0; the rest is in the second table.
+_DREAMBOOTH = """
+    instance_data_dir max_sequence_length guidance_scale lora_layers lr_num_cycles lr_power lora_blocks optimizer prodigy_beta3 prodigy_decouple
+    prodigy_use_bias_correction prodigy_safeguard_warmup adam_weight_decay_text_encoder repeats cache_latents sample_batch_size
+    prior_generation_precision upcast_before_saving skip_final_inference final_validation_prompt use_aspect_ratio_buckets
+    text_encoder_out_layers system_prompt offload fsdp_text_encoder enable_vae_tiling do_fp8_training bnb_quantization_config_path
+"""
 THEIRS = {
     name: script
-    for names, script in ((_BOTH, "both"), (_FULL, "full"), (_LORA, "LoRA"), (_XL, "XL"))
+    for names, script in ((_BOTH, "both"), (_FULL, "full"), (_LORA, "LoRA"), (_XL, "XL"), (_DREAMBOOTH, "DB"))
     for name in names.split()
 }
 
@@ -61,6 +70,18 @@ def mismatch(table: dict[str, tuple[str, str, str]], own: set[str]) -> list[str]
 def test_the_table_and_the_settings_are_in_step() -> None:
     assert mismatch(rows(), ours()) == []
     assert ours() <= FIELDS.keys()
+
+
+def test_each_absent_flag_ends_in_one_line_of_its_own() -> None:
+    assert {name for name, (_, here, _) in rows().items() if here == "absent"} == ELSEWHERE.keys()
+    for name, (why, instead) in ELSEWHERE.items():
+        for spelled in (f"--{name}", f"--{name.replace('_', '-')}=1"):
+            with pytest.raises(UserError) as caught:
+                parse([spelled, "1"])
+            assert str(caught.value) == f"{spelled.removesuffix('=1')} is given; {why}; {instead}"
+        assert set(re.findall(r"--(\w+)", instead)) <= FIELDS.keys()
+    with pytest.raises(UserError, match="unknown argument --dream"):
+        parse(["--dream", "1"])
 
 
 @pytest.mark.parametrize("flag", ["snr_gamma", "local_rank", "lora_dropout"])

@@ -105,8 +105,19 @@ def test_what_is_trained_and_kept(predicted: Callable[..., Footprint]) -> None:
     assert whole.gradients == whole.weights and whole.moments == 2 * whole.weights
     assert lora.gradients < whole.gradients / 4 and lora.moments == 2 * lora.gradients
     assert predicted(use_ema=True).average == whole.weights
-    away = predicted(use_ema=True, offload_ema=True)
-    assert away.average == 0 and away.step >= away.weights + away.gradients + away.moments + whole.weights
+
+
+def test_an_average_on_the_cpu_visits_one_tensor_at_a_time(
+    predicted: Callable[..., Footprint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(footprint, "_peak", lambda *_: 0)  # between the passes alone
+    stays, away, together = (
+        predicted(use_ema=True, offload_ema=offload, foreach_ema=foreach)
+        for offload, foreach in ((False, False), (True, False), (True, True))
+    )
+    held = away.weights + away.gradients + away.moments
+    assert away.average == together.average == 0 and stays.step == held + stays.average
+    assert held < away.step < held + stays.average < together.step == held + 2 * stays.average
 
 
 def test_activations_grow_with_the_batch(predicted: Callable[..., Footprint]) -> None:

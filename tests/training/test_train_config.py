@@ -33,6 +33,18 @@ def test_defaults_are_those_of_the_diffusers_scripts() -> None:
     assert {k: getattr(config, k) for k in expected} == expected
 
 
+def test_names_of_diffusers_dreambooth_scripts_are_other_names() -> None:
+    config = parse([*BASE[:2], "--instance_data_dir", "images", "--lora", "--lora_layers", "to_k,to_q, to_v", "proj"])
+    assert config.train_data_dir == "images" and config.lora_target_modules == ["to_k", "to_q", "to_v", "proj"]
+
+
+def test_options_of_a_schedule_need_it() -> None:
+    assert given(lr_scheduler="polynomial", lr_power=2.0).lr_power == 2.0
+    for values in ({"lr_power": 2.0}, {"lr_num_cycles": 2, "lr_scheduler": "cosine"}):
+        with pytest.raises(UserError, match="has no effect here: lr_scheduler is"):
+            given(**values)
+
+
 def test_every_field_is_a_flag_and_every_flag_a_field() -> None:
     flags = {a.dest for a in make_parser()._actions} - {"help", "config"}
     assert flags == {f.name for f in dataclasses.fields(TrainConfig)}
@@ -171,7 +183,7 @@ def test_a_bad_value_names_key_rule_and_remedy_in_one_line(values: dict[str, obj
 def test_unknown_flags_and_keys_suggest_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unknown argument --learning_rat.*--learning_rate"):
         parse([*BASE, "--learning_rat", "1"])
-    with pytest.raises(UserError, match=r"unknown argument --dream_training"):
+    with pytest.raises(UserError, match=r"--dream_training is given; .*; leave it out"):
         parse([*BASE, "--dream_training"])
     path = tmp_path / "c.yaml"
     path.write_text("trian_batch_size: 4\n")

@@ -16,6 +16,7 @@ from diffusers.training_utils import compute_snr
 from PIL import Image
 from safetensors.torch import load_file
 
+from ambient_sd.assets.tiny import tiny_pipeline
 from ambient_sd.data.stream import keyed_generator
 from ambient_sd.objective import AmbientObjective
 from ambient_sd.sampling import image_seed
@@ -241,6 +242,22 @@ def test_the_average_resumes_bit_for_bit_and_is_what_is_saved(
     assert not equal(final(straight), load_file(out / "checkpoint-4" / "unet" / UNET)), "negative control"
 
 
+def test_an_offloaded_average_has_the_bits_of_one_that_stays() -> None:
+    torch.manual_seed(0)
+    network = tiny_pipeline().unet
+    here, away = averaging.Average(network), averaging.Average(network, offload=True)
+    start = [p.clone() for p in here.model.shadow_params]
+    for _ in range(3):
+        with torch.no_grad():
+            for p in network.parameters():
+                p.add_(torch.randn_like(p))
+        here.update()
+        away.update()
+    assert away.model.optimization_step == here.model.optimization_step == 3
+    assert all(map(torch.equal, here.model.shadow_params, away.model.shadow_params))
+    assert not any(map(torch.equal, start, away.model.shadow_params)), "negative control"
+
+
 def test_a_resume_without_the_count_of_averaged_steps_would_end_elsewhere(settings: Settings) -> None:
     """Negative control of the one above: weights alone are not the state of an average."""
     unet = torch.nn.Linear(2, 2)
@@ -264,7 +281,7 @@ def test_averaging_leaves_training_as_it_is_and_validation_draws_from_the_averag
         pipe = StableDiffusionPipeline.from_pretrained(config.output_dir)
         pipe.set_progress_bar_config(disable=True)
         again = pipe("a red disc", height=32, width=32, num_inference_steps=validation.INFERENCE_STEPS,
-                     guidance_scale=validation.GUIDANCE_SCALE, generator=torch.Generator().manual_seed(image_seed(0, 0))).images[0]  # fmt: skip
+                     guidance_scale=7.5, generator=torch.Generator().manual_seed(image_seed(0, 0))).images[0]  # fmt: skip
         with Image.open(Path(config.output_dir) / "validation" / "step-3.png") as sheet:
             assert sheet.convert("RGB").crop((4, 17, 36, 49)).tobytes() == again.tobytes()
         sheets.append(again.tobytes())

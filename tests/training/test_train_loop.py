@@ -93,19 +93,26 @@ def _at_3(config: TrainConfig) -> dict[str, torch.Tensor]:
     return load_file(Path(config.output_dir) / "checkpoint-3" / (adapters.WEIGHTS_NAME if config.lora else UNET))
 
 
-def test_a_resumed_run_takes_the_learning_rate_that_it_is_given(settings: Settings) -> None:
-    values: dict[str, Any] = {
-        "max_train_steps": 4,
-        "checkpointing_steps": 2,
-        "lr_scheduler": "linear",
-        "lr_warmup_steps": 0,
-    }
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({"lr_scheduler": "linear"}, [0.5e-5, 0.25e-5]),
+        # diffusers lets it end at 1e-7.
+        ({"lr_scheduler": "polynomial", "lr_power": 2.0}, [0.5**2 * 9.9e-6 + 1e-7, 0.25**2 * 9.9e-6 + 1e-7]),
+        # The second of two cosines.
+        ({"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2}, [1e-5, 0.5e-5]),
+    ],
+)
+def test_a_resumed_run_takes_the_learning_rate_that_it_is_given(
+    settings: Settings, schedule: dict[str, Any], expected: list[float]
+) -> None:
+    values: dict[str, Any] = {"max_train_steps": 4, "checkpointing_steps": 2, "lr_warmup_steps": 0, **schedule}
     with pytest.raises(Stop):
         run(settings(**values), progress=False, on_step=stop_at(3))
     rates: list[float] = []
     values |= {"learning_rate": 1e-5, "adam_beta1": 0.5, "resume_from_checkpoint": "latest"}
     summary = run(settings(**values), progress=False, on_step=lambda _, record: rates.append(record["lr"]))
-    assert rates == pytest.approx([0.5e-5, 0.25e-5])
+    assert rates == pytest.approx(expected)
     assert summary.learning_rate == 1e-5
 
 

@@ -116,6 +116,7 @@ def test_losses_are_near_those_of_the_base(settings: Settings, plain: list[float
         {"lora_init": "pissa"},
         {"lora_target_modules": ["to_q", "conv1"], "lora_dropout": 0.2, "mixed_precision": "bf16"},
         {"lora_min_rank": 1, "gradient_checkpointing": True, "train_text_encoder": True},
+        {"deterministic": True, "use_8bit_adam": True},
     ],
     ids=lambda values: "-".join(values) or "lora",
 )

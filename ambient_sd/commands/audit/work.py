@@ -567,7 +567,7 @@ def _attributions(settings: AuditSettings, generated: Generated, decided: Decide
     from ambient_sd.guard.attribution import attribute
 
     config = settings.sampling
-    if config is None or generated.prompts is None or config.guidance_scale <= 1:  # without guidance no prompt pulls
+    if config is None or generated.prompts is None or config.scale <= 1:  # without guidance no prompt pulls
         return []
     ranks: dict[str, list[float]] = {}
     for prompt, value in zip(generated.prompts, decided.ratio.clamp(max=10).tolist(), strict=True):
@@ -584,7 +584,7 @@ def _attributions(settings: AuditSettings, generated: Generated, decided: Decide
         try:
             seen = attribute(
                 pipe, prompt, num_inference_steps=config.num_inference_steps, 
-                seed=image_seed(config.seed, places[prompt]), guidance_scale=config.guidance_scale, height=sampling.height, width=sampling.width,
+                seed=image_seed(config.seed, places[prompt]), guidance_scale=config.scale, height=sampling.height, width=sampling.width,
             )  # fmt: skip
         except (
             UserError
@@ -929,7 +929,9 @@ def _made(
     config = settings.sampling
     made: dict[str, object] = {**versions(), "seed": settings.seed}
     if config is not None:
-        steps = f"{config.scheduler or 'its own sampler'}, {config.num_inference_steps} steps, guidance {config.guidance_scale:g}"
+        steps = (
+            f"{config.scheduler or 'its own sampler'}, {config.num_inference_steps} steps, guidance {config.scale:g}"
+        )
         above = "" if config.base_above is None else f", its base above noise level {config.base_above:g}"
         made["model"] = _model_name(config) + above
         made["sampling"] = f"{steps}, seed {config.seed}, {settings.num_images_per_prompt} images a prompt"

@@ -76,7 +76,8 @@ def make_parser() -> Parser:
 def run(args: argparse.Namespace, words: Sequence[str]) -> None:
     """Calibrate, and print the thresholds; exit with status 1 where the detector tells nothing."""
     files = from_flags(CalibrationPrompts, args)
-    require_guidance(from_flags(SamplingOptions, args).guidance_scale)  # a mistake is found before torch is loaded
+    if (scale := from_flags(SamplingOptions, args).guidance_scale) is not None:
+        require_guidance(scale)  # a mistake is found before torch is loaded
     from_flags(CalibrateSettings, args, sampling=None, ordinary=[], memorized=[])
     from ambient_sd.utils.quiet import quiet
 

@@ -71,7 +71,7 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path | None]:
     """
     config, detector = settings.sampling, settings.detector
     config.check()
-    require_guidance(config.guidance_scale)
+    require_guidance(config.scale)
     check_prompts([*settings.ordinary, *settings.memorized])
     if not settings.ordinary:
         raise UserError("there are no ordinary prompts", rule="at least one is needed")

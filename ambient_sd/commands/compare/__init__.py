@@ -80,7 +80,7 @@ class CompareSettings:
     mitigated: int = option(60, "memorized prompts that are mitigated at most", low=1)
     mitigations: list[str] = option([], "policies that are tried (default: all), short names or long ones, listed below; what is per model comes from the ordinary prompts", metavar="NAME")
     num_inference_steps: int = same(SamplingOptions, "num_inference_steps", default=20)
-    guidance_scale: float = same(SamplingOptions, "guidance_scale", text="classifier-free guidance; above 1", low=None, above=1)
+    guidance_scale: float | None = same(SamplingOptions, "guidance_scale", text="classifier-free guidance of all models; above 1 (default: the usual one of the first, 7.5 of Stable Diffusion)", low=None, above=1)
     batch_size: int = same(SamplingOptions, "batch_size", default=16)
     seed: int = same(SamplingOptions, "seed")
     lora_weights: Mapping[str, str] = field(default_factory=dict)
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> None:
     from ambient_sd.utils.quiet import quiet
 
     quiet()  # before the imports below, which load what speaks
-    from ambient_sd.commands.compare.work import compare
+    from ambient_sd.commands.compare.work import compare, config_of
     from ambient_sd.data.sources import load_rows
     from ambient_sd.reporting.compare_page import tables
     from ambient_sd.sampling import SamplingConfig, adapted
@@ -130,6 +130,7 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> None:
                 raise UserError(f"{name} was trained with another VAE", rule="models are compared with the VAE of their base",
                                 remedy="give a base folder with that VAE in it, and the LoRA with --lora_weights")  # fmt: skip
     settings = dataclasses.replace(settings, models=models, lora_weights=loras)
+    settings = dataclasses.replace(settings, guidance_scale=config_of(settings, next(iter(models.values()))).scale)
 
     rows_of = reading(rows)
     heldout = {**rows_of, "split": places.heldout_split, "row_filter": (), "layout": AUTO}

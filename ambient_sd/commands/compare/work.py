@@ -486,7 +486,7 @@ def compare(
             chosen = known[: settings.mitigated]
         prompts = [captions[i] for i in chosen]
         mitigated = [request for request in requests if request.prompt_index in chosen]
-        scores = ordinary_scores(curves, ordinary, settings.guidance_scale)
+        scores = ordinary_scores(curves, ordinary, config.scale)
         found["ordinary_scores"] = dataclasses.asdict(scores)
         found["mitigations"] = {}
         shown[model] = {}

@@ -78,8 +78,8 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
     if not settings.prompts:
         raise UserError("there are no prompts", rule="at least one is needed")
     policy = None if settings.policy is None else make(settings.policy)
-    if config.guidance_scale <= 1:
-        _need_no_guard(settings, f"guidance_scale is {config.guidance_scale:g}", "give a scale above 1")
+    if config.scale <= 1:
+        _need_no_guard(settings, f"guidance_scale is {config.scale:g}", "give a scale above 1")
     calibration = _calibration(settings)
     folder = OutputFolder(out, "sample", CONTENTS, overwrite=settings.overwrite)
     given = {
@@ -92,7 +92,7 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
     cuts = say_cut(pipe, settings.prompts)
     if (why := distilled(pipe)) is not None:
         _need_no_guard(settings, why, "leave it out")
-    watched = config.guidance_scale > 1 and why is None
+    watched = config.scale > 1 and why is None
     if not watched:
         say("images without scores: the guard measures guidance, and there is none")
         calibration = None

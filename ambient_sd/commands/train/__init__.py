@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ambient_sd.training.config import CONFIG_HELP, GROUPS, TrainConfig, load_yaml
+from ambient_sd.training.elsewhere import ELSEWHERE
 from ambient_sd.utils import settings
 from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.settings import REQUIRED, Parser, add_flags, check, from_flags, option
@@ -68,6 +69,7 @@ def make_parser() -> Parser:
         "steps, rate and noise level are proposed where they are not given; copying is measured on the way, and the last checkpoint before it "
         "begins is the result. Interrupted runs resume with the same command.",
         epilog="Example: ambient-sd train my-images --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --audit",
+        elsewhere=ELSEWHERE,
     )
     add_flags(parser, TrainOptions)
     add_flags(parser, TrainConfig, skip=("train_data_dir", "dataset_name"), groups=GROUPS)

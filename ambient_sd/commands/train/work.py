@@ -151,7 +151,7 @@ def audit(record: RunRecord, config: TrainConfig) -> int:
     options = [
         "--output_dir", str(folder), "--overwrite", "--resolution", str(config.resolution), "--num_prompts", str(prompts),
         "--num_images_per_prompt", str(max(1, _AUDITED // prompts)), "--num_inference_steps", str(INFERENCE_STEPS),
-        "--guidance_scale", f"{GUIDANCE_SCALE:g}", "--scheduler", "dpm++", "--seed", str(config.seed), "--base_images", str(_AUDITED // 2), "--batch_size", str(images_at_once(config.resolution)),
+        "--guidance_scale", f"{GUIDANCE_SCALE:g}", *([] if record.plan.base.family.flow else ["--scheduler", "dpm++"]), "--seed", str(config.seed), "--base_images", str(_AUDITED // 2), "--batch_size", str(images_at_once(config.resolution)),
     ]  # fmt: skip
     # A LoRA alone is a model to the audit: base, revision and variant come from its train_config.yaml.
     for item in dataclasses.fields(DatasetOptions):
