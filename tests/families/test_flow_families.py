@@ -386,7 +386,8 @@ def test_timesteps_are_those_of_the_sampler_s_shift(
 
 def test_flux_trains_at_the_guidance_and_length_asked_for(settings: Settings, pipes: Mapping[str, Any]) -> None:
     asked = {"guidance_scale": 1.5, "max_sequence_length": 64}
-    batch, loss = trained_batch(settings("flux-dev", objective="plain", **asked))
+    found = trained(settings("flux-dev", objective="plain", **asked))
+    batch, loss = found.batch, found.loss
     sigmas = (batch.timesteps / 1000).view(-1, 1, 1, 1)
     noisy = (1.0 - sigmas) * batch.x0 + sigmas * batch.noise
     for given, expected in (((1.5, 64), True), ((3.5, 64), False), ((1.5, 512), False)):
