@@ -20,12 +20,14 @@ from ambient_sd.training.dropping import Dropping, check_scheduler
 from ambient_sd.utils.errors import UserError
 
 SIDES = {"height": 16, "width": 16}
-# One batch of halves; two calls on packed latents; two calls with texts as long as they are; lists, the other order and sign.
+# One batch of halves; two calls on packed latents; two calls with texts as long as they are; lists, the other order and sign. Among hundreds of rows
+# of padding a tiny network hardly sees a text: fewer are asked for.
 PIPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "sd3": (tools.tiny_sd3, {"guidance_scale": 5.0}),
     "flux": (tools.tiny_flux, {"true_cfg_scale": 5.0, "negative_prompt": ["", ""], "max_sequence_length": 24}),
     "qwen": (tools.woken(tiny_more.tiny_qwen_image_pipeline), {"true_cfg_scale": 5.0, "negative_prompt": ["", ""]}),
     "z-image": (tools.woken(tiny_more.tiny_z_image_pipeline), {"guidance_scale": 4.0}),
+    "auraflow": (tools.woken(tiny_more.tiny_auraflow_pipeline), {"guidance_scale": 5.0, "max_sequence_length": 24}),
 }
 SETTINGS = {
     "prompt_optimization": "target=1e-3,max_steps=2,lr=0.01", "latent_optimization": "target=1e-3,lr=0.05,max_steps=2",
