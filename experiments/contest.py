@@ -216,5 +216,5 @@ def _line(label: str, line: Sequence[Point], measure: str, look: Mapping[str, An
     copies = [p.figures[measure] for p in line]
     return Line(
         label, [p.distance.value for p in line], [100 * c.value for c in copies], texts=[str(p.step) for p in line],
-        bars=[((p.distance.low, p.distance.high), (100 * c.low, 100 * c.high)) for p, c in zip(line, copies, strict=True)], **look,
+        bars=[((p.distance.low, p.distance.high), (100 * max(0.0, c.low), 100 * c.high)) for p, c in zip(line, copies, strict=True)], **look,
     )  # fmt: skip
