@@ -26,8 +26,6 @@ PIPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "flux": (tools.tiny_flux, {"true_cfg_scale": 5.0, "negative_prompt": ["", ""], "max_sequence_length": 24}),
     "qwen": (tools.woken(tiny_more.tiny_qwen_image_pipeline), {"true_cfg_scale": 5.0, "negative_prompt": ["", ""]}),
     "z-image": (tools.woken(tiny_more.tiny_z_image_pipeline), {"guidance_scale": 4.0}),
-    "klein": (tools.woken(tiny_flow.tiny_klein_pipeline), {"guidance_scale": 5.0}),
-    "auraflow": (tools.woken(tiny_more.tiny_auraflow_pipeline), {"guidance_scale": 5.0}),
 }
 SETTINGS = {
     "prompt_optimization": "target=1e-3,max_steps=2,lr=0.01", "latent_optimization": "target=1e-3,lr=0.05,max_steps=2",
