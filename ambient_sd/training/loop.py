@@ -116,11 +116,12 @@ class TrainingBatch:
             ['a dog']
         """
         places = chosen.tolist()
-        return TrainingBatch(**{
+        found: dict[str, Any] = {
             f.name: value[chosen] if isinstance(value := getattr(self, f.name), torch.Tensor)
             else [value[i] for i in places] if isinstance(value, list) else value
             for f in dataclasses.fields(self)
-        })  # fmt: skip
+        }  # fmt: skip
+        return TrainingBatch(**found)
 
 
 _Drawn = tuple[TrainingBatch, CorruptedBatch]
