@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_flow
+import torch
 import yaml
+from diffusers import Flux2KleinPipeline
 from hub_server import TOKEN, HubServer, reach
 from PIL import Image
 
@@ -72,6 +75,28 @@ def assert_one_line(done: subprocess.CompletedProcess[str]) -> str:
     assert "Traceback" not in done.stderr
     assert TOKEN not in done.stdout + done.stderr
     return [line for line in done.stderr.splitlines() if line.startswith("ambient-sd: error:")][-1]
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_transformer_comes_back_from_the_hub(lora: bool, here: Here, tmp_path: Path, tiny_images: Path) -> None:
+    base, out = tmp_path / "klein", tmp_path / "out"
+    tiny_flow.tiny_klein_pipeline().save_pretrained(base)
+    with HubServer() as hub:
+        done = here.train(hub.url, base, tiny_images, out, TOKEN, "--report_to", "none", *(["--lora"] if lora else []))
+        assert done.returncode == 0, done.stderr
+        reach(here.patch, hub.url, here.home)
+        theirs, ours, stock = (Flux2KleinPipeline.from_pretrained(base) for _ in range(3))
+        if lora:
+            theirs.load_lora_weights("owner/name")
+            ours.load_lora_weights(out)
+        else:
+            theirs, ours = (Flux2KleinPipeline.from_pretrained(place) for place in ("owner/name", out))
+    with torch.no_grad():
+        assert torch.equal(theirs.encode_prompt("a disc")[0], stock.encode_prompt("a disc")[0]), "by its chat template"
+    weights = [dict(pipe.transformer.state_dict()) for pipe in (theirs, ours, stock)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert any(name not in weights[2] or not torch.equal(value, weights[2][name]) for name, value in weights[0].items())
 
 
 @pytest.mark.slow
