@@ -40,6 +40,7 @@ PERCENTILES = (75, 90, 95)
 PROJECT = 64
 BACKGROUND = 2000  # training images at most whose own neighbours are looked for: all against all grows with the square
 _MOST = 2000  # images a side for density and coverage, whose cost grows with the square
+FEWEST_MEASURED = 4  # images, and twice as many held-out ones, that quality is measured on
 
 
 @dataclass(frozen=True)
@@ -421,7 +422,7 @@ def quality_rows(
         ['FD-made-pca3', 'KID-made']
     """
     m = min(len(generated), len(heldout) // 2)
-    if m < 4:
+    if m < FEWEST_MEASURED:
         return []
     project = min(project, generated.shape[1])
     while project > m // 2:

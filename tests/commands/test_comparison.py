@@ -228,6 +228,41 @@ def test_mistakes_are_one_line(
     assert len(errors) == 1 and said in errors[0]
 
 
+def test_too_few_heldout_images_are_one_line(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = image_folder(tmp_path / "few", [tiny.noise_image(i) for i in range(7)], [f"image {i}" for i in range(7)])
+    with pytest.raises(SystemExit):
+        main([*command, "--heldout", str(few), "--out", str(tmp_path / "out")])
+    assert "there are 7 held-out images; quality is measured against 8 at least" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_transformer_is_compared_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three of its own images are training images; it is sampled at its own pipeline's guidance."""
+    model, captions = (
+        tmp_path / "model",
+        [f"a {word}" for word in ("cat", "dog", "fox", "hen", "owl", "pig", "rat", "cow", "ape")],
+    )
+    tiny_flow.tiny_sd3_pipeline().save_pretrained(model)
+    how = {"num_images_per_prompt": 2, "num_inference_steps": 2}
+    config = comparison.config_of(CompareSettings({"a": str(model)}, str(BASE), tmp_path, 32, **how), str(model))
+    made = comparison.sample_requests(
+        load_pipeline(config), tmp_path / "made", requests_for(captions, 2), config, None, ""
+    )
+    images = [made.images[2 * i] if i < 3 else tiny.noise_image(i) for i in range(len(captions))]
+    data = str(image_folder(tmp_path / "images", images, captions))
+    words = ["compare", f"a={model}", "--data", data, "--heldout", data, "--judge", str(BASE), "--resolution", "32", "--generations", "2",
+             "--num_inference_steps", "2", "--mitigated", "2", "--mitigations", "STP", "attention_guard"]  # fmt: skip
+    main([*words, "--out", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert found["models"]["a"]["memorized_prompts"] >= 2
+    assert list(found["models"]["a"]["mitigations"]) == ["none", "STP"]
+    assert "cross-attention of a U-Net" in found["models"]["a"]["left_out"]["attention_guard"]
+    assert "--guidance_scale 7.0 " in found["command"]
+    assert "left out" in capsys.readouterr().out
+
+
 def test_models_of_the_hub_are_told_apart_by_their_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Path
 ) -> None:

@@ -36,7 +36,7 @@ from ambient_sd.audit.alignment import DiffusionAlignment
 from ambient_sd.audit.decision import RULE, CopyDecision, Decided
 from ambient_sd.audit.detection import detection_figures
 from ambient_sd.audit.features import Features, embed
-from ambient_sd.audit.metrics import MEMORIZED_RATIO, bootstrap, memorized, quality_rows
+from ambient_sd.audit.metrics import FEWEST_MEASURED, MEMORIZED_RATIO, bootstrap, memorized, quality_rows
 from ambient_sd.audit.neighbours import Neighbours, nearest
 from ambient_sd.audit.registry import choose, with_sscd
 from ambient_sd.audit.shares import COPIES, copy_rate
@@ -428,6 +428,9 @@ def compare(
             rule="it measures what each image costs",
             remedy="start it without accelerate launch",
         )
+    if len(heldout) < 2 * FEWEST_MEASURED:
+        raise UserError(f"there are {len(heldout)} held-out images", rule=f"quality is measured against {2 * FEWEST_MEASURED} at least",
+                        remedy="give more with --heldout")  # fmt: skip
     configs = {name: config_of(settings, place, name) for name, place in settings.models.items()}
     judging = config_of(settings, settings.judge)
     for config in (*configs.values(), judging):  # the last one is loaded an hour after the first
@@ -484,6 +487,9 @@ def compare(
                                 rule="without both kinds there is nothing to compare",
                                 remedy="train longer, or repeat images (experiments.memorized)")  # fmt: skip
             chosen = known[: settings.mitigated]
+            if len(chosen) * k < FEWEST_MEASURED:
+                raise UserError(f"{len(chosen) * k} images of memorized prompts would be mitigated", rule=f"quality is measured on {FEWEST_MEASURED} at least",
+                                remedy="raise mitigated or num_images_per_prompt")  # fmt: skip
         prompts = [captions[i] for i in chosen]
         mitigated = [request for request in requests if request.prompt_index in chosen]
         scores = ordinary_scores(curves, ordinary, config.scale)
