@@ -60,8 +60,8 @@ def sentence(found: Sequence[Point], base: Point | None) -> str:
     limit = best(found, BASELINE).distance.high
     if base is not None and base.distance.value <= limit:
         return (
-            f"The base alone is as good as {BASELINE}'s best on captions that were not trained (distance {base.distance.value:.1f}, "
-            f"at most {limit:.1f}): nothing that these figures show was learnt, and the recipes cannot be compared."
+            f"The base alone lies within the interval of {BASELINE}'s best on captions that were not trained (distance {base.distance.value:.1f}, "
+            f"at most {limit:.1f}): quality does not tell a trained run from it, and the recipes cannot be compared."
         )
     if len(labels) == 1:
         return f"Only {BASELINE} is measured yet."
@@ -216,5 +216,5 @@ def _line(label: str, line: Sequence[Point], measure: str, look: Mapping[str, An
     copies = [p.figures[measure] for p in line]
     return Line(
         label, [p.distance.value for p in line], [100 * c.value for c in copies], texts=[str(p.step) for p in line],
-        bars=[((p.distance.low, p.distance.high), (100 * c.low, 100 * c.high)) for p, c in zip(line, copies, strict=True)], **look,
+        bars=[((p.distance.low, p.distance.high), (100 * max(0.0, c.low), 100 * c.high)) for p, c in zip(line, copies, strict=True)], **look,
     )  # fmt: skip

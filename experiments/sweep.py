@@ -449,18 +449,11 @@ def open_reals(plan: Plan, config: TrainConfig) -> Reals:
     return _known[key]
 
 
-_classifiers: dict[tuple[object, ...], Classifier] = {}
-
-
 def open_classifier(plan: Plan, config: TrainConfig, reals: Reals) -> Classifier:
-    """Return what tells the study's style from others; it is trained once in a process."""
+    """Return what tells the study's style from others; it is trained once in a study."""
     assert plan.style is not None
     these, others = (_rows(getattr(plan.style, side), f"style: {side}", config) for side in ("these", "others"))
-    key = these.fingerprint(), others.fingerprint(), plan.style.concept, id(reals.vae), reals.side
-    if key not in _classifiers:
-        _classifiers.clear()
-        _classifiers[key] = read_classifier(these, others, plan.style.concept, reals.vae, reals.side)
-    return _classifiers[key]
+    return read_classifier(these, others, plan.style.concept, reals.vae, reals.side, Path(str(config.latent_cache_dir)))
 
 
 def _rows(given: Mapping[str, Any], where: str, config: TrainConfig) -> ImageDataset:

@@ -18,9 +18,9 @@ _SIZE = (32, 32)
 
 
 @pytest.fixture
-def predicted(settings: Callable[..., TrainConfig]) -> Callable[..., Footprint]:
+def predicted(settings: Callable[..., TrainConfig], small_base: Path) -> Callable[..., Footprint]:
     def make(**values: Any) -> Footprint:
-        config = settings(**{"lora": False, **values})
+        config = settings(**{"lora": False, "pretrained_model_name_or_path": str(small_base), **values})
         return predict(config, base_of(config), _SIZE)
 
     return make
@@ -72,12 +72,12 @@ def test_chain_of_layers_in_closed_form() -> None:
     ],
 )
 def test_fake_step_counts_as_a_real_one(
-    values: dict[str, Any], settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+    values: dict[str, Any], settings: Callable[..., TrainConfig], small_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "quantize_base" in values:
         pytest.importorskip("bitsandbytes")
         monkeypatch.setattr(quantized, "FEWEST", 64)
-    config = settings(**{"lora": False, **values})
+    config = settings(**{"lora": False, "pretrained_model_name_or_path": str(small_base), **values})
     base = base_of(config)
     faked = predict(config, base, _SIZE)
 
@@ -101,7 +101,7 @@ def test_fake_step_counts_as_a_real_one(
 
 
 def test_what_is_trained_and_kept(predicted: Callable[..., Footprint]) -> None:
-    whole, lora = predicted(), predicted(lora=True, rank=4)
+    whole, lora = predicted(), predicted(lora=True, rank=1)
     assert whole.gradients == whole.weights and whole.moments == 2 * whole.weights
     assert lora.gradients < whole.gradients / 4 and lora.moments == 2 * lora.gradients
     assert predicted(use_ema=True).average == whole.weights
@@ -132,8 +132,8 @@ def test_sampling_counts_where_images_are_sampled(predicted: Callable[..., Footp
     assert found.sampling > found.weights and found.peak == max(found.encoding, found.step, found.sampling)
 
 
-def test_bf16_halves_frozen_weights_on_a_gpu(settings: Callable[..., TrainConfig]) -> None:
-    config = settings(mixed_precision="bf16", rank=1)
+def test_bf16_halves_frozen_weights_on_a_gpu(settings: Callable[..., TrainConfig], small_base: Path) -> None:
+    config = settings(pretrained_model_name_or_path=str(small_base), mixed_precision="bf16", rank=1)
     base = base_of(config)
     gpu, cpu = predict(config, base, _SIZE), predict(config, base, _SIZE, on_cpu=True)
     assert gpu.weights < 0.6 * cpu.weights
@@ -150,9 +150,9 @@ def test_describe_names_the_phase() -> None:
     assert "3.0 GiB at the highest (where images are encoded; a step takes 1.0 GiB" in told
 
 
-def test_nothing_is_loaded(settings: Callable[..., TrainConfig], tiny_base: Path, tmp_path: Path) -> None:
+def test_nothing_is_loaded(settings: Callable[..., TrainConfig], small_base: Path) -> None:
     """Weights may be of any size: only configurations are read."""
-    config = settings()
+    config = settings(pretrained_model_name_or_path=str(small_base))
     base = base_of(config)
     base_type = type(base)
 

@@ -42,7 +42,7 @@ def train(case, rank):
             leave(case)
         distributed.barrier()
         if case == "done" and not rank:
-            time.sleep(9)  # longer than silence may last
+            time.sleep(6)  # longer than silence may last
     if case == "done" and not rank:
         print("trained", file=sys.stderr)
 
