@@ -80,7 +80,7 @@ class CompareSettings:
     mitigated: int = option(60, "memorized prompts that are mitigated at most", low=1)
     mitigations: list[str] = option([], "policies that are tried (default: all), short names or long ones, listed below; what is per model comes from the ordinary prompts", metavar="NAME")
     num_inference_steps: int = same(SamplingOptions, "num_inference_steps", default=20)
-    guidance_scale: float | None = same(SamplingOptions, "guidance_scale", text="classifier-free guidance of all models; above 1 (default: the usual one of the first, 7.5 of Stable Diffusion)", low=None, above=1)
+    guidance_scale: float | None = same(SamplingOptions, "guidance_scale", text="classifier-free guidance; above 1 (default: the usual one of the first, 7.5 of Stable Diffusion)", low=None, above=1)
     batch_size: int = same(SamplingOptions, "batch_size", default=16)
     seed: int = same(SamplingOptions, "seed")
     lora_weights: Mapping[str, str] = field(default_factory=dict)
