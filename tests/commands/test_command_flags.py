@@ -75,8 +75,8 @@ def test_help_shows_every_setting_and_no_none(name: str) -> None:
 def test_one_flag_means_the_same_in_every_command() -> None:
     # compare has several models, each with a name and perhaps a LoRA of its own.
     known = {f"{flag}: compare and train" for flag in ("--lora_weights", "--adapter", "--revision")}
-    # diffusers' script calls what FLUX.1's network is told in training by the name of what samples.
-    known |= {f"--guidance_scale: {name} and train" for name in ("sample", "calibrate", "compare", "audit", "demo")}
+    # In train it is the input that FLUX.1 takes, elsewhere the scale of sampling.
+    known |= {f"--guidance_scale: {name} and train" for name in ("audit", "calibrate", "compare", "demo", "sample")}
     assert set(conflicts(ALL)) == known
     sampling = {name: parser for name, parser in ALL.items() if name not in ("train", "script")}
     assert not [conflict for conflict in conflicts(sampling) if conflict.startswith("--guidance_scale")]

@@ -29,7 +29,7 @@ def folder(tiny_base: Path, tmp_path: Path) -> Path:
 def facts(**changes: Any) -> Facts:
     values: dict[str, Any] = dict(
         base="tiny-base", base_id=None, licence={"license": "openrail++"}, objective="ambient", prediction_type="v_prediction",
-        level=1.0, timestep=353.4, timesteps=1000, gap_upper=None, reweight=2, pipeline="AmbientSDPipeline", vae=None, lora=None, averaged=False,
+        level=1.0, distill_level=None, timestep=353.4, timesteps=1000, gap_upper=None, reweight=2, pipeline="AmbientSDPipeline", vae=None, lora=None, averaged=False,
         steps=20, batch=4, learning_rate=1e-4, lr_scheduler="constant", resolution=32, images=8, distinct=7, groups=1,
         grouped=3, captioned=6, fingerprint="ab" * 32, dataset=None, prompts=[], finished=0.0,
     )  # fmt: skip
