@@ -26,7 +26,7 @@ from ambient_sd.reporting.model_card import Facts, is_ours, write_card
 
 FACTS = Facts(
     base="base", base_id="owner/base", licence={"license": "mit"}, objective="plain", prediction_type="epsilon", level=0.0,
-    timestep=None, timesteps=1000, gap_upper=None, reweight=None, pipeline="StableDiffusionPipeline", vae=None, lora=None, averaged=False, steps=9, batch=4, learning_rate=1e-4,
+    timestep=None, timesteps=1000, gap_upper=None, distill_level=None, reweight=None, pipeline="StableDiffusionPipeline", vae=None, lora=None, averaged=False, steps=9, batch=4, learning_rate=1e-4,
     lr_scheduler="constant", resolution=32, images=8, distinct=8, groups=None, grouped=0, captioned=8, fingerprint="ab" * 32,
     dataset=None, prompts=["a red disc"], finished=0.0,
 )  # fmt: skip

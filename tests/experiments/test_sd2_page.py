@@ -83,7 +83,7 @@ def test_the_file_and_every_variant_of_it_plan_a_run_at_full_size_up_to_the_miss
         assert config.train_batch_size * config.gradient_accumulation_steps * processes == 16
         assert (len(plan.images), len(set(plan.images.keys))) == (12, 8)
         assert plan.objective.prediction_type == "v_prediction"
-    with pytest.raises(UserError, match="vae of model"):
+    with pytest.raises(UserError, match="text_encoder of model"):
         run(config, progress=False)
 
 
