@@ -129,7 +129,7 @@ def _every_step(
 ) -> pages.Section:
     some = found[0].figures
     text = [
-        f"A perfect model's distance at this n: {some['distance floor'].show(1)}. Caption agreement: the real image of a sample's caption is among the "
+        f"The held-out images themselves, as the autoencoder renders them, have a distance of {some['distance floor'].value:.1f}. Caption agreement: the real image of a sample's caption is among the "
         f"{NEAREST} nearest of {some['agreement chance'].n}; by chance {100 * some['agreement chance'].value:.1f} %. Style agreement: a classifier calls a "
         f"sample this style; of real images of concepts that it was not trained on it calls {share(some['style, real'])} of this style so, and "
         f"{share(some['style, others'])} of others.",

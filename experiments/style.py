@@ -4,7 +4,7 @@ Quality on training captions rewards copying: a run that hands its images back i
 asks for other things in it. So one set of samples is drawn for the training captions, to count copies, and another for the captions of the
 held-out images, which are of the same style and of other concepts:
 
-    distance, kid   Frechet distance and KID of these samples to the held-out images themselves       `ambient_sd.audit.metrics`
+    distance, kid   Frechet distance and KID of these samples to all held-out images       `distances`, `ambient_sd.audit.metrics`
     agreement       share of samples whose caption's own real image is among the `NEAREST` nearest held-out images; chance is
                     NEAREST / n where captions differ
     style           share of samples that a classifier takes for this style
@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ambient_sd.audit.decision import RENDERED, through_vae
 from ambient_sd.audit.features import embed
-from ambient_sd.audit.metrics import bootstrap
+from ambient_sd.audit.metrics import PROJECT, Resampler, bootstrap, frechet_distance, kid, pca_basis
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.registry import choose
 from ambient_sd.audit.shares import COPIES
@@ -175,6 +175,42 @@ def chance(prompts: Sequence[str], captions: Sequence[str], nearest_of: int) -> 
     return 1 - sum(missed) / len(missed)
 
 
+def distances(
+    drawn: Tensor, real: Tensor, rendered: Tensor, prompts: Sequence[str], seed: int, resamples: int = 200
+) -> dict[str, Estimate]:
+    """Return the Frechet distance and KID of samples to all held-out images, and of these as the autoencoder renders them: the floor.
+
+    The Frechet distance is taken in the leading principal directions of the held-out images, 64 or half of their count. These images are a fixed
+    test that all recipes share, so the interval resamples prompts alone. A resample repeats rows, which biases a distance upwards; the
+    draws are moved so that their mean is the estimate. `quality_rows` halves the held-out images for a floor at equal n, which doubles
+    the bias and widens the interval: for one model that is right, for many beside each other it hides what tells them apart.
+
+    Args:
+        drawn, real, rendered: features, `(N, D)`, `(M, D)` and `(M, D)`; KID uses the first min(N, M) rows.
+
+    Example:
+        >>> sets = torch.randn(2, 40, 3, generator=torch.Generator().manual_seed(0))
+        >>> found = distances(sets[0] + 1, sets[1], sets[1], [str(i) for i in range(40)], 0, resamples=5)
+        >>> found["distance"].value > 1 > found["distance floor"].value
+        True
+    """
+    basis, _ = pca_basis(real, min(PROJECT, len(real) // 2, real.shape[1]))
+    near, count = real.double() @ basis, min(len(drawn), len(real))
+    measures: dict[str, Callable[[Tensor], float]] = {
+        "distance": lambda rows: frechet_distance(rows.double() @ basis, near),
+        "kid": lambda rows: kid(rows[:count].double(), real[:count].double()),
+    }
+    out = {}
+    for name, measure in measures.items():
+        value, resampler = measure(drawn), Resampler(len(drawn), prompts, seed)
+        draws = torch.tensor([measure(drawn[resampler.draw()]) for _ in range(resamples)], dtype=torch.float64)
+        low, high = torch.quantile(draws - draws.mean() + value, torch.tensor([0.025, 0.975]).double()).tolist()
+        out[name] = Estimate(value, low, high, len(drawn), name)
+        floor = measure(rendered)
+        out[f"{name} floor"] = Estimate(floor, floor, floor, len(real), f"{name} floor")
+    return out
+
+
 def measure_new(
     images: Sequence[Image.Image],
     prompts: Sequence[str],
@@ -196,7 +232,11 @@ def measure_new(
     near = nearest(drawn[deep], reals.heldout[deep], min(NEAREST, len(captions))).index
     options: dict[str, Any] = {"groups": prompts, "seed": seed, "resamples": resamples, "share": True}
     by_chance = chance(prompts, captions, NEAREST)
-    out = {name: figures[name] for name in ("distance", "distance floor", "kid", "kid floor") if name in figures}
+    rendered = reals.heldout_images
+    if reals.vae is not None and reals.side <= RENDERED:
+        rendered = through_vae(reals.vae, reals.side)(rendered)
+    floor = embed(rendered, [reals.features[1]])[deep]
+    out = distances(drawn[deep], reals.heldout[deep], floor, prompts, seed, min(200, resamples))
     out |= {f"{name}{NEW}": figures[name] for name in (COPIES, "copied", CONTOURS)}
     out |= {
         "agreement": bootstrap(agreeing(near, prompts, captions), torch.mean, name="agreement", **options),

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPTokenizer
 
 from ambient_sd.assets import IMAGES
 from experiments import build_base
-from experiments.build_base import RECIPES, Log, Recipe, base_rows, captions_of, train_unet, train_vae
+from experiments.build_base import RECIPES, Log, Recipe, assemble, base_rows, captions_of, export, train_unet, train_vae
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def recipe() -> Recipe:
     first, second = RECIPES[2].phases
     phases = (dataclasses.replace(first, until=2), second)
     return dataclasses.replace(
-        RECIPES[2], vae_channels=(8, 8, 8), vae_steps=3, unet_steps=4, cooldown=2, merges=20, phases=phases
+        RECIPES[2], vae_channels=(8, 8, 8), vae_steps=3, unet_steps=4, cooldown=2, merges=20, phases=phases, start=None
     )
 
 
@@ -50,6 +52,31 @@ def test_a_cut_run_ends_in_the_same_bits(
         assert all(torch.equal(whole[k], cut[k]) for k in whole), file
     other = weights(tmp_path / "other" / "unet.pt")
     assert not all(torch.equal(whole[k], other[k]) for k in whole), "control: another seed, other bits"
+
+
+def test_a_later_version_goes_on_from_an_earlier_one(
+    rows: list[dict[str, Any]], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_base, "new_unet", small_unet)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    train_vae(tmp_path / "first", recipe, rows, batch=2)
+    train_unet(tmp_path / "first", recipe, rows, batch=2)
+    export(tmp_path / "first", recipe, tmp_path / "base")
+    later, work = dataclasses.replace(recipe, start=tmp_path / "base"), tmp_path / "second"
+    train_unet(work, later, rows[:3], batch=2, until=1)
+    start = assemble(tmp_path / "first", recipe)
+    assert CLIPTokenizer.from_pretrained(work / "tokenizer").get_vocab() == start.tokenizer.get_vocab()
+    averaged = torch.load(work / "unet.pt", weights_only=True)["ema"]
+    for (
+        name,
+        before,
+    ) in start.unet.state_dict().items():  # one step of a warming rate, averaged with a weight of a tenth; fp16
+        assert torch.allclose(averaged[f"unet.{name}"], before, atol=1e-3), name
+    train_vae(work, later, rows, batch=2)
+    old, new = (AutoencoderKL.from_pretrained(path).state_dict() for path in (tmp_path / "base" / "vae", work / "vae"))
+    changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {"decoder", "post_quant_conv"}, "the latents stay what the network knows"
 
 
 def small_unet() -> Any:

@@ -115,17 +115,20 @@ def test_held_out_images_are_perfect_samples_and_training_images_copies() -> Non
     reals = read_reals(training, heldout)
     certain = Estimate(1.0, 1.0, 1.0, 9)
     classifier = Classifier(torch.zeros(1280).double(), 1.0, certain, certain)  # calls all this style
-    prompts = in_turn(reals.heldout_captions, 8, 0)
+    prompts = list(reals.heldout_captions)
     own = {caption: image for caption, image in zip(reals.heldout_captions, reals.heldout_images, strict=True)}
     figures, each = measure_new([own[p] for p in prompts], prompts, reals, classifier, 0, resamples=5)
     assert set(FIGURES) <= set(figures) and figures["agreement"].value == figures["style"].value == 1
     assert figures["agreement, nearest"].value == 1 and figures["copies-new"].value == 0
     assert [reals.heldout_captions[row] for row in each["own"]] == prompts
+    assert abs(figures["distance"].value) < 1e-6 and figures["distance floor"].value == figures["distance"].value
+    assert figures["distance"].low < 0.01 < figures["distance"].high - figures["distance"].low  # its prompts resampled
     # Control: training images in their place are copies, and show other things.
-    wrong, each = measure_new(list(reals.images[:8]), prompts, reals, classifier, 0, resamples=5)
+    prompts = in_turn(prompts, len(reals.images), 0)
+    wrong, each = measure_new(list(reals.images), prompts, reals, classifier, 0, resamples=5)
     assert wrong["copies-new"].value == wrong["copied-recoloured-new"].value == 1
-    assert each["originals"] == list(range(8))
-    assert wrong["agreement, nearest"].value < 0.3 and wrong["distance"].value > figures["distance"].value
+    assert each["originals"] == list(range(10))
+    assert wrong["agreement, nearest"].value < 0.3 and wrong["distance"].value > 10
 
 
 # --- the contest -----------------------------------------------------------------------------------------------------
