@@ -27,10 +27,11 @@ PIPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "flux": (tools.tiny_flux, {"true_cfg_scale": 5.0, "negative_prompt": ["", ""], "max_sequence_length": 24}),
     "qwen": (tools.woken(tiny_more.tiny_qwen_image_pipeline), {"true_cfg_scale": 5.0, "negative_prompt": ["", ""]}),
     "z-image": (tools.woken(tiny_more.tiny_z_image_pipeline), {"guidance_scale": 4.0}),
+    "klein": (tools.woken(tiny_flow.tiny_klein_pipeline), {"guidance_scale": 5.0, "max_sequence_length": 48}),
     "auraflow": (tools.woken(tiny_more.tiny_auraflow_pipeline), {"guidance_scale": 5.0, "max_sequence_length": 24}),
 }
 SETTINGS = {
-    "prompt_optimization": "target=1e-3,max_steps=2,lr=0.01", "latent_optimization": "target=1e-3,lr=0.05,max_steps=2",
+    "prompt_optimization": "target=1e-3,max_steps=2,lr=0.0005", "latent_optimization": "target=1e-3,lr=0.05,max_steps=2",
     "sail": "target=1e-6,max_steps=2", "scale_cap": "cap=1e-3", "despecification": "strength=100,threshold=0",
     "reanchoring": "threshold=0,softer=a dog", "dynamic_transition": "threshold=0.1", "static_transition": "until=500",
     "opposite_guidance": "until=500",
@@ -80,7 +81,7 @@ def test_images_that_are_not_flagged_stay_the_pipelines_own(name: str) -> None:
     threshold = sum(first) / 2
     for policy in (
         policies.ScaleCap(cap=1e-3),
-        policies.PromptOptimization(1e-3, lr=0.01, max_steps=2),
+        policies.PromptOptimization(1e-3, lr=0.0005, max_steps=3),
         policies.LatentOptimization(1e-3, lr=0.05, max_steps=2),
     ):
         with MemorizationGuard(pipe, policy, threshold, when="flagged"):
