@@ -33,6 +33,15 @@ class MeanOverSeeds(Estimate):
 
     seeds: tuple[float, ...] = ()
 
+    @classmethod
+    def of(cls, figures: Sequence[Estimate]) -> MeanOverSeeds:
+        """Return the mean of independent runs' figures, and their intervals combined."""
+        values, k = [f.value for f in figures], len(figures)
+        mean = sum(values) / k
+        below = math.sqrt(sum((f.value - f.low) ** 2 for f in figures)) / k
+        above = math.sqrt(sum((f.high - f.value) ** 2 for f in figures)) / k
+        return cls(mean, mean - below, mean + above, sum(f.n for f in figures), seeds=tuple(values))
+
 
 @dataclass(frozen=True)
 class Point:
@@ -77,12 +86,7 @@ def _shared(group: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _mean(figures: Sequence[Mapping[str, Any]]) -> MeanOverSeeds:
-    values = [f["value"] for f in figures]
-    mean, k = sum(values) / len(values), len(values)
-    below = math.sqrt(sum((f["value"] - f["low"]) ** 2 for f in figures)) / k
-    above = math.sqrt(sum((f["high"] - f["value"]) ** 2 for f in figures)) / k
-    n = sum(f["n"] for f in figures)
-    return MeanOverSeeds(mean, mean - below, mean + above, n, seeds=tuple(values))
+    return MeanOverSeeds.of([Estimate.from_dict(f) for f in figures])
 
 
 def _mean_errors(curves: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
