@@ -7,6 +7,7 @@ wrapper, which lives in `forward`, must. A compiled network is asked in its eage
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -113,6 +114,12 @@ class NetworkHalves(GuidanceBranches):
             weighed(self._network, token_weights=token_weights, key_scale=key_scale),
         ):
             return layout.tensor(self._network.forward(**(as_called(inputs, layout) | {"return_dict": False}))[0])  # type: ignore[operator]
+
+    def of(self, network: torch.nn.Module) -> NetworkHalves:
+        """Return the same evaluation as another network of the same kind would be asked it."""
+        other = copy.copy(self)
+        other._network = network
+        return other
 
     def enable_grad(self) -> AbstractContextManager[None]:
         """Return a context under which `predict` can be differentiated with respect to its inputs."""

@@ -13,8 +13,8 @@ round the difference of two nearly equal predictions, and move single scores by 
 Where memorized prompts were given and the AUC's 95 % interval reaches 0.5, the entry is useless and refused; where none were given,
 `auc` is null and `origin` says that nothing shows that the detector works.
 
-Each of the two detectors has a file of its own: the guard's norm, and anisotropy, which is evaluated before sampling
-(`anisotropy.screen`) and cannot flag while sampling.
+Each detector has a file of its own: the guard's norm, and anisotropy and what a fine-tune adds to its base, which are evaluated before
+sampling (`anisotropy.screen`, `beside_base.screen`) and cannot flag while sampling.
 
 Thresholds are found by `ambient_sd.commands.calibrate`.
 """
@@ -44,9 +44,11 @@ from ambient_sd.utils.estimate import Estimate
 from ambient_sd.utils.files import atomic_write
 from ambient_sd.utils.json_schema import load_json
 
-Detector = Literal["norm", "anisotropy"]
+Detector = Literal["norm", "anisotropy", "beside_base"]
 FILE_NAME = "memorization_threshold.json"
-FILE_NAMES: dict[Detector, str] = {"norm": FILE_NAME, "anisotropy": "memorization_threshold_anisotropy.json"}
+FILE_NAMES: dict[Detector, str] = {
+    "norm": FILE_NAME, "anisotropy": "memorization_threshold_anisotropy.json", "beside_base": "memorization_threshold_beside_base.json",
+}  # fmt: skip
 _FORMAT = 1
 _LARGEST = 16 * 2**20  # bytes
 _PROBES = 128
@@ -61,7 +63,7 @@ class Entry:
 
     Attributes:
         steps: evaluations of the network whose norms are averaged, the first ones that carry a signal (`scores`); "all": the whole run; 0: no step is
-            taken (anisotropy).
+            taken (anisotropy, beside_base).
         images_per_prompt: images of one prompt whose scores are averaged before they are compared.
         value: a score of at least this is flagged.
         rate: share of ordinary scores that it flags.
@@ -269,7 +271,9 @@ class Calibration:
         prompts: SHA-256 of the ordinary and of the memorized prompts; None where there were none.
         seed: of the start noise and of the intervals.
         versions: of the libraries.
-        anisotropy: how its terms add up; None: the thresholds are of the norm.
+        anisotropy: how its terms add up; None: the thresholds are of another detector.
+        beside_base: the thresholds are of what the fine-tune adds to its base (`guard.beside_base`).
+        base: which network that was; None: the model without its LoRA.
         score_space: what the norm is of: "noise", or the network's "output" as it is (`scores`). The two do not mix.
         lora: record of the adapter that was loaded (`ambient_sd.families.lora`); None: none was.
 
@@ -297,11 +301,13 @@ class Calibration:
     anisotropy: AnisotropyTerms | None = None
     score_space: Space = "noise"
     lora: dict[str, Any] | None = None
+    beside_base: bool = False
+    base: ModelFingerprint | None = None
 
     @property
     def detector(self) -> Detector:
         """Say which detector's scores the thresholds are of."""
-        return "norm" if self.anisotropy is None else "anisotropy"
+        return "beside_base" if self.beside_base else "norm" if self.anisotropy is None else "anisotropy"
 
     @property
     def origin(self) -> str:
@@ -426,9 +432,10 @@ class Calibration:
                 "model": ModelFingerprint(**values["model"]),
                 "sampling": Sampling(**values["sampling"]),
                 "anisotropy": AnisotropyTerms(**values["anisotropy"]) if values.get("anisotropy") is not None else None,
+                "base": ModelFingerprint(**values["base"]) if values.get("base") is not None else None,
             }
         )
-        least = 1 if found.anisotropy is None else 0
+        least = 1 if found.detector == "norm" else 0
         for entry in found.entries:
             if entry.steps != _ALL and not _whole(entry.steps, least):
                 raise ValueError(f"steps {entry.steps}")
@@ -441,6 +448,8 @@ class Calibration:
             raise ValueError("score_space")
         if not isinstance(found.lora, dict | None):
             raise ValueError("lora")
+        if not isinstance(found.beside_base, bool) or (found.beside_base and found.anisotropy is not None):
+            raise ValueError("beside_base")
         if found.anisotropy is not None and not all(map(_finite, dataclasses.astuple(found.anisotropy))):
             raise ValueError("anisotropy")
         numbers = (found.ordinary, found.evaluations, found.sampling.num_inference_steps)
@@ -454,8 +463,9 @@ class Calibration:
             and _finite(how.guidance_scale)
         ):
             raise ValueError("sampling")
-        if not isinstance(found.model.structure, str) or not all(map(_finite, found.model.probe)):
-            raise ValueError("model")
+        for model in (found.model, found.base):
+            if model is not None and (not isinstance(model.structure, str) or not all(map(_finite, model.probe))):
+                raise ValueError("model")
         return found
 
 

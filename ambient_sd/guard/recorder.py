@@ -267,7 +267,7 @@ class MemorizationGuard:
             raise UserError(
                 f"the threshold was calibrated for the detector {getattr(threshold, 'detector', '')}",
                 rule="while sampling the guard scores by the norm",
-                remedy="ask before sampling with ambient_sd.guard.anisotropy.screen, or calibrate with --detector norm",
+                remedy=f"ask before sampling with ambient_sd.guard.{getattr(threshold, 'detector', '')}.screen, or calibrate with --detector norm",
             )
         if when not in ("always", "flagged"):
             raise UserError(f"when {when!r}", rule='it must be "always" or "flagged"')

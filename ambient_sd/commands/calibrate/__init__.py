@@ -48,15 +48,19 @@ class CalibrateSettings:
     fpr: float = option(0.01, "share of ordinary prompts that may be flagged", above=0, below=1)
     num_images_per_prompt: int = same(SharedOptions, "num_images_per_prompt", alias="generations")
     output_dir: Path | None = same(SharedOptions, "output_dir", default=None, text="folder for everything that is written; or a .json file (default: the LoRA's or model's folder)")
-    detector: Literal["norm", "anisotropy"] = option("norm", "norm: what the guard sees while it samples; anisotropy: asked of pure noise before sampling, which the guard cannot use while it samples (ambient_sd.guard.anisotropy.screen)")
-    score_space: Literal["noise", "output"] = same(SharedOptions, "score_space", default="noise", text="what scores, thresholds and targets are of: predicted noise, or outputs as they are, as published figures of v-prediction models (SD2) are; the file remembers which, and the guard follows it. Anisotropy has the space noise alone")
+    detector: Literal["norm", "anisotropy", "beside_base"] = option("norm", "norm: what the guard sees while it samples; anisotropy, and beside_base, what a fine-tune adds to its base: asked of pure noise before sampling, which the guard cannot use while it samples (ambient_sd.guard.anisotropy.screen, ambient_sd.guard.beside_base.screen)")
+    beside: str | None = option(None, "of the detector beside_base: the model that MODEL was fine-tuned from (default: MODEL without its LoRA)", metavar="MODEL")
+    score_space: Literal["noise", "output"] = same(SharedOptions, "score_space", default="noise", text="what scores, thresholds and targets are of: predicted noise, or outputs as they are, as published figures of v-prediction models (SD2) are; the file remembers which, and the guard follows it. The others have the space noise alone")
     # fmt: on
 
     def __post_init__(self) -> None:
         check(self)
         if self.score_space != "noise" and self.detector != "norm":
             raise UserError(f"score_space is {self.score_space!r} with the detector {self.detector}",
-                            rule="anisotropy has the space noise alone", remedy="leave score_space out")  # fmt: skip
+                            rule=f"{self.detector} has the space noise alone", remedy="leave score_space out")  # fmt: skip
+        if self.beside is not None and self.detector != "beside_base":
+            raise UserError(f"beside is given with the detector {self.detector}", rule="only beside_base compares with a base",
+                            remedy="add --detector beside_base, or leave it out")  # fmt: skip
 
 
 def make_parser() -> Parser:
@@ -64,7 +68,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="ambient-sd calibrate",
         description="Sample ordinary prompts under the guard and find the thresholds that at most the asked share of them reaches. "
-        "Writes memorization_threshold.json, which the guard then uses (of anisotropy: memorization_threshold_anisotropy.json). "
+        "Writes memorization_threshold.json, which the guard then uses (of the other detectors: memorization_threshold_DETECTOR.json). "
         "Interrupted runs resume.",
     )
     add_flags(parser, SamplingOptions, skip=("base_above",))

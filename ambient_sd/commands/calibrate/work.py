@@ -7,9 +7,10 @@ whether there is one: where the AUC's 95 % interval reaches 0.5 at every number 
 and nothing is written. Without memorized prompts nobody knows, and the file says so. Images are not decoded.
 
 With the detector anisotropy nothing is sampled: its two terms are asked for from the same start noise, added with the weights
-that `guard.anisotropy.fitted` finds on the ordinary prompts, and their thresholds found likewise, for 0 evaluations.
+that `guard.anisotropy.fitted` finds on the ordinary prompts, and their thresholds found likewise, for 0 evaluations. So it is with
+beside_base, which asks the base's network the same.
 
-Norms go to memorization_scores.jsonl (of anisotropy: memorization_scores_anisotropy.jsonl) beside the result as they come: interrupted runs resume, and another rate costs
+Norms go to memorization_scores.jsonl (of other detectors: memorization_scores_DETECTOR.jsonl) beside the result as they come: interrupted runs resume, and another rate costs
 no sampling. The threshold is chosen on the very prompts whose rate is reported: the interval says how far a rate scatters, and
 prompts of another kind may fare worse.
 """
@@ -32,6 +33,7 @@ from ambient_sd.audit.metrics import bootstrap
 from ambient_sd.commands.calibrate import CalibrateSettings
 from ambient_sd.families import network_of
 from ambient_sd.guard.anisotropy import anisotropy, fitted, low_timestep_of
+from ambient_sd.guard.beside_base import base_fingerprint, beside_base
 from ambient_sd.guard.calibration import FILE_NAMES, AnisotropyTerms, Calibration, Detector, Entry, ModelFingerprint
 from ambient_sd.guard.recorder import MemorizationGuard
 from ambient_sd.sampling import (
@@ -52,7 +54,9 @@ from ambient_sd.utils.estimate import Estimate, wilson
 from ambient_sd.utils.output_folder import difference
 
 SCORES_NAME = "memorization_scores.jsonl"
-SCORES_NAMES: dict[Detector, str] = {"norm": SCORES_NAME, "anisotropy": "memorization_scores_anisotropy.jsonl"}
+SCORES_NAMES: dict[Detector, str] = {
+    "norm": SCORES_NAME, "anisotropy": "memorization_scores_anisotropy.jsonl", "beside_base": "memorization_scores_beside_base.jsonl",
+}  # fmt: skip
 EARLY = (1, 5)
 _FEW = 10  # prompts of a kind below which Wilson's interval bounds the one by resampling
 _TPR_RATE = 0.01  # as published, whatever rate is asked for
@@ -90,13 +94,19 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path | None]:
     header, curves = from_main(lambda: _read(path, given))
 
     pipe = load_pipeline(config)
+    base = _base(pipe, settings)
     say_cut(pipe, [*settings.ordinary, *settings.memorized])
     model, writes = ModelFingerprint.of(network_of(pipe)), processes().is_main_process
+    other = base_fingerprint(pipe, base) if detector == "beside_base" else None
     if header is not None and header.get("model") != asdict(model):
         raise _differs(path, "the model's weights")
+    if header is not None and header.get("base") != (None if other is None else asdict(other)):
+        raise _differs(path, "the base's weights")
     if header is None and writes:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _append(path, {"given": given, "model": asdict(model)}, "w")
+        _append(
+            path, {"given": given, "model": asdict(model), **({} if other is None else {"base": asdict(other)})}, "w"
+        )
     # The memorized prompts are counted on from the ordinary ones: all start from noise of their own.
     places: list[tuple[Kind, int]] = [(kind, i) for kind, texts in prompts.items() for i in range(len(texts))]
     wanted = [
@@ -106,7 +116,7 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path | None]:
         for k in range(settings.num_images_per_prompt)
     ]
     waiting: dict[tuple[Kind, int], list[list[float]]] = {}
-    for place, curve in _measured(pipe, wanted, settings):
+    for place, curve in _measured(pipe, wanted, settings, base):
         kind, i = places[place]
         if not all(map(math.isfinite, curve)):
             raise UserError(f"the score of {kind} prompt {i + 1} is no finite number",
@@ -127,13 +137,15 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path | None]:
         terms = fitted(found["ordinary"], low_timestep_of(pipe.scheduler))
         evaluations = 2  # of the network, for both halves
         found = {kind: _weighted(values, terms) for kind, values in found.items()}
+    if detector == "beside_base":
+        evaluations = 2  # the same, for both networks
     entries = thresholds(found["ordinary"], found["memorized"], settings.fpr, seed=config.seed)
     for entry in entries:
         if not (math.isfinite(entry.value) and (terms is not None or entry.value > 0)):
             raise UserError(f"the threshold of {entry.steps} evaluations is {entry.value:g}", rule="every ordinary score is 0, and all would be flagged",
                             remedy="give prompts that are not empty, to a model trained with captions dropped")  # fmt: skip
     result = Calibration(
-        entries=entries if terms is None else [replace(entry, steps=0) for entry in entries],
+        entries=entries if detector == "norm" else [replace(entry, steps=0) for entry in entries],
         model=model,
         sampling=config.describe(pipe),
         evaluations=evaluations,
@@ -147,6 +159,8 @@ def calibrate(settings: CalibrateSettings) -> tuple[Calibration, Path | None]:
         anisotropy=terms,
         score_space=settings.score_space,
         lora=config.lora(),
+        beside_base=detector == "beside_base",
+        base=other,
     )
     if useless(result) is None:
         return result, from_main(lambda: result.save(out))
@@ -173,8 +187,21 @@ def useless(calibration: Calibration) -> str | None:
     )
 
 
-def _measured(pipe: Any, wanted: Sequence[Request], settings: CalibrateSettings) -> Iterator[tuple[int, list[float]]]:
-    """Yield the place of each wanted prompt and what is measured of it: the norms, or the two terms of anisotropy."""
+def _base(pipe: Any, settings: CalibrateSettings) -> torch.nn.Module | None:
+    """Return the network of the base that is named, in the pipeline's precision; None where none is."""
+    if settings.beside is None:
+        return None
+    network = network_of(pipe)
+    assert network is not None
+    source = settings.sampling.of(settings.beside).source()
+    source.check_weights()
+    return source.load(source.family.network, network.dtype).to(network.device)  # type: ignore[no-any-return]
+
+
+def _measured(
+    pipe: Any, wanted: Sequence[Request], settings: CalibrateSettings, base: torch.nn.Module | None
+) -> Iterator[tuple[int, list[float]]]:
+    """Yield the place of each wanted prompt and what is measured of it: the norms, the two terms of anisotropy, or the score beside the base."""
     config, state, bar = settings.sampling, processes(), {"desc": "calibrate"}
     if settings.detector == "norm":
         guard = MemorizationGuard(pipe, score_space=settings.score_space)
@@ -183,6 +210,9 @@ def _measured(pipe: Any, wanted: Sequence[Request], settings: CalibrateSettings)
         return
 
     def terms(batch: Sequence[Request], options: dict[str, Any]) -> list[tuple[int, list[float]]]:
+        if settings.detector == "beside_base":
+            added = beside_base(pipe, [request.prompt for request in batch], base, **options)
+            return [(r.prompt_index, [one]) for r, one in zip(batch, added, strict=True)]
         found = anisotropy(pipe, [request.prompt for request in batch], **options)
         return [(r.prompt_index, [one.norm, one.alignment]) for r, one in zip(batch, found, strict=True)]
 
@@ -255,6 +285,8 @@ def table(calibration: Calibration) -> str:
             f"\nscore = {terms.norm_weight:.5g} norm + {terms.alignment_weight:.5g} alignment, of pure noise, before sampling. "
             "The guard cannot use this threshold while sampling: ask ambient_sd.guard.anisotropy.screen."
         )
+    if calibration.beside_base:
+        text += "\nscore = norm of what the model adds to its base's guidance of pure noise, before sampling: ask ambient_sd.guard.beside_base.screen."
     if not calibration.memorized:
         text += "\nAUC unknown: without memorized prompts nothing shows that the detector works on this model. Give some with --memorized."
     elif any(e.tells is False for e in calibration.entries) and useless(calibration) is None:

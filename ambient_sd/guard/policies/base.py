@@ -108,6 +108,10 @@ class GuidanceBranches(abc.ABC):
             UserError: the network has no cross-attention that could be weighted.
         """
 
+    def of(self, network: torch.nn.Module) -> GuidanceBranches:
+        """Return the same evaluation as another network of the same kind would be asked it."""
+        raise NotImplementedError
+
     @abc.abstractmethod
     def enable_grad(self) -> AbstractContextManager[None]:
         """Return a context under which `predict` can be differentiated, whatever the pipeline runs under.
