@@ -509,9 +509,7 @@ def train_unet(
     model = nn.ModuleDict({"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)})
     if recipe.start is not None:
         for name, part in model.items():
-            part.load_state_dict(
-                type(part).from_pretrained(recipe.start / name, torch_dtype=torch.float32).state_dict()
-            )
+            part.load_state_dict(type(part).from_pretrained(recipe.start / name).state_dict())
     model = model.to(device)
     decay = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]

@@ -130,14 +130,17 @@ def _every_step(
     some = found[0].figures
     text = [
         f"The held-out images themselves, as the autoencoder renders them, have a distance of {some['distance floor'].value:.1f}. Caption agreement: the real image of a sample's caption is among the "
-        f"{NEAREST} nearest of {some['agreement chance'].n}; by chance {100 * some['agreement chance'].value:.1f} %. Style agreement: a classifier calls a "
+        f"{NEAREST} nearest of {_of_one(some['agreement chance'])}; by chance {100 * some['agreement chance'].value:.1f} %. Style agreement: a classifier calls a "
         f"sample this style; of real images of concepts that it was not trained on it calls {share(some['style, real'])} of this style so, and "
         f"{share(some['style, others'])} of others.",
         "Copies by the decision and by contours: first of samples for training captions, then of samples for new ones. Returned: "
         "training images that come back at least once.",
     ]
-    if missing:
-        text.append(f"Not whole yet: {', '.join(missing)}.")
+    begun = set(labels)
+    if part := [name for name in missing if name.rsplit(" seed=", 1)[0] in begun]:
+        text.append(f"Not whole yet: {', '.join(part)}.")
+    if rest := list(dict.fromkeys(name.rsplit(" seed=", 1)[0] for name in missing if name not in part)):
+        text.append(f"Not begun: {', '.join(rest)}.")
     head = [
         "step",
         "copies",
@@ -164,6 +167,11 @@ def _every_step(
         tables=tables,
         terms=pages.terms("copy rate", "edge-based copy rate", "Fréchet distance (FD)", "interval"),
     )
+
+
+def _of_one(figure: Estimate) -> int:
+    """Return the n of one seed's figure, where the n of all were added."""
+    return figure.n // max(1, len(getattr(figure, "seeds", ())))
 
 
 def _row(p: Point) -> list[object]:

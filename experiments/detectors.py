@@ -126,10 +126,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         reals = open_reals(plan, config)
         prompts = prompts_of(reals, plan.sampling, run.seed)
         known = memorized(prompts, json.loads(record.read_text(encoding="utf-8"))["copies"])
-        pipe = StableDiffusionPipeline.from_pretrained(folder / "model", torch_dtype=torch.float32, safety_checker=None)
+        pipe = StableDiffusionPipeline.from_pretrained(folder / "model", safety_checker=None)
         pipe.set_progress_bar_config(disable=True)
         base = UNet2DConditionModel.from_pretrained(
-            resolve_model_id(str(config.pretrained_model_name_or_path)), subfolder="unet", torch_dtype=torch.float32
+            resolve_model_id(str(config.pretrained_model_name_or_path)), subfolder="unet"
         ).eval()
         steps = plan.sampling.num_inference_steps
         shares = figures(terms(pipe, base, known, steps), terms(pipe, base, reals.heldout_captions, steps))

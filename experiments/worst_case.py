@@ -31,7 +31,6 @@ from ambient_sd.audit.decision import CopyDecision
 from ambient_sd.data.stream import keyed_generator
 from ambient_sd.reporting.sheets import contact_sheet
 from ambient_sd.schedule import NoiseSchedule
-from ambient_sd.training.plan import open_images
 from ambient_sd.utils.errors import UserError, exits_on_user_error
 from ambient_sd.utils.estimate import Estimate
 from ambient_sd.utils.files import atomic_write
@@ -140,10 +139,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config: Any = runs[0].config("study")
     reals = open_reals(plan, config)
     n, away = args.images, list(reals.heldout_images)
-    trained = open_images(config)
-    rows = trained.one_of_each()[:n]
     targets = {
-        "trained": ([trained[i].image.convert("RGB") for i in rows], [trained.captions[i] for i in rows]),
+        "trained": (list(reals.images[:n]), list(reals.captions[:n])),
         "not trained": (away[:n], list(reals.heldout_captions[:n])),
     }
     every = [image for images, _ in targets.values() for image in images]
@@ -170,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not (folder / "model_index.json").is_file():
             raise UserError(f"{label} has no model in {folder.parent}", rule="a finished run of all weights is searched",
                             remedy=f"run the study first: --only {label!r} --seeds {args.seed}")  # fmt: skip
-        pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+        pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
         pipe.set_progress_bar_config(disable=True)
         sheet = args.output_dir / f"worst-case-{run_name(label)}.png"

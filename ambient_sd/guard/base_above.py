@@ -85,29 +85,8 @@ class BaseAbove:
                 raise UserError(
                     "the LoRA is fused", rule="the base is the model without it", remedy="call unfuse_lora() first"
                 )
-        elif not isinstance(base, torch.nn.Module) or not hasattr(base, "config"):
-            raise UserError(
-                f"base is {one_line(repr(base), 60)}",
-                rule="it must be a U-Net or transformer",
-                remedy="for example pipe.unet of the base's pipeline",
-            )
-        elif base is network:
-            raise UserError("the base is the pipeline's own network", rule="above the level another one acts",
-                            remedy="load the base's a second time, or leave base out for a LoRA")  # fmt: skip
         else:
-            if type(base) is not type(network):
-                raise UserError(
-                    f"the base is a {type(base).__name__}",
-                    rule=f"it must be the fine-tuned one's kind, {type(network).__name__}",
-                )
-            other = [name for name in _SAME if base.config.get(name) != network.config.get(name)]
-            if other:
-                raise UserError(f"the base's network has another {other[0]}: {one_line(base.config.get(other[0]), 60)}",
-                                rule=f"it must be the fine-tuned one's, {one_line(network.config.get(other[0]), 60)}")  # fmt: skip
-            if base.dtype != network.dtype:  # cast in place, it would no longer be what its owner has
-                raise UserError(f"the base's network is {base.dtype}", rule=f"it must be the fine-tuned one's, {network.dtype}",
-                                remedy="load both with the same dtype")  # fmt: skip
-            base = base.to(network.device).eval()
+            base = ready_base(network, base)
         schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
         lowest = float(schedule.level(0))
         switch = -1.0 if level < lowest else math.inf if level >= schedule.max_level else schedule.timestep(level)
@@ -132,6 +111,44 @@ class BaseAbove:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+
+def ready_base(network: Any, base: Any) -> torch.nn.Module:
+    """Return the network of a fine-tune's base, on its device, or refuse what is none.
+
+    Raises:
+        UserError: it is no network, the fine-tuned one itself, or of another kind, with other inputs, or in another precision.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> ready_base(tiny_pipeline().unet, tiny_pipeline(seed=1).unet).training
+        False
+    """
+    if not isinstance(base, torch.nn.Module) or not hasattr(base, "config"):
+        raise UserError(
+            f"base is {one_line(repr(base), 60)}",
+            rule="it must be a U-Net or transformer",
+            remedy="for example pipe.unet of the base's pipeline",
+        )
+    found: Any = base
+    if found is network:
+        raise UserError("the base is the pipeline's own network", rule="it must be another one",
+                        remedy="load the base's a second time, or leave base out for a LoRA")  # fmt: skip
+    if type(found) is not type(network):
+        raise UserError(
+            f"the base is a {type(found).__name__}",
+            rule=f"it must be the fine-tuned one's kind, {type(network).__name__}",
+        )
+    other = [name for name in _SAME if found.config.get(name) != network.config.get(name)]
+    if other:
+        raise UserError(f"the base's network has another {other[0]}: {one_line(found.config.get(other[0]), 60)}",
+                        rule=f"it must be the fine-tuned one's, {one_line(network.config.get(other[0]), 60)}")  # fmt: skip
+    if found.dtype != network.dtype:  # cast in place, it would no longer be what its owner has
+        raise UserError(f"the base's network is {found.dtype}", rule=f"it must be the fine-tuned one's, {network.dtype}",
+                        remedy="load both with the same dtype")  # fmt: skip
+    found = found.to(network.device).eval()
+    assert isinstance(found, torch.nn.Module)
+    return found
 
 
 def acting_base(network: Any) -> torch.nn.Module | None:

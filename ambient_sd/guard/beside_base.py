@@ -20,6 +20,7 @@ import torch
 from ambient_sd.families import lora, network_of
 from ambient_sd.guard import scores
 from ambient_sd.guard.anisotropy import Screened
+from ambient_sd.guard.base_above import ready_base
 from ambient_sd.guard.calibration import Calibration, ModelFingerprint, Sampling
 from ambient_sd.guard.policies.base import Change, Policy, SamplingStart
 from ambient_sd.guard.recorder import MemorizationGuard
@@ -65,7 +66,7 @@ def base_of(pipe: Any, base: Any) -> torch.nn.Module | None:
     """Return the base's network on the fine-tune's device, or None where it is the pipeline's own without its LoRA.
 
     Raises:
-        UserError: there is neither, or the base is of another kind or precision, or the fine-tuned network itself.
+        UserError: there is neither, or the base is refused (`ready_base`).
 
     Example:
         >>> from ambient_sd.assets.tiny import tiny_pipeline
@@ -81,13 +82,7 @@ def base_of(pipe: Any, base: Any) -> torch.nn.Module | None:
             raise UserError("there is no base to compare with", rule="it is the model without its LoRA, which must be loaded and not fused",
                             remedy="load a LoRA, or give the base's network")  # fmt: skip
         return None
-    if base is network:
-        raise UserError("the base is the pipeline's own network", rule="a model adds nothing to itself", remedy="load the base's a second time")  # fmt: skip
-    if type(base) is not type(network) or base.dtype != network.dtype:
-        raise UserError(f"the base is a {type(base).__name__}, {getattr(base, 'dtype', 'no network')}",
-                        rule=f"it must be the fine-tuned one's kind and precision, {type(network).__name__}, {network.dtype}")  # fmt: skip
-    found: torch.nn.Module = base.to(network.device).eval()
-    return found
+    return ready_base(network, base)
 
 
 def base_fingerprint(pipe: Any, base: torch.nn.Module | None) -> ModelFingerprint | None:

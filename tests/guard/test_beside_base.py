@@ -73,11 +73,11 @@ def test_what_is_no_base_is_refused() -> None:
     pipe = tools.pipeline()
     with pytest.raises(UserError, match="there is no base to compare with"):
         beside_base(pipe, "a")
-    with pytest.raises(UserError, match="adds nothing to itself"):
+    with pytest.raises(UserError, match="the base is the pipeline's own network"):
         beside_base(pipe, "a", pipe.unet)
-    with pytest.raises(UserError, match="must be the fine-tuned one's kind and precision"):
+    with pytest.raises(UserError, match="load both with the same dtype"):
         beside_base(pipe, "a", tools.pipeline().unet.to(torch.bfloat16))
-    with pytest.raises(UserError, match="must be the fine-tuned one's kind and precision"):
+    with pytest.raises(UserError, match="must be the fine-tuned one's kind"):
         beside_base(pipe, "a", tools.tiny_sd3().transformer)
 
 
