@@ -161,8 +161,7 @@ def screen(
     if terms is None:
         raise UserError("the calibration is of the norm", rule="anisotropy needs one of its own",
                         remedy="ambient-sd calibrate --detector anisotropy")  # fmt: skip
-    given: dict[str, Any] = {"num_inference_steps": how.num_inference_steps, "guidance_scale": how.guidance_scale,
-                             "height": how.height, "width": how.width}  # fmt: skip
+    given = how.options
     calibration.check(pipe, Sampling.of(pipe, **given))
     threshold = calibration.threshold(0, noises)
     found = anisotropy(

@@ -136,8 +136,7 @@ def screen(
     if not calibration.beside_base:
         raise UserError(f"the calibration is of the detector {calibration.detector}", rule="beside_base needs one of its own",
                         remedy="ambient-sd calibrate --detector beside_base")  # fmt: skip
-    given: dict[str, Any] = {"num_inference_steps": how.num_inference_steps, "guidance_scale": how.guidance_scale,
-                             "height": how.height, "width": how.width}  # fmt: skip
+    given = how.options
     calibration.check(pipe, Sampling.of(pipe, **given))
     now = base_fingerprint(pipe, base)
     if (now is None) != (calibration.base is None):

@@ -244,6 +244,11 @@ class Sampling:
             guidance_scale=float(guidance_scale),
         )
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return what a pipeline's call, and `of`, take to sample so."""
+        return {name: getattr(self, name) for name in ("num_inference_steps", "guidance_scale", "height", "width")}
+
     def differs(self, other: Sampling) -> str | None:
         """Name the first setting in which `other` differs from this one, with both values, or return None."""
         for name in ("sampler", "prediction_type", "height", "width", "num_inference_steps", "guidance_scale"):
