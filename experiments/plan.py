@@ -45,6 +45,11 @@ _SHORT = {"ambient_level": "level", "distill_level": "level", "ambient_timestep"
           "adam_weight_decay": "decay", "caption_mitigation": "kind", "logit_mean": "mean"}  # fmt: skip
 
 
+def file_name(label: str) -> str:
+    """Return a run's name or label as that of a file or folder."""
+    return re.sub(r"[^\w.=+-]+", "_", label)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Say how a model is sampled where it is measured, with DPM-Solver++ from start noise that depends on seed and place.
@@ -95,7 +100,7 @@ class Run:
 
     @property
     def folder(self) -> str:
-        return re.sub(r"[^\w.=+-]+", "_", self.name)
+        return file_name(self.name)
 
     def config(self, output_dir: str | Path, **more: Any) -> TrainConfig:
         """Return the trainer's settings of this run."""

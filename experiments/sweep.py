@@ -22,7 +22,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -61,7 +60,7 @@ from experiments.measures import (
     sample,
 )
 from experiments.pages import COLUMNS, sample_page
-from experiments.plan import Plan, Run, identity, parse_plan
+from experiments.plan import Plan, Run, file_name, identity, parse_plan
 from experiments.results import chart_file
 from experiments.style import FIGURES, NEW, Classifier, measure_new, read_classifier
 
@@ -266,7 +265,7 @@ def measure_apart(
     if plan.style is None or label in plan.labels:
         raise UserError(f"study {plan.name}: {label}", rule="the study has a run of this name, or is of no style")
     config = _config(plan, dataclasses.replace(plan.runs[0], seed=seed), out)
-    folder = out / APART / re.sub(r"[^\w.=+-]+", "_", f"{label} seed={seed}")
+    folder = out / APART / file_name(f"{label} seed={seed}")
     OutputFolder(folder, _APART, ()).claim(
         {**_base_identity(plan), "made with": json.loads(json.dumps(dict(settings)))}
     )

@@ -35,7 +35,7 @@ from ambient_sd.utils.errors import UserError, exits_on_user_error
 from ambient_sd.utils.estimate import Estimate
 from ambient_sd.utils.files import atomic_write
 from ambient_sd.utils.quiet import quiet
-from experiments.plan import read_plan
+from experiments.plan import file_name, read_plan
 from experiments.sweep import open_reals
 
 STEPS, DRAWS, RATE = 40, 4, 0.05
@@ -170,17 +170,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
         pipe.set_progress_bar_config(disable=True)
-        sheet = args.output_dir / f"worst-case-{run_name(label)}.png"
+        sheet = args.output_dir / f"worst-case-{file_name(label)}.png"
         found["models"][label] = {"step": step, **measure(pipe, plan, targets, decision, args.seed, sheet)}
         atomic_write(path, json.dumps(found, indent=1) + "\n")
         for kind in targets:
             share = Estimate.from_dict(found["models"][label][kind]["returned"])
             print(f"{label}, {kind}: {share.show(1, 100, ' %')} come back", flush=True)
-
-
-def run_name(label: str) -> str:
-    """Return a label as a file's name."""
-    return "".join(c if c.isalnum() or c in ".=-" else "_" for c in label)
 
 
 if __name__ == "__main__":
