@@ -1,7 +1,8 @@
 """A study of a style as a contest: which recipe copies least at equal quality on captions that no run has seen.
 
-Quality is the Frechet distance of samples for these captions (`experiments.style`), copies are counted on samples for the training
-captions, by two measures: the audit's decision, and contours alone. Equal quality is `experiments.points`'s, and plain may stop early like
+Quality is the Frechet distance of samples for these captions (`experiments.style`). What comes back is counted on samples for the training
+captions, by three measures: copies by the audit's decision, by contours alone, and samples whose closest real image is their caption's own
+training image (`experiments.style.closest`), which sees blurred copies, and more than copies. Equal quality is `experiments.points`'s, and plain may stop early like
 every other recipe. A recipe copies less if the interval of the difference excludes 0 (two intervals combined: `metrics.difference`). It
 covers the samples of these runs, not the choice of the best among many recipes: that is what a second study, on other images, is for.
 """
@@ -20,10 +21,33 @@ from ambient_sd.reporting.charts import Line, Mark, chart
 from ambient_sd.utils.estimate import Estimate
 from experiments.measures import CONTOURS
 from experiments.points import BASELINE, Point, at_equal_quality, best, point_of, points, share
-from experiments.style import NEAREST, NEW
+from experiments.style import CLOSEST, NEAREST, NEW, OWN
 
 ALONE = "base alone"
-MEASURES = {COPIES: "", CONTOURS: "by contours "}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Say how one measure of what comes back is written: before a clause, as a noun, on an axis, in the head of a table, in a file's name."""
+
+    begins: str
+    noun: str
+    axis: str
+    head: str
+    file: str
+
+
+MEASURES = {
+    COPIES: Measure("", "copies", "copy rate, %", "copies, by the decision (step)", "curves"),
+    CONTOURS: Measure("by contours ", "copies", "copy rate by contours, %", "copies, by contours (step)", "curves-contours"),
+    OWN: Measure("by the closest image ", "samples nearest to their own training image", "own training image closest, %",
+                 "own image closest (step)", "curves-own"),
+}  # fmt: skip
+
+
+def measures_of(found: Sequence[Point]) -> list[str]:
+    """Return the measures that every point has; a study measured before `own` was lacks it."""
+    return [name for name in MEASURES if all(name in p.figures for p in found)]
 
 
 @dataclass(frozen=True)
@@ -66,20 +90,20 @@ def sentence(found: Sequence[Point], base: Point | None) -> str:
     if len(labels) == 1:
         return f"Only {BASELINE} is measured yet."
     where = f"at equal quality on captions that were not trained (Fréchet distance at most {limit:.1f})"
-    found_by = {measure: winner(found, measure) for measure in MEASURES}
+    found_by = {measure: winner(found, measure) for measure in measures_of(found)}
     if all(one is None for one in found_by.values()):
         return f"No recipe but {BASELINE} itself is as good as {BASELINE}'s best on captions that were not trained (Fréchet distance at most {limit:.1f})."
-    parts = [f"{MEASURES[measure]}{_clause(one)}" for measure, one in found_by.items() if one is not None]
+    parts = [_clause(MEASURES[measure], one) for measure, one in found_by.items() if one is not None]
     return f"{where[0].upper()}{where[1:]}, {'; '.join(parts)}."
 
 
-def _clause(one: Winner) -> str:
+def _clause(measure: Measure, one: Winner) -> str:
     plain = f"{100 * one.plain.copied.value:.1f} % of {BASELINE} (step {one.plain.step})"
     other = f"{100 * one.other.copied.value:.1f} %"
     if one.less.low > 0:
         less = f"{100 * one.less.value:.1f} points fewer [{100 * one.less.low:.1f}, {100 * one.less.high:.1f}]"
-        return f"{one.other.label} (step {one.other.step}) gives {other} copies against {plain}: {less}"
-    return f"no recipe gives measurably fewer copies than the {plain}; the fewest has {one.other.label} (step {one.other.step}), {other}"
+        return f"{measure.begins}{one.other.label} (step {one.other.step}) gives {other} {measure.noun} against {plain}: {less}"
+    return f"{measure.begins}no recipe gives measurably fewer {measure.noun} than the {plain}; the fewest has {one.other.label} (step {one.other.step}), {other}"
 
 
 def sections(results: Mapping[str, Any]) -> list[pages.Section]:
@@ -95,20 +119,12 @@ def sections(results: Mapping[str, Any]) -> list[pages.Section]:
 def _at_equal_quality(found: Sequence[Point], labels: Sequence[str], base: Point | None) -> pages.Section:
     limit = best(found, BASELINE)
     rows: list[list[object]] = []
+    by = measures_of([*found, *([] if base is None else [base])])
     if base is not None:
-        rows.append(
-            [
-                base.label,
-                f"{base.distance.show(1)} (0)",
-                share(base.figures[COPIES]),
-                share(base.figures[CONTOURS]),
-                "",
-                "",
-            ]
-        )
+        rows.append([base.label, f"{base.distance.show(1)} (0)", *(share(base.figures[name]) for name in by), "", ""])
     for label in labels:
         top, cells = best(found, label), []
-        for measure in MEASURES:
+        for measure in by:
             of_measure = [dataclasses.replace(p, measure=measure) for p in found]
             there = at_equal_quality(of_measure, label)
             cells.append("none is as good" if there is None else f"{share(there.copied)} ({there.step})")
@@ -118,8 +134,8 @@ def _at_equal_quality(found: Sequence[Point], labels: Sequence[str], base: Point
     return pages.Section(
         "Fewest copies at equal quality on new captions",
         [f"Equal quality: Fréchet distance of samples for captions that were not trained at most {limit.distance.high:.1f}, the upper end of the "
-         f"interval of {BASELINE}'s best (step {limit.step}). Copies: of samples for training captions. Steps in brackets."],
-        tables=[pages.Table(["run", "best distance (step)", "copies, by the decision (step)", "copies, by contours (step)",
+         f"interval of {BASELINE}'s best (step {limit.step}). What comes back is counted on samples for training captions. Steps in brackets."],
+        tables=[pages.Table(["run", "best distance (step)", *(MEASURES[name].head for name in by),
                              "caption agreement there", "style agreement there"], rows)],
     )  # fmt: skip
 
@@ -136,6 +152,10 @@ def _every_step(
         "Copies by the decision and by contours: first of samples for training captions, then of samples for new ones. Returned: "
         "training images that come back at least once.",
     ]
+    near = [name for name in CLOSEST if all(name in p.figures for p in [*found, *([] if base is None else [base])])]
+    if near:
+        text.append("Own: the closest of all real images is the training image of the sample's own caption. New: the same for captions that were not "
+                    "trained, so what a caption alone can do. Drawn: for such a caption a training image is closest.")  # fmt: skip
     begun = set(labels)
     if part := [name for name in missing if name.rsplit(" seed=", 1)[0] in begun]:
         text.append(f"Not whole yet: {', '.join(part)}.")
@@ -152,11 +172,12 @@ def _every_step(
         "KID x 1000",
         "caption agreement",
         "style agreement",
+        *near,
     ]
     tables = [
         pages.Table(
             head,
-            [_row(p) for p in ([base] if base is not None and label == ALONE else found) if p.label == label],
+            [_row(p, near) for p in ([base] if base is not None and label == ALONE else found) if p.label == label],
             label,
         )
         for label in ([ALONE] if base is not None else []) + list(labels)
@@ -174,49 +195,32 @@ def _of_one(figure: Estimate) -> int:
     return figure.n // max(1, len(getattr(figure, "seeds", ())))
 
 
-def _row(p: Point) -> list[object]:
+def _row(p: Point, near: Sequence[str]) -> list[object]:
     f = p.figures
     shares = [share(f[name]) for name in (COPIES, CONTOURS, RETURNED, COPIES + NEW, CONTOURS + NEW)]
-    return [p.step, *shares, p.distance.show(1), f["kid"].show(1, 1000), share(f["agreement"]), share(f["style"])]
+    more = (share(f[name]) for name in ("agreement", "style", *near))
+    return [p.step, *shares, p.distance.show(1), f["kid"].show(1, 1000), *more]
 
 
 def curves(
     found: Sequence[Point], base: Point | None, style: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, pages.Chart]:
-    """Draw quality against copies along training, a line a recipe with its steps and light intervals, by either measure."""
+    """Draw quality against what comes back along training, a line a recipe with its steps and light intervals, by every measure."""
     limit = best(found, BASELINE).distance.high if any(p.label == BASELINE for p in found) else None
     marks = [] if limit is None else [Mark("equal quality: to the left", limit)]
+    dots = {"dots": True, "colour": style[BASELINE]["colour"] if BASELINE in style else None}
     out = {}
-    for measure, words in ((COPIES, "copy rate, %"), (CONTOURS, "copy rate by contours, %")):
-        lines = (
-            []
-            if base is None
-            else [
-                _line(
-                    ALONE,
-                    [base],
-                    measure,
-                    {"dots": True, "colour": style[BASELINE]["colour"] if BASELINE in style else None},
-                )
-            ]
-        )
+    for measure in measures_of([*found, *([] if base is None else [base])]):
+        words = MEASURES[measure].axis
+        lines = [] if base is None else [_line(ALONE, [base], measure, dots)]
         lines += [_line(label, [p for p in found if p.label == label], measure, look) for label, look in style.items()]
-        svg = chart(
-            words,
-            lines,
-            x_label="Fréchet distance on new captions",
-            y_label=words,
-            x_scale="linear",
-            y_scale="symlog",
-            marks=marks,
-            height=5,
-        )
-        kind = "curves" if measure == COPIES else "curves-contours"
-        out[kind] = pages.Chart(
-            "Copies against quality on new captions, along training",
-            svg,
-            "numbers are steps; down and to the left is better",
-        )
+        # Copies begin at nothing and then double; `own` does not, and a linear axis shows it as it is.
+        scale = "linear" if measure == OWN else "symlog"
+        svg = chart(words, lines, x_label="Fréchet distance on new captions", y_label=words, x_scale="linear", y_scale=scale,
+                    marks=marks, height=5)  # fmt: skip
+        out[MEASURES[measure].file] = pages.Chart(
+            f"Quality on new captions, along training: {words.removesuffix(', %')}", svg, "numbers are steps; down and to the left is better"
+        )  # fmt: skip
     return out
 
 

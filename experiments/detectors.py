@@ -15,10 +15,8 @@ Writes OUT/detectors.json and OUT/detectors.md; finished runs are kept.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,8 +34,8 @@ from ambient_sd.utils.estimate import Estimate
 from ambient_sd.utils.files import atomic_write
 from ambient_sd.utils.hub_ids import resolve_model_id
 from ambient_sd.utils.quiet import quiet
+from experiments.arguments import plan_of, study_parser
 from experiments.measures import prompts_of
-from experiments.plan import read_plan
 from experiments.sweep import open_reals
 
 GENERATIONS = 4
@@ -104,14 +102,11 @@ def figures(hits: Tensor, ordinary: Tensor) -> dict[str, dict[str, Estimate]]:
 
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path)
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the study, whose runs are done")
+    parser = study_parser(__doc__)
     parser.add_argument("--runs", nargs="+", default=["plain"], help="labels of runs of all weights")
-    parser.add_argument("--seeds", type=int, nargs="+")
     args = parser.parse_args(argv)
     quiet()
-    plan = read_plan(args.study, {} if args.seeds is None else {"seeds": args.seeds})
+    plan = plan_of(args)
     path = args.output_dir / "detectors.json"
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for run in plan.runs:

@@ -17,7 +17,6 @@ A filtered file has the rank, names and head of the one that it was made of, wit
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from ambient_sd.utils.errors import UserError, exits_on_user_error
 from ambient_sd.utils.hub_ids import resolve_model_id
-from experiments.plan import read_plan
+from experiments.arguments import plan_of, study_parser
 from experiments.sweep import measure_apart
 
 ENERGY = 0.9
@@ -89,14 +88,11 @@ def filter_file(source: Path, weights: Mapping[str, Tensor], kind: str, keep: in
 
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path)
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the study, whose runs are done")
+    parser = study_parser(__doc__)
     parser.add_argument("--run", default="lora", help="label of a run with lora")
     parser.add_argument("--keep", type=int, nargs="+", default=[1, 2, 3], help="channels that a layer keeps")
-    parser.add_argument("--seeds", type=int, nargs="+")
     args = parser.parse_args(argv)
-    plan = read_plan(args.study, {} if args.seeds is None else {"seeds": args.seeds})
+    plan = plan_of(args)
     step = plan.measure_at[-1]
     for run in plan.runs:
         if run.label not in plan.chosen([args.run]):

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ambient_sd.audit.decision import CopyDecision
+from ambient_sd.audit.decision import RENDERED, CopyDecision, through_vae
 from ambient_sd.audit.features import Features, embed
 from ambient_sd.audit.metrics import bootstrap, memorized, memorized_fraction, quality_rows
 from ambient_sd.audit.neighbours import nearest
@@ -62,6 +62,14 @@ class Reals:
     def decision(self) -> CopyDecision:
         """The definition of a copy of these images; made once, at the first samples."""
         return CopyDecision.of(self.images, self.labels, heldout=self.heldout_images, vae=self.vae, side=self.side)
+
+    @cached_property
+    def rendered(self) -> Tensor:
+        """EfficientNet-Lite0 features of the held-out images as the autoencoder renders them: the best that a model's samples can be."""
+        deep, images = self.features[1], self.heldout_images
+        if self.vae is not None and self.side <= RENDERED:
+            images = through_vae(self.vae, self.side)(images)
+        return embed(images, [deep])[deep.name]
 
 
 def read_reals(training: ImageDataset, heldout: ImageDataset, vae: Any = None, side: int = 0) -> Reals:

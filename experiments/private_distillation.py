@@ -10,7 +10,6 @@ pass does: a copy that is called none is trained as often as any other sample.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +21,9 @@ from ambient_sd.sampling import load_pipeline
 from ambient_sd.training import run as train
 from ambient_sd.utils.errors import UserError, exits_on_user_error
 from ambient_sd.utils.quiet import quiet
+from experiments.arguments import plan_of, study_parser
 from experiments.measures import config_of, in_turn, sample
-from experiments.plan import Plan, Run, read_plan
+from experiments.plan import Plan, Run
 from experiments.sweep import measure_apart, open_reals
 
 _SEEDS = 2000  # added to a run's seed: samples to train on share no start noise with those that are measured
@@ -73,15 +73,12 @@ def distil(plan: Plan, run: Run, out: Path, count: int) -> None:
 
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path)
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the study, whose runs are done")
+    parser = study_parser(__doc__)
     parser.add_argument("--teacher", default="plain", help="label of a run")
     parser.add_argument("--samples", type=int, default=480)
-    parser.add_argument("--seeds", type=int, nargs="+")
     args = parser.parse_args(argv)
     quiet()
-    plan = read_plan(args.study, {} if args.seeds is None else {"seeds": args.seeds})
+    plan = plan_of(args)
     labels = plan.chosen([args.teacher])
     for run in plan.runs:
         if run.label in labels:

@@ -10,7 +10,6 @@ anti-gradient control see the trainer's `agc`: a `--run` that has it gives both.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +23,9 @@ from ambient_sd.training.plan import open_images
 from ambient_sd.utils.errors import UserError, exits_on_user_error
 from ambient_sd.utils.hub_ids import resolve_model_id
 from ambient_sd.utils.quiet import quiet
+from experiments.arguments import plan_of, study_parser
 from experiments.concepts import order
-from experiments.plan import Plan, Run, read_plan
+from experiments.plan import Plan, Run
 from experiments.private_distillation import write_images
 from experiments.sweep import measure_apart
 
@@ -92,16 +92,13 @@ def iterate(plan: Plan, run: Run, out: Path, shards: int, rounds: int) -> None:
 
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path)
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the study")
+    parser = study_parser(__doc__)
     parser.add_argument("--run", default="plain", help="label of the run whose settings the copies have")
     parser.add_argument("--shards", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--seeds", type=int, nargs="+")
     args = parser.parse_args(argv)
     quiet()
-    plan = read_plan(args.study, {} if args.seeds is None else {"seeds": args.seeds})
+    plan = plan_of(args)
     labels = plan.chosen([args.run])
     for run in plan.runs:
         if run.label in labels:

@@ -32,6 +32,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from ambient_sd.audit.decision import RULE
+from ambient_sd.audit.features import embed
 from ambient_sd.audit.shares import COPIES
 from ambient_sd.data.conditions import split_condition
 from ambient_sd.data.dataset_options import reading
@@ -188,7 +189,8 @@ def _measure(
     pipe = load_pipeline(how, safety_checker=False)
     prompts = prompts_of(reals, plan.sampling, how.seed)
     images = sample(pipe, prompts, how)
-    figures, each = measure_samples(images, prompts, reals, how.seed)
+    drawn = embed(images, reals.features)
+    figures, each = measure_samples(images, prompts, reals, how.seed, drawn=drawn)
     errors = error_curves(pipe, reals, plan.sampling, config.resolution, how.seed)
     into = folder / f"step-{step:06d}"
     into.mkdir(exist_ok=True)
@@ -198,7 +200,10 @@ def _measure(
         captions = in_turn(reals.heldout_captions, plan.style.images, how.seed)
         images = sample(pipe, captions, dataclasses.replace(how, seed=how.seed + _NEW_SEEDS))
         contact_sheet(images, COLUMNS).save(into / f"samples{NEW}.png")
-        more, new["new"] = measure_new(images, captions, reals, open_classifier(plan, config, reals), how.seed)
+        trained = drawn[reals.features[1].name], prompts
+        more, new["new"] = measure_new(
+            images, captions, reals, open_classifier(plan, config, reals), how.seed, trained=trained
+        )
         figures |= more  # quality is that on new captions
     record = {
         "step": step, **facts, "seconds_measured": round(time.perf_counter() - begin, 1),

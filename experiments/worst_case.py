@@ -16,7 +16,6 @@ held-out images as the null). Writes OUT/worst-case.json; finished models are ke
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +34,8 @@ from ambient_sd.utils.errors import UserError, exits_on_user_error
 from ambient_sd.utils.estimate import Estimate
 from ambient_sd.utils.files import atomic_write
 from ambient_sd.utils.quiet import quiet
-from experiments.plan import file_name, read_plan
+from experiments.arguments import plan_of, study_parser
+from experiments.plan import file_name
 from experiments.sweep import open_reals
 
 STEPS, DRAWS, RATE = 40, 4, 0.05
@@ -121,11 +121,10 @@ def measure(pipe: Any, plan: Any, targets: dict[str, tuple[list[Image.Image], li
 
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path)
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the study, whose runs are done")
-    parser.add_argument("--runs", nargs="+", default=["plain"], help="labels; the base alone is always measured")
-    parser.add_argument("--seed", type=int, default=0, help="of the run, and of everything that is drawn")
+    parser = study_parser(__doc__)
+    parser.add_argument(
+        "--runs", nargs="+", default=["plain"], help="labels, of the first seed; the base alone is always measured"
+    )
     parser.add_argument(
         "--images", type=int, default=16, help="images that are searched for, trained ones and as many others"
     )
@@ -133,8 +132,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet()
     from diffusers import StableDiffusionPipeline
 
-    plan = read_plan(args.study, {"seeds": [args.seed]})
-    runs = [run for run in plan.runs if run.label in plan.chosen(args.runs)]
+    plan = plan_of(args)
+    seed = plan.runs[0].seed
+    runs = [run for run in plan.runs if run.label in plan.chosen(args.runs) and run.seed == seed]
     path = args.output_dir / "worst-case.json"
     config: Any = runs[0].config("study")
     reals = open_reals(plan, config)
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     decision = CopyDecision.of(every, heldout=away[n:], vae=reals.vae, side=reals.side)
     settings = {
         "study": plan.name,
-        "seed": args.seed,
+        "seed": seed,
         "images": n,
         "steps": STEPS,
         "draws": DRAWS,
@@ -166,12 +166,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         if not (folder / "model_index.json").is_file():
             raise UserError(f"{label} has no model in {folder.parent}", rule="a finished run of all weights is searched",
-                            remedy=f"run the study first: --only {label!r} --seeds {args.seed}")  # fmt: skip
+                            remedy=f"run the study first: --only {label!r} --seeds {seed}")  # fmt: skip
         pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
         pipe.set_progress_bar_config(disable=True)
         sheet = args.output_dir / f"worst-case-{file_name(label)}.png"
-        found["models"][label] = {"step": step, **measure(pipe, plan, targets, decision, args.seed, sheet)}
+        found["models"][label] = {"step": step, **measure(pipe, plan, targets, decision, seed, sheet)}
         atomic_write(path, json.dumps(found, indent=1) + "\n")
         for kind in targets:
             share = Estimate.from_dict(found["models"][label][kind]["returned"])

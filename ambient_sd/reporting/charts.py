@@ -116,6 +116,7 @@ def chart(
         axes = figure.add_subplot()
         _scale(axes, "x", x_scale)
         _scale(axes, "y", y_scale)
+        texts: list[tuple[float, float, str, str]] = []
         for k, line in enumerate(lines):
             colour = (
                 line.colour
@@ -148,15 +149,9 @@ def chart(
                 axes.errorbar(at_x, at_y, color=colour, alpha=0.6 if len(line.bars) == 1 else 0.25, linewidth=1, clip_on=False,
                               xerr=[[max(0.0, at_x - x_low)], [max(0.0, x_high - at_x)]],
                               yerr=[[max(0.0, at_y - y_low)], [max(0.0, y_high - at_y)]])  # fmt: skip
-            for at_x, at_y, text in zip(line.x, y, line.texts, strict=False):
-                axes.annotate(
-                    one_line(text, 12),
-                    (at_x, at_y),
-                    xytext=(3, 3),
-                    textcoords="offset points",
-                    color=colour,
-                    fontsize=7,
-                )
+            texts += [
+                (x, at_y, one_line(text, 12), colour) for x, at_y, text in zip(line.x, y, line.texts, strict=False)
+            ]
         if y_scale == "linear":
             bottom, most = _ends(lines, top)
             axes.set_ylim((bottom if bottom < -0.1 * most else 0.0) if from_zero else bottom, most)
@@ -183,7 +178,30 @@ def chart(
         axes.set_ylabel(one_line(y_label, 60))
         if any(line.label for line in lines):
             figure.legend(loc="outside lower left", ncols=2, handlelength=1.6, columnspacing=1.6)
+        _beside(figure, axes, texts)
         return _svg(figure, title)
+
+
+def _beside(figure: Any, axes: Any, texts: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write each short text beside its point, where it is nearest to it and lies on no other text; where points are too near each other, none.
+
+    Args:
+        texts: x, y, text and colour.
+    """
+    if not texts:
+        return
+    figure.draw_without_rendering()  # the layout decides where points are
+    unit = figure.dpi / 72
+    taken: list[tuple[float, float, float, float]] = []
+    for x, y, text, colour in texts:
+        at_x, at_y = axes.transData.transform((x, y)) / unit
+        wide, high = 4.2 * len(text), 6.0  # points, of digits at this size
+        for right, up in ((3.0, 3.0), (3.0, -9.0), (-3.0 - wide, 3.0), (-3.0 - wide, -9.0)):
+            box = (at_x + right, at_y + up, at_x + right + wide, at_y + up + high)
+            if all(box[2] < o[0] or o[2] < box[0] or box[3] < o[1] or o[3] < box[1] for o in taken):
+                taken.append(box)
+                axes.annotate(text, (x, y), xytext=(right, up), textcoords="offset points", color=colour, fontsize=7)
+                break
 
 
 def intervals(title: str, rows: Sequence[tuple[str, str, Estimate]]) -> Markup:

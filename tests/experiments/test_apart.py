@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from ambient_sd.assets.tiny import tiny_pipeline
 from ambient_sd.utils.errors import UserError
-from experiments import filter_lora, private_distillation, shards
+from experiments import closest, filter_lora, private_distillation, shards
 from experiments.filter_lora import FILE, alignment, channels, filter_file, filtered
 from experiments.plan import read_plan
+from experiments.style import CLOSEST
 from experiments.sweep import gather, main, merge, sweep
 
 
@@ -159,6 +160,16 @@ def test_a_study_of_a_style_runs_whole_with_the_recipes_apart(study: Path, tmp_p
     figures = {run["label"]: run["points"][-1]["figures"] for run in [*results["runs"], *results["apart"]]}
     assert figures["plain"]["distance"]["value"] != figures["plain shards=2"]["distance"]["value"]
     assert figures["lora"]["style, real"] == figures["plain"]["style, real"]  # one classifier
+
+    # What a study measured before there was such a figure is filled in, and equals what is measured now.
+    steps = [out / "base" / "step-000000", out / "runs" / "plain_seed=0" / "step-000004"]
+    before = [(step / "figures.json").read_text() for step in steps]
+    for step, text in zip(steps, before, strict=True):
+        kept = json.loads(text)
+        assert all(kept["figures"].pop(name)["n"] == 16 for name in CLOSEST)
+        (step / "figures.json").write_text(json.dumps(kept))
+    closest.main([str(study), "--output_dir", str(out)])
+    assert [json.loads((step / "figures.json").read_text()) for step in steps] == [json.loads(text) for text in before]
 
     # Another machine takes in what this one measured, the base too.
     other = read_plan(study)

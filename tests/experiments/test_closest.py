@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.closest import closest
+from experiments.style import closest
 
 POINTS = 10 * torch.eye(6)
 REALS: Any = SimpleNamespace(

@@ -21,8 +21,17 @@ from experiments import style
 from experiments.contest import ALONE, alone, sentence
 from experiments.measures import in_turn, read_reals
 from experiments.points import Point, points
-from experiments.results import tables, write_results
-from experiments.style import FIGURES, Classifier, agreeing, chance, measure_new, read_classifier, train_classifier
+from experiments.results import draw_charts, tables, write_results
+from experiments.style import (
+    CLOSEST,
+    FIGURES,
+    Classifier,
+    agreeing,
+    chance,
+    measure_new,
+    read_classifier,
+    train_classifier,
+)
 
 CAPTIONS = [f"emoji {i}" for i in range(200)]
 
@@ -135,9 +144,13 @@ def test_held_out_images_are_perfect_samples_and_training_images_copies() -> Non
 
 
 def run(
-    label: str, *steps: tuple[int, float, float], half: float = 0.02, contours: float | None = None
+    label: str,
+    *steps: tuple[int, float, float],
+    half: float = 0.02,
+    contours: float | None = None,
+    own: float | None = None,
 ) -> dict[str, Any]:
-    """A run with (step, copies, distance) by the decision; by contours the same where nothing else is given."""
+    """A run with (step, copies, distance) by the decision; by contours the same where nothing else is given, by the closest image if given."""
 
     def figure(value: float, h: float) -> dict[str, Any]:
         return {"value": value, "low": value - h, "high": value + h, "n": 100}
@@ -149,6 +162,7 @@ def run(
             **{name: figure(0.5, 0.1) for name in names}, "copies": figure(copies, half),
             "copied-recoloured": figure(copies if contours is None else contours, half), "distance": figure(distance, 1.0),
             "distance floor": figure(10.0, 1.0), "kid": figure(0.1, 0.01), "ratio": figure(0.5, 0.1),
+            **({} if own is None else {name: figure(own, half) for name in CLOSEST}),
         }} for step, copies, distance in steps
     ]}  # fmt: skip
 
@@ -178,6 +192,24 @@ def test_the_sentence_names_who_copies_less_at_equal_quality() -> None:
 def test_measures_that_disagree_are_told_apart() -> None:
     text = said(PLAIN, run("distill", (600, 0.01, 61.8), contours=0.3), run("gap", (600, 0.09, 61.0), contours=0.02))
     assert "distill (step 600) gives 1.0 %" in text and "by contours gap (step 600) gives 2.0 %" in text
+
+
+def test_the_closest_image_judges_where_every_step_has_it() -> None:
+    plain, other = run("plain", (300, 0.0, 61.5), own=0.3), run("distill", (600, 0.0, 61.8), own=0.1)
+    text = said(plain, other)
+    assert "no recipe gives measurably fewer copies than the 0.0 % of plain" in text
+    assert (
+        "; by the closest image distill (step 600) gives 10.0 % samples nearest to their own training image against 30.0 % of plain "
+        "(step 300): 20.0 points fewer [17.2, 22.8]." in text
+    )
+    assert "closest" not in said(
+        plain, run("distill", (600, 0.0, 61.8))
+    )  # one was measured before there was such a figure
+    found = results(plain, other)
+    assert "own image closest" not in tables(found)  # the base has none
+    found["base"] = run(ALONE, (0, 0.0, 90.0), own=0.0)["points"][0]
+    assert "own image closest" in tables(found) and "| 30.0 % [28.0, 32.0] |" in tables(found)
+    assert set(draw_charts(found)[""]) == {"curves", "curves-contours", "curves-own"}
 
 
 @pytest.mark.parametrize(
