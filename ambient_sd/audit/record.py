@@ -168,7 +168,8 @@ def is_share(name: str) -> bool:
         >>> is_share("copies"), is_share("FD-EffLite0-pca64")
         (True, False)
     """
-    return name.removesuffix(": difference") in (COPIES, RETURNED) or name.startswith("memorized-") or " > " in name
+    known = name.removesuffix(": difference") in (COPIES, RETURNED, "agreement")
+    return known or name.startswith(("memorized-", "own-", "new-", "drawn-")) or " > " in name
 
 
 def _wrong(given: Any) -> str | None:

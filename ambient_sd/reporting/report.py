@@ -13,12 +13,13 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from ambient_sd.audit.closest import draws_its_images
 from ambient_sd.audit.decision import Decided
 from ambient_sd.audit.metrics import MEMORIZED_RATIO, Row, difference, memorized
 from ambient_sd.audit.neighbours import Neighbours
 from ambient_sd.audit.record import is_share
 from ambient_sd.audit.shares import COPIES, RETURNED
-from ambient_sd.reporting.pages import Next
+from ambient_sd.reporting.pages import Next, Picture
 from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.estimate import Estimate
 
@@ -127,6 +128,9 @@ class Report:
         shown: images of each gallery before the reader opens it.
         groups: what comes back of each group of training images (`shares.by_group`).
         next: commands that follow from the outcome.
+        pictures: sheets that stand between the galleries.
+        floor: what the held-out column has for distances between sets.
+        beside: what the image beside a sample is.
     """
 
     title: str
@@ -143,6 +147,9 @@ class Report:
     tokens: Sequence[TokenAttribution] = ()
     groups: Sequence[Mapping[str, Any]] = ()
     next: Sequence[Next] = ()
+    pictures: Sequence[Picture] = ()
+    floor: str = "For distances between sets held-out is the floor: one half of the held-out images against the other at equal n."
+    beside: str = "nearest training"
 
 
 def make_samples(
@@ -286,7 +293,11 @@ def find(report: Report) -> Finding:
     other = report.runs[1]
     copies = other.row(report.copies)
     fewer = difference(copies.generated, copies_base.generated)
-    share = f"{show(copies.generated)} of {copies.generated.n} samples against {show(copies_base.generated)}"
+    of_own = report.copies.startswith("own-")  # closeness to the own training image, which is less than a copy
+    nearer = " are closest to the training image of their caption," if of_own else ""
+    share = f"{show(copies.generated)} of {copies.generated.n} samples{nearer} against {show(copies_base.generated)}"
+    words = ("gives fewer training images back", "gives more training images back", "what comes back") if of_own else (
+        "copies fewer training images", "copies more training images", "copying")  # fmt: skip
     this, that = f"the {other.name} run", f"the {base.name} run"
     good = [run.row(report.quality).generated for run in (other, base)]
     frechet = f"({label_of(report.quality).split(',')[0].split(' (')[0]} {show(good[0])} against {show(good[1])})"
@@ -294,7 +305,7 @@ def find(report: Report) -> Finding:
 
     if fewer.high < 0:
         kind = "trade" if worse.low > 0 else "better"
-        sentence = f"{this} copies fewer training images than {that}: {share}"
+        sentence = f"{this} {words[0]} than {that}: {share}"
         if kind == "trade":
             sentence += f", but its images are worse {frechet}."
         elif worse.high < 0:
@@ -303,16 +314,18 @@ def find(report: Report) -> Finding:
             sentence += f", at no measurably worse quality {frechet}."
     else:
         if fewer.low > 0:
-            kind, sentence = "worse", f"{this} copies more training images than {that}: {share}."
+            kind, sentence = "worse", f"{this} {words[1]} than {that}: {share}."
         else:
-            kind, sentence = "unclear", f"no clear difference in copying between {this} and {that}: {share}."
+            kind, sentence = "unclear", f"no clear difference in {words[2]} between {this} and {that}: {share}."
         verdict = "worse" if worse.low > 0 else "better" if worse.high < 0 else "not measurably different"
         sentence += f" Its images are {verdict} {frechet}."
     detail = (
-        f"Difference in copies {show(fewer, signed=True)} (95 % interval {span(fewer)}), in {label_of(report.quality)} "
+        f"Difference in {'what comes back' if of_own else 'copies'} {show(fewer, signed=True)} (95 % interval {span(fewer)}), in {label_of(report.quality)} "
         f"{show(worse, signed=True)} ({span(worse)})."
     )
-    if copies.heldout is not None and copies.excess is not None:
+    if of_own and copies.heldout is not None:
+        detail += f" For captions that were not trained it is {show(copies.heldout)} of {this}."
+    elif copies.heldout is not None and copies.excess is not None:
         rest = "still more often than" if copies.excess.low > 0 else "not measurably more often than"
         detail += (
             f" {this[0].upper()}{this[1:]} hits a training image {rest} real images that it never saw do "
@@ -334,12 +347,18 @@ def _find_alone(run: RunSection, copies: Row, quality: str) -> Finding:
         most = max(others, key=lambda row: row.generated.value, default=None)
         by = "" if most is None else f"; by {most.name.removeprefix('memorized-')} {show(most.generated)}"
         back = _back(run)
+        if any(draws_its_images(row) for row in run.figures):
+            return Finding(
+                "copies-otherwise",
+                _draws(run, name, copies),
+                f"{back}95 % interval of copies {span(copies.generated)}.{_known(run, copies)}",
+            )
         return Finding(
             "no-background",
             f"{name}: {share}{by}; how often unseen real images would be called copies is not known.",
             f"{back}95 % interval {span(copies.generated)}. No unseen real images were given, so there is nothing to subtract: "
             "training images that resemble each other make chance hits. Give images of the same kind that the model "
-            "never saw with --heldout.",
+            f"never saw with --heldout.{_known(run, copies)}",
         )
     more = [
         (row.excess.value, row, row.heldout)
@@ -364,6 +383,9 @@ def _find_alone(run: RunSection, copies: Row, quality: str) -> Finding:
                 f"unseen real ones; the calibrated decision finds {show(copies.generated)}."
             )
             detail = f"By the calibrated decision: excess {show(copies.excess, signed=True)} (95 % interval {span(copies.excess)})."
+    if kind == "no-copies" and any(draws_its_images(row) for row in run.figures):
+        kind, sentence = "copies-otherwise", _draws(run, name, copies)
+    detail += _known(run, copies)
     if any(row.name == quality for row in run.figures):
         row = run.row(quality)
         assert row.heldout is not None and row.excess is not None
@@ -374,6 +396,37 @@ def _find_alone(run: RunSection, copies: Row, quality: str) -> Finding:
         if kind == "no-copies" and row.excess.low > 0:
             detail += " Broken images copy nothing: look at them before trusting a share of copies that is low."
     return Finding(kind, sentence, detail)
+
+
+def _draws(run: RunSection, name: str, copies: Row) -> str:
+    """Say that a model draws its training images where the decision finds few copies."""
+    row = max((row for row in run.figures if draws_its_images(row)), key=lambda row: row.generated.value)
+    assert row.heldout is not None
+    return (
+        f"{name} draws its training images: by {row.name.removeprefix('own-')} {show(row.generated)} of {row.generated.n} images are nearest to the "
+        f"training image of their own prompt, against {show(row.heldout)} of the base's; the calibrated decision calls {show(copies.generated)} copies."
+    )
+
+
+def _known(run: RunSection, copies: Row) -> str:
+    """Say how many samples are nearest to their own training image, where that is more than copies, and more than the base's."""
+    if any(draws_its_images(row) for row in run.figures):
+        return " Look at them: blurred and redrawn copies are not counted as copies."
+    rows = [
+        row
+        for row in run.figures
+        if row.name.startswith("own-")
+        and row.generated.low > copies.generated.value
+        and (row.excess is None or row.excess.low > 0)
+    ]
+    if not rows:
+        return ""
+    most = max(rows, key=lambda row: row.generated.value)
+    beside = "" if most.heldout is None else f", against {show(most.heldout)} of the base's"
+    return (
+        f" Look at them: by {most.name.removeprefix('own-')} {show(most.generated)} are nearest to the training image of their own prompt{beside}. "
+        "Blurred and redrawn copies are not counted as copies."
+    )
 
 
 def _back(run: RunSection) -> str:
@@ -414,13 +467,16 @@ def label_of(name: str) -> str:
     """Return a measure's name in words, the abbreviation after them."""
     kind, _, features = name.partition("-")
     words = {
-        COPIES: "Copy rate", RETURNED: "Training images that come back", "memorized-edges16": "Edge-based copy rate (edges16)",
+        COPIES: "Copy rate", RETURNED: "Training images that come back", "agreement": "Caption agreement",
+        "memorized-edges16": "Edge-based copy rate (edges16)",
         "memorized-pixels64-standardized": "Copy rate by d1/d2, standardized pixels",
     }  # fmt: skip
     kinds = {
         "memorized": "Copy rate by d1/d2", "FD": "Fréchet distance (FD)", "KID": "Kernel distance (KID)", "density": "Density",
         "coverage": "Coverage",
     }  # fmt: skip
+    if kind == "own":
+        return f"Own training image closest, {features}"
     return words.get(name) or (f"{kinds[kind]}, {features}" if kind in kinds and features else name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import resource
@@ -27,7 +28,8 @@ from ambient_sd.cli import main
 from ambient_sd.commands import audit as cli_audit
 from ambient_sd.commands.audit import AuditSettings, Source
 from ambient_sd.commands.audit import work as auditing
-from ambient_sd.commands.audit.work import audit, read_generated
+from ambient_sd.commands.audit.work import Generated, audit, read_generated
+from ambient_sd.data.sources import load_rows
 from ambient_sd.sampling import SamplingConfig
 from ambient_sd.utils.errors import UserError
 
@@ -159,6 +161,57 @@ def test_without_held_out_images_copies_in_other_colours_are_said_too(sets: dict
     assert fresh["verdict"]["value"] == 0 and "0.0 % of 10 images are copies" in fresh["finding"]["sentence"]
 
 
+_own = auditing._own
+
+
+def _own_beside(base: Generated, *given: Any) -> Any:
+    """Count own images as the audit does, beside a base's images where nothing was sampled."""
+    options = list(given)
+    options[4] = base
+    return _own(*options)
+
+
+def test_blurred_copies_that_the_decision_does_not_count_are_said(
+    sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each image drawn badly under its own caption; the control: the same pictures under the next one's caption."""
+    rough = [Image.blend(noise_image(i), noise_image(300 + i), 0.45) for i in range(12)]
+    for name, turn in (("own", 0), ("next", 1)):
+        made = image_folder(tmp_path / name, rough, [f"image {(i + turn) % 12}" for i in range(12)])
+        result = audit(
+            settings(sets, generated=made, output_dir=tmp_path / f"audit-{name}", features=("pixels", "edges"))
+        )
+        found = result.found
+        own = measures(found)["own-pixels64"]
+        assert found["verdict"]["value"] == 0 and found["finding"]["kind"] == "no-copies"
+        assert own["generated"]["value"] == 1 - turn and "by chance 3.6%" in own["generated"]["detail"]
+        print("DETAIL", found["finding"], own)
+        said = "100.0 % are nearest to the training image of their own prompt" in found["finding"]["detail"]
+        assert said == (turn == 0) and any("Own training image closest" in note for note in found["notes"])
+    # Beside a base that draws other things the first sentence says it, and a limit fails.
+    base = Generated(
+        load_rows(
+            image_folder(tmp_path / "base", [noise_image(400 + i) for i in range(12)]), need_captions=False, local=True
+        ),
+        [f"image {i}" for i in range(12)],
+        [None] * 12,
+    )
+    drawn = {"generated": tmp_path / "own", "features": ("pixels", "edges"), "fail_over": 0.05}
+    monkeypatch.setattr(auditing, "_own", functools.partial(_own_beside, base))
+    for heldout in (Source(str(sets["heldout"])), None):
+        result = audit(settings(sets, output_dir=tmp_path / f"beside-{heldout is None}", heldout=heldout, **drawn))
+        assert result.found["finding"]["kind"] == "copies-otherwise" and result.exceeded
+        assert "draws its training images: by pixels64 100.0 % of 12 images" in result.found["finding"]["sentence"]
+        assert result.found["verdict"]["value"] == 0 and result.found["verdict"]["others"][:1] == ["own-pixels64"]
+    # Prompts that are no training captions, or one for all of them, ask for no image of their own.
+    for name, captions in (("strange", [f"thing {i}" for i in range(12)]), ("same", ["image 0"] * 12)):
+        made = image_folder(tmp_path / name, rough, captions)
+        if name == "same":
+            sets = {**sets, "training": image_folder(tmp_path / "alike", [noise_image(i) for i in range(12)], captions)}
+        found = audit(settings(sets, generated=made, output_dir=tmp_path / f"audit-{name}")).found
+        assert "own-pixels64" not in measures(found)
+
+
 def test_without_held_out_images_no_excess_is_invented_and_the_remedy_is_offered(sets: dict[str, Path]) -> None:
     found = audit(settings(sets, heldout=None)).found
     assert [row["name"] for row in found["measures"]] == ["copies", "training-copied", "memorized-pixels64"]
@@ -212,7 +265,7 @@ def test_command_draws_measures_and_writes_the_same_bytes_again(sets: dict[str, 
     }  # fmt: skip
     assert len(found["model"]["weights"]) == len(found["images"]["training"]["fingerprint"]) == 64
     for row in found["measures"]:
-        for side in ("generated",) if row["name"] == "training-copied" else ("generated", "heldout"):
+        for side in ("generated",) if row["name"].startswith(("training-copied", "own-")) else ("generated", "heldout"):
             assert (
                 row[side]["low"] <= row[side]["value"] <= row[side]["high"]
                 and row[side]["n"]

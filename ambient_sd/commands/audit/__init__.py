@@ -115,7 +115,7 @@ class AuditSettings:
     judge: str | None = same(SharedOptions, "judge")
     mirrored: bool = option(True, "search for mirror images too")
     attributed_prompts: int = option(4, "most copied prompts whose tokens are examined; 0: none", low=0)
-    fail_over: float | None = option(None, "exit with status 1 if the copy rate exceeds this, or, with its whole interval, the excess over held-out images by another of the features (copies in other colours, which pixels do not see)", low=0, below=1, metavar="RATE")
+    fail_over: float | None = option(None, "exit with status 1 if the copy rate exceeds this, or, with its whole interval, the excess over held-out images by another of the features (copies in other colours, which pixels do not see); or if more than half of the images are nearest to their own training image, beyond the base's (redrawn copies)", low=0, below=1, metavar="RATE")
     seed: int = same(SamplingOptions, "seed", low=1 - 2**63, high=2**63 - 1)
     resamples: int = 1000
     unlisted: str = same(DatasetOptions, "unlisted")
@@ -207,10 +207,12 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
         said = "exceeds" if verdict["value"] > verdict["limit"] else "does not exceed"
         print(f"{verdict['measure']} {verdict['value']:.4f} {said} {verdict['limit']:g}", flush=True)
         for name in verdict["others"]:
-            print(
-                f"{name}: the excess over held-out images exceeds {verdict['limit']:g} with its whole interval",
-                flush=True,
+            why = (
+                "more than half of the images are nearest to their own training image, beyond the base's"
+                if name.startswith("own-")
+                else f"the excess over held-out images exceeds {verdict['limit']:g} with its whole interval"
             )
+            print(f"{name}: {why}", flush=True)
     print(f"\nLook at it: {settings.output_dir / 'audit.html'}", flush=True)
     return int(result.exceeded)
 

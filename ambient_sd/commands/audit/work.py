@@ -37,6 +37,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ambient_sd.audit.clip_score import ClipScore
+from ambient_sd.audit.closest import FEATURES, OWN, draws_its_images, own_rows
 from ambient_sd.audit.decision import BASE, EACH, HELDOUT, RATE, RENDERED, SAME, CopyDecision, Decided, Null
 from ambient_sd.audit.embedding import EmbeddingStore, weights_digest
 from ambient_sd.audit.features import MIRROR, Features, embed
@@ -217,7 +218,8 @@ def _audit(settings: AuditSettings, command: str) -> Audit | None:
     if not processes().is_main_process:
         return None
     generated = read_generated(place) if existing is None else existing
-    base = None if base_place is None else read_generated(base_place).images
+    of_base = None if base_place is None else read_generated(base_place)
+    base = None if of_base is None else of_base.images
     # Equal images have equal vectors: a set that repeats its images is embedded and searched once.
     different = list(range(len(training))) if stored else one_of_each(training.keys).tolist()
     of_training = (training if stored else training.subset(different)).images
@@ -237,7 +239,8 @@ def _audit(settings: AuditSettings, command: str) -> Audit | None:
     measured = _with_rows(measured, different)
     measured.rows.extend(row for one in align for row in one(generated, heldout))
     verdict = _decide(settings, training, heldout, generated, base, measured, grouped)
-    measured.rows[:0] = verdict.rows
+    own = [] if stored else _own(settings, training, different, generated, of_base, features, known_vectors, made, real)
+    measured.rows[:0] = [*verdict.rows, *own]
     pulls = _attributions(settings, generated, verdict.decided) if settings.attributed_prompts else []
     used = _used(stored, compared)
     outcome = _write(
@@ -370,6 +373,21 @@ def _decide(
     groups = [] if grouped is None else by_group(decided, training.noise_keys, grouped)
     chance = {null.name: p.tolist() for null in decide.nulls if (p := decide.p_of_null(null.name)) is not None}
     return Decision(decided, decide.rule, decide.nulls, given, groups, len(rows), chance)
+
+
+def _own(
+    settings: AuditSettings, training: ImageDataset, different: Sequence[int], generated: Generated, base: Generated | None,
+    features: Sequence[Features], known: Mapping[str, Any], made: Mapping[str, Tensor], real: Mapping[str, Tensor] | None,
+) -> list[Row]:  # fmt: skip
+    """Count the images that are nearest to their caption's own training image, beside the base's: blurred copies, which the decision misses."""
+    if generated.prompts is None:
+        return []
+    some = [feature for feature in features if feature.name in FEATURES]
+    of_base = None if base is None or base.prompts is None else (embed(base.images.images, some), base.prompts)
+    return own_rows(
+        (made, generated.prompts), (known, [training.captions[i] for i in different]), real, of_base,
+        duplicates=[training.noise_keys[i] for i in different], seed=settings.seed, resamples=settings.resamples,
+    )  # fmt: skip
 
 
 def _vae(settings: AuditSettings) -> tuple[Any, int]:
@@ -677,17 +695,21 @@ def _of_base(generated: Generated) -> dict[str, str]:
 
 
 def _certainly_above(limit: float, measured: Measurement, deciding: str) -> list[str]:
-    """Return the other shares of copies whose excess over held-out images is above the limit with its whole interval.
+    """Return the other shares of copies whose excess over held-out images is above the limit with its whole interval, and those that say
+    that the model draws its training images.
 
     A gate that looks at pixels alone would open for copies in other colours, which the page's first sentence calls copies.
     """
     return [
         row.name
         for row in measured.rows
-        if row.name.startswith("memorized-")
-        and row.name != deciding
-        and row.excess is not None
-        and row.excess.low > limit
+        if (
+            row.name.startswith("memorized-")
+            and row.name != deciding
+            and row.excess is not None
+            and row.excess.low > limit
+        )
+        or (limit < 1 and draws_its_images(row))
     ]
 
 
@@ -775,7 +797,9 @@ def _report(
         histograms=[_decision_histogram(decision, name), *(_histogram(f, measured, name) for f in features)],
         tokens=pulls,
         made=_made(settings, training, heldout, generated),
-        notes=_notes(settings, training, heldout, generated, measured.row(COPIES), decision, verdict, used),
+        notes=_notes(
+            settings, training, heldout, generated, measured.row(COPIES), decision, verdict, used, measured.rows
+        ),
         groups=decision.groups,
         shown=_SHOWN,
     )
@@ -835,7 +859,7 @@ def _histogram(feature: Features, measured: Measurement, name: str) -> Histogram
 
 def _notes(
     settings: AuditSettings, training: ImageDataset, heldout: ImageDataset | None, generated: Generated, copies: Row,
-    decision: Decision, verdict: Mapping[str, Any], used: Mapping[str, Any] | None,
+    decision: Decision, verdict: Mapping[str, Any], used: Mapping[str, Any] | None, rows: Sequence[Row],
 ) -> list[str]:  # fmt: skip
     share, n, device = copies.generated, len(generated.images), torch.device(_device(settings)).type
     notes = [decision.rule]
@@ -853,7 +877,8 @@ def _notes(
         )
         if verdict["others"]:
             notes.append(
-                f"The audit fails by {' and '.join(verdict['others'])}: the excess over held-out images is above the limit with its whole interval."
+                f"The audit fails by {' and '.join(verdict['others'])}: the excess over held-out images (of own: over the base's) is above the limit "
+                "(of own: above half of the images) with its whole interval."
             )
     near, by_chance = int((decision.decided.p <= EACH).sum()), EACH * n
     if decision.nulls and near > by_chance + 2 * math.sqrt(by_chance) and near > int(decision.decided.copy.sum()):
@@ -871,6 +896,12 @@ def _notes(
         notes.append(
             f"{decision.searched} training images were laid over the generated ones: those that a feature found near, and a draw of the others. "
             "A changed copy of another one is found by the features alone."
+        )
+    if any(row.name.startswith(f"{OWN}-") for row in rows):
+        notes.append(
+            "Own training image closest: of all real images, trained and held out, the nearest to a generated one is the training image of its prompt. It sees "
+            "blurred and redrawn copies that the decision does not count. Its held-out column has the base's images for the same prompts, where there are any: "
+            "what captions alone give, but for the style."
         )
     if heldout is None:
         notes.append(
@@ -897,9 +928,9 @@ def _notes(
     if generated.prompts is None:
         notes.append("No prompts are known: every image is resampled by itself, as if no two came from one prompt.")
     if training.groups:
-        rows = sum(len(group.rows) for group in training.groups)
+        alike = sum(len(group.rows) for group in training.groups)
         notes.append(
-            f"{rows} of {len(training)} training images have duplicates ({len(training.groups)} groups); those of a group count as "
+            f"{alike} of {len(training)} training images have duplicates ({len(training.groups)} groups); those of a group count as "
             "one: d2 is the distance to the nearest image of another group."
         )
     if settings.mirrored:
