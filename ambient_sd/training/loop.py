@@ -665,7 +665,7 @@ class _Trainer:
             self._show("probe", seen.sheet, step)
             if seen.new_sheet is not None:
                 self._show("probe", seen.new_sheet, step, "-new")
-            curves = ("copies", "published", "ratio", "guard_score", "kid")
+            curves = ("copies", "published", "ratio", "guard_score", "kid", "own")
             self._track({f"probe/{name}": record[name] for name in curves if name in record}, step)
             add_evaluation(self.output / "probe.jsonl", record)
         self.accelerator.wait_for_everyone()

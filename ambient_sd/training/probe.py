@@ -2,6 +2,7 @@
 
     copies       copy rate of the probe's images                                    `ambient_sd.audit.decision`, as in an audit
     published    share with d1 / d2 < 1/3, distances in pixels at 64 x 64           for comparison (Yoon et al. 2023)
+    own          share whose closest training image is their caption's own, pixels   sees redrawn images long before they are copies; decides nothing
 
 The decision's null is the training images among themselves, as a run has no held-out ones. With fewer than 20 different images
 there is no null, and the published measure counts too. Prompts are captions of the training set: copies appear for those first.
@@ -32,6 +33,7 @@ from accelerate.utils import broadcast
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
+from ambient_sd.audit.closest import MOST_BY_CHANCE
 from ambient_sd.audit.decision import CopyDecision
 from ambient_sd.audit.features import EffLite0, Pixels
 from ambient_sd.audit.metrics import kid, memorized
@@ -64,6 +66,7 @@ class ProbeEvaluation:
         sheet: the images, each row above the training images that explain it best; on the main process only.
         kid: of the images for captions that are not trained; None where there are none.
         new_sheet: those images; on the main process only.
+        own: share of images nearest to their caption's own training image; None where captions hardly tell images apart.
 
     Example:
         >>> seen = ProbeEvaluation(100, Estimate.of_share(3, 32), published=0.1, median_ratio=0.8, score=2.0, sheet=None)
@@ -79,17 +82,19 @@ class ProbeEvaluation:
     sheet: Image.Image | None
     kid: float | None = None
     new_sheet: Image.Image | None = None
+    own: float | None = None
 
     def describe(self) -> str:
         """Return it in one line."""
         quality = "" if self.kid is None else f"; KID x 1000 on new captions {1000 * self.kid:.1f}"
-        return f"step {self.step}: copy rate {self.copies.show(1, 100, ' %')} of {self.copies.n} images{quality}"
+        own = "" if self.own is None else f"; nearest to their own training image {100 * self.own:.1f} %"
+        return f"step {self.step}: copy rate {self.copies.show(1, 100, ' %')} of {self.copies.n} images{own}{quality}"
 
     def record(self) -> dict[str, float]:
         """Return the numbers, for curves and files."""
         return {"step": self.step, "copies": self.copies.value, "copies_low": self.copies.low, "copies_high": self.copies.high,
                 "published": self.published, "ratio": self.median_ratio, "guard_score": self.score, "n": self.copies.n,
-                **({} if self.kid is None else {"kid": self.kid})}  # fmt: skip
+                **{name: v for name, v in (("kid", self.kid), ("own", self.own)) if v is not None}}  # fmt: skip
 
 
 class Probe:
@@ -131,6 +136,12 @@ class Probe:
         probed = {images.noise_keys[i] for i in chosen}
         searched.sort(key=lambda i: images.noise_keys[i] not in probed)
         self.labels = [images.noise_keys[i] for i in searched]
+        # Of a caption any of its images is the own one; where most images share one, to be nearest to it says nothing.
+        self.owners: dict[str, set[str]] = {}
+        for caption, label in zip(images.captions, images.noise_keys, strict=True):
+            self.owners.setdefault(caption, set()).add(label)
+        shares = [len(self.owners[caption]) / len(set(self.labels)) for caption in self.captions]
+        self.telling = sum(shares) / len(shares) <= MOST_BY_CHANCE
         self.vae: Any = None  # of the pipeline, once there is one
         self.device = torch.device("cpu")  # of the run, then
         self.features = Pixels(_SIDE)
@@ -171,18 +182,19 @@ class Probe:
             seen = self.measure(images, scores, step, [row[0] for row in new])
             if accelerator.num_processes == 1:
                 return seen
-        told = torch.zeros(7, dtype=torch.float64)
+        told = torch.zeros(8, dtype=torch.float64)
         if seen is not None:
-            copies, new_kid = seen.copies, math.nan if seen.kid is None else seen.kid
+            copies = seen.copies
+            new_kid, own = (math.nan if value is None else value for value in (seen.kid, seen.own))
             told = torch.tensor(
-                [copies.value, copies.low, copies.high, seen.published, seen.median_ratio, seen.score, new_kid],
+                [copies.value, copies.low, copies.high, seen.published, seen.median_ratio, seen.score, new_kid, own],
                 dtype=torch.float64,
             )
-        share, low, high, published, ratio, score, new_kid = broadcast(told.to(accelerator.device)).tolist()
+        share, low, high, published, ratio, score, new_kid, own = broadcast(told.to(accelerator.device)).tolist()
         sheets = (None, None) if seen is None else (seen.sheet, seen.new_sheet)
         return ProbeEvaluation(
             step, Estimate(share, low, high, len(images)), published, ratio, score, sheets[0],
-            None if math.isnan(new_kid) else new_kid, sheets[1],
+            None if math.isnan(new_kid) else new_kid, sheets[1], None if math.isnan(own) else own,
         )  # fmt: skip
 
     def measure(
@@ -207,8 +219,17 @@ class Probe:
         return ProbeEvaluation(
             step, copies, float(published.double().mean()), float(near.ratio.median()),
             float(torch.tensor(scores).median()), contact_sheet(pairs, _PER_ROW, captions),
-            quality, contact_sheet(list(new), _PER_ROW, self.new_captions) if new else None,
+            quality, contact_sheet(list(new), _PER_ROW, self.new_captions) if new else None, self._own(near.index[:, 0].tolist()),
         )  # fmt: skip
+
+    def _own(self, nearest_rows: Sequence[int]) -> float | None:
+        """Return the share of images whose nearest training image is one of their caption."""
+        if not self.telling:
+            return None
+        hits = [
+            self.labels[row] in self.owners[caption] for row, caption in zip(nearest_rows, self.captions, strict=False)
+        ]
+        return sum(hits) / len(hits)
 
 
 def add_evaluation(path: Path, record: Mapping[str, float]) -> None:

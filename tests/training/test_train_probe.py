@@ -84,6 +84,26 @@ def test_changed_copies_are_counted_and_images_that_were_never_seen_are_not(
         assert below.tobytes() == images[i].image.convert("RGB").tobytes()
 
 
+def test_redrawn_images_are_seen_before_they_are_copies(images: ImageDataset, unseen: list[Image.Image]) -> None:
+    """Each caption's own image, half hidden by another picture; the control: the same pictures under other captions."""
+    probe = Probe(images, count=8, resolution=64, seed=0)
+    own = [images[images.captions.index(caption)].image.convert("RGB") for caption in probe.captions]
+    drawn = [Image.blend(a, b.convert("RGB").resize(a.size), 0.4) for a, b in zip(own, unseen, strict=True)]
+    seen = probe.measure(drawn, [1.0] * 8, 1)
+    assert seen.own == seen.record()["own"] == 1 > seen.copies.value
+    assert "nearest to their own training image 100.0 %" in seen.describe()
+    assert probe.measure(drawn[1:] + drawn[:1], [1.0] * 8, 1).own == 0
+
+
+def test_one_caption_for_all_asks_for_no_image_of_its_own(tmp_path: Path) -> None:
+    folder = tiny.tiny_folder(tmp_path / "alike", count=6)
+    rows = [json.loads(line) | {"text": "a thing"} for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    alike = load_rows(folder).check()
+    seen = Probe(alike, count=2, resolution=48, seed=0).measure([alike[0].image] * 2, [0.0] * 2, 1)
+    assert seen.own is None and "own" not in seen.record() and "nearest" not in seen.describe()
+
+
 def test_looking_leaves_the_global_generator_alone(images: ImageDataset, unseen: list[Image.Image]) -> None:
     before = torch.random.get_rng_state()
     Probe(images.subset(range(24)).check(), count=4, resolution=64, seed=0).measure(unseen[:2], [1.0] * 2, 1)
