@@ -11,6 +11,8 @@ The base has seen no image in this style. Of its concepts it knows some.
 | `style_test`  | known, of other families than those of `style_train`                      | does the style carry over?       |
 | `style_novel` | seen in no style, by the base or in `style_train`                         | are there things it cannot draw? |
 
+The embedded `ambient_sd/assets/twemoji.parquet` is `style_60` as split `train` and `style_test` as split `heldout` (`--assets`).
+
 `confirm.parquet`: one clip-art artist (`clip_art.CONFIRM`, public domain), kept out of the base altogether and chosen before any
 result, to confirm on another kind of image: `confirm_train` (nested `confirm_60`) and `confirm_test`, again apart by family. `experiments/style_sets.json` lists both files' names by split.
 
@@ -144,6 +146,18 @@ def confirm(
     ]
 
 
+def embedded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of the embedded set in the order of the whole one: 60 images to train on, and what judges new captions."""
+    columns = ("image", "text", "key", "name", "aliases", "style", "code", "category")
+    chosen = [(r, "train" if r["style_60"] else "heldout") for r in rows if r["style_60"] or r["split"] == "style_test"]
+    return [{**{name: r[name] for name in columns}, "split": split} for r, split in chosen]
+
+
+def write(rows: list[dict[str, Any]], credit: str, path: Path) -> None:
+    table = pa.Table.from_pylist(rows).replace_schema_metadata({"credit": credit})
+    pq.write_table(table, path, compression="none")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", type=Path, required=True, help="folder for the packages")
@@ -151,6 +165,7 @@ def main() -> None:
         "--base", type=Path, required=True, help="what the base is trained on, from build_images --set base2"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for styles.parquet and confirm.parquet")
+    parser.add_argument("--assets", type=Path, help="write the embedded set to this file too")
     args = parser.parse_args()
     concepts = json.loads(CONCEPTS.read_text())
     seen = [row.image for row in load_rows(args.base, split="train")]
@@ -162,12 +177,10 @@ def main() -> None:
         "styles": styles(concepts, args.packages, seen),
         "confirm": confirm(concepts, args.packages, seen, told),
     }.items():
-        table = pa.Table.from_pylist([encoded(r) for r in rows])
-        pq.write_table(
-            table.replace_schema_metadata({"credit": rows[0]["credit"]}),
-            args.out / f"{name}.parquet",
-            compression="none",
-        )
+        written = [encoded(r) for r in rows]
+        write(written, rows[0]["credit"], args.out / f"{name}.parquet")
+        if name == "styles" and args.assets is not None:
+            write(embedded(written), rows[0]["credit"], args.assets)
         for r in rows:
             listed[r["split"]].append({k: r[k] for k in ("code", "name", "family")})
         print(

@@ -2,7 +2,7 @@
 
     python -m experiments.closest configs/study/style-60.yaml --output_dir build/study/style-60
 
-`own`, `new` and `drawn` are those of `experiments.style.closest`, made of the sheets and figures that the study has left: nothing is sampled
+`own`, `new` and `drawn`, by pixels and by contours, are those of `ambient_sd.audit.closest`, made of the sheets and figures that the study has left: nothing is sampled
 again. A step that was merged has no samples and stays as it is. Then `experiments.sweep --results_only` writes the tables and curves with them.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ambient_sd.audit.closest import FEATURES, NAMES
 from ambient_sd.audit.features import embed
 from ambient_sd.utils.errors import UserError, exits_on_user_error
 from ambient_sd.utils.files import atomic_write
@@ -20,7 +21,7 @@ from experiments.arguments import plan_of, study_parser
 from experiments.measures import Reals, in_turn, prompts_of
 from experiments.pages import samples_of
 from experiments.plan import Plan
-from experiments.style import CLOSEST, NEW, closest
+from experiments.style import NEW, closest_of
 from experiments.sweep import APART, BASE, open_reals
 
 
@@ -35,18 +36,19 @@ def steps_of(plan: Plan, out: Path) -> Iterator[tuple[Path, int]]:
 
 
 def fill_in(plan: Plan, step: Path, reals: Reals, side: int, seed: int) -> bool:
-    """Add the three figures to a step's own; return False where it has them, or no samples to make them of."""
+    """Add these figures to a step's own; return False where it has them, or no samples to make them of."""
     path = step / "figures.json"
     if not path.exists():
         return False
     kept = json.loads(path.read_text(encoding="utf-8"))
-    if set(CLOSEST) <= set(kept["figures"]) or "new" not in kept:
+    if {f"{kind}-{feature}" for kind in NAMES for feature in FEATURES} <= set(kept["figures"]) or "new" not in kept:
         return False
     assert plan.style is not None
-    deep = reals.features[1]
-    trained, new = (embed(samples_of(step, side, part)[0], [deep])[deep.name] for part in ("", NEW))
+    some = [feature for feature in reals.features if feature.name in FEATURES]
+    trained, new = (embed(samples_of(step, side, part)[0], some) for part in ("", NEW))
     captions = in_turn(reals.heldout_captions, plan.style.images, seed)
-    found = closest(trained, new, prompts_of(reals, plan.sampling, seed), captions, reals, seed)
+    found = closest_of((trained, prompts_of(reals, plan.sampling, seed)), (new, captions), reals, seed)
+    kept["figures"] = {name: figure for name, figure in kept["figures"].items() if name not in NAMES}
     kept["figures"] |= {name: figure.as_dict() for name, figure in found.items()}
     atomic_write(path, json.dumps(kept, indent=1, allow_nan=False) + "\n")
     return True

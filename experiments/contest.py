@@ -2,7 +2,7 @@
 
 Quality is the Frechet distance of samples for these captions (`experiments.style`). What comes back is counted on samples for the training
 captions, by three measures: copies by the audit's decision, by contours alone, and samples whose closest real image is their caption's own
-training image (`experiments.style.closest`), which sees blurred copies, and more than copies. Equal quality is `experiments.points`'s, and plain may stop early like
+training image (`ambient_sd.audit.closest`), which sees blurred copies, and more than copies. Equal quality is `experiments.points`'s, and plain may stop early like
 every other recipe. A recipe copies less if the interval of the difference excludes 0 (two intervals combined: `metrics.difference`). It
 covers the samples of these runs, not the choice of the best among many recipes: that is what a second study, on other images, is for.
 """
@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ambient_sd.audit.closest import FEATURES, OWN
+from ambient_sd.audit.closest import NEW as OTHER
 from ambient_sd.audit.metrics import difference
 from ambient_sd.audit.shares import COPIES, RETURNED
 from ambient_sd.reporting import pages
@@ -21,7 +23,7 @@ from ambient_sd.reporting.charts import Line, Mark, chart
 from ambient_sd.utils.estimate import Estimate
 from experiments.measures import CONTOURS
 from experiments.points import BASELINE, Point, at_equal_quality, best, point_of, points, share
-from experiments.style import CLOSEST, NEAREST, NEW, OWN
+from experiments.style import NEAREST, NEW
 
 ALONE = "base alone"
 
@@ -37,11 +39,14 @@ class Measure:
     file: str
 
 
+NEAR = "samples nearest to their own training image"
 MEASURES = {
     COPIES: Measure("", "copies", "copy rate, %", "copies, by the decision (step)", "curves"),
     CONTOURS: Measure("by contours ", "copies", "copy rate by contours, %", "copies, by contours (step)", "curves-contours"),
-    OWN: Measure("by the closest image ", "samples nearest to their own training image", "own training image closest, %",
-                 "own image closest (step)", "curves-own"),
+    f"{OWN}-pixels64": Measure("by the closest image in pixels ", NEAR, "own training image closest (pixels), %",
+                               "own image closest, pixels (step)", "curves-own"),
+    f"{OWN}-edges16": Measure("by the closest image in contours ", NEAR, "own training image closest (contours), %",
+                              "own image closest, contours (step)", "curves-own-contours"),
 }  # fmt: skip
 
 
@@ -152,10 +157,11 @@ def _every_step(
         "Copies by the decision and by contours: first of samples for training captions, then of samples for new ones. Returned: "
         "training images that come back at least once.",
     ]
-    near = [name for name in CLOSEST if all(name in p.figures for p in [*found, *([] if base is None else [base])])]
+    near = [f"{kind}-{feature}" for feature in FEATURES for kind in (OWN, OTHER)]
+    near = [name for name in near if all(name in p.figures for p in [*found, *([] if base is None else [base])])]
     if near:
-        text.append("Own: the closest of all real images is the training image of the sample's own caption. New: the same for captions that were not "
-                    "trained, so what a caption alone can do. Drawn: for such a caption a training image is closest.")  # fmt: skip
+        text.append("Own: the closest of all real images is the training image of the sample's own caption, by pixels and by contours (edges). New: "
+                    "the same for captions that were not trained, so what a caption alone can do.")  # fmt: skip
     begun = set(labels)
     if part := [name for name in missing if name.rsplit(" seed=", 1)[0] in begun]:
         text.append(f"Not whole yet: {', '.join(part)}.")
@@ -215,7 +221,7 @@ def curves(
         lines = [] if base is None else [_line(ALONE, [base], measure, dots)]
         lines += [_line(label, [p for p in found if p.label == label], measure, look) for label, look in style.items()]
         # Copies begin at nothing and then double; `own` does not, and a linear axis shows it as it is.
-        scale = "linear" if measure == OWN else "symlog"
+        scale = "linear" if measure.startswith(OWN) else "symlog"
         svg = chart(words, lines, x_label="Fréchet distance on new captions", y_label=words, x_scale="linear", y_scale=scale,
                     marks=marks, height=5)  # fmt: skip
         out[MEASURES[measure].file] = pages.Chart(

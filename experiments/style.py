@@ -4,12 +4,12 @@ Quality on training captions rewards copying: a run that hands its images back i
 asks for other things in it. So one set of samples is drawn for the training captions, to count copies, and another for the captions of the
 held-out images, which are of the same style and of other concepts:
 
-    distance, kid   Frechet distance and KID of these samples to all held-out images       `distances`, `ambient_sd.audit.metrics`
+    distance, kid   Frechet distance and KID of these samples to all held-out images       `ambient_sd.audit.metrics.distances`
     agreement       share of samples whose caption's own real image is among the `NEAREST` nearest held-out images; chance is
                     NEAREST / n where captions differ
     style           share of samples that a classifier takes for this style
     NAME-new        share of these samples that are copies of a training image; NAME alone: of the samples for training captions
-    own, new, drawn which of all real images, trained and held out, is closest to a sample                       `closest`
+    own, new, drawn which of all real images, trained and held out, is closest to a sample     `ambient_sd.audit.closest`
 
 All on EfficientNet-Lite0 features. The classifier is a logistic regression on features of real images, this style's and others', as
 the model's autoencoder renders them: otherwise it could go by what the autoencoder leaves behind. It is tested on concepts, in either style,
@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ambient_sd.audit.closest import agreeing, closest
 from ambient_sd.audit.decision import RENDERED, through_vae
 from ambient_sd.audit.features import embed
-from ambient_sd.audit.metrics import PROJECT, Resampler, bootstrap, frechet_distance, kid, pca_basis
+from ambient_sd.audit.metrics import bootstrap, distances
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.registry import choose
 from ambient_sd.audit.shares import COPIES
@@ -49,7 +50,6 @@ from experiments.concepts import order
 from experiments.measures import CONTOURS, Reals, measure_samples
 
 NEAREST = 10
-OWN, OTHER, DRAWN = CLOSEST = ("own", "new", "drawn")
 NEW = "-new"  # ends the names of copy figures of samples for captions that were not trained
 FIGURES = ("agreement", "agreement chance", "style", "style, real", "style, others", COPIES + NEW, CONTOURS + NEW)
 _TEST_SHARE = 3  # one concept in three tests the classifier
@@ -159,17 +159,6 @@ def _fingerprint(these: ImageDataset, others: ImageDataset, concept: str, vae: A
     return made.hexdigest()[:16]
 
 
-def agreeing(near: Tensor, prompts: Sequence[str], captions: Sequence[str]) -> Tensor:
-    """Return for each prompt whether a real image of that caption is among its nearest, bool `(N,)`.
-
-    Args:
-        near: int64 `(N, k)`, rows of real images. captions: of the real images.
-    """
-    return torch.tensor(
-        [any(captions[row] == prompt for row in rows) for rows, prompt in zip(near.tolist(), prompts, strict=True)]
-    )
-
-
 def chance(prompts: Sequence[str], captions: Sequence[str], nearest_of: int) -> float:
     """Return the agreement where the nearest are drawn at random: `1 - C(n - m, k) / C(n, k)` for a caption of m of the n images, averaged."""
     n, k = len(captions), min(nearest_of, len(captions))
@@ -177,73 +166,15 @@ def chance(prompts: Sequence[str], captions: Sequence[str], nearest_of: int) -> 
     return 1 - sum(missed) / len(missed)
 
 
-def distances(
-    drawn: Tensor, real: Tensor, rendered: Tensor, prompts: Sequence[str], seed: int, resamples: int = 200
+def closest_of(
+    trained: tuple[Mapping[str, Tensor], Sequence[str]],
+    new: tuple[Mapping[str, Tensor], Sequence[str]],
+    reals: Reals,
+    seed: int,
 ) -> dict[str, Estimate]:
-    """Return the Frechet distance and KID of samples to all held-out images, and of these as the autoencoder renders them: the floor.
-
-    The Frechet distance is taken in the leading principal directions of the held-out images, 64 or half of their count. These images are a fixed
-    test that all recipes share, so the interval resamples prompts alone. A resample repeats rows, which biases a distance upwards; the
-    draws are moved so that their mean is the estimate. `quality_rows` halves the held-out images for a floor at equal n, which doubles
-    the bias and widens the interval: for one model that is right, for many beside each other it hides what tells them apart.
-
-    Args:
-        drawn, real, rendered: features, `(N, D)`, `(M, D)` and `(M, D)`; KID uses the first min(N, M) rows.
-
-    Example:
-        >>> sets = torch.randn(2, 40, 3, generator=torch.Generator().manual_seed(0))
-        >>> found = distances(sets[0] + 1, sets[1], sets[1], [str(i) for i in range(40)], 0, resamples=5)
-        >>> found["distance"].value > 1 > found["distance floor"].value
-        True
-    """
-    basis, _ = pca_basis(real, min(PROJECT, len(real) // 2, real.shape[1]))
-    near, count = real.double() @ basis, min(len(drawn), len(real))
-    measures: dict[str, Callable[[Tensor], float]] = {
-        "distance": lambda rows: frechet_distance(rows.double() @ basis, near),
-        "kid": lambda rows: kid(rows[:count].double(), real[:count].double()),
-    }
-    out = {}
-    for name, measure in measures.items():
-        value, resampler = measure(drawn), Resampler(len(drawn), prompts, seed)
-        draws = torch.tensor([measure(drawn[resampler.draw()]) for _ in range(resamples)], dtype=torch.float64)
-        low, high = torch.quantile(draws - draws.mean() + value, torch.tensor([0.025, 0.975]).double()).tolist()
-        out[name] = Estimate(value, low, high, len(drawn), name)
-        floor = measure(rendered)
-        out[f"{name} floor"] = Estimate(floor, floor, floor, len(real), f"{name} floor")
-    return out
-
-
-def closest(
-    trained: Tensor, new: Tensor, prompts: Sequence[str], captions: Sequence[str], reals: Reals, seed: int
-) -> dict[str, Estimate]:
-    """Return which real image is closest to a sample: a measure that sees blurred and redrawn copies long before the copy decision does.
-
-    The decision asks for a near-identical image, and a small network's early copies are blurred: anyone recognizes them, and the decision
-    does not count them. This asks less. Of all real images of the study, trained and held out, by EfficientNet-Lite0 features:
-
-        own     share of samples for training captions whose closest real image is their caption's own training image
-        new     the same for captions of held-out images, which no run has seen: what a model can know of an image from its caption alone
-        drawn   share of samples for held-out captions whose closest real image is a trained one; by chance the trained images' share of all
-
-    `own` far above `new` says that images were learned, not what captions mean. It is no decision: a model that draws what a caption says
-    would have both high. Intervals resample prompts.
-
-    Args:
-        trained, new: features of the samples for `prompts`, training captions, and for `captions`, those of held-out images.
-    """
-    deep = reals.features[1].name
-    every = torch.cat([reals.training[deep], reals.heldout[deep]])
-    known, n = [*reals.captions, *reals.heldout_captions], len(reals.training[deep])
-    own, other = (nearest(rows, every, 1).index for rows in (trained, new))
-    hits = {
-        OWN: (agreeing(own, prompts, known), prompts),
-        OTHER: (agreeing(other, captions, known), captions),
-        DRAWN: (other[:, 0] < n, captions),
-    }
-    return {
-        name: bootstrap(hit, torch.mean, name=name, groups=groups, seed=seed, share=True)
-        for name, (hit, groups) in hits.items()
-    }
+    """Return which real image of a study is closest to its samples, `ambient_sd.audit.closest`: features of either set and their captions."""
+    real = (reals.training, reals.captions), (reals.heldout, reals.heldout_captions)
+    return closest(trained, new, *real, seed=seed)
 
 
 def measure_new(
@@ -254,7 +185,7 @@ def measure_new(
     seed: int,
     resamples: int = 1000,
     *,
-    trained: tuple[Tensor, Sequence[str]] | None = None,
+    trained: tuple[Mapping[str, Tensor], Sequence[str]] | None = None,
 ) -> tuple[dict[str, Estimate], dict[str, list[Any]]]:
     """Return the figures of samples for captions of held-out images; intervals resample prompts.
 
@@ -272,7 +203,18 @@ def measure_new(
     near = nearest(drawn[deep], reals.heldout[deep], min(NEAREST, len(captions))).index
     options: dict[str, Any] = {"groups": prompts, "seed": seed, "resamples": resamples, "share": True}
     by_chance = chance(prompts, captions, NEAREST)
-    out = distances(drawn[deep], reals.heldout[deep], reals.rendered, prompts, seed, min(200, resamples))
+    out = {}
+    rows = distances(
+        drawn[deep],
+        reals.heldout[deep],
+        reals.rendered,
+        name=deep,
+        groups=prompts,
+        seed=seed,
+        resamples=min(200, resamples),
+    )
+    for name, row in zip(("distance", "kid"), rows, strict=True):
+        out |= {name: row.generated, f"{name} floor": row.heldout}
     out |= {f"{name}{NEW}": figures[name] for name in (COPIES, "copied", CONTOURS)}
     out |= {
         "agreement": bootstrap(agreeing(near, prompts, captions), torch.mean, name="agreement", **options),
@@ -282,6 +224,6 @@ def measure_new(
         "style, real": classifier.real, "style, others": classifier.others,
     }  # fmt: skip
     if trained is not None:
-        out |= closest(trained[0], drawn[deep], trained[1], prompts, reals, seed)
+        out |= closest_of(trained, (drawn, prompts), reals, seed)
     own = [captions.index(prompt) for prompt in prompts]
     return out, {"copies": each["copies"], "originals": each["originals"], "own": own}

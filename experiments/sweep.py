@@ -200,9 +200,8 @@ def _measure(
         captions = in_turn(reals.heldout_captions, plan.style.images, how.seed)
         images = sample(pipe, captions, dataclasses.replace(how, seed=how.seed + _NEW_SEEDS))
         contact_sheet(images, COLUMNS).save(into / f"samples{NEW}.png")
-        trained = drawn[reals.features[1].name], prompts
         more, new["new"] = measure_new(
-            images, captions, reals, open_classifier(plan, config, reals), how.seed, trained=trained
+            images, captions, reals, open_classifier(plan, config, reals), how.seed, trained=(drawn, prompts)
         )
         figures |= more  # quality is that on new captions
     record = {

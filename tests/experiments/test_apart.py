@@ -16,11 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ambient_sd.assets.tiny import tiny_pipeline
+from ambient_sd.audit.closest import FEATURES, NAMES
 from ambient_sd.utils.errors import UserError
 from experiments import closest, filter_lora, private_distillation, shards
 from experiments.filter_lora import FILE, alignment, channels, filter_file, filtered
 from experiments.plan import read_plan
-from experiments.style import CLOSEST
 from experiments.sweep import gather, main, merge, sweep
 
 
@@ -166,7 +166,8 @@ def test_a_study_of_a_style_runs_whole_with_the_recipes_apart(study: Path, tmp_p
     before = [(step / "figures.json").read_text() for step in steps]
     for step, text in zip(steps, before, strict=True):
         kept = json.loads(text)
-        assert all(kept["figures"].pop(name)["n"] == 16 for name in CLOSEST)
+        names = [f"{name}-{feature}" for name in NAMES for feature in FEATURES]
+        assert all(kept["figures"].pop(name)["n"] == 16 for name in names)
         (step / "figures.json").write_text(json.dumps(kept))
     closest.main([str(study), "--output_dir", str(out)])
     assert [json.loads((step / "figures.json").read_text()) for step in steps] == [json.loads(text) for text in before]

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ambient_sd.assets import IMAGES
 from ambient_sd.assets.tiny import tiny_pipeline
+from ambient_sd.audit.closest import FEATURES, NAMES, agreeing
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.data.sources import load_rows
 from ambient_sd.utils.errors import UserError
@@ -23,10 +24,8 @@ from experiments.measures import in_turn, read_reals
 from experiments.points import Point, points
 from experiments.results import draw_charts, tables, write_results
 from experiments.style import (
-    CLOSEST,
     FIGURES,
     Classifier,
-    agreeing,
     chance,
     measure_new,
     read_classifier,
@@ -162,7 +161,7 @@ def run(
             **{name: figure(0.5, 0.1) for name in names}, "copies": figure(copies, half),
             "copied-recoloured": figure(copies if contours is None else contours, half), "distance": figure(distance, 1.0),
             "distance floor": figure(10.0, 1.0), "kid": figure(0.1, 0.01), "ratio": figure(0.5, 0.1),
-            **({} if own is None else {name: figure(own, half) for name in CLOSEST}),
+            **({} if own is None else {f"{name}-{feature}": figure(own, half) for name in NAMES for feature in FEATURES}),
         }} for step, copies, distance in steps
     ]}  # fmt: skip
 
@@ -199,8 +198,8 @@ def test_the_closest_image_judges_where_every_step_has_it() -> None:
     text = said(plain, other)
     assert "no recipe gives measurably fewer copies than the 0.0 % of plain" in text
     assert (
-        "; by the closest image distill (step 600) gives 10.0 % samples nearest to their own training image against 30.0 % of plain "
-        "(step 300): 20.0 points fewer [17.2, 22.8]." in text
+        "; by the closest image in pixels distill (step 600) gives 10.0 % samples nearest to their own training image against 30.0 % of plain "
+        "(step 300): 20.0 points fewer [17.2, 22.8]; by the closest image in contours distill" in text
     )
     assert "closest" not in said(
         plain, run("distill", (600, 0.0, 61.8))
@@ -209,7 +208,7 @@ def test_the_closest_image_judges_where_every_step_has_it() -> None:
     assert "own image closest" not in tables(found)  # the base has none
     found["base"] = run(ALONE, (0, 0.0, 90.0), own=0.0)["points"][0]
     assert "own image closest" in tables(found) and "| 30.0 % [28.0, 32.0] |" in tables(found)
-    assert set(draw_charts(found)[""]) == {"curves", "curves-contours", "curves-own"}
+    assert set(draw_charts(found)[""]) == {"curves", "curves-contours", "curves-own", "curves-own-contours"}
 
 
 @pytest.mark.parametrize(
