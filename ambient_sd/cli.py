@@ -15,7 +15,7 @@ from ambient_sd.utils.settings import Parser, nearest
 # Each is a module of ambient_sd.commands with `make_parser` and `run`, which load nothing heavy before a command runs.
 COMMANDS = {
     "train": "train a LoRA on a folder of images, stop before it copies, and audit it",
-    "demo": "train a small model twice, plain and ambient, and look at the difference",
+    "demo": "train a small model with each loss, and look at what comes back of its images",
     "inspect": "list what is wrong with an image dataset: broken, small, captionless, duplicate",
     "level": "see the noise level s_n that an image dataset proposes, without training",
     "sample": "sample images under the memorization guard, with scores, a sheet and a page",

@@ -123,9 +123,10 @@ def test_demo_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     figures = json.loads((tmp_path / "out" / "figures.json").read_text())
     assert {name: rows["copies"]["generated"]["n"] for name, rows in figures["runs"].items()} == {
         "plain": 4,
+        "distill": 4,
         "ambient": 4,
     }
-    assert (tmp_path / "out" / "report.html").exists() and devices == ["cuda"] * 2
+    assert (tmp_path / "out" / "report.html").exists() and devices == ["cuda"] * 3
     assert gpu.waits["device to host"] > 0
 
 

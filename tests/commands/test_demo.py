@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from ambient_sd.assets import BASE, IMAGES
+from ambient_sd.assets import BASE, STYLE
 from ambient_sd.cli import main
 from ambient_sd.commands.demo import DemoSettings
-from ambient_sd.commands.demo.work import CONTENTS, settings_of_run
+from ambient_sd.commands.demo.work import settings_of_run
 from ambient_sd.training.config import TrainConfig, load_yaml
 from ambient_sd.utils.errors import UserError
-from ambient_sd.utils.output_folder import OutputFolder
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,21 +21,26 @@ def test_config_file_says_what_the_demo_does() -> None:
     by_hand = TrainConfig(**load_yaml(ROOT / "configs" / "demo.yaml"))
     in_demo = settings_of_run(DemoSettings(), "ambient")
     assert (ROOT / str(by_hand.pretrained_model_name_or_path)).resolve() == BASE.resolve()
-    assert (ROOT / str(by_hand.train_data_dir)).resolve() == IMAGES.resolve()
-    same = {"pretrained_model_name_or_path": str(BASE), "train_data_dir": str(IMAGES)}
+    assert (ROOT / str(by_hand.train_data_dir)).resolve() == STYLE.resolve()
+    same = {"pretrained_model_name_or_path": str(BASE), "train_data_dir": str(STYLE)}
     assert by_hand.to_dict() | same == in_demo.to_dict()
 
 
-def test_the_two_runs_differ_in_the_objective_alone() -> None:
-    plain, ambient = (settings_of_run(DemoSettings(), o).to_dict() for o in ("plain", "ambient"))
+def test_the_runs_differ_in_the_objective_alone() -> None:
+    plain, ambient, distill = (settings_of_run(DemoSettings(), o).to_dict() for o in ("plain", "ambient", "distill"))
     different = {key for key in plain | ambient if plain.get(key) != ambient.get(key)}
     assert different == {"objective", "ambient_level", "reweight", "near_duplicates", "output_dir"}
+    different = {key for key in plain | distill if plain.get(key) != distill.get(key)}
+    assert different == {"objective", "ambient_level", "distill_level", "output_dir"}
 
 
 def test_too_few_samples_are_refused_at_once() -> None:
-    assert DemoSettings(num_prompts=4, num_images_per_prompt=1).num_prompts == 4
-    with pytest.raises(UserError, match="at least 4 images; raise one of them"):
-        DemoSettings(num_prompts=3, num_images_per_prompt=1)
+    assert DemoSettings(num_prompts=4).num_prompts == 4 and DemoSettings().num_prompts == 0
+    with pytest.raises(UserError, match="at least 4 images; raise it"):
+        DemoSettings(num_prompts=3)
+    for objectives in (["plain"], ["plain", "plain", "ambient"]):
+        with pytest.raises(UserError, match="two or three different ones are compared"):
+            DemoSettings(objectives=objectives)
 
 
 @pytest.mark.slow
@@ -44,7 +48,7 @@ def test_demo_writes_page_figures_sheets_and_loadable_models(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    short = ["--steps", "2", "--num_prompts", "3", "--samples_per_prompt", "2", "--sampling_steps", "2"]
+    short = ["--steps", "2", "--num_prompts", "4", "--samples_per_prompt", "2", "--sampling_steps", "2"]
     main(["demo", "--out", str(out), *short])
     printed = capsys.readouterr().out
     assert "memorized-pixels64" in printed and "report.html" in printed
@@ -52,18 +56,28 @@ def test_demo_writes_page_figures_sheets_and_loadable_models(
     assert page.startswith("<!doctype html>") or page.startswith("<!DOCTYPE html>")
     assert "http://" not in page.replace("http://www.w3.org", "") and "<script" not in page
     figures = json.loads((out / "figures.json").read_text())
-    assert set(figures["runs"]) == {"plain", "ambient"}
+    assert set(figures["runs"]) == {"plain", "ambient", "distill"}
     for rows in figures["runs"].values():
-        # Copies by the audit's definition come first and decide the sentence; the published measure stands beside them.
-        assert next(iter(rows)) == "copies" and {"memorized-pixels64", "memorized-edges16"} < set(rows)
-    shares = [f"{100 * figures['runs'][name]['copies']['generated']['value']:.1f} %" for name in ("ambient", "plain")]
-    assert f"{shares[0]} of 6 samples against {shares[1]}" in figures["finding"]
-    assert printed.index("copies ") < printed.index("memorized-pixels64")
+        # What comes back of the own image decides the sentence; copies by the audit's definition and the published measure stand beside it.
+        assert list(rows)[:3] == ["own-pixels64", "own-edges16", "copies"] and {
+            "memorized-pixels64",
+            "memorized-edges16",
+        } < set(rows)
+        # Quality is that of captions that were not trained.
+        assert {"agreement", "KID-EffLite0"} < set(rows) and rows["KID-EffLite0"]["generated"]["n"] == 4
+        assert rows["own-pixels64"]["generated"]["n"] == 8 and rows["own-pixels64"]["heldout"]["n"] == 4
+    own = [figures["runs"][name]["own-pixels64"]["generated"]["value"] for name in ("distill", "plain")]
+    assert (
+        f"{100 * own[0]:.1f} % of 8 samples are closest to the training image of their caption, against {100 * own[1]:.1f} %"
+        in figures["finding"]
+    )
+    assert printed.index("copies ") < printed.index("memorized-pixels64") and "closest: " in page
     for rows in figures["runs"].values():
         for row in rows.values():
             for figure in row.values():
                 assert figure["n"] > 0 and figure["low"] <= figure["value"] <= figure["high"]
-    for name in ("plain", "ambient"):
+    assert (out / "new.png").exists() and "Captions that were not trained" in page
+    for name in ("plain", "ambient", "distill"):
         assert (out / f"{name}.png").exists()
         assert (out / name / "unet" / "diffusion_pytorch_model.safetensors").exists()
         assert (out / name / "train_config.yaml").exists()
@@ -75,9 +89,13 @@ def test_demo_writes_page_figures_sheets_and_loadable_models(
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "holds a finished demo" in message and "--overwrite" in message
     assert (out / "plain" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == weights
-    folder = OutputFolder(out, "demo", CONTENTS, overwrite=True, resumable=False)
-    folder.claim({})
-    assert sorted(path.name for path in out.iterdir()) == ["notes.txt", "settings.json"] and not folder.finished
+    main(["demo", "--out", str(out), *short, "--overwrite", "--steps", "1", "--objectives", "plain", "ambient"])
+    assert (
+        (out / "notes.txt").read_text() == "mine"
+        and not (out / "distill").exists()
+        and not (out / "distill.png").exists()
+    )
+    assert (out / "plain" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() != weights
 
 
 def test_demo_does_not_touch_a_folder_that_is_not_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

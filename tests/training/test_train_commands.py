@@ -42,7 +42,8 @@ def tiny_arguments(command: str, base: Path, images: Path, out: Path) -> list[st
     words = shlex.split(command)
     assert words[:3] == ["accelerate", "launch", "train_text_to_image_ambient.py"]
     settings = yaml.safe_load(Path(ROOT / words[words.index("--config") + 1]).read_text())
-    data = [] if "my-images" in words or "row_filter" in settings else ["--train_data_dir", str(images)]
+    own = "my-images" in words or {"row_filter", "dataset_split"} & set(settings)  # of the file's own images
+    data = [] if own else ["--train_data_dir", str(images)]
     words = [str(images) if w == "my-images" else w for w in words[3:]]
     return [*words, "--pretrained_model_name_or_path", str(base), *data, *TINY.split(), "--output_dir", str(out)]
 

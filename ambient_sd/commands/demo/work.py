@@ -1,8 +1,9 @@
-"""The demo: one small Stable Diffusion 2, fine-tuned twice on 60 images, sampled under the guard, measured, on one page.
+"""The demo: one small Stable Diffusion 2, fine-tuned on 60 images of a new style with each loss, sampled under the guard, measured, on one page.
 
-Both runs are the same command but for `objective`: same base, images, order, timesteps, fresh noise, steps. Both are
-sampled with the training captions as prompts and the same starting noise. Every figure stands beside the same figure for
-held-out images. Nothing about the outcome is written down beforehand: the page and the table say what was measured.
+The runs are the same command but for `objective`: same base, images, order, timesteps, fresh noise, steps, and start noise of the samples.
+What comes back is counted on samples for the captions that were trained, the case in which copying is easiest. Quality is measured on samples for captions
+that were not, against the real images of these: on training captions it would reward copying. Nothing about the outcome is written down
+beforehand: the page and the table say what was measured.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
-from ambient_sd.assets import BASE, IMAGES
-from ambient_sd.audit.decision import HELDOUT, CopyDecision
+from ambient_sd.assets import BASE, STYLE
+from ambient_sd.audit.closest import FEATURES, OWN, agreeing, closest, closest_rows, own_closest
+from ambient_sd.audit.decision import HELDOUT, CopyDecision, through_vae
 from ambient_sd.audit.features import embed
-from ambient_sd.audit.metrics import Measurement, Row, measure, memorized
+from ambient_sd.audit.metrics import Measurement, Row, bootstrap, distances, measure, memorized
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.registry import choose, with_sscd
-from ambient_sd.audit.shares import COPIES, copy_rate
+from ambient_sd.audit.shares import copy_rate
 from ambient_sd.commands.demo import DemoSettings
 from ambient_sd.data.sources import load_rows
 from ambient_sd.guard.recorder import MemorizationGuard
+from ambient_sd.reporting import pages
 from ambient_sd.reporting.audit_page import write_report
 from ambient_sd.reporting.model_card import write_run_card
 from ambient_sd.reporting.next_steps import after_demo
@@ -37,13 +41,14 @@ from ambient_sd.reporting.report import (
     Histogram,
     Report,
     RunSection,
+    Sample,
     find,
     make_samples,
     ratio_histogram,
     show,
     versions,
 )
-from ambient_sd.reporting.sheets import contact_sheet
+from ambient_sd.reporting.sheets import contact_sheet, data_uri
 from ambient_sd.sampling import SamplingConfig, generate, load_pipeline, own_device, requests_for
 from ambient_sd.training import plan_run
 from ambient_sd.training import run as train
@@ -51,34 +56,48 @@ from ambient_sd.training.config import TrainConfig
 from ambient_sd.utils.output_folder import FILE, OutputFolder
 from ambient_sd.utils.quiet import quiet
 
-CONTENTS = ("report.html", "figures.json", "plain.png", "ambient.png", "plain", "ambient", FILE)
+CONTENTS = (
+    "report.html",
+    "figures.json",
+    "new.png",
+    *(f"{name}{end}" for name in ("plain", "ambient", "distill") for end in ("", ".png")),
+    FILE,
+)
 # The fine-tune, but for objective and output. configs/demo.yaml says the same for a run by hand; a test holds them equal.
 TRAINING: dict[str, Any] = {
     "pretrained_model_name_or_path": str(BASE),
-    "train_data_dir": str(IMAGES),
+    "train_data_dir": str(STYLE),
+    "dataset_split": "train",
     "resolution": 64,
     "center_crop": True,
-    "train_batch_size": 16,
-    "max_train_steps": 800,
-    "learning_rate": 1e-3,
+    "train_batch_size": 8,
+    "max_train_steps": 600,
+    "learning_rate": 3e-4,
     "lr_scheduler": "constant",
+    "use_ema": True,
     "checkpointing_steps": 100_000,
     "report_to": "none",
 }
 AMBIENT: dict[str, Any] = {"ambient_level": 1.0, "reweight": 2}
+DISTILL: dict[str, Any] = {"distill_level": 2.5}
+NEAREST = 10  # a sample shows what its caption says if the real image of that caption is among so many nearest ones
+_NEW_SEEDS = 1000  # added to the seed for captions that were not trained: the two sets share no start noise
+_SHOWN = 12  # of them, on the page
 
 
 def settings_of_run(settings: DemoSettings, objective: str) -> TrainConfig:
     """Return the training settings of one of the runs."""
     values: dict[str, Any] = {
         **TRAINING,
-        "row_filter": [f"subset_{settings.subset}=true"],
         "objective": objective,
         "seed": settings.seed,
         "output_dir": str(settings.output_dir / objective),
+        "overwrite": settings.overwrite,  # the plan is made before the folder is cleared
     }
     if settings.steps is not None:
         values["max_train_steps"] = settings.steps
+    if objective == "distill":
+        values |= DISTILL
     if objective == "ambient":
         values |= AMBIENT
         if settings.level is not None:
@@ -87,13 +106,19 @@ def settings_of_run(settings: DemoSettings, objective: str) -> TrainConfig:
 
 
 def sample(
-    folder: str | Path, prompts: Sequence[str], settings: DemoSettings, *, title: str, position: int = 0
+    folder: str | Path,
+    prompts: Sequence[str],
+    settings: DemoSettings,
+    *,
+    title: str,
+    position: int = 0,
+    k: int | None = None,
 ) -> tuple[list[Image.Image], list[float]]:
-    """Sample `num_images_per_prompt` images per prompt under the guard; return them with their scores, prompt by prompt.
+    """Sample k images per prompt (default: `num_images_per_prompt`) under the guard; return them with their scores, prompt by prompt.
 
     Two models sampled with the same settings start from the same noise (`ambient_sd.sampling.image_seed`).
     """
-    k = settings.num_images_per_prompt
+    k = settings.num_images_per_prompt if k is None else k
     config = SamplingConfig(
         str(folder), scheduler="dpm++", num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
         seed=settings.seed, batch_size=max(1, 16 // k) * k,
@@ -105,8 +130,8 @@ def sample(
     return [i for i, _ in made if i is not None], [report.score for _, report in made if report is not None]
 
 
-def _side_by_side(settings: DemoSettings, prompts: Sequence[str]) -> dict[str, Any]:
-    """Train and sample every objective, each in a process of its own; return images, scores and summary by objective.
+def _side_by_side(settings: DemoSettings, prompts: Sequence[str], new: Sequence[str]) -> dict[str, Any]:
+    """Train and sample every objective, each in a process of its own; return images, scores, images of new captions and summary by objective.
 
     Two networks this small make better use of two cores than one network with two threads: 1.5 times the steps a second.
     """
@@ -114,7 +139,7 @@ def _side_by_side(settings: DemoSettings, prompts: Sequence[str]) -> dict[str, A
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(settings.objectives), mp_context=context) as pool:
         jobs = {
-            pool.submit(_train_and_sample, settings, objective, list(prompts), place, threads): objective
+            pool.submit(_train_and_sample, settings, objective, list(prompts), list(new), place, threads): objective
             for place, objective in enumerate(settings.objectives)
         }
         try:
@@ -127,8 +152,8 @@ def _side_by_side(settings: DemoSettings, prompts: Sequence[str]) -> dict[str, A
 
 
 def _train_and_sample(
-    settings: DemoSettings, objective: str, prompts: list[str], place: int, threads: int
-) -> tuple[list[Image.Image], list[float], dict[str, Any]]:
+    settings: DemoSettings, objective: str, prompts: list[str], new: list[str], place: int, threads: int
+) -> tuple[list[Image.Image], list[float], list[Image.Image], dict[str, Any]]:
     torch.set_num_threads(threads)
     quiet()
     config = settings_of_run(settings, objective)
@@ -136,7 +161,9 @@ def _train_and_sample(
     record = train(config, bar=bar)
     write_run_card(record)
     images, scores = sample(config.output_dir, prompts, settings, title=f"sample {objective:7}", position=place)
-    return images, scores, {key: getattr(record, key) for key in ("steps", "seconds", "loss")}
+    others = dataclasses.replace(settings, seed=settings.seed + _NEW_SEEDS)
+    fresh, _ = sample(config.output_dir, new, others, title=f"new captions {objective:7}", position=place, k=1)
+    return images, scores, fresh, {key: getattr(record, key) for key in ("steps", "seconds", "loss")}
 
 
 def run_demo(settings: DemoSettings) -> Report:
@@ -161,7 +188,7 @@ def run_demo(settings: DemoSettings) -> Report:
             if f.name not in ("output_dir", "overwrite", "open")
         }
     )
-    heldout = load_rows(IMAGES, split="heldout")
+    heldout = load_rows(STYLE, split="heldout")
     training_images = [row.image for row in training]
     captions = [row.caption for row in training]
     features = choose(with_sscd("pixels", "edges", "efflite0"), device=own_device())
@@ -180,19 +207,25 @@ def run_demo(settings: DemoSettings) -> Report:
     assert decide.rendered is not None
     decoded = decide.rendered.permute(0, 2, 3, 1).flatten(1)  # as Pixels lays them out
     ceiling = memorized(nearest(decoded, real["pixels64"])).double().mean().item()
-    prompts = captions[: settings.num_prompts or None]
+    deep = next(feature for feature in features if feature.name == "EffLite0")
+    rendered = embed(through_vae(vae, plans[0].config.resolution)(heldout_images), [deep])
+    prompts, new = captions[: settings.num_prompts or None], heldout.captions[: settings.num_prompts or None]
     groups = [i for i in range(len(prompts)) for _ in range(settings.num_images_per_prompt)]
     print(f"2 {step}: fine-tuning {' and '.join(configs)} side by side, then sampling both under the guard", flush=True)
-    runs = _side_by_side(settings, prompts)
+    runs = _side_by_side(settings, prompts, new)
     print(f"3 {step}: measuring", flush=True)
     sections: list[RunSection] = []
     measured: dict[str, Measurement] = {}
     for objective, config in configs.items():
-        images, scores, summary = runs[objective]
-        measured[objective] = measure(
-            embed(images, features, progress=True), real, unseen, features, groups=groups, seed=settings.seed
-        )
+        images, scores, fresh, summary = runs[objective]
+        drawn, drawn_new = (embed(some, features, progress=True) for some in (images, fresh))
+        on_new = drawn_new[deep.name]
+        measured[objective] = measure(drawn, real, unseen, features, groups=groups, seed=settings.seed, quality=False)
         near = measured[objective].neighbours["pixels64"]
+        asked = drawn, [prompts[i] for i in groups]
+        sides = (real, captions), (unseen, heldout.captions)
+        came_back = closest(asked, (drawn_new, new), *sides, seed=settings.seed)
+        own = own_closest(asked, *sides, FEATURES[0]).tolist()
         decided = decide(images, memorized(near))
         copies = copy_rate(decided, by_chance, groups, seed=settings.seed)
         shown = range(0, len(images), settings.num_images_per_prompt)
@@ -202,15 +235,27 @@ def run_demo(settings: DemoSettings) -> Report:
             RunSection(
                 name=objective,
                 objective=describe(config),
-                figures=[copies, *measured[objective].rows],
-                samples=make_samples(
-                    images,
-                    [prompts[i] for i in groups],
-                    training_images,
-                    near,
-                    scores=scores,
-                    training_prompts=captions,
-                    decided=decided,
+                figures=[
+                    *closest_rows(came_back),
+                    copies,
+                    *measured[objective].rows,
+                    *distances(
+                        on_new, unseen[deep.name], rendered[deep.name], name=deep.name, groups=new, seed=settings.seed
+                    ),
+                    _agreement(on_new, unseen[deep.name], new, heldout.captions, settings.seed),
+                ],
+                samples=_beside_own(
+                    make_samples(
+                        images,
+                        asked[1],
+                        training_images,
+                        near,
+                        scores=scores,
+                        training_prompts=captions,
+                        decided=decided,
+                    ),
+                    [training_images[i] for i in groups],
+                    own,
                 ),
                 settings={
                     "optimizer steps": summary["steps"],
@@ -222,14 +267,25 @@ def run_demo(settings: DemoSettings) -> Report:
             )
         )
     print(f"4 {step}: writing the page", flush=True)
+    sheet = _sheet_of_new(heldout_images, new, {name: one[2] for name, one in runs.items()}, list(configs))
+    sheet.save(settings.output_dir / "new.png")
     report = Report(
-        title=f"A small Stable Diffusion 2, fine-tuned on {len(training)} images",
+        title=f"A small Stable Diffusion 2, fine-tuned on {len(training)} images of a new style",
         command="ambient-sd demo",
         runs=sections,
         training_n=len(training),
-        copies=COPIES,
+        copies=f"{OWN}-{FEATURES[0]}",
+        beside="its training image",
         quality=next(row.name for row in sections[0].figures if row.name.startswith("FD-")),
         histograms=[_published(measured)],
+        pictures=[
+            pages.Picture(
+                "Captions that were not trained",
+                data_uri(sheet, 4000),
+                f"The first ones, not selected. Above the real images, below them what {' and '.join(configs)} draw.",
+            )
+        ],
+        floor="For distances held-out is the floor: the same real images as the autoencoder renders them.",
         next=after_demo(),
         made=_made(settings, begun, training.fingerprint()),
         notes=(
@@ -245,6 +301,42 @@ def run_demo(settings: DemoSettings) -> Report:
     return report
 
 
+def _beside_own(samples: Sequence[Sample], originals: Sequence[Image.Image], own: Sequence[bool]) -> list[Sample]:
+    """Put each sample beside the training image of its caption, and say whether that one is the closest of all real images."""
+    return [
+        dataclasses.replace(
+            one, nearest_image=image, nearest_prompt=one.prompt, order=(one.order or 0.0) - hit,
+            facts=("closest: its own" if hit else "closest: another", *one.facts),
+        )
+        for one, image, hit in zip(samples, originals, own, strict=True)
+    ]  # fmt: skip
+
+
+def _sheet_of_new(
+    real: Sequence[Image.Image],
+    captions: Sequence[str],
+    drawn: dict[str, list[Image.Image]],
+    names: Sequence[str],
+) -> Image.Image:
+    """Return the first new captions: a row of real images, then a row of each run."""
+    n = min(_SHOWN, len(captions))
+    tiles, said = [*real[:n]], [*captions[:n]]
+    for name in names:
+        tiles += drawn[name][:n]
+        said += [name] * n
+    return contact_sheet(tiles, n, said)
+
+
+def _agreement(drawn: Tensor, real: Tensor, prompts: Sequence[str], captions: Sequence[str], seed: int) -> Row:
+    """Return the share of samples whose caption's own real image is among the `NEAREST` nearest."""
+    near = nearest(drawn, real, min(NEAREST, len(real))).index
+    chance = min(1.0, NEAREST / len(real))
+    return Row("agreement", bootstrap(
+        agreeing(near, prompts, captions), torch.mean, name="agreement", groups=prompts, seed=seed, share=True,
+        detail=f"more is better; by chance {chance:.1%}",
+    ), None, None)  # fmt: skip
+
+
 def _published(measured: dict[str, Measurement]) -> Histogram:
     """Return the histogram of d1 / d2 of every run and of the held-out images."""
     rows = [(name, f"run{i}", m.neighbours["pixels64"].ratio.tolist()) for i, (name, m) in enumerate(measured.items())]
@@ -253,15 +345,22 @@ def _published(measured: dict[str, Measurement]) -> Histogram:
 
 
 NOTES = (
-    "Prompts are the captions of the training images: the case in which copying is easiest.",
-    "The held-out column shows real images of the same kind that no run has seen; for distances between sets it is the "
-    "floor, one half of them against the other.",
+    "Copies are counted on samples for the captions of the training images: the case in which copying is easiest.",
+    "Distances and caption agreement are those of samples for captions that were not trained, against the real images of these captions. "
+    "Caption agreement: the real image of a sample's caption is among its 10 nearest of them.",
+    "Own training image closest: of all real images, trained and held out, the nearest to a sample is the training image of its caption. The held-out "
+    "column has the same for captions that were not trained. It sees blurred copies that the decision does not count, and decides the sentence.",
+    "The held-out column shows real images of the same kind that no run has seen.",
     "The guard's score compares within one model, size and number of steps; no threshold has been calibrated here.",
     "One seed, one small model, small images: what it says of a large model is for a run of that model to show.",
 )
 
 
 def describe(config: TrainConfig) -> str:
+    if config.objective == "distill":
+        return (
+            f"the base's own prediction as target above noise level {config.distill_level:g}; ordinary denoising below"
+        )
     if config.objective == "ambient":
         return (
             f"ambient loss above s_n = {config.ambient_level:g}, weight a^{config.reweight}; ordinary denoising below"
@@ -295,8 +394,7 @@ def _made(settings: DemoSettings, begun: float, fingerprint: str) -> dict[str, o
         "threads": torch.get_num_threads(),
         "seed": settings.seed,
         "training images (sha256)": fingerprint,
-        "samples": f"{settings.num_images_per_prompt} for each of {min(settings.num_prompts or settings.subset, settings.subset)} prompts, "
-        f"DPM-Solver++ {settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}",
+        "samples": f"{settings.num_images_per_prompt} for each training caption, 1 for each new one, DPM-Solver++ {settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}",
         "minutes in all": round((time.time() - begun) / 60, 1),
     }
 
