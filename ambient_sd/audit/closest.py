@@ -31,9 +31,7 @@ from ambient_sd.utils.estimate import Estimate
 OWN, NEW, DRAWN = NAMES = ("own", "new", "drawn")
 FEATURES = ("pixels64", "edges16")
 MOST_BY_CHANCE = 0.2
-MOSTLY = (
-    0.5  # an audit says that a model draws its training images where more of its images than half do, beyond the base's
-)
+MOSTLY = 0.5  # of the images, beyond the base's: then an audit says that a model draws its training images
 Set = tuple[Mapping[str, Tensor], Sequence[str]]  # features by name, and captions
 
 
@@ -177,14 +175,17 @@ def own_rows(
     chance = sum(share) / len(share)
     if chance > MOST_BY_CHANCE:
         return []
-    labels += [None] * others
 
     def rate(given: Set, feature: str, detail: str) -> Estimate:
         rows, kept = given[0][feature], asked(given[1])
-        every = torch.cat([training[0][feature], *([] if heldout is None else [heldout[feature]])])
-        near = nearest(rows[kept], every, 1).index[:, 0].tolist()
+        # Apart, not joined: a million training vectors are not held twice.
+        near = nearest(rows[kept], training[0][feature], 1)
+        closer = torch.ones(len(kept), dtype=torch.bool)
+        if heldout is not None:
+            closer = near.distance[:, 0] <= nearest(rows[kept], heldout[feature], 1).distance[:, 0]
         prompts = [given[1][i] for i in kept]
-        hits = torch.tensor([labels[row] in owners[prompt] for row, prompt in zip(near, prompts, strict=True)])
+        own = [labels[row] in owners[prompt] for row, prompt in zip(near.index[:, 0].tolist(), prompts, strict=True)]
+        hits = torch.tensor(own) & closer
         return bootstrap(
             hits,
             torch.mean,
