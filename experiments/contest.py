@@ -1,8 +1,8 @@
 """A study of a style as a contest: which recipe copies least at equal quality on captions that no run has seen.
 
 Quality is the Frechet distance of samples for these captions (`experiments.style`). What comes back is counted on samples for the training
-captions, by three measures: copies by the audit's decision, by contours alone, and samples whose closest real image is their caption's own
-training image (`ambient_sd.audit.closest`), which sees blurred copies, and more than copies. Equal quality is `experiments.points`'s, and plain may stop early like
+captions: copies by the audit's decision and by contours alone, and samples whose closest real image is their caption's own training image, by
+pixels and by contours (`ambient_sd.audit.closest`), which sees blurred copies. Equal quality is `experiments.points`'s, and plain may stop early like
 every other recipe. A recipe copies less if the interval of the difference excludes 0 (two intervals combined: `metrics.difference`). It
 covers the samples of these runs, not the choice of the best among many recipes: that is what a second study, on other images, is for.
 """
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ambient_sd.audit.closest import FEATURES, OWN
+from ambient_sd.audit.closest import FEATURES, NEAREST, OWN
 from ambient_sd.audit.closest import NEW as OTHER
 from ambient_sd.audit.metrics import difference
 from ambient_sd.audit.shares import COPIES, RETURNED
@@ -23,7 +23,7 @@ from ambient_sd.reporting.charts import Line, Mark, chart
 from ambient_sd.utils.estimate import Estimate
 from experiments.measures import CONTOURS
 from experiments.points import BASELINE, Point, at_equal_quality, best, point_of, points, share
-from experiments.style import NEAREST, NEW
+from experiments.style import NEW
 
 ALONE = "base alone"
 

@@ -35,7 +35,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ambient_sd.audit.closest import agreeing, closest
+from ambient_sd.audit.closest import NEAREST, agreeing, closest
 from ambient_sd.audit.decision import RENDERED, through_vae
 from ambient_sd.audit.features import embed
 from ambient_sd.audit.metrics import bootstrap, distances
@@ -49,7 +49,6 @@ from ambient_sd.utils.files import atomic_write
 from experiments.concepts import order
 from experiments.measures import CONTOURS, Reals, measure_samples
 
-NEAREST = 10
 NEW = "-new"  # ends the names of copy figures of samples for captions that were not trained
 FIGURES = ("agreement", "agreement chance", "style", "style, real", "style, others", COPIES + NEW, CONTOURS + NEW)
 _TEST_SHARE = 3  # one concept in three tests the classifier

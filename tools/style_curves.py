@@ -14,20 +14,9 @@ import json
 from pathlib import Path
 
 from ambient_sd.audit.closest import FEATURES, OWN
-from ambient_sd.reporting.charts import PALETTE, SERIES, Line, chart, standalone
-from experiments.contest import ALONE, MEASURES, alone
-from experiments.points import Point, points
-
-
-def line_of(label: str, found: list[Point], measure: str, colour: str, *, dots: bool = False) -> Line:
-    """Return the points of a label in the order of their steps, with their intervals."""
-    found = sorted(found, key=lambda p: p.step)
-    own = [p.figures[measure] for p in found]
-    bars = [((p.distance.low, p.distance.high), (100 * o.low, 100 * o.high)) for p, o in zip(found, own, strict=True)]
-    return Line(
-        label, [p.distance.value for p in found], [100 * o.value for o in own], bars=bars, texts=[str(p.step) for p in found],
-        marker="o", colour=colour, dots=dots,
-    )  # fmt: skip
+from ambient_sd.reporting.charts import PALETTE, SERIES, standalone
+from experiments.contest import MEASURES, alone, curves
+from experiments.points import points
 
 
 def main() -> None:
@@ -39,19 +28,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     results = [json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in args.studies]
-    found = [p for one in results for p in points(one)]
-    base = alone(results[0])
+    found = sorted((p for one in results for p in points(one) if p.label in args.runs), key=lambda p: p.step)
+    colours = [PALETTE["ink"], *SERIES[1:]]
+    charts = curves(
+        found, alone(results[0]), {label: {"colour": colours[i], "marker": "o"} for i, label in enumerate(args.runs)}
+    )
     for feature in FEATURES:
         measure = f"{OWN}-{feature}"
-        lines = [] if base is None else [line_of(ALONE, [base], measure, PALETTE["held"], dots=True)]
-        for place, label in enumerate(args.runs):
-            colour = PALETTE["ink"] if place == 0 else SERIES[place]
-            lines.append(line_of(label, [p for p in found if p.label == label], measure, colour))
-        words = MEASURES[measure].axis
-        svg = chart(
-            words, lines, x_label="Fréchet distance on new captions", y_label=words, x_scale="linear", height=4.6
-        )
-        (args.out / f"{measure}.svg").write_text(standalone(svg), encoding="utf-8")
+        (args.out / f"{measure}.svg").write_text(standalone(charts[MEASURES[measure].file].svg), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from ambient_sd.utils.estimate import Estimate
 
 OWN, NEW, DRAWN = NAMES = ("own", "new", "drawn")
 FEATURES = ("pixels64", "edges16")
+NEAREST = 10  # a sample shows what its caption says if the real image of that caption is among so many nearest ones
 MOST_BY_CHANCE = 0.2
 MOSTLY = 0.5  # of the images, beyond the base's: then an audit says that a model draws its training images
 Set = tuple[Mapping[str, Tensor], Sequence[str]]  # features by name, and captions
@@ -62,8 +63,12 @@ def own_closest(samples: Set, training: Set, heldout: Set, feature: str) -> Tens
         >>> own_closest((first, ["a", "c"]), (first, ["a", "b"]), (rest, ["c", "d"]), "pixels64").tolist()
         [True, False]
     """
-    every = torch.cat([training[0][feature], heldout[0][feature]])
-    return agreeing(nearest(samples[0][feature], every, 1).index, samples[1], [*training[1], *heldout[1]])
+    return agreeing(_closest(samples, training, heldout, feature), samples[1], [*training[1], *heldout[1]])
+
+
+def _closest(samples: Set, training: Set, heldout: Set, feature: str) -> Tensor:
+    """Return the row of the closest real image of each sample, training images first, int64 `(N, 1)`."""
+    return nearest(samples[0][feature], torch.cat([training[0][feature], heldout[0][feature]]), 1).index
 
 
 def closest(
@@ -84,13 +89,13 @@ def closest(
         [1.0, 0.0, 1.0]
     """
     out = {}
+    known = [*training[1], *heldout[1]]
     for feature in FEATURES:
-        every = torch.cat([training[0][feature], heldout[0][feature]])
-        drawn = nearest(samples_new[0][feature], every, 1).index[:, 0] < len(training[1])
+        own, other = (_closest(some, training, heldout, feature) for some in (samples, samples_new))
         hits = {
-            OWN: (own_closest(samples, training, heldout, feature), samples[1]),
-            NEW: (own_closest(samples_new, training, heldout, feature), samples_new[1]),
-            DRAWN: (drawn, samples_new[1]),
+            OWN: (agreeing(own, samples[1], known), samples[1]),
+            NEW: (agreeing(other, samples_new[1], known), samples_new[1]),
+            DRAWN: (other[:, 0] < len(training[1]), samples_new[1]),
         }
         for kind, (hit, groups) in hits.items():
             name = f"{kind}-{feature}"
@@ -113,6 +118,19 @@ def closest_rows(found: Mapping[str, Estimate]) -> list[Row]:
         new = dataclasses.replace(found[f"{NEW}-{feature}"], name=own.name)
         rows.append(Row(own.name, own, new, difference(own, new)))
     return rows
+
+
+def owners_of(captions: Sequence[str], labels: Sequence[Hashable]) -> dict[str, set[Hashable]]:
+    """Return for each caption the labels of its images; near-duplicates share one, and any of them is the own image.
+
+    Example:
+        >>> owners_of(["a", "b", "a"], [0, 1, 2])
+        {'a': {0, 2}, 'b': {1}}
+    """
+    out: dict[str, set[Hashable]] = {}
+    for caption, label in zip(captions, labels, strict=True):
+        out.setdefault(caption, set()).add(label)
+    return out
 
 
 def draws_its_images(row: Row) -> bool:
@@ -159,9 +177,7 @@ def own_rows(
     """
     captions = list(training[1])
     labels: list[Hashable] = list(range(len(captions)) if duplicates is None else duplicates)
-    owners: dict[str, set[Hashable]] = {}
-    for caption, label in zip(captions, labels, strict=True):
-        owners.setdefault(caption, set()).add(label)
+    owners = owners_of(captions, labels)
     own_of = Counter(labels)
     others = 0 if heldout is None else len(next(iter(heldout.values())))
 

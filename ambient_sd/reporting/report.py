@@ -347,10 +347,10 @@ def _find_alone(run: RunSection, copies: Row, quality: str) -> Finding:
         most = max(others, key=lambda row: row.generated.value, default=None)
         by = "" if most is None else f"; by {most.name.removeprefix('memorized-')} {show(most.generated)}"
         back = _back(run)
-        if any(draws_its_images(row) for row in run.figures):
+        if (drawing := _drawing(run)) is not None:
             return Finding(
                 "copies-otherwise",
-                _draws(run, name, copies),
+                _draws(drawing, name, copies),
                 f"{back}95 % interval of copies {span(copies.generated)}.{_known(run, copies)}",
             )
         return Finding(
@@ -383,8 +383,8 @@ def _find_alone(run: RunSection, copies: Row, quality: str) -> Finding:
                 f"unseen real ones; the calibrated decision finds {show(copies.generated)}."
             )
             detail = f"By the calibrated decision: excess {show(copies.excess, signed=True)} (95 % interval {span(copies.excess)})."
-    if kind == "no-copies" and any(draws_its_images(row) for row in run.figures):
-        kind, sentence = "copies-otherwise", _draws(run, name, copies)
+    if kind == "no-copies" and (drawing := _drawing(run)) is not None:
+        kind, sentence = "copies-otherwise", _draws(drawing, name, copies)
     detail += _known(run, copies)
     if any(row.name == quality for row in run.figures):
         row = run.row(quality)
@@ -398,9 +398,13 @@ def _find_alone(run: RunSection, copies: Row, quality: str) -> Finding:
     return Finding(kind, sentence, detail)
 
 
-def _draws(run: RunSection, name: str, copies: Row) -> str:
+def _drawing(run: RunSection) -> Row | None:
+    """Return the row that says most clearly that the model draws its training images, or None if none does."""
+    return max((row for row in run.figures if draws_its_images(row)), key=lambda row: row.generated.value, default=None)
+
+
+def _draws(row: Row, name: str, copies: Row) -> str:
     """Say that a model draws its training images where the decision finds few copies."""
-    row = max((row for row in run.figures if draws_its_images(row)), key=lambda row: row.generated.value)
     assert row.heldout is not None
     return (
         f"{name} draws its training images: by {row.name.removeprefix('own-')} {show(row.generated)} of {row.generated.n} images are nearest to the "
@@ -410,7 +414,7 @@ def _draws(run: RunSection, name: str, copies: Row) -> str:
 
 def _known(run: RunSection, copies: Row) -> str:
     """Say how many samples are nearest to their own training image, where that is more than copies, and more than the base's."""
-    if any(draws_its_images(row) for row in run.figures):
+    if _drawing(run) is not None:
         return " Look at them: blurred and redrawn copies are not counted as copies."
     rows = [
         row

@@ -33,7 +33,7 @@ from accelerate.utils import broadcast
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
-from ambient_sd.audit.closest import MOST_BY_CHANCE
+from ambient_sd.audit.closest import MOST_BY_CHANCE, owners_of
 from ambient_sd.audit.decision import CopyDecision
 from ambient_sd.audit.features import EffLite0, Pixels
 from ambient_sd.audit.metrics import kid, memorized
@@ -137,9 +137,7 @@ class Probe:
         searched.sort(key=lambda i: images.noise_keys[i] not in probed)
         self.labels = [images.noise_keys[i] for i in searched]
         # Of a caption any of its images is the own one; where most images share one, to be nearest to it says nothing.
-        self.owners: dict[str, set[str]] = {}
-        for caption, label in zip(images.captions, images.noise_keys, strict=True):
-            self.owners.setdefault(caption, set()).add(label)
+        self.owners = owners_of(images.captions, images.noise_keys)
         shares = [len(self.owners[caption]) / len(set(self.labels)) for caption in self.captions]
         self.telling = sum(shares) / len(shares) <= MOST_BY_CHANCE
         self.vae: Any = None  # of the pipeline, once there is one

@@ -709,7 +709,7 @@ def _certainly_above(limit: float, measured: Measurement, deciding: str) -> list
             and row.excess is not None
             and row.excess.low > limit
         )
-        or (limit < 1 and draws_its_images(row))
+        or draws_its_images(row)
     ]
 
 
@@ -797,9 +797,7 @@ def _report(
         histograms=[_decision_histogram(decision, name), *(_histogram(f, measured, name) for f in features)],
         tokens=pulls,
         made=_made(settings, training, heldout, generated),
-        notes=_notes(
-            settings, training, heldout, generated, measured.row(COPIES), decision, verdict, used, measured.rows
-        ),
+        notes=_notes(settings, training, heldout, generated, measured, decision, verdict, used),
         groups=decision.groups,
         shown=_SHOWN,
     )
@@ -858,10 +856,10 @@ def _histogram(feature: Features, measured: Measurement, name: str) -> Histogram
 
 
 def _notes(
-    settings: AuditSettings, training: ImageDataset, heldout: ImageDataset | None, generated: Generated, copies: Row,
-    decision: Decision, verdict: Mapping[str, Any], used: Mapping[str, Any] | None, rows: Sequence[Row],
+    settings: AuditSettings, training: ImageDataset, heldout: ImageDataset | None, generated: Generated, measured: Measurement,
+    decision: Decision, verdict: Mapping[str, Any], used: Mapping[str, Any] | None,
 ) -> list[str]:  # fmt: skip
-    share, n, device = copies.generated, len(generated.images), torch.device(_device(settings)).type
+    share, n, device = measured.row(COPIES).generated, len(generated.images), torch.device(_device(settings)).type
     notes = [decision.rule]
     if settings.fail_over is not None:
         said = (
@@ -897,7 +895,7 @@ def _notes(
             f"{decision.searched} training images were laid over the generated ones: those that a feature found near, and a draw of the others. "
             "A changed copy of another one is found by the features alone."
         )
-    if any(row.name.startswith(f"{OWN}-") for row in rows):
+    if any(row.name.startswith(f"{OWN}-") for row in measured.rows):
         notes.append(
             "Own training image closest: of all real images, trained and held out, the nearest to a generated one is the training image of its prompt. It sees "
             "blurred and redrawn copies that the decision does not count. Its held-out column has the base's images for the same prompts, where there are any: "
@@ -928,9 +926,9 @@ def _notes(
     if generated.prompts is None:
         notes.append("No prompts are known: every image is resampled by itself, as if no two came from one prompt.")
     if training.groups:
-        alike = sum(len(group.rows) for group in training.groups)
+        rows = sum(len(group.rows) for group in training.groups)
         notes.append(
-            f"{alike} of {len(training)} training images have duplicates ({len(training.groups)} groups); those of a group count as "
+            f"{rows} of {len(training)} training images have duplicates ({len(training.groups)} groups); those of a group count as "
             "one: d2 is the distance to the nearest image of another group."
         )
     if settings.mirrored:

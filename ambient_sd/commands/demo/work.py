@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from ambient_sd.assets import BASE, STYLE
-from ambient_sd.audit.closest import FEATURES, OWN, agreeing, closest, closest_rows, own_closest
+from ambient_sd.audit.closest import FEATURES, NEAREST, OWN, agreeing, closest, closest_rows, own_closest
 from ambient_sd.audit.decision import HELDOUT, CopyDecision, through_vae
 from ambient_sd.audit.features import embed
 from ambient_sd.audit.metrics import Measurement, Row, bootstrap, distances, measure, memorized
@@ -80,7 +80,6 @@ TRAINING: dict[str, Any] = {
 }
 AMBIENT: dict[str, Any] = {"ambient_level": 1.0, "reweight": 2}
 DISTILL: dict[str, Any] = {"distill_level": 2.5}
-NEAREST = 10  # a sample shows what its caption says if the real image of that caption is among so many nearest ones
 _NEW_SEEDS = 1000  # added to the seed for captions that were not trained: the two sets share no start noise
 _SHOWN = 12  # of them, on the page
 
