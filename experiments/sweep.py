@@ -392,7 +392,7 @@ def write_pages(plan: Plan, out: Path) -> list[Path]:
         written.append(path)
         if plan.style is not None:
             path = out / chart_file(f"samples{NEW}", name)
-            sample_page(steps, _rows(plan.heldout, "heldout", config), config.resolution, part=NEW).save(path)
+            sample_page(steps, open_rows(plan.heldout, "heldout", config), config.resolution, part=NEW).save(path)
             written.append(path)
     return written
 
@@ -440,7 +440,7 @@ _known: dict[tuple[object, ...], Reals] = {}
 
 def open_reals(plan: Plan, config: TrainConfig) -> Reals:
     """Return the embedded real images of a run; the next run on the same ones in this process finds them embedded."""
-    training, heldout = open_images(config), _rows(plan.heldout, "heldout", config)
+    training, heldout = open_images(config), open_rows(plan.heldout, "heldout", config)
     base = resolve_model_id(str(config.pretrained_model_name_or_path))
     key = training.fingerprint(), heldout.fingerprint(), base, config.resolution
     if key not in _known:
@@ -455,11 +455,11 @@ def open_reals(plan: Plan, config: TrainConfig) -> Reals:
 def open_classifier(plan: Plan, config: TrainConfig, reals: Reals) -> Classifier:
     """Return what tells the study's style from others; it is trained once in a study."""
     assert plan.style is not None
-    these, others = (_rows(getattr(plan.style, side), f"style: {side}", config) for side in ("these", "others"))
+    these, others = (open_rows(getattr(plan.style, side), f"style: {side}", config) for side in ("these", "others"))
     return read_classifier(these, others, plan.style.concept, reals.vae, reals.side, Path(str(config.latent_cache_dir)))
 
 
-def _rows(given: Mapping[str, Any], where: str, config: TrainConfig) -> ImageDataset:
+def open_rows(given: Mapping[str, Any], where: str, config: TrainConfig) -> ImageDataset:
     """Open images that a study names under `where`; what it does not say is as in a run's settings."""
     given = dict(given)
     source = given.pop("train_data_dir", None) or given.pop("dataset_name", None) or config.source
@@ -509,7 +509,7 @@ def _check_reals(plan: Plan, runs: Sequence[Run]) -> None:
         if data in seen:
             continue
         seen.add(data)
-        training, heldout = open_images(config), _rows(plan.heldout, "heldout", config)
+        training, heldout = open_images(config), open_rows(plan.heldout, "heldout", config)
         training.fingerprint(), heldout.fingerprint()  # fill in the keys, and find images that cannot be read
         if shared := len(set(training.keys) & set(heldout.keys)):
             raise UserError(f"study {plan.name}: heldout: {shared} of {len(heldout)} images are training images of {run.label!r}",
@@ -520,7 +520,7 @@ def _check_reals(plan: Plan, runs: Sequence[Run]) -> None:
             raise UserError(f"study {plan.name}: style: {shared} captions of held-out images are trained by {run.label!r}",
                             rule="a style is judged on captions that no run has seen", remedy="give other held-out images")  # fmt: skip
         for side in ("these", "others"):
-            _rows(getattr(plan.style, side), f"style: {side}", config).column(plan.style.concept)
+            open_rows(getattr(plan.style, side), f"style: {side}", config).column(plan.style.concept)
 
 
 def _folder(run: Run, out: Path) -> OutputFolder:

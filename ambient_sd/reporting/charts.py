@@ -293,7 +293,8 @@ def bars(title: str, rows: Sequence[tuple[str, float]]) -> Markup:
 
 
 def write_training_curve(path: Path, evaluations: Sequence[Mapping[str, float]], kept: Kept) -> None:
-    """Write the evaluations of a training as a PNG: copy rate with its intervals above, quality below, and what was kept."""
+    """Write the evaluations of a training as a PNG: copy rate with its intervals above, quality below, and what was kept; beside the copy rate the
+    share of images nearest to their own training image, where it was measured."""
     with _figure(4.4) as figure:
         figure.set_layout_engine("constrained")
         figure.set_facecolor(PALETTE["card"])
@@ -302,9 +303,13 @@ def write_training_curve(path: Path, evaluations: Sequence[Mapping[str, float]],
         steps = [e["step"] for e in evaluations]
         low, high = ([100 * e[name] for e in evaluations] for name in ("copies_low", "copies_high"))
         top.fill_between(steps, low, high, color=PALETTE["run0"], alpha=0.18, linewidth=0)
-        top.plot(steps, [100 * e["copies"] for e in evaluations], color=PALETTE["run0"], marker="o", markersize=4)
+        top.plot(steps, [100 * e["copies"] for e in evaluations], color=PALETTE["run0"], marker="o", markersize=4, label="copies")  # fmt: skip
+        if own := [e for e in evaluations if "own" in e]:
+            top.plot([e["step"] for e in own], [100 * e["own"] for e in own], color=PALETTE["run2"], marker="s", markersize=4,
+                     label="nearest to their own training image")  # fmt: skip
+            top.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
         top.axhline(100 * kept.allowed, color=PALETTE["held"], linestyle="--", linewidth=1)
-        top.set(ylabel="copy rate, %", ylim=(0, None))
+        top.set(ylabel="of the images, %", ylim=(0, None))
         for axes in rest:
             axes.plot([e["step"] for e in quality], [1000 * e["kid"] for e in quality], color=PALETTE["run3"], marker="o", markersize=4)  # fmt: skip
             axes.set(ylabel="KID x 1000, new captions\n(lower is better)")

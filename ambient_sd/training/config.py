@@ -192,7 +192,7 @@ class TrainConfig:
     probe_steps: int | None = option(None, "measure the copy rate every N optimizer steps: sample images for training captions and compare them with the training images", group="validation", low=1)
     probe_images: int | None = option(None, "images per evaluation (default 32)", group="validation", low=1, needs="probe_steps")
     stop_on_memorization: float | None = option(None, "end the run at the first evaluation whose copy rate, decided as in an audit, is above this; with --keep best at the second in a row", group="validation", low=0.0, high=1.0, needs="probe_steps")
-    keep: str = option("last", "which weights are the result. best: of the last evaluation before copying begins, that is before two in a row have more copies than images of the base (and than stop_on_memorization); the run ends there. Every evaluation then leaves a checkpoint", group="validation", choices=("last", "best"), needs="probe_steps")
+    keep: str = option("last", "which weights are the result. best: of the last evaluation before copying begins, that is before two in a row have more copies than images of the base (and than stop_on_memorization), or more than half of the images beyond the base's nearest to their own training image; the run ends there. Every evaluation then leaves a checkpoint", group="validation", choices=("last", "best"), needs="probe_steps")
     probe_prompts: list[str] | None = option(None, "keep best: prompts that are not trained, or a file of them, on which the probe measures quality (default: composed of the training captions' words)", group="validation", needs="keep=best")
 
     checkpointing_steps: int = option(500, "write a checkpoint every N optimizer steps", group="checkpoints", low=1)

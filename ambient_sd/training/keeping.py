@@ -1,8 +1,15 @@
 """`--keep best`: the result is the last evaluated checkpoint before copying begins.
 
-    allowed  = max(copy rate of the base's own images, stop_on_memorization)        same captions and start noise, step 0
-    begins   = the first evaluation above it whose next one is above it too, or that is the last
-    kept     = the evaluation before it; the last one where copying does not begin
+    allowed    = max(copy rate of the base's own images, stop_on_memorization)      same captions and start noise, step 0
+    drawn      = share of images nearest to their caption's own training image, less the same share of the base's images
+    copying    : copy rate > allowed  or  drawn > `MOSTLY`                          `MOSTLY` is what fails an audit, 0.5
+    begins     = the first evaluation that sees copying and whose next one does too, or that is the last
+    kept       = the evaluation before it; the last one where copying does not begin
+
+The second clause, because a small network redraws its images long before they are copies by the decision: in one study it had 29 % nearest to
+their own image when quality on new captions was at its best, and 92 % when the first copies came (docs/results/style-60.md). An audit fails a
+model that lies above the same bound with its whole interval; the probe is small, so its value decides. Where captions hardly tell images
+apart, or the base was not measured, it says nothing.
 
 One evaluation alone may be a false alarm; where the last one is above, nothing can confirm it and the earlier one is kept. The rule is a
 function of the evaluations alone, which checkpoints hold: a resumed run keeps what a straight one keeps.
@@ -13,8 +20,11 @@ copy rate, on captions that are not trained, so that a person sees what an earli
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from ambient_sd.audit.closest import MOSTLY
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,7 @@ class Kept:
         began: step of the evaluation at which copying began; None if it did not.
         confirmed: the next evaluation saw copying too, so that going on can change nothing.
         allowed: copy rate up to which an evaluation counts as clean.
+        drawn: the evaluation that began it has no more copies than that, but this share of images nearest to their own training image; else None.
 
     Example:
         >>> Kept(step=200, began=300, confirmed=True, allowed=0.0).describe()
@@ -36,13 +47,17 @@ class Kept:
     began: int | None
     confirmed: bool
     allowed: float
+    drawn: float | None = None
 
     def describe(self) -> str:
         """Return it in one line."""
         if self.began is None:
             return f"kept step {self.step}, the last one; no evaluation saw copying begin"
         kept = "nothing is kept" if self.step is None else f"kept step {self.step}"
-        return f"{kept}; copying began at step {self.began}, above a copy rate of {100 * self.allowed:.2g} %"
+        why = f"above a copy rate of {100 * self.allowed:.2g} %"
+        if self.drawn is not None:
+            why = f"with {100 * self.drawn:.2g} % of the probe's images nearest to their own training image"
+        return f"{kept}; copying began at step {self.began}, {why}"
 
 
 def decide(evaluations: Sequence[Mapping[str, float]], limit: float = 0.0) -> Kept:
@@ -55,15 +70,22 @@ def decide(evaluations: Sequence[Mapping[str, float]], limit: float = 0.0) -> Ke
     Example:
         >>> curve = [{"step": step, "copies": share} for step, share in ((0, 0.03), (100, 0.0), (200, 0.06), (300, 0.03), (400, 0.1), (500, 0.2))]
         >>> decide(curve)  # step 200 was a false alarm
-        Kept(step=300, began=400, confirmed=True, allowed=0.03)
+        Kept(step=300, began=400, confirmed=True, allowed=0.03, drawn=None)
         >>> decide(curve[:3]).step
         100
+        >>> redrawn = [{"step": step, "copies": 0.0, "own": own} for step, own in ((0, 0.02), (100, 0.3), (200, 0.7), (300, 0.9))]
+        >>> decide(redrawn).describe()
+        "kept step 100; copying began at step 200, with 70 % of the probe's images nearest to their own training image"
     """
-    allowed = max([limit, *(e["copies"] for e in evaluations if e["step"] == 0)])
+    base = [e for e in evaluations if e["step"] == 0]
+    allowed = max([limit, *(e["copies"] for e in base)])
+    known = min([math.inf, *(e["own"] for e in base if "own" in e)])
     trained = [e for e in evaluations if e["step"] > 0]
-    steps, above = [int(e["step"]) for e in trained], [e["copies"] > allowed for e in trained]
+    steps, copies = [int(e["step"]) for e in trained], [e["copies"] > allowed for e in trained]
+    above = [over or e.get("own", 0.0) - known > MOSTLY for e, over in zip(trained, copies, strict=True)]
     for i, over in enumerate(above):
         last = i + 1 == len(above)
         if over and (last or above[i + 1]):
-            return Kept(steps[i - 1] if i else None, steps[i], not last, allowed)
+            drawn = None if copies[i] else trained[i]["own"]
+            return Kept(steps[i - 1] if i else None, steps[i], not last, allowed, drawn)
     return Kept(steps[-1] if steps else None, None, False, allowed)

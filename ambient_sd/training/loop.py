@@ -717,7 +717,7 @@ class _Trainer:
         if step is None:
             first = next(e["step"] for e in self.evaluations if e["step"] > 0)
             raise UserError(f"copying began before the first evaluation, step {first:g}", rule="no checkpoint is clean, so --keep best keeps none",
-                            remedy="evaluate earlier (--probe_steps), lower learning_rate, or allow more (--stop_on_memorization); the checkpoints are left")  # fmt: skip
+                            remedy="evaluate earlier (--probe_steps), lower learning_rate, or give --keep last; the checkpoints are left")  # fmt: skip
         accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         unet = sharding.whole_unet(self.unet)
         if accelerator.is_main_process:

@@ -2,7 +2,7 @@
 
     copies       copy rate of the probe's images                                    `ambient_sd.audit.decision`, as in an audit
     published    share with d1 / d2 < 1/3, distances in pixels at 64 x 64           for comparison (Yoon et al. 2023)
-    own          share whose closest training image is their caption's own, pixels   sees redrawn images long before they are copies; decides nothing
+    own          share whose closest training image is their caption's own, pixels   sees redrawn images long before they are copies
 
 The decision's null is the training images among themselves, as a run has no held-out ones. With fewer than 20 different images
 there is no null, and the published measure counts too. Prompts are captions of the training set: copies appear for those first.

@@ -41,6 +41,35 @@ def test_last_clean_evaluation_is_kept(shares: Any, limit: float, step: int | No
     assert (kept.step, kept.began, kept.confirmed) == (step, began, confirmed)
 
 
+def redrawn(*shares: float | None) -> list[dict[str, float]]:
+    """No copies by the decision; of these shares of images the closest training image is their own."""
+    return [e if own is None else {**e, "own": own} for e, own in zip(curve(*[0.0] * len(shares)), shares, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("shares", "step", "began"),
+    [
+        ((0.02, 0.3, 0.52, 0.5), 30, None),  # half of the images beyond the base's is not above it
+        ((0.02, 0.3, 0.53, 0.9), 10, 20),
+        ((0.02, 0.3, 0.9, 0.3, 0.3), 40, None),  # a false alarm
+        ((0.4, 0.7, 0.89, 0.89), 30, None),  # a base whose captions say as much
+        ((0.4, 0.7, 0.91, 0.91), 10, 20),
+        ((None, None, None), 20, None),  # captions tell nothing apart
+        ((None, 0.9, 0.9), 20, None),  # the base was not measured: nothing says what captions alone give
+    ],
+)
+def test_redrawn_images_are_copying_too(shares: Any, step: int, began: int | None) -> None:
+    kept = decide(redrawn(*shares))
+    assert (kept.step, kept.began) == (step, began)
+    assert (kept.drawn is None) is (began is None)
+
+
+def test_either_sign_confirms_the_other() -> None:
+    mixed = [{**e, "copies": copies} for e, copies in zip(redrawn(0, 0.1, 0.7, 0.2), (0, 0, 0, 0.1), strict=True)]
+    kept = decide(mixed)
+    assert (kept.step, kept.began, kept.confirmed, kept.drawn) == (10, 20, True, 0.7)
+
+
 def test_composed_captions_are_new_and_of_the_same_words() -> None:
     captions = ["a red apple, flat", "a blue house, flat", "a green tree, flat", "a small dog, flat"]
     made = compose(captions, 12, seed=1)
