@@ -1,4 +1,4 @@
-"""Build what version 2 of the base model is fine-tuned and measured on: a style, and a hand, that it has never seen.
+"""Build what the base model is fine-tuned and measured on: two styles, and a hand, that it has never seen.
 
     python -m experiments.build_styles --packages DIR --base build/base2/images.parquet --out build/base2
 
@@ -11,10 +11,13 @@ The base has seen no image in this style. Of its concepts it knows some.
 | `style_test`  | known, of other families than those of `style_train`                      | does the style carry over?       |
 | `style_novel` | seen in no style, by the base or in `style_train`                         | are there things it cannot draw? |
 
+`outline.parquet`: OpenMoji (npm `@iconify-json/openmoji` 1.2.29, CC-BY-SA-4.0), drawn with black outlines and room around them, to confirm
+on: `outline_train` (nested `outline_60`) and `outline_test`, by hashes of their own, so mostly other concepts than those of `style_60`.
+
 The embedded `ambient_sd/assets/twemoji.parquet` is `style_60` as split `train` and `style_test` as split `heldout` (`--assets`).
 
 `confirm.parquet`: one clip-art artist (`clip_art.CONFIRM`, public domain), kept out of the base altogether and chosen before any
-result, to confirm on another kind of image: `confirm_train` (nested `confirm_60`) and `confirm_test`, again apart by family. `experiments/style_sets.json` lists both files' names by split.
+result, to confirm on another kind of image: `confirm_train` (nested `confirm_60`) and `confirm_test`, again apart by family. `experiments/style_sets.json` lists all files' names by split.
 
 Families (`experiments.concepts`) hold variants together: skin tones, gender, cat faces, colours, words for one thing, and all that
 looks nearly the same in this style. A family is on one side; `style_train` and `style_test` take at most two images of it. Left out
@@ -26,6 +29,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +52,10 @@ from experiments.build_images import (
 )
 from experiments.concepts import families, order, words
 
-TWEMOJI = {"twemoji": "@iconify-json/twemoji@1.2.5"}
+PACKAGES = {"twemoji": "@iconify-json/twemoji@1.2.5", "openmoji": "@iconify-json/openmoji@1.2.29"}
 CREDIT = {
     "twemoji": "Twemoji, graphics by Twitter, Inc and other contributors, CC-BY-4.0 (creativecommons.org/licenses/by/4.0/), resized",
+    "openmoji": "OpenMoji, the open-source emoji and icon project, CC-BY-SA-4.0 (creativecommons.org/licenses/by-sa/4.0/), resized",
     "confirm": f"Open Clip Art Library, {clip_art.CONFIRM}, public domain",
 }
 SETS = Path(__file__).with_name("style_sets.json")
@@ -90,28 +95,44 @@ def sides(rows: list[dict[str, Any]], kind: str, *, test_share: int = 3) -> list
     return found
 
 
-def styles(concepts: list[dict[str, Any]], packages: Path, seen: list[Any]) -> list[dict[str, Any]]:
-    """List the rows of `styles.parquet`. `seen`: the images that the base was trained on."""
-    root = fetch(packages, TWEMOJI)["twemoji"]
+def drawn(style: str, concepts: list[dict[str, Any]], packages: Path, seen: list[Any]) -> list[dict[str, Any]]:
+    """List the concepts that a package of `PACKAGES` draws, without what is the same drawing as an image that was `seen`; families as it looks."""
+    root = fetch(packages, {style: PACKAGES[style]})[style]
     svgs, names = icons(root), icon_names(root)
     rows = []
     for c in concepts:
         picture = rasterize(svgs[names[c["code"]]]) if names.get(c["code"]) in svgs else None
         if picture is not None:
             name, *aliases = c["names"]
-            about = {"style": "twemoji", "text": f"twemoji emoji of {name}", "credit": CREDIT["twemoji"]}
+            about = {"style": style, "text": f"{style} emoji of {name}", "credit": CREDIT[style]}
             rows.append({"image": picture, "name": name, "aliases": aliases, **about} | c)
     images = [r["image"] for r in rows]
     groups = merged([r["family"] for r in rows], distances(images, images) < NEAR_DUPLICATE_RMS)
     same = (distances(images, seen) < SAME_DRAWING_RMS).any(1)
-    rows = [r | {"family": g} for r, g, leak in zip(rows, groups, same, strict=True) if not leak]
-    novel_families = {r["family"] for r in rows if r["base2"] == "novel"}
-    known = [r for r in rows if r["base2"] == "known" and r["emoji"] == "base" and r["family"] not in novel_families]
-    novel = [r | {"split": "style_novel", "rank": -1} for r in rows if r["base2"] == "novel"]
+    return [r | {"family": g} for r, g, leak in zip(rows, groups, same, strict=True) if not leak]
+
+
+def known_sides(rows: list[dict[str, Any]], kind: str, subsets: Sequence[int]) -> list[dict[str, Any]]:
+    """Split the concepts that both versions of the base know from other styles into `kind`_train, with nested subsets, and `kind`_test."""
+    novel = {r["family"] for r in rows if r["base2"] == "novel"}
+    known = [r for r in rows if r["base2"] == "known" and r["emoji"] == "base" and r["family"] not in novel]
     return [
-        r | {f"style_{n}": r["split"] == "style_train" and r["rank"] < n for n in (60, 300)}
-        for r in [*sides(known, "style"), *novel]
+        r | {f"{kind}_{n}": r["split"] == f"{kind}_train" and r["rank"] < n for n in subsets}
+        for r in sides(known, kind)
     ]
+
+
+def styles(concepts: list[dict[str, Any]], packages: Path, seen: list[Any]) -> list[dict[str, Any]]:
+    """List the rows of `styles.parquet`. `seen`: the images that the base was trained on."""
+    rows = drawn("twemoji", concepts, packages, seen)
+    no_subset = {"style_60": False, "style_300": False}
+    novel = [r | {"split": "style_novel", "rank": -1, **no_subset} for r in rows if r["base2"] == "novel"]
+    return [*known_sides(rows, "style", (60, 300)), *novel]
+
+
+def outline(concepts: list[dict[str, Any]], packages: Path, seen: list[Any]) -> list[dict[str, Any]]:
+    """List the rows of `outline.parquet`."""
+    return known_sides(drawn("openmoji", concepts, packages, seen), "outline", (60,))
 
 
 def confirm(
@@ -164,7 +185,9 @@ def main() -> None:
     parser.add_argument(
         "--base", type=Path, required=True, help="what the base is trained on, from build_images --set base2"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for styles.parquet and confirm.parquet")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for styles.parquet, outline.parquet and confirm.parquet"
+    )
     parser.add_argument("--assets", type=Path, help="write the embedded set to this file too")
     args = parser.parse_args()
     concepts = json.loads(CONCEPTS.read_text())
@@ -175,6 +198,7 @@ def main() -> None:
     listed: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for name, rows in {
         "styles": styles(concepts, args.packages, seen),
+        "outline": outline(concepts, args.packages, seen),
         "confirm": confirm(concepts, args.packages, seen, told),
     }.items():
         written = [encoded(r) for r in rows]

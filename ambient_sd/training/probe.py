@@ -63,7 +63,7 @@ class ProbeEvaluation:
         copies: the copy rate with its 95 % Wilson interval.
         published: share of images with d1/d2 < 1/3.
         median_ratio: of d1/d2; score: median of the guard's.
-        sheet: the images, each row above the training images that explain it best; on the main process only.
+        sheet: the images, each above the training image that it copies, or else its caption's own; on the main process only.
         kid: of the images for captions that are not trained; None where there are none.
         new_sheet: those images; on the main process only.
         own: share of images nearest to their caption's own training image; None where captions hardly tell images apart.
@@ -140,6 +140,9 @@ class Probe:
         self.owners = owners_of(images.captions, images.noise_keys)
         shares = [len(self.owners[caption]) / len(set(self.labels)) for caption in self.captions]
         self.telling = sum(shares) / len(shares) <= MOST_BY_CHANCE
+        # Beside a sample that is no copy the image of its caption tells more than the one that happens to be nearest.
+        row_of = {label: row for row, label in enumerate(self.labels)}
+        self.own = [row_of[images.noise_keys[i]] for i in chosen]
         self.vae: Any = None  # of the pipeline, once there is one
         self.device = torch.device("cpu")  # of the run, then
         self.features = Pixels(_SIDE)
@@ -203,7 +206,8 @@ class Probe:
         published = memorized(near)
         decided = self.decision(images, published)
         copies = Estimate.of_share(int(decided.copy.sum()), len(images))
-        originals = [self.originals[i].resize(images[0].size) for i in decided.row.tolist()]
+        shown = [row if copy else own for row, own, copy in zip(decided.row.tolist(), self.own, decided.copy.tolist(), strict=False)]  # fmt: skip
+        originals = [self.originals[i].resize(images[0].size) for i in shown]
         pairs = [above(*pair) for pair in zip(images, originals, strict=True)]
         marks = [", copy" if copy else "" for copy in decided.copy.tolist()]
         captions = [
