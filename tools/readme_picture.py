@@ -17,13 +17,13 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ambient_sd.assets import STYLE
+from ambient_sd.assets import BASE, STYLE
 from ambient_sd.cli import main as ambient_sd
 from ambient_sd.data.sources import load_rows
 
 SAMPLER = ["--scheduler", "dpm++", "--num_inference_steps", "15", "--guidance_scale", "4"]  # the demo's
 SEEDS = {"train": 0, "heldout": 1000}
-RUNS = ("plain", "ambient", "distill")
+RUNS = ("base", "plain", "ambient", "distill")
 TITLES = {"train": ("training image", *RUNS), "heldout": ("real image", *RUNS)}
 HEADS = {"train": "captions that were trained", "heldout": "captions that were not"}
 SHOWN = 6
@@ -67,9 +67,12 @@ def main() -> None:
     args = parser.parse_args()
     blocks, captions = {}, {}
     for kind, seed in SEEDS.items():
-        real = load_rows(STYLE, split=kind)
+        real = load_rows(STYLE, split=kind, caption_column="name")
         captions[kind] = real.captions[:SHOWN]
-        drawn = [sample(args.demo / run, captions[kind], seed, args.out / f"{run}-{kind}") for run in RUNS]
+        drawn = [
+            sample(BASE if run == "base" else args.demo / run, captions[kind], seed, args.out / f"{run}-{kind}")
+            for run in RUNS
+        ]
         blocks[kind] = [[real[i].image, *(images[i] for images in drawn)] for i in range(SHOWN)]
     compose(blocks, captions).save(args.out / "readme.png", optimize=True)
 

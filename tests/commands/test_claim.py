@@ -16,7 +16,7 @@ from ambient_sd.reporting.report import find
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_distillation_gives_a_third_back_of_what_plain_gives_back(seed: int, tmp_path: Path) -> None:
     report = run_demo(DemoSettings(output_dir=tmp_path / "out", seed=seed))
-    plain, distill, ambient = report.runs
+    plain, distill, ambient, _base = report.runs
     for name in ("own-pixels64", "own-edges16"):
         most, least, noisy = (run.row(name).generated for run in (plain, distill, ambient))
         assert most.value >= 0.6, "the control: where plain gives nothing back there is nothing to reduce"

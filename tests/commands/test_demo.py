@@ -56,7 +56,7 @@ def test_demo_writes_page_figures_sheets_and_loadable_models(
     assert page.startswith("<!doctype html>") or page.startswith("<!DOCTYPE html>")
     assert "http://" not in page.replace("http://www.w3.org", "") and "<script" not in page
     figures = json.loads((out / "figures.json").read_text())
-    assert set(figures["runs"]) == {"plain", "ambient", "distill"}
+    assert list(figures["runs"]) == ["plain", "distill", "ambient", "base"]
     for rows in figures["runs"].values():
         # What comes back of the own image decides the sentence; copies by the audit's definition and the published measure stand beside it.
         assert list(rows)[:3] == ["own-pixels64", "own-edges16", "copies"] and {
@@ -76,7 +76,12 @@ def test_demo_writes_page_figures_sheets_and_loadable_models(
         for row in rows.values():
             for figure in row.values():
                 assert figure["n"] > 0 and figure["low"] <= figure["value"] <= figure["high"]
-    assert (out / "new.png").exists() and "Captions that were not trained" in page
+    assert (
+        (out / "new.png").exists()
+        and (out / "base.png").exists()
+        and not (out / "base").exists()
+        and "Captions that were not trained" in page
+    )
     for name in ("plain", "ambient", "distill"):
         assert (out / f"{name}.png").exists()
         assert (out / name / "unet" / "diffusion_pytorch_model.safetensors").exists()

@@ -1,6 +1,7 @@
 """The demo: one small Stable Diffusion 2, fine-tuned on 60 images of a new style with each loss, sampled under the guard, measured, on one page.
 
-The runs are the same command but for `objective`: same base, images, order, timesteps, fresh noise, steps, and start noise of the samples.
+The runs are the same command but for `objective`: same base, images, order, timesteps, fresh noise, steps, and start noise of the samples. Beside
+them stands the base as it is: what captions alone give, and what it draws without any training.
 What comes back is counted on samples for the captions that were trained, the case in which copying is easiest. Quality is measured on samples for captions
 that were not, against the real images of these: on training captions it would reward copying. Nothing about the outcome is written down
 beforehand: the page and the table say what was measured.
@@ -60,6 +61,7 @@ CONTENTS = (
     "report.html",
     "figures.json",
     "new.png",
+    "base.png",
     *(f"{name}{end}" for name in ("plain", "ambient", "distill") for end in ("", ".png")),
     FILE,
 )
@@ -68,6 +70,7 @@ TRAINING: dict[str, Any] = {
     "pretrained_model_name_or_path": str(BASE),
     "train_data_dir": str(STYLE),
     "dataset_split": "train",
+    "caption_column": "name",  # the base knows the things, and no name of this style
     "resolution": 64,
     "center_crop": True,
     "train_batch_size": 8,
@@ -80,6 +83,7 @@ TRAINING: dict[str, Any] = {
 }
 AMBIENT: dict[str, Any] = {"ambient_level": 1.0, "reweight": 2}
 DISTILL: dict[str, Any] = {"distill_level": 2.5}
+ALONE = "base"  # the base without training, in tables
 _NEW_SEEDS = 1000  # added to the seed for captions that were not trained: the two sets share no start noise
 _SHOWN = 12  # of them, on the page
 
@@ -130,7 +134,8 @@ def sample(
 
 
 def _side_by_side(settings: DemoSettings, prompts: Sequence[str], new: Sequence[str]) -> dict[str, Any]:
-    """Train and sample every objective, each in a process of its own; return images, scores, images of new captions and summary by objective.
+    """Train and sample every objective, each in a process of its own, and sample the base; return images, scores, images of new captions and
+    summary by name.
 
     Two networks this small make better use of two cores than one network with two threads: 1.5 times the steps a second.
     """
@@ -141,6 +146,8 @@ def _side_by_side(settings: DemoSettings, prompts: Sequence[str], new: Sequence[
             pool.submit(_train_and_sample, settings, objective, list(prompts), list(new), place, threads): objective
             for place, objective in enumerate(settings.objectives)
         }
+        # Last in line: it begins where the first run has ended.
+        jobs[pool.submit(_sampled, BASE, settings, ALONE, list(prompts), list(new), 0, threads)] = ALONE
         try:
             return {jobs[job]: job.result() for job in as_completed(jobs)}
         except BaseException:
@@ -159,10 +166,23 @@ def _train_and_sample(
     bar = {"desc": f"train {objective:7}", "position": place}  # each process owns one line of the terminal
     record = train(config, bar=bar)
     write_run_card(record)
-    images, scores = sample(config.output_dir, prompts, settings, title=f"sample {objective:7}", position=place)
+    images, scores, fresh, _ = _sampled(config.output_dir, settings, objective, prompts, new, place, threads)
+    return images, scores, fresh, {
+        "optimizer steps": record.steps, "training seconds": round(record.seconds), "loss, last 100 steps": f"{record.loss:.4f}",
+        "learning rate": config.learning_rate, "batch": config.train_batch_size,
+    }  # fmt: skip
+
+
+def _sampled(
+    folder: str | Path, settings: DemoSettings, name: str, prompts: list[str], new: list[str], place: int, threads: int
+) -> tuple[list[Image.Image], list[float], list[Image.Image], dict[str, Any]]:
+    """Sample a model for trained captions and for new ones."""
+    torch.set_num_threads(threads)
+    quiet()
+    images, scores = sample(folder, prompts, settings, title=f"sample {name:7}", position=place)
     others = dataclasses.replace(settings, seed=settings.seed + _NEW_SEEDS)
-    fresh, _ = sample(config.output_dir, new, others, title=f"new captions {objective:7}", position=place, k=1)
-    return images, scores, fresh, {key: getattr(record, key) for key in ("steps", "seconds", "loss")}
+    fresh, _ = sample(folder, new, others, title=f"new captions {name:7}", position=place, k=1)
+    return images, scores, fresh, {}
 
 
 def run_demo(settings: DemoSettings) -> Report:
@@ -187,7 +207,7 @@ def run_demo(settings: DemoSettings) -> Report:
             if f.name not in ("output_dir", "overwrite", "open")
         }
     )
-    heldout = load_rows(STYLE, split="heldout")
+    heldout = load_rows(STYLE, split="heldout", caption_column=plans[0].config.caption_column)
     training_images = [row.image for row in training]
     captions = [row.caption for row in training]
     features = choose(with_sscd("pixels", "edges", "efflite0"), device=own_device())
@@ -215,7 +235,8 @@ def run_demo(settings: DemoSettings) -> Report:
     print(f"3 {step}: measuring", flush=True)
     sections: list[RunSection] = []
     measured: dict[str, Measurement] = {}
-    for objective, config in configs.items():
+    said_of = {**{objective: describe(config) for objective, config in configs.items()}, ALONE: "the base as it is, without training"}  # fmt: skip
+    for objective, what in said_of.items():
         images, scores, fresh, summary = runs[objective]
         drawn, drawn_new = (embed(some, features, progress=True) for some in (images, fresh))
         on_new = drawn_new[deep.name]
@@ -233,7 +254,7 @@ def run_demo(settings: DemoSettings) -> Report:
         sections.append(
             RunSection(
                 name=objective,
-                objective=describe(config),
+                objective=what,
                 figures=[
                     *closest_rows(came_back),
                     copies,
@@ -256,17 +277,11 @@ def run_demo(settings: DemoSettings) -> Report:
                     [training_images[i] for i in groups],
                     own,
                 ),
-                settings={
-                    "optimizer steps": summary["steps"],
-                    "training seconds": round(summary["seconds"]),
-                    "loss, last 100 steps": f"{summary['loss']:.4f}",
-                    "learning rate": config.learning_rate,
-                    "batch": config.train_batch_size,
-                },
+                settings=summary,
             )
         )
     print(f"4 {step}: writing the page", flush=True)
-    sheet = _sheet_of_new(heldout_images, new, {name: one[2] for name, one in runs.items()}, list(configs))
+    sheet = _sheet_of_new(heldout_images, new, {name: one[2] for name, one in runs.items()}, list(said_of))
     sheet.save(settings.output_dir / "new.png")
     report = Report(
         title=f"A small Stable Diffusion 2, fine-tuned on {len(training)} images of a new style",
@@ -281,7 +296,7 @@ def run_demo(settings: DemoSettings) -> Report:
             pages.Picture(
                 "Captions that were not trained",
                 data_uri(sheet, 4000),
-                f"The first ones, not selected. Above the real images, below them what {' and '.join(configs)} draw.",
+                f"The first ones, not selected. Above the real images, below them what {', '.join(configs)} and the base alone draw.",
             )
         ],
         floor="For distances held-out is the floor: the same real images as the autoencoder renders them.",
@@ -348,7 +363,8 @@ NOTES = (
     "Distances and caption agreement are those of samples for captions that were not trained, against the real images of these captions. "
     "Caption agreement: the real image of a sample's caption is among its 10 nearest of them.",
     "Own training image closest: of all real images, trained and held out, the nearest to a sample is the training image of its caption. The held-out "
-    "column has the same for captions that were not trained. It sees blurred copies that the decision does not count, and decides the sentence.",
+    "column has the same for captions that were not trained; the base alone says what captions give without any training. It sees blurred copies that the "
+    "decision does not count, and decides the sentence.",
     "The held-out column shows real images of the same kind that no run has seen.",
     "The guard's score compares within one model, size and number of steps; no threshold has been calibrated here.",
     "One seed, one small model, small images: what it says of a large model is for a run of that model to show.",
