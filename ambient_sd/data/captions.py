@@ -1,4 +1,4 @@
-"""Captions as texts: those that text encoders cut, and new ones of the same words.
+"""Captions as texts: those that text encoders cut, new ones of the same words, and those without a word that a model does not know.
 
 A text with more tokens than an encoder has positions (77 with start and end for CLIP) is cut, silently by diffusers and transformers. SDXL has
 two tokenizers: a text is cut where either cuts it. Where another encoder reads on (T5 of Stable Diffusion 3 and FLUX.1), only what that one
@@ -105,6 +105,33 @@ def in_one_line(cuts: Sequence[Cut], total: int, what: str, first: str) -> str:
         f"{len(cuts)} of {total} {what} are longer than the text encoder reads and are cut; the first, {one_line(first, 80)}, has "
         f"{one.tokens} tokens of {one.limit}, lost: {one_line(one.lost, 160)}"
     )
+
+
+def without(caption: str, phrases: Sequence[str]) -> str:
+    """Return a caption without words or phrases, whole and in any case, and without the commas and spaces that they leave behind.
+
+    Example:
+        >>> without("sks, a cat", ["sks"]), without("a photo of SKS dog", ["sks"]), without("a risksome cat", ["sks"])
+        ('a cat', 'a photo of dog', 'a risksome cat')
+    """
+    for phrase in phrases:
+        caption = _whole(phrase).sub(" ", caption)
+    caption = re.sub(r"\s+", " ", caption)
+    return re.sub(r"(?: ?, ?)+", ", ", caption).strip(", ") if phrases else caption
+
+
+def missing_from(captions: Sequence[str], phrases: Sequence[str]) -> list[str]:
+    """Return the phrases that `without` finds in none of the captions.
+
+    Example:
+        >>> missing_from(["sks, a cat"], ["SKS", "ohwx"])
+        ['ohwx']
+    """
+    return [phrase for phrase in phrases if not any(_whole(phrase).search(caption) for caption in captions)]
+
+
+def _whole(phrase: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<!\w){re.escape(phrase.strip())}(?!\w)", re.IGNORECASE)
 
 
 def compose(captions: Sequence[str], count: int, seed: int = 0) -> list[str]:

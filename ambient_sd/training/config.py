@@ -107,6 +107,7 @@ class TrainConfig:
     ambient_timestep: int | None = option(None, "the same level given as a timestep of the base model's schedule", group="objective", low=0, rival="ambient_level", needs="objective=ambient,gap,weighted,distill")
     gap_upper: float | None = option(None, "gap: upper edge of the noise levels without loss (required there)", group="objective", above=0.0, needs="objective=gap")
     distill_level: float | None = option(None, "distill: noise level above which the target is the base model's prediction on the same noisy image, without an adapter (default ambient_level, or 2.5); one more forward pass without gradient. From a lower ambient_level up to it the loss is ambient's", group="objective", above=0.0, needs="objective=distill")
+    distill_without: list[str] | None = option(None, "distill: words or phrases of the captions that the base does not know, such as a trigger word: it is asked without them, and the model learns to draw the same with them", group="objective", needs="objective=distill")
     reweight: int | None = option(None, "ambient and weighted: power q of the weight a^q, a = 1 - s_n^2 / s_t^2, on the levels above s_n: 2 = the paper's loss, 1 = noise target, 0 = full re-weighting (default 2)", group="objective", choices=(2, 1, 0), needs="objective=ambient,weighted,distill")
     noise_seed: int = option(0, "seed of what is fixed per image: its noise, its VAE draw and, under ambient, its view. The same images in a later run must keep the same seed: two noises of one image average out", group="objective", low=0, high=MAX_SEED)
 
@@ -378,6 +379,9 @@ class TrainConfig:
         if isinstance(level, float) and upper is not None and upper < level:
             raise UserError(f"distill_level is {upper:g}", rule=f"it must be at least ambient_level, {level:g}",
                             remedy="raise distill_level or lower ambient_level")  # fmt: skip
+        if any(not phrase.strip() for phrase in self.distill_without or ()):
+            raise UserError("distill_without has an empty phrase", rule="words of the captions are left out",
+                            remedy="name them, for example --distill_without sks")  # fmt: skip
         ambient = upper is not None and upper != level
         for given, name, rule in (
             (not ambient and self.reweight is not None, "reweight", "without an ambient_level below distill_level no loss is ambient"),

@@ -5,6 +5,9 @@
 Above `distill_level` the target is what the base already says, so no image is learnt there; what the base knows stays. It is the loss of
 "Learning without Forgetting" (Li and Hoiem, ECCV 2016), at some noise levels. Under an adapter the base is the network without it; of
 a whole fine-tune a frozen copy is held, in the precision of the run's arithmetic.
+
+`c` of the base may lack words that it does not know (`distill_without`): of a trigger word it would draw what that word happens to mean to it, and
+this would be learnt.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from ambient_sd.data import latents
 from ambient_sd.data.cache import SHARD_BYTES, Store, entry_id, fingerprint
+from ambient_sd.data.captions import without
 from ambient_sd.data.sources import ImageDataset
 from ambient_sd.data.stream import SampleStream
 from ambient_sd.data.views import Samples, View, ViewRule
@@ -157,6 +158,8 @@ class Encoder:
     def _embed_once(self) -> Callable[[Sequence[str]], dict[str, torch.Tensor]]:
         """Encode all captions of the images, into the cache or into memory, and return what gives their embeddings."""
         captions, texts = self.caption_encoder, self.images.all_captions
+        if left_out := self.config.distill_without:
+            texts = list(dict.fromkeys([*texts, *(without(text, left_out) for text in texts)]))
         if self.config.train_text_encoder:
             return captions.embed
         rest = self.accelerator.device if self._captions_change else "cpu"

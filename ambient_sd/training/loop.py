@@ -30,6 +30,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ambient_sd.data.buckets import BucketStream, assign
+from ambient_sd.data.captions import without
 from ambient_sd.data.duplicates import FixedNoise
 from ambient_sd.data.latents import MAX_HELD_BYTES
 from ambient_sd.data.sources import ImageDataset
@@ -566,6 +567,8 @@ class _Trainer:
         if not len(rows):
             return dataclasses.replace(corrupted, distilled=None)
         part = batch.rows(rows)
+        if self.config.distill_without and not line.prior:
+            part = dataclasses.replace(part, captions=[without(c, self.config.distill_without) for c in part.captions])
         with self.teacher.acting() as network:
             found = self._forward(network, line, part, corrupted.x_t[rows])
         return corrupted.with_base(found)

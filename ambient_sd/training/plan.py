@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
 from ambient_sd.data.buckets import assign, read_buckets
-from ambient_sd.data.captions import compose, find_cut, in_one_line
+from ambient_sd.data.captions import compose, find_cut, in_one_line, missing_from
 from ambient_sd.data.dataset_options import reading
 from ambient_sd.data.duplicates import noise_fingerprint
 from ambient_sd.data.enlargement import check_enlargement
@@ -141,6 +141,7 @@ class Plan:
             "guidance_scale": scale if (scale := family.embedded_guidance) != type(family).embedded_guidance else None,
             "flow_shift": self.config.flow_shift,
             "precondition_outputs": self.config.precondition_outputs or None,
+            "distill_without": self.config.distill_without,
             "lora_min_rank": self.config.lora_min_rank,
             "train_text_encoder": self.config.train_text_encoder or None,
             "lora_weights": None if self.start is None else self.start.file.sha256,
@@ -215,6 +216,9 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
     images = open_images(config)
     check_asks(config, images, fixed=objective.uses_noise)
     caption_augmentation.check(config, images)
+    if strange := missing_from(images.all_captions, config.distill_without or ()):
+        raise UserError(f"distill_without has {one_line(strange[0], 80)}", rule="it names words of the captions, and no caption has this one",
+                        remedy="correct it, or leave it out")  # fmt: skip
     grouped = config.near_duplicates == "share" and objective.level > 0
     if (found := prior.find(config, base, images)) is None:
         images.check(progress, near_duplicates=grouped)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import tiny_flow
 import torch
 from diffusers import UNet2DConditionModel
@@ -64,6 +66,40 @@ def test_steps_equal_those_written_out_by_hand(settings: Settings, tiny_base: Pa
     assert 0 < float(each.mean()) == pytest.approx(record.losses[0], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "values", [{"lora": True}, {"lora": False}, {"lora": True, "latent_cache_dir": "cache"}], ids=str
+)
+def test_the_base_is_asked_without_a_word_that_it_does_not_know(
+    settings: Settings, tiny_base: Path, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    """Above a level that all timesteps exceed, the first loss is the distance between the base's outputs for the two captions."""
+    folder = tiny.tiny_folder(tmp_path / "sks", count=8)
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    texts = [f"sks, {line['text']}" if i % 2 else f"{line['text']} in SKS style" for i, line in enumerate(lines)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line | {"text": text}) + "\n" for line, text in zip(lines, texts, strict=True)))  # fmt: skip
+    values = {name: str(tmp_path / value) if name == "latent_cache_dir" else value for name, value in values.items()}
+    config = settings(objective="distill", distill_level=1e-4, distill_without=["sks", "style"], train_data_dir=str(folder), train_batch_size=8, max_train_steps=1, caption_dropout=0.0, **values)  # fmt: skip
+    drawn: list[TrainingBatch] = []
+    record = run(config, progress=False, on_batch=drawn.append)
+    batch, pipe = drawn[0], check_base(str(tiny_base)).load_pipeline()
+    assert all("sks" in caption.lower() for caption in batch.captions)
+
+    def output(captions: list[str]) -> torch.Tensor:
+        ids = pipe.tokenizer(captions, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids  # fmt: skip
+        with torch.no_grad():
+            x_t = pipe.scheduler.add_noise(batch.x0, batch.noise, batch.timesteps)
+            return torch.as_tensor(pipe.unet(x_t, batch.timesteps, pipe.text_encoder(ids)[0], return_dict=False)[0])
+
+    known = {f"sks, {line['text']}": line["text"] for line in lines} | {f"{line['text']} in SKS style": f"{line['text']} in" for line in lines}  # fmt: skip
+    expected = (output(batch.captions) - output([known[c] for c in batch.captions])).square().mean()
+    assert 0 < float(expected) == pytest.approx(record.losses[0], rel=1e-3)
+    again = settings(
+        "other", **{**config.to_dict(), "distill_without": ["ohwx"], "output_dir": str(tmp_path / "other")}
+    )
+    with pytest.raises(UserError, match="distill_without has ohwx"):
+        run(again, progress=False)
+
+
 @pytest.mark.parametrize("lora", [True, False])
 def test_resumed_run_is_the_straight_one(settings: Settings, lora: bool) -> None:
     values: dict[str, Any] = {"objective": "distill", "distill_level": 2.0, "ambient_level": 0.5, "lora": lora, "learning_rate": 1e-3}  # fmt: skip
@@ -101,6 +137,8 @@ def test_what_the_base_says_above_the_level_is_kept(settings: Settings, tiny_bas
         ({"near_duplicates": "share"}, "no image has a fixed noise"),
         ({"distill_level": 2.0, "ambient_level": 1.0, "noise_offset": 0.1}, "white noise"),
         ({"agc": 0.8}, "says nothing of memorization"),
+        ({"distill_without": [" "]}, "empty phrase"),
+        ({"objective": "plain", "distill_without": ["sks"]}, "distill_without"),
         ({"lora_init": "pissa"}, "no longer the base"),
         ({"objective": "ambient", "distill_level": 1.0}, "distill_level"),
         ({"prediction_type": "epsilon", "lora": False}, "its predictions are targets"),
