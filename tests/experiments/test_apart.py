@@ -142,6 +142,24 @@ def test_a_study_of_a_style_runs_whole_with_the_recipes_apart(study: Path, tmp_p
     main([str(study), "--out", str(out)])
     filter_lora.main([str(study), "--output_dir", str(out), "--keep", "1"])
     private_distillation.main([str(study), "--output_dir", str(out), "--samples", "24"])
+    others = [
+        "--samples",
+        "12",
+        "--others",
+        "grey {}",
+        "--teacher_steps",
+        "2",
+        "--teacher_guidance",
+        "1.5",
+        "--steps",
+        "2",
+    ]
+    private_distillation.main([str(study), "--output_dir", str(out), *others])
+    taught = out / "distilled" / "plain_2_distilled_other_things_guidance=1.5_seed=0" / "images" / "metadata.jsonl"
+    drawn_for = [json.loads(line)["text"] for line in taught.read_text().splitlines()]
+    assert drawn_for and set(drawn_for) <= {f"grey slope {i}" for i in range(6, 24)}  # no caption that was trained
+    with pytest.raises(SystemExit):
+        private_distillation.main([str(study), "--output_dir", str(out), "--others", "grey"])
     shards.main([str(study), "--output_dir", str(out), "--shards", "2", "--rounds", "2"])
     main([str(study), "--out", str(out), "--results_only"])
     results = json.loads((out / "results.json").read_text())
@@ -151,6 +169,7 @@ def test_a_study_of_a_style_runs_whole_with_the_recipes_apart(study: Path, tmp_p
         "lora anchored keep=1": [4],
         "lora cut keep=1": [4],
         "plain distilled": [4],
+        "plain 2 distilled, other things guidance=1.5": [2],
         "plain shards=2": [2, 4],
     }
     text = (out / "results.md").read_text()

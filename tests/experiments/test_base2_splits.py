@@ -111,6 +111,19 @@ def test_style_sets_share_no_family_and_hold_what_they_say(
     assert len({r["family"] for r in sets["style_train"][:60]}) == 60, "style_60 shows sixty different things"
 
 
+def test_second_style_is_split_as_the_first_by_other_hashes(
+    sets: dict[str, list[dict[str, Any]]], concepts: list[dict[str, Any]]
+) -> None:
+    about, train, test = {c["code"]: c for c in concepts}, sets["outline_train"], sets["outline_test"]
+    for key in ("code", "family"):
+        assert not {r[key] for r in train} & {r[key] for r in test}
+    assert not {about[r["code"]]["family"] for r in train} & {about[r["code"]]["family"] for r in test}
+    assert {about[r["code"]]["base2"] for r in [*train, *test]} == {"known"}
+    assert {about[r["code"]]["emoji"] for r in [*train, *test]} == {"base"}
+    assert len({r["family"] for r in train[:60]}) == 60 and len(test) >= 100
+    assert len({r["code"] for r in train[:60]} & {r["code"] for r in sets["style_train"][:60]}) < 15
+
+
 def test_confirming_sets_share_no_family(sets: dict[str, list[dict[str, Any]]]) -> None:
     assert not {r["family"] for r in sets["confirm_train"]} & {r["family"] for r in sets["confirm_test"]}
     assert min(len(sets["confirm_train"]), len(sets["confirm_test"])) >= 50
