@@ -1,6 +1,6 @@
 """The figure of a style's page: quality on new captions against what comes back, from the published results of several studies of one style.
 
-    python tools/style_curves.py docs/study/style-60 docs/study/style-60-early --runs plain "ambient level=1" "distill level=2.5" \\
+    python -m experiments.style_curves docs/study/style-60 docs/study/style-60-early --runs plain "ambient level=1" "distill level=2.5" \\
       --out docs/study/style-60
 
 A study that measures the first steps has its own file, since steps stand in it before anything is seen; here its lines are joined with the other's.
@@ -30,8 +30,11 @@ def main() -> None:
     results = [json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in args.studies]
     found = sorted((p for one in results for p in points(one) if p.label in args.runs), key=lambda p: p.step)
     colours = [PALETTE["ink"], *SERIES[1:]]
+    measured = {p.label for p in found}
     charts = curves(
-        found, alone(results[0]), {label: {"colour": colours[i], "marker": "o"} for i, label in enumerate(args.runs)}
+        found,
+        alone(results[0]),
+        {label: {"colour": colours[i], "marker": "o"} for i, label in enumerate(args.runs) if label in measured},
     )
     for feature in FEATURES:
         measure = f"{OWN}-{feature}"
