@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ambient_sd.assets import IMAGES
-from ambient_sd.commands.demo.work import AMBIENT, TRAINING
+from ambient_sd.commands.demo.work import AMBIENT, EMBEDDED
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.loop import run
 from ambient_sd.utils.errors import exits_on_user_error
@@ -39,7 +39,7 @@ def write_images(path: Path, copies: int) -> Path:
 def settings(out: Path, objective: str, *, copies: int, steps: int, seed: int) -> TrainConfig:
     """Return the training settings: the demo's at a higher rate without averaged weights, on the repeated images."""
     values: dict[str, Any] = {
-        **{**TRAINING, "dataset_split": None, "train_batch_size": 16, "learning_rate": 1e-3, "use_ema": False},
+        **{**EMBEDDED, "train_batch_size": 16, "learning_rate": 1e-3, "use_ema": False},
         "train_data_dir": str(write_images(out / "images.parquet", copies)),
         "objective": objective,
         "max_train_steps": steps,

@@ -132,13 +132,13 @@ def wait(ctx: Context) -> None:
 def config(ctx: Context, name: str, **values: Any) -> Any:
     """Return the settings of a short run on the embedded base and its 60 images."""
     from ambient_sd.assets import IMAGES
-    from ambient_sd.commands.demo.work import TRAINING
+    from ambient_sd.commands.demo.work import EMBEDDED
     from ambient_sd.training.config import TrainConfig
 
     folder = Path(tempfile.mkdtemp(prefix=name, dir=ctx.work)) / "run"
-    common = {"train_data_dir": str(IMAGES), "dataset_split": None, "row_filter": ["subset_60=true"], "train_batch_size": ctx.pick(16, 4),
+    common = {"train_data_dir": str(IMAGES), "row_filter": ["subset_60=true"], "train_batch_size": ctx.pick(16, 4),
               "learning_rate": 1e-3, "use_ema": False, "output_dir": str(folder)}  # fmt: skip
-    return TrainConfig(**{**TRAINING, **common, **values})
+    return TrainConfig(**{**EMBEDDED, **common, **values})
 
 
 def train(settings: Any, on_step: Callable[[int, dict[str, float]], None] | None = None) -> Any:

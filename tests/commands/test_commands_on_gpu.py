@@ -125,6 +125,7 @@ def test_demo_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "plain": 4,
         "distill": 4,
         "ambient": 4,
+        "base": 4,
     }
     assert (tmp_path / "out" / "report.html").exists() and devices == ["cuda"] * 3
     assert gpu.waits["device to host"] > 0
