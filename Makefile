@@ -6,7 +6,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .PHONY: demo test lint slow docs base base2 clean help
 
 help:
-	@echo "make demo   fine-tune a small model with each loss, and open what comes back of its images (about fourteen minutes after installation)"
+	@echo "make demo   fine-tune a small model with each loss, and open what comes back of its images (about eighteen minutes after installation)"
 	@echo "make test   linter, type checker, tests (about thirteen minutes on two cores)"
 	@echo "make slow   the long proofs, see docs/slow.md"
 	@echo "make docs   the site, from docs/ into build/site"

@@ -1,4 +1,4 @@
-"""The demo's claim, as it stands in docs/demo.md, at full length: about fourteen minutes a seed on two cores."""
+"""The demo's claim, as it stands in docs/demo.md, at full length: about eighteen minutes a seed on two cores."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def make_parser() -> Parser:
         prog="ambient-sd demo",
         description="Fine-tune the embedded base on 60 embedded images of a style that it has not seen, once with each loss. Sample all under "
         "the memorization guard, for the captions that were trained and for others, measure what comes back and how good the others are, and "
-        "write report.html. About fourteen minutes on two CPU cores.",
+        "write report.html. About eighteen minutes on two CPU cores.",
     )
     add_flags(parser, DemoSettings)
     return parser
