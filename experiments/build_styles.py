@@ -112,27 +112,28 @@ def drawn(style: str, concepts: list[dict[str, Any]], packages: Path, seen: list
     return [r | {"family": g} for r, g, leak in zip(rows, groups, same, strict=True) if not leak]
 
 
-def known_sides(rows: list[dict[str, Any]], kind: str, subsets: Sequence[int]) -> list[dict[str, Any]]:
-    """Split the concepts that both versions of the base know from other styles into `kind`_train, with nested subsets, and `kind`_test."""
+def known_sides(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Split the concepts that both versions of the base know from other styles into `kind`_train and `kind`_test."""
     novel = {r["family"] for r in rows if r["base2"] == "novel"}
     known = [r for r in rows if r["base2"] == "known" and r["emoji"] == "base" and r["family"] not in novel]
-    return [
-        r | {f"{kind}_{n}": r["split"] == f"{kind}_train" and r["rank"] < n for n in subsets}
-        for r in sides(known, kind)
-    ]
+    return sides(known, kind)
+
+
+def with_subsets(rows: list[dict[str, Any]], kind: str, counts: Sequence[int]) -> list[dict[str, Any]]:
+    """Mark the nested subsets of `kind`_train: its first rows by rank."""
+    return [r | {f"{kind}_{n}": r["split"] == f"{kind}_train" and r["rank"] < n for n in counts} for r in rows]
 
 
 def styles(concepts: list[dict[str, Any]], packages: Path, seen: list[Any]) -> list[dict[str, Any]]:
     """List the rows of `styles.parquet`. `seen`: the images that the base was trained on."""
     rows = drawn("twemoji", concepts, packages, seen)
-    no_subset = {"style_60": False, "style_300": False}
-    novel = [r | {"split": "style_novel", "rank": -1, **no_subset} for r in rows if r["base2"] == "novel"]
-    return [*known_sides(rows, "style", (60, 300)), *novel]
+    novel = [r | {"split": "style_novel", "rank": -1} for r in rows if r["base2"] == "novel"]
+    return with_subsets([*known_sides(rows, "style"), *novel], "style", (60, 300))
 
 
 def outline(concepts: list[dict[str, Any]], packages: Path, seen: list[Any]) -> list[dict[str, Any]]:
     """List the rows of `outline.parquet`."""
-    return known_sides(drawn("openmoji", concepts, packages, seen), "outline", (60,))
+    return with_subsets(known_sides(drawn("openmoji", concepts, packages, seen), "outline"), "outline", (60,))
 
 
 def confirm(
@@ -161,10 +162,7 @@ def confirm(
     kept = [
         r | {"family": g} for i, (r, g) in enumerate(zip(rows, groups, strict=True)) if i not in copies and not same[i]
     ]
-    return [
-        r | {"confirm_60": r["split"] == "confirm_train" and r["rank"] < 60}
-        for r in sides(kept, "confirm", test_share=2)
-    ]
+    return with_subsets(sides(kept, "confirm", test_share=2), "confirm", (60,))
 
 
 def embedded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

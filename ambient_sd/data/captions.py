@@ -116,8 +116,7 @@ def without(caption: str, phrases: Sequence[str]) -> str:
     """
     for phrase in phrases:
         caption = _whole(phrase).sub(" ", caption)
-    caption = re.sub(r"\s+", " ", caption)
-    return re.sub(r"(?: ?, ?)+", ", ", caption).strip(", ") if phrases else caption
+    return re.sub(r"(?: ?, ?)+", ", ", re.sub(r"\s+", " ", caption)).strip(", ")
 
 
 def missing_from(captions: Sequence[str], phrases: Sequence[str]) -> list[str]:

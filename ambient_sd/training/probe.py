@@ -142,7 +142,7 @@ class Probe:
         self.telling = sum(shares) / len(shares) <= MOST_BY_CHANCE
         # Beside a sample that is no copy the image of its caption tells more than the one that happens to be nearest.
         row_of = {label: row for row, label in enumerate(self.labels)}
-        self.own = [row_of[images.noise_keys[i]] for i in chosen]
+        self.own_row = [row_of[images.noise_keys[i]] for i in chosen]
         self.vae: Any = None  # of the pipeline, once there is one
         self.device = torch.device("cpu")  # of the run, then
         self.features = Pixels(_SIDE)
@@ -206,7 +206,7 @@ class Probe:
         published = memorized(near)
         decided = self.decision(images, published)
         copies = Estimate.of_share(int(decided.copy.sum()), len(images))
-        shown = [row if copy else own for row, own, copy in zip(decided.row.tolist(), self.own, decided.copy.tolist(), strict=False)]  # fmt: skip
+        shown = [row if copy else own for row, own, copy in zip(decided.row.tolist(), self.own_row, decided.copy.tolist(), strict=False)]  # fmt: skip
         originals = [self.originals[i].resize(images[0].size) for i in shown]
         pairs = [above(*pair) for pair in zip(images, originals, strict=True)]
         marks = [", copy" if copy else "" for copy in decided.copy.tolist()]

@@ -146,12 +146,13 @@ def _side_by_side(settings: DemoSettings, prompts: Sequence[str], new: Sequence[
     threads = max(1, (os.cpu_count() or 1) // len(settings.objectives))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(settings.objectives), mp_context=context) as pool:
+        # The base is last in line: it begins, on the first line of the terminal, where a run has ended.
         jobs = {
-            pool.submit(_train_and_sample, settings, objective, list(prompts), list(new), place, threads): objective
-            for place, objective in enumerate(settings.objectives)
+            pool.submit(
+                _train_and_sample, settings, name, list(prompts), list(new), place % len(settings.objectives), threads
+            ): name
+            for place, name in enumerate([*settings.objectives, ALONE])
         }
-        # Last in line: it begins where the first run has ended.
-        jobs[pool.submit(_sampled, BASE, settings, ALONE, list(prompts), list(new), 0, threads)] = ALONE
         try:
             return {jobs[job]: job.result() for job in as_completed(jobs)}
         except BaseException:
@@ -162,31 +163,29 @@ def _side_by_side(settings: DemoSettings, prompts: Sequence[str], new: Sequence[
 
 
 def _train_and_sample(
-    settings: DemoSettings, objective: str, prompts: list[str], new: list[str], place: int, threads: int
+    settings: DemoSettings, name: str, prompts: list[str], new: list[str], place: int, threads: int
 ) -> tuple[list[Image.Image], list[float], list[Image.Image], dict[str, Any]]:
+    """Train with an objective, or take the base as it is, and sample for trained captions and for new ones."""
     torch.set_num_threads(threads)
     quiet()
-    config = settings_of_run(settings, objective)
-    bar = {"desc": f"train {objective:7}", "position": place}  # each process owns one line of the terminal
-    record = train(config, bar=bar)
-    write_run_card(record)
-    images, scores, fresh, _ = _sampled(config.output_dir, settings, objective, prompts, new, place, threads)
-    return images, scores, fresh, {
-        "optimizer steps": record.steps, "training seconds": round(record.seconds), "loss, last 100 steps": f"{record.loss:.4f}",
-        "learning rate": config.learning_rate, "batch": config.train_batch_size,
-    }  # fmt: skip
-
-
-def _sampled(
-    folder: str | Path, settings: DemoSettings, name: str, prompts: list[str], new: list[str], place: int, threads: int
-) -> tuple[list[Image.Image], list[float], list[Image.Image], dict[str, Any]]:
-    """Sample a model for trained captions and for new ones."""
-    torch.set_num_threads(threads)
-    quiet()
+    folder, summary = (BASE, dict[str, Any]()) if name == ALONE else _trained(settings, name, place)
     images, scores = sample(folder, prompts, settings, title=f"sample {name:7}", position=place)
     others = dataclasses.replace(settings, seed=settings.seed + _NEW_SEEDS)
     fresh, _ = sample(folder, new, others, title=f"new captions {name:7}", position=place, k=1)
-    return images, scores, fresh, {}
+    return images, scores, fresh, summary
+
+
+def _trained(settings: DemoSettings, objective: str, place: int) -> tuple[Path, dict[str, Any]]:
+    """Train with an objective; return the model's folder and what the page says of the training."""
+    config = settings_of_run(settings, objective)
+    record = train(
+        config, bar={"desc": f"train {objective:7}", "position": place}
+    )  # each process owns one line of the terminal
+    write_run_card(record)
+    return Path(config.output_dir), {
+        "optimizer steps": record.steps, "training seconds": round(record.seconds), "loss, last 100 steps": f"{record.loss:.4f}",
+        "learning rate": config.learning_rate, "batch": config.train_batch_size,
+    }  # fmt: skip
 
 
 def run_demo(settings: DemoSettings) -> Report:
