@@ -1,9 +1,10 @@
 """A study of a style as a contest: which recipe copies least at equal quality on captions that no run has seen.
 
-Quality is the Frechet distance of samples for these captions (`experiments.style`). What comes back is counted on samples for the training
+Quality is the Frechet distance of samples for these captions and, since a distance does not tell a banana from a pipe, how many of them lie near the
+real image of their own caption (`experiments.style`). What comes back is counted on samples for the training
 captions: copies by the audit's decision and by contours alone, and samples whose closest real image is their caption's own training image, by
-pixels and by contours (`ambient_sd.audit.closest`), which sees blurred copies. Equal quality is `experiments.points`'s, and plain may stop early like
-every other recipe. A recipe copies less if the interval of the difference excludes 0 (two intervals combined: `metrics.difference`). It
+pixels and by contours (`ambient_sd.audit.closest`), which sees blurred copies. Equal quality: a distance of at most the upper end, and a caption
+agreement of at least the lower end, of the intervals of plain's best step by distance; plain may stop early like every other recipe. A recipe copies less if the interval of the difference excludes 0 (two intervals combined: `metrics.difference`). It
 covers the samples of these runs, not the choice of the best among many recipes: that is what a second study, on other images, is for.
 """
 
@@ -69,10 +70,36 @@ def alone(results: Mapping[str, Any]) -> Point | None:
     return point_of(ALONE, 0, [results["base"]], COPIES) if "base" in results else None
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """Hold what a point must reach to be as good as plain's best: its Frechet distance at most, its caption agreement at least."""
+
+    distance: float
+    agreement: float
+
+    @classmethod
+    def of(cls, found: Sequence[Point]) -> Bounds:
+        """Return the bounds that the best point of plain sets."""
+        top = best(found, BASELINE)
+        return cls(top.distance.high, top.figures["agreement"].low)
+
+    def __str__(self) -> str:
+        return f"Fréchet distance at most {self.distance:.1f}, caption agreement at least {100 * self.agreement:.1f} %"
+
+    def follows(self, p: Point) -> bool:
+        """Tell whether a point's captions are followed as well."""
+        return p.figures["agreement"].value >= self.agreement
+
+    def reached(self, p: Point) -> bool:
+        """Tell whether a point is as good."""
+        return p.distance.value <= self.distance and self.follows(p)
+
+
 def winner(found: Sequence[Point], measure: str) -> Winner | None:
     """Return who copies least at equal quality, or None if no recipe but plain gets there."""
-    found = [dataclasses.replace(p, measure=measure) for p in found]
     labels = dict.fromkeys(p.label for p in found)
+    bounds = Bounds.of(found)
+    found = [dataclasses.replace(p, measure=measure) for p in found if bounds.follows(p)]
     plain = at_equal_quality(found, BASELINE)
     others = [p for label in labels if label != BASELINE and (p := at_equal_quality(found, label)) is not None]
     if plain is None or not others:
@@ -86,18 +113,18 @@ def sentence(found: Sequence[Point], base: Point | None) -> str:
     labels = list(dict.fromkeys(p.label for p in found))
     if BASELINE not in labels:
         return f"{BASELINE} is not measured yet: there is nothing to compare with."
-    limit = best(found, BASELINE).distance.high
-    if base is not None and base.distance.value <= limit:
+    bounds = Bounds.of(found)
+    if base is not None and bounds.reached(base):
         return (
-            f"The base alone lies within the interval of {BASELINE}'s best on captions that were not trained (distance {base.distance.value:.1f}, "
-            f"at most {limit:.1f}): quality does not tell a trained run from it, and the recipes cannot be compared."
+            f"The base alone is as good as {BASELINE}'s best on captions that were not trained (distance {base.distance.value:.1f}, caption agreement "
+            f"{100 * base.figures['agreement'].value:.1f} %; {bounds}): quality does not tell a trained run from it, and the recipes cannot be compared."
         )
     if len(labels) == 1:
         return f"Only {BASELINE} is measured yet."
-    where = f"at equal quality on captions that were not trained (Fréchet distance at most {limit:.1f})"
+    where = f"at equal quality on captions that were not trained ({bounds})"
     found_by = {measure: winner(found, measure) for measure in measures_of(found)}
     if all(one is None for one in found_by.values()):
-        return f"No recipe but {BASELINE} itself is as good as {BASELINE}'s best on captions that were not trained (Fréchet distance at most {limit:.1f})."
+        return f"No recipe but {BASELINE} itself is as good as {BASELINE}'s best on captions that were not trained ({bounds})."
     parts = [_clause(MEASURES[measure], one) for measure, one in found_by.items() if one is not None]
     return f"{where[0].upper()}{where[1:]}, {'; '.join(parts)}."
 
@@ -122,7 +149,7 @@ def sections(results: Mapping[str, Any]) -> list[pages.Section]:
 
 
 def _at_equal_quality(found: Sequence[Point], labels: Sequence[str], base: Point | None) -> pages.Section:
-    limit = best(found, BASELINE)
+    limit, bounds = best(found, BASELINE), Bounds.of(found)
     rows: list[list[object]] = []
     by = measures_of([*found, *([] if base is None else [base])])
     if base is not None:
@@ -130,16 +157,16 @@ def _at_equal_quality(found: Sequence[Point], labels: Sequence[str], base: Point
     for label in labels:
         top, cells = best(found, label), []
         for measure in by:
-            of_measure = [dataclasses.replace(p, measure=measure) for p in found]
+            of_measure = [dataclasses.replace(p, measure=measure) for p in found if bounds.follows(p)]
             there = at_equal_quality(of_measure, label)
             cells.append("none is as good" if there is None else f"{share(there.copied)} ({there.step})")
-        there = at_equal_quality(found, label)
+        there = at_equal_quality([p for p in found if bounds.follows(p)], label)
         also = ["", ""] if there is None else [share(there.figures["agreement"]), share(there.figures["style"])]
         rows.append([label, f"{top.distance.show(1)} ({top.step})", *cells, *also])
     return pages.Section(
         "Fewest copies at equal quality on new captions",
-        [f"Equal quality: Fréchet distance of samples for captions that were not trained at most {limit.distance.high:.1f}, the upper end of the "
-         f"interval of {BASELINE}'s best (step {limit.step}). What comes back is counted on samples for training captions. Steps in brackets."],
+        [f"Equal quality, of samples for captions that were not trained: {bounds}, the ends of the intervals of {BASELINE}'s best by distance "
+         f"(step {limit.step}). What comes back is counted on samples for training captions. Steps in brackets."],
         tables=[pages.Table(["run", "best distance (step)", *(MEASURES[name].head for name in by),
                              "caption agreement there", "style agreement there"], rows)],
     )  # fmt: skip

@@ -31,6 +31,7 @@ from experiments.style import (
     read_classifier,
     train_classifier,
 )
+from experiments.style_curves import at_equal_distance, table
 
 CAPTIONS = [f"emoji {i}" for i in range(200)]
 
@@ -148,6 +149,7 @@ def run(
     half: float = 0.02,
     contours: float | None = None,
     own: float | None = None,
+    agreement: float = 0.5,
 ) -> dict[str, Any]:
     """A run with (step, copies, distance) by the decision; by contours the same where nothing else is given, by the closest image if given."""
 
@@ -159,7 +161,7 @@ def run(
     return {"label": label, "seed": 0, "differs": {}, "points": [
         {"step": step, "errors": {"training": curve, "heldout": curve}, "rule": "one", "figures": {
             **{name: figure(0.5, 0.1) for name in names}, "copies": figure(copies, half),
-            "copied-recoloured": figure(copies if contours is None else contours, half), "distance": figure(distance, 1.0),
+            "copied-recoloured": figure(copies if contours is None else contours, half), "distance": figure(distance, 1.0), "agreement": figure(agreement, 0.1),
             "distance floor": figure(10.0, 1.0), "kid": figure(0.1, 0.01), "ratio": figure(0.5, 0.1),
             **({} if own is None else {f"{name}-{feature}": figure(own, half) for name in NAMES for feature in FEATURES}),
         }} for step, copies, distance in steps
@@ -182,10 +184,40 @@ PLAIN = run("plain", (300, 0.1, 61.5), (600, 0.4, 61.0), (900, 0.6, 63.0))
 def test_the_sentence_names_who_copies_less_at_equal_quality() -> None:
     text = said(PLAIN, run("distill", (300, 0.0, 65.0), (600, 0.01, 61.8)), run("gap", (300, 0.05, 60.0)))
     assert text == (
-        "At equal quality on captions that were not trained (Fréchet distance at most 62.0), distill (step 600) gives 1.0 % copies against "
+        "At equal quality on captions that were not trained (Fréchet distance at most 62.0, caption agreement at least 40.0 %), distill (step 600) gives 1.0 % copies against "
         "10.0 % of plain (step 300): 9.0 points fewer [6.2, 11.8]; by contours distill (step 600) gives 1.0 % copies against 10.0 % of plain "
         "(step 300): 9.0 points fewer [6.2, 11.8]."
     )  # plain stopped at 300, not its best at 600 with 40 %
+
+
+def test_images_that_no_longer_follow_their_captions_are_not_as_good() -> None:
+    gap = run("gap", (300, 0.0, 60.0), agreement=0.39)
+    text = said(PLAIN, run("distill", (600, 0.01, 61.8), agreement=0.41), gap)
+    assert "distill (step 600) gives 1.0 % copies against 10.0 % of plain (step 300)" in text and "gap" not in text
+    assert "No recipe but plain itself is as good" in said(PLAIN, gap)
+    found = tables(results(PLAIN, gap))
+    assert "| gap | 60.0 [59.0, 61.0] (300) | none is as good | none is as good |" in found
+    # Nor is a base that draws something else at a good distance.
+    found = results(PLAIN)
+    found["base"] = run(ALONE, (0, 0.0, 61.9), agreement=0.3)["points"][0]
+    assert "Only plain is measured yet." in sentence(points(found), alone(found))
+
+
+def test_the_table_of_a_page_has_a_row_a_step_and_plain_where_it_is_as_good() -> None:
+    plain = run("plain", (300, 0.1, 61.5), (600, 0.4, 61.0), (900, 0.6, 63.0), own=0.5)
+    other = run("distill level=2.5", (300, 0.0, 65.0), (600, 0.01, 61.25), own=0.25)
+    found = points(results(plain, {**plain, "seed": 1}, other, base=None))
+    rows = table(found).splitlines()
+    assert len(rows) == 2 + 5 and rows[2].startswith("| plain | 300 | 2 | 61.5 [60.8, 62.2] | 50.0 [42.9, 57.1] |")
+    assert rows[-1].startswith("| distill 2.5 | 600 | 1 | 61.2 [60.2, 62.2] |") and "| 25.0 [23.0, 27.0] |" in rows[-1]
+    (head, _, its, there) = at_equal_distance(found).splitlines()
+    assert its.startswith("| distill 2.5 | 600 | 61.2 |") and its.endswith("| 1.0 [-1.0, 3.0] |")
+    assert there.startswith("| plain, stopped there |") and there.endswith("| 25.0 [23.6, 26.4] |"), (
+        "halfway from 10 to 40"
+    )
+    assert head.count("|") == its.count("|") == there.count("|")
+    never = points(results(run("plain", (300, 0.1, 63.0), own=0.5), other, base=None))
+    assert "never as good" in at_equal_distance(never)
 
 
 def test_measures_that_disagree_are_told_apart() -> None:
@@ -217,7 +249,7 @@ def test_the_closest_image_judges_where_every_step_has_it() -> None:
         ((PLAIN, run("distill", (600, 0.0, 62.1))), 90.0, "No recipe but plain itself is as good as plain's best"),
         ((PLAIN, run("gap", (600, 0.09, 61.0))), 90.0, "no recipe gives measurably fewer copies than the 10.0 % of plain (step 300); the fewest has gap"),
         ((PLAIN, run("gap", (600, 0.3, 61.0))), 90.0, "no recipe gives measurably fewer copies"),
-        ((PLAIN, run("gap", (600, 0.0, 61.0))), 61.9, "The base alone lies within the interval of plain's best"),
+        ((PLAIN, run("gap", (600, 0.0, 61.0))), 61.9, "The base alone is as good as plain's best"),
         ((PLAIN,), 90.0, "Only plain is measured yet."),
         ((run("gap", (600, 0.0, 61.0)),), None, "plain is not measured yet"),
     ],
