@@ -18,6 +18,8 @@ from ambient_sd.utils.errors import one_line
 
 CLIP_TOKENS = 75  # of a text, beside its start and end
 _BATCH = 1000
+_SHARED = 0.9  # of the captions have a trigger word
+_RARE = 0.1  # of a vocabulary; "sks" is within the last 3 % of CLIP's
 # The pieces that CLIP's tokenizer splits a text into before anything else; each is one token or more.
 _PIECE = re.compile(r"'(?:s|t|re|ve|m|ll|d)(?=\W|$)|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
 
@@ -131,6 +133,29 @@ def missing_from(captions: Sequence[str], phrases: Sequence[str]) -> list[str]:
 
 def _whole(phrase: str) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w){re.escape(phrase.strip())}(?!\w)", re.IGNORECASE)
+
+
+def perhaps_unknown(captions: Sequence[str], tokenizer: Any) -> list[str]:
+    """Return the words of nine in ten captions or more that their tokenizer writes in several tokens, or in one of its rarest.
+
+    That is how a trigger word looks: made up, and in every caption. Tokens of byte pair encoding are numbered by how often their text was
+    seen; the rarest are the last tenth.
+
+    Example:
+        >>> class Letters:
+        ...     def __len__(self): return 1000
+        ...     def __call__(self, text, add_special_tokens): return type("Ids", (), {"input_ids": [1] * (3 if text == "ohwx" else 1)})
+        >>> perhaps_unknown(["ohwx cat", "an OHWX dog", "ohwx bird"], Letters())
+        ['ohwx']
+    """
+    seen = Counter(word for text in captions for word in set(re.findall(r"\w*[^\W\d_]\w*", text.lower())))
+    found = []
+    for word, times in seen.items():
+        if times >= _SHARED * len(captions):
+            ids = tokenizer(word, add_special_tokens=False).input_ids
+            if len(ids) > 1 or max(ids, default=0) > (1 - _RARE) * len(tokenizer):
+                found.append(word)
+    return sorted(found)
 
 
 def compose(captions: Sequence[str], count: int, seed: int = 0) -> list[str]:

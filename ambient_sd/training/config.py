@@ -29,7 +29,7 @@ GROUPS = {
     "data": "Images and captions: a folder with metadata.jsonl, a parquet file, WebDataset shards, or a dataset's hub id.",
     "objective": "The loss. `ambient` never shows the network a clean image above the noise level s_n = sigma / alpha "
     "(on SD's schedule s = 0.34 at t=100, 0.83 at 300, 1.16 at 400, 2.3 at 600, 14.6 at 999); each image keeps one "
-    "noise. `plain` is the ordinary loss. `gap` is plain without the band of noise levels from the level to gap_upper; `weighted` is plain with ambient's weight a^q above the level: controls for studies. `distill` is plain up to the level and above it keeps to what the base model itself predicts: nothing of an image is learnt there.",
+    "noise. `plain` is the ordinary loss. `gap` is plain without the band of noise levels from the level to gap_upper; `weighted` is plain with ambient's weight a^q above the level: controls for studies. `distill` is plain up to the level and above it keeps to what the base model itself predicts: nothing of an image is learnt there. The training script's default is `ambient`; `ambient-sd train` and the presets take `distill`.",
     "mitigation": "Published ways to keep a model from memorizing, beside the loss or in place of the ambient one; each off by default.",
     "optimisation": "Steps, batches and the optimizer (AdamW). Steps are optimizer steps.",
     "LoRA": "Low-rank adapters instead of a full fine-tune; these options need --lora.",
@@ -45,6 +45,9 @@ LORA_INITS = ("gaussian", "kaiming", "orthogonal", "pissa", "olora")
 LORA_KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
 LYCORIS = ("loha", "lokr")  # kinds whose factors are multiplied elementwise, and by Kronecker's product
 FLOW_SCHEMES = ("sigma_sqrt", "mode", "cosmap", "u_shaped")  # of weighting_scheme, for flow matching only
+DISTILL_LEVEL = (
+    2.5  # of the levels that were measured the one with the fewest images and a style learnt: docs/results/styles.md
+)
 MOVED_BASE = ("pissa", "olora")  # starts of an update that is not zero: the base gives what they take
 QUANTIZED = ("int8", "fp8", "nf4")
 CONFIG_NAME = "train_config.yaml"
@@ -239,7 +242,7 @@ class TrainConfig:
         no_level = self.ambient_level is None and self.ambient_timestep is None
         if self.ambient_level == AUTO and self.objective in ("gap", "weighted", "distill"):
             raise UserError(f"ambient_level is auto with objective {self.objective}", rule="the images propose a level for ambient",
-                            remedy="give the number that the ambient run printed: a control shares its level")  # fmt: skip
+                            remedy="add --objective ambient, or give the number that an ambient run printed: a control shares its level")  # fmt: skip
         if self.ambient_level == AUTO and self.near_duplicates == "off":
             raise UserError("ambient_level is auto with near_duplicates off", rule="it is measured between neighbours, and copies are none",
                             remedy="leave near_duplicates out, or give the level as a number")  # fmt: skip
@@ -369,7 +372,9 @@ class TrainConfig:
     def _settle_distill(self, no_level: bool) -> None:
         """Check the two levels of `distill`: the ambient loss lies between them, and is off where they are one."""
         if no_level:
-            self.ambient_level = self.distill_level = 2.5 if self.distill_level is None else self.distill_level
+            self.ambient_level = self.distill_level = (
+                DISTILL_LEVEL if self.distill_level is None else self.distill_level
+            )
         elif self.distill_level is None and self.ambient_timestep is None:
             self.distill_level = float(self.ambient_level or 0.0)
         level, upper = self.ambient_level, self.distill_level

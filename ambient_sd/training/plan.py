@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
 from ambient_sd.data.buckets import assign, read_buckets
-from ambient_sd.data.captions import compose, find_cut, in_one_line, missing_from
+from ambient_sd.data.captions import compose, find_cut, in_one_line, missing_from, perhaps_unknown
 from ambient_sd.data.dataset_options import reading
 from ambient_sd.data.duplicates import noise_fingerprint
 from ambient_sd.data.enlargement import check_enlargement
@@ -55,6 +55,7 @@ logger = logging.getLogger(__name__)
 
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
 # Settings that change the samples, the loss or the weights: a checkpoint that was written with others is of another run.
+_NAMED = 3  # words of a note
 _IDENTITY = (
     "objective", "reweight", "gap_upper", "noise_seed", "near_duplicates", "fresh_copies", "snr_gamma", "logit_mean", "logit_std",
     "noise_offset", "input_perturbation", "memorization_threshold", "agc", "dropped_mean", "caption_mitigation",
@@ -454,7 +455,18 @@ def _notes(
     for texts, what, named in ((images.all_captions, "captions", names), (prompts, "validation prompts", prompts)):
         if cuts := find_cut(texts, *read):
             notes.append(in_one_line(cuts, len(texts), what, named[cuts[0].index]))
+    if config.objective == "distill" and config.distill_without is None:
+        notes.append(_made_up(images.all_captions, base))
     return tuple(one_line(note) for note in notes if note)
+
+
+def _made_up(captions: Sequence[str], base: Base) -> str | None:
+    """Return what to do about a trigger word under distillation, or None where no caption has one."""
+    words = " ".join(perhaps_unknown(captions, next(iter(base.tokenizers().values())))[:_NAMED])
+    return words and (
+        f"nearly every caption says {words}: if that is a made-up word, what the base draws of it is a target now; "
+        f"--distill_without {words} asks the base without it"
+    )
 
 
 def enlargement_note(

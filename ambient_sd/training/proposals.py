@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ambient_sd.data.noise_level import FEWEST
-from ambient_sd.training.config import AUTO
+from ambient_sd.training.config import AUTO, DISTILL_LEVEL
 
 SAMPLES_PER_IMAGE, FEWEST_SAMPLES, MOST_SAMPLES = 100, 4_000, 40_000
 EVALUATIONS = 6
@@ -53,7 +53,7 @@ def propose(
     parameters: int,
     device: torch.device,
     processes: int = 1,
-    objective: str = "ambient",
+    objective: str = "distill",
     lora: bool | None = None,
     batch: int | None = None,
     steps: int | None = None,
@@ -70,7 +70,7 @@ def propose(
         parameters: of the base's network.
         device: that trains.
         processes: how many train together.
-        objective, lora, batch, steps: of those that are given.
+        objective: the given one or the one that is to be proposed. lora, batch, steps: of those that are given.
         memory: of a GPU, predicts the bytes that settings take at the highest. room: bytes that the GPU has.
 
     Example:
@@ -104,6 +104,20 @@ def propose(
     add("learning_rate", 1e-3 if parameters < _SMALL else 1e-4, "a small network" if parameters < _SMALL else "as in the presets")  # fmt: skip
     if "train_text_encoder" not in given:  # the average is of the network alone
         add("use_ema", True, "averaged weights are steadier")
+    if objective == "distill":
+        add(
+            "objective",
+            objective,
+            "few images come back: where composition is decided the base itself is the target (plain: all is learnt)",
+        )
+        if not {"distill_level", "ambient_level", "ambient_timestep"} & set(given):
+            add(
+                "distill_level",
+                DISTILL_LEVEL,
+                "the noise level where that begins; a higher one learns more of the style, and of the images",
+            )
+    elif objective == "ambient":
+        add("objective", objective, "a setting of its own is given")
     if objective == "ambient" and not {"ambient_level", "ambient_timestep"} & set(given):
         known = distinct >= FEWEST
         add("ambient_level", AUTO if known else 1.0, "measured on the images" if known else f"fewer than {FEWEST} different images cannot be measured")  # fmt: skip

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_config_file_says_what_the_demo_does() -> None:
     by_hand = TrainConfig(**load_yaml(ROOT / "configs" / "demo.yaml"))
-    in_demo = settings_of_run(DemoSettings(), "ambient")
+    in_demo = settings_of_run(DemoSettings(), "distill")
     assert (ROOT / str(by_hand.pretrained_model_name_or_path)).resolve() == BASE.resolve()
     assert (ROOT / str(by_hand.train_data_dir)).resolve() == STYLE.resolve()
     same = {"pretrained_model_name_or_path": str(BASE), "train_data_dir": str(STYLE)}

@@ -13,6 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from ambient_sd.cli import main
+from ambient_sd.commands.train import sketch
 from ambient_sd.training import validation
 from ambient_sd.training.config import PRESETS, TrainConfig, load_yaml, parse
 from ambient_sd.training.proposals import propose
@@ -30,13 +31,30 @@ def proposed(given: Any = (), sizes: Any = ((512, 512),), count: int = 50, **mor
 
 def test_a_given_setting_is_never_proposed() -> None:
     everything = proposed()
-    assert everything["lora"] is True and everything["keep"] == "best" and everything["ambient_level"] == "auto"
+    assert everything["lora"] is True and everything["keep"] == "best"
+    assert everything["objective"] == "distill" and everything["distill_level"] == 2.5
     for name, value in everything.items():
         more = {"lora": value} if name == "lora" else {"steps": value} if name == "max_train_steps" else {}
         more |= {"batch": value} if name == "train_batch_size" else {}
         assert set(proposed({name}, **more)) == set(everything) - {name}
-    assert "ambient_level" not in proposed(objective="plain") and "ambient_level" not in proposed({"ambient_timestep"})
+    assert proposed(objective="ambient")["ambient_level"] == "auto"
+    assert not {"ambient_level", "distill_level", "objective"} & set(proposed({"objective"}, objective="plain"))
+    assert "ambient_level" not in proposed({"ambient_timestep"}, objective="ambient")
+    assert "distill_level" not in proposed({"ambient_level", "objective"}), "one given level is both"
     assert "rank" not in proposed({"lora"}, lora=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "objective"),
+    [({}, "distill"), ({"distill_level": 4.0}, "distill"), ({"distill_without": ["sks"]}, "distill"), ({"learning_rate": 1.0}, "distill"),
+     ({"objective": "plain"}, "plain"), ({"objective": "ambient"}, "ambient"), ({"objective": "distill", "ambient_level": 1.0}, "distill"),
+     ({"ambient_level": 1.0}, "ambient"), ({"ambient_level": 0.0}, "ambient"), ({"ambient_timestep": 300}, "ambient"), ({"reweight": 0}, "ambient"),
+     ({"near_duplicates": "off"}, "ambient"), ({"fresh_copies": True}, "ambient"), ({"agc": 0.8}, "ambient"), ({"lora_init": "pissa"}, "ambient"),
+     ({"lora_init": "orthogonal"}, "distill"), ({"ambient_level": 1.0, "distill_level": 2.5}, "distill")],
+)  # fmt: skip
+def test_a_setting_of_the_ambient_loss_chooses_it(given: dict[str, Any], objective: str) -> None:
+    made = sketch({"pretrained_model_name_or_path": "base", "train_data_dir": "x", **given})
+    assert made.objective == objective
 
 
 @pytest.mark.parametrize(
@@ -61,7 +79,7 @@ def test_mixed_shapes_get_buckets() -> None:
 
 
 def test_too_few_images_are_not_measured() -> None:
-    few = proposed(count=3)
+    few = proposed(count=3, objective="ambient")
     assert few["ambient_level"] == 1.0 and "probe_steps" in few
     assert "probe_steps" not in proposed(count=1)
 
@@ -118,7 +136,8 @@ def test_one_command_makes_a_lora_with_card_curve_and_audit(quick: str, capsys: 
     out = Path("my-images-lora")
     for name in ("pytorch_lora_weights.safetensors", "README.md", "card.json", "probe/curve.png", "audit/audit.html"):
         assert (out / name).is_file(), name
-    assert "resolution 32: the base's 32" in said and "ambient_level auto: measured on the images" in said
+    assert "resolution 32: the base's 32" in said
+    assert "objective distill: few images come back" in said and "distill_level 2.5: " in said
     card = (out / "README.md").read_text()
     assert "kept step" in card and "probe/curve.png" in card and "How much of the training images it hands back has not" not in card  # fmt: skip
     record = json.loads((out / "audit" / "audit.json").read_text())

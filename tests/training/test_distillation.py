@@ -13,6 +13,7 @@ import tiny
 import tiny_flow
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file
 
 from ambient_sd.families.base import check_base
@@ -21,7 +22,7 @@ from ambient_sd.training import adapters
 from ambient_sd.training.config import TrainConfig
 from ambient_sd.training.footprint import predict
 from ambient_sd.training.loop import TrainingBatch, run
-from ambient_sd.training.plan import base_of
+from ambient_sd.training.plan import base_of, plan_run
 from ambient_sd.utils.errors import UserError
 
 Settings = Callable[..., TrainConfig]
@@ -176,3 +177,26 @@ def test_a_flow_matching_transformer_starts_at_its_base(settings: Settings, tmp_
     config = settings(objective="distill", distill_level=1.0, pretrained_model_name_or_path=str(tmp_path / "sd3"), train_batch_size=8)  # fmt: skip
     seen = losses(config)
     assert seen[0]["ambient_loss"] < 1e-12 < seen[0]["clean_loss"] and seen[-1]["ambient_loss"] > 1e-9
+
+
+@pytest.mark.parametrize(
+    ("captions", "more", "said"),
+    [
+        (["sks cat", "a SKS dog", "sks, bird"], {}, "says sks: "),
+        (["ohwx zwx cat", "zwx ohwx dog"], {}, "says ohwx zwx: "),
+        (["sks cat", "a dog"], {}, None),
+        (["sks cat", "sks dog"], {"distill_without": ["sks"]}, None),
+        (["sks cat", "sks dog"], {"objective": "plain"}, None),
+        (["", ""], {}, None),
+    ],
+)
+def test_a_word_that_looks_made_up_is_pointed_at(
+    captions: list[str], more: dict[str, Any], said: str | None, tmp_path: Path, settings: Settings
+) -> None:
+    rows = [{"file_name": f"{i}.png", "text": text} for i, text in enumerate(captions)]
+    for i, row in enumerate(rows):
+        Image.effect_noise((32, 32), 90 + i).convert("RGB").save(tmp_path / row["file_name"])
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = settings(**{"objective": "distill", "train_data_dir": str(tmp_path), **more})
+    notes = [note for note in plan_run(config).notes if "--distill_without" in note]
+    assert [said in note for note in notes] == ([True] if said else [])

@@ -84,7 +84,7 @@ def test_the_command_in_a_config_header_runs(
     assert "1 steps in" in capsys.readouterr().out
     assert (tmp_path / "out" / "README.md").is_file()
     saved = yaml.safe_load((tmp_path / "out" / "train_config.yaml").read_text())
-    assert saved["objective"] == "ambient"
+    assert saved["objective"] == settings["objective"]
     pipe = DiffusionPipeline.from_pretrained(tiny_base if settings.get("lora") else tmp_path / "out")
     if settings.get("lora"):
         pipe.load_lora_weights(tmp_path / "out")

@@ -31,7 +31,7 @@ class DemoSettings:
     # fmt: off
     output_dir: Path = same(SharedOptions, "output_dir", default=Path("demo-out"))
     steps: int | None = option(None, "optimizer steps of each run (default: as in configs/demo.yaml)", low=1)
-    level: float | None = option(None, "noise level s_n of the ambient run (default: as in configs/demo.yaml)", low=0)
+    level: float | None = option(None, "noise level s_n of the ambient run (default 1.0)", low=0)
     num_images_per_prompt: int = same(SharedOptions, "num_images_per_prompt", default=2, alias="samples_per_prompt")
     num_prompts: int = same(SharedOptions, "num_prompts")
     num_inference_steps: int = same(SamplingOptions, "num_inference_steps", default=15, alias="sampling_steps")

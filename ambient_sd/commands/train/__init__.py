@@ -6,11 +6,11 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ambient_sd.training.config import CONFIG_HELP, GROUPS, TrainConfig, load_yaml
+from ambient_sd.training.config import CONFIG_HELP, GROUPS, MOVED_BASE, TrainConfig, load_yaml
 from ambient_sd.training.elsewhere import ELSEWHERE
 from ambient_sd.utils import settings
 from ambient_sd.utils.errors import UserError
@@ -18,6 +18,28 @@ from ambient_sd.utils.settings import REQUIRED, Parser, add_flags, check, from_f
 
 # Modes that are on where the command line says nothing: what needs them may be given alone.
 ASSUMED: dict[str, Any] = {"lora": True, "probe_steps": 1, "keep": "best"}
+# Settings that are of the ambient loss, or that distillation refuses: given without an objective they choose the ambient one.
+_OF_AMBIENT = ("ambient_level", "ambient_timestep", "reweight", "near_duplicates", "fresh_copies", "agc")
+
+
+def objective_of(given: Mapping[str, Any]) -> str:
+    """Return the objective of a run: the given one, or distillation unless a setting belongs to the ambient loss.
+
+    Of what was measured it lets the fewest images come back (docs/results/styles.md).
+
+    Example:
+        >>> objective_of({}), objective_of({"ambient_level": 1.0}), objective_of({"objective": "plain"})
+        ('distill', 'ambient', 'plain')
+    """
+    if given.get("objective") is not None:
+        return str(given["objective"])
+    of_ambient = any(given.get(name) is not None for name in _OF_AMBIENT) or given.get("lora_init") in MOVED_BASE
+    return "ambient" if of_ambient and "distill_level" not in given else "distill"
+
+
+def sketch(given: Mapping[str, Any]) -> TrainConfig:
+    """Return the given settings with the modes that this command turns on, so that a mistake is found before anything is proposed."""
+    return TrainConfig(**{**ASSUMED, **given, "objective": objective_of(given)})
 
 
 @dataclass(frozen=True)
@@ -65,8 +87,8 @@ def make_parser() -> Parser:
     """Build the command line: this command's own options, then every setting of a training."""
     parser = Parser(
         prog="ambient-sd train",
-        description="Train a LoRA (or, with --no-lora, the whole U-Net) on the images of DATA so that it does not hand them back. Resolution, "
-        "steps, rate and noise level are proposed where they are not given; copying is measured on the way, and the last checkpoint before it "
+        description="Train a LoRA (or, with --no-lora, the whole U-Net) on the images of DATA so that it does not hand them back. Objective, "
+        "resolution, steps, rate and noise level are proposed where they are not given (--objective plain: all that the images show is learnt); copying is measured on the way, and the last checkpoint before it "
         "begins is the result. Interrupted runs resume with the same command.",
         epilog="Example: ambient-sd train my-images --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --audit",
         elsewhere=ELSEWHERE,
@@ -86,7 +108,7 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
         raise UserError("pretrained_model_name_or_path is missing", rule="a base model is needed",
                         remedy="give --pretrained_model_name_or_path a pipeline folder, a hub id or `embedded`, or --config sd2-lora")  # fmt: skip
     values.setdefault("output_dir", f"{os.path.basename(os.path.normpath(options.folder)) or 'images'}-lora")
-    TrainConfig(**{**ASSUMED, **values})  # a mistake is found before torch is loaded
+    sketch(values)  # a mistake is found before torch is loaded
     from ambient_sd.commands.train import work
     from ambient_sd.utils.quiet import quiet
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from tqdm.auto import tqdm
 
-from ambient_sd.commands.train import ASSUMED, TrainOptions
+from ambient_sd.commands.train import TrainOptions, sketch
 from ambient_sd.data.dataset_options import DatasetOptions
 from ambient_sd.reporting.charts import write_training_curve
 from ambient_sd.reporting.model_card import write_run_card
@@ -77,10 +77,10 @@ def complete(
     values: Mapping[str, Any], *, processes: int = 1, progress: bool = False
 ) -> tuple[TrainConfig, list[Proposal]]:
     """Return the settings of a run, with what is not given proposed from its images and base."""
-    sketch = TrainConfig(**{**ASSUMED, **values})
-    if sketch.deterministic:
+    wanted = sketch(values)
+    if wanted.deterministic:
         fix_workspace()  # what is proposed depends on the GPU, and asking it starts CUDA
-    base, images = base_of(sketch), open_images(sketch)
+    base, images = base_of(wanted), open_images(wanted)
     rows = range(0, len(images), max(1, len(images) // _LOOKED_AT))
     seen = [images[i] for i in tqdm(rows, desc="looking at images", disable=not progress, leave=False)]
     network = base.skeleton()[base.family.network]
@@ -93,8 +93,8 @@ def complete(
         values, sizes=[row.image.size for row in seen], count=len(images), distinct=len({row.key for row in seen}),
         native=base.family.native_side(base.network_config, base.vae_config), step=base.pixel_step,
         parameters=sum(p.numel() for p in network.parameters()), device=device(), processes=processes,
-        objective=sketch.objective, lora=values.get("lora"), steps=sketch.max_train_steps,
-        batch=sketch.train_batch_size * sketch.gradient_accumulation_steps if "train_batch_size" in values else None,
+        objective=wanted.objective, lora=values.get("lora"), steps=wanted.max_train_steps,
+        batch=wanted.train_batch_size * wanted.gradient_accumulation_steps if "train_batch_size" in values else None,
         memory=memory, room=torch.cuda.mem_get_info()[1] if device().type == "cuda" else 0,
     )  # fmt: skip
     config = TrainConfig(**values, **{one.name: one.value for one in proposed})
