@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from experiments.style import (
 )
 from experiments.style_curves import at_equal_distance, table
 
+ROOT = Path(__file__).parents[2]
 CAPTIONS = [f"emoji {i}" for i in range(200)]
 
 
@@ -283,3 +285,12 @@ def test_a_study_on_training_captions_is_shown_as_before() -> None:
         del point["figures"]["style"]
     assert "At the last step" in tables(old) and "Every measured step" not in tables(old)
     assert all(isinstance(p, Point) for p in points(old)) and not re.search("agreement", tables(old))
+
+
+@pytest.mark.parametrize("study", ["outline-60", "style-60-names", "style-60-lora"])
+def test_the_published_page_has_the_tables_of_its_results(study: str) -> None:
+    folder, page = ROOT / "docs" / "study" / study, (ROOT / "docs" / "results" / "styles.md").read_text()
+    found = json.loads((folder / "results.json").read_text())
+    rows = {row for row in table(points(found)).splitlines() if "---" not in row}
+    published = (folder / "own.md").read_text()
+    assert len(rows) > 4 and all(row in published and row in page for row in rows)
