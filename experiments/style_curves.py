@@ -4,7 +4,7 @@
       --out docs/study/style-60
 
 A study that measures the first steps has its own file, since steps stand in it before anything is seen; here its lines are joined with the other's.
-Writes OUT/own-pixels64.svg, OUT/own-edges16.svg and OUT/own.md: every measured step in one row, and each run at its best distance beside plain
+Writes OUT/own-pixels64.svg, OUT/own-edges16.svg and OUT/own.txt: every measured step in one row, and each run at its best distance beside plain
 stopped where its own curve first comes down to that distance.
 """
 
@@ -91,7 +91,7 @@ def main() -> None:
         (args.out / f"{measure}.svg").write_text(standalone(charts[MEASURES[measure].file].svg), encoding="utf-8")
     found.sort(key=lambda p: args.runs.index(p.label))  # stable: the steps stay in order
     text = f"{table([*([] if base is None else [base]), *found])}\n{at_equal_distance(found)}"
-    (args.out / "own.md").write_text(text, encoding="utf-8")
+    (args.out / "own.txt").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

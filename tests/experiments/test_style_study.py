@@ -292,5 +292,5 @@ def test_the_published_page_has_the_tables_of_its_results(study: str) -> None:
     folder, page = ROOT / "docs" / "study" / study, (ROOT / "docs" / "results" / "styles.md").read_text()
     found = json.loads((folder / "results.json").read_text())
     rows = {row for row in table(points(found)).splitlines() if "---" not in row}
-    published = (folder / "own.md").read_text()
+    published = (folder / "own.txt").read_text()
     assert len(rows) > 4 and all(row in published and row in page for row in rows)
