@@ -163,9 +163,15 @@ def test_an_interrupted_run_resumes_with_the_same_command(quick: str, monkeypatc
     assert (out / "losses.jsonl").read_text() == losses
 
 
-def test_dry_run_trains_and_writes_nothing(quick: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_trains_and_writes_nothing(
+    quick: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [json.loads(line) for line in Path("my-images/metadata.jsonl").read_text().splitlines()]
+    Path("my-images/metadata.jsonl").write_text("".join(json.dumps(line | {"text": f"ohwx {line['text']}"}) + "\n" for line in lines))  # fmt: skip
     main([*quick.split(), "--dry_run"])
     said = capsys.readouterr().out
+    assert said.count("--distill_without ohwx asks the base without it") == 1
+    assert "--distill_without" not in caplog.text, "the steps that are measured say it again"
     assert not Path("my-images-lora").exists()
     for word in (
         "images     12 at 32 px",

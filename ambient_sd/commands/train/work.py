@@ -222,7 +222,7 @@ def _measure(config: TrainConfig, plan: Plan) -> _Measured:
         }  # fmt: skip
         if config.ambient_level == AUTO:
             aside["ambient_level"] = 1.0
-        logging.getLogger("ambient_sd").setLevel(logging.WARNING)
+        logging.getLogger("ambient_sd").setLevel(logging.ERROR)  # the plan's notes are printed with the plan
         with peak_memory(device()) as peak:
             run(dataclasses.replace(config, **aside), progress=False, on_step=lambda *_: at.append(time.perf_counter()))
     return _Measured((at[-1] - at[0]) / (len(at) - 1), peak.mb)
