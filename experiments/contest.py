@@ -1,11 +1,12 @@
 """A study of a style as a contest: which recipe copies least at equal quality on captions that no run has seen.
 
-Quality is the Frechet distance of samples for these captions and, since a distance does not tell a banana from a pipe, how many of them lie near the
-real image of their own caption (`experiments.style`). What comes back is counted on samples for the training
-captions: copies by the audit's decision and by contours alone, and samples whose closest real image is their caption's own training image, by
-pixels and by contours (`ambient_sd.audit.closest`), which sees blurred copies. Equal quality: a distance of at most the upper end, and a caption
-agreement of at least the lower end, of the intervals of plain's best step by distance; plain may stop early like every other recipe. A recipe copies less if the interval of the difference excludes 0 (two intervals combined: `metrics.difference`). It
-covers the samples of these runs, not the choice of the best among many recipes: that is what a second study, on other images, is for.
+Quality is the Frechet distance of samples for these captions and, since a distance does not tell a banana from a pipe, how many of them lie near
+the real image of their own caption (`experiments.style`). What comes back is counted on samples for the training captions: copies by the audit's
+decision and by contours alone, and samples whose closest real image is their caption's own training image, by pixels and by contours
+(`ambient_sd.audit.closest`), which sees blurred copies. Equal quality: a distance of at most the upper end, and a caption agreement of at least the
+lower end, of the intervals of plain's best step by distance; plain may stop early like every other recipe. A recipe copies less if the interval of
+the difference excludes 0 (two intervals combined: `metrics.difference`). It covers the samples of these runs, not the choice of the best among many
+recipes: that is what a second study, on other images, is for.
 """
 
 from __future__ import annotations
@@ -149,7 +150,8 @@ def sections(results: Mapping[str, Any]) -> list[pages.Section]:
 
 
 def _at_equal_quality(found: Sequence[Point], labels: Sequence[str], base: Point | None) -> pages.Section:
-    limit, bounds = best(found, BASELINE), Bounds.of(found)
+    bounds = Bounds.of(found)
+    follow = [p for p in found if bounds.follows(p)]
     rows: list[list[object]] = []
     by = measures_of([*found, *([] if base is None else [base])])
     if base is not None:
@@ -157,16 +159,16 @@ def _at_equal_quality(found: Sequence[Point], labels: Sequence[str], base: Point
     for label in labels:
         top, cells = best(found, label), []
         for measure in by:
-            of_measure = [dataclasses.replace(p, measure=measure) for p in found if bounds.follows(p)]
+            of_measure = [dataclasses.replace(p, measure=measure) for p in follow]
             there = at_equal_quality(of_measure, label)
             cells.append("none is as good" if there is None else f"{share(there.copied)} ({there.step})")
-        there = at_equal_quality([p for p in found if bounds.follows(p)], label)
+        there = at_equal_quality(follow, label)
         also = ["", ""] if there is None else [share(there.figures["agreement"]), share(there.figures["style"])]
         rows.append([label, f"{top.distance.show(1)} ({top.step})", *cells, *also])
     return pages.Section(
         "Fewest copies at equal quality on new captions",
         [f"Equal quality, of samples for captions that were not trained: {bounds}, the ends of the intervals of {BASELINE}'s best by distance "
-         f"(step {limit.step}). What comes back is counted on samples for training captions. Steps in brackets."],
+         f"(step {best(found, BASELINE).step}). What comes back is counted on samples for training captions. Steps in brackets."],
         tables=[pages.Table(["run", "best distance (step)", *(MEASURES[name].head for name in by),
                              "caption agreement there", "style agreement there"], rows)],
     )  # fmt: skip

@@ -18,7 +18,6 @@ from pathlib import Path
 from ambient_sd.audit.closest import FEATURES, NEW, OWN
 from ambient_sd.audit.shares import COPIES
 from ambient_sd.reporting.charts import PALETTE, SERIES, standalone
-from ambient_sd.utils.estimate import Estimate
 from experiments.contest import MEASURES, alone, curves
 from experiments.points import BASELINE, Point, best, points, where_as_good
 
@@ -39,7 +38,7 @@ def table(found: Sequence[Point]) -> str:
     rows = [head, ["---"] * len(head)]
     for p in found:
         seeds = len(getattr(p.distance, "seeds", ())) or 1
-        cells = (_share(p.figures[name]) for name in SHARES)
+        cells = (p.figures[name].show(1, 100) for name in SHARES)
         rows.append([p.label.replace(" level=", " "), str(p.step), str(seeds), p.distance.show(1), *cells])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -59,13 +58,13 @@ def at_equal_distance(found: Sequence[Point]) -> str:
         top = best(found, label)
         its = [top.figures[name] for name in names]
         there = [where_as_good([(p.figures[name], p.distance) for p in plain], top.distance.value) for name in names]
-        rows.append([label.replace(" level=", " "), str(top.step), f"{top.distance.value:.1f}", *map(_share, its)])
-        rows.append(["plain, stopped there", "", "", *("never as good" if e is None else _share(e) for e in there)])
+        rows.append(
+            [label.replace(" level=", " "), str(top.step), f"{top.distance.value:.1f}", *(e.show(1, 100) for e in its)]
+        )
+        rows.append(
+            ["plain, stopped there", "", "", *("never as good" if e is None else e.show(1, 100) for e in there)]
+        )
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def _share(e: Estimate) -> str:
-    return f"{100 * e.value:.1f} [{100 * e.low:.1f}, {100 * e.high:.1f}]"
 
 
 def main() -> None:

@@ -623,10 +623,8 @@ def variants() -> dict[str, dict[str, Any]]:
     import yaml
 
     lora, full = (yaml.safe_load((ROOT / "configs" / name).read_text()) for name in ("sd2-lora.yaml", "sd2-full.yaml"))
-    for values in (
-        lora,
-        full,
-    ):  # the paper's loss, as in the runs that are compared with: distillation adds a forward pass
+    # The paper's loss, as in the runs that are compared with: distillation adds a forward pass.
+    for values in (lora, full):
         values |= {"objective": "ambient", "ambient_level": 1.0}
         del values["distill_level"]
     plain = {"train_batch_size": 8, "gradient_accumulation_steps": 1, "gradient_checkpointing": False}

@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
+from ambient_sd import families
 from ambient_sd.data.buckets import assign, read_buckets
 from ambient_sd.data.captions import compose, find_cut, in_one_line, missing_from, perhaps_unknown
 from ambient_sd.data.dataset_options import reading
@@ -54,8 +55,8 @@ from ambient_sd.utils.errors import UserError, one_line
 logger = logging.getLogger(__name__)
 
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
-# Settings that change the samples, the loss or the weights: a checkpoint that was written with others is of another run.
 _NAMED = 3  # words of a note
+# Settings that change the samples, the loss or the weights: a checkpoint that was written with others is of another run.
 _IDENTITY = (
     "objective", "reweight", "gap_upper", "noise_seed", "near_duplicates", "fresh_copies", "snr_gamma", "logit_mean", "logit_std",
     "noise_offset", "input_perturbation", "memorization_threshold", "agc", "dropped_mean", "caption_mitigation",
@@ -450,19 +451,20 @@ def _notes(
         notes.append(
             f"{len(images.animated)} images have several frames; only the first frame of each is used: {images.animated[0]}"
         )
-    read = base.reading()
+    tokenizers = base.tokenizers()
+    read = families.reading(base.family, tokenizers)
     names = [images.names[i] for i in range(len(images)) for _ in images.captions_of(i)]
     for texts, what, named in ((images.all_captions, "captions", names), (prompts, "validation prompts", prompts)):
         if cuts := find_cut(texts, *read):
             notes.append(in_one_line(cuts, len(texts), what, named[cuts[0].index]))
     if config.objective == "distill" and config.distill_without is None:
-        notes.append(_made_up(images.all_captions, base))
+        notes.append(_made_up(images.all_captions, next(iter(tokenizers.values()))))
     return tuple(one_line(note) for note in notes if note)
 
 
-def _made_up(captions: Sequence[str], base: Base) -> str | None:
+def _made_up(captions: Sequence[str], tokenizer: Any) -> str | None:
     """Return what to do about a trigger word under distillation, or None where no caption has one."""
-    words = " ".join(perhaps_unknown(captions, next(iter(base.tokenizers().values())))[:_NAMED])
+    words = " ".join(perhaps_unknown(captions, tokenizer)[:_NAMED])
     return words and (
         f"nearly every caption says {words}: if that is a made-up word, what the base draws of it is a target now; "
         f"--distill_without {words} asks the base without it"

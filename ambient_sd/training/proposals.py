@@ -118,9 +118,9 @@ def propose(
             )
     elif objective == "ambient":
         add("objective", objective, "a setting of its own is given")
-    if objective == "ambient" and not {"ambient_level", "ambient_timestep"} & set(given):
-        known = distinct >= FEWEST
-        add("ambient_level", AUTO if known else 1.0, "measured on the images" if known else f"fewer than {FEWEST} different images cannot be measured")  # fmt: skip
+        if not {"ambient_level", "ambient_timestep"} & set(given):
+            known = distinct >= FEWEST
+            add("ambient_level", AUTO if known else 1.0, "measured on the images" if known else f"fewer than {FEWEST} different images cannot be measured")  # fmt: skip
     if device.type == "cuda":
         add(
             "mixed_precision",

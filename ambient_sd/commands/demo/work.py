@@ -53,7 +53,7 @@ from ambient_sd.reporting.sheets import contact_sheet, data_uri
 from ambient_sd.sampling import SamplingConfig, generate, load_pipeline, own_device, requests_for
 from ambient_sd.training import plan_run
 from ambient_sd.training import run as train
-from ambient_sd.training.config import TrainConfig
+from ambient_sd.training.config import DISTILL_LEVEL, TrainConfig
 from ambient_sd.utils.output_folder import FILE, OutputFolder
 from ambient_sd.utils.quiet import quiet
 
@@ -86,7 +86,7 @@ TRAINING: dict[str, Any] = {
     "caption_column": "name",  # the base knows the things, and no name of this style
 }
 AMBIENT: dict[str, Any] = {"ambient_level": 1.0, "reweight": 2}
-DISTILL: dict[str, Any] = {"distill_level": 2.5}
+DISTILL: dict[str, Any] = {"distill_level": DISTILL_LEVEL}
 ALONE = "base"  # the base without training, in tables
 _NEW_SEEDS = 1000  # added to the seed for captions that were not trained: the two sets share no start noise
 _SHOWN = 12  # of them, on the page
@@ -178,9 +178,8 @@ def _train_and_sample(
 def _trained(settings: DemoSettings, objective: str, place: int) -> tuple[Path, dict[str, Any]]:
     """Train with an objective; return the model's folder and what the page says of the training."""
     config = settings_of_run(settings, objective)
-    record = train(
-        config, bar={"desc": f"train {objective:7}", "position": place}
-    )  # each process owns one line of the terminal
+    bar = {"desc": f"train {objective:7}", "position": place}  # each process owns one line of the terminal
+    record = train(config, bar=bar)
     write_run_card(record)
     return Path(config.output_dir), {
         "optimizer steps": record.steps, "training seconds": round(record.seconds), "loss, last 100 steps": f"{record.loss:.4f}",
