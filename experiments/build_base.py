@@ -122,7 +122,7 @@ RECIPES = {
         900,
         (Phase(2_000, 1.0, 1.0, STRONG), Phase(math.inf, 20.0, 0.7, MILD)),
     ),
-    # Some 120 visits an image, 350 an everyday one.
+    # Some 93 visits an image.
     2: Recipe(
         "images.parquet",
         "train",
@@ -130,8 +130,8 @@ RECIPES = {
         1e-3,
         2_400,
         0.1,
-        12_000,
-        5_000,
+        9_500,
+        4_500,
         0.999,
         900,
         (Phase(4_000, 2.0, 0.8, STRONG), Phase(math.inf, 3.0, 0.7, MILD)),

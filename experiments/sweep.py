@@ -34,6 +34,7 @@ from diffusers import AutoencoderKL
 from ambient_sd.audit.decision import RULE
 from ambient_sd.audit.features import embed
 from ambient_sd.audit.shares import COPIES
+from ambient_sd.commands.demo.work import NEW_SEEDS
 from ambient_sd.data.conditions import split_condition
 from ambient_sd.data.dataset_options import reading
 from ambient_sd.data.sources import ImageDataset, load_rows
@@ -68,7 +69,6 @@ from experiments.style import FIGURES, NEW, Classifier, measure_new, read_classi
 BASE = "base"  # folder of the base alone
 APART = "apart"  # folder of recipes that are no settings of the trainer
 _APART = "recipe of a study"
-_NEW_SEEDS = 1000  # added to a run's seed for captions that were not trained: the two sets share no start noise
 
 
 def sweep(plan: Plan, out: Path, *, workers: int = 1, only: Sequence[str] = ()) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def _measure(
     new: dict[str, Any] = {}
     if plan.style is not None:
         captions = in_turn(reals.heldout_captions, plan.style.images, how.seed)
-        images = sample(pipe, captions, dataclasses.replace(how, seed=how.seed + _NEW_SEEDS))
+        images = sample(pipe, captions, dataclasses.replace(how, seed=how.seed + NEW_SEEDS))
         contact_sheet(images, COLUMNS).save(into / f"samples{NEW}.png")
         more, new["new"] = measure_new(
             images, captions, reals, open_classifier(plan, config, reals), how.seed, trained=(drawn, prompts)

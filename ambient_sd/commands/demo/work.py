@@ -88,7 +88,7 @@ TRAINING: dict[str, Any] = {
 AMBIENT: dict[str, Any] = {"ambient_level": 1.0, "reweight": 2}
 DISTILL: dict[str, Any] = {"distill_level": DISTILL_LEVEL}
 ALONE = "base"  # the base without training, in tables
-_NEW_SEEDS = 1000  # added to the seed for captions that were not trained: the two sets share no start noise
+NEW_SEEDS = 1000  # added to the seed for captions that were not trained: the two sets share no start noise
 _SHOWN = 12  # of them, on the page
 
 
@@ -170,7 +170,7 @@ def _train_and_sample(
     quiet()
     folder, summary = (BASE, dict[str, Any]()) if name == ALONE else _trained(settings, name, place)
     images, scores = sample(folder, prompts, settings, title=f"sample {name:7}", position=place)
-    others = dataclasses.replace(settings, seed=settings.seed + _NEW_SEEDS)
+    others = dataclasses.replace(settings, seed=settings.seed + NEW_SEEDS)
     fresh, _ = sample(folder, new, others, title=f"new captions {name:7}", position=place, k=1)
     return images, scores, fresh, summary
 
