@@ -42,7 +42,7 @@ class CorruptedBatch:
 
     Attributes:
         x_t: (B, ...) network input, dtype of x0.
-        target: (B, ...) what the network should return, dtype of x0.
+        target: (B, ...) what the network should return, dtype of x0; NaN where it is to be the base's prediction.
         weight: (B,) factor of each sample's loss; float32, or float64 if x0 is.
         clean: (B,) bool, True where x_t and target were made from the clean image.
         noise: (B, ...) the fresh noise xi, dtype of x0.
@@ -223,6 +223,8 @@ class AmbientObjective:
             target = alpha * eps_star - sigma * x0_star
         else:
             target = eps_star - x0_star
+        if distilled is not None:  # until `with_base` fills it in: what is forgotten shows in the first loss
+            target = target.masked_fill(per_sample(distilled).bool(), math.nan)
         weight = a**self.reweight
         if self.gap_upper is not None:
             weight = weight.masked_fill(beyond & (level_t <= self.gap_upper), 0.0)

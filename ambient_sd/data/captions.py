@@ -116,7 +116,7 @@ def without(caption: str, phrases: Sequence[str]) -> str:
         >>> without("sks, a cat", ["sks"]), without("a photo of SKS dog", ["sks"]), without("a risksome cat", ["sks"])
         ('a cat', 'a photo of dog', 'a risksome cat')
     """
-    for phrase in phrases:
+    for phrase in sorted(phrases, key=len, reverse=True):  # one phrase may be a part of another
         caption = _whole(phrase).sub(" ", caption)
     return re.sub(r"(?: ?, ?)+", ", ", re.sub(r"\s+", " ", caption)).strip(", ")
 
@@ -144,15 +144,17 @@ def perhaps_unknown(captions: Sequence[str], tokenizer: Any) -> list[str]:
     Example:
         >>> class Letters:
         ...     def __len__(self): return 1000
-        ...     def __call__(self, text, add_special_tokens): return type("Ids", (), {"input_ids": [1] * (3 if text == "ohwx" else 1)})
+        ...     def __call__(self, text, add_special_tokens): return type("Ids", (), {"input_ids": [1] * (3 if text == " ohwx" else 1)})
         >>> perhaps_unknown(["ohwx cat", "an OHWX dog", "ohwx bird"], Letters())
         ['ohwx']
     """
     seen = Counter(word for text in captions for word in set(re.findall(r"\w*[^\W\d_]\w*", text.lower())))
     found = []
     for word, times in seen.items():
-        if times >= _SHARED * len(captions):
-            ids = tokenizer(word, add_special_tokens=False).input_ids
+        if times >= _SHARED * len(captions) and len(word) > 2:
+            ids = tokenizer(
+                f" {word}", add_special_tokens=False
+            ).input_ids  # as within a text: many tokenizers tell the two apart
             if len(ids) > 1 or max(ids, default=0) > (1 - _RARE) * len(tokenizer):
                 found.append(word)
     return sorted(found)

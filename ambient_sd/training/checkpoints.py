@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 STATE_NAME = "trainer_state.json"
 OPTIMIZER_NAME = "optimizer.safetensors"
 MANIFEST_NAME = "manifest.json"
+_LATER = ("base",)  # of an identity: checkpoints from before it was written go on
 _NAME = re.compile(r"checkpoint-(\d+)")
 _READ = (".json", ".jsonl", ".safetensors", ".bin")  # diffusers would read such files without having been asked to
 
@@ -264,6 +265,8 @@ def check_identity(checkpoint: Path, state: Mapping[str, Any], identity: Mapping
     saved = state["identity"]
     # Through JSON: a tuple saved comes back as a list.
     for key, value in json.loads(json.dumps(identity)).items():
+        if key in _LATER and key not in saved:
+            continue
         if saved.get(key) != value:
             raise UserError(
                 f"{checkpoint.name} was written with {key} = {saved.get(key)!r}",

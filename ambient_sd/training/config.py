@@ -45,6 +45,7 @@ LORA_INITS = ("gaussian", "kaiming", "orthogonal", "pissa", "olora")
 LORA_KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
 LYCORIS = ("loha", "lokr")  # kinds whose factors are multiplied elementwise, and by Kronecker's product
 FLOW_SCHEMES = ("sigma_sqrt", "mode", "cosmap", "u_shaped")  # of weighting_scheme, for flow matching only
+RANK = 16  # of a LoRA, in the presets and where it is proposed
 DISTILL_LEVEL = 2.5  # measured on a small model: docs/results/styles.md
 MOVED_BASE = ("pissa", "olora")  # starts of an update that is not zero: the base gives what they take
 QUANTIZED = ("int8", "fp8", "nf4")
@@ -109,10 +110,10 @@ class TrainConfig:
     gap_upper: float | None = option(None, "gap: upper edge of the noise levels without loss (required there)", group="objective", above=0.0, needs="objective=gap")
     distill_level: float | None = option(None, "distill: noise level above which the target is the base model's prediction on the same noisy image, without an adapter (default ambient_level, or 2.5); one more forward pass without gradient. From a lower ambient_level up to it the loss is ambient's", group="objective", above=0.0, needs="objective=distill")
     distill_without: list[str] | None = option(None, "distill: words or phrases of the captions that the base does not know, such as a trigger word: it is asked without them, and the model learns to draw the same with them", group="objective", needs="objective=distill")
-    reweight: int | None = option(None, "ambient and weighted: power q of the weight a^q, a = 1 - s_n^2 / s_t^2, on the levels above s_n: 2 = the paper's loss, 1 = noise target, 0 = full re-weighting (default 2)", group="objective", choices=(2, 1, 0), needs="objective=ambient,weighted,distill")
+    reweight: int | None = option(None, "ambient, weighted, and distill with a lower ambient_level: power q of the weight a^q, a = 1 - s_n^2 / s_t^2, on the levels above s_n: 2 = the paper's loss, 1 = noise target, 0 = full re-weighting (default 2)", group="objective", choices=(2, 1, 0), needs="objective=ambient,weighted,distill")
     noise_seed: int = option(0, "seed of what is fixed per image: its noise, its VAE draw and, under ambient, its view. The same images in a later run must keep the same seed: two noises of one image average out", group="objective", low=0, high=MAX_SEED)
 
-    near_duplicates: str | None = option(None, "ambient: share = re-encoded, resized or mirrored copies of an image get one noise, as exact copies always do; off = each its own, which leaks (default share)", group="objective", choices=("share", "off"), needs="objective=ambient,distill")
+    near_duplicates: str | None = option(None, "ambient, and distill with a lower ambient_level: share = re-encoded, resized or mirrored copies of an image get one noise, as exact copies always do; off = each its own, which leaks (default share)", group="objective", choices=("share", "off"), needs="objective=ambient,distill")
     fresh_copies: bool = option(False, "ambient, a control for studies: a NEW noisy copy of an image at every step in place of the fixed one. It leaks: copies of one image average out to the clean one", group="objective", needs="objective=ambient")
     snr_gamma: float | None = option(None, "Min-SNR weighting with this gamma (the paper's is 5), times the objective's own weight", group="objective", above=0.0)
     weighting_scheme: str = option("none", "none: uniform timesteps; logit_normal: noise levels s_t are log-normal, ln s ~ N(logit_mean, logit_std^2), as in EDM and Stable Diffusion 3 (EDM: mean -0.5, std 1.2 at latents of unit variance). Of flow matching too, before the scheduler's shift: mode and u_shaped draw timesteps from the middle or the ends, sigma_sqrt and cosmap weight the loss", group="objective", choices=("none", "logit_normal", *FLOW_SCHEMES))
@@ -122,8 +123,8 @@ class TrainConfig:
     flow_shift: float | None = option(None, "flow matching: shift of the noise levels that are trained, s -> shift * s; 1: none (default: the scheduler's, which may depend on the resolution)", group="objective", above=0.0)
     precondition_outputs: bool = option(False, "flow matching: the loss is that of the x0-prediction x_t - sigma * output, sigma^2 times that of the flow (Esser et al. 2024)", group="objective")
     guidance_scale: float | None = option(None, "FLUX.1 dev: the guidance scale that its network is given as an input in training (default 3.5, as its pipeline samples)", group="objective", low=0.0)
-    noise_offset: float = option(0.0, "offset of the fresh noise per sample and channel, for very dark and bright images (plain and gap only)", group="objective", low=0.0, needs=_NOT_AMBIENT, because="the ambient loss needs fresh noise of the covariance of each image's fixed one, and an offset gives it another: above the noise level s_n channel means would be learnt wrongly")
-    input_perturbation: float = option(0.0, "perturb the noise of the input, not of the target, by that much (plain and gap only; 0.1 in its paper)", group="objective", low=0.0, needs=_NOT_AMBIENT, because="the ambient loss tells fixed from fresh noise by the level of its input, and a perturbed input lies above it")
+    noise_offset: float = option(0.0, "offset of the fresh noise per sample and channel, for very dark and bright images (without the ambient loss only)", group="objective", low=0.0, needs=_NOT_AMBIENT, because="the ambient loss needs fresh noise of the covariance of each image's fixed one, and an offset gives it another: above the noise level s_n channel means would be learnt wrongly")
+    input_perturbation: float = option(0.0, "perturb the noise of the input, not of the target, by that much (without the ambient loss only; 0.1 in its paper)", group="objective", low=0.0, needs=_NOT_AMBIENT, because="the ambient loss tells fixed from fresh noise by the level of its input, and a perturbed input lies above it")
 
     memorization_threshold: float | None = option(None, "a sample with || eps_c - eps_u || of at least this gives no loss (Wen et al. 2024); one more forward pass without gradient per pass. The scale is the model's own", group="mitigation", above=0.0)
     agc: float | None = option(None, "a sample whose error is below this times the running mean of its timestep gives no loss (anti-gradient control, Liu et al. 2024; without a value 0.8: the 1/1.25 of its Stable Diffusion release; its CIFAR release has 0.5)", group="mitigation", above=0.0, high=1.0, bare=0.8)
@@ -371,12 +372,15 @@ class TrainConfig:
         """Check the two levels of `distill`: the ambient loss lies between them, and is off where they are one."""
         if no_level:
             self.distill_level = DISTILL_LEVEL if self.distill_level is None else self.distill_level
-            self.ambient_level = self.distill_level
         elif self.distill_level is None and self.ambient_timestep is None:
             self.distill_level = float(self.ambient_level or 0.0)
         level, upper = self.ambient_level, self.distill_level
-        if isinstance(level, float) and level <= 0:
-            raise UserError(f"ambient_level is {level:g} with objective distill", rule="nothing would be learnt from the images",
+        if level == upper:
+            level = self.ambient_level = (
+                None  # one spelling of one run, and nothing that the next `--distill_level` would meet
+            )
+        if (upper is not None and upper <= 0) or (isinstance(level, float) and level <= 0):
+            raise UserError(f"ambient_level is {0.0 if level is None else level:g} with objective distill", rule="nothing would be learnt from the images",
                             remedy="give a level above 0, such as 2.5")  # fmt: skip
         if isinstance(level, float) and upper is not None and upper < level:
             raise UserError(f"distill_level is {upper:g}", rule=f"it must be at least ambient_level, {level:g}",
@@ -384,7 +388,7 @@ class TrainConfig:
         if any(not phrase.strip() for phrase in self.distill_without or ()):
             raise UserError("distill_without has an empty phrase", rule="words of the captions are left out",
                             remedy="name them, for example --distill_without sks")  # fmt: skip
-        ambient = upper is not None and upper != level
+        ambient = upper is not None and (level is not None or self.ambient_timestep is not None)
         for given, name, rule in (
             (not ambient and self.reweight is not None, "reweight", "without an ambient_level below distill_level no loss is ambient"),
             (not ambient and self.near_duplicates is not None, "near_duplicates", "without an ambient_level below distill_level no image has a fixed noise"),
@@ -476,7 +480,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="train_text_to_image_ambient.py",
         usage="[accelerate launch] train_text_to_image_ambient.py --config FILE.yaml [--flag value ...]",
-        description="Fine-tune a Stable Diffusion U-Net, whole or by LoRA, so that it does not hand its training images back.",
+        description="Fine-tune an image model, whole or by LoRA, so that it hands fewer of its training images back.",
         epilog="Example: accelerate launch train_text_to_image_ambient.py --config configs/sd2-lora.yaml --train_data_dir my-images",
         elsewhere=ELSEWHERE,
     )

@@ -57,7 +57,10 @@ class Teacher:
         self._network, self._text = network, tuple(text.values())
         self._copy = None
         if not lora:
-            self._copy = base.load(base.family.network).requires_grad_(False).eval().to(device, dtype)
+            copy = base.load(base.family.network).requires_grad_(False).eval()
+            self._copy = torch.nn.Module.to(
+                copy, device, dtype
+            )  # diffusers' own warns of parts that it would rather keep in float32
 
     @contextlib.contextmanager
     def acting(self) -> Iterator[Any]:

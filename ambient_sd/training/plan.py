@@ -6,6 +6,7 @@ The cheapest check comes first and nothing is written: a mistake costs one line 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import logging
 import math
@@ -51,6 +52,7 @@ from ambient_sd.training import (
 from ambient_sd.training.config import AUTO, FLOW_SCHEMES, TrainConfig
 from ambient_sd.training.prior import Prior
 from ambient_sd.utils.errors import UserError, one_line
+from ambient_sd.utils.weight_files import network_files
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +131,7 @@ class Plan:
             "ambient_level": self.objective.level,
             "distill_level": self.objective.distill_level,
             "prediction_type": self.objective.prediction_type,
+            "base": _which(self.base),
             "vae": self.base.vae_label,
             # None where it is as it always was: checkpoints from before there was a choice go on.
             "image_interpolation_mode": None if (mode := self.config.image_interpolation_mode) == "lanczos" else mode,
@@ -152,6 +155,14 @@ class Plan:
             "images": self.images.fingerprint(),
             "noise_keys": noise_fingerprint(self.images.noise_keys, self.images.mirrored),
         }
+
+
+def _which(base: Base) -> str:
+    """Return which base it is: of files here, wherever they lie, by their bytes; of the hub by name and revision."""
+    # Of a hub id the name: whether its files have a digest hangs on whether they are downloaded yet.
+    if not (Path(base.name).exists() and (files := network_files(base.name, variant=base.variant))):
+        return base.label if base.revision is None else f"{base.label} at {base.revision}"
+    return f"{base.family.network} {hashlib.sha256(''.join(sorted(files.values())).encode()).hexdigest()[:16]}"
 
 
 def base_of(config: TrainConfig) -> Base:
@@ -323,6 +334,8 @@ def make_objective(config: TrainConfig, base: Base) -> AmbientObjective:
     options: dict[str, Any] = {"mode": config.objective}
     if config.objective != "plain":
         level = auto_level.PROVISIONAL if config.ambient_level == AUTO else config.ambient_level
+        if level is None and config.ambient_timestep is None:
+            level = config.distill_level
         options.update(
             level=level,
             timestep=config.ambient_timestep,
@@ -359,6 +372,10 @@ def _check_output(config: TrainConfig) -> Path | None:
         if given is not None and folder.exists() and folder.resolve() == Path(given).expanduser().resolve():
             raise UserError(f"output_dir is {config.output_dir}", rule=f"that is {name} too, and would be overwritten",
                             remedy="name another one")  # fmt: skip
+    images = Path(config.train_data_dir).expanduser() if config.train_data_dir else None
+    if images is not None and images.is_dir() and images.resolve() in folder.resolve().parents:
+        raise UserError(f"output_dir is {config.output_dir}", rule="it lies in the folder of images, and a later run would take its pictures for some of them",
+                        remedy="give --output_dir a folder outside")  # fmt: skip
     if not processes.is_first():
         return None  # one process looks and decides
     if config.resume_from_checkpoint is not None:
@@ -459,6 +476,9 @@ def _notes(
             notes.append(in_one_line(cuts, len(texts), what, named[cuts[0].index]))
     if config.objective == "distill" and config.distill_without is None:
         notes.append(_made_up(images.all_captions, next(iter(tokenizers.values()))))
+    if config.objective == "distill" and config.lora_weights is not None:
+        notes.append("objective is distill, and an adapter goes on: above the noise level the target is the base without it, so what it composes is unlearnt there; "
+                     "--objective ambient or plain keeps it")  # fmt: skip
     return tuple(one_line(note) for note in notes if note)
 
 

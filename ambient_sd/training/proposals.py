@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ambient_sd.data.noise_level import FEWEST
-from ambient_sd.training.config import AUTO, DISTILL_LEVEL
+from ambient_sd.training.config import AUTO, DISTILL_LEVEL, RANK
 
 SAMPLES_PER_IMAGE, FEWEST_SAMPLES, MOST_SAMPLES = 100, 4_000, 40_000
 EVALUATIONS = 6
@@ -53,10 +53,12 @@ def propose(
     parameters: int,
     device: torch.device,
     processes: int = 1,
+    spread: bool = False,
     objective: str = "distill",
     lora: bool | None = None,
     batch: int | None = None,
     steps: int | None = None,
+    keep: str = "best",
     memory: Callable[[Mapping[str, Any]], int] | None = None,
     room: int = 0,
 ) -> list[Proposal]:
@@ -69,8 +71,8 @@ def propose(
         native: side that the base was trained at, pixels; step: what sides must be multiples of.
         parameters: of the base's network.
         device: that trains.
-        processes: how many train together.
-        objective: the given one or the one that is to be proposed. lora, batch, steps: of those that are given.
+        processes: how many train together; spread: each holds its part of the network.
+        objective: the given one or the one that is to be proposed. lora, batch, steps, keep: of those that are given.
         memory: of a GPU, predicts the bytes that settings take at the highest. room: bytes that the GPU has.
 
     Example:
@@ -88,27 +90,29 @@ def propose(
         return value
 
     lora = add("lora", True, "a small file, and less memory") if lora is None else lora
-    if lora:
-        add("rank", 16, "as in the presets")
+    if lora and "lora_weights" not in given:
+        add("rank", RANK, "as in the presets")
     resolution = _resolution(sizes, native, step)
     add("resolution", resolution, f"the base's {native}" if resolution == native else f"half of the images have a shorter side of at most {_median(sizes)} px")  # fmt: skip
     if _mixed(sizes) and "center_crop" not in given:
         add("aspect_ratio_buckets", AUTO, "many images are not square, and cropping would cut them")
     if batch is None:
         batch = min(add("train_batch_size", min(16 if resolution <= 2 * native and native <= 128 else 4, max(1, count)), "fits"), max(1, count))  # fmt: skip
+    # Only where it is looked for, as below.
+    ends = ", at most: the run ends where copying begins" if distinct > 1 and keep == "best" else ""
     samples = min(max(SAMPLES_PER_IMAGE * count, FEWEST_SAMPLES), MOST_SAMPLES)
     if steps is None:
         steps = max(1, round(samples / (batch * processes)))
         if not {"max_train_steps", "num_train_epochs"} & set(given):
-            add("max_train_steps", steps, f"{samples} samples, {samples / count:.3g} passes over {count} images, at most: the run ends where copying begins")  # fmt: skip
+            add("max_train_steps", steps, f"{samples} samples, {samples / count:.3g} passes over {count} images{ends}")  # fmt: skip
     add("learning_rate", 1e-3 if parameters < _SMALL else 1e-4, "a small network" if parameters < _SMALL else "as in the presets")  # fmt: skip
-    if "train_text_encoder" not in given:  # the average is of the network alone
+    if "train_text_encoder" not in given and not spread:  # the average is of the network alone, and of a whole one
         add("use_ema", True, "averaged weights are steadier")
     if objective == "distill":
         add(
             "objective",
             objective,
-            "few images come back: where composition is decided the base itself is the target (plain: all is learnt)",
+            "fewer images come back: where composition is decided the base itself is the target (plain: all is learnt)",
         )
         if not {"distill_level", "ambient_level", "ambient_timestep"} & set(given):
             add(

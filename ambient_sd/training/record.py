@@ -93,6 +93,9 @@ class RunRecord:
         if images.groups:
             done += f", {len(images.groups)} groups of near-duplicates among them"
         kinds = {name: self.means[f"{name}_loss"] for name in ("clean", "ambient")}
+        if self.plan.objective.distill_level is not None:
+            above = "ambient and above" if self.plan.objective.uses_noise else "above the level"
+            kinds = {"images": kinds["clean"], above: kinds["ambient"]}
         parts = [f"{name} {loss:.4f}" for name, loss in kinds.items() if math.isfinite(loss)]
         split = f" ({', '.join(parts)})" if len(parts) > 1 else ""
         lines = [done, f"loss {self.loss:.4f}{split}, mean of the last steps"]
@@ -141,6 +144,9 @@ def describe_start(
     config, objective, images = plan.config, plan.objective, plan.images
     known = "measured at the start" if config.ambient_level == AUTO else f"s_n = {objective.level:g}"
     level = f", noise level {known}" if objective.mode != "plain" else ""
+    if objective.distill_level is not None:
+        level = f", the base above noise level {objective.distill_level:g}"
+        level += f", ambient from s_n = {objective.level:g} to it" * objective.uses_noise
     if plan.level_reason:
         level += f" ({plan.level_reason})"
     kind = (

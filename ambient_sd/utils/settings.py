@@ -24,6 +24,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import reprlib
 import sys
 import types
@@ -192,7 +193,12 @@ def is_given(owner: type, name: str, value: Any) -> bool:
 
 
 def add_flags(
-    parser: argparse.ArgumentParser, owner: type, *, skip: Sequence[str] = (), groups: Mapping[str, str] | None = None
+    parser: argparse.ArgumentParser,
+    owner: type,
+    *,
+    skip: Sequence[str] = (),
+    groups: Mapping[str, str] | None = None,
+    proposed: Sequence[str] = (),
 ) -> None:
     """Give a command the flags of a settings class; only what the user gives ends up in the namespace, as texts.
 
@@ -201,6 +207,7 @@ def add_flags(
         owner: the dataclass; fields that `option` did not make are left out.
         skip: names of settings that the command does not take from its user.
         groups: heading -> the sentence under it in `--help`.
+        proposed: names of settings that the command proposes from what it sees, in place of their default.
 
     Example:
         >>> @dataclasses.dataclass
@@ -214,7 +221,7 @@ def add_flags(
     for item in _options(owner):
         if item.name not in skip:
             place = _group(parser, item.metadata["group"], (groups or {}).get(item.metadata["group"]))
-            _add(place, item, _hints(owner)[item.name])
+            _add(place, item, _hints(owner)[item.name], proposed=item.name in proposed)
 
 
 def from_flags(owner: Callable[..., T], namespace: argparse.Namespace, **fixed: Any) -> T:
@@ -618,10 +625,12 @@ def _group(parser: argparse.ArgumentParser, title: str, text: str | None) -> Any
     return titled[title]
 
 
-def _add(place: Any, item: dataclasses.Field[Any], hint: Any) -> None:
+def _add(place: Any, item: dataclasses.Field[Any], hint: Any, *, proposed: bool = False) -> None:
     meta, kind, default = item.metadata, _kind(hint), _default(item)
     text = meta["text"].replace("%", "%%")
-    if default is not None and default is not False and default not in (REQUIRED, (), []):  # 0 is a default, too
+    if proposed:
+        text = re.sub(r" \(default:? [^()]*\)$", "", text) + " (default: proposed)"
+    elif default is not None and default is not False and default not in (REQUIRED, (), []):  # 0 is a default, too
         text += f" (default {_shown(default)})"
     extra: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
     if kind.bare is bool:

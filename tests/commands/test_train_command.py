@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from ambient_sd.cli import main
-from ambient_sd.commands.train import sketch
+from ambient_sd.commands.train import PROPOSED, TrainOptions, make_parser, sketch, work
 from ambient_sd.training import validation
 from ambient_sd.training.config import PRESETS, TrainConfig, load_yaml, parse
 from ambient_sd.training.proposals import propose
@@ -41,7 +41,28 @@ def test_a_given_setting_is_never_proposed() -> None:
     assert not {"ambient_level", "distill_level", "objective"} & set(proposed({"objective"}, objective="plain"))
     assert "ambient_level" not in proposed({"ambient_timestep"}, objective="ambient")
     assert "distill_level" not in proposed({"ambient_level", "objective"}), "one given level is both"
-    assert "rank" not in proposed({"lora"}, lora=False)
+    assert "rank" not in proposed({"lora"}, lora=False) and "rank" not in proposed({"lora_weights"})
+    assert "use_ema" not in proposed(spread=True)
+    told = set(everything) | {
+        "aspect_ratio_buckets",
+        "mixed_precision",
+        "gradient_checkpointing",
+        "gradient_checkpointing_fraction",
+    }
+    assert told - {"distill_level"} == set(PROPOSED)
+
+
+def test_an_end_is_promised_only_where_one_is_looked_for() -> None:
+    def steps(**more: Any) -> str:
+        (found,) = (
+            p
+            for p in propose([], sizes=[(512, 512)], count=9, **{"distinct": 9, **SD2, **more})
+            if p.name == "max_train_steps"
+        )
+        return found.reason
+
+    assert "ends where copying begins" in steps()
+    assert "ends" not in steps(keep="last") and "ends" not in steps(distinct=1)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +71,7 @@ def test_a_given_setting_is_never_proposed() -> None:
      ({"objective": "plain"}, "plain"), ({"objective": "ambient"}, "ambient"), ({"objective": "distill", "ambient_level": 1.0}, "distill"),
      ({"ambient_level": 1.0}, "ambient"), ({"ambient_level": 0.0}, "ambient"), ({"ambient_timestep": 300}, "ambient"), ({"reweight": 0}, "ambient"),
      ({"near_duplicates": "off"}, "ambient"), ({"fresh_copies": True}, "ambient"), ({"agc": 0.8}, "ambient"), ({"lora_init": "pissa"}, "ambient"),
-     ({"lora_init": "orthogonal"}, "distill"), ({"ambient_level": 1.0, "distill_level": 2.5}, "distill")],
+     ({"fresh_copies": False}, "distill"), ({"lora_min_rank": 8}, "distill"), ({"lora_init": "orthogonal"}, "distill"), ({"ambient_level": 1.0, "distill_level": 2.5}, "distill")],
 )  # fmt: skip
 def test_a_setting_of_the_ambient_loss_chooses_it(given: dict[str, Any], objective: str) -> None:
     made = sketch({"pretrained_model_name_or_path": "base", "train_data_dir": "x", **given})
@@ -137,7 +158,7 @@ def test_one_command_makes_a_lora_with_card_curve_and_audit(quick: str, capsys: 
     for name in ("pytorch_lora_weights.safetensors", "README.md", "card.json", "probe/curve.png", "audit/audit.html"):
         assert (out / name).is_file(), name
     assert "resolution 32: the base's 32" in said
-    assert "objective distill: few images come back" in said and "distill_level 2.5: " in said
+    assert "objective distill: fewer images come back" in said and "distill_level 2.5: " in said
     card = (out / "README.md").read_text()
     assert "kept step" in card and "probe/curve.png" in card and "How much of the training images it hands back has not" not in card  # fmt: skip
     record = json.loads((out / "audit" / "audit.json").read_text())
@@ -214,6 +235,63 @@ def test_several_devices_are_launched_by_accelerate(quick: str, monkeypatch: pyt
     ((command, env),) = called
     assert command[1:6] == ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     assert command[6:9] == ["-m", "ambient_sd.cli", "train"] and env["ACCELERATE_USE_CPU"] == "true"
+
+
+@pytest.mark.parametrize(
+    "given", [{"stop_on_memorization": 0.05}, {"probe_images": 4}, {"keep": "best"}, {"probe_prompts": ["a red disc"]}]
+)
+def test_what_needs_an_evaluation_may_be_given_alone_on_a_gpu(given: dict[str, Any], quick: str, monkeypatch: pytest.MonkeyPatch, tiny_base: Path) -> None:  # fmt: skip
+    monkeypatch.setattr(work, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**36, 2**36))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    config, proposed = work.complete({"pretrained_model_name_or_path": str(tiny_base), "train_data_dir": "my-images", "output_dir": "x", **given})  # fmt: skip
+    assert config.keep == "best" and "gradient_checkpointing" in {one.name for one in proposed}
+
+
+@pytest.mark.parametrize(
+    ("words", "objective"),
+    [("", "distill"), ("--ambient_level 1", "ambient"), ("--agc 0.8", "ambient"), ("--rank 8", "distill")],
+)
+def test_a_preset_leaves_the_choice_to_the_command_line(words: str, objective: str, quick: str) -> None:
+    args = make_parser().parse_args(["my-images", "--config", "sd2-lora", *words.split()])
+    options = TrainOptions("my-images", config="sd2-lora")
+    values = options.values(
+        {k: v for k, v in vars(args).items() if k not in ("folder", "config", "dry_run", "audit", "num_processes")}
+    )
+    assert sketch(values).objective == objective
+
+
+def test_results_never_lie_among_the_images(quick: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    monkeypatch.chdir("my-images")
+    with pytest.raises(SystemExit):
+        main(quick.replace("train my-images", "train .").split())
+    error = capsys.readouterr().err
+    assert (
+        "output_dir is my-images-lora" in error
+        and "it lies in the folder of images" in error
+        and error.count("\n") == 1
+    )
+    assert not Path("my-images-lora").exists()
+
+
+def test_a_dry_run_measures_without_what_few_images_lack(
+    monkeypatch: pytest.MonkeyPatch, quick: str, tiny_base: Path
+) -> None:
+    ran: list[TrainConfig] = []
+
+    def run(config: TrainConfig, *, on_step: Any, **_: Any) -> None:
+        ran.append(config)
+        for step in range(3):
+            on_step(step, {})
+
+    monkeypatch.setattr(work, "run", run)
+    config = TrainConfig(str(tiny_base), train_data_dir="my-images", objective="distill", distill_without=["disc"], resolution=32, lora=True,
+                         with_prior_preservation=True, class_prompt="a shape", class_data_dir="class", output_dir="out")  # fmt: skip
+    plan = work.plan_run(config)
+    work._measure(config, plan)
+    (measured,) = ran
+    assert measured.distill_without is None
+    assert measured.class_data_dir != "class" and measured.num_class_images == 4 and not Path("class").exists()
 
 
 def test_configs_that_need_a_default_of_the_command_may_be_given_alone() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,12 @@ import tiny_flow
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ambient_sd.families.base import check_base
 from ambient_sd.objective import AmbientObjective
-from ambient_sd.training import adapters
-from ambient_sd.training.config import TrainConfig
+from ambient_sd.training import adapters, checkpoints
+from ambient_sd.training.config import TrainConfig, parse
 from ambient_sd.training.footprint import predict
 from ambient_sd.training.loop import TrainingBatch, run
 from ambient_sd.training.plan import base_of, plan_run
@@ -152,12 +154,54 @@ def test_settings_without_a_meaning_are_refused(settings: Settings, values: dict
 
 @pytest.mark.parametrize(
     ("given", "levels"),
-    [({}, (2.5, 2.5)), ({"ambient_level": 1.5}, (1.5, 1.5)), ({"distill_level": 4.0}, (4.0, 4.0)), ({"distill_level": 4.0, "ambient_level": 1.0}, (1.0, 4.0))],
+    [({}, (None, 2.5)), ({"ambient_level": 1.5}, (None, 1.5)), ({"distill_level": 4.0}, (None, 4.0)), ({"distill_level": 4.0, "ambient_level": 1.0}, (1.0, 4.0)),
+     ({"distill_level": 4.0, "ambient_level": 4.0}, (None, 4.0))],
 )  # fmt: skip
 def test_one_level_is_enough(settings: Settings, given: dict[str, float], levels: tuple[float, float]) -> None:
     config = settings(objective="distill", **given)
     assert (config.ambient_level, config.distill_level) == levels
     assert TrainConfig(**config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("words", "objective", "levels"),
+    [("--distill_level 4", "distill", (None, 4.0)), ("--distill_level 1.5", "distill", (None, 1.5)), ("--objective ambient", "ambient", (1.0, None)),
+     ("--ambient_level 1", "distill", (1.0, 2.5))],
+)  # fmt: skip
+def test_the_file_of_a_run_says_only_what_was_chosen(
+    settings: Settings, tmp_path: Path, words: str, objective: str, levels: tuple[float | None, float | None]
+) -> None:
+    path = settings(objective="distill").save(tmp_path)
+    config = parse(["--config", str(path), *words.split()])
+    assert config.objective == objective and (config.ambient_level, config.distill_level) == levels
+
+
+def test_a_checkpoint_of_another_base_is_refused(settings: Settings, tiny_base: Path, tmp_path: Path) -> None:
+    first = settings(objective="distill", max_train_steps=2, checkpointing_steps=1)
+    run(first, progress=False)
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_base, moved)
+    again = dataclasses.replace(first, max_train_steps=3, resume_from_checkpoint="checkpoint-2")
+    run(dataclasses.replace(again, pretrained_model_name_or_path=str(moved)), progress=False)
+    file = moved / UNET
+    save_file(
+        {name: value + 1e-3 if value.is_floating_point() else value for name, value in load_file(file).items()}, file
+    )
+    with pytest.raises(UserError, match=r"was written with base = 'unet \w{16}'"):
+        run(dataclasses.replace(again, pretrained_model_name_or_path=str(moved)), progress=False)
+    state = json.loads((Path(first.output_dir) / "checkpoint-2/trainer_state.json").read_text())
+    identity = state["identity"]
+    checkpoints.check_identity(Path("checkpoint-2"), {"identity": {k: v for k, v in identity.items() if k != "base"}}, identity)  # fmt: skip
+
+
+def test_an_adapter_that_goes_on_is_said_to_be_unlearnt_above_the_level(settings: Settings) -> None:
+    first = settings(objective="plain", max_train_steps=1)
+    run(first, progress=False)
+    goes_on: dict[str, Any] = {"lora_weights": str(Path(first.output_dir) / adapters.WEIGHTS_NAME)}
+    said = {
+        name: " ".join(plan_run(settings(name, objective=name, **goes_on)).notes) for name in ("distill", "ambient")
+    }
+    assert "an adapter goes on" in said["distill"] and "an adapter goes on" not in said["ambient"]
 
 
 def test_copy_of_the_base_counts_in_the_memory(settings: Settings) -> None:
@@ -194,9 +238,10 @@ def test_a_word_that_looks_made_up_is_pointed_at(
     captions: list[str], more: dict[str, Any], said: str | None, tmp_path: Path, settings: Settings
 ) -> None:
     rows = [{"file_name": f"{i}.png", "text": text} for i, text in enumerate(captions)]
+    (images := tmp_path / "images").mkdir()
     for i, row in enumerate(rows):
-        Image.effect_noise((32, 32), 90 + i).convert("RGB").save(tmp_path / row["file_name"])
-    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = settings(**{"objective": "distill", "train_data_dir": str(tmp_path), **more})
+        Image.effect_noise((32, 32), 90 + i).convert("RGB").save(images / row["file_name"])
+    (images / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = settings(**{"objective": "distill", "train_data_dir": str(images), **more})
     notes = [note for note in plan_run(config).notes if "--distill_without" in note]
     assert [said in note for note in notes] == ([True] if said else [])

@@ -93,8 +93,10 @@ def apart(one: Path, two: Path) -> float:
 def runs(tiny_base: Path, tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two steps on one process, on two, and the second of the two's on one."""
     folder = tmp_path_factory.mktemp("sharded")
+    taught = {"objective": "distill", "distill_level": 1.0, "lora": True, "max_train_steps": 4}
     train(folder, tiny_base, tiny_images, {
         "one": (1, {}, None), "two": (2, {}, None), "crossed": (1, {}, "two/checkpoint-1"),
+        "taught one": (1, taught | {"train_batch_size": 2}, None), "taught two": (2, taught | {"train_batch_size": 1}, None),
     })  # fmt: skip
     return folder
 
@@ -122,6 +124,11 @@ def test_a_spread_model_has_the_losses_weights_and_moments_of_a_whole_one(runs: 
 
 
 @pytest.mark.slow
+def test_a_process_without_a_sample_above_the_level_asks_the_base_too(runs: Path) -> None:
+    """A spread network is gathered by all processes together: where one of them did not ask, the others waited for it."""
+    assert losses(runs / "taught two") == pytest.approx(losses(runs / "taught one"), rel=1e-6)
+
+
 def test_gradients_of_a_spread_model_are_clipped_by_their_norm_over_all_processes(runs: Path) -> None:
     moments = load_file(runs / "two/checkpoint-1/optimizer.safetensors")
     norm = float(torch.stack([v.square().sum() for k, v in moments.items() if k.endswith("exp_avg")]).sum().sqrt())

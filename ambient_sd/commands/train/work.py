@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from tqdm.auto import tqdm
 
-from ambient_sd.commands.train import TrainOptions, sketch
+from ambient_sd.commands.train import TrainOptions, assumed, sketch
 from ambient_sd.data.dataset_options import DatasetOptions
 from ambient_sd.reporting.charts import write_training_curve
 from ambient_sd.reporting.model_card import write_run_card
@@ -86,13 +86,14 @@ def complete(
     network = base.skeleton()[base.family.network]
 
     def memory(more: Mapping[str, Any]) -> int:
-        config = TrainConfig(**{**values, **more})
+        config = TrainConfig(**{**assumed(values), **values, **more})
         return predict(config, base, (config.resolution,) * 2).peak
 
     proposed = propose(
         values, sizes=[row.image.size for row in seen], count=len(images), distinct=len({row.key for row in seen}),
         native=base.family.native_side(base.network_config, base.vae_config), step=base.pixel_step,
         parameters=sum(p.numel() for p in network.parameters()), device=device(), processes=processes,
+        spread=os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"), keep=values.get("keep") or "best",
         objective=wanted.objective, lora=values.get("lora"), steps=wanted.max_train_steps,
         batch=wanted.train_batch_size * wanted.gradient_accumulation_steps if "train_batch_size" in values else None,
         memory=memory, room=torch.cuda.mem_get_info()[1] if device().type == "cuda" else 0,
@@ -213,15 +214,21 @@ def _measure(config: TrainConfig, plan: Plan) -> _Measured:
     """Make a few real steps aside, and return what they took."""
     at: list[float] = []
     few = min(len(plan.images), max(16, config.train_batch_size))
+    # distill_without: the few images need not have its words.
     off = dict.fromkeys(("probe_steps", "probe_images", "probe_prompts", "stop_on_memorization", "validation_prompts", "num_validation_images",
-                         "validation_epochs", "validation_steps", "resume_from_checkpoint", "hub_model_id", "latent_cache_dir"))  # fmt: skip
+                         "validation_epochs", "validation_steps", "resume_from_checkpoint", "hub_model_id", "latent_cache_dir",
+                         "distill_without"))  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         aside: dict[str, Any] = {
-            **off, "keep": "last", "push_to_hub": False, "overwrite": False, "report_to": "none", "output_dir": folder,
+            **off, "keep": "last", "push_to_hub": False, "overwrite": False, "report_to": "none", "output_dir": f"{folder}/run",
             "checkpointing_steps": 10**9, "max_train_steps": _MEASURED + 1, "max_train_samples": few,
         }  # fmt: skip
         if config.ambient_level == AUTO:
             aside["ambient_level"] = 1.0
+        if (
+            config.with_prior_preservation and plan.prior is None
+        ):  # what the base would draw is drawn aside, and only a few
+            aside |= {"class_data_dir": f"{folder}/class", "num_class_images": min(config.num_class_images or 4, 4)}
         logging.getLogger("ambient_sd").setLevel(logging.ERROR)  # the plan's notes are printed with the plan
         with peak_memory(device()) as peak:
             run(dataclasses.replace(config, **aside), progress=False, on_step=lambda *_: at.append(time.perf_counter()))
