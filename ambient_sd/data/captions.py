@@ -115,6 +115,8 @@ def without(caption: str, phrases: Sequence[str]) -> str:
     Example:
         >>> without("sks, a cat", ["sks"]), without("a photo of SKS dog", ["sks"]), without("a risksome cat", ["sks"])
         ('a cat', 'a photo of dog', 'a risksome cat')
+        >>> without("a dog in sks style", ["sks", "sks style"])
+        'a dog in'
     """
     for phrase in sorted(phrases, key=len, reverse=True):  # one phrase may be a part of another
         caption = _whole(phrase).sub(" ", caption)

@@ -373,7 +373,7 @@ def _check_output(config: TrainConfig) -> Path | None:
             raise UserError(f"output_dir is {config.output_dir}", rule=f"that is {name} too, and would be overwritten",
                             remedy="name another one")  # fmt: skip
     images = Path(config.train_data_dir).expanduser() if config.train_data_dir else None
-    if images is not None and images.is_dir() and images.resolve() in folder.resolve().parents:
+    if images is not None and os.path.isdir(images) and images.resolve() in folder.resolve().parents:
         raise UserError(f"output_dir is {config.output_dir}", rule="it lies in the folder of images, and a later run would take its pictures for some of them",
                         remedy="give --output_dir a folder outside")  # fmt: skip
     if not processes.is_first():

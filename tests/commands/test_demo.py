@@ -31,7 +31,7 @@ def test_the_runs_differ_in_the_objective_alone() -> None:
     different = {key for key in plain | ambient if plain.get(key) != ambient.get(key)}
     assert different == {"objective", "ambient_level", "reweight", "near_duplicates", "output_dir"}
     different = {key for key in plain | distill if plain.get(key) != distill.get(key)}
-    assert different == {"objective", "ambient_level", "distill_level", "output_dir"}
+    assert different == {"objective", "distill_level", "output_dir"}
 
 
 def test_too_few_samples_are_refused_at_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import logging
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -229,10 +230,20 @@ def _measure(config: TrainConfig, plan: Plan) -> _Measured:
             config.with_prior_preservation and plan.prior is None
         ):  # what the base would draw is drawn aside, and only a few
             aside |= {"class_data_dir": f"{folder}/class", "num_class_images": min(config.num_class_images or 4, 4)}
-        logging.getLogger("ambient_sd").setLevel(logging.ERROR)  # the plan's notes are printed with the plan
-        with peak_memory(device()) as peak:
+        with _silent(), peak_memory(device()) as peak:  # the plan's notes are printed with the plan
             run(dataclasses.replace(config, **aside), progress=False, on_step=lambda *_: at.append(time.perf_counter()))
     return _Measured((at[-1] - at[0]) / (len(at) - 1), peak.mb)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    logger = logging.getLogger("ambient_sd")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _minutes(seconds: float) -> str:
