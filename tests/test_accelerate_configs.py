@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+
+from ambient_sd.training import sharding
+from ambient_sd.training.config import parse
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
@@ -36,3 +41,19 @@ def test_the_file_for_two_processors_starts_two(tmp_path: Path) -> None:
         "process 0 of 2",
         "process 1 of 2",
     ]
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero2"])
+def test_the_commands_of_a_spread_models_file_are_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value in (
+        ("ACCELERATE_USE_FSDP", "true"),
+        ("FSDP_VERSION", "2"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16"),
+    ):
+        monkeypatch.setenv(variable, value)
+    commands = re.findall(
+        r"train_text_to_image_ambient.py (--config .*)", (ROOT / f"configs/accelerate/{name}.yaml").read_text()
+    )
+    assert commands
+    for words in commands:
+        sharding.check(parse([*shlex.split(words), "--train_data_dir", "my-images"]))
