@@ -154,9 +154,8 @@ def perhaps_unknown(captions: Sequence[str], tokenizer: Any) -> list[str]:
     found = []
     for word, times in seen.items():
         if times >= _SHARED * len(captions) and len(word) > 2:
-            ids = tokenizer(
-                f" {word}", add_special_tokens=False
-            ).input_ids  # as within a text: many tokenizers tell the two apart
+            # With its space, as within a text: many tokenizers tell the two apart.
+            ids = tokenizer(f" {word}", add_special_tokens=False).input_ids
             if len(ids) > 1 or max(ids, default=0) > (1 - _RARE) * len(tokenizer):
                 found.append(word)
     return sorted(found)

@@ -7,6 +7,7 @@ must cost the user a second, not a download.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import inspect
 import json
@@ -28,7 +29,7 @@ from ambient_sd.families.single_file import SingleFile, open_single_file
 from ambient_sd.schedule import PREDICTION_TYPES, NoiseSchedule
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.hub_ids import hub_file, resolve_model_id
-from ambient_sd.utils.weight_files import variants
+from ambient_sd.utils.weight_files import network_files, variants
 
 LARGE_ENCODER = 10**9  # weights
 
@@ -119,6 +120,14 @@ class Model:
     def label(self) -> str:
         """Return a name that may be published: the hub id, or of a local folder its last part only."""
         return Path(self.name).resolve().name if Path(self.name).exists() else self.name
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Return which model it is: of files here, wherever they lie, by their bytes; of the hub by name and revision."""
+        # Of a hub id the name: whether its files have a digest hangs on whether they are downloaded yet.
+        if not (Path(self.name).exists() and (files := network_files(self.name, variant=self.variant))):
+            return self.label if self.revision is None else f"{self.label} at {self.revision}"
+        return f"{self.family.network} {hashlib.sha256(''.join(sorted(files.values())).encode()).hexdigest()[:16]}"
 
     @property
     def _hub(self) -> dict[str, Any]:

@@ -375,10 +375,8 @@ class TrainConfig:
         elif self.distill_level is None and self.ambient_timestep is None:
             self.distill_level = float(self.ambient_level or 0.0)
         level, upper = self.ambient_level, self.distill_level
-        if level == upper:
-            level = self.ambient_level = (
-                None  # one spelling of one run, and nothing that the next `--distill_level` would meet
-            )
+        if level == upper:  # one spelling of one run, and nothing that the next `--distill_level` would meet
+            level = self.ambient_level = None
         if (upper is not None and upper <= 0) or (isinstance(level, float) and level <= 0):
             raise UserError(f"ambient_level is {0.0 if level is None else level:g} with objective distill", rule="nothing would be learnt from the images",
                             remedy="give a level above 0, such as 2.5")  # fmt: skip

@@ -58,9 +58,8 @@ class Teacher:
         self._copy = None
         if not lora:
             copy = base.load(base.family.network).requires_grad_(False).eval()
-            self._copy = torch.nn.Module.to(
-                copy, device, dtype
-            )  # diffusers' own warns of parts that it would rather keep in float32
+            # diffusers' own `to` warns of parts that it would rather keep in float32.
+            self._copy = torch.nn.Module.to(copy, device, dtype)
 
     @contextlib.contextmanager
     def acting(self) -> Iterator[Any]:

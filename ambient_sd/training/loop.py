@@ -564,17 +564,18 @@ class _Trainer:
         """Ask the base for the targets of the samples above `distill_level`."""
         assert corrupted.distilled is not None and self.teacher is not None
         rows = corrupted.distilled.nonzero().flatten()
-        none = not len(rows)
-        if none and not sharding.is_spread(self.unet):
-            return dataclasses.replace(corrupted, distilled=None)
-        if none:  # the other processes gather a spread network's weights for theirs, so this one takes part, and drops what it gets
-            rows = torch.tensor([0])
-        part = batch.rows(rows)
+        asked = rows
+        if not len(rows):
+            if not sharding.is_spread(self.unet):
+                return dataclasses.replace(corrupted, distilled=None)
+            # The other processes gather a spread network's weights for theirs, so this one takes part, and drops what it gets.
+            asked = torch.tensor([0])
+        part = batch.rows(asked)
         if self.config.distill_without and not line.prior:
             part = dataclasses.replace(part, captions=[without(c, self.config.distill_without) for c in part.captions])
         with self.teacher.acting() as network:
-            found = self._forward(network, line, part, corrupted.x_t[rows])
-        return dataclasses.replace(corrupted, distilled=None) if none else corrupted.with_base(found)
+            found = self._forward(network, line, part, corrupted.x_t[asked])
+        return corrupted.with_base(found[: len(rows)])
 
     def _forward(
         self, network: Any, line: _Line, batch: TrainingBatch, x_t: torch.Tensor, *, captioned: bool = True

@@ -6,7 +6,6 @@ The cheapest check comes first and nothing is written: a mistake costs one line 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.util
 import logging
 import math
@@ -52,7 +51,6 @@ from ambient_sd.training import (
 from ambient_sd.training.config import AUTO, FLOW_SCHEMES, TrainConfig
 from ambient_sd.training.prior import Prior
 from ambient_sd.utils.errors import UserError, one_line
-from ambient_sd.utils.weight_files import network_files
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +129,7 @@ class Plan:
             "ambient_level": self.objective.level,
             "distill_level": self.objective.distill_level,
             "prediction_type": self.objective.prediction_type,
-            "base": _which(self.base),
+            "base": self.base.identity,
             "vae": self.base.vae_label,
             # None where it is as it always was: checkpoints from before there was a choice go on.
             "image_interpolation_mode": None if (mode := self.config.image_interpolation_mode) == "lanczos" else mode,
@@ -155,14 +153,6 @@ class Plan:
             "images": self.images.fingerprint(),
             "noise_keys": noise_fingerprint(self.images.noise_keys, self.images.mirrored),
         }
-
-
-def _which(base: Base) -> str:
-    """Return which base it is: of files here, wherever they lie, by their bytes; of the hub by name and revision."""
-    # Of a hub id the name: whether its files have a digest hangs on whether they are downloaded yet.
-    if not (Path(base.name).exists() and (files := network_files(base.name, variant=base.variant))):
-        return base.label if base.revision is None else f"{base.label} at {base.revision}"
-    return f"{base.family.network} {hashlib.sha256(''.join(sorted(files.values())).encode()).hexdigest()[:16]}"
 
 
 def base_of(config: TrainConfig) -> Base:

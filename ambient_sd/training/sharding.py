@@ -30,6 +30,16 @@ def _asked(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("1", "true")
 
 
+def is_asked() -> bool:
+    """Say whether accelerate was told to spread the model.
+
+    Example:
+        >>> is_asked()
+        False
+    """
+    return _asked("ACCELERATE_USE_FSDP")
+
+
 def check(config: TrainConfig) -> None:
     """Check what `accelerate launch` asks for, before anything else.
 
@@ -47,7 +57,7 @@ def check(config: TrainConfig) -> None:
             rule="this trainer was never tested under it",
             remedy="use configs/accelerate/fsdp2.yaml; with fsdp_reshard_after_forward: false it spreads what ZeRO-2 does",
         )
-    if not _asked("ACCELERATE_USE_FSDP"):
+    if not is_asked():
         return
     if config.use_ema:
         averaging.check_distribution(DistributedType.FSDP)
@@ -87,7 +97,7 @@ def enable(accelerator: Accelerator) -> None:
         >>> enable(SimpleNamespace(state=None, distributed_type=DistributedType.NO, is_fsdp2=False))  # nothing to complete
     """
     state = accelerator.state
-    if _asked("ACCELERATE_USE_FSDP") and accelerator.distributed_type == DistributedType.MULTI_CPU:
+    if is_asked() and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # accelerate 1.15 reads the FSDP settings for accelerators only, and keeps whole models on CPUs.
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
         state.distributed_type = DistributedType.FSDP

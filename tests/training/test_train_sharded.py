@@ -129,6 +129,7 @@ def test_a_process_without_a_sample_above_the_level_asks_the_base_too(runs: Path
     assert losses(runs / "taught two") == pytest.approx(losses(runs / "taught one"), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_spread_model_are_clipped_by_their_norm_over_all_processes(runs: Path) -> None:
     moments = load_file(runs / "two/checkpoint-1/optimizer.safetensors")
     norm = float(torch.stack([v.square().sum() for k, v in moments.items() if k.endswith("exp_avg")]).sum().sqrt())

@@ -26,7 +26,7 @@ from ambient_sd.data.dataset_options import DatasetOptions
 from ambient_sd.reporting.charts import write_training_curve
 from ambient_sd.reporting.model_card import write_run_card
 from ambient_sd.reporting.publishing import prepare, push
-from ambient_sd.training import RunRecord, results, run
+from ambient_sd.training import RunRecord, results, run, sharding
 from ambient_sd.training.config import AUTO, TrainConfig
 from ambient_sd.training.footprint import predict
 from ambient_sd.training.plan import Plan, base_of, open_images, plan_run
@@ -94,7 +94,7 @@ def complete(
         values, sizes=[row.image.size for row in seen], count=len(images), distinct=len({row.key for row in seen}),
         native=base.family.native_side(base.network_config, base.vae_config), step=base.pixel_step,
         parameters=sum(p.numel() for p in network.parameters()), device=device(), processes=processes,
-        spread=os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"), keep=values.get("keep") or "best",
+        spread=sharding.is_asked(), keep=values.get("keep") or "best",
         objective=wanted.objective, lora=values.get("lora"), steps=wanted.max_train_steps,
         batch=wanted.train_batch_size * wanted.gradient_accumulation_steps if "train_batch_size" in values else None,
         memory=memory, room=torch.cuda.mem_get_info()[1] if device().type == "cuda" else 0,
@@ -226,9 +226,8 @@ def _measure(config: TrainConfig, plan: Plan) -> _Measured:
         }  # fmt: skip
         if config.ambient_level == AUTO:
             aside["ambient_level"] = 1.0
-        if (
-            config.with_prior_preservation and plan.prior is None
-        ):  # what the base would draw is drawn aside, and only a few
+        # What the base would draw is drawn aside, and only a few.
+        if config.with_prior_preservation and plan.prior is None:
             aside |= {"class_data_dir": f"{folder}/class", "num_class_images": min(config.num_class_images or 4, 4)}
         with _silent(), peak_memory(device()) as peak:  # the plan's notes are printed with the plan
             run(dataclasses.replace(config, **aside), progress=False, on_step=lambda *_: at.append(time.perf_counter()))
