@@ -15,7 +15,7 @@ heads say which.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,7 @@ class Point:
     figures: Mapping[str, Estimate]
     errors: Mapping[str, Mapping[str, Sequence[float]]]
     measure: str = PUBLISHED  # of copies, the same for all points of a study
+    seeds: tuple[int, ...] = ()  # whose mean it is
 
     @property
     def copied(self) -> Estimate:
@@ -62,22 +63,26 @@ class Point:
         return self.figures["distance"]
 
 
-def points(results: Mapping[str, Any]) -> list[Point]:
-    """Return the points of a study in its order; a step that not all seeds of a label have reached is made of those that have."""
+def points(results: Mapping[str, Any], seeds: Collection[int] | None = None) -> list[Point]:
+    """Return the points of a study in its order, of all seeds or of some; a step that not all seeds of a label have reached is made of those that have."""
     found: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    of: dict[tuple[str, int], list[int]] = {}
     for run in [*results["runs"], *results.get("apart", [])]:
-        for point in run["points"]:
+        for point in run["points"] if seeds is None or run["seed"] in seeds else []:
             found.setdefault((run["label"], point["step"]), []).append(point)
+            of.setdefault((run["label"], point["step"]), []).append(run["seed"])
     measured = [point for group in found.values() for point in group]
     decided = all(COPIES in point["figures"] for point in measured) and len({p.get("rule") for p in measured}) == 1
     measure = COPIES if decided else PUBLISHED
-    return [point_of(label, step, group, measure) for (label, step), group in found.items()]
+    return [point_of(*place, group, measure, of[place]) for place, group in found.items()]
 
 
-def point_of(label: str, step: int, group: Sequence[Mapping[str, Any]], measure: str) -> Point:
+def point_of(
+    label: str, step: int, group: Sequence[Mapping[str, Any]], measure: str, seeds: Sequence[int] = ()
+) -> Point:
     """Return a point made of the measured steps of its seeds."""
     figures = {name: _mean([p["figures"][name] for p in group]) for name in _shared(group)}
-    return Point(label, step, figures, _mean_errors([p["errors"] for p in group]), measure)
+    return Point(label, step, figures, _mean_errors([p["errors"] for p in group]), measure, tuple(sorted(seeds)))
 
 
 def _shared(group: Sequence[Mapping[str, Any]]) -> list[str]:

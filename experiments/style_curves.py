@@ -5,15 +5,16 @@
 
 A study that measures the first steps has its own file, since steps stand in it before anything is seen; here its lines are joined with the other's.
 Writes OUT/own-pixels64.svg, OUT/own-edges16.svg and OUT/own.txt: every measured step in one row, and each run at its best distance beside plain
-stopped where its own curve first comes down to that distance.
+of the same seeds, stopped where its own curve first comes down to that distance.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ambient_sd.audit.closest import FEATURES, NEW, OWN
 from ambient_sd.audit.shares import COPIES
@@ -43,19 +44,28 @@ def table(found: Sequence[Point]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def at_equal_distance(found: Sequence[Point]) -> str:
+def joined(
+    studies: Sequence[Mapping[str, Any]], labels: Collection[str], seeds: Collection[int] | None = None
+) -> list[Point]:
+    """Return the points of some labels from several studies, by step."""
+    return sorted((p for one in studies for p in points(one, seeds) if p.label in labels), key=lambda p: p.step)
+
+
+def at_equal_distance(studies: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> str:
     """Return a Markdown table, a row for each run but plain: its figures at its best distance, and plain's where it first is as good.
 
-    Between two of plain's steps its figures are interpolated linearly in the distance (`points.where_as_good`).
+    Plain's are of the same seeds, for seeds differ by more than their intervals; between two of its steps they are interpolated linearly in the
+    distance (`points.where_as_good`).
     """
-    plain = sorted((p for p in found if p.label == BASELINE), key=lambda p: p.step)
     names = [name for name in SHARES if not name.startswith(NEW)]
     rows = [
         ["run", "step", "distance", *(SHARES[name] for name in names)],
         ["---"] * (len(names) + 3),
     ]
+    found = joined(studies, labels)
     for label in dict.fromkeys(p.label for p in found if p.label != BASELINE):
         top = best(found, label)
+        plain = [p for p in joined(studies, [BASELINE], top.seeds) if p.seeds == top.seeds]
         its = [top.figures[name] for name in names]
         there = [where_as_good([(p.figures[name], p.distance) for p in plain], top.distance.value) for name in names]
         rows.append(
@@ -76,7 +86,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     results = [json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in args.studies]
-    found = sorted((p for one in results for p in points(one) if p.label in args.runs), key=lambda p: p.step)
+    found = joined(results, args.runs)
     base = alone(results[0])
     colours = [PALETTE["ink"], *SERIES[1:]]
     measured = {p.label for p in found}
@@ -89,7 +99,7 @@ def main() -> None:
         measure = f"{OWN}-{feature}"
         (args.out / f"{measure}.svg").write_text(standalone(charts[MEASURES[measure].file].svg), encoding="utf-8")
     found.sort(key=lambda p: args.runs.index(p.label))  # stable: the steps stay in order
-    text = f"{table([*([] if base is None else [base]), *found])}\n{at_equal_distance(found)}"
+    text = f"{table([*([] if base is None else [base]), *found])}\n{at_equal_distance(results, args.runs)}"
     (args.out / "own.txt").write_text(text, encoding="utf-8")
 
 
