@@ -135,8 +135,14 @@ def _clause(measure: Measure, one: Winner) -> str:
     other = f"{100 * one.other.copied.value:.1f} %"
     if one.less.low > 0:
         less = f"{100 * one.less.value:.1f} points fewer [{100 * one.less.low:.1f}, {100 * one.less.high:.1f}]"
+        if one.plain.seeds != one.other.seeds:  # runs of one recipe differ by more than their intervals
+            less += f" (seeds {_listed(one.other)} against {_listed(one.plain)})"
         return f"{measure.begins}{one.other.label} (step {one.other.step}) gives {other} {measure.noun} against {plain}: {less}"
     return f"{measure.begins}no recipe gives measurably fewer {measure.noun} than the {plain}; the fewest has {one.other.label} (step {one.other.step}), {other}"
+
+
+def _listed(p: Point) -> str:
+    return ", ".join(map(str, p.seeds))
 
 
 def sections(results: Mapping[str, Any]) -> list[pages.Section]:

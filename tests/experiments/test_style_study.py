@@ -192,6 +192,11 @@ def test_the_sentence_names_who_copies_less_at_equal_quality() -> None:
     )  # plain stopped at 300, not its best at 600 with 40 %
 
 
+def test_recipes_of_other_seeds_than_plain_are_told() -> None:
+    text = said(PLAIN, {**PLAIN, "seed": 1}, run("distill", (600, 0.01, 61.8)))
+    assert "9.0 points fewer" in text and "(seeds 0 against 0, 1)" in text
+
+
 def test_images_that_no_longer_follow_their_captions_are_not_as_good() -> None:
     gap = run("gap", (300, 0.0, 60.0), agreement=0.39)
     text = said(PLAIN, run("distill", (600, 0.01, 61.8), agreement=0.41), gap)
