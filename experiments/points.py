@@ -65,16 +65,15 @@ class Point:
 
 def points(results: Mapping[str, Any], seeds: Collection[int] | None = None) -> list[Point]:
     """Return the points of a study in its order, of all seeds or of some; a step that not all seeds of a label have reached is made of those that have."""
-    found: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-    of: dict[tuple[str, int], list[int]] = {}
-    for run in [*results["runs"], *results.get("apart", [])]:
-        for point in run["points"] if seeds is None or run["seed"] in seeds else []:
-            found.setdefault((run["label"], point["step"]), []).append(point)
-            of.setdefault((run["label"], point["step"]), []).append(run["seed"])
-    measured = [point for group in found.values() for point in group]
+    runs = [run for run in [*results["runs"], *results.get("apart", [])] if seeds is None or run["seed"] in seeds]
+    found: dict[tuple[str, int], list[tuple[int, Mapping[str, Any]]]] = {}
+    for run in runs:
+        for point in run["points"]:
+            found.setdefault((run["label"], point["step"]), []).append((run["seed"], point))
+    measured = [point for run in runs for point in run["points"]]
     decided = all(COPIES in point["figures"] for point in measured) and len({p.get("rule") for p in measured}) == 1
     measure = COPIES if decided else PUBLISHED
-    return [point_of(*place, group, measure, of[place]) for place, group in found.items()]
+    return [point_of(*place, [p for _, p in group], measure, [s for s, _ in group]) for place, group in found.items()]
 
 
 def point_of(
