@@ -61,6 +61,12 @@ def copied(
     return bootstrap(hit, torch.mean, name=f"copied-{name}", seed=seed, share=True).as_dict()
 
 
+def psnr(images: Sequence[Image.Image], rendered: Sequence[Image.Image]) -> torch.Tensor:
+    """Return `10 log10(1 / mean((x - y)^2))` of each pair in dB, values in [0, 1]; capped at 100 where they are equal."""
+    x, y = (torch.stack([to_tensor(image) for image in some]).double() / 2 for some in (images, rendered))
+    return 10 * torch.log10(1 / (x - y).square().flatten(1).mean(1).clamp(min=1e-10))
+
+
 @torch.no_grad()
 def through_vae(base: Path, images: Sequence[Image.Image]) -> list[Image.Image]:
     """Encode and decode: what is left of images when nothing but the VAE stands between."""
@@ -125,7 +131,12 @@ def check_embedded(args: argparse.Namespace, settings: DemoSettings) -> dict[str
     images, _ = sample(args.base, [rows[i].caption for i in chosen], settings, title="captions")
     features = choose(with_sscd("pixels", "efflite0"), device=own_device())
     real = embed([row.image for row in rows], features, progress=True)
-    unseen, figures = [row.image for row in heldout], {}
+    unseen = [row.image for row in heldout]
+    rendered = through_vae(args.base, unseen)
+    decibels = bootstrap(
+        psnr(unseen, rendered), torch.mean, name="PSNR", seed=args.seed, detail="autoencoder alone, dB"
+    )
+    figures: dict[str, Any] = {"PSNR": {"heldout": decibels.as_dict()}}
     for feature in features:
         figures[feature.name] = {
             side: copied(shown, feature, real[feature.name], name=feature.name, seed=args.seed)

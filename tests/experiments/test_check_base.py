@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import ImageOps
+from PIL import Image, ImageOps
 
 from ambient_sd.assets import BASE, IMAGES
 from ambient_sd.audit.registry import choose
 from ambient_sd.data.sources import load_rows
-from experiments.check_base import copied, known_rows, through_vae
+from experiments.check_base import copied, known_rows, psnr, through_vae
 
 
 def row(style: str, split: str, code: int, known: bool = True) -> dict[str, Any]:
@@ -44,6 +45,11 @@ def test_copies_are_found_mirrored_too() -> None:
     real = feature(images[:20])
     assert copied([ImageOps.mirror(images[3]), images[4]], feature, real, name="x", seed=0)["value"] == 1
     assert copied(images[20:], feature, real, name="x", seed=0)["value"] < 0.2, "control: other images are none"
+
+
+def test_psnr_is_that_of_a_known_difference() -> None:
+    grey, lighter = (Image.new("RGB", (8, 8), (v, v, v)) for v in (100, 151))
+    assert psnr([grey, grey], [lighter, grey]).tolist() == pytest.approx([20 * math.log10(255 / 51), 100])
 
 
 def test_through_the_vae_an_image_is_nearly_itself() -> None:
