@@ -97,7 +97,7 @@ class Bounds:
 
 
 def winner(found: Sequence[Point], measure: str) -> Winner | None:
-    """Return who copies least at equal quality, or None if no recipe but plain gets there."""
+    """Return who copies least at equal quality, of those that copy measurably less than plain if there is one; None if no recipe but plain gets there."""
     labels = dict.fromkeys(p.label for p in found)
     bounds = Bounds.of(found)
     found = [dataclasses.replace(p, measure=measure) for p in found if bounds.follows(p)]
@@ -105,8 +105,11 @@ def winner(found: Sequence[Point], measure: str) -> Winner | None:
     others = [p for label in labels if label != BASELINE and (p := at_equal_quality(found, label)) is not None]
     if plain is None or not others:
         return None
-    other = min(others, key=lambda p: (p.copied.value, p.distance.value))
-    return Winner(plain, other, difference(plain.copied, other.copied))
+    all_of_them = [Winner(plain, other, difference(plain.copied, other.copied)) for other in others]
+    fewer = [
+        one for one in all_of_them if one.less.low > 0
+    ]  # the lowest value may be that of a single seed, and tell nothing
+    return min(fewer or all_of_them, key=lambda one: (one.other.copied.value, one.other.distance.value))
 
 
 def sentence(found: Sequence[Point], base: Point | None) -> str:

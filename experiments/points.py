@@ -127,17 +127,26 @@ def where_as_good(line: Sequence[tuple[Estimate, Estimate]], distance: float) ->
     Between two steps share and ends of its interval are interpolated linearly in the distance. A line that is better than that from its
     first step on has the share of its first step.
     """
-    for i, (now, reached) in enumerate(line):
-        if reached.value <= distance:
-            if i == 0:
-                return Estimate(now.value, now.low, now.high, now.n)
-            before, last = line[i - 1]
-            w = (last.value - distance) / (last.value - reached.value)
-            value, low, high = (
-                (1 - w) * getattr(before, end) + w * getattr(now, end) for end in ("value", "low", "high")
-            )
-            return Estimate(value, low, high, now.n)
-    return None
+    i = first_as_good([reached.value for _, reached in line], distance)
+    if i is None:
+        return None
+    now, reached = line[i]
+    if i == 0:
+        return Estimate(now.value, now.low, now.high, now.n)
+    before, last = line[i - 1]
+    w = (last.value - distance) / (last.value - reached.value)
+    value, low, high = ((1 - w) * getattr(before, end) + w * getattr(now, end) for end in ("value", "low", "high"))
+    return Estimate(value, low, high, now.n)
+
+
+def first_as_good(line: Sequence[float], distance: float) -> int | None:
+    """Return the place of the first distance of a line that is at most the given one, or None.
+
+    Example:
+        >>> first_as_good([70.0, 64.0, 66.0], 65.0), first_as_good([70.0], 65.0)
+        (1, None)
+    """
+    return next((i for i, reached in enumerate(line) if reached <= distance), None)
 
 
 def at_least_error(found: Sequence[Point], label: str, above: float = HIGH) -> Point:

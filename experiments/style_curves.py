@@ -4,8 +4,8 @@
       --out docs/study/style-60
 
 A study that measures the first steps has its own file, since steps stand in it before anything is seen; here its lines are joined with the other's.
-Writes OUT/own-pixels64.svg, OUT/own-edges16.svg and OUT/own.txt: every measured step in one row, and each run at its best distance beside plain
-of the same seeds, stopped where its own curve first comes down to that distance.
+Writes OUT/own-pixels64.svg, OUT/own-edges16.svg and OUT/own.txt: every measured step in one row, and each run at its best distance and at its last
+step beside plain of the same seeds, stopped where its own curve first comes down to that distance.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any
 from ambient_sd.audit.closest import FEATURES, NEW, OWN
 from ambient_sd.audit.shares import COPIES
 from ambient_sd.reporting.charts import PALETTE, SERIES, standalone
+from ambient_sd.utils.errors import UserError, exits_on_user_error
 from experiments.contest import MEASURES, alone, curves
-from experiments.points import BASELINE, Point, best, points, where_as_good
+from experiments.points import BASELINE, Point, best, first_as_good, points, where_as_good
 
 SHARES = {
     "agreement": "agreement, %",
@@ -52,31 +53,55 @@ def joined(
 
 
 def at_equal_distance(studies: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> str:
-    """Return a Markdown table, a row for each run but plain: its figures at its best distance, and plain's where it first is as good.
+    """Return a Markdown table: each run but plain at its best distance and at its last step, and below it plain where it first is as good.
 
-    Plain's are of the same seeds, for seeds differ by more than their intervals; between two of its steps they are interpolated linearly in the
-    distance (`points.where_as_good`).
+    Both are of the seeds that both have, for seeds differ by more than their intervals; between two of its steps plain is interpolated linearly
+    in the distance (`points.where_as_good`), and its row names the two. Where plain is better from its first measured step on, that step stands
+    there with its own distance: plain may have been as good before, with fewer images.
     """
     names = [name for name in SHARES if not name.startswith(NEW)]
-    rows = [
-        ["run", "step", "distance", *(SHARES[name] for name in names)],
-        ["---"] * (len(names) + 3),
-    ]
+    rows = [["run", "step", "seeds", "distance", *(SHARES[name] for name in names)]]
+    rows.append(["---"] * len(rows[0]))
     found = joined(studies, labels)
     for label in dict.fromkeys(p.label for p in found if p.label != BASELINE):
-        top = best(found, label)
-        plain = [p for p in joined(studies, [BASELINE], top.seeds) if p.seeds == top.seeds]
-        its = [top.figures[name] for name in names]
-        there = [where_as_good([(p.figures[name], p.distance) for p in plain], top.distance.value) for name in names]
-        rows.append(
-            [label.replace(" level=", " "), str(top.step), f"{top.distance.value:.1f}", *(e.show(1, 100) for e in its)]
-        )
-        rows.append(
-            ["plain, stopped there", "", "", *("never as good" if e is None else e.show(1, 100) for e in there)]
-        )
+        steps = dict.fromkeys([best(found, label).step, max(p.step for p in found if p.label == label)])
+        for step in steps:
+            rows += _beside_plain(studies, label, step, names)
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
+def _beside_plain(studies: Sequence[Mapping[str, Any]], label: str, step: int, names: Sequence[str]) -> list[list[str]]:
+    """Return two rows: a run at a step, and plain of the same seeds where it first is as good."""
+    whole = next(p for p in joined(studies, [label]) if p.step == step)
+    shared = sorted({seed for p in joined(studies, [BASELINE]) for seed in p.seeds} & set(whole.seeds))
+    top = next(p for p in joined(studies, [label], shared or None) if p.step == step)
+    line = [p for p in joined(studies, [BASELINE], shared) if list(p.seeds) == shared]  # not steps that a seed lacks
+    named = label.replace(" level=", " ")
+    its = [
+        named,
+        str(step),
+        str(len(top.seeds)),
+        f"{top.distance.value:.1f}",
+        *(top.figures[n].show(1, 100) for n in names),
+    ]
+    if not line:
+        return [its, ["plain, stopped there", "", "", "", *["not measured with these seeds"] * len(names)]]
+    at = first_as_good([p.distance.value for p in line], top.distance.value)
+    if at is None:
+        return [
+            its,
+            ["plain, stopped there", "", str(len(shared)), "", *[f"not as good by step {line[-1].step}"] * len(names)],
+        ]
+    there = [where_as_good([(p.figures[name], p.distance) for p in line], top.distance.value) for name in names]
+    steps = f"{line[at - 1].step} to {line[at].step}" if at else f"{line[0].step}, its first"
+    distance = top.distance.value if at else line[0].distance.value
+    return [
+        its,
+        ["plain, stopped there", steps, str(len(shared)), f"{distance:.1f}", *(e.show(1, 100) for e in there if e)],
+    ]
+
+
+@exits_on_user_error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -86,15 +111,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     results = [json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in args.studies]
+    measured = {p.label: None for one in results for p in points(one)}
+    if unknown := [label for label in args.runs if label not in measured]:
+        raise UserError(
+            f"--runs {unknown[0]!r}",
+            rule=f"the studies have {', '.join(map(repr, measured))}",
+            remedy="name one of these",
+        )
     found = joined(results, args.runs)
     base = alone(results[0])
+    if lacking := [
+        p.label for p in [*found, *([base] if base else [])] if any(name not in p.figures for name in SHARES)
+    ]:
+        raise UserError(f"{args.studies[0]}: run {lacking[0]!r} has no {OWN}", rule="this page is for studies of a style (docs/study.md)",
+                        remedy="give such a study")  # fmt: skip
     colours = [PALETTE["ink"], *SERIES[1:]]
-    measured = {p.label for p in found}
-    charts = curves(
-        found,
-        base,
-        {label: {"colour": colours[i], "marker": "o"} for i, label in enumerate(args.runs) if label in measured},
-    )
+    charts = curves(found, base, {label: {"colour": colours[i], "marker": "o"} for i, label in enumerate(args.runs)})
     for feature in FEATURES:
         measure = f"{OWN}-{feature}"
         (args.out / f"{measure}.svg").write_text(standalone(charts[MEASURES[measure].file].svg), encoding="utf-8")

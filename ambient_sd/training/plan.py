@@ -203,7 +203,7 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> Plan:
         own = base_of(dataclasses.replace(config, prediction_type=None)).schedule.prediction_type
         if own != objective.prediction_type:
             raise UserError(f"prediction_type is {config.prediction_type} with objective distill", rule=f"the base predicts {own}, and its predictions are targets",
-                            remedy="leave one of them out")  # fmt: skip
+                            remedy="leave prediction_type out, or set objective to ambient or plain")  # fmt: skip
     start = None
     if config.lora:
         network = base.skeleton()[base.family.network]

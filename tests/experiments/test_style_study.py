@@ -32,7 +32,7 @@ from experiments.style import (
     read_classifier,
     train_classifier,
 )
-from experiments.style_curves import at_equal_distance, joined, table
+from experiments.style_curves import at_equal_distance, joined, main, table
 
 ROOT = Path(__file__).parents[2]
 CAPTIONS = [f"emoji {i}" for i in range(200)]
@@ -197,6 +197,15 @@ def test_recipes_of_other_seeds_than_plain_are_told() -> None:
     assert "9.0 points fewer" in text and "(seeds 0 against 0, 1)" in text
 
 
+def test_a_recipe_that_is_measurably_better_is_not_hidden_by_one_that_is_lower_by_chance() -> None:
+    sure = run("distill", (600, 0.04, 61.5))
+    text = said(PLAIN, run("gap", (300, 0.02, 61.0), half=0.1), sure)
+    assert "distill (step 600) gives 4.0 % copies against 10.0 % of plain" in text
+    assert "the fewest has gap" in said(PLAIN, run("gap", (300, 0.02, 61.0), half=0.1)), (
+        "control: alone it tells nothing"
+    )
+
+
 def test_images_that_no_longer_follow_their_captions_are_not_as_good() -> None:
     gap = run("gap", (300, 0.0, 60.0), agreement=0.39)
     text = said(PLAIN, run("distill", (600, 0.01, 61.8), agreement=0.41), gap)
@@ -221,13 +230,52 @@ def test_the_table_of_a_page_has_a_row_a_step_and_plain_where_it_is_as_good() ->
     (its,) = [row for row in rows if row.startswith("| distill 2.5 | 600 | 1 | 61.2 [60.2, 62.2] |")]
     assert "| 25.0 [23.0, 27.0] |" in its
     (head, _, its, there) = at_equal_distance([results(plain, worse, other, base=None)], labels).splitlines()
-    assert its.startswith("| distill 2.5 | 600 | 61.2 |") and its.endswith("| 1.0 [-1.0, 3.0] |")
-    assert there.startswith("| plain, stopped there |") and there.endswith("| 25.0 [23.0, 27.0] |"), (
-        "halfway from 10 to 40"
-    )
+    assert its.startswith("| distill 2.5 | 600 | 1 | 61.2 |") and its.endswith("| 1.0 [-1.0, 3.0] |")
+    assert there.startswith("| plain, stopped there | 300 to 600 | 1 | 61.2 |")
+    assert there.endswith("| 25.0 [23.0, 27.0] |"), "halfway from 10 to 40"
     assert head.count("|") == its.count("|") == there.count("|")
-    never = results(run("plain", (300, 0.1, 63.0), own=0.5), other, base=None)
-    assert "never as good" in at_equal_distance([never], labels)
+
+
+def test_nothing_is_said_of_plain_where_plain_is_not_measured() -> None:
+    """Not of its seeds: plain would never be as good. Not of its first steps: plain would have the images of a later one."""
+    labels = ["plain", "distill"]
+    other = run("distill", (300, 0.0, 61.25), (600, 0.01, 66.0), own=0.25)
+
+    def beside(*plain: dict[str, Any]) -> list[str]:
+        return at_equal_distance([results(*plain, other, {**other, "seed": 1}, base=None)], labels).splitlines()[2:]
+
+    plain = run("plain", (300, 0.1, 61.5), (600, 0.4, 61.0), own=0.5)
+    its, there, last, there_last = beside(plain)  # seed 0 alone of both
+    assert "| 300 | 1 | 61.2 |" in its and "| 300 to 600 | 1 | 61.2 |" in there
+    # After its last step the run is worse than plain was at its first: plain's own distance stands there.
+    assert "| 600 | 1 | 66.0 |" in last and "| 300, its first | 1 | 61.5 |" in there_last
+    its, there, *_ = beside({**plain, "seed": 2})
+    assert "| 300 | 2 | 61.2 |" in its and "not measured with these seeds" in there and "not as good" not in there
+    _, there, *_ = beside(run("plain", (300, 0.1, 63.0), own=0.5))
+    assert "not as good by step 300" in there
+    # A step that seed 1 lacks is left out, and the row says between which steps it was drawn.
+    _, there, *_ = beside(run("plain", (100, 0.0, 62.0), (300, 0.1, 61.5), (600, 0.4, 61.0), own=0.5),
+                          {**run("plain", (100, 0.0, 62.0), (600, 0.4, 61.0), own=0.5), "seed": 1})  # fmt: skip
+    assert "| 100 to 600 | 2 | 61.2 |" in there
+
+
+@pytest.mark.parametrize(
+    ("runs", "own", "words"),
+    [(["plain", "distil"], 0.5, "--runs 'distil'"), (["plain"], None, "run 'plain' has no own")],
+)
+def test_a_page_of_a_run_that_is_not_there_is_refused(
+    runs: list[str],
+    own: float | None,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(results(run("plain", (300, 0.1, 61.5), own=own), base=None)))
+    monkeypatch.setattr("sys.argv", ["style_curves", str(tmp_path), "--runs", *runs, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert words in (said := capsys.readouterr().err) and said.count("\n") == 1
 
 
 def test_measures_that_disagree_are_told_apart() -> None:
