@@ -117,10 +117,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not record.is_file():
             raise UserError(f"{run.name} is not finished in {args.output_dir}", rule="memorized captions are those of its last step",
                             remedy=f"run the study first: --only {run.label!r}")  # fmt: skip
+        copies = json.loads(record.read_text(encoding="utf-8")).get("copies")
+        if copies is None or not (folder / "model" / "model_index.json").is_file():
+            raise UserError(f"{run.name} was merged into {args.output_dir}, without its model and images", rule="detectors need both",
+                            remedy=f"run it here, in a folder without --merge: --only {run.label!r}")  # fmt: skip
         config: Any = run.config("study")
         reals = open_reals(plan, config)
         prompts = prompts_of(reals, plan.sampling, run.seed)
-        known = memorized(prompts, json.loads(record.read_text(encoding="utf-8"))["copies"])
+        known = memorized(prompts, copies)
         pipe = StableDiffusionPipeline.from_pretrained(folder / "model", safety_checker=None)
         pipe.set_progress_bar_config(disable=True)
         base = UNet2DConditionModel.from_pretrained(

@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         if not (folder / "model_index.json").is_file():
             raise UserError(f"{label} has no model in {folder.parent}", rule="a finished run of all weights is searched",
-                            remedy=f"run the study first: --only {label!r} --seeds {seed}")  # fmt: skip
+                            remedy=f"run it here, in a folder without --merge: --only {label!r} --seeds {seed}")  # fmt: skip
         pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
         pipe.set_progress_bar_config(disable=True)

@@ -17,7 +17,6 @@ their own image by pixels, 95 % by contours, and 36 % by EfficientNet-Lite0, whi
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 
@@ -104,20 +103,15 @@ def closest(
 
 
 def closest_rows(found: Mapping[str, Estimate]) -> list[Row]:
-    """Return `own` by each feature as a row of a report; its held-out figure is `new`, what captions alone give.
+    """Return `own` and `new` by each feature as rows of a report; neither has a held-out figure, for both are of samples.
 
     Example:
         >>> names = [f"{kind}-{feature}" for kind in NAMES for feature in FEATURES]
         >>> rows = closest_rows({name: Estimate(0.5, 0.4, 0.6, 10, name) for name in names})
         >>> [row.name for row in rows]
-        ['own-pixels64', 'own-edges16']
+        ['own-pixels64', 'own-edges16', 'new-pixels64', 'new-edges16']
     """
-    rows = []
-    for feature in FEATURES:
-        own = found[f"{OWN}-{feature}"]
-        new = dataclasses.replace(found[f"{NEW}-{feature}"], name=own.name)
-        rows.append(Row(own.name, own, new, difference(own, new)))
-    return rows
+    return [Row(name, found[name], None, None) for kind in (OWN, NEW) for name in (f"{kind}-{f}" for f in FEATURES)]
 
 
 def owners_of(captions: Sequence[str], labels: Sequence[Hashable]) -> dict[str, set[Hashable]]:

@@ -7,6 +7,10 @@
     copy  p <= 1 %, and p is a discovery at a false-discovery rate of 5 % (Benjamini & Hochberg 1995);
           or D <= 0.1: the two differ by colour, blur or pose alone
 
+An image that shows hardly anything (deviation below `registration.FLAT`: thin lines on white, a sample that is black) has no D that means anything.
+Of it D = |x - t| / deviation of t, in place, still or mirrored: at most 0.1 it is a copy; above, it cannot be compared, D is infinite, and it
+counts as neither (`Decided.compared`).
+
 The null, images that cannot be copies: real images that the model never saw (held-out), and images of the base model for the same captions. Without
 either, the training images beside each other, each without itself. p is conformal, (1 + number at least as near) / (n + 1) (Vovk et al. 2005). Below
 the null's 5 % quantile q it is 5 % (r / q)^k, since distances to nearest neighbours have a power-law tail (Amsaleg et al., KDD 2015); k comes from the
@@ -29,7 +33,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ambient_sd.audit.neighbours import workers
-from ambient_sd.audit.registration import SCALES, Poses, Registered, prepare, register
+from ambient_sd.audit.registration import FLAT, SCALES, Poses, Registered, deviation, prepare, register
 from ambient_sd.families.encoders import rendered
 from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.sheets import as_rgb
@@ -40,6 +44,7 @@ RENDERED = 256  # pixels; of larger images an autoencoder changes nothing that i
 RATE = 0.05  # of false discoveries among the copies
 EACH = 0.01  # of images that are no copies
 SAME = 0.1  # residual of two images that differ by colour, blur and pose alone
+BLANK = 1 / 255  # deviation of a training image below which it shows nothing at all
 LEAST = 20  # images in a null
 MOST = 512  # images in a null, training images that stand for it included
 STEEPEST = 8.0
@@ -72,7 +77,7 @@ class Decided:
     Attributes:
         copy: bool `(N,)`. p: float64 `(N,)`.
         row: int64 `(N,)`, the training image that explains each best.
-        residual, ratio: D and r at the finest blur, float64 `(N,)`.
+        residual, ratio: D and r at the finest blur, float64 `(N,)`; D is infinite where an image shows too little to be compared.
 
     Example:
         >>> one = torch.tensor([0.05], dtype=torch.float64)
@@ -88,6 +93,11 @@ class Decided:
 
     def __len__(self) -> int:
         return len(self.copy)
+
+    @property
+    def compared(self) -> Tensor:
+        """Return which images show enough to be compared, bool `(N,)`; the others are no evidence of anything."""
+        return torch.isfinite(self.residual) | self.copy
 
 
 Rendition = Callable[[Sequence[Image.Image]], Sequence[Image.Image]]
@@ -225,15 +235,21 @@ class CopyDecision:
         Args:
             published: bool `(N,)`, marks of a published measure (`metrics.memorized`). They count where there is no null.
         """
-        found = self._find(prepare(images), "copies")
-        row, residual, ratio = self._best(found)
+        x = prepare(images)
+        row, residual, ratio = self._best(self._find(x, "copies"))
+        d = residual[SCALES[0]]
         p = torch.ones(len(images), dtype=torch.float64)
         if self.nulls and len(images):
             p = torch.stack([combined(null, ratio) for null in self.nulls]).amax(0)
-        marks = discoveries(p) | (residual[SCALES[0]] <= SAME)
+        found = discoveries(p)
+        faint = torch.nonzero((deviation(x) < FLAT) & ~found).flatten()
+        if len(faint):  # what is left of it in another pose is compared with other images, or with nothing
+            row[faint], apart = self._in_place(x[faint])
+            d[faint] = torch.where(apart <= SAME, apart, torch.inf)
+        marks = found | (d <= SAME)
         if published is not None and not self.nulls:
             marks = marks | published
-        return Decided(marks, p, self._row[row], residual[SCALES[0]], ratio[SCALES[0]])
+        return Decided(marks, p, self._row[row], d, ratio[SCALES[0]])
 
     @property
     def rule(self) -> str:
@@ -262,6 +278,17 @@ class CopyDecision:
             return None
         twins = next(null.twins for null in self.nulls if null.name == name)
         return torch.cat([discoveries(p), torch.ones(twins, dtype=torch.bool)])
+
+    def _in_place(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the view nearest to each image pixel by pixel, and the difference over the view's deviation; infinite where the view is blank."""
+        t = self._images.flatten(1)
+        views = [x, x.flip(3)] if self.mirrored else [x]
+        exact = "donot_use_mm_for_euclid_dist"  # a difference of products would round more than such images differ by
+        apart = torch.stack([torch.cdist(view.flatten(1), t, compute_mode=exact) for view in views]).amin(0)
+        spread = (self._images - self._images.mean((2, 3), keepdim=True)).flatten(1).norm(dim=1)
+        ratio = (apart / spread.clamp_min(_SMALLEST)).masked_fill(spread < BLANK * t.shape[1] ** 0.5, torch.inf)
+        least = ratio.min(1)
+        return least.indices, least.values.double()
 
     # --- the surroundings of training images -----------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ from ambient_sd.audit.originals import one_of_each, originals
 from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.estimate import Estimate, wilson
 
+ABOVE = " > "  # between a cosine feature and its bound, in the names of rows
 MEMORIZED_RATIO = 1 / 3
 SSCD_THRESHOLDS = (0.5, 0.75)
 PERCENTILES = (75, 90, 95)
@@ -226,6 +227,16 @@ def copied(feature: Features, neighbours: Neighbours) -> Tensor:
     return neighbours.similarity > copy_threshold(feature) if feature.distance == "cosine" else memorized(neighbours)
 
 
+def is_published(name: str) -> bool:
+    """Tell whether a row of this name is the share of copies by a published measure of one feature: d1 / d2 < 1/3, or a cosine above a bound.
+
+    Example:
+        >>> [is_published(name) for name in ("memorized-pixels64", "SSCD > 0.5", "FD-EffLite0-pca64", "copies")]
+        [True, True, False, False]
+    """
+    return name.startswith("memorized-") or ABOVE in name
+
+
 def memorized_fraction(
     neighbours: Neighbours,
     ratio: float = MEMORIZED_RATIO,
@@ -272,7 +283,9 @@ def similarity_figures(
             bootstrap(values, lambda v, p=p: torch.quantile(v, p / 100), name=f"{name} {p}th percentile", **options)  # type: ignore[misc]
         )
     for threshold in thresholds:
-        figures.append(bootstrap(values > threshold, torch.mean, name=f"{name} > {threshold}", share=True, **options))
+        figures.append(
+            bootstrap(values > threshold, torch.mean, name=f"{name}{ABOVE}{threshold}", share=True, **options)
+        )
     return figures
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ambient_sd.audit.metrics import Row
+from ambient_sd.audit.metrics import ABOVE, Row
 from ambient_sd.audit.shares import COPIES, RETURNED
 from ambient_sd.utils.errors import UserError, one_line
 from ambient_sd.utils.estimate import Estimate
@@ -169,7 +169,7 @@ def is_share(name: str) -> bool:
         (True, False)
     """
     known = name.removesuffix(": difference") in (COPIES, RETURNED, "agreement")
-    return known or name.startswith(("memorized-", "own-", "new-", "drawn-")) or " > " in name
+    return known or name.startswith(("memorized-", "own-", "new-", "drawn-")) or ABOVE in name
 
 
 def _wrong(given: Any) -> str | None:

@@ -55,6 +55,17 @@ def prepare(images: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2).to(torch.float32) / 255
 
 
+def deviation(x: Tensor) -> Tensor:
+    """Return s_x at the finest blur, `(N,)`: root of the variance over pixels, summed over channels; below `FLAT` nothing can be compared.
+
+    Example:
+        >>> deviation(prepare([Image.new("RGB", (64, 64), "red")])).tolist()
+        [0.0]
+    """
+    blurred = _blur(x, SCALES[0]).flatten(2)
+    return (blurred - blurred.mean(2, keepdim=True)).square().mean(2).sum(1).sqrt()
+
+
 @dataclass(frozen=True)
 class Registered:
     """Hold the closest training images of each query.

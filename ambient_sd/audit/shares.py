@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ambient_sd.audit.decision import Decided
 from ambient_sd.audit.metrics import Row, bootstrap, difference
+from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.estimate import Estimate
 
 COPIES = "copies"
@@ -24,6 +25,11 @@ def copy_rate(
     decided: Decided, unseen: Tensor | None, groups: Sequence[Hashable] | None = None, *, seed: int = 0, resamples: int = 1000
 ) -> Row:  # fmt: skip
     """Estimate the copy rate: the share of generated images that are copies, beside that of real images that the model never saw.
+
+    Images that show too little to be compared (`Decided.compared`: black, blank, a few thin lines) are left out: they are no evidence.
+
+    Raises:
+        UserError: no image can be compared.
 
     Args:
         unseen: bool `(M,)`, which of the real images would be called copies; None: there are none.
@@ -36,11 +42,32 @@ def copy_rate(
         0.5
     """
     options: dict[str, Any] = {"name": COPIES, "seed": seed, "resamples": resamples, "share": True}
-    made = bootstrap(decided.copy, torch.mean, groups=groups, detail="share of generated images", **options)
+    seen = decided.compared
+    if len(decided) and not seen.any():
+        raise nothing_to_compare(decided)
+    detail = "share of generated images" + (
+        "" if seen.all() else f", {int((~seen).sum())} that show too little left out"
+    )
+    kept = None if groups is None else [group for group, one in zip(groups, seen.tolist(), strict=True) if one]
+    made = bootstrap(decided.copy[seen], torch.mean, groups=kept, detail=detail, **options)
     if unseen is None:
         return Row(COPIES, made, None, None)
     real = bootstrap(unseen, torch.mean, detail="each judged without itself", **options)
     return Row(COPIES, made, real, difference(made, real))
+
+
+def nothing_to_compare(decided: Decided) -> UserError:
+    """Return the refusal of a rate where images show too little: what cannot be compared is not free of copies.
+
+    Example:
+        >>> one = torch.zeros(2, dtype=torch.float64)
+        >>> decided = Decided(torch.tensor([False, False]), one, torch.tensor([0, 3]), torch.tensor([0.4, torch.inf]), one)
+        >>> print(nothing_to_compare(decided))
+        1 of 2 generated images shows too little to be compared (must be an image with contrast: a black or blank one is no evidence of no copy); look at them
+    """
+    n = int((~decided.compared).sum())
+    return UserError(f"{n} of {len(decided)} generated images show{'s' if n == 1 else ''} too little to be compared",
+                     rule="must be an image with contrast: a black or blank one is no evidence of no copy", remedy="look at them")  # fmt: skip
 
 
 def returned(decided: Decided, labels: Sequence[Hashable], *, seed: int = 0) -> Row:

@@ -127,7 +127,7 @@ class Screened:
 
 def screen(
     pipe: Any,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     calibration: Calibration,
     *,
     noises: int = 1,
@@ -137,7 +137,7 @@ def screen(
 
     Args:
         pipe: the pipeline that was calibrated, with the calibrated sampler; size, steps and scale are the calibration's.
-        prompts: texts.
+        prompts: texts, or one.
         calibration: of the detector anisotropy: `Calibration.load(folder, detector="anisotropy")`.
         noises: over how many noises the mean is taken; 1, or as many as were calibrated.
         generator: of the noises.
@@ -157,6 +157,9 @@ def screen(
         >>> screen(pipe, ["a cat"], made)[0].flagged
         False
     """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        return []
     terms, how = calibration.anisotropy, calibration.sampling
     if terms is None:
         raise UserError("the calibration is of the norm", rule="anisotropy needs one of its own",
@@ -171,7 +174,7 @@ def screen(
     for place, prompt in enumerate(prompts):
         each = [a.score(terms.norm_weight, terms.alignment_weight) for a in found if a.prompt_index == place]
         score = sum(each) / len(each)
-        result.append(Screened(prompt, score, threshold, score >= threshold))
+        result.append(Screened(prompt, score, threshold, not score < threshold))  # one that is no number is not clean
     return result
 
 

@@ -99,7 +99,7 @@ def base_fingerprint(pipe: Any, base: torch.nn.Module | None) -> ModelFingerprin
 
 def screen(
     pipe: Any,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     calibration: Calibration,
     base: torch.nn.Module | None = None,
     *,
@@ -110,7 +110,7 @@ def screen(
 
     Args:
         pipe: the pipeline that was calibrated, with the calibrated sampler; size, steps and scale are the calibration's.
-        prompts: texts.
+        prompts: texts, or one.
         calibration: of the detector beside_base: `Calibration.load(folder, detector="beside_base")`.
         base: as it was calibrated; None: the pipeline's own network without its LoRA.
         noises: over how many noises the mean is taken; 1, or as many as were calibrated.
@@ -132,6 +132,9 @@ def screen(
         >>> screen(pipe, ["a cat"], made, other)[0].flagged
         False
     """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        return []
     how = calibration.sampling
     if not calibration.beside_base:
         raise UserError(f"the calibration is of the detector {calibration.detector}", rule="beside_base needs one of its own",
@@ -152,7 +155,7 @@ def screen(
     result = []
     for place, prompt in enumerate(prompts):
         score = sum(found[place * noises : (place + 1) * noises]) / noises
-        result.append(Screened(prompt, score, threshold, score >= threshold))
+        result.append(Screened(prompt, score, threshold, not score < threshold))  # one that is no number is not clean
     return result
 
 

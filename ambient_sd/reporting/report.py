@@ -13,9 +13,9 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from ambient_sd.audit.closest import draws_its_images
+from ambient_sd.audit.closest import NEW, OWN, draws_its_images
 from ambient_sd.audit.decision import Decided
-from ambient_sd.audit.metrics import MEMORIZED_RATIO, Row, difference, memorized
+from ambient_sd.audit.metrics import MEMORIZED_RATIO, Row, difference, is_published, memorized
 from ambient_sd.audit.neighbours import Neighbours
 from ambient_sd.audit.record import is_share
 from ambient_sd.audit.shares import COPIES, RETURNED
@@ -67,6 +67,7 @@ class RunSection:
     settings: Mapping[str, object] = field(default_factory=dict)
     features: str = ""  # the features behind the samples' d1 and d2
     counted: tuple[int, int] | None = None  # copies and images of the run, where `samples` are only those to show
+    left_out: int = 0  # images that show too little to be compared
 
     def row(self, name: str) -> Row:
         """Return the row called `name`."""
@@ -289,11 +290,15 @@ def find(report: Report) -> Finding:
     base = report.runs[0]
     copies_base = base.row(report.copies)
     if len(report.runs) == 1:
-        return _find_alone(base, copies_base, report.quality)
+        found = _find_alone(base, copies_base, report.quality)
+        if not base.left_out:
+            return found
+        left = f" {base.left_out} more show too little to be compared and count for nothing: look at them."
+        return Finding(found.kind, found.sentence, found.detail + left)
     other = report.runs[1]
     copies = other.row(report.copies)
     fewer = difference(copies.generated, copies_base.generated)
-    of_own = report.copies.startswith("own-")  # closeness to the own training image, which is less than a copy
+    of_own = report.copies.startswith(f"{OWN}-")  # closeness to the own training image, which is less than a copy
     nearer = " are closest to the training image of their caption," if of_own else ""
     share = f"{show(copies.generated)} of {copies.generated.n} samples{nearer} against {show(copies_base.generated)}"
     words = ("gives fewer training images back", "gives more training images back", "what comes back") if of_own else (
@@ -323,8 +328,9 @@ def find(report: Report) -> Finding:
         f"Difference in {'what comes back' if of_own else 'copies'} {show(fewer, signed=True)} (95 % interval {span(fewer)}), in {label_of(report.quality)} "
         f"{show(worse, signed=True)} ({span(worse)})."
     )
-    if of_own and copies.heldout is not None:
-        detail += f" For captions that were not trained it is {show(copies.heldout)} of {this}."
+    if of_own:
+        new = other.row(f"{NEW}-{report.copies.removeprefix(f'{OWN}-')}")
+        detail += f" For captions that were not trained it is {show(new.generated)} of {this}."
     elif copies.heldout is not None and copies.excess is not None:
         rest = "still more often than" if copies.excess.low > 0 else "not measurably more often than"
         detail += (
@@ -339,11 +345,7 @@ def _find_alone(run: RunSection, copies: Row, quality: str) -> Finding:
     share = f"{show(copies.generated)} of {copies.generated.n} images are copies{deciding}"
     name = run.name[:1].upper() + run.name[1:]
     if copies.heldout is None or copies.excess is None:
-        others = [
-            row
-            for row in run.figures
-            if row.name.startswith("memorized-") and row.generated.value > copies.generated.value
-        ]
+        others = [row for row in run.figures if is_published(row.name) and row.generated.value > copies.generated.value]
         most = max(others, key=lambda row: row.generated.value, default=None)
         by = "" if most is None else f"; by {most.name.removeprefix('memorized-')} {show(most.generated)}"
         back = _back(run)
@@ -363,10 +365,7 @@ def _find_alone(run: RunSection, copies: Row, quality: str) -> Finding:
     more = [
         (row.excess.value, row, row.heldout)
         for row in run.figures
-        if row.name.startswith("memorized-")
-        and row.excess
-        and row.heldout
-        and row.excess.low > max(0.0, copies.excess.value)
+        if is_published(row.name) and row.excess and row.heldout and row.excess.low > max(0.0, copies.excess.value)
     ]
     kind = "copies" if copies.excess.low > 0 else "copies-otherwise" if more else "no-copies"
     verb = "copies training images" if kind == "copies" else "shows no copying beyond chance"
@@ -479,8 +478,10 @@ def label_of(name: str) -> str:
         "memorized": "Copy rate by d1/d2", "FD": "Fréchet distance (FD)", "KID": "Kernel distance (KID)", "density": "Density",
         "coverage": "Coverage",
     }  # fmt: skip
-    if kind == "own":
+    if kind == OWN:
         return f"Own training image closest, {features}"
+    if kind == NEW:
+        return f"Own image closest, captions that were not trained, {features}"
     return words.get(name) or (f"{kinds[kind]}, {features}" if kind in kinds and features else name)
 
 

@@ -11,6 +11,9 @@ their own image when quality on new captions was at its best, and 92 % when the 
 model that lies above the same bound with its whole interval; the probe is small, so its value decides. Where captions hardly tell images
 apart, or the base was not measured, it says nothing.
 
+An evaluation of which most images show too little to be compared (black or blank: the network or the autoencoder overflows) says nothing: it is
+neither kept nor counted as clean.
+
 One evaluation alone may be a false alarm; where the last one is above, nothing can confirm it and the earlier one is kept. The rule is a
 function of the evaluations alone, which checkpoints hold: a resumed run keeps what a straight one keeps.
 
@@ -23,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ambient_sd.audit.closest import MOSTLY
 
@@ -37,6 +41,8 @@ class Kept:
         confirmed: the next evaluation saw copying too, so that going on can change nothing.
         allowed: copy rate up to which an evaluation counts as clean.
         drawn: the evaluation that began it has no more copies than that, but this share of images nearest to their own training image; else None.
+        undecided: evaluations whose images could not be compared.
+        base_own: share of the base's images nearest to their own training image where it is above `MOSTLY`, so that nothing more can be told; else None.
 
     Example:
         >>> Kept(step=200, began=300, confirmed=True, allowed=0.0).describe()
@@ -48,11 +54,35 @@ class Kept:
     confirmed: bool
     allowed: float
     drawn: float | None = None
+    undecided: int = 0
+    base_own: float | None = None
 
     def describe(self) -> str:
         """Return it in one line."""
+        return "; ".join([self._chosen(), *self._reservations()])
+
+    def _reservations(self) -> list[str]:
+        found = []
+        if self.base_own is not None:
+            found.append(
+                f"the base itself draws {100 * self.base_own:.2g} % of the probe's images nearest to their own training image"
+            )
+        if self.undecided:
+            found.append(
+                f"{self.undecided} evaluation{'s' if self.undecided > 1 else ''} drew images that show too little to be compared: look at probe/"
+            )
+        return found
+
+    def _chosen(self) -> str:
+        if self.step is None and self.began is None:
+            return "nothing is kept; no evaluation could be compared"
         if self.began is None:
-            return f"kept step {self.step}, the last one; no evaluation saw copying begin"
+            beyond = (
+                "copying begin"
+                if not self.allowed
+                else f"a copy rate above {100 * self.allowed:.2g} %, which is allowed or the base's own"
+            )
+            return f"kept step {self.step}, the last one{' that could be compared' if self.undecided else ''}; no evaluation saw {beyond}"
         kept = "nothing is kept" if self.step is None else f"kept step {self.step}"
         why = f"above a copy rate of {100 * self.allowed:.2g} %"
         if self.drawn is not None:
@@ -69,17 +99,20 @@ def decide(evaluations: Sequence[Mapping[str, float]], limit: float = 0.0) -> Ke
 
     Example:
         >>> curve = [{"step": step, "copies": share} for step, share in ((0, 0.03), (100, 0.0), (200, 0.06), (300, 0.03), (400, 0.1), (500, 0.2))]
-        >>> decide(curve)  # step 200 was a false alarm
-        Kept(step=300, began=400, confirmed=True, allowed=0.03, drawn=None)
+        >>> decide(curve).describe()  # step 200 was a false alarm
+        'kept step 300; copying began at step 400, above a copy rate of 3 %'
         >>> decide(curve[:3]).step
         100
         >>> redrawn = [{"step": step, "copies": 0.0, "own": own} for step, own in ((0, 0.02), (100, 0.3), (200, 0.7), (300, 0.9))]
         >>> decide(redrawn).describe()
         "kept step 100; copying began at step 200, with 70 % of the probe's images nearest to their own training image"
     """
+    undecided = sum(_undecided(e) for e in evaluations)
+    evaluations = [e for e in evaluations if not _undecided(e)]
     base = [e for e in evaluations if e["step"] == 0]
     allowed = max([limit, *(e["copies"] for e in base)])
     known = min([math.inf, *(e["own"] for e in base if "own" in e)])
+    more: dict[str, Any] = {"undecided": undecided, "base_own": known if MOSTLY < known < math.inf else None}
     trained = [e for e in evaluations if e["step"] > 0]
     steps, copies = [int(e["step"]) for e in trained], [e["copies"] > allowed for e in trained]
     above = [over or e.get("own", 0.0) - known > MOSTLY for e, over in zip(trained, copies, strict=True)]
@@ -87,5 +120,10 @@ def decide(evaluations: Sequence[Mapping[str, float]], limit: float = 0.0) -> Ke
         last = i + 1 == len(above)
         if over and (last or above[i + 1]):
             drawn = None if copies[i] else trained[i]["own"]
-            return Kept(steps[i - 1] if i else None, steps[i], not last, allowed, drawn)
-    return Kept(steps[-1] if steps else None, None, False, allowed)
+            return Kept(steps[i - 1] if i else None, steps[i], not last, allowed, drawn, **more)
+    return Kept(steps[-1] if steps else None, None, False, allowed, **more)
+
+
+def _undecided(evaluation: Mapping[str, float]) -> bool:
+    """Tell whether most images of an evaluation could not be compared; `n` counts the others."""
+    return evaluation.get("blank", 0) > evaluation.get("n", math.inf)

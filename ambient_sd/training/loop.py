@@ -668,7 +668,7 @@ class _Trainer:
         record = seen.record()
         self.evaluations.append(record)
         if seen.sheet is not None:  # the main process
-            logger.info("%s", seen.describe())
+            (logger.warning if seen.blank else logger.info)("%s", seen.describe())
             self._show("probe", seen.sheet, step)
             if seen.new_sheet is not None:
                 self._show("probe", seen.new_sheet, step, "-new")
@@ -722,6 +722,9 @@ class _Trainer:
         accelerator = self.accelerator
         accelerator.wait_for_everyone()
         if step is None:
+            if (kept := self._kept()) is not None and kept.began is None:
+                raise UserError("the images of no evaluation could be compared", rule="no checkpoint is known to be clean, so --keep best keeps none",
+                                remedy="look at probe/; try --mixed_precision no or a lower learning_rate, or give --keep last; the checkpoints are left")  # fmt: skip
             first = next(e["step"] for e in self.evaluations if e["step"] > 0)
             raise UserError(f"copying began before the first evaluation, step {first:g}", rule="no checkpoint is clean, so --keep best keeps none",
                             remedy="evaluate earlier (--probe_steps), lower learning_rate, or give --keep last; the checkpoints are left")  # fmt: skip

@@ -67,6 +67,7 @@ class ProbeEvaluation:
         kid: of the images for captions that are not trained; None where there are none.
         new_sheet: those images; on the main process only.
         own: share of images nearest to their caption's own training image; None where captions hardly tell images apart.
+        blank: images that show too little to be compared; they are not among the n of `copies`.
 
     Example:
         >>> seen = ProbeEvaluation(100, Estimate.of_share(3, 32), published=0.1, median_ratio=0.8, score=2.0, sheet=None)
@@ -83,18 +84,28 @@ class ProbeEvaluation:
     kid: float | None = None
     new_sheet: Image.Image | None = None
     own: float | None = None
+    blank: int = 0
 
     def describe(self) -> str:
         """Return it in one line."""
         quality = "" if self.kid is None else f"; KID x 1000 on new captions {1000 * self.kid:.1f}"
         own = "" if self.own is None else f"; nearest to their own training image {100 * self.own:.1f} %"
-        return f"step {self.step}: copy rate {self.copies.show(1, 100, ' %')} of {self.copies.n} images{own}{quality}"
+        total = self.copies.n + self.blank
+        blank = f"; {self.blank} of {total} images are black, blank or too faint to be compared" if self.blank else ""
+        rate = (
+            f"copy rate {self.copies.show(1, 100, ' %')} of {self.copies.n} images"
+            if self.copies.n
+            else "copy rate not known"
+        )
+        return f"step {self.step}: {rate}{own}{quality}{blank}"
 
     def record(self) -> dict[str, float]:
         """Return the numbers, for curves and files."""
+        score = self.score if math.isfinite(self.score) else None  # JSON has no NaN
+        rest = (("guard_score", score), ("kid", self.kid), ("own", self.own), ("blank", self.blank or None))
         return {"step": self.step, "copies": self.copies.value, "copies_low": self.copies.low, "copies_high": self.copies.high,
-                "published": self.published, "ratio": self.median_ratio, "guard_score": self.score, "n": self.copies.n,
-                **{name: v for name, v in (("kid", self.kid), ("own", self.own)) if v is not None}}  # fmt: skip
+                "published": self.published, "ratio": self.median_ratio, "n": self.copies.n,
+                **{name: v for name, v in rest if v is not None}}  # fmt: skip
 
 
 class Probe:
@@ -183,19 +194,32 @@ class Probe:
             seen = self.measure(images, scores, step, [row[0] for row in new])
             if accelerator.num_processes == 1:
                 return seen
-        told = torch.zeros(8, dtype=torch.float64)
+        told = torch.zeros(10, dtype=torch.float64)
         if seen is not None:
             copies = seen.copies
             new_kid, own = (math.nan if value is None else value for value in (seen.kid, seen.own))
             told = torch.tensor(
-                [copies.value, copies.low, copies.high, seen.published, seen.median_ratio, seen.score, new_kid, own],
+                [
+                    copies.value,
+                    copies.low,
+                    copies.high,
+                    seen.published,
+                    seen.median_ratio,
+                    seen.score,
+                    new_kid,
+                    own,
+                    copies.n,
+                    seen.blank,
+                ],
                 dtype=torch.float64,
             )
-        share, low, high, published, ratio, score, new_kid, own = broadcast(told.to(accelerator.device)).tolist()
+        share, low, high, published, ratio, score, new_kid, own, n, blank = broadcast(
+            told.to(accelerator.device)
+        ).tolist()
         sheets = (None, None) if seen is None else (seen.sheet, seen.new_sheet)
         return ProbeEvaluation(
-            step, Estimate(share, low, high, len(images)), published, ratio, score, sheets[0],
-            None if math.isnan(new_kid) else new_kid, sheets[1], None if math.isnan(own) else own,
+            step, Estimate(share, low, high, int(n)), published, ratio, score, sheets[0],
+            None if math.isnan(new_kid) else new_kid, sheets[1], None if math.isnan(own) else own, int(blank),
         )  # fmt: skip
 
     def measure(
@@ -205,7 +229,8 @@ class Probe:
         near = nearest(self.features(images), self.real)
         published = memorized(near)
         decided = self.decision(images, published)
-        copies = Estimate.of_share(int(decided.copy.sum()), len(images))
+        seen = int(decided.compared.sum())
+        copies = Estimate.of_share(int(decided.copy.sum()), seen) if seen else Estimate(0.0, 0.0, 1.0, 0)
         shown = [row if copy else own for row, own, copy in zip(decided.row.tolist(), self.own_row, decided.copy.tolist(), strict=False)]  # fmt: skip
         originals = [self.originals[i].resize(images[0].size) for i in shown]
         pairs = [above(*pair) for pair in zip(images, originals, strict=True)]
@@ -222,6 +247,7 @@ class Probe:
             step, copies, float(published.double().mean()), float(near.ratio.median()),
             float(torch.tensor(scores).median()), contact_sheet(pairs, _PER_ROW, captions),
             quality, contact_sheet(list(new), _PER_ROW, self.new_captions) if new else None, self._own(near.index[:, 0].tolist()),
+            len(images) - seen,
         )  # fmt: skip
 
     def _own(self, nearest_rows: Sequence[int]) -> float | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from changed_images import CHANGES, SIZE, blurred, scene, scenes, series
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from ambient_sd.audit import decision
 from ambient_sd.audit.decision import EACH, LEAST, RATE, SAME, CopyDecision, discoveries, tail
@@ -108,6 +110,41 @@ def test_a_blank_image_is_no_copy_and_none_is_decided_of_none(decide: CopyDecisi
     blank = decide([Image.new("RGB", (SIZE, SIZE), shade) for shade in ("white", "black", "grey")])
     assert not blank.copy.any() and torch.isinf(blank.residual).all() and (blank.p == 1).all()
     assert len(decide([])) == 0
+
+
+def sketch(seed: int, ink: int = 0, width: int = 1, size: int = 1024) -> Image.Image:
+    """Six lines on white: at 64 pixels next to nothing."""
+    points = np.random.default_rng(seed).integers(size // 10, size - size // 10, (6, 2))
+    image = Image.new("RGB", (size, size), "white")
+    ImageDraw.Draw(image).line([(int(x), int(y)) for x, y in points], fill=(ink, ink, ink), width=width)
+    return image
+
+
+@pytest.mark.parametrize(("ink", "width", "size"), [(0, 1, 1024), (0, 1, 512), (200, 3, 512)])
+def test_copies_of_drawings_that_show_hardly_anything_are_copies_and_others_are_not_cleared(
+    ink: int, width: int, size: int
+) -> None:
+    training = [sketch(i, ink, width, size) for i in range(24)]
+    decide = CopyDecision(training)
+    jpeg = io.BytesIO()
+    training[5].save(jpeg, "JPEG", quality=90)
+    found = decide(
+        [*training[:4], training[4].transpose(Image.Transpose.FLIP_LEFT_RIGHT), Image.open(jpeg).convert("RGB")]
+    )
+    assert found.copy.all() and found.compared.all() and found.row.tolist() == list(range(6))
+    others = decide(
+        [
+            *(sketch(i, ink, width, size) for i in range(50, 56)),
+            Image.new("RGB", (64, 64)),
+            Image.new("RGB", (64, 64), "white"),
+        ]
+    )
+    assert not others.copy.any(), "control: other drawings are none"
+    assert not others.compared[-2:].any() and not (others.compared & (others.residual <= SAME)).any()
+    blank = CopyDecision([*training, Image.new("RGB", (64, 64), "white")])([Image.new("RGB", (64, 64), "white")])
+    assert not blank.copy.any() and not blank.compared.any(), (
+        "a blank image among the training images is copied by every blank one"
+    )
 
 
 def test_the_decision_is_the_same_twice_and_leaves_random_numbers_alone(decide: CopyDecision) -> None:

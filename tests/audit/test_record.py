@@ -87,7 +87,7 @@ def test_every_value_of_another_kind_is_refused(values: dict[str, Any], tmp_path
 
 def test_every_missing_and_every_unknown_key_is_refused(values: dict[str, Any]) -> None:
     free = {("features",), ("model", "files", "network")}  # keyed by what was audited
-    optional = {"base", "base_above", "base_weights", "lora_weights"}
+    optional = {("model",): {"base", "base_above", "base_weights", "lora_weights"}, ("copies",): {"compared"}}
     for address in [(), *places(values)]:
         inner: Any = values
         for key in address:
@@ -95,7 +95,7 @@ def test_every_missing_and_every_unknown_key_is_refused(values: dict[str, Any]) 
         if not isinstance(inner, dict) or address in free:
             continue
         assert "unknown key 'surprise'" in str(damaged(values, address, lambda d: d.update(surprise=1)))
-        for key in set(inner) - (optional if address == ("model",) else set()):
+        for key in set(inner) - optional.get(address, set()):
             assert "has no" in str(damaged(values, address, lambda d, key=key: d.pop(key))), (address, key)
 
 

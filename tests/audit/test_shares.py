@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import pytest
 import torch
 
 from ambient_sd.audit.decision import Decided
 from ambient_sd.audit.shares import COPIES, RETURNED, by_group, copy_rate, returned
+from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.estimate import wilson
 
 # Ten generated images; six are copies of rows 0, 0, 1, 2, 5 and 5. Rows 1 and 2 are near-duplicates; 4 is near, but no copy.
@@ -29,6 +33,17 @@ def test_the_share_of_generated_images_is_held_against_unseen_ones() -> None:
     assert row.generated.low < 0.6 < row.generated.high
     alone = copy_rate(decided(), None)
     assert alone.heldout is None and alone.excess is None and alone.generated.value == pytest.approx(0.6)
+
+
+def test_images_that_show_nothing_are_no_evidence() -> None:
+    found = decided()
+    residual = torch.tensor(
+        [math.inf] * 2 + [0.5] * 6 + [math.inf] * 2, dtype=torch.float64
+    )  # two of the copies among them
+    rate = copy_rate(dataclasses.replace(found, residual=residual), None, groups=list("aabbccddee")).generated
+    assert rate.value == pytest.approx(6 / 8) and rate.n == 8 and "2 that show too little left out" in rate.detail
+    with pytest.raises(UserError, match="3 of 3 generated images show too little to be compared"):
+        copy_rate(dataclasses.replace(decided([0] * 3, [0] * 3), residual=residual[[0, 1, 8]]), None)
 
 
 def test_images_of_one_prompt_are_resampled_together() -> None:

@@ -73,6 +73,25 @@ def test_exact_training_images_are_all_called_copied_and_held_out_ones_none(sets
     assert fresh.found["finding"]["kind"] == "no-copies"
 
 
+def test_black_images_are_no_evidence(sets: dict[str, Path], tmp_path: Path) -> None:
+    """What a safety checker or an overflow leaves: neither copies nor free of them."""
+    black = Image.new("RGB", (64, 64))
+    some = image_folder(tmp_path / "some", [black, *(noise_image(200 + i) for i in range(4))])
+    outcome = audit(settings(sets, generated=some, fail_over=0.01))
+    found = outcome.found
+    assert found["copies"]["compared"] == measures(found)["copies"]["generated"]["n"] == 4 and not outcome.exceeded
+    assert (
+        "1 of 5 generated images are black, blank" in " ".join(found["notes"])
+        and "1 more show too little" in found["finding"]["detail"]
+    )
+    mixed = image_folder(tmp_path / "mixed", [black, black, *(noise_image(i) for i in range(2))])
+    copies = audit(settings(sets, generated=mixed, output_dir=tmp_path / "a", fail_over=0.8)).found
+    assert copies["verdict"]["value"] == 1 and copies["verdict"]["exceeded"], "two of two, not two of four"
+    most = image_folder(tmp_path / "most", [black] * 3 + [noise_image(200)])
+    with pytest.raises(UserError, match="3 of 4 generated images show too little to be compared"):
+        audit(settings(sets, generated=most, output_dir=tmp_path / "b", fail_over=0.01))
+
+
 def test_mirrored_copies_are_found_unless_the_search_is_told_not_to(sets: dict[str, Path], tmp_path: Path) -> None:
     turned = [noise_image(i).transpose(Image.Transpose.FLIP_LEFT_RIGHT) for i in range(4)]
     made = image_folder(tmp_path / "turned", turned)
@@ -580,8 +599,8 @@ def test_weights_that_change_while_they_are_audited_are_refused(
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
     real = auditing.sample
 
-    def trained_meanwhile(*given: Any) -> None:
-        real(*given)
+    def trained_meanwhile(*given: Any, **options: Any) -> None:
+        real(*given, **options)
         data = weights.read_bytes()
         weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 

@@ -341,6 +341,8 @@ def test_anisotropy_is_calibrated_from_the_same_noise_without_sampling_and_asked
     for noises in (1, 2):
         screened = screen(pipe, ["a cat", ""], found, noises=noises, generator=torch.Generator().manual_seed(1))
         (again,) = [screen(pipe, ["a cat", ""], found, noises=noises, generator=torch.Generator().manual_seed(1))]
+        (alone,) = screen(pipe, "a cat", found, noises=noises, generator=torch.Generator().manual_seed(1))
+        assert alone.prompt == "a cat" and screen(pipe, [], found) == []
         assert screened == again and [s.prompt for s in screened] == ["a cat", ""]
         assert screened[0].threshold == found.threshold(0, noises)
         assert all(s.flagged is (s.score >= s.threshold) for s in screened) and screened[1].score < screened[0].score

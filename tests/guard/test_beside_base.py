@@ -109,6 +109,9 @@ def test_it_is_calibrated_beside_a_base_and_asked_before_sampling(tiny_base: Pat
         )
         assert [s.flagged for s in screened] == [s.score >= found.threshold(0, noises) for s in screened]
         assert screened[1].score < screened[0].score  # the empty prompt guides nowhere
+    generator = torch.Generator().manual_seed(1)
+    (alone,) = screen(pipe, "a cat", found, base.unet, generator=generator)  # one text is one prompt, not its letters
+    assert alone.prompt == "a cat" and screen(pipe, [], found, base.unet) == []
     with pytest.raises(UserError, match="another base was calibrated"):
         screen(pipe, ["a"], found, changed(base.unet, seed=8))
     with pytest.raises(UserError, match="calibrated for the detector beside_base; while sampling the guard"):

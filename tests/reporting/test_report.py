@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from report_tools import COPIES, image, report, run
 
+from ambient_sd.audit.metrics import Row, difference
 from ambient_sd.audit.neighbours import Neighbours, nearest
 from ambient_sd.reporting.report import Report, find, label_of, make_samples
 from ambient_sd.utils.errors import UserError
+from ambient_sd.utils.estimate import Estimate
 
 # --- the sentence
 
@@ -36,6 +40,15 @@ def test_the_sentence_follows_the_intervals(
 def test_one_run_is_judged_by_its_excess_over_held_out_images() -> None:
     assert find(report(run("model", 0.6, 14))).kind == "copies"
     assert find(report(run("model", 0.01, 14))).kind == "no-copies"
+
+
+def test_a_published_cosine_measure_is_heard_as_the_others_are() -> None:
+    quiet, loud = (Estimate(v, max(0.0, v - 0.02), min(1.0, v + 0.02), 100) for v in (0.05, 1.0))
+    for name in ("SSCD > 0.5", "memorized-edges16"):
+        row = Row(name, loud, quiet, difference(loud, quiet))
+        one = run("model", 0.0, 14)
+        found = find(report(dataclasses.replace(one, figures=[*one.figures, row])))
+        assert found.kind == "copies-otherwise" and f"by {name.removeprefix('memorized-')} alone" in found.sentence
 
 
 def test_a_deciding_measure_that_was_not_taken_is_named() -> None:

@@ -64,6 +64,30 @@ def test_redrawn_images_are_copying_too(shares: Any, step: int, began: int | Non
     assert (kept.drawn is None) is (began is None)
 
 
+def test_evaluations_that_could_not_be_compared_say_nothing() -> None:
+    black = {"copies": 0.0, "n": 1, "blank": 7}
+    one, two, three = [*curve(0, 0, 0)[1:], {"step": 30, "copies": 0.2}]
+    kept = decide([*curve(0), one, {**two, **black}])
+    assert kept.step == 10 and kept.describe().endswith(
+        "1 evaluation drew images that show too little to be compared: look at probe/"
+    )
+    assert "the last one that could be compared" in kept.describe()
+    assert decide([*curve(0), one, {**two, **black}, three]).began == 30, "it does not lie between copying and its end"
+    kept = decide([*curve(0), {**one, **black}])
+    assert (
+        kept.step is None
+        and kept.began is None
+        and "nothing is kept; no evaluation could be compared" in kept.describe()
+    )
+    assert decide([*curve(0), {**one, "n": 7, "blank": 1}]).step == 10, "control: one of eight"
+
+
+def test_a_base_that_copies_already_is_said() -> None:
+    assert "a copy rate above 90 %, which is allowed or the base's own" in decide(curve(0.9, 0.9, 0.9)).describe()
+    assert "the base itself draws 95 % of the probe's images" in decide(redrawn(0.95, 1.0, 1.0)).describe()
+    assert "the base" not in decide(redrawn(0.4, 0.5)).describe()
+
+
 def test_either_sign_confirms_the_other() -> None:
     mixed = [{**e, "copies": copies} for e, copies in zip(redrawn(0, 0.1, 0.7, 0.2), (0, 0, 0, 0.1), strict=True)]
     kept = decide(mixed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,18 @@ def test_redrawn_images_are_seen_before_they_are_copies(images: ImageDataset, un
     assert seen.own == seen.record()["own"] == 1 > seen.copies.value
     assert "nearest to their own training image 100.0 %" in seen.describe()
     assert probe.measure(drawn[1:] + drawn[:1], [1.0] * 8, 1).own == 0
+
+
+def test_black_images_are_said_and_not_counted(images: ImageDataset, unseen: list[Image.Image]) -> None:
+    probe = Probe(images, count=8, resolution=64, seed=0)
+    black = Image.new("RGB", (64, 64))
+    seen = probe.measure([black] * 8, [math.nan] * 8, 100)
+    assert seen.blank == 8 and seen.copies.n == 0 and seen.copies.high == 1
+    assert "copy rate not known" in seen.describe() and "8 of 8 images are black" in seen.describe()
+    assert "guard_score" not in seen.record() and "NaN" not in json.dumps(seen.record())
+    some = probe.measure([black, *unseen[:7]], [1.0] * 8, 100)
+    assert some.blank == 1 and some.record()["n"] == 7 and "of 7 images" in some.describe()
+    assert "blank" not in probe.measure(unseen[:8], [1.0] * 8, 100).record()
 
 
 def test_one_caption_for_all_asks_for_no_image_of_its_own(tmp_path: Path) -> None:

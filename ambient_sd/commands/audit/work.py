@@ -42,12 +42,14 @@ from ambient_sd.audit.decision import BASE, EACH, HELDOUT, RATE, RENDERED, SAME,
 from ambient_sd.audit.embedding import EmbeddingStore, weights_digest
 from ambient_sd.audit.features import MIRROR, Features, embed
 from ambient_sd.audit.metrics import (
+    ABOVE,
     Measurement,
     Row,
     bootstrap,
     copied,
     copy_threshold,
     difference,
+    is_published,
     measure,
     memorized,
 )
@@ -55,7 +57,7 @@ from ambient_sd.audit.originals import one_of_each
 from ambient_sd.audit.record import AuditRecord, measures
 from ambient_sd.audit.registry import choose, labels
 from ambient_sd.audit.registry import label as label_of
-from ambient_sd.audit.shares import COPIES, by_group, copy_rate, returned
+from ambient_sd.audit.shares import COPIES, by_group, copy_rate, nothing_to_compare, returned
 from ambient_sd.audit.stored import missing_features, recall
 from ambient_sd.commands.audit import AuditSettings, Source
 from ambient_sd.commands.sample import SampleSettings
@@ -208,7 +210,8 @@ def _audit(settings: AuditSettings, command: str) -> Audit | None:
     if settings.sampling is not None:
         assert prompts is not None
         before = _weight_files(settings.sampling)
-        sample(SampleSettings(settings.sampling, place, prompts, settings.num_images_per_prompt))
+        # What a safety checker blanks was drawn all the same, and may be a copy.
+        sample(SampleSettings(settings.sampling, place, prompts, settings.num_images_per_prompt), safety_checker=False)
         files = _weight_files(settings.sampling)
         # Files of the hub may have come only now; what was here must be what was sampled.
         if changed := [name for name, digests in before.items() if digests and digests != files[name]]:
@@ -317,7 +320,7 @@ def _sample_base(settings: AuditSettings, prompts: Sequence[str], images: int) -
     if settings.base_images < len(chosen):
         chosen = [chosen[i] for i in drawn(len(chosen), settings.base_images, settings.seed, "base prompts")]
     folder = settings.output_dir / "base"
-    sample(SampleSettings(base, folder, chosen, min(images, settings.base_images)))
+    sample(SampleSettings(base, folder, chosen, min(images, settings.base_images)), safety_checker=False)
     return folder
 
 
@@ -361,6 +364,8 @@ def _decide(
     near = next((n for n in measured.neighbours.values() if n.metric == "euclidean"), None)
     found = decide(generated.images.images, None if near is None else memorized(near))
     decided = dataclasses.replace(found, row=torch.tensor(rows)[found.row])
+    if 2 * int(decided.compared.sum()) < len(decided):
+        raise nothing_to_compare(decided)
     background = None
     if heldout is not None:
         background = decide.background(HELDOUT)
@@ -576,7 +581,9 @@ def _with_rows(measured: Measurement, rows: Sequence[int]) -> Measurement:
 def copies_row(feature: Features) -> str:
     """Return the name of the measure by which a feature says what is a copy."""
     return (
-        f"{feature.name} > {copy_threshold(feature)}" if feature.distance == "cosine" else f"memorized-{feature.name}"
+        f"{feature.name}{ABOVE}{copy_threshold(feature)}"
+        if feature.distance == "cosine"
+        else f"memorized-{feature.name}"
     )
 
 
@@ -661,7 +668,7 @@ def _write(
         "copies": {
             "rule": decision.rule, "false_discoveries": RATE, "each": EACH, "same": SAME,
             "nulls": [{"name": null.name, "n": null.n, "twins": null.twins} for null in decision.nulls],
-            "searched": decision.searched, "groups": decision.groups,
+            "searched": decision.searched, "compared": int(decision.decided.compared.sum()), "groups": decision.groups,
         },
         "features": {f.name: {"distance": f.distance, "copy": copies_row(f), **_file(f)} for f in features},
         "mirrored": settings.mirrored,
@@ -703,12 +710,7 @@ def _certainly_above(limit: float, measured: Measurement, deciding: str) -> list
     return [
         row.name
         for row in measured.rows
-        if (
-            row.name.startswith("memorized-")
-            and row.name != deciding
-            and row.excess is not None
-            and row.excess.low > limit
-        )
+        if (is_published(row.name) and row.name != deciding and row.excess is not None and row.excess.low > limit)
         or draws_its_images(row)
     ]
 
@@ -784,7 +786,8 @@ def _report(
         objective="",
         figures=measured.rows,
         samples=samples,
-        counted=(int(decided.copy.sum()), len(generated.images)),
+        counted=(int(decided.copy.sum()), int(decided.compared.sum())),
+        left_out=int((~decided.compared).sum()),
     )
     quality = next((row.name for row in measured.rows if row.name.startswith("FD-")), "")
     report = Report(
@@ -859,8 +862,17 @@ def _notes(
     settings: AuditSettings, training: ImageDataset, heldout: ImageDataset | None, generated: Generated, measured: Measurement,
     decision: Decision, verdict: Mapping[str, Any], used: Mapping[str, Any] | None,
 ) -> list[str]:  # fmt: skip
-    share, n, device = measured.row(COPIES).generated, len(generated.images), torch.device(_device(settings)).type
+    share, n, device = (
+        measured.row(COPIES).generated,
+        measured.row(COPIES).generated.n,
+        torch.device(_device(settings)).type,
+    )
     notes = [decision.rule]
+    if n < len(generated.images):
+        notes.append(
+            f"{len(generated.images) - n} of {len(generated.images)} generated images are black, blank or so faint that nothing can be compared: they "
+            "count neither as copies nor as free of them, and the copy rate is of the others. Look at them."
+        )
     if settings.fail_over is not None:
         said = (
             "fails: it exceeds"
@@ -878,6 +890,13 @@ def _notes(
                 f"The audit fails by {' and '.join(verdict['others'])}: the excess over held-out images (of own: over the base's) is above the limit "
                 "(of own: above half of the images) with its whole interval."
             )
+    if settings.fail_over is not None and any(
+        row.name.startswith(f"{OWN}-") and row.excess is None for row in measured.rows
+    ):
+        notes.append(
+            "Not tested by the limit: whether most images are nearest to the training image of their own caption. That needs the base's images beside them: "
+            "give --base_model."
+        )
     near, by_chance = int((decision.decided.p <= EACH).sum()), EACH * n
     if decision.nulls and near > by_chance + 2 * math.sqrt(by_chance) and near > int(decision.decided.copy.sum()):
         notes.append(

@@ -364,9 +364,9 @@ NOTES = (
     "Copies are counted on samples for the captions of the training images: the case in which copying is easiest.",
     "Distances and caption agreement are those of samples for captions that were not trained, against the real images of these captions. "
     "Caption agreement: the real image of a sample's caption is among its 10 nearest of them.",
-    "Own training image closest: of all real images, trained and held out, the nearest to a sample is the training image of its caption. The held-out "
-    "column has the same for captions that were not trained; the base alone says what captions give without any training. It sees blurred copies that the "
-    "decision does not count, and decides the sentence.",
+    "Own training image closest: of all real images, trained and held out, the nearest to a sample is the training image of its caption. It sees "
+    "blurred copies that the decision does not count, and decides the sentence. Beside it the same for captions that were not trained. What captions give "
+    "without any training is the base's column.",
     "The held-out column shows real images of the same kind that no run has seen.",
     "The guard's score compares within one model, size and number of steps; no threshold has been calibrated here.",
     "One seed, one small model, small images: what it says of a large model is for a run of that model to show.",

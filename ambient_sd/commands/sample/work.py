@@ -65,8 +65,12 @@ TEXT_KEY = "ambient_sd"
 CONTENTS = ("images", "samples.jsonl", "contact_sheet.png", "index.html", FILE)
 
 
-def sample(settings: SampleSettings) -> list[dict[str, Any]]:
+def sample(settings: SampleSettings, *, safety_checker: bool = True) -> list[dict[str, Any]]:
     """Sample what is missing in `settings.output_dir`, write list, sheet and page, and return the records of all images.
+
+    Args:
+        settings: what to sample, how, and where to.
+        safety_checker: keep the model's own, if it has one.
 
     Raises:
         UserError: settings are out of range, `out` holds something else, or a policy, a threshold or an attribution is asked
@@ -88,7 +92,7 @@ def sample(settings: SampleSettings) -> list[dict[str, Any]]:
     }  # fmt: skip
     folder.check(given)
 
-    pipe = load_pipeline(config)
+    pipe = load_pipeline(config, safety_checker=safety_checker)
     cuts = say_cut(pipe, settings.prompts)
     if (why := distilled(pipe)) is not None:
         _need_no_guard(settings, why, "leave it out")
