@@ -28,6 +28,7 @@ from PIL import Image
 from ambient_sd.sampling import load_pipeline
 from ambient_sd.training import run as train
 from ambient_sd.utils.errors import UserError, exits_on_user_error
+from ambient_sd.utils.files import atomic_write
 from ambient_sd.utils.quiet import quiet
 from experiments.arguments import plan_of, study_parser
 from experiments.measures import Reals, config_of, in_turn, sample
@@ -95,7 +96,13 @@ def distil(plan: Plan, run: Run, out: Path, recipe: Recipe, steps: Sequence[int]
             rule="a finished run is the teacher",
             remedy="run the study first, or give --teacher_steps",
         )
+    made_as = work / "recipe.json"
+    if made_as.exists() and (before := json.loads(made_as.read_text(encoding="utf-8"))) != dataclasses.asdict(recipe):
+        raise UserError(f"{work} has images of another recipe: {before}", rule="a student is trained on its own recipe's",
+                        remedy="remove that folder, or name another with --output_dir")  # fmt: skip
     if not (work / "images" / "metadata.jsonl").exists():
+        work.mkdir(parents=True, exist_ok=True)
+        atomic_write(made_as, json.dumps(dataclasses.asdict(recipe)) + "\n")
         if recipe.teacher_steps is not None:
             train(run.config(teacher, **settings, max_train_steps=recipe.teacher_steps))
         reals = open_reals(plan, config)

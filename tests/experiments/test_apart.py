@@ -160,6 +160,10 @@ def test_a_study_of_a_style_runs_whole_with_the_recipes_apart(study: Path, tmp_p
     assert drawn_for and set(drawn_for) <= {f"grey slope {i}" for i in range(6, 24)}  # no caption that was trained
     with pytest.raises(SystemExit):
         private_distillation.main([str(study), "--output_dir", str(out), "--others", "grey"])
+    with pytest.raises(SystemExit):  # other captions: not the images that lie there
+        private_distillation.main(
+            [str(study), "--output_dir", str(out), *["pale {}" if w == "grey {}" else w for w in others]]
+        )
     shards.main([str(study), "--output_dir", str(out), "--shards", "2", "--rounds", "2"])
     main([str(study), "--out", str(out), "--results_only"])
     results = json.loads((out / "results.json").read_text())
