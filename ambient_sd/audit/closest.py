@@ -186,36 +186,35 @@ def own_rows(
     if chance > MOST_BY_CHANCE:
         return []
 
-    def rate(given: Set, feature: str, detail: str) -> Estimate:
-        rows, kept = given[0][feature], asked(given[1])
-        # Apart, not joined: a million training vectors are not held twice.
-        near = nearest(rows[kept], training[0][feature], 1)
-        closer = torch.ones(len(kept), dtype=torch.bool)
+    of_base = None if base is None or not asked(base[1]) else base
+    sides = [samples] if of_base is None else [samples, of_base]
+    kept = [asked(given[1]) for given in sides]
+
+    def rates(feature: str) -> list[Estimate]:
+        """Return the share of each side; all sides in one pass over the training vectors, of which there can be a million."""
+        rows = torch.cat([given[0][feature][some] for given, some in zip(sides, kept, strict=True)])
+        near = nearest(rows, training[0][feature], 1)
+        closer = torch.ones(len(rows), dtype=torch.bool)
         if heldout is not None:
-            closer = near.distance[:, 0] <= nearest(rows[kept], heldout[feature], 1).distance[:, 0]
-        prompts = [given[1][i] for i in kept]
-        own = [labels[row] in owners[prompt] for row, prompt in zip(near.index[:, 0].tolist(), prompts, strict=True)]
-        hits = torch.tensor(own) & closer
-        return bootstrap(
-            hits,
-            torch.mean,
-            name=f"{OWN}-{feature}",
-            groups=prompts,
-            seed=seed,
-            resamples=resamples,
-            share=True,
-            detail=detail,
+            closer = near.distance[:, 0] <= nearest(rows, heldout[feature], 1).distance[:, 0]
+        asked_for = [given[1][i] for given, some in zip(sides, kept, strict=True) for i in some]
+        own = [labels[row] in owners[prompt] for row, prompt in zip(near.index[:, 0].tolist(), asked_for, strict=True)]
+        hits, start, found = torch.tensor(own) & closer, 0, []
+        details = (
+            f"share of samples nearest to their caption's own training image; by chance {chance:.1%}",
+            "images of the base for the same captions",
         )
+        for some, detail in zip(kept, details, strict=False):
+            end = start + len(some)
+            found.append(bootstrap(
+                hits[start:end], torch.mean, name=f"{OWN}-{feature}", groups=asked_for[start:end], seed=seed, resamples=resamples,
+                share=True, detail=detail,
+            ))  # fmt: skip
+            start = end
+        return found
 
     out = []
     for feature in features:
-        made = rate(
-            samples, feature, f"share of samples nearest to their caption's own training image; by chance {chance:.1%}"
-        )
-        known = (
-            None
-            if base is None or not asked(base[1])
-            else rate(base, feature, "images of the base for the same captions")
-        )
-        out.append(Row(made.name, made, known, None if known is None else difference(made, known)))
+        made, *known = rates(feature)
+        out.append(Row(made.name, made, known[0] if known else None, difference(made, known[0]) if known else None))
     return out

@@ -7,6 +7,9 @@
     copy  p <= 1 %, and p is a discovery at a false-discovery rate of 5 % (Benjamini & Hochberg 1995);
           or D <= 0.1: the two differ by colour, blur or pose alone
 
+An image that is not square is also looked at by its middle, and one with a wide border by what that frames (`looks_of`): its p is the least
+of its looks times their number (Bonferroni).
+
 An image that shows hardly anything (deviation below `registration.FLAT`: thin lines on white, a sample that is black) has no D that means anything.
 Of it D = |x - t| / deviation of t, in place, still or mirrored: at most 0.1 it is a copy; above, it cannot be compared, D is infinite, and it
 counts as neither (`Decided.compared`).
@@ -27,6 +30,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -38,13 +42,16 @@ from ambient_sd.families.encoders import rendered
 from ambient_sd.utils.errors import UserError
 from ambient_sd.utils.sheets import as_rgb
 
-RULE = "registration-2"  # stored with figures: those of another rule do not compare
+RULE = "registration-3"  # stored with figures: those of another rule do not compare
 HELDOUT, BASE = "held-out images", "images of the base model"  # the nulls' names
 RENDERED = 256  # pixels; of larger images an autoencoder changes nothing that is left at 64
 RATE = 0.05  # of false discoveries among the copies
 EACH = 0.01  # of images that are no copies
 SAME = 0.1  # residual of two images that differ by colour, blur and pose alone
 BLANK = 1 / 255  # deviation of a training image below which it shows nothing at all
+FRAMED = 0.85  # share of a side below which what a border frames is looked at by itself: poses find smaller ones badly, and none below 0.72
+MOST_SQUARES = 21  # of one long image
+_EVEN = 12  # of 255: a line of a border differs by no more, JPEG included
 LEAST = 20  # images in a null
 MOST = 512  # images in a null, training images that stand for it included
 STEEPEST = 8.0
@@ -206,8 +213,7 @@ class CopyDecision:
     def _views(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return the row of each view of a training image, the views prepared, and each rendition of them prepared.
 
-        A trainer squeezes an image that is not square, or cuts a square from its middle or anywhere: the whole, the middle and both ends are
-        searched.
+        A trainer squeezes an image that is not square, or cuts a square from its middle or anywhere: the whole and `squares` are searched.
         """
         rows: list[int] = []
         parts: list[Tensor] = [prepare([])]
@@ -235,21 +241,25 @@ class CopyDecision:
         Args:
             published: bool `(N,)`, marks of a published measure (`metrics.memorized`). They count where there is no null.
         """
-        x = prepare(images)
+        looks = [looks_of(image) for image in images]
+        owner = torch.tensor([i for i, some in enumerate(looks) for _ in some], dtype=torch.int64)
+        x = prepare([look for some in looks for look in some])
         row, residual, ratio = self._best(self._find(x, "copies"))
         d = residual[SCALES[0]]
-        p = torch.ones(len(images), dtype=torch.float64)
-        if self.nulls and len(images):
+        p = torch.ones(len(x), dtype=torch.float64)
+        if self.nulls and len(x):
             p = torch.stack([combined(null, ratio) for null in self.nulls]).amax(0)
-        found = discoveries(p)
-        faint = torch.nonzero((deviation(x) < FLAT) & ~found).flatten()
+        faint = torch.nonzero((deviation(x) < FLAT) & (p > EACH)).flatten()
         if len(faint):  # what is left of it in another pose is compared with other images, or with nothing
             row[faint], apart = self._in_place(x[faint])
             d[faint] = torch.where(apart <= SAME, apart, torch.inf)
-        marks = found | (d <= SAME)
+        p = (p * torch.tensor([len(some) for some in looks], dtype=torch.float64)[owner]).clamp(max=1)  # Bonferroni
+        best = _least(owner, p - 2 * (d <= SAME) + 1e-6 * d.clamp(max=1e3), len(images))
+        row, p, d, r = row[best], p[best], d[best], ratio[SCALES[0]][best]
+        marks = discoveries(p) | (d <= SAME)
         if published is not None and not self.nulls:
             marks = marks | published
-        return Decided(marks, p, self._row[row], d, ratio[SCALES[0]])
+        return Decided(marks, p, self._row[row], d, r)
 
     @property
     def rule(self) -> str:
@@ -382,18 +392,66 @@ def _some(images: Sequence[Image.Image]) -> list[Image.Image]:
 
 
 def squares(image: Image.Image) -> list[Image.Image]:
-    """Return the middle square of an image and those at its ends; none of an image that is square within 5 %.
+    """Return the middle square of an image, those at its ends, and of a long image more in between, at most half a side apart, as far as a
+    pose reaches; none of an image that is square within 5 %.
 
     Example:
         >>> [square.size for square in squares(Image.new("RGB", (96, 64)))]
         [(64, 64), (64, 64), (64, 64)]
+        >>> len(squares(Image.new("RGB", (192, 64))))
+        5
     """
     wide, high = image.size
-    side = min(wide, high)
-    if max(wide, high) <= 1.05 * side:
+    side, room = min(wide, high), abs(wide - high)
+    if wide + high - side <= 1.05 * side:
         return []
-    places = ((wide - side) // 2, (high - side) // 2), (0, 0), (wide - side, high - side)
-    return [image.crop((left, top, left + side, top + side)) for left, top in places]
+    count = min(MOST_SQUARES, max(3, math.ceil(room / (side / 2)) + 1))
+    places = [round(room * i / (count - 1)) for i in range(count)]
+    order = [room // 2, 0, room, *(at for at in places[1:-1] if abs(at - room // 2) > side // 8)]
+    return [image.crop((at, 0, at + side, side) if wide > high else (0, at, side, at + side)) for at in order]
+
+
+def looks_of(image: Image.Image) -> list[Image.Image]:
+    """Return the ways in which a generated image is laid over training images: as it is; of one that is not square its middle too; of one with
+    a border wider than a pose reaches, what the border frames.
+
+    Example:
+        >>> framed = Image.new("RGB", (64, 64), "white")
+        >>> framed.paste(Image.effect_noise((64, 32), 99).convert("RGB"), (0, 16))
+        >>> [look.size for look in looks_of(framed)]
+        [(64, 64), (64, 32)]
+    """
+    return [image, *squares(image)[:1], *_unframed(image)]
+
+
+def _unframed(image: Image.Image) -> list[Image.Image]:
+    """Return what a border of one colour frames where that is less than `FRAMED` of a side, else nothing."""
+    pixels = np.asarray(as_rgb(image), np.int16)
+    inside = []
+    for axis in (1, 0):
+        lines = pixels if axis == 1 else pixels.swapaxes(0, 1)
+        busy = np.flatnonzero(np.abs(lines - lines[:, :1]).max((1, 2)) > _EVEN)
+        if not len(busy):
+            return []
+        inside.append((int(busy[0]), int(busy[-1]) + 1))
+    (top, bottom), (left, right) = inside
+    if (bottom - top) >= FRAMED * image.height and (right - left) >= FRAMED * image.width:
+        return []
+    if min(bottom - top, right - left) < 8:
+        return []
+    return [image.crop((left, top, right, bottom))]
+
+
+def _least(owner: Tensor, key: Tensor, n: int) -> Tensor:
+    """Return for each of n owners the place of its least key, int64 `(n,)`.
+
+    Example:
+        >>> _least(torch.tensor([0, 1, 1]), torch.tensor([0.3, 0.2, 0.1]), 2).tolist()
+        [0, 2]
+    """
+    order = key.argsort(stable=True)
+    order = order[owner[order].argsort(stable=True)]
+    return order[torch.searchsorted(owner[order].contiguous(), torch.arange(n))]
 
 
 def combined(null: Null, ratio: Mapping[float, Tensor]) -> Tensor:

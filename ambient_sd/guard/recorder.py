@@ -49,6 +49,7 @@ from ambient_sd.guard.policies.base import Change, Encoded, Half, Policy, Sampli
 from ambient_sd.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
+GIVEN = "embeddings given by caller"  # in the unconditional slot
 
 
 @runtime_checkable
@@ -456,7 +457,7 @@ class MemorizationGuard:
         if self._call is not None:  # the second text of a run with two calls
             negative = given.get("prompt")
             self._call.negative_prompts = _texts(negative, self._call.images // self._call.images_per_prompt)
-            self._call.unconditional = "embeddings given by caller" if negative is None else "empty prompt"
+            self._call.unconditional = GIVEN if negative is None else "empty prompt"
             self._call.texts["uncond"] = result
             self._expected = False
             return result
@@ -478,7 +479,7 @@ class MemorizationGuard:
         prompts = _texts(given.get("prompt"), images // per_prompt)
         negative = given.get("negative_prompt")
         if given.get("negative_prompt_embeds") is not None:
-            negative, unconditional = None, "embeddings given by caller"
+            negative, unconditional = None, GIVEN
         elif negative is None and self.pipe.config.get("force_zeros_for_empty_prompt", False):
             unconditional = "zero embedding"  # SDXL then ignores negative_prompt_2 too
         else:
@@ -774,7 +775,7 @@ class MemorizationGuard:
             return f"it was calibrated on text to image, not on {type(pipe).__name__}"
         if any(call.negative_prompts or ()):
             return "it was calibrated without a negative prompt"
-        if call.unconditional == "embeddings given by caller":
+        if call.unconditional == GIVEN:
             return "it was calibrated against the empty prompt, not against embeddings"
         given = self._arguments()
         for name in ("guidance_rescale", "eta", "clip_skip", "ip_adapter_image", "ip_adapter_image_embeds"):
@@ -1019,7 +1020,7 @@ class MemorizationGuard:
                     timesteps=timesteps,
                     flagged=None if decision.threshold is None else decision.score >= decision.threshold,
                     threshold=decision.threshold,
-                    threshold_origin=_against(origin, negative),
+                    threshold_origin=_against(origin, negative, call.unconditional),
                     prompt=call.prompts[prompt_index] if call.prompts is not None else None,
                     negative_prompt=negative or None,
                     unconditional="negative prompt" if negative else call.unconditional,
@@ -1106,11 +1107,13 @@ def _texts(prompt: str | list[str] | None, count: int) -> list[str] | None:
     return texts * count if len(texts) == 1 else texts
 
 
-def _against(origin: str, negative: str | None) -> str:
+def _against(origin: str, negative: str | None, unconditional: str) -> str:
     """Say of a number of the caller's what it was compared with where that is not a score against the empty prompt."""
-    return (
-        f"{origin}; the score is one against a negative prompt" if negative and origin == "given by caller" else origin
-    )
+    if origin != "given by caller":
+        return origin
+    if negative:
+        return f"{origin}; the score is one against a negative prompt"
+    return f"{origin}; the score is one against embeddings of the caller's" if unconditional == GIVEN else origin
 
 
 def _call_of(pipe: Any) -> Callable[..., Any]:

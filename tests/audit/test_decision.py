@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from changed_images import CHANGES, SIZE, blurred, scene, scenes, series
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from ambient_sd.audit import decision
-from ambient_sd.audit.decision import EACH, LEAST, RATE, SAME, CopyDecision, discoveries, tail
+from ambient_sd.audit.decision import EACH, LEAST, RATE, SAME, CopyDecision, discoveries, squares, tail
 from ambient_sd.audit.metrics import memorized
 from ambient_sd.audit.neighbours import nearest
 from ambient_sd.audit.registry import choose
@@ -145,6 +145,43 @@ def test_copies_of_drawings_that_show_hardly_anything_are_copies_and_others_are_
     assert not blank.copy.any() and not blank.compared.any(), (
         "a blank image among the training images is copied by every blank one"
     )
+
+
+@pytest.fixture(scope="module")
+def of_scenes() -> CopyDecision:
+    return CopyDecision(scenes(0, 40), unseen={"held-out images": scenes(1000, 40)})
+
+
+SHAPES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "middle at 5:4": lambda image: ImageOps.fit(image, (SIZE * 5 // 4, SIZE)),
+    "middle at 4:3": lambda image: ImageOps.fit(image, (SIZE * 4 // 3, SIZE)),
+    "upright middle": lambda image: ImageOps.fit(image, (SIZE, SIZE * 4 // 3)),
+    "padded to 3:2": lambda image: ImageOps.pad(image, (SIZE * 3 // 2, SIZE), color="white"),
+    "framed": lambda image: ImageOps.expand(image.resize((SIZE * 5 // 8,) * 2), SIZE * 3 // 16, "black"),
+    "squeezed between bands": lambda image: ImageOps.expand(image.resize((SIZE, SIZE // 2)), (0, SIZE // 4), "black"),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_copies_of_another_shape_or_in_a_frame_are_found_and_other_images_in_it_are_not(
+    shape: str, of_scenes: CopyDecision
+) -> None:
+    change = SHAPES[shape]
+    found = of_scenes([change(image) for image in [*scenes(0, 8), *scenes(2000, 8)]])
+    assert found.copy[:8].all() and found.row[:8].tolist() == list(range(8)) and not found.copy[8:].any()
+
+
+def test_any_square_of_a_long_image_is_found() -> None:
+    long = [
+        Image.merge("RGB", [Image.effect_noise((9, 3), 90 + i).resize((3 * SIZE, SIZE), Image.Resampling.BICUBIC)] * 3)
+        for i in range(24)
+    ]
+    assert len(squares(long[0])) == 5 and len(squares(Image.new("RGB", (400, 64)))) > 9
+    decide = CopyDecision(long)
+    for place in (0, 0.25, 0.5, 0.75, 1):
+        at = round(2 * SIZE * place)
+        found = decide([image.crop((at, 0, at + SIZE, SIZE)) for image in long[:6]])
+        assert found.copy.all() and found.row.tolist() == list(range(6)), place
 
 
 def test_the_decision_is_the_same_twice_and_leaves_random_numbers_alone(decide: CopyDecision) -> None:

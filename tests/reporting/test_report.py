@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from report_tools import COPIES, image, report, run
+from report_tools import COPIES, image, report, row, run
 
 from ambient_sd.audit.metrics import Row, difference
 from ambient_sd.audit.neighbours import Neighbours, nearest
@@ -39,7 +39,13 @@ def test_the_sentence_follows_the_intervals(
 
 def test_one_run_is_judged_by_its_excess_over_held_out_images() -> None:
     assert find(report(run("model", 0.6, 14))).kind == "copies"
-    assert find(report(run("model", 0.01, 14))).kind == "no-copies"
+    assert find(report(run("model", 0.0, 14))).kind == "no-copies"
+    # A copy where no unseen image is called one is a copy, however few there are; where some are, only an exact one is.
+    few = run("model", 0.01, 14)
+    assert find(report(few)).kind == "copies" and "copies training images: 1.0 %" in find(report(few)).sentence
+    by_chance = dataclasses.replace(few, figures=[row(COPIES, 0.01, 0.05, 0.01), *few.figures[1:]])
+    assert find(report(by_chance)).kind == "no-copies"
+    assert find(report(dataclasses.replace(by_chance, exact=1))).kind == "copies"
 
 
 def test_a_published_cosine_measure_is_heard_as_the_others_are() -> None:

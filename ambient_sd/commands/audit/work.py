@@ -242,7 +242,7 @@ def _audit(settings: AuditSettings, command: str) -> Audit | None:
     measured = _with_rows(measured, different)
     measured.rows.extend(row for one in align for row in one(generated, heldout))
     verdict = _decide(settings, training, heldout, generated, base, measured, grouped)
-    own = [] if stored else _own(settings, training, different, generated, of_base, features, known_vectors, made, real)
+    own = _own(settings, training, different, generated, of_base, features, known_vectors, made, real)
     measured.rows[:0] = [*verdict.rows, *own]
     pulls = _attributions(settings, generated, verdict.decided) if settings.attributed_prompts else []
     used = _used(stored, compared)
@@ -788,6 +788,7 @@ def _report(
         samples=samples,
         counted=(int(decided.copy.sum()), int(decided.compared.sum())),
         left_out=int((~decided.compared).sum()),
+        exact=int((decided.residual <= SAME).sum()),
     )
     quality = next((row.name for row in measured.rows if row.name.startswith("FD-")), "")
     report = Report(
@@ -890,12 +891,13 @@ def _notes(
                 f"The audit fails by {' and '.join(verdict['others'])}: the excess over held-out images (of own: over the base's) is above the limit "
                 "(of own: above half of the images) with its whole interval."
             )
-    if settings.fail_over is not None and any(
-        row.name.startswith(f"{OWN}-") and row.excess is None for row in measured.rows
+    if settings.fail_over is not None and not any(
+        row.name.startswith(f"{OWN}-") and row.excess is not None for row in measured.rows
     ):
         notes.append(
-            "Not tested by the limit: whether most images are nearest to the training image of their own caption. That needs the base's images beside them: "
-            "give --base_model."
+            "Not tested by the limit: whether most images are nearest to the training image of their own caption, blurred and redrawn copies among them. That needs "
+            "the training captions as prompts, captions that tell the images apart, pixels or edges among the features, and the base's images beside them "
+            "(--base_model)."
         )
     near, by_chance = int((decision.decided.p <= EACH).sum()), EACH * n
     if decision.nulls and near > by_chance + 2 * math.sqrt(by_chance) and near > int(decision.decided.copy.sum()):
