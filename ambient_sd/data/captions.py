@@ -74,6 +74,38 @@ def find_cut(texts: Sequence[str], tokenizers: Sequence[Any], limits: Sequence[i
     return [Cut(i, *found[text]) for i, text in enumerate(texts) if text in found]
 
 
+def as_read(texts: Sequence[str], tokenizers: Sequence[Any], limits: Sequence[int] | None = None) -> list[str]:
+    """Return for each text the first one of which the tokenizers read the same: texts that differ behind what is read are one to the model.
+
+    Args:
+        texts, tokenizers, limits: as of `find_cut`.
+
+    Example:
+        >>> from ambient_sd.assets.tiny import tiny_pipeline
+        >>> as_read(["a cat on a mat", "a cat on a rug", "a dog"], [tiny_pipeline().tokenizer], [3])
+        ['a cat on a mat', 'a cat on a mat', 'a dog']
+    """
+    if not find_cut(texts, tokenizers, limits):
+        return list(texts)
+    limits = limits or [t.model_max_length - t.num_special_tokens_to_add() for t in tokenizers]
+    distinct = list(dict.fromkeys(texts))
+    kept: list[list[tuple[int, ...]]] = [[] for _ in distinct]
+    for tokenizer, limit in zip(tokenizers, limits, strict=True):
+        for start in range(0, len(distinct), _BATCH):
+            rows = tokenizer(
+                distinct[start : start + _BATCH],
+                truncation=False,
+                padding=False,
+                add_special_tokens=False,
+                verbose=False,
+            ).input_ids
+            for place, ids in enumerate(rows, start):
+                kept[place].append(tuple(ids[:limit]))
+    first: dict[tuple[tuple[int, ...], ...], str] = {}
+    of = {text: first.setdefault(tuple(ids), text) for text, ids in zip(distinct, kept, strict=True)}
+    return [of[text] for text in texts]
+
+
 def surely_cut(texts: Sequence[str], limit: int = CLIP_TOKENS) -> list[Cut]:
     """Return the texts that every CLIP tokenizer cuts: a lower bound, for which none is needed.
 

@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ambient_sd.data.buckets import BucketStream, assign
-from ambient_sd.data.captions import without
+from ambient_sd.data.captions import as_read, without
 from ambient_sd.data.duplicates import FixedNoise
 from ambient_sd.data.latents import MAX_HELD_BYTES
 from ambient_sd.data.sources import ImageDataset
@@ -339,7 +339,7 @@ class _Trainer:
         if config.probe_steps is not None:
             self.probe = Probe(
                 plan.images, count=config.probe_images or 32, resolution=config.resolution, seed=config.seed,
-                new_captions=plan.new_captions,
+                new_captions=plan.new_captions, read=as_read(plan.images.captions, *plan.base.reading()),
             )  # fmt: skip
 
         # The folder: from here on something is written.

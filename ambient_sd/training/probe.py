@@ -117,6 +117,7 @@ class Probe:
         resolution: side of the images, pixels.
         seed: seed of captions and start noise.
         new_captions: captions that are not trained, on which quality is measured.
+        read: each caption as the model reads it (`as_read`): those that it cuts to one text ask for the same images. None: all are read whole.
 
     Raises:
         UserError: fewer than two different training images: a copy is nearer to one of them than to the others.
@@ -129,7 +130,14 @@ class Probe:
     """
 
     def __init__(
-        self, images: ImageDataset, *, count: int, resolution: int, seed: int, new_captions: Sequence[str] = ()
+        self,
+        images: ImageDataset,
+        *,
+        count: int,
+        resolution: int,
+        seed: int,
+        new_captions: Sequence[str] = (),
+        read: Sequence[str] | None = None,
     ) -> None:
         self.resolution, self.seed, self.new_captions = resolution, seed, list(new_captions)
         draw = random.Random(seed)
@@ -148,8 +156,10 @@ class Probe:
         searched.sort(key=lambda i: images.noise_keys[i] not in probed)
         self.labels = [images.noise_keys[i] for i in searched]
         # Of a caption any of its images is the own one; where most images share one, to be nearest to it says nothing.
-        self.owners = owners_of(images.captions, images.noise_keys)
-        shares = [len(self.owners[caption]) / len(set(self.labels)) for caption in self.captions]
+        read = images.captions if read is None else read
+        self.asked = [read[i] for i in chosen]
+        self.owners = owners_of(read, images.noise_keys)
+        shares = [len(self.owners[caption]) / len(set(self.labels)) for caption in self.asked]
         self.telling = sum(shares) / len(shares) <= MOST_BY_CHANCE
         # Beside a sample that is no copy the image of its caption tells more than the one that happens to be nearest.
         row_of = {label: row for row, label in enumerate(self.labels)}
@@ -255,7 +265,7 @@ class Probe:
         if not self.telling:
             return None
         hits = [
-            self.labels[row] in self.owners[caption] for row, caption in zip(nearest_rows, self.captions, strict=False)
+            self.labels[row] in self.owners[caption] for row, caption in zip(nearest_rows, self.asked, strict=False)
         ]
         return sum(hits) / len(hits)
 

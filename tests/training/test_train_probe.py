@@ -96,6 +96,11 @@ def test_redrawn_images_are_seen_before_they_are_copies(images: ImageDataset, un
     assert probe.measure(drawn[1:] + drawn[:1], [1.0] * 8, 1).own == 0
 
 
+def test_captions_that_the_model_reads_alike_tell_no_images_apart(images: ImageDataset) -> None:
+    alike = Probe(images, count=8, resolution=64, seed=0, read=["what is read"] * len(images))
+    assert Probe(images, count=8, resolution=64, seed=0).telling and not alike.telling
+
+
 def test_black_images_are_said_and_not_counted(images: ImageDataset, unseen: list[Image.Image]) -> None:
     probe = Probe(images, count=8, resolution=64, seed=0)
     black = Image.new("RGB", (64, 64))

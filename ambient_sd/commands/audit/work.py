@@ -62,6 +62,7 @@ from ambient_sd.audit.stored import missing_features, recall
 from ambient_sd.commands.audit import AuditSettings, Source
 from ambient_sd.commands.sample import SampleSettings
 from ambient_sd.commands.sample.work import sample
+from ambient_sd.data.captions import as_read
 from ambient_sd.data.dataset_options import AUTO
 from ambient_sd.data.layouts.layout import not_listed, refuse_unlisted
 from ambient_sd.data.shards import has_shards
@@ -389,8 +390,14 @@ def _own(
         return []
     some = [feature for feature in features if feature.name in FEATURES]
     of_base = None if base is None or base.prompts is None else (embed(base.images.images, some), base.prompts)
+    captions = [training.captions[i] for i in different]
+    asked = [captions, generated.prompts, *([] if of_base is None else [of_base[1]])]
+    if settings.sampling is not None:  # captions that the model cuts to one text ask for the same images
+        texts = [text for some in asked for text in some]
+        one = dict(zip(texts, as_read(texts, *settings.sampling.source().reading()), strict=True))
+        asked = [[one[text] for text in some] for some in asked]
     return own_rows(
-        (made, generated.prompts), (known, [training.captions[i] for i in different]), real, of_base,
+        (made, asked[1]), (known, asked[0]), real, None if of_base is None else (of_base[0], asked[2]),
         duplicates=[training.noise_keys[i] for i in different], seed=settings.seed, resamples=settings.resamples,
     )  # fmt: skip
 
