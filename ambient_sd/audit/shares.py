@@ -63,7 +63,7 @@ def nothing_to_compare(decided: Decided) -> UserError:
         >>> one = torch.zeros(2, dtype=torch.float64)
         >>> decided = Decided(torch.tensor([False, False]), one, torch.tensor([0, 3]), torch.tensor([0.4, torch.inf]), one)
         >>> print(nothing_to_compare(decided))
-        1 of 2 generated images shows too little to be compared (must be an image with contrast: a black or blank one is no evidence of no copy); look at them
+        1 of 2 generated images shows too little to be compared; must be an image with contrast: a black or blank one is no evidence of no copy; look at them
     """
     n = int((~decided.compared).sum())
     return UserError(f"{n} of {len(decided)} generated images show{'s' if n == 1 else ''} too little to be compared",

@@ -45,6 +45,7 @@ _BEAT, _SILENT, _GRACE = 5.0, 60.0, 20.0  # seconds; failures speak for themselv
 _MISSED = LIMIT.total_seconds() - 60.0
 
 SCRIPT_NAME = "train_text_to_image_ambient.py"
+_TICK = 0.1  # s: the clock of files lags behind the clock of the day by some milliseconds
 _LAUNCHERS = ("accelerate", "accelerate.commands.launch", "torchrun", "torch.distributed.run")
 
 
@@ -230,7 +231,7 @@ def _how_to_resume(config: TrainConfig, begun: float) -> str:
     folder = Path(config.output_dir)
     whole = (p for p in reversed(checkpoints.find_all(folder)) if checkpoints.damage(p) is None)
     # A run that does not resume may not have reached the checkpoints that it is told to overwrite.
-    newest = next((p for p in whole if config.resume_from_checkpoint or p.stat().st_mtime >= begun), None)
+    newest = next((p for p in whole if config.resume_from_checkpoint or p.stat().st_mtime >= begun - _TICK), None)
     if newest is None:
         return (
             f"interrupted before the first checkpoint in {folder}; nothing can be resumed: run the same command again"
