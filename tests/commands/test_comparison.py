@@ -258,7 +258,7 @@ def test_a_transformer_is_compared_from_end_to_end(tmp_path: Path, capsys: pytes
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert found["models"]["a"]["memorized_prompts"] >= 2
     assert list(found["models"]["a"]["mitigations"]) == ["none", "STP"]
-    assert "cross-attention of a U-Net" in found["models"]["a"]["left_out"]["attention_guard"]
+    assert "cross-attention of a U-Net" in found["models"]["a"]["left_out"]["GUARD"]
     assert "--guidance_scale 7.0 " in found["command"]
     assert "left out" in capsys.readouterr().out
 

@@ -162,6 +162,8 @@ def _command(settings: CompareSettings, places: ComparedOptions, rows: DatasetOp
         values["single_file_config"] = label(settings.single_file_config)
     values["output_dir"] = settings.output_dir.resolve().name  # no hub id, even where it looks like one
     for name, value in values.items():
-        if value is not None and value != []:
+        if isinstance(value, bool):  # a flag alone
+            words += [f"--{name}"] if value else []
+        elif value is not None and value != []:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
