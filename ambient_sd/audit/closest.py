@@ -186,25 +186,25 @@ def own_rows(
     if chance > MOST_BY_CHANCE:
         return []
 
-    of_base = None if base is None or not asked(base[1]) else base
-    sides = [samples] if of_base is None else [samples, of_base]
-    kept = [asked(given[1]) for given in sides]
+    sides = [(samples, chosen)]
+    if base is not None and (of_base := asked(base[1])):
+        sides.append((base, of_base))
 
     def rates(feature: str) -> list[Estimate]:
         """Return the share of each side; all sides in one pass over the training vectors, of which there can be a million."""
-        rows = torch.cat([given[0][feature][some] for given, some in zip(sides, kept, strict=True)])
+        rows = torch.cat([given[0][feature][some] for given, some in sides])
         near = nearest(rows, training[0][feature], 1)
         closer = torch.ones(len(rows), dtype=torch.bool)
         if heldout is not None:
             closer = near.distance[:, 0] <= nearest(rows, heldout[feature], 1).distance[:, 0]
-        asked_for = [given[1][i] for given, some in zip(sides, kept, strict=True) for i in some]
+        asked_for = [given[1][i] for given, some in sides for i in some]
         own = [labels[row] in owners[prompt] for row, prompt in zip(near.index[:, 0].tolist(), asked_for, strict=True)]
         hits, start, found = torch.tensor(own) & closer, 0, []
         details = (
             f"share of samples nearest to their caption's own training image; by chance {chance:.1%}",
             "images of the base for the same captions",
         )
-        for some, detail in zip(kept, details, strict=False):
+        for (_, some), detail in zip(sides, details, strict=False):
             end = start + len(some)
             found.append(bootstrap(
                 hits[start:end], torch.mean, name=f"{OWN}-{feature}", groups=asked_for[start:end], seed=seed, resamples=resamples,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,16 +61,9 @@ def find_cut(texts: Sequence[str], tokenizers: Sequence[Any], limits: Sequence[i
     found: dict[str, tuple[int, int, str]] = {}
     limits = limits or [t.model_max_length - t.num_special_tokens_to_add() for t in tokenizers]
     for tokenizer, limit in zip(tokenizers, limits, strict=True):
-        for start in range(0, len(distinct), _BATCH):
-            batch = distinct[start : start + _BATCH]
-            # verbose: the tokenizer's own warning says neither which text nor what is lost.
-            rows = tokenizer(batch, truncation=False, padding=False, add_special_tokens=False, verbose=False).input_ids
-            for text, ids in zip(batch, rows, strict=True):
-                if (
-                    len(ids) > limit
-                    and len(ids) - limit > found.get(text, (0, 0, ""))[0] - found.get(text, (0, 0, ""))[1]
-                ):
-                    found[text] = len(ids), limit, str(tokenizer.decode(ids[limit:])).strip()
+        for text, ids in _tokens(distinct, tokenizer):
+            if len(ids) > limit and len(ids) - limit > found.get(text, (0, 0, ""))[0] - found.get(text, (0, 0, ""))[1]:
+                found[text] = len(ids), limit, str(tokenizer.decode(ids[limit:])).strip()
     return [Cut(i, *found[text]) for i, text in enumerate(texts) if text in found]
 
 
@@ -85,25 +78,27 @@ def as_read(texts: Sequence[str], tokenizers: Sequence[Any], limits: Sequence[in
         >>> as_read(["a cat on a mat", "a cat on a rug", "a dog"], [tiny_pipeline().tokenizer], [3])
         ['a cat on a mat', 'a cat on a mat', 'a dog']
     """
-    if not find_cut(texts, tokenizers, limits):
-        return list(texts)
     limits = limits or [t.model_max_length - t.num_special_tokens_to_add() for t in tokenizers]
-    distinct = list(dict.fromkeys(texts))
-    kept: list[list[tuple[int, ...]]] = [[] for _ in distinct]
+    kept: dict[str, list[tuple[int, ...]]] = {text: [] for text in texts}
+    cut = False
     for tokenizer, limit in zip(tokenizers, limits, strict=True):
-        for start in range(0, len(distinct), _BATCH):
-            rows = tokenizer(
-                distinct[start : start + _BATCH],
-                truncation=False,
-                padding=False,
-                add_special_tokens=False,
-                verbose=False,
-            ).input_ids
-            for place, ids in enumerate(rows, start):
-                kept[place].append(tuple(ids[:limit]))
+        for text, ids in _tokens(list(kept), tokenizer):
+            kept[text].append(tuple(ids[:limit]))
+            cut |= len(ids) > limit
+    if not cut:
+        return list(texts)
     first: dict[tuple[tuple[int, ...], ...], str] = {}
-    of = {text: first.setdefault(tuple(ids), text) for text, ids in zip(distinct, kept, strict=True)}
+    of = {text: first.setdefault(tuple(ids), text) for text, ids in kept.items()}
     return [of[text] for text in texts]
+
+
+def _tokens(texts: Sequence[str], tokenizer: Any) -> Iterator[tuple[str, list[int]]]:
+    """Yield each text with all of its tokens, neither cut nor framed by start and end."""
+    for i in range(0, len(texts), _BATCH):
+        batch = texts[i : i + _BATCH]
+        # verbose: the tokenizer's own warning says neither which text nor what is lost.
+        rows = tokenizer(batch, truncation=False, padding=False, add_special_tokens=False, verbose=False).input_ids
+        yield from zip(batch, rows, strict=True)
 
 
 def surely_cut(texts: Sequence[str], limit: int = CLIP_TOKENS) -> list[Cut]:
